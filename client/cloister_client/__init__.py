@@ -1,0 +1,1 @@
+"""The hospital: its data, its policy, its ledger and its training."""

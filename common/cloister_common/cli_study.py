@@ -1,0 +1,84 @@
+"""`cloister study`: write, check and explain study files."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cloister_common.errors import OutputInTheWay, StudyInvalid
+from cloister_common.study import Study, load_study
+
+app = typer.Typer(help="Write and check study files.", no_args_is_help=True)
+
+
+@app.command()
+def new(
+    file: Annotated[Path, typer.Argument(help="The file to write.")] = Path("study.toml"),
+) -> None:
+    """Write a commented example of a study."""
+    example = files("cloister_common").joinpath("example_study.toml").read_text("utf-8")
+    try:
+        with file.open("x", encoding="utf-8") as out:
+            out.write(example)
+    except FileExistsError:
+        raise OutputInTheWay(
+            f"{file} exists already.", remedy="Name another file, or move that one away."
+        ) from None
+    except OSError as error:
+        raise OutputInTheWay(
+            f"{file} cannot be written.",
+            why=(error.strerror or "The system gave no reason") + ".",
+            remedy="Name a file in a folder that exists and that you may write to.",
+        ) from None
+    typer.echo(f"Wrote {file}. Edit it, then run: cloister study check {file}")
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="The study file.")] = Path("study.toml"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check a study file: all faults at once, or its hash and what it means."""
+    try:
+        study = load_study(file)
+    except StudyInvalid as error:
+        if as_json:
+            faults = [
+                {"line": f.line, "key": f.key, "message": f.message, "hint": f.hint}
+                for f in error.faults
+            ]
+            typer.echo(json.dumps({"valid": False, "code": error.code, "faults": faults}))
+            raise typer.Exit(error.exit_status) from None
+        raise
+    if as_json:
+        typer.echo(json.dumps({"valid": True, "hash": study.digest, "study": study.model_dump()}))
+        return
+    typer.echo(_in_words(study))
+
+
+def _in_words(study: Study) -> str:
+    training, privacy = study.training, study.privacy
+    promise = (
+        f"patient-level differential privacy, epsilon {privacy.epsilon:g} at delta "
+        f"{privacy.delta:g}, clipping norm {privacy.clipping_norm:g}"
+        if privacy.enabled
+        else "NO differential privacy: what leaves a site may tell of single patients"
+    )
+    shape = f"{study.input.size} x {study.input.size}"
+    return "\n".join(
+        (
+            f"{study.study.name}: {study.study.question}",
+            f"  input      {', '.join(study.input.modalities)}, {shape} pixels",
+            f"  target     {study.target.column}: {', '.join(study.target.classes)}",
+            f"  network    {study.network.name}",
+            f"  training   {training.rounds} rounds of {training.steps_per_round} steps, "
+            f"each patient in a step with probability {training.sampling_rate:g}",
+            f"  privacy    {promise}",
+            f"  sites      {study.aggregation.strategy}, at least {study.aggregation.min_sites}",
+            f"  hash       {study.digest}",
+        )
+    )

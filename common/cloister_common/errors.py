@@ -1,0 +1,355 @@
+"""Every error that Cloister raises on purpose, in one tree.
+
+::
+
+    CloisterError
+    ├── InputError                 1xx, exit 2: a file or an option that a person wrote
+    │   ├── StudyInvalid           CLO-101
+    │   ├── SiteFileInvalid        CLO-102
+    │   ├── FileUnreadable         CLO-103
+    │   ├── OutputInTheWay         CLO-104
+    │   ├── TooFewSitesGiven       CLO-105
+    │   └── OptionInvalid          CLO-106
+    ├── DataError                  2xx, exit 3: the images and labels of a site
+    │   ├── LabelMissing           CLO-201
+    │   ├── LabelWithoutImage      CLO-202
+    │   ├── SiteEmpty              CLO-203
+    │   ├── OneClassOnly           CLO-204
+    │   ├── FolderUnreadable       CLO-205
+    │   ├── LabelsInvalid          CLO-206
+    │   ├── CohortTooSmall         CLO-207
+    │   └── DecoderUnfit           CLO-208
+    ├── PrivacyError               3xx, exit 4: the ledger, the budget, the site's policy
+    │   ├── BudgetExhausted        CLO-301
+    │   ├── LedgerDamaged          CLO-302
+    │   ├── PolicyRefused          CLO-303
+    │   ├── EpsilonUnreachable     CLO-304
+    │   └── RoundAlreadySpent      CLO-305
+    ├── ModelError                 4xx, exit 5: networks, vectors and model files
+    │   ├── NetworkUnfit           CLO-401
+    │   ├── ModelFileInvalid       CLO-402
+    │   └── UpdateInvalid          CLO-403
+    ├── RunError                   5xx, exit 6: rounds and the federation
+    │   ├── TooFewSites            CLO-501
+    │   ├── MessageInvalid         CLO-502
+    │   ├── ResumeMismatch         CLO-503
+    │   └── NothingToResume        CLO-504
+    ├── InstallError               6xx, exit 7: what is installed
+    │   └── ExtraMissing           CLO-601
+    └── InternalError              CLO-901, exit 70: a fault of Cloister itself
+
+A message says what happened, why, and what to do. It never carries a patient's data, a path
+inside a site's data folder, or the text of a library's exception: such text quotes values.
+Files that are turned away one by one do not raise; they carry a ``Reject`` reason, which has a
+number and a page of its own.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class CloisterError(Exception):
+    """Base of all intended errors.
+
+    Args:
+        what: what happened, one sentence.
+        why: the cause, as far as it is known.
+        remedy: what the reader can do about it.
+    """
+
+    code: ClassVar[str] = "CLO-900"
+    title: ClassVar[str] = "Cloister error"
+    exit_status: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, why: str = "", remedy: str = "") -> None:
+        self.what = what
+        self.why = why
+        self.remedy = remedy
+        super().__init__(self._compose())
+
+    def _compose(self) -> str:
+        parts = [self.what, self.why, self.remedy]
+        return f"{self.code}: " + " ".join(part for part in parts if part)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Ray carries errors between processes; the default would drop the keyword arguments.
+        return (_rebuild, (type(self), self.what, self.why, self.remedy))
+
+
+def _rebuild(kind: type[CloisterError], what: str, why: str, remedy: str) -> CloisterError:
+    return kind(what, why=why, remedy=remedy)
+
+
+@dataclass(frozen=True, order=True)
+class Fault:
+    """One fault in a file that a person wrote.
+
+    Attributes:
+        line: 1-based line in the file, or 0 where no line can be named.
+        key: dotted path of the key, such as ``training.rounds``.
+        message: what is wrong with it.
+        hint: what to write instead; may be empty.
+    """
+
+    line: int
+    key: str
+    message: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        where = f"line {self.line}: " if self.line else ""
+        hint = f" {self.hint}" if self.hint else ""
+        return f"{where}{self.key}: {self.message}{hint}"
+
+
+class InputError(CloisterError):
+    title = "Bad input"
+    exit_status = 2
+
+
+class _FaultyFile(InputError):
+    """A file with faults, all of them told in one go."""
+
+    faults: tuple[Fault, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, faults: Sequence[Fault]) -> _FaultyFile:
+        ordered = tuple(sorted(faults))
+        count = "1 fault" if len(ordered) == 1 else f"{len(ordered)} faults"
+        listing = "\n".join(f"  {fault}" for fault in ordered)
+        error = cls(f"{name} has {count}:\n{listing}")
+        error.faults = ordered
+        return error
+
+
+class StudyInvalid(_FaultyFile):
+    code = "CLO-101"
+    title = "The study file has faults"
+
+
+class SiteFileInvalid(_FaultyFile):
+    code = "CLO-102"
+    title = "The site file has faults"
+
+
+class FileUnreadable(InputError):
+    code = "CLO-103"
+    title = "A file cannot be read"
+
+
+class OutputInTheWay(InputError):
+    code = "CLO-104"
+    title = "The output folder already holds something"
+
+
+class TooFewSitesGiven(InputError):
+    code = "CLO-105"
+    title = "The study asks for more sites than there are"
+
+
+class OptionInvalid(InputError):
+    code = "CLO-106"
+    title = "An option has a value that cannot be used"
+
+
+class DataError(CloisterError):
+    title = "The site's data cannot be used"
+    exit_status = 3
+
+
+class LabelMissing(DataError):
+    code = "CLO-201"
+    title = "Images have no label"
+
+
+class LabelWithoutImage(DataError):
+    code = "CLO-202"
+    title = "Labels belong to no image"
+
+
+class SiteEmpty(DataError):
+    code = "CLO-203"
+    title = "The site has no usable image"
+
+
+class OneClassOnly(DataError):
+    code = "CLO-204"
+    title = "The site has patients of one class only"
+
+
+class FolderUnreadable(DataError):
+    code = "CLO-205"
+    title = "The data folder cannot be read"
+
+
+class LabelsInvalid(DataError):
+    code = "CLO-206"
+    title = "The labels file cannot be used"
+
+
+class CohortTooSmall(DataError):
+    code = "CLO-207"
+    title = "The site has too few patients of a class"
+
+
+class DecoderUnfit(DataError):
+    code = "CLO-208"
+    title = "A decoder gave a wrong answer to its known-answer test"
+
+
+class PrivacyError(CloisterError):
+    title = "Refused to protect privacy"
+    exit_status = 4
+
+
+class BudgetExhausted(PrivacyError):
+    code = "CLO-301"
+    title = "The privacy budget does not suffice"
+
+
+class LedgerDamaged(PrivacyError):
+    code = "CLO-302"
+    title = "The privacy ledger is damaged"
+
+
+class PolicyRefused(PrivacyError):
+    code = "CLO-303"
+    title = "The site's policy does not allow the study"
+
+
+class EpsilonUnreachable(PrivacyError):
+    code = "CLO-304"
+    title = "No noise gives the epsilon that was asked for"
+
+
+class RoundAlreadySpent(PrivacyError):
+    code = "CLO-305"
+    title = "The round was already charged and is not trained again"
+
+
+class ModelError(CloisterError):
+    title = "The model cannot be used"
+    exit_status = 5
+
+
+class NetworkUnfit(ModelError):
+    code = "CLO-401"
+    title = "The network cannot be trained as the study asks"
+
+
+class ModelFileInvalid(ModelError):
+    code = "CLO-402"
+    title = "The model file is not one that Cloister wrote"
+
+
+class UpdateInvalid(ModelError):
+    code = "CLO-403"
+    title = "A vector has the wrong length or is not finite"
+
+
+class RunError(CloisterError):
+    title = "The run cannot go on"
+    exit_status = 6
+
+
+class TooFewSites(RunError):
+    code = "CLO-501"
+    title = "Too few sites take part"
+
+
+class MessageInvalid(RunError):
+    code = "CLO-502"
+    title = "A message does not have the agreed form"
+
+
+class ResumeMismatch(RunError):
+    code = "CLO-503"
+    title = "The run to resume belongs to another study"
+
+
+class NothingToResume(RunError):
+    code = "CLO-504"
+    title = "There is no run to resume"
+
+
+class InstallError(CloisterError):
+    title = "Something is not installed"
+    exit_status = 7
+
+
+class ExtraMissing(InstallError):
+    code = "CLO-601"
+    title = "A part of Cloister is not installed"
+
+
+class InternalError(CloisterError):
+    code = "CLO-901"
+    title = "A fault of Cloister itself"
+    exit_status = 70
+
+
+class Reject(enum.Enum):
+    """Why one file was turned away; the value is its stable code.
+
+    A reject is counted and listed for the steward at the site; it never stops an ingest.
+    """
+
+    NOT_DICOM = "CLO-210"
+    TRUNCATED = "CLO-211"
+    NO_PIXELS = "CLO-212"
+    TRANSFER_SYNTAX = "CLO-213"
+    SOP_CLASS = "CLO-214"
+    MODALITY = "CLO-215"
+    TOO_LARGE = "CLO-216"
+    FRAMES = "CLO-217"
+    COLOUR = "CLO-218"
+    PREAMBLE = "CLO-219"
+    PIXEL_FORMAT = "CLO-220"
+    DECODE_FAILED = "CLO-221"
+    NO_PATIENT = "CLO-222"
+    BURNED_IN = "CLO-223"
+    DUPLICATE = "CLO-224"
+    UNREADABLE = "CLO-225"
+    OUTSIDE_ROOT = "CLO-226"
+
+    @property
+    def title(self) -> str:
+        return _REJECT_TITLES[self]
+
+
+_REJECT_TITLES = {
+    Reject.NOT_DICOM: "not a DICOM file",
+    Reject.TRUNCATED: "truncated or damaged DICOM file",
+    Reject.NO_PIXELS: "no pixel data",
+    Reject.TRANSFER_SYNTAX: "transfer syntax not accepted",
+    Reject.SOP_CLASS: "SOP class not accepted",
+    Reject.MODALITY: "modality not asked for by the study",
+    Reject.TOO_LARGE: "file or image too large",
+    Reject.FRAMES: "multi-frame image",
+    Reject.COLOUR: "colour image",
+    Reject.PREAMBLE: "preamble is neither empty nor TIFF",
+    Reject.PIXEL_FORMAT: "pixel description is missing or contradicts itself",
+    Reject.DECODE_FAILED: "pixel data cannot be decoded",
+    Reject.NO_PATIENT: "no patient identifier to link by",
+    Reject.BURNED_IN: "text may be burned into the pixels",
+    Reject.DUPLICATE: "same image twice",
+    Reject.UNREADABLE: "file cannot be opened",
+    Reject.OUTSIDE_ROOT: "symbolic link out of the data folder",
+}
+
+
+def all_errors() -> Iterator[type[CloisterError]]:
+    """Yield every concrete error class, in the order of the codes."""
+    found: dict[str, type[CloisterError]] = {}
+    stack: list[type[CloisterError]] = [CloisterError]
+    while stack:
+        kind = stack.pop()
+        stack.extend(kind.__subclasses__())
+        if "code" in kind.__dict__ and kind is not CloisterError:
+            found[kind.code] = kind
+    for code in sorted(found):
+        yield found[code]

@@ -1,0 +1,1 @@
+"""Differential-privacy accounting: pure functions of public constants."""

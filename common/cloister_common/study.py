@@ -1,0 +1,228 @@
+"""The study: what a federation trains, on what, under which privacy; and nothing else.
+
+A study is configuration only. Its canonical form is JSON of the validated model with every
+default filled in, keys sorted, no white space; its hash is SHA-256 over a label and that form.
+Sites approve the hash, so two files that mean the same have the same hash, and no site can
+train with another preprocessing than its neighbour.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from cloister_common.errors import StudyInvalid
+from cloister_common.tomlfile import FileModel, KeyedValueError, parse, read_text
+
+HASH_LABEL = b"cloister/study/v1\0"
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Modality = Literal["CR", "DX", "MG", "CT", "MR"]
+Words = Annotated[tuple[str, ...], Field(strict=False)]
+Pair = Annotated[tuple[float, float], Field(strict=False)]
+
+
+def _distinct(words: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(words)) != len(words):
+        raise ValueError("names one twice.")
+    return words
+
+
+class About(FileModel):
+    """What the study is called and what it asks."""
+
+    name: Name
+    question: Annotated[str, Field(min_length=1, max_length=2000)]
+
+
+class Input(FileModel):
+    """Which images are read and how they become tensors; part of the hash."""
+
+    modalities: Annotated[tuple[Modality, ...], Field(strict=False, min_length=1)] = ("CR", "DX")
+    size: Annotated[int, Field(ge=16, le=1024)] = 128
+    """Side of the square input, in pixels, after an area resize."""
+    windowing: Literal["auto", "voi", "percentile", "fixed"] = "auto"
+    """``auto``: the image's own VOI transform, else percentiles."""
+    percentiles: Pair = (1.0, 99.0)
+    window: Pair | None = None
+    """Centre and width for ``fixed``, in the units after the modality LUT (HU for CT)."""
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> Input:
+        if (self.windowing == "fixed") != (self.window is not None):
+            raise KeyedValueError("window", "is needed for windowing = 'fixed', and only there.")
+        if self.window is not None and self.window[1] <= 0:
+            raise KeyedValueError("window", "has a width that is not above 0.")
+        low, high = self.percentiles
+        if not 0 <= low < high <= 100:
+            raise KeyedValueError("percentiles", "must be two rising numbers from 0 to 100.")
+        return self
+
+
+class Target(FileModel):
+    """The column of the labels file that is predicted, and its classes in order."""
+
+    column: Annotated[str, Field(min_length=1, max_length=128)]
+    classes: Annotated[Words, Field(min_length=2, max_length=64), AfterValidator(_distinct)]
+    """The first class is the reference ("negative") of a binary target."""
+
+
+class Network(FileModel):
+    """A network of the registry and its arguments."""
+
+    name: Name = "small-cnn"
+    arguments: dict[str, int | float | str | bool] = {}
+
+
+class Training(FileModel):
+    """Local training. Rate, steps and divisor are public constants, never a cohort's size."""
+
+    rounds: Annotated[int, Field(ge=1, le=10_000)] = 20
+    steps: Annotated[int | None, Field(ge=1, le=100_000)] = None
+    """Local steps a round; or give ``epochs``."""
+    epochs: Annotated[float | None, Field(gt=0, le=1000)] = None
+    """Expected passes over the patients a round: ``ceil(epochs / sampling_rate)`` steps."""
+    sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Probability with which each patient joins a step (Poisson sampling)."""
+    expected_batch: Annotated[float, Field(ge=1, le=1e7)] = 64
+    """Divisor of the clipped sum, in patients: a round guess, public, the same at all sites."""
+    images_per_patient: Annotated[int, Field(ge=1, le=64)] = 4
+    """At most so many images of a sampled patient are drawn for a step."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    learning_rate: Annotated[float, Field(gt=0, le=1000)] = 0.5
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    engine: Literal["patients", "opacus"] = "patients"
+    """``patients``: one gradient a patient; ``opacus``: through Opacus' own hooks."""
+    augment: bool = False
+    """Mirror and shift the images of a patient at random, inside the unit."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Initial weights, and sampling where privacy is off. Never the noise."""
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> Training:
+        if self.steps is not None and self.epochs is not None:
+            raise KeyedValueError("epochs", "cannot stand beside 'steps'; give one of them.")
+        return self
+
+    @property
+    def steps_per_round(self) -> int:
+        """Local steps a round, from ``steps`` or ``epochs``; 1 where neither is given."""
+        if self.epochs is not None:
+            return max(1, math.ceil(self.epochs / self.sampling_rate - 1e-9))
+        return self.steps or 1
+
+    @property
+    def total_steps(self) -> int:
+        """T of the accountant: noised steps over the whole study."""
+        return self.rounds * self.steps_per_round
+
+
+class Privacy(FileModel):
+    """The promise a site makes to its patients: (epsilon, delta), add or remove one patient."""
+
+    enabled: bool = True
+    unit: Literal["patient"] = "patient"
+    epsilon: Annotated[float, Field(gt=0, le=1000)] = 3.0
+    delta: Annotated[float, Field(gt=0, lt=0.1)] = 1e-5
+    clipping_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """C: L2 bound of one patient's gradient."""
+
+
+class Aggregation(FileModel):
+    """How the server turns the sites' updates into the next model."""
+
+    strategy: Literal["fedavg", "fedprox", "fedadam", "fedyogi"] = "fedavg"
+    min_sites: Annotated[int, Field(ge=1, le=1000)] = 5
+    """Fewest sites that a round may be built from."""
+    weights: dict[Name, Annotated[float, Field(gt=0, le=1000)]] = {}
+    """Public weight of a site by name; 1 where it is not named. Never a cohort's size."""
+    server_learning_rate: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    """Adaptivity of FedAdam and FedYogi (Reddi et al. 2021)."""
+    proximal_mu: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Pull towards the global model in FedProx (Li et al. 2020)."""
+
+    @model_validator(mode="after")
+    def _proximal(self) -> Aggregation:
+        if (self.strategy == "fedprox") != (self.proximal_mu > 0):
+            raise KeyedValueError(
+                "proximal_mu", "must be above 0 for strategy = 'fedprox', and only there."
+            )
+        return self
+
+
+class Evaluation(FileModel):
+    """When the global model is measured, and on whom."""
+
+    every: Annotated[int, Field(ge=1)] = 1
+    """Rounds between two evaluations; the first and the last model are always evaluated."""
+    site_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of a site's own patients kept for evaluation; used only where privacy is off."""
+
+
+class Study(FileModel):
+    """A validated study; build it with ``load_study`` or ``parse_study``."""
+
+    study: About
+    input: Input = Input()
+    target: Target
+    network: Network = Network()
+    training: Training = Training()
+    privacy: Privacy = Privacy()
+    aggregation: Aggregation = Aggregation()
+    evaluation: Evaluation = Evaluation()
+
+    def canonical(self) -> str:
+        """The canonical JSON that is hashed, approved and sent."""
+        return json.dumps(
+            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False
+        )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical form under its label, 64 hexadecimal digits."""
+        return hashlib.sha256(HASH_LABEL + self.canonical().encode()).hexdigest()
+
+    @property
+    def outputs(self) -> int:
+        """Width of the network's last layer: one logit a class."""
+        return len(self.target.classes)
+
+
+def parse_study(text: str, name: str = "study.toml") -> Study:
+    """Validate the text of a study file.
+
+    Raises:
+        StudyInvalid: with every fault, its line and the nearest key.
+    """
+    study, faults = parse(text, Study)
+    if study is None:
+        raise StudyInvalid.of(name, faults)
+    return study
+
+
+def load_study(path: Path) -> Study:
+    """Read and validate a study file; see ``parse_study``."""
+    return parse_study(read_text(path), path.name)
+
+
+def study_from_canonical(text: str) -> Study:
+    """Rebuild a study from its canonical JSON, as it arrives in a message.
+
+    Raises:
+        StudyInvalid: it is not the canonical form of a valid study.
+    """
+    try:
+        study = Study.model_validate_json(text, strict=False)
+    except ValueError:
+        study = None
+    if study is None or study.canonical() != text:
+        raise StudyInvalid("The study in the message is not in canonical form.")
+    return study

@@ -1,0 +1,213 @@
+"""TOML files that people write: read whole, judged whole, every fault with its line.
+
+``tomllib`` gives no positions, so ``key_lines`` finds them in the text; values always come from
+``tomllib``, and a position that cannot be found is reported as line 0 rather than guessed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from cloister_common.errors import Fault, FileUnreadable
+
+MAX_BYTES = 1 << 20
+"""Largest file that is read; a hand-written file is a thousand times smaller."""
+
+_KEY = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')"""
+_DOTTED = re.compile(rf"\s*({_KEY}(?:\s*\.\s*{_KEY})*)\s*=")
+_TABLE = re.compile(rf"\s*\[(\[?)\s*({_KEY}(?:\s*\.\s*{_KEY})*)\s*\]")
+_PART = re.compile(_KEY)
+_AT_LINE = re.compile(r" \(at line (\d+), column (\d+)\)$")
+
+KeyPath = tuple[str, ...]
+ModelT = TypeVar("ModelT", bound="FileModel")
+
+
+class FileModel(BaseModel):
+    """Base of every table of a hand-written file: unknown keys and wrong types are faults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file that a person wrote.
+
+    Raises:
+        FileUnreadable: it is missing, too large, not a file, or not UTF-8.
+    """
+    name = path.name
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise FileUnreadable(f"{name} is larger than 1 MiB.", remedy="Name the right file.")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise FileUnreadable(f"{name} is not UTF-8 text.", remedy="Save it as UTF-8.") from None
+    except OSError as error:
+        why = (error.strerror or "the system gave no reason") + "."
+        raise FileUnreadable(
+            f"{name} cannot be read.", why=why, remedy="Check the path and its permissions."
+        ) from None
+
+
+def parse(text: str, model: type[ModelT]) -> tuple[ModelT | None, tuple[Fault, ...]]:
+    """Judge ``text`` against ``model``: the parsed model, or all faults at once."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        return None, (_syntax_fault(str(error), text),)
+    lines = key_lines(text)
+    faults: set[Fault] = set()
+    taken: set[tuple[int | str, ...]] = set()
+    while True:
+        try:
+            valid = model.model_validate(data)
+        except ValidationError as error:
+            details = [detail for detail in error.errors() if detail["loc"] not in taken]
+            faults |= {_fault(detail, model, lines) for detail in details}
+            taken |= {detail["loc"] for detail in details}
+            # A table with a faulty key is never asked how its keys fit together, so the faulty
+            # ones are taken out and the rest is judged again.
+            if sum(_take_out(data, detail["loc"]) for detail in details) == 0:
+                return None, tuple(sorted(faults))
+        else:
+            return (None if faults else valid), tuple(sorted(faults))
+
+
+def _take_out(data: dict[str, Any], location: Sequence[int | str]) -> bool:
+    here: Any = data
+    for depth, part in enumerate(location):
+        if not isinstance(here, dict) or part not in here:
+            return False
+        if depth == len(location) - 1 or not isinstance(here[part], dict):
+            del here[part]
+            return True
+        here = here[part]
+    return False
+
+
+def key_lines(text: str) -> dict[KeyPath, int]:
+    """Map the path of each key and table in TOML text to its 1-based line (first mention)."""
+    found: dict[KeyPath, int] = {}
+    table: KeyPath = ()
+    for number, line in _statements(text):
+        header = _TABLE.match(line)
+        if header:
+            table = _split(header.group(2))
+            _note(found, table, number)
+            continue
+        pair = _DOTTED.match(line)
+        if pair:
+            _note(found, table + _split(pair.group(1)), number)
+    return found
+
+
+def _note(found: dict[KeyPath, int], path: KeyPath, number: int) -> None:
+    for end in range(1, len(path) + 1):
+        found.setdefault(path[:end], number)
+
+
+def _split(dotted: str) -> KeyPath:
+    return tuple(part[1:-1] if part[0] in "\"'" else part for part in _PART.findall(dotted))
+
+
+def _statements(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines on which a statement starts: not inside a string or an array."""
+    closing = ""
+    depth = 0
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not closing and depth == 0:
+            yield number, line
+        # A table header's brackets close on their own line, so they need no special case.
+        position = 0
+        while position < len(line):
+            rest = line[position:]
+            if closing:
+                end = rest.find(closing)
+                if end < 0:
+                    break
+                position += end + len(closing)
+                closing = ""
+            elif rest.startswith(('"""', "'''")):
+                closing = rest[:3]
+                position += 3
+            elif rest[0] == "#":
+                break
+            elif rest[0] in "\"'":
+                match = re.match(r'"(?:[^"\\]|\\.)*"|\'[^\']*\'', rest)
+                position += match.end() if match else len(rest)
+            else:
+                depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(rest[0], 0)
+                position += 1
+        depth = max(depth, 0)
+
+
+def _syntax_fault(message: str, text: str) -> Fault:
+    match = _AT_LINE.search(message)
+    if match:
+        return Fault(int(match.group(1)), "TOML", message[: match.start()] + ".")
+    message = message.removesuffix(" (at end of document)")
+    return Fault(len(text.splitlines()), "TOML", message + ".")
+
+
+def _fault(detail: ErrorDetails, model: type[BaseModel], lines: Mapping[KeyPath, int]) -> Fault:
+    path = tuple(str(part) for part in detail["loc"])
+    named = tuple(part for part in path if not part.isdigit())
+    key = ".".join(path) or "file"
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        return Fault(_line(named, lines), key, "is not a known key.", _nearest(path, model))
+    if kind == "missing":
+        return Fault(_line(named, lines), key, "is missing.")
+    if kind == "value_error":
+        error = detail.get("ctx", {}).get("error")
+        located = getattr(error, "key", "")
+        if located:
+            path = (*path, *located.split("."))
+            key = ".".join(path)
+        return Fault(_line(path, lines), key, str(error))
+    message = detail["msg"][:1].lower() + detail["msg"][1:] + "."
+    return Fault(_line(named, lines), key, message, _given(detail["input"]))
+
+
+class KeyedValueError(ValueError):
+    """A fault that a validator of several keys pins on one of them."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+def _given(value: Any) -> str:
+    if isinstance(value, bool | int | float | str) and len(repr(value)) <= 60:
+        return f"It says {value!r}."
+    return ""
+
+
+def _line(path: Sequence[str], lines: Mapping[KeyPath, int]) -> int:
+    for end in range(len(path), 0, -1):
+        if tuple(path[:end]) in lines:
+            return lines[tuple(path[:end])]
+    return 0
+
+
+def _nearest(path: KeyPath, model: type[BaseModel]) -> str:
+    """Name the valid key that is most like the last part of ``path``."""
+    here: Any = model
+    for part in path[:-1]:
+        fields = getattr(here, "model_fields", {})
+        here = fields[part].annotation if part in fields else None
+    if not (isinstance(here, type) and issubclass(here, BaseModel)):
+        return ""
+    names = list(here.model_fields)
+    close = difflib.get_close_matches(path[-1], names, n=1, cutoff=0.6)
+    if close:
+        return f"Did you mean '{close[0]}'?"
+    return f"Known keys here: {', '.join(names)}."

@@ -1,0 +1,1 @@
+"""The coordinating site: rounds, optimisers, checkpoints, reports and the simulation."""

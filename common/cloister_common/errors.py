@@ -77,7 +77,7 @@ class CloisterError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Ray carries errors between processes; the default would drop the keyword arguments.
-        return (_rebuild, (type(self), self.what, self.why, self.remedy))
+        return (_rebuild, (type(self), self.what, self.why, self.remedy), dict(self.__dict__))
 
 
 def _rebuild(kind: type[CloisterError], what: str, why: str, remedy: str) -> CloisterError:

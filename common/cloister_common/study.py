@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -84,7 +84,7 @@ class Training(FileModel):
 
     rounds: Annotated[int, Field(ge=1, le=10_000)] = 20
     steps: Annotated[int | None, Field(ge=1, le=100_000)] = None
-    """Local steps a round; or give ``epochs``."""
+    """Local steps a round; or give ``epochs``. 1 where neither is given."""
     epochs: Annotated[float | None, Field(gt=0, le=1000)] = None
     """Expected passes over the patients a round: ``ceil(epochs / sampling_rate)`` steps."""
     sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -103,6 +103,14 @@ class Training(FileModel):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Initial weights, and sampling where privacy is off. Never the noise."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_step(cls, given: Any) -> Any:
+        # Filled in here, so that a file that says the default has the hash of one that does not.
+        if isinstance(given, dict) and given.get("steps") is None and given.get("epochs") is None:
+            return {**given, "steps": 1}
+        return given
+
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> Training:
         if self.steps is not None and self.epochs is not None:
@@ -111,7 +119,7 @@ class Training(FileModel):
 
     @property
     def steps_per_round(self) -> int:
-        """Local steps a round, from ``steps`` or ``epochs``; 1 where neither is given."""
+        """Local steps a round, from ``steps`` or ``epochs``."""
         if self.epochs is not None:
             return max(1, math.ceil(self.epochs / self.sampling_rate - 1e-9))
         return self.steps or 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import stat
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,9 +26,16 @@ _KEY = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')"""
 _DOTTED = re.compile(rf"\s*({_KEY}(?:\s*\.\s*{_KEY})*)\s*=")
 _TABLE = re.compile(rf"\s*\[(\[?)\s*({_KEY}(?:\s*\.\s*{_KEY})*)\s*\]")
 _PART = re.compile(_KEY)
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|\'[^\']*\'')
+_CLOSING = {
+    # A string may end in up to two quotes of its own, right before the three that close it.
+    '"""': re.compile(r'(?:[^"\\]|\\.|"{1,2}(?!"))*?"{3,5}'),
+    "'''": re.compile(r"(?:[^']|'{1,2}(?!'))*?'{3,5}"),
+}
 _AT_LINE = re.compile(r" \(at line (\d+), column (\d+)\)$")
 
 KeyPath = tuple[str, ...]
+Location = tuple[int | str, ...]
 ModelT = TypeVar("ModelT", bound="FileModel")
 
 
@@ -45,7 +53,11 @@ def read_text(path: Path) -> str:
     """
     name = path.name
     try:
-        if path.stat().st_size > MAX_BYTES:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            # A pipe would be waited for, a device read for ever.
+            raise FileUnreadable(f"{name} is not a file.", remedy="Name the right file.")
+        if about.st_size > MAX_BYTES:
             raise FileUnreadable(f"{name} is larger than 1 MiB.", remedy="Name the right file.")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -63,34 +75,55 @@ def parse(text: str, model: type[ModelT]) -> tuple[ModelT | None, tuple[Fault, .
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         return None, (_syntax_fault(str(error), text),)
+    except (ValueError, RecursionError):
+        # A number of thousands of digits, or brackets thousands deep: tomllib lets both escape.
+        return None, (Fault(0, "TOML", "Holds a value that is too long or too deep to read."),)
     lines = key_lines(text)
     faults: set[Fault] = set()
-    taken: set[tuple[int | str, ...]] = set()
+    taken: set[Location] = set()
     while True:
         try:
             valid = model.model_validate(data)
         except ValidationError as error:
-            details = [detail for detail in error.errors() if detail["loc"] not in taken]
-            faults |= {_fault(detail, model, lines) for detail in details}
-            taken |= {detail["loc"] for detail in details}
+            # What was taken out is missing now, which is no fault of the file.
+            details = [detail for detail in _told(error) if detail["loc"] not in taken]
+            faults |= {_fault(detail, data, model, lines) for detail in details}
             # A table with a faulty key is never asked how its keys fit together, so the faulty
             # ones are taken out and the rest is judged again.
-            if sum(_take_out(data, detail["loc"]) for detail in details) == 0:
+            out = {_take_out(data, detail["loc"]) for detail in details} - {()}
+            if not out:
                 return None, tuple(sorted(faults))
+            taken |= out
         else:
             return (None if faults else valid), tuple(sorted(faults))
 
 
-def _take_out(data: dict[str, Any], location: Sequence[int | str]) -> bool:
+def _told(error: ValidationError) -> list[ErrorDetails]:
+    """Return the errors of a validation, without those that only follow from others."""
+    details = error.errors(include_url=False)
+    places = [detail["loc"] for detail in details]
+
+    def follows(detail: ErrorDetails) -> bool:
+        # pydantic counts a list as short by the items that it refused.
+        here = detail["loc"]
+        return detail["type"] == "too_short" and any(
+            len(place) > len(here) and place[: len(here)] == here for place in places
+        )
+
+    return [detail for detail in details if not follows(detail)]
+
+
+def _take_out(data: dict[str, Any], location: Location) -> Location:
+    """Delete what an error points at, or the value that holds it; return what was deleted."""
     here: Any = data
     for depth, part in enumerate(location):
         if not isinstance(here, dict) or part not in here:
-            return False
+            return ()
         if depth == len(location) - 1 or not isinstance(here[part], dict):
             del here[part]
-            return True
+            return location[: depth + 1]
         here = here[part]
-    return False
+    return ()
 
 
 def key_lines(text: str) -> dict[KeyPath, int]:
@@ -115,14 +148,23 @@ def _note(found: dict[KeyPath, int], path: KeyPath, number: int) -> None:
 
 
 def _split(dotted: str) -> KeyPath:
-    return tuple(part[1:-1] if part[0] in "\"'" else part for part in _PART.findall(dotted))
+    return tuple(_bare(part) for part in _PART.findall(dotted))
+
+
+def _bare(part: str) -> str:
+    if part[0] == '"' and "\\" in part:
+        try:
+            return str(tomllib.loads(f"key = {part}")["key"])
+        except tomllib.TOMLDecodeError:
+            return part
+    return part[1:-1] if part[0] in "\"'" else part
 
 
 def _statements(text: str) -> Iterator[tuple[int, str]]:
     """Yield the lines on which a statement starts: not inside a string or an array."""
     closing = ""
     depth = 0
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(_lines(text), start=1):
         if not closing and depth == 0:
             yield number, line
         # A table header's brackets close on their own line, so they need no special case.
@@ -130,10 +172,10 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
         while position < len(line):
             rest = line[position:]
             if closing:
-                end = rest.find(closing)
-                if end < 0:
+                match = _CLOSING[closing].match(rest)
+                if not match:
                     break
-                position += end + len(closing)
+                position += match.end()
                 closing = ""
             elif rest.startswith(('"""', "'''")):
                 closing = rest[:3]
@@ -141,7 +183,7 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
             elif rest[0] == "#":
                 break
             elif rest[0] in "\"'":
-                match = re.match(r'"(?:[^"\\]|\\.)*"|\'[^\']*\'', rest)
+                match = _STRING.match(rest)
                 position += match.end() if match else len(rest)
             else:
                 depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(rest[0], 0)
@@ -149,23 +191,34 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
         depth = max(depth, 0)
 
 
+def _lines(text: str) -> list[str]:
+    """Split as TOML does; ``str.splitlines`` would also split at U+2028 and its like."""
+    return text.replace("\r\n", "\n").split("\n")
+
+
 def _syntax_fault(message: str, text: str) -> Fault:
     match = _AT_LINE.search(message)
     if match:
         return Fault(int(match.group(1)), "TOML", message[: match.start()] + ".")
     message = message.removesuffix(" (at end of document)")
-    return Fault(len(text.splitlines()), "TOML", message + ".")
+    return Fault(len(_lines(text.rstrip())), "TOML", message + ".")
 
 
-def _fault(detail: ErrorDetails, model: type[BaseModel], lines: Mapping[KeyPath, int]) -> Fault:
-    path = tuple(str(part) for part in detail["loc"])
-    named = tuple(part for part in path if not part.isdigit())
+def _fault(
+    detail: ErrorDetails,
+    data: Mapping[str, Any],
+    model: type[BaseModel],
+    lines: Mapping[KeyPath, int],
+) -> Fault:
+    kind, location = detail["type"], detail["loc"]
+    given = location if kind == "missing" else _written(location, data)
+    path = tuple(str(part) for part in given)
     key = ".".join(path) or "file"
-    kind = detail["type"]
+    line = _line([part for part in given if isinstance(part, str)], lines)
     if kind == "extra_forbidden":
-        return Fault(_line(named, lines), key, "is not a known key.", _nearest(path, model))
+        return Fault(line, key, "is not a known key.", _nearest(path, model))
     if kind == "missing":
-        return Fault(_line(named, lines), key, "is missing.")
+        return Fault(line, key, "is missing.")
     if kind == "value_error":
         error = detail.get("ctx", {}).get("error")
         located = getattr(error, "key", "")
@@ -173,8 +226,22 @@ def _fault(detail: ErrorDetails, model: type[BaseModel], lines: Mapping[KeyPath,
             path = (*path, *located.split("."))
             key = ".".join(path)
         return Fault(_line(path, lines), key, str(error))
+    if len(given) < len(location) and location[-1] != "[key]":
+        # One error for each type that the key could have had.
+        return Fault(line, key, "has a value of a type that is not accepted.")
     message = detail["msg"][:1].lower() + detail["msg"][1:] + "."
-    return Fault(_line(named, lines), key, message, _given(detail["input"]))
+    return Fault(line, key, message, _given(detail["input"]))
+
+
+def _written(location: Location, data: Mapping[str, Any]) -> Location:
+    """Cut off what pydantic adds to a location: the type it tried, or ``[key]``."""
+    here: Any = data
+    for depth, part in enumerate(location):
+        within = isinstance(here, dict) and part in here
+        if not within and not (isinstance(here, list) and isinstance(part, int)):
+            return location[:depth]
+        here = here[part]
+    return location
 
 
 class KeyedValueError(ValueError):
@@ -186,6 +253,8 @@ class KeyedValueError(ValueError):
 
 
 def _given(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 200:
+        return ""  # Python refuses to print an integer of thousands of digits
     if isinstance(value, bool | int | float | str) and len(repr(value)) <= 60:
         return f"It says {value!r}."
     return ""

@@ -1,0 +1,214 @@
+"""The messages of a round, typed; the only module that knows Flower's records.
+
+A message is a frozen dataclass. ``pack`` turns it into a Flower ``RecordDict``: one
+``ConfigRecord`` with its scalar fields and, where it has a vector, one ``ArrayRecord`` with one
+array (one flat array is what Flower moves fastest). ``unpack`` takes nothing that is missing,
+additional, of another type or of another version, so what a side may say is a list known in
+advance. Vectors travel as raw little-endian bytes: no pickle, no ``.npy`` header to parse.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar, get_type_hints
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from cloister_common.errors import MessageInvalid
+
+VERSION = "cloister/round/v1"
+_HEAD = "cloister"
+_BODY = "vector"
+_STYPE = "cloister.raw"
+
+Vector = npt.NDArray[np.float32]
+Counts = npt.NDArray[np.int64]
+MessageT = TypeVar("MessageT", bound="RoundMessage")
+
+
+class Refused(enum.StrEnum):
+    """The closed list of reasons that a site may give; what depends on data is coarse."""
+
+    POLICY = "policy"
+    """The study asks for more than the site's policy allows."""
+    BUDGET = "budget"
+    """The privacy budget does not suffice."""
+    SPENT = "round-spent"
+    """The round was charged before and is not trained again."""
+    MESSAGE = "message"
+    """The request does not have the agreed form."""
+    DECLINED = "declined"
+    """Everything else. The site's own operator sees why."""
+
+
+@dataclass(frozen=True)
+class RoundMessage:
+    """Base of all messages; ``kind`` tells them apart."""
+
+    kind: ClassVar[str]
+
+
+@dataclass(frozen=True)
+class Prepare(RoundMessage):
+    """Server to site: will you take part in this study?"""
+
+    kind = "prepare"
+    study: str
+    """Canonical JSON of the study."""
+    run: str
+    sites: int
+    """Number of invited sites."""
+
+
+@dataclass(frozen=True)
+class Prepared(RoundMessage):
+    """Site to server: yes. It says nothing about the site's data."""
+
+    kind = "prepared"
+    site: str
+
+
+@dataclass(frozen=True)
+class TrainTask(RoundMessage):
+    """Server to site: train this round from this model."""
+
+    kind = "train"
+    study: str
+    run: str
+    round: int
+    """1-based."""
+    sites: int
+    vector: Vector
+    """The global model, flat, (D,)."""
+
+
+@dataclass(frozen=True)
+class Update(RoundMessage):
+    """Site to server: new weights minus old, flat, (D,); noised at the site where privacy is on."""
+
+    kind = "update"
+    site: str
+    round: int
+    vector: Vector
+
+
+@dataclass(frozen=True)
+class EvaluateTask(RoundMessage):
+    """Server to site: measure this model on patients of your own (privacy off only)."""
+
+    kind = "evaluate"
+    study: str
+    run: str
+    round: int
+    sites: int
+    vector: Vector
+
+
+@dataclass(frozen=True)
+class Evaluated(RoundMessage):
+    """Site to server: score histograms, patients counted.
+
+    ``counts`` is flat: (curves, 2, bins), the patients without and with a class, by its score;
+    one curve for a binary target (the second class), else one a class.
+    """
+
+    kind = "evaluated"
+    site: str
+    round: int
+    bins: int
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Refusal(RoundMessage):
+    """Site to server: no, with a reason of the closed list."""
+
+    kind = "refusal"
+    site: str
+    reason: str
+
+
+_DTYPES: dict[str, np.dtype[Any]] = {"vector": np.dtype("<f4"), "counts": np.dtype("<i8")}
+
+
+def pack(message: RoundMessage) -> RecordDict:
+    """Turn a message into Flower's records."""
+    head: dict[str, str | int] = {"version": VERSION, "kind": message.kind}
+    records = RecordDict()
+    for field in dataclasses.fields(message):
+        value = getattr(message, field.name)
+        if field.name in _DTYPES:
+            flat = np.ascontiguousarray(value, dtype=_DTYPES[field.name]).reshape(-1)
+            array = Array(str(flat.dtype), (int(flat.size),), _STYPE, flat.tobytes())
+            records[_BODY] = ArrayRecord({field.name: array})
+        else:
+            head[field.name] = value
+    records[_HEAD] = ConfigRecord(head)  # type: ignore[arg-type]
+    return records
+
+
+def unpack(records: RecordDict, *kinds: type[MessageT]) -> MessageT:
+    """Read one of the expected messages out of Flower's records.
+
+    Raises:
+        MessageInvalid: it is none of them, or not exactly so.
+    """
+    head = records.get(_HEAD)
+    if not isinstance(head, ConfigRecord) or head.get("version") != VERSION:
+        raise MessageInvalid("A message does not speak this version of the protocol.")
+    wanted = {kind.kind: kind for kind in kinds}
+    kind = wanted.get(str(head.get("kind")))
+    if kind is None:
+        raise MessageInvalid("A message of another kind was expected.")
+    scalars, array = _shape(kind)
+    if set(head) != {"version", "kind", *scalars} or set(records) != {_HEAD} | (
+        {_BODY} if array else set()
+    ):
+        raise MessageInvalid(f"A message '{kind.kind}' has other fields than agreed.")
+    values: dict[str, Any] = {}
+    for name, expected in scalars.items():
+        value = head[name]
+        if type(value) is not expected:
+            raise MessageInvalid(f"'{name}' of a message '{kind.kind}' has another type.")
+        values[name] = value
+    if array:
+        values[array] = _read_array(records[_BODY], array)
+    return kind(**values)
+
+
+def payload_bytes(records: RecordDict) -> int:
+    """Bytes of what a message says: arrays, names and values, without Flower's framing."""
+    total = 0
+    for record in records.values():
+        if isinstance(record, ArrayRecord):
+            total += sum(len(name) + len(array.data) for name, array in record.items())
+        else:
+            total += sum(len(str(name)) + len(str(value)) for name, value in record.items())
+    return total
+
+
+def _shape(kind: type[RoundMessage]) -> tuple[dict[str, type], str | None]:
+    hints = get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    array = next((name for name in names if name in _DTYPES), None)
+    return {name: hints[name] for name in names if name not in _DTYPES}, array
+
+
+def _read_array(record: object, name: str) -> npt.NDArray[Any]:
+    dtype = _DTYPES[name]
+    if not isinstance(record, ArrayRecord) or set(record) != {name}:
+        raise MessageInvalid("A message carries other arrays than agreed.")
+    array = record[name]
+    agreed = (
+        array.stype == _STYPE
+        and array.dtype == str(dtype)
+        and len(array.shape) == 1
+        and len(array.data) == array.shape[0] * dtype.itemsize
+    )
+    if not agreed:
+        raise MessageInvalid("An array of a message does not have the agreed form.")
+    return np.frombuffer(array.data, dtype=dtype)

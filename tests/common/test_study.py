@@ -1,0 +1,375 @@
+"""The study: judged whole, hashed by meaning."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cloister_common.errors import StudyInvalid
+from cloister_common.study import Study, load_study, parse_study, study_from_canonical
+
+TEN_LINES = """\
+[study]
+name = "nodule"
+question = "Does the radiograph show a pulmonary nodule?"
+[target]
+column = "finding"
+classes = ["normal", "nodule"]
+[training]
+rounds = 20
+[privacy]
+epsilon = 3.0
+"""
+TEN_LINES_HASH = "907c6b05d78f843e579f41b38e4fbbdfa739c53d604b06ae401a038371eba05c"
+"""Pinned: if it changes, every approval that a steward ever gave is void."""
+
+EXAMPLE = files("cloister_common").joinpath("example_study.toml").read_text("utf-8")
+
+Values = dict[str, Any]
+
+
+def faults(text: str) -> list[tuple[int, str]]:
+    with pytest.raises(StudyInvalid) as caught:
+        parse_study(text)
+    return [(fault.line, fault.key) for fault in caught.value.faults]
+
+
+def with_lines(*lines: str) -> str:
+    """A valid start, closed by ``lines``: the first of them is line 7."""
+    return "\n".join([*TEN_LINES.splitlines()[:6], *lines, ""])
+
+
+# Valid studies
+
+
+def test_ten_lines_are_a_study() -> None:
+    study = parse_study(TEN_LINES)
+    assert len(TEN_LINES.splitlines()) == 10
+    assert study.outputs == 2
+    assert study.privacy.enabled
+    assert (study.training.steps_per_round, study.training.total_steps) == (1, 20)
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ([], 1),
+        (["steps = 7"], 7),
+        (["epochs = 1.0", "sampling_rate = 0.02"], 50),
+        (["epochs = 0.1", "sampling_rate = 0.1"], 1),
+        (["epochs = 0.3", "sampling_rate = 0.1"], 3),
+        (["epochs = 0.5"], 1),
+    ],
+)
+def test_steps_of_a_round(given: list[str], steps: int) -> None:
+    training = parse_study(with_lines("[training]", "rounds = 3", *given)).training
+    assert (training.steps_per_round, training.total_steps) == (steps, 3 * steps)
+
+
+def test_load_study_names_the_file_and_not_its_folder(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
+    good.write_text(TEN_LINES, encoding="utf-8-sig", newline="\r\n")
+    bad.write_text("")
+    assert load_study(good) == parse_study(TEN_LINES)
+    with pytest.raises(StudyInvalid, match=r"bad\.toml has 2 faults") as caught:
+        load_study(bad)
+    assert str(tmp_path) not in str(caught.value)
+
+
+# Faults
+
+
+def test_five_faults_are_told_at_once() -> None:
+    text = """\
+[study]
+name = "No Dule"
+question = "Does it?"
+
+[target]
+column = "finding"
+classes = ["normal"]
+
+[training]
+round = 20
+steps = 0
+
+[privacy]
+epsilon = -1.0
+"""
+    with pytest.raises(StudyInvalid) as caught:
+        parse_study(text)
+    error = caught.value
+    assert error.code == "CLO-101"
+    assert error.exit_status == 2
+    assert [(fault.line, fault.key) for fault in error.faults] == [
+        (2, "study.name"),
+        (7, "target.classes"),
+        (10, "training.round"),
+        (11, "training.steps"),
+        (14, "privacy.epsilon"),
+    ]
+    message = str(error)
+    assert message.startswith("CLO-101: study.toml has 5 faults:\n")
+    assert "line 10: training.round: is not a known key. Did you mean 'rounds'?" in message
+    assert "line 14: privacy.epsilon: input should be greater than 0. It says -1.0." in message
+
+
+@pytest.mark.parametrize(
+    ("lines", "line", "key"),
+    [
+        (["[input]", 'windowing = "fixed"'], 7, "input.window"),
+        (["[input]", "window = [40.0, 400.0]"], 8, "input.window"),
+        (["[input]", 'windowing = "fixed"', "window = [40.0, 0.0]"], 9, "input.window"),
+        (["[input]", "percentiles = [99.0, 1.0]"], 8, "input.percentiles"),
+        (["[input]", "percentiles = [1.0, 101.0]"], 8, "input.percentiles"),
+        (["[input]", 'modalities = ["US"]'], 8, "input.modalities.0"),
+        (["[input]", "modalities = []"], 8, "input.modalities"),
+        (["[input]", "size = 8"], 8, "input.size"),
+        (["[input]", "size = 128.0"], 8, "input.size"),
+        (["[training]", "steps = 2", "epochs = 1.0"], 9, "training.epochs"),
+        (["[training]", "sampling_rate = 1.5"], 8, "training.sampling_rate"),
+        (["[training]", "momentum = 1.0"], 8, "training.momentum"),
+        (["[training]", "augment = 1"], 8, "training.augment"),
+        (["[privacy]", "epsilon = nan"], 8, "privacy.epsilon"),
+        (["[privacy]", "epsilon = inf"], 8, "privacy.epsilon"),
+        (["[privacy]", 'unit = "image"'], 8, "privacy.unit"),
+        (["[privacy]", "delta = 0.5"], 8, "privacy.delta"),
+        (["[aggregation]", 'strategy = "fedprox"'], 7, "aggregation.proximal_mu"),
+        (["[aggregation]", "proximal_mu = 0.1"], 8, "aggregation.proximal_mu"),
+        (["[aggregation.weights]", "a = 0"], 8, "aggregation.weights.a"),
+        (["[aggregation.weights]", '"A b" = 1'], 8, "aggregation.weights.A b"),
+        (["[evaluation]", "site_fraction = 1.0"], 8, "evaluation.site_fraction"),
+        (["[network]", "arguments = { x = [1] }"], 8, "network.arguments.x"),
+        (["[code]", 'run = "x"'], 7, "code"),
+    ],
+)
+def test_a_faulty_key_is_named_with_its_line(lines: list[str], line: int, key: str) -> None:
+    assert faults(with_lines(*lines)) == [(line, key)]
+
+
+def test_a_class_named_twice_is_a_fault() -> None:
+    text = TEN_LINES.replace('"nodule"]', '"normal"]')
+    assert faults(text) == [(6, "target.classes")]
+
+
+def test_missing_tables_are_told_without_a_line() -> None:
+    assert faults("") == [(0, "study"), (0, "target")]
+    assert faults("[study]\n[target]\n") == [
+        (1, "study.name"),
+        (1, "study.question"),
+        (2, "target.classes"),
+        (2, "target.column"),
+    ]
+
+
+# The hash
+
+
+def test_the_hash_of_the_ten_lines_is_pinned() -> None:
+    assert parse_study(TEN_LINES).digest == TEN_LINES_HASH
+
+
+def test_spelling_does_not_change_the_hash() -> None:
+    study = parse_study(TEN_LINES)
+    everything = json.loads(study.canonical())
+    reordered = dict(reversed([(k, dict(reversed(v.items()))) for k, v in everything.items()]))
+    spellings = [
+        "# a comment\n" + TEN_LINES.replace(" = ", "   =  "),
+        TEN_LINES.replace("\n", "\r\n"),
+        "privacy.epsilon = 3.0\n" + TEN_LINES.partition("[privacy]")[0],
+        TEN_LINES.replace("3.0", "3"),
+        TEN_LINES.replace("3.0", "0.3e1"),
+        TEN_LINES.replace('"nodule"\n', "'nodule'\n"),
+        TEN_LINES.replace("rounds = 20", "rounds = 0x14"),
+        tomli_w.dumps(_without_none(everything)),
+        tomli_w.dumps(_without_none(reordered)),
+        "[evaluation]\n[input]\n" + TEN_LINES,
+    ]
+    for text in spellings:
+        assert parse_study(text).digest == study.digest, text
+
+
+def test_saying_a_default_does_not_change_the_hash() -> None:
+    plain = parse_study(with_lines())
+    for table, values in json.loads(plain.canonical()).items():
+        for key, value in values.items():
+            if table in ("study", "target") or value is None:
+                continue
+            said = with_lines(tomli_w.dumps({table: {key: value}}))
+            assert parse_study(said).digest == plain.digest, (table, key)
+
+
+OTHER: dict[str, Any] = {
+    "study.name": "other",
+    "study.question": "Other?",
+    "input.modalities": ["DX", "CR"],
+    "input.size": 64,
+    "input.windowing": "voi",
+    "input.percentiles": [2.0, 99.0],
+    "input.window": [40.0, 400.0],
+    "target.column": "other",
+    "target.classes": ["nodule", "normal"],
+    "network.name": "resnet18",
+    "network.arguments": {"width": 8},
+    "training.rounds": 21,
+    "training.steps": 2,
+    "training.epochs": 2.0,
+    "training.sampling_rate": 0.5,
+    "training.expected_batch": 32.0,
+    "training.images_per_patient": 2,
+    "training.optimizer": "adam",
+    "training.learning_rate": 0.1,
+    "training.momentum": 0.9,
+    "training.engine": "opacus",
+    "training.augment": True,
+    "training.seed": 1,
+    "privacy.enabled": False,
+    "privacy.unit": None,  # one value only
+    "privacy.epsilon": 2.0,
+    "privacy.delta": 1e-6,
+    "privacy.clipping_norm": 2.0,
+    "aggregation.strategy": "fedadam",
+    "aggregation.min_sites": 3,
+    "aggregation.weights": {"site-a": 2.0},
+    "aggregation.server_learning_rate": 0.5,
+    "aggregation.beta1": 0.5,
+    "aggregation.beta2": 0.5,
+    "aggregation.tau": 0.5,
+    "aggregation.proximal_mu": 0.5,
+    "evaluation.every": 2,
+    "evaluation.site_fraction": 0.3,
+}
+ALONG: dict[str, Values] = {
+    "input.window": {"input.windowing": "fixed"},
+    "training.epochs": {"training.steps": None},
+    "aggregation.proximal_mu": {"aggregation.strategy": "fedprox"},
+}
+"""What must change too, for the other value to be valid."""
+
+
+def test_every_key_is_tried() -> None:
+    values = json.loads(parse_study(TEN_LINES).canonical())
+    leaves = {f"{table}.{key}" for table, keys in values.items() for key in keys}
+    assert leaves == set(OTHER)
+
+
+def test_every_key_changes_the_hash() -> None:
+    digests = {parse_study(TEN_LINES).digest}
+    for count, (path, other) in enumerate(OTHER.items(), start=1):
+        values = json.loads(parse_study(TEN_LINES).canonical())
+        if other is None:
+            digests.add(path)
+            continue
+        for key, value in {path: other, **ALONG.get(path, {})}.items():
+            table, _, leaf = key.partition(".")
+            values[table][leaf] = value
+        digests.add(parse_study(tomli_w.dumps(_without_none(values))).digest)
+        assert len(digests) == count + 1, path
+
+
+def test_the_type_of_an_argument_is_part_of_its_meaning() -> None:
+    digests = {
+        parse_study(with_lines("[network.arguments]", f"x = {value}")).digest
+        for value in ("1", "1.0", "true", '"1"')
+    }
+    assert len(digests) == 4
+
+
+def _without_none(values: Values) -> Values:
+    return {
+        table: {key: value for key, value in keys.items() if value is not None}
+        for table, keys in values.items()
+    }
+
+
+# The canonical form
+
+
+def test_canonical_is_sorted_json_without_white_space() -> None:
+    text = parse_study(TEN_LINES).canonical()
+    values = json.loads(text)
+    assert text == json.dumps(values, sort_keys=True, separators=(",", ":"))
+    assert text.isascii()
+
+
+_ARGUMENTS = st.dictionaries(
+    st.text(st.characters(exclude_categories=("Cs",)), max_size=5),
+    st.one_of(
+        st.integers(-(2**70), 2**70),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.booleans(),
+        st.text(st.characters(exclude_categories=("Cs",)), max_size=5),
+    ),
+    max_size=4,
+)
+
+
+@given(
+    _ARGUMENTS,
+    st.floats(1e-12, 0.09),
+    st.text(st.characters(exclude_categories=("Cs",)), min_size=1),
+)
+@settings(max_examples=100, deadline=None)
+def test_the_canonical_form_comes_back_the_same(
+    arguments: Values, delta: float, question: str
+) -> None:
+    values = json.loads(parse_study(TEN_LINES).canonical())
+    values["network"]["arguments"] = arguments
+    values["privacy"]["delta"] = delta
+    values["study"]["question"] = question
+    study = Study.model_validate(values)
+    again = study_from_canonical(study.canonical())
+    assert again == study
+    assert again.canonical() == study.canonical()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text + " ",
+        lambda text: text.replace(":", ": ", 1),
+        lambda text: text.replace('"epsilon":3.0', '"epsilon":3'),
+        lambda text: text.replace('"epsilon":3.0', '"epsilon":"3.0"'),
+        lambda text: text.replace('"epsilon":3.0', '"epsilon":NaN'),
+        lambda text: text.replace('"steps":1', '"steps":null'),
+        lambda text: text.replace('"enabled":true,', ""),
+        lambda text: text.replace('"enabled":true', '"enabled":1'),
+        lambda text: text.replace('"enabled":true', '"code":"x","enabled":true'),
+        lambda text: text.replace('"epsilon":3.0', '"epsilon":-3.0'),
+        lambda text: text[:-1],
+        lambda _: "",
+        lambda _: "null",
+        lambda _: "[]",
+        lambda _: "[" * 100_000,
+        lambda _: '"\ud800"',
+    ],
+)
+def test_what_is_not_canonical_is_refused(change: Any) -> None:
+    text = parse_study(TEN_LINES).canonical()
+    assert change(text) != text
+    with pytest.raises(StudyInvalid):
+        study_from_canonical(change(text))
+
+
+# The example that `cloister study new` writes
+
+
+def test_the_example_is_valid_and_says_defaults_only() -> None:
+    study = parse_study(EXAMPLE)
+    bare = Study(study=study.study, target=study.target)
+    assert study.digest == bare.digest
+
+
+def test_the_commented_keys_of_the_example_are_the_defaults() -> None:
+    commented = re.compile(r"^# (\w+ = )", re.MULTILINE)
+    text = commented.sub(r"\1", EXAMPLE)
+    assert len(commented.findall(EXAMPLE)) > 20
+    assert parse_study(text).digest == parse_study(EXAMPLE).digest

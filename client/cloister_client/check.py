@@ -1,0 +1,225 @@
+"""Look at a site's data before a study does: what is there, and all that is wrong with it.
+
+The report speaks in counts. It names no patient, file or path, so that it can be shown to
+whoever helps to mend the data; pseudonyms in it are cut short and hold for one study only.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cloister_client.cohort import UNLABELLED, Cohort, Reading, read_cohort
+from cloister_client.labels import read_labels
+from cloister_client.policy import refusals
+from cloister_client.site import Site
+from cloister_common.errors import DataError, DecoderUnfit, FolderUnreadable, LabelsInvalid, Reject
+from cloister_common.files import write_atomic
+from cloister_common.study import About, Input, Study, Target
+
+SHEET_IMAGES = 48
+"""Most images on a contact sheet."""
+SHEET_COLUMNS = 8
+SHEET_TILE = 128
+"""Side of an image on a contact sheet, in pixels."""
+
+_SIZES_SHOWN = 6
+_ANY_STUDY = Study(
+    study=About(name="check", question="What is there?"),
+    input=Input(modalities=("CR", "DX", "MG", "CT", "MR")),
+    target=Target(column="none", classes=("none", "other")),
+)
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What ``inspect`` found.
+
+    Attributes:
+        site: the site's name.
+        study: the study's name, or None where the data were looked at without one.
+        files: files found, DICOMDIR files and links within the folder left out.
+        accepted: images that can be used.
+        patients: patients with such an image.
+        images_per_patient: how many patients have so many images.
+        labels: patients by class; empty without a study or without usable labels.
+        modalities: images by modality.
+        sizes: images by stored (rows, columns).
+        rejects: files turned away, by reason.
+        faults: all that keeps the site from taking part, in the order in which to mend it.
+        policy: why the site's policy does not allow the study, in words.
+        cohort: the images, or None; in no output but the contact sheet.
+    """
+
+    site: str
+    study: str | None
+    files: int
+    accepted: int
+    patients: int
+    images_per_patient: Mapping[int, int]
+    labels: Mapping[str, int]
+    modalities: Mapping[str, int]
+    sizes: Mapping[tuple[int, int], int]
+    rejects: Mapping[Reject, int]
+    faults: tuple[DataError, ...]
+    policy: tuple[str, ...]
+    cohort: Cohort | None = field(default=None, repr=False, compare=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what JSON can say: counts and words, no image."""
+        return {
+            "site": self.site,
+            "study": self.study,
+            "usable": not self.faults,
+            "files": self.files,
+            "accepted": self.accepted,
+            "patients": self.patients,
+            "images_per_patient": {str(k): v for k, v in self.images_per_patient.items()},
+            "labels": dict(self.labels),
+            "modalities": dict(self.modalities),
+            "sizes": {f"{rows}x{columns}": n for (rows, columns), n in self.sizes.items()},
+            "rejects": [
+                {"code": reason.value, "reason": reason.title, "count": count}
+                for reason, count in self.rejects.items()
+            ],
+            "faults": [
+                {"code": fault.code, "title": fault.title, "message": str(fault)}
+                for fault in self.faults
+            ],
+            "policy": list(self.policy),
+        }
+
+
+def inspect(
+    site: Site, study: Study | None, *, progress: Callable[[int, int], None] | None = None
+) -> DataReport:
+    """Read a site's data as a study would, and report instead of raising at the first fault.
+
+    Args:
+        site: the opened site.
+        study: the study to judge by; without one, every modality is read and labels are not.
+        progress: called with (files done, files in all).
+    """
+    faults: list[DataError] = []
+    reading: Reading | None = None
+    try:
+        reading = read_cohort(
+            site, study or _ANY_STUDY, progress=progress, require_labels=study is not None
+        )
+        faults += reading.faults
+    except (FolderUnreadable, DecoderUnfit) as error:
+        faults.append(error)
+        faults += _labels_alone(site, study)
+    cohort = reading.cohort if reading is not None else None
+    patients = cohort.patients if cohort is not None else ()
+    labels = Counter(patient.label for patient in patients if patient.label != UNLABELLED)
+    # How many sites are invited is the coordinator's to say; the check does not judge it.
+    allowed = () if study is None else refusals(site.policy, study, site.policy.min_sites)
+    return DataReport(
+        site=site.name,
+        study=study.study.name if study is not None else None,
+        files=reading.files if reading is not None else 0,
+        accepted=len(cohort.images) if cohort is not None else 0,
+        patients=len(patients),
+        images_per_patient=dict(sorted(Counter(len(one.images) for one in patients).items())),
+        labels={}
+        if study is None or not labels
+        else {name: labels[index] for index, name in enumerate(study.target.classes)},
+        modalities=cohort.modalities if cohort is not None else {},
+        sizes=cohort.shapes if cohort is not None else {},
+        rejects=reading.rejects if reading is not None else {},
+        faults=tuple(faults),
+        policy=allowed,
+        cohort=cohort,
+    )
+
+
+def render(report: DataReport) -> str:
+    """Return the report as text for a terminal."""
+    lines = [f"Site {report.site}" + (f", study {report.study}" if report.study else "")]
+    lines.append(f"  files       {report.files}")
+    lines.append(f"  images      {report.accepted}{_brackets(report.modalities)}")
+    lines.append(f"  patients    {report.patients}")
+    if report.images_per_patient:
+        told = ", ".join(
+            f"{_count(patients, 'patient')} with {_count(images, 'image')}"
+            for images, patients in report.images_per_patient.items()
+        )
+        lines.append(f"  each        {told}")
+    if report.sizes:
+        lines.append(f"  sizes       {_sizes(report.sizes)}")
+    if report.labels:
+        told = ", ".join(f"{name} {count}" for name, count in report.labels.items())
+        lines.append(f"  labels      {told} (patients)")
+    if report.rejects:
+        lines.append("  turned away")
+        lines += [
+            f"    {count:>7}  {reason.value}  {reason.title}"
+            for reason, count in report.rejects.items()
+        ]
+    if report.study is None:
+        lines.append("Labels were not checked: give a study with --study.")
+    lines += [f"The site's policy refuses: {sentence}" for sentence in report.policy]
+    lines += [str(fault) for fault in report.faults]
+    if not report.faults:
+        lines.append("The data can be used.")
+    return "\n".join(lines)
+
+
+def contact_sheet(cohort: Cohort, path: Path) -> int:
+    """Write preprocessed images, one a patient, as a grid: a PNG of mode 0600 without any text.
+
+    Returns:
+        How many images it shows, at most ``SHEET_IMAGES``.
+
+    Raises:
+        OutputInTheWay: it cannot be written.
+    """
+    from PIL import Image
+
+    chosen = [patient.images[0] for patient in cohort.patients[:SHEET_IMAGES]]
+    columns = min(SHEET_COLUMNS, max(1, len(chosen)))
+    rows = max(1, -(-len(chosen) // columns))
+    sheet = Image.new("L", (columns * SHEET_TILE, rows * SHEET_TILE))
+    for place, index in enumerate(chosen):
+        shades = (cohort.images[index] >> 8).astype(np.uint8)
+        tile = Image.fromarray(shades).resize((SHEET_TILE, SHEET_TILE), Image.Resampling.BOX)
+        row, column = divmod(place, columns)
+        sheet.paste(tile, (column * SHEET_TILE, row * SHEET_TILE))
+    out = io.BytesIO()
+    sheet.save(out, "PNG")
+    write_atomic(path, out.getvalue())
+    return len(chosen)
+
+
+def _labels_alone(site: Site, study: Study | None) -> list[DataError]:
+    if study is None:
+        return []
+    try:
+        read_labels(site.labels, study.target)
+    except LabelsInvalid as error:
+        return [error]
+    return []
+
+
+def _brackets(counts: Mapping[str, int]) -> str:
+    if not counts:
+        return ""
+    return " (" + ", ".join(f"{name} {count}" for name, count in counts.items()) + ")"
+
+
+def _sizes(sizes: Mapping[tuple[int, int], int]) -> str:
+    ordered = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
+    told = [f"{rows} x {columns} ({count})" for (rows, columns), count in ordered[:_SIZES_SHOWN]]
+    rest = sum(count for _, count in ordered[_SIZES_SHOWN:])
+    return ", ".join(told) + (f", others ({rest})" if rest else "")
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"

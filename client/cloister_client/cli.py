@@ -1,0 +1,109 @@
+"""`cloister client` and `cloister predict`: what a hospital's own people run.
+
+Everything heavy is imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cloister_common.extras import require
+
+app = typer.Typer(help="Set up and check a hospital's site.", no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Option("--dir", help="The site folder.")]
+
+
+@app.callback()
+def client() -> None:
+    """Set up and check a hospital's site."""
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The site folder.")] = Path(),
+    name: Annotated[str | None, typer.Option(help="The site's name; else the folder's.")] = None,
+    dicom: Annotated[str | None, typer.Option(help="Folder of the images.")] = None,
+    labels: Annotated[str | None, typer.Option(help="The labels file, CSV.")] = None,
+) -> None:
+    """Create a site folder and its keys, or what one lacks. Nothing is replaced."""
+    require("client", "numpy", "pydicom")
+    from cloister_client.site import SITE_FILE, init_site
+
+    new = not (folder / SITE_FILE).exists()
+    site = init_site(folder, name=name, dicom=dicom, labels=labels)
+    if new:
+        typer.echo(f"Site {site.name} is ready. Edit {folder / SITE_FILE}, then run:")
+        typer.echo(f"  cloister client check --dir {folder}")
+    else:
+        typer.echo(f"Site {site.name} was here already; its site.toml and keys are unchanged.")
+
+
+@app.command()
+def check(
+    folder: Folder = Path(),
+    study: Annotated[Path | None, typer.Option(help="Judge the data by this study.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    sheet: Annotated[
+        Path | None,
+        typer.Option("--contact-sheet", help="Write the images as training sees them, as PNG."),
+    ] = None,
+) -> None:
+    """Look at the site's images and labels, and say all that is wrong with them.
+
+    The exit status is 0 where the data can be used, else that of the first fault.
+    """
+    require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls", "PIL")
+    from cloister_client.check import contact_sheet, inspect, render
+    from cloister_client.site import open_site
+    from cloister_common.study import load_study
+
+    site = open_site(folder)
+    judged_by = load_study(study) if study is not None else None
+    with _progress("Reading images") as progress:
+        report = inspect(site, judged_by, progress=progress)
+    typer.echo(json.dumps(report.as_dict()) if as_json else render(report))
+    if sheet is not None and report.cohort is not None:
+        shown = contact_sheet(report.cohort, sheet)
+        typer.echo(f"Wrote {shown} images to {sheet}. They show patients: keep it here.", err=True)
+    if report.faults:
+        raise typer.Exit(report.faults[0].exit_status)
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(help="A model that Cloister wrote.")],
+    folder: Annotated[Path, typer.Argument(help="The images, DICOM, in any structure.")],
+    out: Annotated[Path, typer.Option(help="The CSV file to write.")] = Path("scores.csv"),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Score a folder of images with a finished model, on this machine."""
+    require("client", "torch", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls")
+    from cloister_client import predict as prediction
+
+    with _progress("Reading images") as progress:
+        done = prediction.predict(model, folder, out, device=device, progress=progress)
+    typer.echo(f"Wrote the scores of {done.images} images to {out}.")
+    for reason, count in done.rejects.items():
+        typer.echo(f"  turned away: {count} ({reason.value}, {reason.title})", err=True)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on a terminal's standard error, and nothing anywhere else."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield advance

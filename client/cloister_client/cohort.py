@@ -1,0 +1,291 @@
+"""The patients of a site, as training sees them: pseudonyms, labels and pixels, nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cloister_client.cache import Cache
+from cloister_client.dicom.folder import Accepted, Refused, read_folder
+from cloister_client.labels import Linked, join, read_labels
+from cloister_client.site import Site, pseudonym
+from cloister_common.errors import (
+    CohortTooSmall,
+    DataError,
+    LabelsInvalid,
+    OneClassOnly,
+    Reject,
+    SiteEmpty,
+)
+from cloister_common.study import Study
+
+if TYPE_CHECKING:
+    import torch
+
+UNLABELLED = -1
+"""Label of a patient that was read with ``require_labels=False``."""
+
+
+@dataclass(frozen=True)
+class Patient:
+    """One patient, the unit of privacy.
+
+    Attributes:
+        pseudonym: 64 hexadecimal digits; see ``site.pseudonym``.
+        label: index into the study's classes, or ``UNLABELLED``.
+        images: indices into ``Cohort.images``, at least one.
+        mark: 64 hexadecimal digits of the patient's first image. It orders patients: unlike the
+            pseudonym it does not depend on the site's keys, so a study without privacy can be
+            repeated to the bit in another site folder. It never leaves this process.
+    """
+
+    pseudonym: str
+    label: int
+    images: tuple[int, ...]
+    mark: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """Patients with their images.
+
+    Attributes:
+        images: shades of grey, uint16, shape (N, S, S); a patient's images lie together.
+        patients: sorted by mark.
+        rejects: how many files were turned away, by reason.
+        modalities: how many images were accepted, by modality.
+        shapes: how many images were accepted, by stored (rows, columns).
+
+    The last three describe the folder as it was read; ``split`` hands them on unchanged.
+    """
+
+    images: NDArray[np.uint16] = field(repr=False)
+    patients: tuple[Patient, ...] = field(repr=False)
+    rejects: Mapping[Reject, int]
+    modalities: Mapping[str, int]
+    shapes: Mapping[tuple[int, int], int]
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A cohort and all that is wrong with it, in the order in which it should be mended."""
+
+    cohort: Cohort | None
+    faults: tuple[DataError, ...]
+    files: int
+    rejects: Mapping[Reject, int]
+    cache: Cache
+
+
+def load_cohort(
+    site: Site,
+    study: Study,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    require_labels: bool = True,
+) -> Cohort:
+    """Read a site's images and labels.
+
+    Args:
+        site: the opened site.
+        study: what is read, and how it becomes a tensor.
+        progress: called with (files done, files in all).
+        require_labels: whether to join the labels file and to ask for enough patients of each
+            class; without, every label is ``UNLABELLED``.
+
+    Raises:
+        FolderUnreadable, SiteEmpty, LabelsInvalid, LabelMissing, LabelWithoutImage, OneClassOnly,
+        CohortTooSmall, DecoderUnfit: the first that applies.
+    """
+    reading = read_cohort(site, study, progress=progress, require_labels=require_labels)
+    if reading.faults:
+        raise reading.faults[0]
+    assert reading.cohort is not None
+    return reading.cohort
+
+
+def read_cohort(
+    site: Site,
+    study: Study,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    require_labels: bool = True,
+) -> Reading:
+    """Do as ``load_cohort`` does, but go on after a fault and list them all.
+
+    Raises:
+        FolderUnreadable, DecoderUnfit: nothing can be read at all.
+    """
+    key, cache = site.pseudonym_key(), Cache(site.cache, site.cache_key())
+    accepted: list[tuple[Accepted, str]] = []
+    linked: list[Linked] = []
+    rejects: Counter[Reject] = Counter()
+    digest = study.digest
+    for outcome in read_folder(site.dicom, study.input, key=key, cache=cache, progress=progress):
+        if isinstance(outcome, Refused):
+            rejects[outcome.reason] += 1
+        if outcome.keys is None:
+            continue
+        keys = outcome.keys
+        name = pseudonym(key, digest, keys.issuer, keys.patient_id)
+        linked.append(Linked(keys, name, duplicate=isinstance(outcome, Refused)))
+        if isinstance(outcome, Accepted):
+            accepted.append((outcome, name))
+    files = len(accepted) + sum(rejects.values())
+    faults: list[DataError] = []
+    if not accepted:
+        faults.append(_empty(rejects))
+    labels: list[int | None] = [UNLABELLED] * len(accepted)
+    if require_labels:
+        found, label_faults = _labels(site, study, linked)
+        # Where no image could be used, that labels have no image is no news; a bad file is.
+        faults += [one for one in label_faults if accepted or isinstance(one, LabelsInvalid)]
+        labels = [value for value, one in zip(found, linked, strict=True) if not one.duplicate]
+    counted = dict(sorted(rejects.items(), key=lambda item: item[0].value))
+    cohort = _assemble(accepted, labels, counted)
+    if cohort is not None and require_labels and not faults:
+        faults += _class_faults(site, study, cohort)
+    return Reading(cohort, tuple(faults), files, counted, cache)
+
+
+def split(cohort: Cohort, fraction: float) -> tuple[Cohort, Cohort]:
+    """Keep a share of the patients of each label apart.
+
+    A patient is on one side with all images. Who is kept apart depends on the images alone, so
+    it is the same on every run, and a patient who comes or goes moves few others.
+
+    Args:
+        cohort: whom to divide.
+        fraction: share of each label's patients to keep apart, from 0 up to but not including 1;
+            rounded to whole patients, at least one of a label with two or more, and never all.
+
+    Returns:
+        The remaining cohort and the one kept apart.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError("fraction lies from 0 up to but not including 1")
+    apart: set[str] = set()
+    for label in sorted({patient.label for patient in cohort.patients}):
+        same = [patient for patient in cohort.patients if patient.label == label]
+        same.sort(
+            key=lambda one: hashlib.sha256(b"cloister/split/v1\0" + one.mark.encode()).digest()
+        )
+        names = [patient.pseudonym for patient in same]
+        count = int(len(names) * fraction + 0.5)
+        if fraction > 0:
+            count = max(1, count)
+        apart.update(names[: min(count, len(names) - 1)])
+    return (
+        _subset(cohort, [one for one in cohort.patients if one.pseudonym not in apart]),
+        _subset(cohort, [one for one in cohort.patients if one.pseudonym in apart]),
+    )
+
+
+def tensor(cohort: Cohort, indices: Sequence[int]) -> torch.Tensor:
+    """Return images as a float32 tensor of shape (n, 1, S, S) with values in [0, 1]."""
+    import torch
+
+    chosen = cohort.images[np.asarray(indices, dtype=np.int64)]
+    return torch.from_numpy(chosen.astype(np.float32) / np.float32(65535)).unsqueeze(1)
+
+
+def _labels(
+    site: Site, study: Study, linked: Sequence[Linked]
+) -> tuple[list[int | None], list[DataError]]:
+    try:
+        labels = read_labels(site.labels, study.target)
+    except DataError as error:
+        return [None] * len(linked), [error]
+    return join(labels, linked)
+
+
+def _assemble(
+    accepted: Sequence[tuple[Accepted, str]],
+    labels: Sequence[int | None],
+    rejects: Mapping[Reject, int],
+) -> Cohort | None:
+    """Order the images by patient and instance, whatever the folder's structure."""
+    if not accepted:
+        return None
+    by_patient: dict[str, list[int]] = {}
+    for index, (_, name) in enumerate(accepted):
+        by_patient.setdefault(name, []).append(index)
+    marked = []
+    for name, indices in by_patient.items():
+        indices.sort(key=lambda index: accepted[index][0].keys.sop_instance)
+        mark = hashlib.sha256(accepted[indices[0]][0].image.tobytes()).hexdigest()
+        marked.append((mark, name, indices))
+    order: list[int] = []
+    patients: list[Patient] = []
+    for mark, name, indices in sorted(marked):
+        label = labels[indices[0]]
+        places = tuple(range(len(order), len(order) + len(indices)))
+        patients.append(Patient(name, UNLABELLED if label is None else label, places, mark))
+        order += indices
+    return Cohort(
+        images=np.stack([accepted[index][0].image for index in order]),
+        patients=tuple(patients),
+        rejects=rejects,
+        modalities=dict(sorted(Counter(one.modality for one, _ in accepted).items())),
+        shapes=dict(sorted(Counter((one.rows, one.columns) for one, _ in accepted).items())),
+    )
+
+
+def _subset(cohort: Cohort, patients: Sequence[Patient]) -> Cohort:
+    kept = [index for patient in patients for index in patient.images]
+    moved = {old: new for new, old in enumerate(kept)}
+    return Cohort(
+        images=cohort.images[np.asarray(kept, dtype=np.int64)],
+        patients=tuple(
+            replace(one, images=tuple(moved[index] for index in one.images)) for one in patients
+        ),
+        rejects=cohort.rejects,
+        modalities=cohort.modalities,
+        shapes=cohort.shapes,
+    )
+
+
+def _empty(rejects: Counter[Reject]) -> SiteEmpty:
+    told = ", ".join(
+        f"{count} x {reason.title} ({reason.value})" for reason, count in rejects.most_common()
+    )
+    return SiteEmpty(
+        "The site's data folder holds no image that this study can use.",
+        why=f"Files turned away: {told}." if told else "It holds no file.",
+        remedy="Check 'data.dicom' in site.toml and the study's modalities; "
+        "'cloister client check' explains what was turned away.",
+    )
+
+
+def _class_faults(site: Site, study: Study, cohort: Cohort) -> list[DataError]:
+    counts = Counter(patient.label for patient in cohort.patients)
+    if len(counts) < 2:
+        only = study.target.classes[next(iter(counts))]
+        return [
+            OneClassOnly(
+                f"All patients of the site have the class '{only}'.",
+                why="Nothing can be learned, or measured, from one class.",
+                remedy="Check the labels file, or leave this study to other sites.",
+            )
+        ]
+    least = site.policy.min_patients_per_class
+    few = [
+        f"'{name}' has {counts[index]}"
+        for index, name in enumerate(study.target.classes)
+        if counts[index] < least
+    ]
+    if not few:
+        return []
+    return [
+        CohortTooSmall(
+            f"The site has too few patients of a class: {', '.join(few)}.",
+            why=f"Its policy asks for {least} (policy.min_patients_per_class).",
+            remedy="Add patients, or leave this study to other sites.",
+        )
+    ]

@@ -1,0 +1,111 @@
+"""Find the files of a data folder, whatever its structure, in an order that never changes.
+
+Nothing is opened here. Symbolic links are not followed: one that points inside the folder leads
+to a file that is found anyway, one that points outside is turned away and counted. A DICOMDIR
+lists other files and is untrusted (CVE-2026-32711); it holds no image and is passed over.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from cloister_client.dicom.reject import RejectedFile
+from cloister_common.errors import FolderUnreadable, Reject
+
+MAX_FILE_BYTES = 256 << 20
+"""Largest file that is read; a 64-megapixel 16-bit image and its header fit."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One thing in the folder that is not a folder.
+
+    Attributes:
+        path: where it lies; kept out of ``repr``, for a path can name a patient.
+        reason: why it is turned away unopened, or None.
+    """
+
+    path: Path
+    reason: Reject | None = None
+
+    def __repr__(self) -> str:
+        return f"Found(reason={self.reason})"
+
+
+def discover(root: Path) -> tuple[Found, ...]:
+    """List a data folder, ordered by the bytes of the relative path.
+
+    Raises:
+        FolderUnreadable: ``root`` is missing, not a folder, or may not be listed. A folder below
+            it that may not be listed is one ``Reject.UNREADABLE``.
+    """
+    try:
+        real = root.resolve(strict=True)
+        entries = _entries(real)
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise FolderUnreadable(
+            "The site's data folder cannot be read.",
+            why=(reason or "The system gave no reason") + ".",
+            remedy="Check 'data.dicom' in site.toml, and that this user may list the folder.",
+        ) from None
+    found: list[Found] = []
+    waiting = [entries]
+    while waiting:
+        for entry in waiting.pop():
+            path = Path(entry.path)
+            if entry.is_symlink():
+                refused = _judge_link(path, real)
+                if refused is not None:
+                    found.append(Found(path, refused))
+            elif entry.is_dir(follow_symlinks=False):
+                try:
+                    waiting.append(_entries(path))
+                except OSError:
+                    found.append(Found(path, Reject.UNREADABLE))
+            elif not entry.is_file(follow_symlinks=False):
+                # A pipe or a device: opening it could block or act.
+                found.append(Found(path, Reject.UNREADABLE))
+            elif entry.name.upper() != "DICOMDIR":
+                found.append(Found(path))
+    return tuple(sorted(found, key=lambda one: os.fsencode(one.path)))
+
+
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a found file.
+
+    Raises:
+        RejectedFile: ``UNREADABLE`` or ``TOO_LARGE``.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(handle, "rb") as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise RejectedFile(Reject.UNREADABLE)
+            if about.st_size > MAX_FILE_BYTES:
+                raise RejectedFile(Reject.TOO_LARGE)
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError:
+        raise RejectedFile(Reject.UNREADABLE) from None
+    if len(data) > MAX_FILE_BYTES:
+        raise RejectedFile(Reject.TOO_LARGE)
+    return data
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return list(entries)
+
+
+def _judge_link(path: Path, root: Path) -> Reject | None:
+    try:
+        target = path.resolve(strict=False)
+    except (OSError, RuntimeError):
+        return Reject.UNREADABLE
+    if not target.is_relative_to(root):
+        return Reject.OUTSIDE_ROOT
+    return None if target.exists() else Reject.UNREADABLE

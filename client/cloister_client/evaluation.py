@@ -1,0 +1,61 @@
+"""Scores of a model on a cohort, by patient."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from cloister_client.cohort import Cohort
+from cloister_client.sampling import Bag, pixels_of
+from cloister_common.metrics import histogram, patient_scores
+from cloister_common.records import Counts
+from cloister_common.study import Study
+
+if TYPE_CHECKING:
+    from torch import nn
+
+BATCH = 64
+"""Images a forward pass; bounds memory, does not change a score beyond rounding."""
+
+
+def image_scores(module: nn.Module, cohort: Cohort) -> npt.NDArray[np.float64]:
+    """Probability of each class for each image: (N, K), rows in the order of ``images``."""
+    import torch
+
+    device = next(module.parameters()).device
+    scores = []
+    was_training = module.training
+    module.eval()
+    with torch.no_grad():
+        for start in range(0, len(cohort.images), BATCH):
+            indices = np.arange(start, min(start + BATCH, len(cohort.images)))
+            pixels = pixels_of(cohort, [Bag(0, indices, None)])
+            logits = module(pixels.to(device))
+            scores.append(torch.softmax(logits.double(), dim=1).cpu().numpy())
+    module.train(was_training)
+    return np.concatenate(scores)
+
+
+def cohort_scores(
+    module: nn.Module, cohort: Cohort
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Labels (P,) and mean probabilities (P, K), one row a patient."""
+    by_image = image_scores(module, cohort)
+    owner = np.empty(len(cohort.images), np.int64)
+    for position, patient in enumerate(cohort.patients):
+        owner[list(patient.images)] = position
+    labels = np.array([patient.label for patient in cohort.patients], np.int64)
+    return labels, patient_scores(by_image, owner)
+
+
+def score_histogram(module: nn.Module, cohort: Cohort, study: Study) -> Counts:
+    """Patients by score, (curves, 2, bins): without and with the class.
+
+    One curve for a binary target (the second class), else one a class against the rest. It is
+    exact and unnoised: for studies without privacy only.
+    """
+    labels, scores = cohort_scores(module, cohort)
+    classes = [1] if study.outputs == 2 else range(study.outputs)
+    return np.stack([histogram((labels == k).astype(np.int64), scores[:, k]) for k in classes])

@@ -1,0 +1,73 @@
+"""The gate at the hospital: what must be true before one file of its data is opened.
+
+First the site's policy, then the ledger: approval reserves all steps of the study, and a round
+is charged, on disk, before its data are read.
+"""
+
+from __future__ import annotations
+
+from cloister_client.ledger import Ledger
+from cloister_client.policy import refusals
+from cloister_client.site import Site
+from cloister_common.errors import PolicyRefused
+from cloister_common.privacy.accounting import calibrate
+from cloister_common.privacy.events import Mechanism
+from cloister_common.study import Study
+
+
+def mechanism(study: Study) -> Mechanism:
+    """The mechanism of one step: the least noise that keeps the study within its epsilon.
+
+    A pure function of the study's public constants, computed by each site for itself.
+
+    Raises:
+        EpsilonUnreachable: no noise gives the study's epsilon.
+    """
+    training, privacy = study.training, study.privacy
+    noise = calibrate(privacy.epsilon, privacy.delta, training.sampling_rate, training.total_steps)
+    return Mechanism(noise_multiplier=noise, sampling_rate=training.sampling_rate)
+
+
+def admit(site: Site, study: Study, *, run: str, invited: int) -> None:
+    """Let a study in, and reserve its whole cost; repeating it for the same run changes nothing.
+
+    Raises:
+        PolicyRefused: the study asks for more than the policy allows.
+        BudgetExhausted: the ledger cannot bear it.
+        EpsilonUnreachable: no noise gives the study's epsilon.
+        LedgerDamaged: the ledger's chain is broken.
+    """
+    reasons = refusals(site.policy, study, invited)
+    if reasons:
+        raise PolicyRefused(
+            "The site's policy refuses the study.",
+            why=" ".join(reasons),
+            remedy="Change the study, or let the steward change [policy] in site.toml.",
+        )
+    if not study.privacy.enabled:
+        return
+    used = mechanism(study)
+    ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
+    ledger.reserve(
+        study.digest,
+        run,
+        used,
+        study.training.total_steps,
+        study.privacy.delta,
+        epsilon_limit_study=site.policy.max_epsilon_study,
+        epsilon_limit_lifetime=site.policy.max_epsilon_lifetime,
+    )
+
+
+def charge(site: Site, study: Study, *, run: str, round_number: int) -> None:
+    """Charge one round, durably, before its data are read.
+
+    Raises:
+        RoundAlreadySpent: this round was charged before.
+        BudgetExhausted: nothing is reserved for it.
+        LedgerDamaged: the ledger's chain is broken.
+    """
+    if not study.privacy.enabled:
+        return
+    ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
+    ledger.start_round(study.digest, run, round_number, study.training.steps_per_round)

@@ -1,0 +1,195 @@
+"""One gradient a patient, by either of two engines behind Opacus' interface.
+
+A patient's gradient is that of the mean cross entropy over the patient's images.
+
+``patients`` goes from patient to patient. It takes any layer, needs the memory of one bag, and
+computes each gradient from nothing but that patient's images, so that the exact sensitivity of
+``dp_optimizer`` holds for the whole step. For a small network, where calls cost more than
+arithmetic, it takes 16 patients with equally many images at a time (``torch.func.vmap``); always
+16, empty places are filled up, so that shapes never tell who else is there. Before that path is
+used for a shape, it is tried: a patient's gradient must come out the same, bit by bit, in every
+place tried and beside any neighbour, else the loop is used.
+
+``opacus`` pushes many images through Opacus' hooks at once, each loss weighted by one over the
+patient's images, and sums the image gradients by patient. Its matrix products see the whole batch,
+so the rounding error of one patient's gradient (about 1e-7 of it) may depend on who else is in the
+batch; the proof of sensitivity starts after that rounding.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from opacus.grad_sample import GradSampleModule
+from opacus.grad_sample.gsm_base import AbstractGradSampleModule
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from cloister_client.sampling import Bag, Cohort, FeatureCohort, chunks, pixels_of
+
+Key: TypeAlias = tuple[object, ...]
+Engine: TypeAlias = Literal["patients", "opacus"]
+
+_PLACES = 16
+"""Patients that a small network takes at a time."""
+
+_SMALL = 1 << 17
+"""Most parameters of a small network."""
+
+_IMAGES_AT_ONCE = 64
+"""Most images whose gradients the ``opacus`` engine holds in memory."""
+
+
+_tried: dict[Key, bool] = {}
+
+
+class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  # Opacus is not typed
+    """A module whose ``grad_sample`` holds one gradient a patient.
+
+    Args:
+        m: the network, in training mode.
+        engine: ``patients`` or ``opacus``; both give the same gradients up to rounding.
+
+    Call ``to_standard_module`` when done: Opacus leaves marks on the parameters.
+    """
+
+    def __init__(self, m: nn.Module, *, engine: Engine = "patients") -> None:
+        super().__init__(m, batch_first=True, loss_reduction="sum")
+        self.engine: Engine = engine
+        self._small = sum(parameter.numel() for parameter in self.trained) <= _SMALL
+        self._hooked = GradSampleModule(m, loss_reduction="sum") if engine == "opacus" else None
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that have gradients, in the order of the flat vector."""
+        return [parameter for parameter in self._module.parameters() if parameter.requires_grad]
+
+    def blocks(self, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]) -> Iterator[Tensor]:
+        """Yield flat gradients, float32 (patients, parameters), a few patients at a time.
+
+        The patients come in any order.
+        """
+        for _, block in self._placed_blocks(cohort, bags):
+            yield block
+
+    def fill_grad_samples(self, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]) -> None:
+        """Set ``p.grad_sample`` of each parameter to (patients, *shape), as Opacus users expect."""
+        size = sum(parameter.numel() for parameter in self.trained)
+        gradients = torch.empty(len(bags), size)
+        for places, block in self._placed_blocks(cohort, bags):
+            gradients[places] = block
+        position = 0
+        for parameter in self.trained:
+            part = gradients[:, position : position + parameter.numel()]
+            parameter.grad_sample = part.reshape(len(bags), *parameter.shape)  # type: ignore[attr-defined]
+            position += parameter.numel()
+
+    def _placed_blocks(
+        self, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield gradients with the places of their patients in ``bags``."""
+        if self._hooked is not None:
+            start = 0
+            for run in chunks(bags, _IMAGES_AT_ONCE):
+                block = self._by_hooks(self._hooked, pixels_of(cohort, run), run)
+                yield list(range(start, start + len(run))), block
+                start += len(run)
+            return
+        by_images: dict[int, list[int]] = {}
+        for place, bag in enumerate(bags):
+            by_images.setdefault(len(bag.images), []).append(place)
+        for images, places in by_images.items():
+            if self._small and self._independent(images, _one(cohort)):
+                for start in range(0, len(places), _PLACES):
+                    some = places[start : start + _PLACES]
+                    pixels = pixels_of(cohort, [bags[place] for place in some])
+                    labels = torch.tensor([bags[place].label for place in some])
+                    yield some, self._side_by_side(pixels, labels, images)
+            else:
+                for place in places:
+                    pixels = pixels_of(cohort, [bags[place]])
+                    yield [place], self._of_patient(pixels, bags[place].label)
+
+    def _side_by_side(self, pixels: Tensor, labels: Tensor, images: int) -> Tensor:
+        """Gradients of up to 16 patients who have ``images`` images each."""
+        count = len(labels)
+        padded = torch.zeros(_PLACES, images, *pixels.shape[1:])
+        padded[:count] = pixels.view(count, images, *pixels.shape[1:])
+        classes = torch.zeros(_PLACES, dtype=torch.int64)
+        classes[:count] = labels
+        names = [name for name, weight in self._module.named_parameters() if weight.requires_grad]
+        weights = {name: weight.detach() for name, weight in self._module.named_parameters()}
+        fixed = {name: weights.pop(name) for name in list(weights) if name not in names}
+
+        def loss(trained: dict[str, Tensor], bag: Tensor, label: Tensor) -> Tensor:
+            logits = functional_call(self._module, {**trained, **fixed}, (bag,))
+            return F.cross_entropy(logits, label.expand(images))
+
+        gradients = vmap(grad(loss), in_dims=(None, 0, 0))(weights, padded, classes)
+        flat = torch.cat([gradients[name].flatten(start_dim=1) for name in names], dim=1)
+        return flat[:count]
+
+    def _independent(self, images: int, one: tuple[int, ...]) -> bool:
+        """Whether side by side, a patient's gradient is the same whoever is there; tried once."""
+        shapes = tuple((name, tuple(p.shape)) for name, p in self._module.named_parameters())
+        key: Key = (type(self._module), shapes, images, one, torch.get_num_threads())
+        if key not in _tried:
+            _tried[key] = self._try_places(images, one)
+        return _tried[key]
+
+    def _try_places(self, images: int, one: tuple[int, ...]) -> bool:
+        # Public numbers, unlike anything that privacy rests on.
+        generator = torch.Generator().manual_seed(0)
+        shape = (_PLACES, images, *one)
+        crowd = torch.randn(shape, generator=generator)
+        labels = torch.zeros(_PLACES, dtype=torch.int64)
+        seen: list[Tensor] = []
+        for place, neighbours in (
+            (0, 1.0), (0, 0.0), (7, 100.0), (7, float("nan")), (_PLACES - 1, 1.0)
+        ):  # fmt: skip
+            others = crowd * neighbours
+            others[place] = crowd[0]
+            seen.append(self._side_by_side(others.flatten(0, 1), labels, images)[place])
+        return all(torch.equal(gradient, seen[0]) for gradient in seen)
+
+    def _of_patient(self, images: Tensor, label: int) -> Tensor:
+        logits = self._module(images)
+        loss = F.cross_entropy(logits, torch.full((len(images),), label))
+        gradients = torch.autograd.grad(loss, self.trained)
+        return torch.cat([gradient.reshape(-1) for gradient in gradients]).unsqueeze(0)
+
+    def _by_hooks(self, hooked: GradSampleModule, images: Tensor, run: Sequence[Bag]) -> Tensor:
+        sizes = torch.tensor([len(bag.images) for bag in run])
+        owner = torch.repeat_interleave(torch.arange(len(run)), sizes)
+        labels = torch.tensor([bag.label for bag in run])[owner]
+        hooked.set_grad_sample_to_none()
+        try:
+            losses = F.cross_entropy(hooked(images), labels, reduction="none")
+            with warnings.catch_warnings():
+                # torch remarks that no input of the first layer needs a gradient; none should.
+                warnings.filterwarnings("ignore", message="Full backward hook is firing")
+                torch.autograd.backward((losses / sizes[owner]).sum())
+            samples = torch.cat(
+                [weight.grad_sample.flatten(start_dim=1) for weight in self.trained],  # type: ignore[attr-defined]
+                dim=1,
+            )
+        finally:
+            hooked.zero_grad(set_to_none=True)
+        # Patient by patient, not by index_add: a NaN must stay with its owner.
+        return torch.stack([part.sum(dim=0) for part in torch.split(samples, sizes.tolist())])
+
+    def remove_hooks(self) -> None:
+        """Take Opacus' hooks off the network."""
+        if self._hooked is not None:
+            self._hooked.remove_hooks()
+            self._hooked = None
+
+
+def _one(cohort: Cohort | FeatureCohort) -> tuple[int, ...]:
+    """Shape of one image as the network gets it."""
+    shape = cohort.images.shape[1:]
+    return shape if isinstance(cohort, FeatureCohort) else (1, *shape)

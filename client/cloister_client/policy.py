@@ -1,0 +1,96 @@
+"""The site's policy: what a hospital allows, whatever a study asks for.
+
+The policy stands in the site's own file, is read anew for each study, and can only narrow: a
+study that asks for more is refused with the key that refuses it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from cloister_common.study import Modality, Name, Study
+from cloister_common.tomlfile import FileModel
+
+Epsilon = Annotated[float, Field(gt=0, le=1000)]
+
+
+class Policy(FileModel):
+    """The table ``[policy]`` of a site file; the defaults are the strict ones."""
+
+    max_epsilon_study: Epsilon = 3.0
+    """Most epsilon that one study may cost a patient, at the study's delta."""
+    max_epsilon_lifetime: Epsilon = 8.0
+    """Most epsilon that all studies together may cost a patient, at ``ledger_delta``."""
+    ledger_delta: Annotated[float, Field(gt=0, lt=0.1)] = 1e-5
+    """Delta of the lifetime's account; a study with a larger delta is refused."""
+    min_patients_per_class: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+    """Fewest patients of each class before the site trains at all."""
+    min_sites: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Fewest sites that must be invited and that a round may be built from."""
+    max_rounds: Annotated[int, Field(ge=1, le=10_000)] = 1000
+    allow_without_privacy: bool = False
+    """Whether a study may train without differential privacy; for public data only."""
+    networks: Annotated[tuple[Name, ...], Field(strict=False)] = ()
+    """Networks that may be trained; empty allows all that are registered."""
+    modalities: Annotated[tuple[Modality, ...], Field(strict=False)] = ()
+    """Modalities that a study may read; empty allows all that Cloister reads."""
+
+
+def refusals(policy: Policy, study: Study, invited_sites: int) -> tuple[str, ...]:
+    """Say in plain words why the policy does not allow a study.
+
+    Args:
+        policy: the site's policy.
+        study: the study that is asked for.
+        invited_sites: number of sites on the federation's list, this one included.
+
+    Returns:
+        One sentence for each refusal, with the policy's key and both values; empty if the study
+        is allowed. What the lifetime's budget has left is the ledger's to judge.
+    """
+    found: list[str] = []
+    privacy, asked = study.privacy, study.input.modalities
+    if not privacy.enabled:
+        if not policy.allow_without_privacy:
+            found.append(
+                "policy.allow_without_privacy is false; "
+                "the study sets privacy.enabled to false and would train without protection."
+            )
+    else:
+        if privacy.epsilon > policy.max_epsilon_study:
+            found.append(
+                f"policy.max_epsilon_study is {policy.max_epsilon_study:g}; "
+                f"the study asks for privacy.epsilon = {privacy.epsilon:g}."
+            )
+        if privacy.delta > policy.ledger_delta:
+            # An epsilon means little without its delta: at delta 0.09 any bound on it is empty.
+            found.append(
+                f"policy.ledger_delta is {policy.ledger_delta:g}; "
+                f"the study asks for privacy.delta = {privacy.delta:g}."
+            )
+    if study.training.rounds > policy.max_rounds:
+        found.append(
+            f"policy.max_rounds is {policy.max_rounds}; "
+            f"the study asks for training.rounds = {study.training.rounds}."
+        )
+    if study.aggregation.min_sites < policy.min_sites:
+        found.append(
+            f"policy.min_sites is {policy.min_sites}; "
+            f"the study sets aggregation.min_sites = {study.aggregation.min_sites}."
+        )
+    if invited_sites < policy.min_sites:
+        found.append(f"policy.min_sites is {policy.min_sites}; {invited_sites} are invited.")
+    if policy.networks and study.network.name not in policy.networks:
+        found.append(
+            f"policy.networks allows {', '.join(policy.networks)}; "
+            f"the study asks for network.name = {study.network.name}."
+        )
+    refused = [word for word in asked if policy.modalities and word not in policy.modalities]
+    if refused:
+        found.append(
+            f"policy.modalities allows {', '.join(policy.modalities)}; "
+            f"the study asks for input.modalities = {', '.join(asked)}."
+        )
+    return tuple(found)

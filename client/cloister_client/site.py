@@ -1,0 +1,301 @@
+"""A hospital's site folder: its file, its keys, and where its data and records lie.
+
+::
+
+    site.toml        what a person wrote: name, data, policy
+    keys/            identity.pem (Ed25519), pseudonym.key, cache.key; mode 0700 and 0600
+    cache/           preprocessed images, encrypted
+    audit/           the signed log of what left the site
+    ledger.sqlite    what privacy was spent
+
+Keys are made once and never replaced: another pseudonym key would make other patients of the
+same people, another identity another site.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from pydantic import Field
+
+from cloister_client.policy import Policy
+from cloister_common.errors import FileUnreadable, OptionInvalid, SiteFileInvalid
+from cloister_common.files import create_secret, make_private_dir, read_secret
+from cloister_common.study import Name
+from cloister_common.tomlfile import FileModel, parse, read_text
+
+SITE_FILE = "site.toml"
+IDENTITY = "identity.pem"
+PSEUDONYM_KEY = "pseudonym.key"
+CACHE_KEY = "cache.key"
+KEY_BYTES = 32
+
+_PSEUDONYM_LABEL = b"cloister/pseudonym/v1\0"
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_FilePath = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class _About(FileModel):
+    name: Name
+
+
+class _Data(FileModel):
+    dicom: _FilePath = "dicom"
+    labels: _FilePath = "labels.csv"
+
+
+class SiteFile(FileModel):
+    """The file ``site.toml``; paths are relative to its folder, or absolute."""
+
+    site: _About
+    data: _Data = _Data()
+    policy: Policy = Policy()
+
+
+@dataclass(frozen=True)
+class Site:
+    """An opened site.
+
+    Attributes:
+        root: the site folder, absolute.
+        name: the site's name in the federation.
+        dicom: folder of the images; need not exist yet.
+        labels: the labels file; need not exist yet.
+        policy: what the hospital allows.
+    """
+
+    root: Path
+    name: str
+    dicom: Path
+    labels: Path
+    policy: Policy
+
+    @property
+    def ledger(self) -> Path:
+        """The privacy ledger."""
+        return self.root / "ledger.sqlite"
+
+    @property
+    def cache(self) -> Path:
+        """Folder of the encrypted, preprocessed images."""
+        return self.root / "cache"
+
+    @property
+    def audit(self) -> Path:
+        """Folder of the signed logs."""
+        return self.root / "audit"
+
+    @property
+    def keys(self) -> Path:
+        """Folder of the site's secrets."""
+        return self.root / "keys"
+
+    def pseudonym_key(self) -> bytes:
+        """Return the 32 bytes that pseudonyms are made with; see ``read_secret``."""
+        return _raw_key(self.keys / PSEUDONYM_KEY)
+
+    def cache_key(self) -> bytes:
+        """Return the 32 bytes that the cache is encrypted with; see ``read_secret``."""
+        return _raw_key(self.keys / CACHE_KEY)
+
+    def identity(self) -> Ed25519PrivateKey:
+        """Return the key that the site signs with; see ``read_secret``."""
+        return _identity(self.keys / IDENTITY)
+
+
+def init_site(
+    root: Path,
+    *,
+    name: str | None = None,
+    dicom: Path | str | None = None,
+    labels: Path | str | None = None,
+    policy: Policy | None = None,
+) -> Site:
+    """Create what a site folder lacks, and open it.
+
+    Nothing that is there is replaced, so it can be repeated and can mend an interrupted one. The
+    arguments only shape a ``site.toml`` that is created now.
+
+    Args:
+        root: the site folder; created with mode 0700 if it is missing.
+        name: the site's name; else made from the folder's.
+        dicom: folder of the images, relative to ``root`` or absolute.
+        labels: labels file, relative to ``root`` or absolute.
+        policy: what to write as the policy; else the defaults.
+
+    Raises:
+        OptionInvalid: the name or a path cannot be written to a site file.
+        OutputInTheWay: the folder or a file cannot be created.
+        SiteFileInvalid, FileUnreadable: what was there cannot be used; see ``open_site``.
+    """
+    root = root.absolute()
+    text = _site_toml(
+        name if name is not None else _name_from(root),
+        str(dicom) if dicom is not None else "dicom",
+        str(labels) if labels is not None else "labels.csv",
+        policy or Policy(),
+    )
+    if not root.is_dir():
+        make_private_dir(root)
+    for folder in ("keys", "cache", "audit"):
+        make_private_dir(root / folder)
+    identity = Ed25519PrivateKey.generate().private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+    )
+    create_secret(root / "keys" / IDENTITY, identity)
+    create_secret(root / "keys" / PSEUDONYM_KEY, secrets.token_bytes(KEY_BYTES))
+    create_secret(root / "keys" / CACHE_KEY, secrets.token_bytes(KEY_BYTES))
+    # Last: a folder with a site file is a finished one.
+    create_secret(root / SITE_FILE, text.encode())
+    return open_site(root)
+
+
+def open_site(root: Path) -> Site:
+    """Read a site folder and check its keys.
+
+    Raises:
+        SiteFileInvalid: ``site.toml`` has faults; all of them are listed.
+        FileUnreadable: ``site.toml`` or a key is missing, cannot be read, or is no secret.
+    """
+    root = root.absolute()
+    file = _parse_site(read_text(root / SITE_FILE))
+    site = Site(
+        root=root,
+        name=file.site.name,
+        dicom=root / file.data.dicom,
+        labels=root / file.data.labels,
+        policy=file.policy,
+    )
+    site.pseudonym_key()
+    site.cache_key()
+    site.identity()
+    return site
+
+
+def pseudonym(key: bytes, study_digest: str, issuer: str, patient_id: str) -> str:
+    """Name a patient within one study at one site.
+
+    HMAC-SHA-256 over a label and the fields, each behind its length in 8 bytes, so that no two
+    triples share an encoding. Without the site's key it can be neither reversed nor recomputed;
+    another study gives another name to the same patient.
+
+    Args:
+        key: the site's pseudonym key, 32 bytes.
+        study_digest: ``Study.digest``.
+        issuer: Issuer of Patient ID (0010,0021); may be empty.
+        patient_id: Patient ID (0010,0020).
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    message = bytearray(_PSEUDONYM_LABEL)
+    for field in (study_digest, issuer.strip(), patient_id.strip()):
+        data = field.encode("utf-8", "surrogatepass")
+        message += len(data).to_bytes(8, "big") + data
+    return hmac.new(key, bytes(message), hashlib.sha256).hexdigest()
+
+
+def _parse_site(text: str) -> SiteFile:
+    file, faults = parse(text, SiteFile)
+    if file is None:
+        raise SiteFileInvalid.of(SITE_FILE, faults)
+    return file
+
+
+def _raw_key(path: Path) -> bytes:
+    key = read_secret(path)
+    if len(key) != KEY_BYTES:
+        raise FileUnreadable(
+            f"{path.name} does not hold {KEY_BYTES} bytes.",
+            remedy="Restore it from the site's backup.",
+        )
+    return key
+
+
+def _identity(path: Path) -> Ed25519PrivateKey:
+    try:
+        key = load_pem_private_key(read_secret(path), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise FileUnreadable(
+            f"{path.name} is not an Ed25519 private key.",
+            remedy="Restore it from the site's backup.",
+        )
+    return key
+
+
+def _name_from(root: Path) -> str:
+    """Make a valid site name from a folder's."""
+    words = re.findall(r"[a-z0-9]+", root.name.lower())
+    return "-".join(words)[:63].strip("-") or "site"
+
+
+def _quote(text: str) -> str:
+    """Write a TOML basic string; JSON's escapes are a subset of TOML's, but for DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _site_toml(name: str, dicom: str, labels: str, policy: Policy) -> str:
+    if not _NAME.fullmatch(name):
+        raise OptionInvalid(
+            f"The site name {name!r} cannot be used.",
+            remedy="Use lower-case letters, digits and hyphens, at most 63.",
+        )
+
+    def words(values: tuple[str, ...]) -> str:
+        return "[" + ", ".join(_quote(value) for value in values) + "]"
+
+    text = f"""\
+# This site: where its data lie and what it allows. Nothing in this file leaves the hospital,
+# except the name. The policy binds every study; a study can ask for less, never for more.
+
+[site]
+name = {_quote(name)}
+
+[data]
+# Relative to this file's folder, or absolute.
+dicom = {_quote(dicom)}
+labels = {_quote(labels)}
+
+[policy]
+# What one study, and all studies together, may cost a patient (epsilon).
+max_epsilon_study = {policy.max_epsilon_study!r}
+max_epsilon_lifetime = {policy.max_epsilon_lifetime!r}
+# Delta of the lifetime's account; at most 1 / (10 x the number of patients).
+ledger_delta = {policy.ledger_delta!r}
+# Fewest patients of each class before this site trains.
+min_patients_per_class = {policy.min_patients_per_class}
+# Fewest sites that a round may be built from.
+min_sites = {policy.min_sites}
+max_rounds = {policy.max_rounds}
+# true only where the data are public: what leaves then may tell of single patients.
+allow_without_privacy = {"true" if policy.allow_without_privacy else "false"}
+# Empty lists allow all that Cloister knows.
+networks = {words(policy.networks)}
+modalities = {words(policy.modalities)}
+"""
+    try:
+        text.encode()
+        _parse_site(text)
+    except (UnicodeEncodeError, SiteFileInvalid):
+        raise OptionInvalid(
+            "The data paths cannot be written to a site file.",
+            remedy="Use paths of at most 4096 characters that are valid UTF-8.",
+        ) from None
+    return text

@@ -1,0 +1,181 @@
+"""The commands of the client, as they are typed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from cloister_client import cli, evaluation
+from cloister_client.predict import predict
+from cloister_common import modelfile
+from cloister_common.errors import (
+    FolderUnreadable,
+    OptionInvalid,
+    OutputInTheWay,
+    SiteEmpty,
+    SiteFileInvalid,
+    StudyInvalid,
+)
+from cloister_common.study import Study
+from dicom_files import radiograph, write_dicom, write_site
+
+STUDY_TOML = """
+[study]
+name = "nodules"
+question = "q"
+[input]
+size = 32
+[target]
+column = "finding"
+classes = ["normal", "nodule"]
+"""
+STUDY = Study.model_validate(
+    {
+        "study": {"name": "nodules", "question": "q"},
+        "input": {"size": 32},
+        "target": {"column": "finding", "classes": ("normal", "nodule")},
+    }
+)
+runner = CliRunner()
+
+
+def _run(*arguments: object) -> tuple[int, str]:
+    result = runner.invoke(cli.app, [str(word) for word in arguments], catch_exceptions=True)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def test_init_then_check(tmp_path: Path) -> None:
+    root = write_site(tmp_path / "nord", 20)
+    status, output = _run("init", root, "--name", "north")
+    assert status == 0
+    assert "Site north is ready" in output
+    status, output = _run("init", root)
+    assert status == 0
+    assert "unchanged" in output
+    study = tmp_path / "study.toml"
+    study.write_text(STUDY_TOML)
+    status, output = _run("check", "--dir", root, "--study", study)
+    assert status == 0
+    assert "The data can be used." in output
+    assert "\x1b" not in output
+
+
+def test_init_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _run("init", "--name", "here", "--dicom", "/data/x", "--labels", "l.csv")[0] == 0
+    assert 'dicom = "/data/x"' in (tmp_path / "site.toml").read_text()
+    (tmp_path / "dicom").mkdir()
+    assert _run("check")[0] == 3
+
+
+def test_check_as_json_and_sheet(tmp_path: Path) -> None:
+    root = write_site(tmp_path / "site", 6)
+    _run("init", root)
+    result = runner.invoke(
+        cli.app, ["check", "--dir", str(root), "--json", "--contact-sheet", str(tmp_path / "s.png")]
+    )
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["accepted"] == 6
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    assert "keep it here" in result.stderr
+
+
+def test_check_fails_with_the_status_of_a_data_error(tmp_path: Path) -> None:
+    root = write_site(tmp_path / "site", 6)
+    _run("init", root)
+    study = tmp_path / "study.toml"
+    study.write_text(STUDY_TOML)
+    status, output = _run("check", "--dir", root, "--study", study, "--json")
+    assert status == 3
+    assert [fault["code"] for fault in json.loads(output)["faults"]] == ["CLO-207"]
+    study.write_text(STUDY_TOML + "x = 1\n")
+    with pytest.raises(StudyInvalid):
+        _run("check", "--dir", root, "--study", study)
+    (root / "site.toml").write_text("[site]\n")
+    with pytest.raises(SiteFileInvalid):
+        _run("check", "--dir", root)
+
+
+def test_module_import_is_light() -> None:
+    code = (
+        "import sys, cloister_client.cli; "
+        "heavy = {'torch', 'numpy', 'pydicom', 'opacus', 'flwr', 'imagecodecs', 'PIL', 'monai'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+class _FakeNetwork:
+    """Stands in for a network; ``predict`` hands it to ``image_scores`` only."""
+
+
+def _fake_scores(_module: object, cohort: evaluation.Cohort) -> np.ndarray:
+    mean = cohort.images.mean(axis=(1, 2)) / 65535
+    return np.stack([1 - mean, mean], axis=1)
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(modelfile, "load_model", lambda _path, _device: (_FakeNetwork(), STUDY))
+    monkeypatch.setattr(evaluation, "image_scores", _fake_scores)
+    return Path("model.safetensors")
+
+
+def test_predict_writes_sorted_rows(tmp_path: Path, model: Path) -> None:
+    folder = tmp_path / "images"
+    instances = sorted(
+        write_dicom(folder / str(n), radiograph(n), bits_stored=12, patient_id=f"P{n}")
+        for n in range(4)
+    )
+    (folder / "junk").write_text("x")
+    app = typer.Typer()
+    app.command()(cli.predict)
+    result = runner.invoke(app, [str(model), str(folder), "--out", str(tmp_path / "s.csv")])
+    assert result.exit_code == 0
+    assert "scores of 4 images" in result.stdout
+    assert "CLO-210" in result.stderr
+    with (tmp_path / "s.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["SOPInstanceUID", "score_normal", "score_nodule"]
+    assert [row[0] for row in rows[1:]] == instances
+    for row in rows[1:]:
+        assert float(row[1]) + float(row[2]) == pytest.approx(1, abs=2e-6)
+    assert len({row[1] for row in rows[1:]}) == 4
+
+
+def test_predict_failures_leave_no_file(tmp_path: Path, model: Path) -> None:
+    folder, out = tmp_path / "images", tmp_path / "s.csv"
+    with pytest.raises(FolderUnreadable):
+        predict(model, folder, out, device="cpu")
+    folder.mkdir()
+    with pytest.raises(SiteEmpty, match="CR, DX"):
+        predict(model, folder, out, device="cpu")
+    with pytest.raises(OptionInvalid):
+        predict(model, folder, out, device="warp")
+    write_dicom(folder / "1")
+    with pytest.raises(OutputInTheWay):
+        predict(model, folder, tmp_path / "none" / "s.csv", device="cpu")
+    assert not out.exists()
+
+
+def test_predict_with_a_real_model(tmp_path: Path) -> None:
+    from cloister_common import networks, vectors
+
+    module = networks.build(STUDY.network, outputs=2, size=32, seed=0)
+    path = tmp_path / "model.safetensors"
+    modelfile.save_model(path, STUDY, vectors.flatten(module), {})
+    write_dicom(tmp_path / "images" / "1")
+    done = predict(path, tmp_path / "images", tmp_path / "s.csv", device="auto")
+    assert done.images == 1
+    assert (tmp_path / "s.csv").read_text().startswith("SOPInstanceUID,score_normal,score_nodule")

@@ -1,0 +1,236 @@
+"""Each transfer syntax gives back the stored values, and a bad frame gives a reason."""
+
+from __future__ import annotations
+
+import logging
+import struct
+import tracemalloc
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from cloister_client.dicom import decode as decoding
+from cloister_client.dicom import precheck, vectors
+from cloister_client.dicom.decode import check_decoder, decode
+from cloister_client.dicom.reject import RejectedFile
+from cloister_client.dicom.tags import PixelLayout
+from cloister_common.errors import DecoderUnfit, Reject
+from dicom_files import encode, make_dicom, radiograph
+
+LOSSLESS = sorted(
+    (
+        precheck.IMPLICIT_LITTLE,
+        precheck.EXPLICIT_LITTLE,
+        precheck.RLE,
+        precheck.JPEG_LOSSLESS,
+        precheck.JPEG_LOSSLESS_SV1,
+        precheck.JPEG_LS_LOSSLESS,
+        precheck.JPEG_2000_LOSSLESS,
+        precheck.HTJ2K_LOSSLESS,
+        precheck.HTJ2K_LOSSLESS_RPCL,
+    )
+)
+ENCODED = sorted(precheck.TRANSFER_SYNTAXES - precheck.NATIVE)
+
+
+def _through_a_file(pixels: NDArray[np.generic], bits: int, syntax: str) -> NDArray[np.int32]:
+    checked = precheck.precheck(
+        make_dicom(pixels, bits_stored=bits, transfer_syntax=syntax), ("DX",)
+    )
+    return decode(checked.pixels, checked.transfer_syntax, checked.tags.layout)
+
+
+def _layout(pixels: NDArray[np.generic], bits: int, *, signed: bool = False) -> PixelLayout:
+    wide = pixels.dtype.itemsize * 8
+    return PixelLayout(pixels.shape[0], pixels.shape[1], wide, bits, bits - 1, signed)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("syntax", LOSSLESS)
+def test_lossless_unsigned(syntax: str, bits: int) -> None:
+    pixels = radiograph(3, bits=bits)
+    if bits == 8:
+        pixels = pixels.astype(np.uint8)
+    assert np.array_equal(_through_a_file(pixels, bits, syntax), pixels)
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+@pytest.mark.parametrize("syntax", LOSSLESS)
+def test_lossless_signed(syntax: str, bits: int) -> None:
+    half = 1 << (bits - 1)
+    pixels = (radiograph(4, bits=bits).astype(np.int32) - half).astype(np.int16)
+    assert pixels.min() == -half
+    assert pixels.max() == half - 1
+    assert np.array_equal(_through_a_file(pixels, bits, syntax), pixels)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "bits", "tolerance"),
+    [
+        (precheck.JPEG_BASELINE, 8, 3),
+        (precheck.JPEG_EXTENDED, 12, 8),
+        (precheck.JPEG_LS_NEAR, 12, 2),
+        (precheck.JPEG_2000, 12, 8),
+        (precheck.HTJ2K, 12, 8),
+    ],
+)
+def test_lossy(syntax: str, bits: int, tolerance: int) -> None:
+    pixels = radiograph(5, bits=bits)
+    if bits == 8:
+        pixels = pixels.astype(np.uint8)
+    found = _through_a_file(pixels, bits, syntax)
+    assert np.abs(found - pixels).max() <= tolerance
+
+
+def test_every_syntax_is_tested() -> None:
+    lossy = {
+        precheck.JPEG_BASELINE,
+        precheck.JPEG_EXTENDED,
+        precheck.JPEG_LS_NEAR,
+        precheck.JPEG_2000,
+        precheck.HTJ2K,
+    }
+    assert set(LOSSLESS) | lossy == precheck.TRANSFER_SYNTAXES
+
+
+def test_what_stands_in_unused_bits_is_dropped() -> None:
+    pixels = np.array([[0xF00F, 0x0FFF], [0x1800, 0x07FF]], dtype=np.uint16)
+    data = pixels.astype("<u2").tobytes()
+    unsigned = decode(data, precheck.EXPLICIT_LITTLE, _layout(pixels, 12))
+    assert unsigned.tolist() == [[0x00F, 0xFFF], [0x800, 0x7FF]]
+    signed = decode(data, precheck.EXPLICIT_LITTLE, _layout(pixels, 12, signed=True))
+    assert signed.tolist() == [[15, -1], [-2048, 2047]]
+
+
+def test_the_overshoot_of_a_lossy_coding_is_clipped_not_wrapped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pixels = radiograph()
+    frame = encode(pixels, precheck.HTJ2K, 16)
+    over = np.full(pixels.shape, 4100, dtype=np.uint16)
+    check_decoder(precheck.HTJ2K)
+    monkeypatch.setitem(decoding._DECODERS, precheck.HTJ2K, lambda _data: over)
+    assert (decode(frame, precheck.HTJ2K, _layout(pixels, 12)) == 4095).all()
+
+
+@pytest.mark.parametrize("syntax", sorted(set(ENCODED) - {precheck.RLE}))
+def test_decoder_is_checked_before_it_is_trusted(
+    syntax: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_decoder.cache_clear()
+    right = decoding._DECODERS[syntax]
+    off_by = vectors.TOLERANCE[decoding._VECTOR[syntax]] + 4
+
+    def wrong(data: bytes) -> NDArray[np.generic]:
+        values = np.array(right(data))
+        values[-1, -1] -= values.dtype.type(off_by)
+        return values
+
+    bits = 8 if syntax == precheck.JPEG_BASELINE else 12
+    pixels = radiograph(bits=bits).astype(np.uint8 if bits == 8 else np.uint16)
+    monkeypatch.setitem(decoding._DECODERS, syntax, wrong)
+    with pytest.raises(DecoderUnfit):
+        _through_a_file(pixels, bits, syntax)
+    monkeypatch.setitem(decoding._DECODERS, syntax, right)
+    _through_a_file(pixels, bits, syntax)
+
+
+class _Panic(BaseException):
+    """What an extension in Rust raises."""
+
+
+@pytest.mark.parametrize("error", [_Panic, RuntimeError, ValueError])
+def test_whatever_a_decoder_raises_is_a_reason(
+    error: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def broken(_data: bytes) -> object:
+        warnings.warn("CANARY", stacklevel=1)
+        raise error("CANARY")
+
+    check_decoder(precheck.JPEG_LS_LOSSLESS)
+    pixels = radiograph()
+    frame = encode(pixels, precheck.JPEG_LS_LOSSLESS, 12)
+    monkeypatch.setitem(decoding._DECODERS, precheck.JPEG_LS_LOSSLESS, broken)
+    with caplog.at_level(logging.DEBUG), pytest.raises(RejectedFile) as caught:
+        decode(frame, precheck.JPEG_LS_LOSSLESS, _layout(pixels, 12))
+    assert caught.value.reason is Reject.DECODE_FAILED
+    assert caught.value.__cause__ is None
+    assert "CANARY" not in caplog.text + str(capfd.readouterr()) + str(caught.value)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_what_must_pass_passes(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(_data: bytes) -> object:
+        raise error
+
+    check_decoder(precheck.JPEG_LS_LOSSLESS)
+    pixels = radiograph()
+    frame = encode(pixels, precheck.JPEG_LS_LOSSLESS, 12)
+    monkeypatch.setitem(decoding._DECODERS, precheck.JPEG_LS_LOSSLESS, stop)
+    with pytest.raises(error):
+        decode(frame, precheck.JPEG_LS_LOSSLESS, _layout(pixels, 12))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        np.zeros((3, 3), np.uint16),
+        np.zeros((48, 40, 3), np.uint8),
+        np.zeros((48, 40), np.float32),
+        np.zeros((48, 40), np.int64),
+        None,
+    ],
+)
+def test_an_answer_of_another_form_is_refused(
+    answer: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_decoder(precheck.JPEG_LS_LOSSLESS)
+    pixels = radiograph()
+    frame = encode(pixels, precheck.JPEG_LS_LOSSLESS, 12)
+    monkeypatch.setitem(decoding._DECODERS, precheck.JPEG_LS_LOSSLESS, lambda _data: answer)
+    with pytest.raises(RejectedFile):
+        decode(frame, precheck.JPEG_LS_LOSSLESS, _layout(pixels, 12))
+
+
+def test_rle_example_of_the_standards_shape() -> None:
+    # PS3.5 G.3.2: 2 literal bytes, a run of 3, a no-op, and the end of the row.
+    segment = bytes([1, 10, 20, 254, 7, 128, 0, 9])
+    frame = struct.pack("<16I", 1, 64, *([0] * 14)) + segment
+    layout = PixelLayout(2, 3, 8, 8, 7, False)
+    assert decode(frame, precheck.RLE, layout).tolist() == [[10, 20, 7], [7, 7, 9]]
+
+
+def test_rle_that_expands_without_end_stops_at_the_image() -> None:
+    frame = struct.pack("<16I", 1, 64, *([0] * 14)) + bytes([129, 7]) * 100_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(RejectedFile):
+            decode(frame, precheck.RLE, PixelLayout(2, 3, 8, 8, 7, False))
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_rle_that_ends_early() -> None:
+    frame = struct.pack("<16I", 1, 64, *([0] * 14))
+    for segment in (b"", b"\x05abc", b"\xfe", b"\x00a", b"\x80\x80\x80"):
+        with pytest.raises(RejectedFile):
+            decode(frame + segment, precheck.RLE, PixelLayout(2, 3, 8, 8, 7, False))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200))
+def test_rle_never_raises_anything_else(segment: bytes) -> None:
+    frame = struct.pack("<16I", 1, 64, *([0] * 14)) + segment
+    try:
+        found = decode(frame, precheck.RLE, PixelLayout(4, 4, 8, 8, 7, False))
+    except RejectedFile:
+        return
+    assert found.shape == (4, 4)

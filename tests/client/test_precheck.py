@@ -1,0 +1,391 @@
+"""What is turned away before a decoder sees it, and with which reason."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
+from pydicom.sequence import Sequence
+
+from cloister_client.dicom import discover, precheck, structure
+from cloister_client.dicom.discover import read_file
+from cloister_client.dicom.precheck import Checked
+from cloister_client.dicom.reject import RejectedFile
+from cloister_client.dicom.tags import WANTED
+from cloister_common.errors import FolderUnreadable, Reject
+from dicom_files import encode, make_dicom, radiograph
+
+ALL = ("CR", "DX", "MG", "CT", "MR")
+
+
+def _reason(data: bytes, modalities: tuple[str, ...] = ALL) -> Reject | None:
+    try:
+        precheck.precheck(data, modalities)
+    except RejectedFile as rejected:
+        return rejected.reason
+    return None
+
+
+def _check(data: bytes) -> Checked:
+    return precheck.precheck(data, ALL)
+
+
+@pytest.mark.parametrize("modality", ALL)
+@pytest.mark.parametrize("transfer_syntax", sorted(precheck.NATIVE))
+def test_sound_files_pass(modality: str, transfer_syntax: str) -> None:
+    checked = _check(make_dicom(modality=modality, transfer_syntax=transfer_syntax))
+    assert checked.tags.modality == modality
+    assert checked.tags.patient_id == "P1"
+    assert checked.pixels == radiograph().astype("<u2").tobytes()
+
+
+@pytest.mark.parametrize("preamble", [b"II*\0", b"MM\0*"])
+def test_dual_tiff_passes(preamble: bytes) -> None:
+    assert _reason(make_dicom(preamble=preamble.ljust(128, b"\1"))) is None
+
+
+@pytest.mark.parametrize("preamble", [b"MZ", b"\x7fELF", b"<html>", b"PK\3\4", b"\0" * 127 + b"x"])
+def test_other_preambles(preamble: bytes) -> None:
+    assert _reason(make_dicom(preamble=preamble.ljust(128, b"\0"))) is Reject.PREAMBLE
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", bytes(132), b"\x89PNG" + bytes(500), b"DICM"])
+def test_not_dicom(data: bytes) -> None:
+    assert _reason(data) is Reject.NOT_DICOM
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"elements": {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}}, Reject.SOP_CLASS),
+        ({"elements": {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.77.1.4"}}, Reject.SOP_CLASS),
+        ({"elements": {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.6.1"}}, Reject.SOP_CLASS),
+        ({"without": ["SOPClassUID"]}, Reject.SOP_CLASS),
+        ({"elements": {"Modality": "US"}}, Reject.MODALITY),
+        ({"elements": {"Modality": "CT"}}, Reject.MODALITY),
+        ({"without": ["Modality"]}, Reject.MODALITY),
+        ({"without": ["PatientID"]}, Reject.NO_PATIENT),
+        ({"elements": {"PatientID": "  "}}, Reject.NO_PATIENT),
+        ({"without": ["SOPInstanceUID"]}, Reject.TRUNCATED),
+        ({"elements": {"BurnedInAnnotation": "YES"}}, Reject.BURNED_IN),
+        ({"modality": "MG", "elements": {"BurnedInAnnotation": "YES"}}, Reject.BURNED_IN),
+        ({"modality": "MG", "without": ["BurnedInAnnotation"]}, Reject.BURNED_IN),
+        ({"without": ["PixelData"]}, Reject.NO_PIXELS),
+        ({"elements": {"NumberOfFrames": 2}}, Reject.FRAMES),
+        ({"elements": {"NumberOfFrames": 0}}, Reject.FRAMES),
+        ({"elements": {"SamplesPerPixel": 3}}, Reject.COLOUR),
+        ({"elements": {"PhotometricInterpretation": "RGB"}}, Reject.COLOUR),
+        ({"elements": {"PhotometricInterpretation": "PALETTE COLOR"}}, Reject.COLOUR),
+        ({"elements": {"Rows": 65535, "Columns": 65535}}, Reject.TOO_LARGE),
+        ({"elements": {"Rows": 0}}, Reject.PIXEL_FORMAT),
+        ({"without": ["Rows"]}, Reject.PIXEL_FORMAT),
+        ({"without": ["PixelRepresentation"]}, Reject.PIXEL_FORMAT),
+        ({"elements": {"PixelRepresentation": 2}}, Reject.PIXEL_FORMAT),
+        ({"elements": {"BitsAllocated": 32}}, Reject.PIXEL_FORMAT),
+        ({"elements": {"BitsAllocated": 12}}, Reject.PIXEL_FORMAT),
+        ({"elements": {"BitsStored": 17, "HighBit": 16}}, Reject.PIXEL_FORMAT),
+        ({"elements": {"BitsStored": 0}}, Reject.PIXEL_FORMAT),
+        ({"elements": {"HighBit": 15}}, Reject.PIXEL_FORMAT),
+        ({"elements": {"RescaleSlope": 0, "RescaleIntercept": 0}}, Reject.PIXEL_FORMAT),
+        ({"elements": {"Rows": 49}}, Reject.TRUNCATED),
+        ({"elements": {"Rows": 47}}, Reject.PIXEL_FORMAT),
+    ],
+)
+def test_reasons(options: dict[str, Any], reason: Reject) -> None:
+    assert _reason(make_dicom(**options)) is reason
+
+
+@pytest.mark.parametrize("modality", ["CR", "DX", "CT", "MR"])
+def test_absent_annotation_passes_where_none_is_expected(modality: str) -> None:
+    assert _reason(make_dicom(modality=modality, without=["BurnedInAnnotation"])) is None
+
+
+def test_modality_that_the_study_does_not_read() -> None:
+    assert _reason(make_dicom(modality="CT"), ("CR", "DX")) is Reject.MODALITY
+
+
+@pytest.mark.parametrize(
+    "uid", ["1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.4.100", "1.2.3"]
+)
+def test_transfer_syntax_that_is_not_listed(uid: str) -> None:
+    data = make_dicom()
+    known = b"UI\x14\x001.2.840.10008.1.2.1\0"
+    assert known in data
+    value = uid.encode() + b"\0" * (len(uid) % 2)
+    other = data.replace(known, b"UI" + struct.pack("<H", len(value)) + value)
+    assert _reason(other) is Reject.TRANSFER_SYNTAX
+
+
+@pytest.mark.parametrize("transfer_syntax", sorted(precheck.TRANSFER_SYNTAXES))
+def test_cut_anywhere(transfer_syntax: str) -> None:
+    pixels, bits = radiograph(), 12
+    if transfer_syntax == precheck.JPEG_BASELINE:
+        pixels, bits = (pixels >> 4).astype(np.uint8), 8
+    data = make_dicom(pixels, bits_stored=bits, transfer_syntax=transfer_syntax)
+    assert _reason(data) is None
+    for end in range(140, len(data) - 1, 41):
+        assert _reason(data[:end]) is not None
+
+
+def test_cut_in_the_pixels_is_called_truncated() -> None:
+    assert _reason(make_dicom()[:-100]) is Reject.TRUNCATED
+
+
+@pytest.mark.parametrize(
+    "transfer_syntax", sorted(precheck.TRANSFER_SYNTAXES - precheck.NATIVE - {precheck.RLE})
+)
+def test_codestream_cut_inside_a_whole_file(transfer_syntax: str) -> None:
+    pixels, bits = radiograph(), 12
+    if transfer_syntax == precheck.JPEG_BASELINE:
+        pixels, bits = (pixels >> 4).astype(np.uint8), 8
+    frame = encode(pixels, transfer_syntax, bits)
+    for kept in (frame[:-2], frame[: len(frame) * 3 // 4]):
+        data = make_dicom(pixels, bits_stored=bits, transfer_syntax=transfer_syntax, encoded=kept)
+        assert _reason(data) is Reject.TRUNCATED
+
+
+def test_element_that_claims_more_than_is_there() -> None:
+    head = struct.pack("<HH", 0x7FE1, 0x1010) + b"OB\0\0"
+    assert _reason(make_dicom() + head + struct.pack("<I", 10) + bytes(10)) is None
+    assert _reason(make_dicom() + head + struct.pack("<I", 4_000_000_000)) is Reject.TRUNCATED
+
+
+def test_appended_archive() -> None:
+    assert _reason(make_dicom() + b"PK\3\4" + b"x" * 60) is Reject.TRUNCATED
+    assert _reason(make_dicom() + bytes(512)) is None
+
+
+def test_undefined_lengths_that_never_end() -> None:
+    data = make_dicom(without=["PixelData"])
+    for vr in (b"SQ", b"UN", b"OB"):
+        tail = struct.pack("<HH", 0x0029, 0x1010) + vr + b"\0\0" + b"\xff" * 4
+        assert _reason(data + tail) is Reject.TRUNCATED
+        assert _reason(data + tail + b"\xfe\xff\x00\xe0\xff\xff\xff\xff") is Reject.TRUNCATED
+
+
+def _nested(depth: int) -> bytes:
+    head = struct.pack("<HH", 0x0029, 0x1010) + b"SQ\0\0" + b"\xff" * 4
+    item = b"\xfe\xff\x00\xe0" + b"\xff" * 4
+    end = b"\xfe\xff\x0d\xe0" + bytes(4) + b"\xfe\xff\xdd\xe0" + bytes(4)
+    return (head + item) * depth + end * depth
+
+
+def test_nesting_is_bounded() -> None:
+    data = make_dicom(without=["PixelData"])
+    assert _reason(data + _nested(50)) is Reject.NO_PIXELS
+    assert _reason(data + _nested(structure.MAX_DEPTH + 1)) is Reject.TRUNCATED
+    assert _reason(data + _nested(20_000)) is Reject.TRUNCATED
+
+
+def test_items_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structure, "MAX_ELEMENTS", 500)
+    data = make_dicom(without=["PixelData"])
+    head = struct.pack("<HH", 0x0029, 0x1010) + b"SQ\0\0" + b"\xff" * 4
+    empty = b"\xfe\xff\x00\xe0" + bytes(4)
+    end = b"\xfe\xff\xdd\xe0" + bytes(4)
+    assert _reason(data + head + empty * 100 + end) is Reject.NO_PIXELS
+    assert _reason(data + head + empty * 600 + end) is Reject.TRUNCATED
+
+
+def test_an_element_twice() -> None:
+    data = make_dicom()
+    element = struct.pack("<HH", 0x0010, 0x0020) + b"LO\x02\x00P2"
+    assert _reason(data + element) is Reject.TRUNCATED
+
+
+def test_private_and_personal_elements_never_reach_the_parser() -> None:
+    data_set_bytes = make_dicom(
+        elements={"PatientName": "CANARY^NAME", "PatientBirthDate": "19700101"}
+    )
+    parts = structure.dissect(data_set_bytes, WANTED, precheck.TRANSFER_SYNTAXES)
+    assert b"CANARY" in data_set_bytes
+    assert b"CANARY" not in parts.header
+    assert b"19700101" not in parts.header
+
+
+@pytest.mark.parametrize("transfer_syntax", sorted(precheck.NATIVE))
+def test_look_up_tables_and_padding_are_read(transfer_syntax: str) -> None:
+    item = Dataset()
+    item.LUTDescriptor = [3, 65534, 16]
+    item["LUTDescriptor"].VR = "US"
+    item.LUTData = [0, 30000, 65535]
+    item["LUTData"].VR = "US"
+    pixels = radiograph().astype(np.int16)
+    checked = _check(
+        make_dicom(
+            pixels,
+            transfer_syntax=transfer_syntax,
+            elements={"VOILUTSequence": Sequence([item]), "PixelPaddingValue": -2000},
+        )
+    )
+    lut = checked.tags.grayscale.voi_lut
+    assert lut is not None
+    assert (lut.first, lut.bits, lut.values.tolist()) == (-2, 16, [0, 30000, 65535])
+    assert checked.tags.grayscale.padding == (-2000, -2000)
+
+
+def test_windows_and_rescale_are_read() -> None:
+    tags = _check(
+        make_dicom(
+            elements={
+                "WindowCenter": [40, 300],
+                "WindowWidth": [400, 1500],
+                "RescaleSlope": "2.5",
+                "RescaleIntercept": "-1024",
+                "VOILUTFunction": "SIGMOID",
+                "PixelPaddingValue": 5,
+                "PixelPaddingRangeLimit": 2,
+            }
+        )
+    ).tags.grayscale
+    assert tags.window == (40.0, 400.0)
+    assert (tags.slope, tags.intercept, tags.function) == (2.5, -1024.0, "SIGMOID")
+    assert tags.padding == (2, 5)
+
+
+def test_codestream_of_another_size_never_reaches_a_decoder() -> None:
+    for transfer_syntax in sorted(precheck.TRANSFER_SYNTAXES - precheck.NATIVE - {precheck.RLE}):
+        pixels, bits = radiograph(rows=64, columns=64), 12
+        if transfer_syntax == precheck.JPEG_BASELINE:
+            pixels, bits = (pixels >> 4).astype(np.uint8), 8
+        data = make_dicom(
+            pixels,
+            bits_stored=bits,
+            transfer_syntax=transfer_syntax,
+            elements={"Rows": 32},
+        )
+        assert _reason(data) is Reject.PIXEL_FORMAT
+
+
+@pytest.mark.parametrize(
+    ("claimed", "actual"),
+    [
+        (precheck.JPEG_LOSSLESS, precheck.JPEG_EXTENDED),
+        (precheck.JPEG_EXTENDED, precheck.JPEG_LOSSLESS),
+        (precheck.JPEG_LS_LOSSLESS, precheck.JPEG_2000_LOSSLESS),
+        (precheck.JPEG_2000, precheck.JPEG_LS_LOSSLESS),
+        (precheck.RLE, precheck.JPEG_LOSSLESS),
+    ],
+)
+def test_codestream_of_another_coding(claimed: str, actual: str) -> None:
+    frame = encode(radiograph(), actual, 12)
+    data = make_dicom(transfer_syntax=claimed, encoded=frame)
+    assert _reason(data) in (Reject.DECODE_FAILED, Reject.PIXEL_FORMAT)
+
+
+def test_colour_and_tiled_codestreams() -> None:
+    image = radiograph(rows=80, columns=80)
+    frame = bytearray(encode(image, precheck.JPEG_2000_LOSSLESS, 12))
+    tiny = bytearray(frame)
+    tiny[24:32] = struct.pack(">II", 1, 1)
+    three = bytearray(frame)
+    three[40:42] = b"\0\3"
+    shifted = bytearray(frame)
+    shifted[16:20] = struct.pack(">I", 4)
+    for wrong, reason in (
+        (tiny, Reject.TOO_LARGE),
+        (three, Reject.COLOUR),
+        (shifted, Reject.PIXEL_FORMAT),
+    ):
+        data = make_dicom(
+            image,
+            bits_stored=12,
+            transfer_syntax=precheck.JPEG_2000_LOSSLESS,
+            encoded=bytes(wrong),
+        )
+        assert _reason(data) is reason
+
+
+def test_fragments_are_joined() -> None:
+    frame = encode(radiograph(), precheck.JPEG_LS_LOSSLESS, 12)
+    data = make_dicom(
+        transfer_syntax=precheck.JPEG_LS_LOSSLESS,
+        elements={"PixelData": encapsulate([frame], fragments_per_frame=4)},
+    )
+    assert _check(data).pixels.rstrip(b"\0") == frame.rstrip(b"\0")
+
+
+SOUND = make_dicom(transfer_syntax=precheck.JPEG_LS_LOSSLESS)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_damaged_file_is_judged_and_never_raises(data: st.DataObject) -> None:
+    wrong = bytearray(SOUND)
+    for _ in range(data.draw(st.integers(1, 4))):
+        wrong[data.draw(st.integers(128, len(wrong) - 1))] = data.draw(st.integers(0, 255))
+    _reason(bytes(wrong))
+
+
+def test_discover_order_links_and_odd_things(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    (root / "b" / "c").mkdir(parents=True)
+    outside.mkdir()
+    for path in (root / "b" / "c" / "2", root / "b" / "1", root / "a", outside / "secret"):
+        path.write_text("x")
+    (root / "DICOMDIR").write_text("x")
+    (root / "inside").symlink_to(root / "a")
+    (root / "loop").symlink_to(root)
+    (root / "out").symlink_to(outside)
+    (root / "out-file").symlink_to(outside / "secret")
+    (root / "dangling").symlink_to(root / "none")
+    os.mkfifo(root / "pipe")
+    found = discover.discover(root)
+    assert [(one.path.name, one.reason) for one in found] == [
+        ("a", None),
+        ("1", None),
+        ("2", None),
+        ("dangling", Reject.UNREADABLE),
+        ("out", Reject.OUTSIDE_ROOT),
+        ("out-file", Reject.OUTSIDE_ROOT),
+        ("pipe", Reject.UNREADABLE),
+    ]
+    assert "secret" not in repr(found)
+
+
+def test_discover_without_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "CANARY").write_text("x")
+    for name in ("CANARY", "missing"):
+        with pytest.raises(FolderUnreadable) as caught:
+            discover.discover(tmp_path / name)
+        assert str(tmp_path) not in str(caught.value)
+        assert "CANARY" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_discover_without_permission(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub").chmod(0)
+    try:
+        assert [one.reason for one in discover.discover(tmp_path)] == [Reject.UNREADABLE]
+        with pytest.raises(FolderUnreadable):
+            discover.discover(tmp_path / "sub")
+    finally:
+        (tmp_path / "sub").chmod(0o700)
+
+
+def test_read_file_refuses_links_pipes_and_giants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    assert read_file(tmp_path / "file") == b"12345"
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(discover, "MAX_FILE_BYTES", 4)
+    for name, reason in (
+        ("link", Reject.UNREADABLE),
+        ("pipe", Reject.UNREADABLE),
+        ("none", Reject.UNREADABLE),
+        ("file", Reject.TOO_LARGE),
+    ):
+        with pytest.raises(RejectedFile) as caught:
+            read_file(tmp_path / name)
+        assert caught.value.reason is reason

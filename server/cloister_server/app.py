@@ -1,0 +1,48 @@
+"""The ServerApp: the one that a deployment, the simulation and the tests all run.
+
+Its configuration is Flower's run configuration: ``study`` (canonical JSON), ``out`` (folder of
+the run), ``expected`` (sites to wait for), ``resume``.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from cloister_common.study import study_from_canonical
+from cloister_server.checkpoint import Checkpoints
+from cloister_server.mailbox import Mailbox
+from cloister_server.outputs import write_outputs
+from cloister_server.rounds import Hooks, Run
+
+CHECKPOINT_FOLDER = "checkpoint"
+
+
+def build(hooks: Hooks | None = None) -> ServerApp:
+    """Make the ServerApp; a simulation adds hooks for its hold-out and its progress display."""
+    server_app = ServerApp()
+    used = hooks or Hooks()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        config = context.run_config
+        study = study_from_canonical(str(config["study"]))
+        out = Path(str(config["out"]))
+        began = time.monotonic()
+        run = Run(
+            Mailbox(grid),
+            study,
+            Checkpoints(out / CHECKPOINT_FOLDER),
+            used,
+            expected=int(config["expected"]),
+        )
+        outcome = run.execute(resume=bool(config["resume"]))
+        write_outputs(out, study, outcome, seconds=time.monotonic() - began)
+
+    return server_app
+
+
+app = build()

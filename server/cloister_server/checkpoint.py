@@ -1,0 +1,153 @@
+"""What the server keeps on disk so that a run outlives any process.
+
+Two files in ``OUT/checkpoint``: ``state.safetensors``, the whole state after a round, and
+``progress.json``, the last round that was sent out. Both are replaced atomically. A round that
+was sent and not finished is known after a crash: its sites were charged for it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from cloister_common.errors import NothingToResume, ResumeMismatch
+from cloister_common.files import write_atomic
+from cloister_common.records import Vector
+from cloister_common.study import Study
+from cloister_server.optimizers import OptimizerState
+
+FORMAT = "cloister/checkpoint/v1"
+_STATE = "state.safetensors"
+_PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured after a round; None where nothing was, or may be, measured."""
+
+    round: int
+    sites: int
+    seconds: float
+    update_norm: float
+    epsilon: float | None = None
+    auroc: float | None = None
+    auroc_low: float | None = None
+    auroc_high: float | None = None
+    auprc: float | None = None
+    auprc_low: float | None = None
+    auprc_high: float | None = None
+    balanced_accuracy: float | None = None
+    balanced_accuracy_low: float | None = None
+    balanced_accuracy_high: float | None = None
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything that the next round needs.
+
+    Attributes:
+        run: random id of the run; the sites' ledgers know it.
+        completed: last round whose result is in ``model``; 0 before the first.
+        model: the global model, (D,).
+        optimizer: moments of the server optimiser.
+        figures: one entry an evaluated model, the initial one first.
+        lost: rounds that were sent, charged, and never finished.
+        started: by site, how many rounds were sent to it.
+        sent: by site, bytes of payload that left it.
+        seconds: wall time of the run so far.
+    """
+
+    run: str
+    completed: int
+    model: Vector
+    optimizer: OptimizerState
+    figures: tuple[Figures, ...] = ()
+    lost: tuple[int, ...] = ()
+    started: dict[str, int] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Checkpoints:
+    """The checkpoint folder of one run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return (self._folder / _STATE).is_file()
+
+    def save(self, study: Study, state: RunState) -> None:
+        """Replace the state on disk by ``state``."""
+        from safetensors.numpy import save
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            "model": state.model,
+            "first": state.optimizer.first,
+            "second": state.optimizer.second,
+        }
+        plain = {
+            "run": state.run,
+            "completed": state.completed,
+            "figures": [asdict(figures) for figures in state.figures],
+            "lost": list(state.lost),
+            "started": state.started,
+            "sent": state.sent,
+            "seconds": state.seconds,
+        }
+        metadata = {"format": FORMAT, "study": study.canonical(), "state": json.dumps(plain)}
+        write_atomic(self._folder / _STATE, save(tensors, metadata=metadata))
+
+    def mark_sent(self, round_number: int, sites: list[str]) -> None:
+        """Note, before the first message leaves, that a round is sent to these sites."""
+        note = json.dumps({"round": round_number, "sites": sites})
+        write_atomic(self._folder / _PROGRESS, note.encode())
+
+    def load(self, study: Study) -> tuple[RunState, int, list[str]]:
+        """Return the state, the last round that was sent, and to which sites.
+
+        Raises:
+            NothingToResume: there is no checkpoint, or it cannot be read.
+            ResumeMismatch: it belongs to another study.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        remedy = "Start a new run in an empty folder, without --resume."
+        if not self.exists():
+            raise NothingToResume("This folder holds no run to resume.", remedy=remedy)
+        try:
+            with safe_open(self._folder / _STATE, framework="np") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            plain = json.loads(metadata.get("state", ""))
+            progress = self._folder / _PROGRESS
+            sent = json.loads(progress.read_text()) if progress.is_file() else None
+        except (SafetensorError, OSError, ValueError):
+            raise NothingToResume("The checkpoint cannot be read.", remedy=remedy) from None
+        if metadata.get("format") != FORMAT:
+            raise NothingToResume("The checkpoint has another format.", remedy=remedy)
+        if metadata.get("study") != study.canonical():
+            raise ResumeMismatch(
+                "The run in this folder belongs to another study.",
+                why="A study's hash covers everything in it, so a changed study is a new one.",
+                remedy="Resume with the study file that it was started with.",
+            )
+        state = RunState(
+            run=plain["run"],
+            completed=plain["completed"],
+            model=np.array(tensors["model"], np.float32),
+            optimizer=OptimizerState(tensors["first"], tensors["second"]),
+            figures=tuple(Figures(**figures) for figures in plain["figures"]),
+            lost=tuple(plain["lost"]),
+            started=plain["started"],
+            sent=plain["sent"],
+            seconds=plain["seconds"],
+        )
+        if sent is None:
+            return state, state.completed, []
+        return state, max(state.completed, int(sent["round"])), list(sent["sites"])

@@ -1,0 +1,82 @@
+"""`cloister simulate` and `cloister demo`."""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cloister_common.extras import require
+
+
+class Engine(enum.StrEnum):
+    """Where a simulation runs."""
+
+    IN_PROCESS = "in-process"
+    RAY = "ray"
+
+
+EngineOption = Annotated[
+    Engine, typer.Option(help="in-process: no daemon; ray: Flower's simulation engine.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
+
+
+def simulate(
+    study: Annotated[Path, typer.Argument(help="The study file.")],
+    sites: Annotated[
+        Path, typer.Option(help="Folder with a directory a site: dicom/, labels.csv.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the run; new or empty.")],
+    engine: EngineOption = Engine.IN_PROCESS,
+    holdout: Annotated[
+        Path | None, typer.Option(help="dicom/ and labels.csv of patients of no site.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a whole federation on this machine, on DICOM folders."""
+    from cloister_common.study import load_study
+
+    checked = load_study(study)
+    require("simulation", "flwr", "torch", "opacus", "pydicom", "jinja2")
+    from cloister_server.display import Display
+    from cloister_server.simulation import Simulation
+    from cloister_server.simulation import simulate as run
+
+    plan = Simulation(checked, sites, out, engine.value, resume, holdout)
+    with Display(quiet=as_json) as display:
+        summary = run(plan, notify=display)
+    _show(summary, out, as_json=as_json)
+
+
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to work in; else cloister-demo, here.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws other patients.")] = 0,
+    engine: EngineOption = Engine.IN_PROCESS,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw five hospitals' radiographs and train on them: a whole federation, in a minute."""
+    require("simulation", "flwr", "torch", "opacus", "pydicom", "jinja2")
+    from cloister_server.demo import free_folder, run_demo
+    from cloister_server.display import Display
+
+    folder = out if out is not None else free_folder(Path("cloister-demo"))
+    with Display(quiet=as_json) as display:
+        summary = run_demo(folder, seed=seed, engine=engine.value, display=display)
+    _show(summary, folder / "run", as_json=as_json)
+
+
+def _show(summary: Mapping[str, object], out: Path, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(summary))
+        return
+    from cloister_server.results import show
+
+    show(summary, out)

@@ -1,0 +1,73 @@
+"""From what was measured to the figures of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from cloister_common.metrics import Estimate, Metrics, measure_histogram
+from cloister_common.records import Evaluated
+from cloister_server.checkpoint import Figures
+
+
+def figures_of(figures: Figures, metrics: Metrics) -> Figures:
+    """Return ``figures`` with the metrics filled in."""
+
+    def three(estimate: Estimate | None) -> tuple[float | None, float | None, float | None]:
+        if estimate is None:
+            return None, None, None
+        return estimate.value, estimate.low, estimate.high
+
+    auroc, auroc_low, auroc_high = three(metrics.auroc)
+    auprc, auprc_low, auprc_high = three(metrics.auprc)
+    balanced, balanced_low, balanced_high = three(metrics.balanced_accuracy)
+    return replace(
+        figures,
+        auroc=auroc,
+        auroc_low=auroc_low,
+        auroc_high=auroc_high,
+        auprc=auprc,
+        auprc_low=auprc_low,
+        auprc_high=auprc_high,
+        balanced_accuracy=balanced,
+        balanced_accuracy_low=balanced_low,
+        balanced_accuracy_high=balanced_high,
+    )
+
+
+def sum_counts(answers: Sequence[Evaluated], outputs: int) -> Metrics | None:
+    """Metrics of the sites' summed score histograms; None where no usable answer came.
+
+    A target of more than two classes is averaged over its one-against-rest curves; averaging
+    the ends of their intervals gives an interval that is at least as wide as the true one.
+    """
+    curves = 1 if outputs == 2 else outputs
+    bins = answers[0].bins if answers else 0
+    size = curves * 2 * bins
+    usable = [a.counts for a in answers if a.bins == bins and a.counts.size == size > 0]
+    if not usable or any((counts < 0).any() for counts in usable):
+        return None
+    total = np.sum(usable, axis=0).reshape(curves, 2, bins)
+    measured = [measure_histogram(curve) for curve in total]
+    if curves == 1:
+        return measured[0]
+    return Metrics(
+        auroc=_mean([m.auroc for m in measured]),
+        auprc=_mean([m.auprc for m in measured]),
+        balanced_accuracy=_mean([m.balanced_accuracy for m in measured]),
+        patients=measured[0].patients,
+        class_counts=tuple(int(curve[1].sum()) for curve in total),
+    )
+
+
+def _mean(estimates: Sequence[Estimate | None]) -> Estimate | None:
+    known = [estimate for estimate in estimates if estimate is not None]
+    if len(known) < len(estimates):
+        return None
+    value, low, high = (
+        float(np.mean([getattr(estimate, end) for estimate in known]))
+        for end in ("value", "low", "high")
+    )
+    return Estimate(value, low, high)

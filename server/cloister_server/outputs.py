@@ -1,0 +1,133 @@
+"""What a finished run leaves behind: the model, the metrics, the summary and the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from cloister_common.files import write_atomic
+from cloister_common.modelfile import save_model
+from cloister_common.study import Study
+from cloister_server.report import RoundRow, RunReport, SiteRow, write_report
+from cloister_server.rounds import REASONS, Outcome, study_epsilon
+
+MODEL = "model.safetensors"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+REPORT = "report.html"
+
+NOT_MASKED = (
+    "Updates are not masked: secure aggregation is off, so the coordinating site could read "
+    "each hospital's update."
+)
+NOT_PRIVATE = "Differential privacy is off: the model and the updates may tell of single patients."
+NOT_MEASURED = (
+    "Nothing was measured: with privacy on, only a hold-out that belongs to no site is used, "
+    "and none was given (--holdout)."
+)
+
+
+def write_outputs(out: Path, study: Study, outcome: Outcome, *, seconds: float) -> None:
+    """Write all files of a finished run into ``out``, each atomically, the summary last."""
+    summary = summarise(study, outcome, seconds=seconds)
+    rows = [json.dumps(asdict(figures)) for figures in outcome.state.figures]
+    write_atomic(out / METRICS, ("\n".join(rows) + "\n").encode(), mode=0o644)
+    facts = {key: summary[key] for key in ("epsilon_max", "delta", "rounds", "sites")}
+    save_model(out / MODEL, study, outcome.state.model, facts)
+    write_report(out / REPORT, _report(study, outcome, summary))
+    write_atomic(out / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode(), mode=0o644)
+
+
+def summarise(study: Study, outcome: Outcome, *, seconds: float) -> dict[str, object]:
+    """The figures of a run, ready for JSON; the keys are stable.
+
+    ``epsilon_max`` is over sites, patient-level, of this study alone, at ``delta``; it counts
+    every round that was sent, also one that was lost.
+    """
+    state = outcome.state
+    epsilons = site_epsilons(study, state.started)
+    known = [value for value in epsilons.values() if value is not None]
+    first, last = state.figures[0], state.figures[-1]
+    private = study.privacy.enabled
+    return {
+        "study": study.study.name,
+        "study_hash": study.digest,
+        "run": state.run,
+        "auroc_initial": first.auroc,
+        "auroc_final": last.auroc,
+        "auroc_final_interval": None if last.auroc is None else [last.auroc_low, last.auroc_high],
+        "auprc_final": last.auprc,
+        "balanced_accuracy_final": last.balanced_accuracy,
+        "privacy": "patient-level differential privacy" if private else "off",
+        "epsilon_max": max(known) if known else None,
+        "epsilon_per_site": epsilons,
+        "delta": study.privacy.delta if private else None,
+        "sites": len(outcome.sites),
+        "site_names": list(outcome.sites),
+        "refused": dict(outcome.refused),
+        "rounds": state.completed,
+        "rounds_lost": list(state.lost),
+        "secure_aggregation": False,
+        "seconds": round(max(seconds, state.seconds), 2),
+        "bytes_sent_per_site": dict(sorted(state.sent.items())),
+        "warnings": list(warnings(study, outcome)),
+    }
+
+
+def site_epsilons(study: Study, started: Mapping[str, int]) -> dict[str, float | None]:
+    """Epsilon by site for the rounds that were sent to it; None where privacy is off."""
+    return {name: study_epsilon(study, rounds) for name, rounds in sorted(started.items())}
+
+
+def warnings(study: Study, outcome: Outcome) -> tuple[str, ...]:
+    """What a reader of the results must know, in plain words."""
+    found = [NOT_MASKED]
+    if not study.privacy.enabled:
+        found.append(NOT_PRIVATE)
+    if outcome.state.figures[-1].auroc is None:
+        found.append(NOT_MEASURED)
+    if outcome.state.lost:
+        rounds = ", ".join(str(number) for number in outcome.state.lost)
+        found.append(f"Lost to a crash, but charged, and not trained again: round {rounds}.")
+    return tuple(found)
+
+
+def _report(study: Study, outcome: Outcome, summary: Mapping[str, object]) -> RunReport:
+    state = outcome.state
+    epsilons = site_epsilons(study, state.started)
+    rounds = [
+        RoundRow(
+            round=f.round,
+            auroc=f.auroc,
+            auroc_low=f.auroc_low,
+            auroc_high=f.auroc_high,
+            auprc=f.auprc,
+            balanced_accuracy=f.balanced_accuracy,
+            update_norm=f.update_norm,
+            sites=f.sites,
+            seconds=f.seconds,
+            epsilon=f.epsilon,
+        )
+        for f in state.figures
+    ]
+    names = sorted({*outcome.sites, *outcome.refused, *state.started})
+    sites = [
+        SiteRow(
+            name=name,
+            rounds=state.started.get(name, 0),
+            bytes_sent=state.sent.get(name, 0),
+            epsilon=epsilons.get(name),
+            refused=REASONS.get(outcome.refused[name]) if name in outcome.refused else None,
+        )
+        for name in names
+    ]
+    return RunReport(
+        study=study,
+        summary=summary,
+        rounds=rounds,
+        sites=sites,
+        lost_rounds=state.lost,
+        warnings=warnings(study, outcome),
+    )

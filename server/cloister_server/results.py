@@ -1,0 +1,68 @@
+"""The table at the end of a run, for somebody who sees it for the first time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from cloister_server.outputs import METRICS, MODEL, REPORT
+
+
+def show(summary: Mapping[str, Any], out: Path) -> None:
+    """Print what a run gave, what it cost, what left each site, and where the files are."""
+    console = Console(highlight=False)
+    console.print()
+    console.print(_results(summary))
+    console.print(_sites(summary))
+    for warning in summary["warnings"]:
+        console.print(f"Note: {warning}", markup=False, soft_wrap=True)
+    console.print()
+    for name, what in ((MODEL, "the model"), (METRICS, "metrics by round"), (REPORT, "report")):
+        console.print(f"  {what:<17} {out / name}", markup=False, soft_wrap=True)
+
+
+def _results(summary: Mapping[str, Any]) -> Table:
+    table = Table(title=f"Study {summary['study']}", box=box.SIMPLE, show_header=False)
+    before, after = summary["auroc_initial"], summary["auroc_final"]
+    if after is not None:
+        low, high = summary["auroc_final_interval"]
+        table.add_row("AUROC before training", _figure(before))
+        table.add_row(
+            "AUROC after training", f"{after:.3f} (95 % interval {low:.3f} to {high:.3f})"
+        )
+    if summary["epsilon_max"] is not None:
+        table.add_row(
+            "Privacy",
+            f"patient-level, epsilon {summary['epsilon_max']:.2f} at delta {summary['delta']:g}, "
+            "at most, at any site",
+        )
+    else:
+        table.add_row("Privacy", "none")
+    table.add_row("Secure aggregation", "on" if summary["secure_aggregation"] else "off")
+    table.add_row("Rounds", str(summary["rounds"]))
+    table.add_row("Seconds", f"{summary['seconds']:.0f}")
+    return table
+
+
+def _sites(summary: Mapping[str, Any]) -> Table:
+    table = Table(title="What left each site", box=box.SIMPLE)
+    table.add_column("site")
+    table.add_column("epsilon spent", justify="right")
+    table.add_column("bytes", justify="right")
+    table.add_column("in words")
+    noised = "noised model updates; no image, count or score"
+    plain = "model updates and score histograms; no image"
+    words = noised if summary["epsilon_max"] is not None else plain
+    for name, count in summary["bytes_sent_per_site"].items():
+        epsilon = summary["epsilon_per_site"].get(name)
+        table.add_row(name, _figure(epsilon, 2), f"{count:,}", words)
+    return table
+
+
+def _figure(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,243 @@
+"""A whole federation on one machine; the one module that starts both sides.
+
+It runs the ServerApp and the ClientApp of a deployment on an engine of ``superlink``. What it
+adds stands outside both: it finds the sites' folders, evaluates on a hold-out that belongs to
+no site, and shows the operator of the simulation, who is every site's operator too, why a site
+said no.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from cloister_common.errors import (
+    FileUnreadable,
+    OptionInvalid,
+    OutputInTheWay,
+    RunError,
+    TooFewSitesGiven,
+)
+from cloister_common.files import make_private_dir
+from cloister_common.records import Vector
+from cloister_common.study import Study
+from cloister_server.rounds import Event, Hooks
+
+if TYPE_CHECKING:
+    from cloister_client.site import Site
+    from cloister_common.metrics import Metrics
+    from cloister_server.superlink import ClientCallable
+
+Engine = Literal["in-process", "ray"]
+
+_LIFETIME = 1000.0
+"""Lifetime budget of a site that a simulation makes: its ledger lives as long as the run."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What is simulated.
+
+    Attributes:
+        study: the study.
+        sites: folder with a directory a site: ``dicom/`` and ``labels.csv``, or a site folder.
+        out: folder of the run; new or empty, unless it is resumed.
+        engine: ``in-process`` or ``ray``.
+        resume: go on with the run in ``out``.
+        holdout: folder with ``dicom/`` and ``labels.csv`` of patients of no site.
+    """
+
+    study: Study
+    sites: Path
+    out: Path
+    engine: Engine = "in-process"
+    resume: bool = False
+    holdout: Path | None = None
+
+
+def simulate(
+    simulation: Simulation,
+    *,
+    notify: Callable[[Event], None] | None = None,
+    client_app: ClientCallable | None = None,
+) -> dict[str, object]:
+    """Run a simulation to its end and return the summary, as in ``summary.json``.
+
+    Args:
+        simulation: what to run.
+        notify: is told of progress.
+        client_app: in place of the product's ClientApp, for tests.
+
+    Raises:
+        OutputInTheWay: ``out`` holds something and ``resume`` is off.
+        TooFewSitesGiven: there are fewer site folders than the study asks for.
+        TooFewSites: too few sites take part; each site's own reason is told.
+        DataError: the hold-out cannot be used.
+    """
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    from cloister_client.app import app as product_client_app
+    from cloister_server.app import build
+    from cloister_server.outputs import SUMMARY
+    from cloister_server.superlink import run_in_process, run_on_ray
+
+    study = simulation.study
+    folders = find_sites(simulation.sites, study)
+    _claim(simulation)
+    _distinct([site_name(folder) for folder in folders])
+    sites = [_open(folder, simulation) for folder in folders]
+    evaluate = _holdout(simulation) if simulation.holdout else None
+    hooks = Hooks(evaluate=evaluate, notify=notify) if notify else Hooks(evaluate=evaluate)
+    server_app = build(hooks)
+    config: dict[str, bool | float | int | str] = {
+        "study": study.canonical(),
+        "out": str(simulation.out),
+        "expected": len(sites),
+        "resume": simulation.resume,
+    }
+    run = run_on_ray if simulation.engine == "ray" else run_in_process
+    try:
+        run(server_app, client_app or product_client_app, [site.root for site in sites], config)
+    except RunError as error:
+        raise _with_notices(error, sites) from None
+    summary: dict[str, object] = json.loads((simulation.out / SUMMARY).read_text("utf-8"))
+    return summary
+
+
+def find_sites(folder: Path, study: Study) -> list[Path]:
+    """Return the site folders below ``folder``, sorted by name.
+
+    Raises:
+        FileUnreadable: the folder cannot be read.
+        TooFewSitesGiven: there are fewer than the study's minimum.
+    """
+    try:
+        found = sorted(
+            child
+            for child in folder.iterdir()
+            if child.is_dir() and ((child / "dicom").is_dir() or (child / "site.toml").is_file())
+        )
+    except OSError as error:
+        raise FileUnreadable(
+            f"The folder of sites, {folder}, cannot be read.",
+            why=(error.strerror or "The system gave no reason") + ".",
+            remedy="Name a folder with one directory a site, each with dicom/ and labels.csv.",
+        ) from None
+    needed = study.aggregation.min_sites
+    if len(found) < needed:
+        raise TooFewSitesGiven(
+            f"The study asks for at least {needed} sites, and {folder} holds {len(found)}.",
+            why="A site is a directory with dicom/ and labels.csv, or with a site.toml.",
+            remedy="Add sites, or lower aggregation.min_sites in the study.",
+        )
+    return found
+
+
+def _claim(simulation: Simulation) -> None:
+    out = simulation.out
+    try:
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        if taken and not simulation.resume:
+            raise OutputInTheWay(
+                f"{out} already holds something.",
+                remedy="Name another folder with --out, or go on with the run in it: --resume.",
+            )
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputInTheWay(
+            f"{out} cannot be used.",
+            why=(error.strerror or "The system gave no reason") + ".",
+            remedy="Name a folder that you may write to.",
+        ) from None
+
+
+def _open(folder: Path, simulation: Simulation) -> Site:
+    """Open a site: in place where a person wrote a ``site.toml``, else below ``out``."""
+    from cloister_client.policy import Policy
+    from cloister_client.site import init_site
+
+    if (folder / "site.toml").is_file():
+        return init_site(folder)
+    study = simulation.study
+    policy = Policy(
+        max_epsilon_study=max(study.privacy.epsilon, Policy().max_epsilon_study),
+        max_epsilon_lifetime=_LIFETIME,
+        ledger_delta=max(study.privacy.delta, Policy().ledger_delta),
+        max_rounds=10_000,
+        allow_without_privacy=True,
+    )
+    name = site_name(folder)
+    make_private_dir(simulation.out / "sites")
+    return init_site(
+        simulation.out / "sites" / name,
+        name=name,
+        dicom=(folder / "dicom").absolute(),
+        labels=(folder / "labels.csv").absolute(),
+        policy=policy,
+    )
+
+
+def site_name(folder: Path) -> str:
+    """Make a site's name from its folder's: lower case, digits and hyphens."""
+    name = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-")[:63]
+    if not name:
+        raise OptionInvalid(
+            f"The site folder {folder.name!r} gives no usable name.",
+            remedy="Rename it with letters and digits.",
+        )
+    return name
+
+
+def _distinct(names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise OptionInvalid(
+                f"Two site folders give the same site name, {name!r}.", remedy="Rename one."
+            )
+
+
+def _holdout(simulation: Simulation) -> Callable[[Vector], Metrics]:
+    """Read the hold-out once and return the function that measures a flat model on it."""
+    from cloister_client.cohort import load_cohort
+    from cloister_client.evaluation import cohort_scores
+    from cloister_client.policy import Policy
+    from cloister_client.site import init_site
+    from cloister_common import networks, vectors
+    from cloister_common.metrics import measure
+
+    assert simulation.holdout is not None
+    study, folder = simulation.study, simulation.holdout.absolute()
+    site = init_site(
+        simulation.out / "holdout",
+        name="holdout",
+        dicom=folder / "dicom",
+        labels=folder / "labels.csv",
+        policy=Policy(min_patients_per_class=1),
+    )
+    cohort = load_cohort(site, study)
+    module = networks.build(
+        study.network, outputs=study.outputs, size=study.input.size, seed=study.training.seed
+    )
+
+    def evaluate(model: Vector) -> Metrics:
+        vectors.load(module, model)
+        labels, scores = cohort_scores(module, cohort)
+        return measure(labels, scores)
+
+    return evaluate
+
+
+def _with_notices(error: RunError, sites: list[Site]) -> RunError:
+    """Add what each site's operator would read; in a simulation that is the same person."""
+    from cloister_client.notices import read_notice
+
+    notices = [(site.name, read_notice(site.root)) for site in sites]
+    told = "\n".join(f"  {name}: {notice.message}" for name, notice in notices if notice)
+    if not told:
+        return error
+    return type(error)(error.what, why=error.why, remedy=f"{error.remedy}\n{told}")

@@ -1,0 +1,240 @@
+"""The one module of this side that touches what Flower does not promise to keep.
+
+Pinned to flwr 1.41.0. Two engines run the same ServerApp and ClientApp: an in-process grid that
+calls the ClientApp directly, and Flower's own simulation engine on Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+import secrets
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from cloister_common.errors import CloisterError, ExtraMissing, InternalError
+
+SITE_KEY = "site"
+"""Key of the node configuration that names the site's directory."""
+
+_SERVER_NODE = 1
+_TASK = 1
+
+ClientCallable = Callable[[Message, Context], Message]
+
+
+class InProcessGrid(Grid):
+    """A grid that calls the ClientApp in this process, one site after the other.
+
+    Messages are deep-copied both ways, as a network would, so neither side can see the other's
+    objects. An exception of the ClientApp becomes an error reply without its text.
+    """
+
+    def __init__(self, client_app: ClientCallable, sites: Sequence[Path]) -> None:
+        self._client_app = client_app
+        self._run = Run.create_empty(secrets.randbits(62))
+        self._contexts = {
+            node: Context(
+                run_id=self._run.run_id,
+                node_id=node,
+                node_config={SITE_KEY: str(site)},
+                state=RecordDict(),
+                run_config={},
+            )
+            for node, site in enumerate(sites, start=_SERVER_NODE + 1)
+        }
+        self._replies: dict[str, Message] = {}
+        _identify(self._run.run_id, _SERVER_NODE)
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return Message(
+            content=content,
+            message_type=message_type,
+            dst_node_id=dst_node_id,
+            group_id=group_id,
+            ttl=ttl,
+        )
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            identifier = secrets.token_hex(16)
+            sent = copy.deepcopy(message)
+            sent.metadata.__dict__["_message_id"] = identifier
+            self._replies[identifier] = self._deliver(sent)
+            ids.append(identifier)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._replies.pop(i) for i in message_ids if i in self._replies]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        del timeout
+        return self.pull_messages(self.push_messages(messages))
+
+    def _deliver(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        try:
+            _identify(self._run.run_id, node)
+            return copy.deepcopy(self._client_app(message, self._contexts[node]))
+        except Exception:
+            error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason="site failed")
+            return Message(error, reply_to=message)
+        finally:
+            _identify(self._run.run_id, _SERVER_NODE)
+
+
+def run_in_process(
+    server_app: ServerApp,
+    client_app: ClientCallable,
+    sites: Sequence[Path],
+    run_config: dict[str, bool | float | int | str],
+) -> None:
+    """Run a whole federation in this process; errors of the ServerApp pass through."""
+    grid = InProcessGrid(client_app, sites)
+    server_app(grid, _server_context(grid.run.run_id, run_config))
+
+
+class SitesByPartition:
+    """The ClientApp for Flower's simulation engine: tells each virtual node its site."""
+
+    def __init__(self, client_app: ClientCallable, sites: Sequence[Path]) -> None:
+        self._client_app = client_app
+        self._sites = [str(site) for site in sites]
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        partition = int(str(context.node_config["partition-id"]))
+        context.node_config[SITE_KEY] = self._sites[partition]
+        return self._client_app(message, context)
+
+
+def run_on_ray(
+    server_app: ServerApp,
+    client_app: ClientCallable,
+    sites: Sequence[Path],
+    run_config: dict[str, bool | float | int | str],
+    *,
+    cpus_per_site: int = 1,
+) -> None:
+    """Run a whole federation on Flower's simulation engine, on loopback, without a dashboard.
+
+    Raises:
+        ExtraMissing: Ray is not installed.
+        CloisterError: whatever the ServerApp raised.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("ray") is None:
+        raise ExtraMissing(
+            "The engine 'ray' is not installed.", remedy="Run: pip install 'cloister[simulation]'"
+        )
+    from flwr.simulation.run_simulation import _run_simulation
+    from flwr.supercore.constant import NOOP_FEDERATION_ID
+    from flwr.supercore.telemetry import EventType
+
+    run = Run.create_empty(secrets.randbits(62))
+    run.primary_task_id = _TASK
+    run.federation_id = NOOP_FEDERATION_ID
+    _identify(run.run_id, _SERVER_NODE)
+    caught: list[BaseException] = []
+    guarded = _remember_errors(server_app, caught)
+    backend = {
+        "init_args": {
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+            "num_cpus": max(1, os.cpu_count() or 1),
+            "log_to_driver": False,
+            "logging_level": "error",
+            "configure_logging": True,
+        },
+        "client_resources": {"num_cpus": cpus_per_site, "num_gpus": 0.0},
+    }
+    with _quiet_flower(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            _run_simulation(
+                num_supernodes=len(sites),
+                exit_event=EventType.PYTHON_API_RUN_SIMULATION_LEAVE,
+                client_app=SitesByPartition(client_app, sites),  # type: ignore[arg-type]
+                server_app=guarded,
+                backend_name="ray",
+                backend_config=backend,  # type: ignore[arg-type]
+                server_app_context=_server_context(run.run_id, run_config),
+                run=run,
+            )
+        except Exception:
+            if not caught:
+                raise InternalError(
+                    "Flower's simulation engine failed.",
+                    remedy="Run with --engine in-process, or look at Ray's own logs.",
+                ) from None
+    if caught:
+        raise caught[0]
+
+
+def _remember_errors(server_app: ServerApp, caught: list[BaseException]) -> ServerApp:
+    guarded = ServerApp()
+
+    @guarded.main()
+    def main(grid: Grid, context: Context) -> None:
+        try:
+            server_app(grid, context)
+        except CloisterError as error:
+            caught.append(error)
+        except BaseException as error:
+            caught.append(error)
+            raise
+
+    return guarded
+
+
+@contextlib.contextmanager
+def _quiet_flower() -> Iterator[None]:
+    """Flower logs tracebacks of a site's exceptions; nothing of a site belongs in a log."""
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _server_context(run: int, config: dict[str, bool | float | int | str]) -> Context:
+    return Context(
+        run_id=run, node_id=_SERVER_NODE, node_config={}, state=RecordDict(), run_config=config
+    )
+
+
+def _identify(run: int, node: int) -> None:
+    TaskIdentity.task_id = _TASK
+    TaskIdentity.run_id = run
+    TaskIdentity.node_id = node

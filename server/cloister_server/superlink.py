@@ -156,6 +156,9 @@ def run_on_ray(
         raise ExtraMissing(
             "The engine 'ray' is not installed.", remedy="Run: pip install 'cloister[simulation]'"
         )
+    # Ray turns 127.0.0.1 into the machine's own address, and its servers then listen on every
+    # interface, unless it believes that clusters are off; it reads this when it is imported.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     from flwr.simulation.run_simulation import _run_simulation
     from flwr.supercore.constant import NOOP_FEDERATION_ID
     from flwr.supercore.telemetry import EventType

@@ -8,6 +8,7 @@ refused when anybody else could have read or planted them.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import stat
 from pathlib import Path
@@ -17,6 +18,7 @@ from cloister_common.errors import FileUnreadable, OutputInTheWay
 MAX_SECRET_BYTES = 1 << 16
 """Largest key file; a private key is a hundred times smaller."""
 
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -44,6 +46,17 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600, *, durable: bool = 
             _flush_folder(path.parent)
     except OSError as error:
         raise _unwritable(path, error) from None
+
+
+def sweep(folder: Path) -> int:
+    """Remove what writers that were killed left below ``folder``; return how many files.
+
+    Only while no other process writes there: an unfinished file looks like an abandoned one.
+    """
+    left = [path for path in folder.rglob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
+    for path in left:
+        path.unlink(missing_ok=True)
+    return len(left)
 
 
 def create_secret(path: Path, data: bytes) -> bool:

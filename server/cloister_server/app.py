@@ -13,12 +13,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from cloister_common.study import study_from_canonical
-from cloister_server.checkpoint import Checkpoints
+from cloister_server.checkpoint import CHECKPOINT_FOLDER, Checkpoints
 from cloister_server.mailbox import Mailbox
 from cloister_server.outputs import write_outputs
 from cloister_server.rounds import Hooks, Run
-
-CHECKPOINT_FOLDER = "checkpoint"
 
 
 def build(hooks: Hooks | None = None) -> ServerApp:

@@ -20,6 +20,9 @@ from cloister_common.study import Study
 from cloister_server.optimizers import OptimizerState
 
 FORMAT = "cloister/checkpoint/v1"
+CHECKPOINT_FOLDER = "checkpoint"
+"""Its name inside the folder of a run."""
+
 _STATE = "state.safetensors"
 _PROGRESS = "progress.json"
 

@@ -23,7 +23,7 @@ from cloister_common.errors import (
     RunError,
     TooFewSitesGiven,
 )
-from cloister_common.files import make_private_dir
+from cloister_common.files import make_private_dir, sweep
 from cloister_common.records import Vector
 from cloister_common.study import Study
 from cloister_server.rounds import Event, Hooks
@@ -75,6 +75,7 @@ def simulate(
 
     Raises:
         OutputInTheWay: ``out`` holds something and ``resume`` is off.
+        NothingToResume, ResumeMismatch: ``resume`` is on, and ``out`` holds no run of the study.
         TooFewSitesGiven: there are fewer site folders than the study asks for.
         TooFewSites: too few sites take part; each site's own reason is told.
         DataError: the hold-out cannot be used.
@@ -83,11 +84,16 @@ def simulate(
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     from cloister_client.app import app as product_client_app
     from cloister_server.app import build
+    from cloister_server.checkpoint import CHECKPOINT_FOLDER, Checkpoints
     from cloister_server.outputs import SUMMARY
     from cloister_server.superlink import run_in_process, run_on_ray
 
     study = simulation.study
     folders = find_sites(simulation.sites, study)
+    if simulation.resume:
+        # Looked at first: a folder without this study's run is left as it is.
+        Checkpoints(simulation.out / CHECKPOINT_FOLDER).load(study)
+        sweep(simulation.out)
     _claim(simulation)
     _distinct([site_name(folder) for folder in folders])
     sites = [_open(folder, simulation) for folder in folders]
@@ -114,20 +120,28 @@ def find_sites(folder: Path, study: Study) -> list[Path]:
 
     Raises:
         FileUnreadable: the folder cannot be read.
+        OptionInvalid: a directory beside the sites is none.
         TooFewSitesGiven: there are fewer than the study's minimum.
     """
     try:
-        found = sorted(
-            child
-            for child in folder.iterdir()
-            if child.is_dir() and ((child / "dicom").is_dir() or (child / "site.toml").is_file())
+        children = sorted(
+            child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")
         )
+        found = [c for c in children if (c / "dicom").is_dir() or (c / "site.toml").is_file()]
     except OSError as error:
         raise FileUnreadable(
             f"The folder of sites, {folder}, cannot be read.",
             why=(error.strerror or "The system gave no reason") + ".",
             remedy="Name a folder with one directory a site, each with dicom/ and labels.csv.",
         ) from None
+    left_out = [child.name for child in children if child not in found]
+    if found and left_out:
+        # Dropping a hospital in silence would be worse than stopping.
+        raise OptionInvalid(
+            f"{', '.join(left_out)} in {folder} is no site.",
+            why="A site is a directory with dicom/ and labels.csv, or with a site.toml.",
+            remedy="Complete it, or move it away.",
+        )
     needed = study.aggregation.min_sites
     if len(found) < needed:
         raise TooFewSitesGiven(
@@ -139,13 +153,18 @@ def find_sites(folder: Path, study: Study) -> list[Path]:
 
 
 def _claim(simulation: Simulation) -> None:
+    from cloister_server.checkpoint import CHECKPOINT_FOLDER, Checkpoints
+
     out = simulation.out
     try:
         taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
         if taken and not simulation.resume:
+            begun = Checkpoints(out / CHECKPOINT_FOLDER).exists()
             raise OutputInTheWay(
                 f"{out} already holds something.",
-                remedy="Name another folder with --out, or go on with the run in it: --resume.",
+                remedy="Name another folder with --out, or go on with the run in it: --resume."
+                if begun
+                else "No run was begun in it. Name another folder with --out, or remove this one.",
             )
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -3,49 +3,17 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Context, Message
 from safetensors import safe_open
 
-from cloister_client import randomness
 from cloister_client.app import app
 from cloister_common.errors import TooFewSites
 from cloister_server.simulation import Simulation, simulate
 from federations import NAMES, study, write_federation
-
-
-class SeededClientApp:
-    """The product's ClientApp with the noise of each site and round fixed, for these tests.
-
-    It replaces the source of the keys in the process that serves the message; the wheel has no
-    switch that does so.
-    """
-
-    def __call__(self, message: Message, context: Context) -> Message:
-        name = Path(str(context.node_config["site"])).name
-        place = f"{name}/{message.metadata.message_type}/{message.metadata.group_id}"
-        before = randomness._fresh_key
-        randomness._fresh_key = _keys(place)
-        try:
-            return app(message, context)
-        finally:
-            randomness._fresh_key = before
-
-
-def _keys(place: str) -> Callable[[], bytes]:
-    count = 0
-
-    def key() -> bytes:
-        nonlocal count
-        count += 1
-        return hashlib.sha256(f"{place}/{count}".encode()).digest()
-
-    return key
+from seeded import SeededClientApp
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +52,7 @@ def test_ray_and_in_process_give_the_same_model(sites: Path, tmp_path: Path, pri
         out = tmp_path / engine
         summary = simulate(
             Simulation(asked, sites, out, engine),
-            client_app=SeededClientApp(),
+            client_app=SeededClientApp(app),
             notify=lambda _: opened.update(_listening() - before),
         )
         assert summary["site_names"] == list(NAMES)
@@ -111,7 +79,7 @@ def test_seeded_noise_repeats_only_under_the_tests_own_key_source(
     sites: Path, tmp_path: Path
 ) -> None:
     for name in ("one", "two"):
-        simulate(Simulation(study(), sites, tmp_path / name), client_app=SeededClientApp())
+        simulate(Simulation(study(), sites, tmp_path / name), client_app=SeededClientApp(app))
     simulate(Simulation(study(), sites, tmp_path / "real"))
     one, two, real = (_weights(tmp_path / name) for name in ("one", "two", "real"))
     assert all(np.array_equal(one[key], two[key]) for key in one)

@@ -184,6 +184,34 @@ def test_an_output_folder_in_use_is_left_alone(folders: Path, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_a_folder_without_a_run_is_not_said_to_be_resumable(folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "sites").mkdir()
+    with pytest.raises(OutputInTheWay, match="No run was begun in it"):
+        simulate(Simulation(study(), folders / "sites", tmp_path))
+
+
+def test_no_hospital_is_dropped_in_silence(tmp_path: Path) -> None:
+    for name in ("anker", "birke"):
+        (tmp_path / "sites" / name / ("dicom" if name == "anker" else "dcm")).mkdir(parents=True)
+    with pytest.raises(OptionInvalid, match=r"birke in .* is no site"):
+        simulate(
+            Simulation(study(aggregation="min_sites = 1"), tmp_path / "sites", tmp_path / "run")
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_killed_writer_left_is_swept_on_resume(folders: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    simulate(Simulation(study(), folders / "sites", out))
+    torn = [out / f".{'ab' * 8}.tmp", out / "sites" / "anker" / "cache" / f".{'01' * 8}.tmp"]
+    for path in torn:
+        path.write_bytes(b"half")
+    (out / "notes.tmp").write_text("mine")
+    simulate(Simulation(study(), folders / "sites", out, resume=True))
+    assert not any(path.exists() for path in torn)
+    assert (out / "notes.tmp").read_text() == "mine"
+
+
 def test_site_names_come_from_folder_names() -> None:
     assert site_name(Path("/data/St. Anna (Nord)")) == "st-anna-nord"
     with pytest.raises(OptionInvalid):

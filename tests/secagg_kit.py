@@ -20,7 +20,7 @@ from cloister_common.identity import Identity
 from cloister_common.roster import Roster, RosterEntry
 from cloister_common.secagg.encoding import encode_into
 from cloister_common.secagg.epoch import SiteEpoch
-from cloister_common.secagg.messages import Message, decode
+from cloister_common.secagg.messages import Message, Unmasked, decode
 from cloister_common.secagg.recovery import Aggregate
 from cloister_common.secagg.server import ServerEpoch
 from cloister_common.secagg.site import Site, SitePolicy
@@ -151,6 +151,8 @@ class Federation:
         self.sites = {name: self.make_site(name) for name in self.names}
         self.sent: list[bytes] = []
         """Every message that a site sent to the server."""
+        self.secrets: set[bytes] = set()
+        """b, enc_sk and mask_sk of every site and epoch."""
 
     def make_site(self, name: str) -> Site:
         common = {
@@ -192,6 +194,32 @@ class Federation:
         self.sent.append(data)
         return decode(data)
 
+    def look(self, name: str) -> None:
+        for epoch in self.sites[name]._epochs.values():
+            held = (epoch._b, epoch._enc_sk, epoch._mask_sk)
+            self.secrets |= {bytes(secret) for secret in held if secret}
+
+    def released(self) -> list[Unmasked]:
+        """Every stage-4 reply that a site has sent."""
+        messages = [decode(data) for data in self.sent]
+        return [message for message in messages if isinstance(message, Unmasked)]
+
+    def assert_no_secret(self, *, stage_four: bool = False) -> None:
+        """No secret in clear, and of no site enough shares of both its secrets.
+
+        Where ``stage_four`` is False, no site has answered stage 4 at all.
+        """
+        assert self.secrets
+        for data in self.sent:
+            assert not any(secret in data for secret in self.secrets)
+        replies = self.released()
+        assert stage_four or not replies
+        t = self.terms().parameters.t
+        for name in self.names:
+            b = {r.site for r in replies if name in dict(r.b_shares)}
+            mask_key = {r.site for r in replies if name in dict(r.mask_key_shares)}
+            assert min(len(b), len(mask_key)) < t
+
     # One stage each; ``absent`` sites do not answer.
 
     def advertise(self, server: ServerEpoch, absent: Collection[str] = ()) -> None:
@@ -199,6 +227,7 @@ class Federation:
         for name in self.names:
             if name not in absent:
                 server.receive_advertisement(self.note(self.sites[name].advertise(request)))
+                self.look(name)
 
     def share(self, server: ServerEpoch, absent: Collection[str] = ()) -> None:
         request = over(server.share_request())

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 KEY_BYTES = 32
 BLOCK_WORDS = 4
-CHUNK_WORDS = 1 << 16
-"""Words of keystream made at a time: 256 KiB, so that keystream and accumulator stay in cache."""
+CHUNK_WORDS = 1 << 15
+"""Words of keystream made at a time: 128 KiB, so that keystream and accumulator stay in cache."""
 
 _ZEROS = bytes(4 * CHUNK_WORDS)
 

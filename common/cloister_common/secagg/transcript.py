@@ -31,7 +31,7 @@ from cloister_common.secagg.messages import (
     decode,
 )
 from cloister_common.secagg.recovery import Aggregate
-from cloister_common.secagg.server import ServerEpoch
+from cloister_common.secagg.server import Phase, ServerEpoch
 
 FORMAT = "cloister/secagg/v1/transcript"
 
@@ -154,10 +154,14 @@ def _request(server: ServerEpoch, message: Message, site: str) -> Message:
             if not server.sid:
                 server.start(message.session)
             return server.mask_request(site)
-        case ConsistencyRequest() | UnmaskRequest():
-            consistency = server.close_vectors() if not server.survivors else None
-            if isinstance(message, UnmaskRequest):
-                return server.unmask_request()
-            return consistency or server.close_vectors() or message
+        case ConsistencyRequest():
+            request = server.close_vectors()
+            if request is None:
+                raise TranscriptMismatch("A consistency request is there without a dropout.")
+            return request
+        case UnmaskRequest():
+            if server.phase is Phase.VECTORS:
+                server.close_vectors()
+            return server.unmask_request()
         case _:
             raise TranscriptMismatch(f"A {message.NAME} message does not go to a site.")

@@ -11,10 +11,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from secagg_kit import Federation, over
-
 from cloister_common.secagg.server import ServerEpoch
 from cloister_common.secagg.transcript import Transcript
+from secagg_kit import Federation, over
 
 FOLDER = Path(__file__).parent / "vectors" / "secagg"
 SEED = b"secagg/v1 vectors "

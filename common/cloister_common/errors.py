@@ -104,7 +104,7 @@ class CloisterError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Ray carries errors between processes; the default would drop the keyword arguments.
-        return (_rebuild, (type(self), self.what, self.why, self.remedy))
+        return (_rebuild, (type(self), self.what, self.why, self.remedy), dict(self.__dict__))
 
 
 def _rebuild(kind: type[CloisterError], what: str, why: str, remedy: str) -> CloisterError:
@@ -327,15 +327,6 @@ class SecureAggregationError(CloisterError):
     def __init__(self, what: str, *, why: str = "", remedy: str = "", blamed: str = "") -> None:
         super().__init__(what, why=why, remedy=remedy)
         self.blamed = blamed
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild_blame, (type(self), self.what, self.why, self.remedy, self.blamed))
-
-
-def _rebuild_blame(
-    kind: type[SecureAggregationError], what: str, why: str, remedy: str, blamed: str
-) -> SecureAggregationError:
-    return kind(what, why=why, remedy=remedy, blamed=blamed)
 
 
 class ParameterRefused(SecureAggregationError):

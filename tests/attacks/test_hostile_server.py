@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from secagg_kit import Federation, MemoryStore, identity_of, over
 
 from cloister_common.errors import (
     BoxTampered,
@@ -38,6 +37,7 @@ from cloister_common.secagg.messages import (
 )
 from cloister_common.secagg.parameters import Parameters
 from cloister_common.secagg.server import ServerEpoch
+from secagg_kit import Federation, MemoryStore, identity_of, over
 
 FIRST, SECOND, THIRD, FOURTH, LAST = (f"site-{number:02d}" for number in range(1, 6))
 

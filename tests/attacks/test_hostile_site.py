@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from secagg_kit import Federation, identity_of, over
 
 from cloister_common.errors import (
     BoxTampered,
@@ -23,6 +22,7 @@ from cloister_common.identity import Identity
 from cloister_common.secagg import dealing, shamir, wire
 from cloister_common.secagg.messages import Dealing, Shares
 from cloister_common.secagg.server import ServerEpoch
+from secagg_kit import Federation, identity_of, over
 
 FIRST, SECOND, THIRD, FOURTH, LAST = (f"site-{number:02d}" for number in range(1, 6))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from secagg_kit import Federation, over
 
 from cloister_common.errors import EncodingOverflow, NotFinite
 from cloister_common.secagg.messages import Abort, Masked, decode
 from cloister_common.secagg.site import Site
+from secagg_kit import Federation, over
 
 FIRST = "site-01"
 

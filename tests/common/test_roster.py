@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from secagg_kit import identity_of, roster_of, site_names
 
 from cloister_common.errors import RosterInvalid, RosterMismatch
 from cloister_common.identity import Identity
@@ -17,6 +16,7 @@ from cloister_common.roster import (
     require_pinned,
     sign_roster,
 )
+from secagg_kit import identity_of, roster_of, site_names
 
 ROOT = identity_of("root")
 ROSTER = roster_of(site_names(5), {"site-02": 2.5})

@@ -8,6 +8,7 @@ here hold the secret anyway, and timing is outside the model (see ``docs/secure-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 PRIME = 2**256 + 297
 SECRET_BYTES = 32
@@ -58,14 +59,23 @@ def rebuild(shares: Mapping[int, bytes]) -> bytes:
         raise ShareInvalid("a share has another length")
     if any(value >= PRIME for value in points.values()) or any(x < 1 for x in points):
         raise ShareInvalid("a share is out of range")
-    secret = 0
-    for x, value in points.items():
-        above = below = 1
-        for other in points:
-            if other != x:
-                above = above * other % PRIME
-                below = below * (other - x) % PRIME
-        secret = (secret + value * above * pow(below, -1, PRIME)) % PRIME
+    places = tuple(points)
+    weights = _weights_at_zero(places)
+    secret = sum(weights[x] * points[x] for x in places) % PRIME
     if secret >= 2**256:
         raise ShareInvalid("the secret is out of range")
     return secret.to_bytes(SECRET_BYTES, "big")
+
+
+@lru_cache(maxsize=16)
+def _weights_at_zero(places: tuple[int, ...]) -> dict[int, int]:
+    """Lagrange's weights; public, and the same for every secret that one set of holders shares."""
+    weights = {}
+    for x in places:
+        above = below = 1
+        for other in places:
+            if other != x:
+                above = above * other % PRIME
+                below = below * (other - x) % PRIME
+        weights[x] = above * pow(below, -1, PRIME) % PRIME
+    return weights

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from secagg_kit import Federation
 
 from cloister_common.secagg.messages import Masked, decode
+from secagg_kit import Federation
 
 DIMENSION = 200_000
 ALPHA = 1e-6

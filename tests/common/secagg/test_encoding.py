@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from secagg_kit import Federation
 
 from cloister_common.errors import EncodingOverflow, NotFinite, ParameterRefused, WeightAboveCap
 from cloister_common.secagg.encoding import decode, encode_into, scale_for
+from secagg_kit import Federation
 
 
 def encoded(

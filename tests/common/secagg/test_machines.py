@@ -13,7 +13,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from secagg_kit import Federation, over
 
 from cloister_common.errors import (
     ParameterRefused,
@@ -35,6 +34,7 @@ from cloister_common.secagg.messages import (
     decode,
 )
 from cloister_common.secagg.server import Phase, ServerEpoch
+from secagg_kit import Federation, over
 
 POOL = 60
 

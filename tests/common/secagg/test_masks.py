@@ -4,9 +4,9 @@ import os
 
 import numpy as np
 import pytest
-from secagg_kit import Federation
 
 from cloister_common.secagg import masks
+from secagg_kit import Federation
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 5, masks.CHUNK_WORDS - 1, 3 * masks.CHUNK_WORDS + 7])

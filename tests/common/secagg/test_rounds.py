@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from secagg_kit import Federation, identity_of, over
 
 from cloister_common.errors import (
     OverlapRefused,
@@ -22,6 +21,7 @@ from cloister_common.errors import (
 from cloister_common.secagg import wire
 from cloister_common.secagg.messages import Abort, Bundle, Masked, MaskRequest, decode
 from cloister_common.secagg.server import ServerEpoch
+from secagg_kit import Federation, identity_of, over
 
 SIZES = [(3, 0), (4, 1), (5, 1), (7, 1), (10, 1)]
 

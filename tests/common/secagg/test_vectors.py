@@ -13,11 +13,11 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from secagg_vectors import CASES, DIMENSION, play
 
 from cloister_common.errors import TranscriptMismatch
 from cloister_common.secagg.messages import Masked, decode
 from cloister_common.secagg.transcript import replay
+from secagg_vectors import CASES, DIMENSION, play
 
 FOLDER = Path(__file__).parents[2] / "vectors" / "secagg"
 

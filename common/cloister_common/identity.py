@@ -39,7 +39,7 @@ class Identity:
     @classmethod
     def generate(cls) -> Identity:
         """A new key from the operating system's randomness."""
-        return cls(Ed25519PrivateKey.generate())
+        return cls(Ed25519PrivateKey.from_private_bytes(os.urandom(KEY_BYTES)))
 
     def sign(self, label: str, *fields: Buffer) -> bytes:
         """Sign a label and fields; 64 bytes."""

@@ -509,10 +509,10 @@ MUTANTS = (
         "test_a_dropped_site_comes_back_at_stage_four",
     ),
     _stock(
-        "consistent key for every site",
-        "epoch.py",
-        "encode_into(\n                y,\n                update,",
-        "encode_into(\n                y,\n                update * 0 + update[0],",
+        "every invited site needed",
+        "server.py",
+        "        if count < m:",
+        "        if count < self.terms.parameters.n:",
         "test_dropout_before_the_vectors",
     ),
     _stock(

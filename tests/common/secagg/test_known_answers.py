@@ -45,6 +45,15 @@ def test_mask_is_the_counter_mode_of_that_cipher(row: dict[str, bytes]) -> None:
     assert np.array_equal(accumulator, keystream(row["key"], 1003))
 
 
+def test_fixed_output_of_the_mask_generator() -> None:
+    """AES-256 of the zero block under the zero key, read as little-endian words."""
+    accumulator = np.zeros(4, np.uint32)
+    masks.apply(accumulator, [(bytes(32), 1)])
+    assert accumulator.astype("<u4").tobytes().hex() == "dc95c078a2408989ad48a21492842087"
+    masks.apply(accumulator, [(bytes(32), -1)])
+    assert not accumulator.any()
+
+
 @pytest.mark.parametrize("row", of("x25519"))
 def test_x25519(row: dict[str, bytes]) -> None:
     # RFC 7748 has the receiver clear the top bit of u, which the canonical form never sets.

@@ -120,7 +120,7 @@ class SiteEpoch:
         if "share" in self._replies:
             return self._stored("share", mark, Shares)
         with self._step(Stage.ADVERTISED):
-            own = self.advertise_record()
+            own = self._stored("advertise", b"", Advertisement)
             inspection.check_records(request, own, self.terms, self._roster)
             self._records = {record.site: record for record in request.records}
             self._keys = wire.keys_digest(
@@ -140,10 +140,6 @@ class SiteEpoch:
             self._replies["share"] = (mark, reply)
             self.stage = Stage.SHARED
         return reply
-
-    def advertise_record(self) -> Advertisement:
-        """The site's own stage-0 record."""
-        return self._stored("advertise", b"", Advertisement)
 
     def open(self, request: MaskRequest, expected: Session) -> None:
         """Stage 2, first half: check session and boxes, before any training is paid for.

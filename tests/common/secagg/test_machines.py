@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -50,11 +51,16 @@ class AnyOrder(RuleBasedStateMachine):
         self.session = self.federation.session()
         self.requests: list[Message] = []
         self.replies: list[Message] = []
+        self.masked: set[tuple[str, bytes]] = set()
 
-    @initialize(stages=st.integers(0, 5), absent=st.sets(st.integers(0, 4), max_size=1))
-    def begin(self, stages: int, absent: set[int]) -> None:
+    @initialize(
+        stages=st.integers(0, 5),
+        absent=st.sets(st.integers(0, 4), max_size=1),
+        times=st.integers(1, 2),
+    )
+    def begin(self, stages: int, absent: set[int], times: int) -> None:
         for _ in range(stages):
-            self.honest_stage(absent)
+            self.honest_stage(absent, times)
 
     def _collected(self) -> list[Message]:
         """The requests of the server's phase; it stays in it."""
@@ -106,7 +112,11 @@ class AnyOrder(RuleBasedStateMachine):
         try:
             if isinstance(request, MaskRequest):
                 site.open(request, self.session)
-                reply: Message = site.mask(request.kid, federation.updates[name], saturate=False)
+                # Asked again, the site is offered another update; it must not mask that one.
+                again = (name, request.kid) in self.masked
+                update = federation.updates[name] * np.float32(0 if again else 1)
+                reply: Message = site.mask(request.kid, update, saturate=False)
+                self.masked.add((name, request.kid))
             else:
                 reply = site.respond(request)
         except SecureAggregationError as error:
@@ -133,9 +143,9 @@ class AnyOrder(RuleBasedStateMachine):
         with suppress(SecureAggregationError):
             receive[type(reply)](reply)
 
-    @rule(absent=st.sets(st.integers(0, 4), max_size=1))
-    def honest_stage(self, absent: set[int]) -> None:
-        """Ask all, deliver to all but some, bring back all replies, go on."""
+    @rule(absent=st.sets(st.integers(0, 4), max_size=1), times=st.integers(1, 2))
+    def honest_stage(self, absent: set[int], times: int) -> None:
+        """Ask all, deliver to all but some, bring back all replies (twice, perhaps), go on."""
         batch = self._collected()
         for request in batch:
             names = self.federation.names
@@ -144,7 +154,7 @@ class AnyOrder(RuleBasedStateMachine):
                 names = tuple(p.dealing.dealer for p in request.parcels if not p.box)
             for name in names:
                 number = self.federation.names.index(name)
-                if number not in absent:
+                for _ in range(0 if number in absent else times):
                     self._at_site(number, over(request))
                     self._at_server(self.replies[-1])
         self.requests += batch
@@ -243,7 +253,7 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(
-    max_examples=40,
+    max_examples=30,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),

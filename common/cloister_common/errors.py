@@ -36,6 +36,33 @@
     │   └── NothingToResume        CLO-504
     ├── InstallError               6xx, exit 7: what is installed
     │   └── ExtraMissing           CLO-601
+    ├── SecureAggregationError     7xx, exit 8: what a party refused, and whom it blames
+    │   ├── ParameterRefused       CLO-701
+    │   ├── RosterMismatch         CLO-702
+    │   ├── SignatureInvalid       CLO-703
+    │   ├── EpochReused            CLO-704
+    │   ├── KeyReused              CLO-705
+    │   ├── LowOrderKey            CLO-706
+    │   ├── OwnRecordAltered       CLO-707
+    │   ├── BoxTampered            CLO-708
+    │   ├── DealerBlamed           CLO-709
+    │   ├── ShareMismatch          CLO-710
+    │   ├── SplitView              CLO-711
+    │   ├── OverlapRefused         CLO-712
+    │   ├── UpdateReuse            CLO-713
+    │   ├── TooFewSurvivors        CLO-714
+    │   ├── StageRepeated          CLO-715
+    │   ├── StageOutOfOrder        CLO-716
+    │   ├── SessionUnknown         CLO-717
+    │   ├── SessionMismatch        CLO-718
+    │   ├── EncodingOverflow       CLO-719
+    │   ├── NotFinite              CLO-720
+    │   ├── WeightAboveCap         CLO-721
+    │   ├── WireInvalid            CLO-722
+    │   ├── TranscriptMismatch     CLO-723
+    │   ├── SiteAborted            CLO-724
+    │   ├── RosterInvalid          CLO-725
+    │   └── IdentityInvalid        CLO-726
     └── InternalError              CLO-901, exit 70: a fault of Cloister itself
 
 A message says what happened, why, and what to do. It never carries a patient's data, a path
@@ -284,6 +311,152 @@ class InstallError(CloisterError):
 class ExtraMissing(InstallError):
     code = "CLO-601"
     title = "A part of Cloister is not installed"
+
+
+class SecureAggregationError(CloisterError):
+    """A check of the protocol failed; no secret was sent.
+
+    Args:
+        blamed: id of the site that the evidence speaks against; empty where it is the server
+            or nobody.
+    """
+
+    title = "Secure aggregation was refused"
+    exit_status = 8
+
+    def __init__(self, what: str, *, why: str = "", remedy: str = "", blamed: str = "") -> None:
+        super().__init__(what, why=why, remedy=remedy)
+        self.blamed = blamed
+
+
+class ParameterRefused(SecureAggregationError):
+    code = "CLO-701"
+    title = "A parameter is not what the protocol allows"
+
+
+class RosterMismatch(SecureAggregationError):
+    code = "CLO-702"
+    title = "A site is not on the pinned roster, or the roster is another one"
+
+
+class SignatureInvalid(SecureAggregationError):
+    code = "CLO-703"
+    title = "A signature is not that of the pinned key"
+
+
+class EpochReused(SecureAggregationError):
+    code = "CLO-704"
+    title = "A key epoch was used before"
+
+
+class KeyReused(SecureAggregationError):
+    code = "CLO-705"
+    title = "A key was sent twice"
+
+
+class LowOrderKey(SecureAggregationError):
+    code = "CLO-706"
+    title = "A key is of low order or not canonical"
+
+
+class OwnRecordAltered(SecureAggregationError):
+    code = "CLO-707"
+    title = "The site's own record came back altered or not at all"
+
+
+class BoxTampered(SecureAggregationError):
+    code = "CLO-708"
+    title = "A box of shares is not what its dealer signed"
+
+
+class DealerBlamed(SecureAggregationError):
+    code = "CLO-709"
+    title = "A dealer shared out something that is not its secret"
+
+
+class ShareMismatch(SecureAggregationError):
+    code = "CLO-710"
+    title = "A share is not the one that was dealt"
+
+
+class SplitView(SecureAggregationError):
+    code = "CLO-711"
+    title = "The sites do not agree on what is summed"
+
+
+class OverlapRefused(SecureAggregationError):
+    code = "CLO-712"
+    title = "A set of survivors was refused"
+
+
+class UpdateReuse(SecureAggregationError):
+    code = "CLO-713"
+    title = "A round was already answered for another set of sites"
+
+
+class TooFewSurvivors(SecureAggregationError):
+    code = "CLO-714"
+    title = "Too few sites are left to sum safely"
+
+
+class StageRepeated(SecureAggregationError):
+    code = "CLO-715"
+    title = "A stage was asked for again with other content"
+
+
+class StageOutOfOrder(SecureAggregationError):
+    code = "CLO-716"
+    title = "A stage was asked for before or after its time"
+
+
+class SessionUnknown(SecureAggregationError):
+    code = "CLO-717"
+    title = "The site holds no such session"
+
+
+class SessionMismatch(SecureAggregationError):
+    code = "CLO-718"
+    title = "A session does not have the approved constants"
+
+
+class EncodingOverflow(SecureAggregationError):
+    code = "CLO-719"
+    title = "A value lies outside the agreed range"
+
+
+class NotFinite(SecureAggregationError):
+    code = "CLO-720"
+    title = "An update is not finite"
+
+
+class WeightAboveCap(SecureAggregationError):
+    code = "CLO-721"
+    title = "A weight lies outside the agreed range"
+
+
+class WireInvalid(SecureAggregationError):
+    code = "CLO-722"
+    title = "Bytes do not have the form of a protocol message"
+
+
+class TranscriptMismatch(SecureAggregationError):
+    code = "CLO-723"
+    title = "A transcript does not replay to what it says"
+
+
+class SiteAborted(SecureAggregationError):
+    code = "CLO-724"
+    title = "A site aborted"
+
+
+class RosterInvalid(SecureAggregationError):
+    code = "CLO-725"
+    title = "The roster cannot be used"
+
+
+class IdentityInvalid(SecureAggregationError):
+    code = "CLO-726"
+    title = "The identity key cannot be used"
 
 
 class InternalError(CloisterError):

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from cloister_common.errors import FileUnreadable, IdentityInvalid, OutputInTheWay
+from cloister_common.identity import (
+    Identity,
+    fingerprint,
+    load_identity,
+    save_identity,
+    usable_public_key,
+    verify,
+)
+
+
+def test_signature_is_for_one_label_and_one_split_of_fields() -> None:
+    identity = Identity.generate()
+    mark = identity.sign("label", b"ab", b"c")
+    assert verify(identity.public, mark, "label", b"ab", b"c")
+    assert not verify(identity.public, mark, "other", b"ab", b"c")
+    assert not verify(identity.public, mark, "label", b"a", b"bc")
+    assert not verify(identity.public, mark, "label", b"abc")
+    assert not verify(Identity.generate().public, mark, "label", b"ab", b"c")
+    assert not verify(identity.public, mark[:-1], "label", b"ab", b"c")
+    assert not verify(b"short", mark, "label", b"ab", b"c")
+
+
+def test_file_is_private_and_never_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "identity.pem"
+    identity = Identity.generate()
+    save_identity(path, identity)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert load_identity(path).public == identity.public
+    with pytest.raises(OutputInTheWay):
+        save_identity(path, Identity.generate())
+    assert load_identity(path).public == identity.public
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o622])
+def test_file_that_others_may_read(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "identity.pem"
+    save_identity(path, Identity.generate())
+    path.chmod(mode)
+    with pytest.raises(IdentityInvalid):
+        load_identity(path)
+
+
+def test_file_that_is_no_key(tmp_path: Path) -> None:
+    path = tmp_path / "identity.pem"
+    with pytest.raises(FileUnreadable):
+        load_identity(path)
+    other = ec.generate_private_key(ec.SECP256R1()).private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    for content in (b"", b"not a key", other):
+        path.write_bytes(content)
+        path.chmod(0o600)
+        with pytest.raises(IdentityInvalid):
+            load_identity(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "00" * 32,
+        "01" + "00" * 31,
+        "ec" + "ff" * 30 + "7f",
+        "ed" + "ff" * 30 + "7f",
+        "ee" + "ff" * 30 + "7f",
+        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+        "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc85",
+        "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+        "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac03fa",
+        "00" * 31,
+    ],
+)
+def test_keys_that_fit_every_message(text: str) -> None:
+    """Points of small order, or not canonical, or too short."""
+    assert not usable_public_key(bytes.fromhex(text))
+
+
+def test_fingerprint_is_for_the_telephone() -> None:
+    public = Identity.generate().public
+    groups = fingerprint(public).split(" ")
+    assert len(groups) == 8
+    assert {len(group) for group in groups} == {4}
+    assert fingerprint(public) != fingerprint(os.urandom(32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -64,6 +65,9 @@ def demo(
 ) -> None:
     """Draw five hospitals' radiographs and train on them: a whole federation, in a minute."""
     require("simulation", "flwr", "torch", "opacus", "pydicom", "jinja2")
+    # Before torch is imported: on a network this small a second thread only waits for the first,
+    # for minutes where other work shares the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from cloister_server.demo import free_folder, run_demo
     from cloister_server.display import Display
 

@@ -21,6 +21,7 @@ FAMILIES = {
     "ModelError": ("4", 5),
     "RunError": ("5", 6),
     "InstallError": ("6", 7),
+    "SecureAggregationError": ("7", 8),
     "InternalError": ("9", 70),
 }
 

@@ -10,30 +10,43 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
 
-from cloister_client import gate
+from cloister_client import gate, masked
 from cloister_client.cohort import Cohort, load_cohort, split
 from cloister_client.evaluation import score_histogram
 from cloister_client.notices import clear_notice, leave_notice
 from cloister_client.randomness import SecureRandom
 from cloister_client.site import Site, open_site
 from cloister_client.training import train_round
-from cloister_common import networks, vectors
+from cloister_common import networks, sums, vectors
 from cloister_common.errors import (
     BudgetExhausted,
     CloisterError,
     InternalError,
     MessageInvalid,
     PolicyRefused,
+    RosterInvalid,
+    RosterMismatch,
     RoundAlreadySpent,
+    SecureAggregationError,
+    WireInvalid,
 )
 from cloister_common.records import (
+    ROSTER_KEY,
+    SITE_KEY,
+    Counts,
     Evaluated,
     EvaluateTask,
+    Exchange,
+    Exchanged,
     MessageT,
+    Octets,
     Prepare,
     Prepared,
     Refusal,
@@ -41,23 +54,30 @@ from cloister_common.records import (
     RoundMessage,
     TrainTask,
     Update,
+    Vector,
+    octets,
     pack,
     unpack,
 )
 from cloister_common.study import Study, study_from_canonical
 
-SITE_KEY = "site"
-"""Key of Flower's node configuration that names the site's directory."""
+if TYPE_CHECKING:
+    from torch import nn
 
 _COHORTS_KEPT = 16
 _cohorts: OrderedDict[tuple[Path, str], Cohort] = OrderedDict()
 
-_REASONS: dict[type[CloisterError], Refused] = {
-    PolicyRefused: Refused.POLICY,
-    BudgetExhausted: Refused.BUDGET,
-    RoundAlreadySpent: Refused.SPENT,
-    MessageInvalid: Refused.MESSAGE,
-}
+_REASONS: tuple[tuple[type[CloisterError], Refused], ...] = (
+    (PolicyRefused, Refused.POLICY),
+    (BudgetExhausted, Refused.BUDGET),
+    (RoundAlreadySpent, Refused.SPENT),
+    (MessageInvalid, Refused.MESSAGE),
+    (WireInvalid, Refused.MESSAGE),
+    (RosterMismatch, Refused.ROSTER),
+    (RosterInvalid, Refused.ROSTER),
+    (SecureAggregationError, Refused.PROTOCOL),
+)
+"""The first that fits; what is not here may depend on data and is declined without a reason."""
 
 app = ClientApp()
 
@@ -68,6 +88,8 @@ def prepare(message: Message, context: Context) -> Message:
 
     def answer(site: Site, task: Prepare) -> Prepared:
         study = study_from_canonical(task.study)
+        if study.aggregation.secure:
+            masked.require_roster(site, _pin(site, context), task.roster)
         gate.admit(site, study, run=task.run, invited=task.sites)
         _cohort(site, study)
         return Prepared(site=site.name)
@@ -75,33 +97,48 @@ def prepare(message: Message, context: Context) -> Message:
     return _answer(message, context, Prepare, answer)
 
 
+@app.query("exchange")
+def exchange(message: Message, context: Context) -> Message:
+    """Answer the stages of secure aggregation that need no data."""
+
+    def answer(site: Site, task: Exchange) -> Exchanged:
+        study = _admitted(site, task)
+        asked = _exchange(site, study, context, task.exchange)
+        if asked.mask_request is not None:
+            raise MessageInvalid("A vector was asked for without a model.")
+        return Exchanged(site.name, task.round, octets(asked.answers()))
+
+    return _answer(message, context, Exchange, answer)
+
+
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Charge the round, train it, and answer with the update."""
+    """Charge the round, train it, and answer with the update, masked unless the study says not."""
 
-    def answer(site: Site, task: TrainTask) -> Update:
-        study = study_from_canonical(task.study)
+    def answer(site: Site, task: TrainTask) -> Update | Exchanged:
+        study = _admitted(site, task)
         if not 1 <= task.round <= study.training.rounds:
             raise MessageInvalid("A round was asked for that the study does not have.")
-        gate.admit(site, study, run=task.run, invited=task.sites)
-        module = networks.build(
-            study.network, outputs=study.outputs, size=study.input.size, seed=study.training.seed
-        )
-        vectors.load(module, task.vector)
-        gate.charge(site, study, run=task.run, round_number=task.round)
-        cohort = _training_part(_cohort(site, study), study)
-        private = study.privacy.enabled
-        update = train_round(
-            module,
-            cohort,
+
+        def trained() -> Vector:
+            return _train(site, study, task)
+
+        if not study.aggregation.secure:
+            return Update(site=site.name, round=task.round, vector=trained())
+        asked = _exchange(site, study, context, task.exchange)
+        if asked.mask_request is None:
+            raise MessageInvalid("A model was sent, and no update is asked for.")
+        claimed = asked.mask_request.session
+        expected = sums.update_session(
             study,
-            noise_multiplier=gate.mechanism(study).noise_multiplier if private else 0.0,
-            random=SecureRandom() if private else None,
+            asked.roster,
+            [name for name, _ in claimed.weights],
             round_number=task.round,
-            steps=study.training.steps_per_round,
-            site=site.name,
+            attempt=claimed.attempt,
+            model=task.vector,
         )
-        return Update(site=site.name, round=task.round, vector=update)
+        asked.mask(expected, trained, run=task.run, saturate=study.privacy.enabled)
+        return Exchanged(site.name, task.round, octets(asked.answers()))
 
     return _answer(message, context, TrainTask, answer)
 
@@ -110,25 +147,83 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Measure a model on the site's own patients; only where privacy is off."""
 
-    def answer(site: Site, task: EvaluateTask) -> Evaluated:
-        study = study_from_canonical(task.study)
-        gate.admit(site, study, run=task.run, invited=task.sites)
+    def answer(site: Site, task: EvaluateTask) -> Evaluated | Exchanged:
+        study = _admitted(site, task)
         if study.privacy.enabled:
             raise PolicyRefused(
                 "A site does not evaluate while privacy is on.",
                 why="Its figures would leave uncharged.",
             )
-        module = networks.build(
-            study.network, outputs=study.outputs, size=study.input.size, seed=study.training.seed
-        )
-        vectors.load(module, task.vector)
-        _, held_out = split(_cohort(site, study), study.evaluation.site_fraction)
-        counts = score_histogram(module, held_out, study)
-        return Evaluated(
-            site=site.name, round=task.round, bins=counts.shape[-1], counts=counts.reshape(-1)
+        if not study.aggregation.secure:
+            counts = _histogram(site, study, task)
+            return Evaluated(
+                site=site.name, round=task.round, bins=counts.shape[-1], counts=counts.reshape(-1)
+            )
+        asked = _exchange(site, study, context, task.exchange)
+        if asked.mask_request is None:
+            raise MessageInvalid("A model was sent, and no histogram is asked for.")
+        claimed = asked.mask_request.session
+        expected = sums.histogram_session(
+            study,
+            [name for name, _ in claimed.weights],
+            round_number=task.round,
+            attempt=claimed.attempt,
+            model=task.vector,
         )
 
+        def counted() -> NDArray[np.float64]:
+            return _histogram(site, study, task).reshape(-1).astype(np.float64)
+
+        asked.mask(expected, counted, run=task.run, saturate=False)
+        return Exchanged(site.name, task.round, octets(asked.answers()))
+
     return _answer(message, context, EvaluateTask, answer)
+
+
+def _admitted(site: Site, task: TrainTask | EvaluateTask | Exchange) -> Study:
+    study = study_from_canonical(task.study)
+    gate.admit(site, study, run=task.run, invited=task.sites)
+    return study
+
+
+def _pin(site: Site, context: Context) -> Path:
+    return Path(str(context.node_config.get(ROSTER_KEY, site.roster)))
+
+
+def _exchange(site: Site, study: Study, context: Context, data: Octets) -> masked.Exchange:
+    if not study.aggregation.secure:
+        raise MessageInvalid("The study does not mask updates.")
+    return masked.Exchange(site, study, _pin(site, context), data)
+
+
+def _loaded(study: Study, model: Vector) -> nn.Module:
+    module = networks.build(
+        study.network, outputs=study.outputs, size=study.input.size, seed=study.training.seed
+    )
+    vectors.load(module, model)
+    return module
+
+
+def _train(site: Site, study: Study, task: TrainTask) -> Vector:
+    module = _loaded(study, task.vector)
+    gate.charge(site, study, run=task.run, round_number=task.round)
+    cohort = _training_part(_cohort(site, study), study)
+    private = study.privacy.enabled
+    return train_round(
+        module,
+        cohort,
+        study,
+        noise_multiplier=gate.mechanism(study).noise_multiplier if private else 0.0,
+        random=SecureRandom() if private else None,
+        round_number=task.round,
+        steps=study.training.steps_per_round,
+        site=site.name,
+    )
+
+
+def _histogram(site: Site, study: Study, task: EvaluateTask) -> Counts:
+    _, held_out = split(_cohort(site, study), study.evaluation.site_fraction)
+    return score_histogram(_loaded(study, task.vector), held_out, study)
 
 
 def _answer(
@@ -141,8 +236,9 @@ def _answer(
     reply: RoundMessage
     try:
         site = open_site(Path(str(context.node_config[SITE_KEY])))
-        reply = handler(site, unpack(message.content, kind))
+        task = unpack(message.content, kind)
         clear_notice(site.root)
+        reply = handler(site, task)
     except CloisterError as error:
         reply = _refuse(site, error)
     except Exception as error:
@@ -156,7 +252,7 @@ def _answer(
 
 
 def _refuse(site: Site | None, error: CloisterError) -> Refusal:
-    reason = _REASONS.get(type(error), Refused.DECLINED)
+    reason = next((r for kind, r in _REASONS if isinstance(error, kind)), Refused.DECLINED)
     if site is None:
         return Refusal(site="", reason=reason.value)
     leave_notice(site.root, error)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cloister_client.ledger_schema import (
+    PROTOCOL_KINDS,
     Entry,
     append,
     create_file,
@@ -374,6 +375,8 @@ def _apply(state: _State | None, entry: Entry) -> _State:
         _hold(entry.kind == "created" and body["version"] == 1)
         _hold(0 < body["delta"] < 1 and orders and all(1 < o < math.inf for o in orders))
         return _State(orders, float(body["delta"]))
+    if entry.kind in PROTOCOL_KINDS:
+        return state
     key = (str(body["study"]), str(body["run"]))
     if entry.kind == "reserved":
         mechanism = Mechanism(float(body["noise_multiplier"]), float(body["sampling_rate"]))

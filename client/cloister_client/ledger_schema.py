@@ -27,6 +27,9 @@ from typing import Any
 from cloister_common.errors import LedgerDamaged
 
 LABEL = b"cloister/ledger/v1\0"
+PROTOCOL_KINDS = frozenset({"epoch", "round", "answered"})
+"""Entries of ``round_memory``: they spend nothing, and share the chain."""
+
 GENESIS = "0" * 64
 """What stands for the previous hash of the first entry."""
 
@@ -57,7 +60,7 @@ class Entry:
 
     Attributes:
         seq: 1, 2, ... without gaps.
-        kind: ``created``, ``reserved``, ``adopted`` or ``started``.
+        kind: ``created``, ``reserved``, ``adopted``, ``started``, or of ``PROTOCOL_KINDS``.
         body: what was written; numbers and words about studies, never about patients.
         previous: hash of the entry before.
         hash: hash of this entry.

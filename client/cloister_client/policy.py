@@ -6,6 +6,7 @@ study that asks for more is refused with the key that refuses it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import Field
@@ -27,8 +28,12 @@ class Policy(FileModel):
     """Delta of the lifetime's account; a study with a larger delta is refused."""
     min_patients_per_class: Annotated[int, Field(ge=1, le=1_000_000)] = 10
     """Fewest patients of each class before the site trains at all."""
-    min_sites: Annotated[int, Field(ge=1, le=1000)] = 1
-    """Fewest sites that must be invited and that a round may be built from."""
+    require_secure_aggregation: bool = True
+    """Whether an update may leave only masked, so that only the sum of the sites can be read."""
+    colluders: Annotated[int, Field(ge=0, le=100)] = 1
+    """Sites that may work with the coordinator; a study must allow for as many, or more."""
+    min_sites: Annotated[int, Field(ge=1, le=1000)] = 5
+    """Fewest sites that must be invited, and that a study may ask for."""
     max_rounds: Annotated[int, Field(ge=1, le=10_000)] = 1000
     allow_without_privacy: bool = False
     """Whether a study may train without differential privacy; for public data only."""
@@ -75,13 +80,7 @@ def refusals(policy: Policy, study: Study, invited_sites: int) -> tuple[str, ...
             f"policy.max_rounds is {policy.max_rounds}; "
             f"the study asks for training.rounds = {study.training.rounds}."
         )
-    if study.aggregation.min_sites < policy.min_sites:
-        found.append(
-            f"policy.min_sites is {policy.min_sites}; "
-            f"the study sets aggregation.min_sites = {study.aggregation.min_sites}."
-        )
-    if invited_sites < policy.min_sites:
-        found.append(f"policy.min_sites is {policy.min_sites}; {invited_sites} are invited.")
+    found.extend(_of_aggregation(policy, study, invited_sites))
     if policy.networks and study.network.name not in policy.networks:
         found.append(
             f"policy.networks allows {', '.join(policy.networks)}; "
@@ -94,3 +93,25 @@ def refusals(policy: Policy, study: Study, invited_sites: int) -> tuple[str, ...
             f"the study asks for input.modalities = {', '.join(asked)}."
         )
     return tuple(found)
+
+
+def _of_aggregation(policy: Policy, study: Study, invited_sites: int) -> Iterator[str]:
+    aggregation = study.aggregation
+    if not aggregation.secure:
+        if policy.require_secure_aggregation:
+            yield (
+                "policy.require_secure_aggregation is true; "
+                "the study sets aggregation.secure to false and would send updates unmasked."
+            )
+    elif aggregation.colluders < policy.colluders:
+        yield (
+            f"policy.colluders is {policy.colluders}; "
+            f"the study sets aggregation.colluders = {aggregation.colluders}."
+        )
+    if aggregation.min_sites < policy.min_sites:
+        yield (
+            f"policy.min_sites is {policy.min_sites}; "
+            f"the study sets aggregation.min_sites = {aggregation.min_sites}."
+        )
+    if invited_sites < policy.min_sites:
+        yield f"policy.min_sites is {policy.min_sites}; {invited_sites} are invited."

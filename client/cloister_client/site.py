@@ -23,19 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
 from pydantic import Field
 
 from cloister_client.policy import Policy
-from cloister_common.errors import FileUnreadable, OptionInvalid, SiteFileInvalid
+from cloister_common.errors import (
+    FileUnreadable,
+    IdentityInvalid,
+    OptionInvalid,
+    SiteFileInvalid,
+)
 from cloister_common.files import create_secret, make_private_dir, read_secret
+from cloister_common.identity import Identity
 from cloister_common.study import Name
 from cloister_common.tomlfile import FileModel, parse, read_text
 
@@ -101,6 +99,11 @@ class Site:
         return self.root / "audit"
 
     @property
+    def roster(self) -> Path:
+        """The roster that the steward accepted; see ``pinned``."""
+        return self.root / "roster.pin"
+
+    @property
     def keys(self) -> Path:
         """Folder of the site's secrets."""
         return self.root / "keys"
@@ -113,7 +116,7 @@ class Site:
         """Return the 32 bytes that the cache is encrypted with; see ``read_secret``."""
         return _raw_key(self.keys / CACHE_KEY)
 
-    def identity(self) -> Ed25519PrivateKey:
+    def identity(self) -> Identity:
         """Return the key that the site signs with; see ``read_secret``."""
         return _identity(self.keys / IDENTITY)
 
@@ -154,10 +157,7 @@ def init_site(
         make_private_dir(root)
     for folder in ("keys", "cache", "audit"):
         make_private_dir(root / folder)
-    identity = Ed25519PrivateKey.generate().private_bytes(
-        Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
-    )
-    create_secret(root / "keys" / IDENTITY, identity)
+    create_secret(root / "keys" / IDENTITY, Identity.generate().to_pem())
     create_secret(root / "keys" / PSEUDONYM_KEY, secrets.token_bytes(KEY_BYTES))
     create_secret(root / "keys" / CACHE_KEY, secrets.token_bytes(KEY_BYTES))
     # Last: a folder with a site file is a finished one.
@@ -227,17 +227,14 @@ def _raw_key(path: Path) -> bytes:
     return key
 
 
-def _identity(path: Path) -> Ed25519PrivateKey:
+def _identity(path: Path) -> Identity:
     try:
-        key = load_pem_private_key(read_secret(path), password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        key = None
-    if not isinstance(key, Ed25519PrivateKey):
+        return Identity.from_pem(read_secret(path))
+    except IdentityInvalid:
         raise FileUnreadable(
             f"{path.name} is not an Ed25519 private key.",
             remedy="Restore it from the site's backup.",
-        )
-    return key
+        ) from None
 
 
 def _name_from(root: Path) -> str:
@@ -249,6 +246,10 @@ def _name_from(root: Path) -> str:
 def _quote(text: str) -> str:
     """Write a TOML basic string; JSON's escapes are a subset of TOML's, but for DEL."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _bool(value: bool) -> str:
+    return "true" if value else "false"
 
 
 def _site_toml(name: str, dicom: str, labels: str, policy: Policy) -> str:
@@ -281,11 +282,15 @@ max_epsilon_lifetime = {policy.max_epsilon_lifetime!r}
 ledger_delta = {policy.ledger_delta!r}
 # Fewest patients of each class before this site trains.
 min_patients_per_class = {policy.min_patients_per_class}
-# Fewest sites that a round may be built from.
+# true: an update leaves only masked, and the coordinator can read nothing but the sum.
+require_secure_aggregation = {_bool(policy.require_secure_aggregation)}
+# Sites that may work with the coordinator without its learning this site's update.
+colluders = {policy.colluders}
+# Fewest sites that must take part.
 min_sites = {policy.min_sites}
 max_rounds = {policy.max_rounds}
 # true only where the data are public: what leaves then may tell of single patients.
-allow_without_privacy = {"true" if policy.allow_without_privacy else "false"}
+allow_without_privacy = {_bool(policy.allow_without_privacy)}
 # Empty lists allow all that Cloister knows.
 networks = {words(policy.networks)}
 modalities = {words(policy.modalities)}

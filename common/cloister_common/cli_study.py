@@ -68,6 +68,11 @@ def _in_words(study: Study) -> str:
         if privacy.enabled
         else "NO differential privacy: what leaves a site may tell of single patients"
     )
+    masked = (
+        "masked: only their sum can be read"
+        if study.aggregation.secure
+        else "NOT masked: the coordinator can read each site's"
+    )
     shape = f"{study.input.size} x {study.input.size}"
     return "\n".join(
         (
@@ -79,6 +84,7 @@ def _in_words(study: Study) -> str:
             f"each patient in a step with probability {training.sampling_rate:g}",
             f"  privacy    {promise}",
             f"  sites      {study.aggregation.strategy}, at least {study.aggregation.min_sites}",
+            f"  updates    {masked}",
             f"  hash       {study.digest}",
         )
     )

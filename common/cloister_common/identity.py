@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
-from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from cloister_common.errors import FileUnreadable, IdentityInvalid, OutputInTheWay
+from cloister_common.errors import IdentityInvalid
 from cloister_common.framing import Buffer, frame
 
 KEY_BYTES = 32
@@ -46,7 +44,7 @@ class Identity:
         return self._key.sign(frame(label.encode(), *fields))
 
     def to_pem(self) -> bytes:
-        """PKCS #8 PEM, not encrypted: for the site's own disk only."""
+        """PKCS #8 PEM, not encrypted: for its owner's disk only, see ``files.create_secret``."""
         return self._key.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.PKCS8,
@@ -62,7 +60,7 @@ class Identity:
         """
         try:
             key = serialization.load_pem_private_key(pem, password=None)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, UnsupportedAlgorithm):
             key = None
         if not isinstance(key, Ed25519PrivateKey):
             raise IdentityInvalid(
@@ -93,44 +91,3 @@ def fingerprint(public: bytes) -> str:
     """What two people compare by telephone: 32 hexadecimal digits of SHA-256 in groups of four."""
     text = hashlib.sha256(public).hexdigest()[:32]
     return " ".join(text[start : start + 4] for start in range(0, 32, 4))
-
-
-def save_identity(path: Path, identity: Identity) -> None:
-    """Write a new key file, mode 0600; an existing file is never replaced.
-
-    Raises:
-        OutputInTheWay: the file exists.
-    """
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise OutputInTheWay(
-            f"{path.name} exists; a key is never replaced.", remedy="Keep it, or move it away."
-        ) from None
-    with os.fdopen(handle, "wb") as file:
-        file.write(identity.to_pem())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def load_identity(path: Path) -> Identity:
-    """Read a key file that only its owner can read.
-
-    Raises:
-        FileUnreadable: it cannot be read.
-        IdentityInvalid: others may read it, or it is not a key.
-    """
-    try:
-        mode = path.stat().st_mode
-        pem = path.read_bytes()
-    except OSError:
-        raise FileUnreadable(
-            f"{path.name} cannot be read.", remedy="Check the path and its permissions."
-        ) from None
-    if stat.S_IMODE(mode) & 0o077:
-        raise IdentityInvalid(
-            f"{path.name} can be read by others than its owner.",
-            why="Whoever holds the key can sign in this site's name.",
-            remedy=f"Run: chmod 600 {path.name}",
-        )
-    return Identity.from_pem(pem)

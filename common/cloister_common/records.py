@@ -1,16 +1,17 @@
 """The messages of a round, typed; the only module that knows Flower's records.
 
 A message is a frozen dataclass. ``pack`` turns it into a Flower ``RecordDict``: one
-``ConfigRecord`` with its scalar fields and, where it has a vector, one ``ArrayRecord`` with one
-array (one flat array is what Flower moves fastest). ``unpack`` takes nothing that is missing,
-additional, of another type or of another version, so what a side may say is a list known in
-advance. Vectors travel as raw little-endian bytes: no pickle, no ``.npy`` header to parse.
+``ConfigRecord`` with its scalar fields and, where it has arrays, one ``ArrayRecord`` with one flat
+array each (few flat arrays are what Flower moves fastest). ``unpack`` takes nothing that is
+missing, additional, of another type or of another version, so what a side may say is a list known
+in advance. Arrays travel as raw little-endian bytes: no pickle, no ``.npy`` header to parse.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
@@ -20,13 +21,20 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from cloister_common.errors import MessageInvalid
 
-VERSION = "cloister/round/v1"
+SITE_KEY = "site"
+"""Key of Flower's node configuration, which never travels: the site's folder."""
+
+ROSTER_KEY = "roster"
+"""Another: the file of the pinned roster, where it is not the site's own."""
+
+VERSION = "cloister/round/v2"
 _HEAD = "cloister"
-_BODY = "vector"
+_BODY = "arrays"
 _STYPE = "cloister.raw"
 
 Vector = npt.NDArray[np.float32]
 Counts = npt.NDArray[np.int64]
+Octets = npt.NDArray[np.uint8]
 MessageT = TypeVar("MessageT", bound="RoundMessage")
 
 
@@ -41,6 +49,10 @@ class Refused(enum.StrEnum):
     """The round was charged before and is not trained again."""
     MESSAGE = "message"
     """The request does not have the agreed form."""
+    ROSTER = "roster"
+    """The site's pinned roster is another one, or does not hold the site."""
+    PROTOCOL = "protocol"
+    """A check of secure aggregation failed; the site gave the round up."""
     DECLINED = "declined"
     """Everything else. The site's own operator sees why."""
 
@@ -62,6 +74,8 @@ class Prepare(RoundMessage):
     run: str
     sites: int
     """Number of invited sites."""
+    roster: str
+    """Digest of the roster, hexadecimal; empty where updates are not masked."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +96,41 @@ class TrainTask(RoundMessage):
     round: int
     """1-based."""
     sites: int
+    exchange: Octets
+    """A ``secagg.Bundle``, encoded; empty where updates are not masked."""
     vector: Vector
     """The global model, flat, (D,)."""
 
 
 @dataclass(frozen=True)
+class Exchange(RoundMessage):
+    """Server to site: stages of secure aggregation that need neither model nor data."""
+
+    kind = "exchange"
+    study: str
+    run: str
+    round: int
+    sites: int
+    exchange: Octets
+
+
+@dataclass(frozen=True)
+class Exchanged(RoundMessage):
+    """Site to server: the answers of secure aggregation, the masked vector among them."""
+
+    kind = "exchanged"
+    site: str
+    round: int
+    exchange: Octets
+    """A ``secagg.Bundle``, encoded."""
+
+
+@dataclass(frozen=True)
 class Update(RoundMessage):
-    """Site to server: new weights minus old, flat, (D,); noised at the site where privacy is on."""
+    """Site to server: new weights minus old, flat, (D,); noised at the site where privacy is on.
+
+    Only where the study sends updates unmasked.
+    """
 
     kind = "update"
     site: str
@@ -105,12 +147,13 @@ class EvaluateTask(RoundMessage):
     run: str
     round: int
     sites: int
+    exchange: Octets
     vector: Vector
 
 
 @dataclass(frozen=True)
 class Evaluated(RoundMessage):
-    """Site to server: score histograms, patients counted.
+    """Site to server: score histograms, patients counted; only where nothing is masked.
 
     ``counts`` is flat: (curves, 2, bins), the patients without and with a class, by its score;
     one curve for a binary target (the second class), else one a class.
@@ -132,23 +175,47 @@ class Refusal(RoundMessage):
     reason: str
 
 
-_DTYPES: dict[str, np.dtype[Any]] = {"vector": np.dtype("<f4"), "counts": np.dtype("<i8")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "vector": np.dtype("<f4"),
+    "counts": np.dtype("<i8"),
+    "exchange": np.dtype("u1"),
+}
+
+
+def octets(data: bytes = b"") -> Octets:
+    """Bytes as a message carries them."""
+    return np.frombuffer(data, np.uint8)
 
 
 def pack(message: RoundMessage) -> RecordDict:
     """Turn a message into Flower's records."""
-    head: dict[str, str | int] = {"version": VERSION, "kind": message.kind}
-    records = RecordDict()
-    for field in dataclasses.fields(message):
-        value = getattr(message, field.name)
-        if field.name in _DTYPES:
-            flat = np.ascontiguousarray(value, dtype=_DTYPES[field.name]).reshape(-1)
-            array = Array(str(flat.dtype), (int(flat.size),), _STYPE, flat.tobytes())
-            records[_BODY] = ArrayRecord({field.name: array})
-        else:
-            head[field.name] = value
-    records[_HEAD] = ConfigRecord(head)  # type: ignore[arg-type]
-    return records
+    return pack_all([message])[0]
+
+
+def pack_all(messages: Iterable[RoundMessage]) -> list[RecordDict]:
+    """Turn messages into Flower's records; an array that several share is held once."""
+    known: dict[int, Array] = {}
+    held = []
+    packed = []
+    for message in messages:
+        head: dict[str, str | int] = {"version": VERSION, "kind": message.kind}
+        arrays: dict[str, Array] = {}
+        for field in dataclasses.fields(message):
+            value = getattr(message, field.name)
+            if field.name not in _DTYPES:
+                head[field.name] = value
+                continue
+            if id(value) not in known:
+                held.append(value)  # An id means something for as long as its object lives.
+                flat = np.ascontiguousarray(value, dtype=_DTYPES[field.name]).reshape(-1)
+                known[id(value)] = Array(str(flat.dtype), (flat.size,), _STYPE, flat.tobytes())
+            arrays[field.name] = known[id(value)]
+        records = RecordDict()
+        if arrays:
+            records[_BODY] = ArrayRecord(arrays)
+        records[_HEAD] = ConfigRecord(head)  # type: ignore[arg-type]
+        packed.append(records)
+    return packed
 
 
 def unpack(records: RecordDict, *kinds: type[MessageT]) -> MessageT:
@@ -164,9 +231,9 @@ def unpack(records: RecordDict, *kinds: type[MessageT]) -> MessageT:
     kind = wanted.get(str(head.get("kind")))
     if kind is None:
         raise MessageInvalid("A message of another kind was expected.")
-    scalars, array = _shape(kind)
+    scalars, arrays = _shape(kind)
     if set(head) != {"version", "kind", *scalars} or set(records) != {_HEAD} | (
-        {_BODY} if array else set()
+        {_BODY} if arrays else set()
     ):
         raise MessageInvalid(f"A message '{kind.kind}' has other fields than agreed.")
     values: dict[str, Any] = {}
@@ -175,8 +242,8 @@ def unpack(records: RecordDict, *kinds: type[MessageT]) -> MessageT:
         if type(value) is not expected:
             raise MessageInvalid(f"'{name}' of a message '{kind.kind}' has another type.")
         values[name] = value
-    if array:
-        values[array] = _read_array(records[_BODY], array)
+    if arrays:
+        values.update(_read_arrays(records[_BODY], arrays))
     return kind(**values)
 
 
@@ -191,18 +258,20 @@ def payload_bytes(records: RecordDict) -> int:
     return total
 
 
-def _shape(kind: type[RoundMessage]) -> tuple[dict[str, type], str | None]:
+def _shape(kind: type[RoundMessage]) -> tuple[dict[str, type], set[str]]:
     hints = get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
-    array = next((name for name in names if name in _DTYPES), None)
-    return {name: hints[name] for name in names if name not in _DTYPES}, array
+    arrays = {name for name in names if name in _DTYPES}
+    return {name: hints[name] for name in names if name not in arrays}, arrays
 
 
-def _read_array(record: object, name: str) -> npt.NDArray[Any]:
-    dtype = _DTYPES[name]
-    if not isinstance(record, ArrayRecord) or set(record) != {name}:
+def _read_arrays(record: object, names: set[str]) -> dict[str, npt.NDArray[Any]]:
+    if not isinstance(record, ArrayRecord) or set(record) != names:
         raise MessageInvalid("A message carries other arrays than agreed.")
-    array = record[name]
+    return {name: _read_array(record[name], _DTYPES[name]) for name in names}
+
+
+def _read_array(array: Array, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     agreed = (
         array.stype == _STYPE
         and array.dtype == str(dtype)

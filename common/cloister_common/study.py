@@ -145,8 +145,17 @@ class Aggregation(FileModel):
     """How the server turns the sites' updates into the next model."""
 
     strategy: Literal["fedavg", "fedprox", "fedadam", "fedyogi"] = "fedavg"
+    secure: bool = True
+    """Updates leave a site masked, and only their sum can be read (``cloister_common.secagg``)."""
     min_sites: Annotated[int, Field(ge=1, le=1000)] = 5
-    """Fewest sites that a round may be built from."""
+    """Fewest sites that a run begins with. Where updates are masked, the protocol derives from
+    the invited sites how few may be left in a round; else a round needs as many, too."""
+    colluders: Annotated[int, Field(ge=0, le=100)] = 1
+    """Sites that may work with the coordinator without its learning another's update (c)."""
+    clip: Annotated[float, Field(gt=0, le=1000)] = 8.0
+    """Bound of the absolute value of one coordinate of an update, where updates are masked: the
+    range of the fixed-point encoding, not the clipping norm. Larger is saturated with privacy
+    on, an error at the site without it."""
     weights: dict[Name, Annotated[float, Field(gt=0, le=1000)]] = {}
     """Public weight of a site by name; 1 where it is not named. Never a cohort's size."""
     server_learning_rate: Annotated[float, Field(gt=0, le=1000)] = 1.0

@@ -1,7 +1,8 @@
 """The ServerApp: the one that a deployment, the simulation and the tests all run.
 
 Its configuration is Flower's run configuration: ``study`` (canonical JSON), ``out`` (folder of
-the run), ``expected`` (sites to wait for), ``resume``.
+the run), ``federation`` (folder of the root key and the roster), ``expected`` (sites to wait for),
+``resume``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from cloister_common.study import study_from_canonical
 from cloister_server.checkpoint import CHECKPOINT_FOLDER, Checkpoints
+from cloister_server.federation import Federation
 from cloister_server.mailbox import Mailbox
 from cloister_server.outputs import write_outputs
 from cloister_server.rounds import Hooks, Run
@@ -36,6 +38,9 @@ def build(hooks: Hooks | None = None) -> ServerApp:
             Checkpoints(out / CHECKPOINT_FOLDER),
             used,
             expected=int(config["expected"]),
+            roster=Federation(Path(str(config["federation"]))).roster()
+            if study.aggregation.secure
+            else None,
         )
         outcome = run.execute(resume=bool(config["resume"]))
         write_outputs(out, study, outcome, seconds=time.monotonic() - began)

@@ -1,13 +1,15 @@
 """What the server keeps on disk so that a run outlives any process.
 
 Two files in ``OUT/checkpoint``: ``state.safetensors``, the whole state after a round, and
-``progress.json``, the last round that was sent out. Both are replaced atomically. A round that
-was sent and not finished is known after a crash: its sites were charged for it.
+``progress.json``, the last round that was sent out, and for whom it was unmasked. Both are
+replaced atomically. A round that was sent and not finished is known after a crash: its sites were
+charged for it.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from cloister_common.records import Vector
 from cloister_common.study import Study
 from cloister_server.optimizers import OptimizerState
 
-FORMAT = "cloister/checkpoint/v1"
+FORMAT = "cloister/checkpoint/v2"
 CHECKPOINT_FOLDER = "checkpoint"
 """Its name inside the folder of a run."""
 
@@ -58,6 +60,7 @@ class RunState:
         optimizer: moments of the server optimiser.
         figures: one entry an evaluated model, the initial one first.
         lost: rounds that were sent, charged, and never finished.
+        invited: ids of the sites that the run began with, rising; they stay the same.
         started: by site, how many rounds were sent to it.
         sent: by site, bytes of payload that left it.
         seconds: wall time of the run so far.
@@ -69,9 +72,26 @@ class RunState:
     optimizer: OptimizerState
     figures: tuple[Figures, ...] = ()
     lost: tuple[int, ...] = ()
+    invited: tuple[str, ...] = ()
     started: dict[str, int] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the round had come that was last sent out.
+
+    Attributes:
+        round: its number; 0 before the first.
+        sites: to whom it was sent.
+        answered: by number of the sum, the survivors that sites were asked to unmask it for. No
+            site answers for others, so another attempt must be for the same.
+    """
+
+    round: int = 0
+    sites: tuple[str, ...] = ()
+    answered: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -99,6 +119,7 @@ class Checkpoints:
             "completed": state.completed,
             "figures": [asdict(figures) for figures in state.figures],
             "lost": list(state.lost),
+            "invited": list(state.invited),
             "started": state.started,
             "sent": state.sent,
             "seconds": state.seconds,
@@ -106,13 +127,17 @@ class Checkpoints:
         metadata = {"format": FORMAT, "study": study.canonical(), "state": json.dumps(plain)}
         write_atomic(self._folder / _STATE, save(tensors, metadata=metadata))
 
-    def mark_sent(self, round_number: int, sites: list[str]) -> None:
-        """Note, before the first message leaves, that a round is sent to these sites."""
-        note = json.dumps({"round": round_number, "sites": sites})
-        write_atomic(self._folder / _PROGRESS, note.encode())
+    def mark(self, progress: Progress) -> None:
+        """Note, before a message leaves, how far its round has come."""
+        note = {
+            "round": progress.round,
+            "sites": progress.sites,
+            "answered": {str(number): names for number, names in progress.answered.items()},
+        }
+        write_atomic(self._folder / _PROGRESS, json.dumps(note).encode())
 
-    def load(self, study: Study) -> tuple[RunState, int, list[str]]:
-        """Return the state, the last round that was sent, and to which sites.
+    def load(self, study: Study) -> tuple[RunState, Progress]:
+        """Return the state, and how far the last round had come.
 
         Raises:
             NothingToResume: there is no checkpoint, or it cannot be read.
@@ -129,8 +154,8 @@ class Checkpoints:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             plain = json.loads(metadata.get("state", ""))
             progress = self._folder / _PROGRESS
-            sent = json.loads(progress.read_text()) if progress.is_file() else None
-        except (SafetensorError, OSError, ValueError):
+            sent = _progress(progress.read_text()) if progress.is_file() else Progress()
+        except (SafetensorError, OSError, ValueError, KeyError):
             raise NothingToResume("The checkpoint cannot be read.", remedy=remedy) from None
         if metadata.get("format") != FORMAT:
             raise NothingToResume("The checkpoint has another format.", remedy=remedy)
@@ -147,10 +172,15 @@ class Checkpoints:
             optimizer=OptimizerState(tensors["first"], tensors["second"]),
             figures=tuple(Figures(**figures) for figures in plain["figures"]),
             lost=tuple(plain["lost"]),
+            invited=tuple(plain["invited"]),
             started=plain["started"],
             sent=plain["sent"],
             seconds=plain["seconds"],
         )
-        if sent is None:
-            return state, state.completed, []
-        return state, max(state.completed, int(sent["round"])), list(sent["sites"])
+        return state, sent
+
+
+def _progress(text: str) -> Progress:
+    note = json.loads(text)
+    answered = {int(number): tuple(names) for number, names in note["answered"].items()}
+    return Progress(int(note["round"]), tuple(note["sites"]), answered)

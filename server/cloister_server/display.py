@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cloister_server.checkpoint import Figures
-from cloister_server.rounds import REASONS, Began, Event
+from cloister_server.collection import REASONS
+from cloister_server.rounds import Began, Event
 
 
 class Display:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from cloister_common.metrics import Estimate, Metrics, measure_histogram
-from cloister_common.records import Evaluated
+from cloister_common.records import Counts
 from cloister_server.checkpoint import Figures
 
 
@@ -37,21 +37,14 @@ def figures_of(figures: Figures, metrics: Metrics) -> Figures:
     )
 
 
-def sum_counts(answers: Sequence[Evaluated], outputs: int) -> Metrics | None:
-    """Metrics of the sites' summed score histograms; None where no usable answer came.
+def measure_counts(total: Counts) -> Metrics:
+    """Metrics of the sites' summed score histograms, (curves, 2, bins).
 
     A target of more than two classes is averaged over its one-against-rest curves; averaging
     the ends of their intervals gives an interval that is at least as wide as the true one.
     """
-    curves = 1 if outputs == 2 else outputs
-    bins = answers[0].bins if answers else 0
-    size = curves * 2 * bins
-    usable = [a.counts for a in answers if a.bins == bins and a.counts.size == size > 0]
-    if not usable or any((counts < 0).any() for counts in usable):
-        return None
-    total = np.sum(usable, axis=0).reshape(curves, 2, bins)
     measured = [measure_histogram(curve) for curve in total]
-    if curves == 1:
+    if len(measured) == 1:
         return measured[0]
     return Metrics(
         auroc=_mean([m.auroc for m in measured]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic
 
@@ -16,13 +16,20 @@ from cloister_common.records import (
     Refusal,
     Refused,
     RoundMessage,
-    pack,
+    pack_all,
     payload_bytes,
     unpack,
 )
 
-TYPES: Mapping[str, str] = {"prepare": "query.prepare", "train": "train", "evaluate": "evaluate"}
+TYPES: Mapping[str, str] = {
+    "prepare": "query.prepare",
+    "exchange": "query.exchange",
+    "train": "train",
+    "evaluate": "evaluate",
+}
 """Flower's message type for each kind of task."""
+
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -33,12 +40,10 @@ class Reply(Generic[MessageT]):
         node: Flower's id of the node.
         message: the typed answer, or a refusal. A node that failed, or that answered outside
             the agreed form, counts as one that declined.
-        size: bytes of payload that left the site.
     """
 
     node: int
     message: MessageT | Refusal
-    size: int
 
 
 class Mailbox:
@@ -48,11 +53,15 @@ class Mailbox:
         grid: Flower's grid, whichever engine stands behind it.
         timeout: seconds after which a round goes on without those who have not answered;
             None waits for all.
+
+    Attributes:
+        received: bytes of payload that came from each node so far.
     """
 
     def __init__(self, grid: Grid, *, timeout: float | None = None) -> None:
         self._grid = grid
         self._timeout = timeout
+        self.received: dict[int, int] = {}
 
     def wait_for_nodes(self, count: int, *, seconds: float = 120.0) -> list[int]:
         """Return the nodes online, as soon as there are ``count`` or time is up."""
@@ -67,32 +76,49 @@ class Mailbox:
         self, nodes: Iterable[int], task: RoundMessage, answer: type[MessageT]
     ) -> list[Reply[MessageT]]:
         """Send ``task`` to each node and return the replies in the order of the node ids."""
+        replies = self.stream(dict.fromkeys(nodes, task), answer)
+        return sorted(replies, key=lambda reply: reply.node)
+
+    def stream(
+        self, tasks: Mapping[int, RoundMessage], answer: type[MessageT]
+    ) -> Iterator[Reply[MessageT]]:
+        """Send each node its task and give the replies as they come.
+
+        Whoever lets go of a reply before it takes the next holds one vector at a time.
+        """
+        contents = pack_all(tasks.values())
         messages = [
             Message(
-                content=pack(task),
+                content=content,
                 dst_node_id=node,
                 message_type=TYPES[task.kind],
                 group_id=str(getattr(task, "round", 0)),
             )
-            for node in nodes
+            for (node, task), content in zip(tasks.items(), contents, strict=True)
         ]
-        replies = self._grid.send_and_receive(messages, timeout=self._timeout)
-        read = [_read(reply, answer) for reply in replies]
-        return sorted(read, key=lambda reply: reply.node)
+        waiting = set(self._grid.push_messages(messages))
+        del contents, messages
+        deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        while waiting and (deadline is None or time.monotonic() < deadline):
+            before = len(waiting)
+            for reply in self._grid.pull_messages(set(waiting)):
+                waiting.discard(reply.metadata.reply_to_message_id)
+                yield self._read(reply, answer)
+            if len(waiting) == before:
+                time.sleep(_POLL_SECONDS)
 
-
-def _read(reply: Message, answer: type[MessageT]) -> Reply[MessageT]:
-    node = reply.metadata.src_node_id
-    declined = Refusal(site="", reason=Refused.DECLINED.value)
-    if reply.has_error():
-        return Reply(node, declined, 0)
-    size = payload_bytes(reply.content)
-    message: MessageT | Refusal
-    try:
-        message = unpack(reply.content, answer)
-    except MessageInvalid:
+    def _read(self, reply: Message, answer: type[MessageT]) -> Reply[MessageT]:
+        node = reply.metadata.src_node_id
+        declined = Refusal(site="", reason=Refused.DECLINED.value)
+        if reply.has_error():
+            return Reply(node, declined)
+        self.received[node] = self.received.get(node, 0) + payload_bytes(reply.content)
+        message: MessageT | Refusal
         try:
-            message = unpack(reply.content, Refusal)
+            message = unpack(reply.content, answer)
         except MessageInvalid:
-            message = declined
-    return Reply(node, message, size)
+            try:
+                message = unpack(reply.content, Refusal)
+            except MessageInvalid:
+                message = declined
+        return Reply(node, message)

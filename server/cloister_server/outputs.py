@@ -9,9 +9,11 @@ from pathlib import Path
 
 from cloister_common.files import write_atomic
 from cloister_common.modelfile import save_model
+from cloister_common.secagg.parameters import Parameters
 from cloister_common.study import Study
+from cloister_server.collection import REASONS
 from cloister_server.report import RoundRow, RunReport, SiteRow, write_report
-from cloister_server.rounds import REASONS, Outcome, study_epsilon
+from cloister_server.rounds import Outcome, study_epsilon
 
 MODEL = "model.safetensors"
 METRICS = "metrics.jsonl"
@@ -69,7 +71,7 @@ def summarise(study: Study, outcome: Outcome, *, seconds: float) -> dict[str, ob
         "refused": dict(outcome.refused),
         "rounds": state.completed,
         "rounds_lost": list(state.lost),
-        "secure_aggregation": False,
+        "secure_aggregation": study.aggregation.secure,
         "seconds": round(max(seconds, state.seconds), 2),
         "bytes_sent_per_site": dict(sorted(state.sent.items())),
         "warnings": list(warnings(study, outcome)),
@@ -83,7 +85,12 @@ def site_epsilons(study: Study, started: Mapping[str, int]) -> dict[str, float |
 
 def warnings(study: Study, outcome: Outcome) -> tuple[str, ...]:
     """What a reader of the results must know, in plain words."""
-    found = [NOT_MASKED]
+    found: list[str] = []
+    if study.aggregation.secure:
+        n = len(outcome.state.invited)
+        found.extend(Parameters.derive(n, study.aggregation.colluders).cautions)
+    else:
+        found.append(NOT_MASKED)
     if not study.privacy.enabled:
         found.append(NOT_PRIVATE)
     if outcome.state.figures[-1].auroc is None:

@@ -55,9 +55,11 @@ def _sites(summary: Mapping[str, Any]) -> Table:
     table.add_column("epsilon spent", justify="right")
     table.add_column("bytes", justify="right")
     table.add_column("in words")
-    noised = "noised model updates; no image, count or score"
-    plain = "model updates and score histograms; no image"
-    words = noised if summary["epsilon_max"] is not None else plain
+    private, masked = summary["epsilon_max"] is not None, summary["secure_aggregation"]
+    kind = " and ".join(w for w, on in (("noised", private), ("masked", masked)) if on)
+    what = "model updates; no image, count or score" if private else ""
+    what = what or "model updates and score histograms; no image"
+    words = f"{kind} {what}".strip()
     for name, count in summary["bytes_sent_per_site"].items():
         epsilon = summary["epsilon_per_site"].get(name)
         table.add_row(name, _figure(epsilon, 2), f"{count:,}", words)

@@ -1,6 +1,6 @@
 """The run: prepare the sites, then round after round until the study is done.
 
-What a crash can cost is one round: before a round leaves, ``Checkpoints.mark_sent`` notes it;
+What a crash can cost is one round: before a round leaves, ``Checkpoints.mark`` notes it;
 after it, the whole state is saved. With privacy on, a round that was sent and not finished is
 charged at the sites and is never trained again: a resumed run counts it as lost and goes on
 with the next, so no site ever pays more than the study's epsilon.
@@ -16,33 +16,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cloister_common import networks, vectors
-from cloister_common.errors import TooFewSites
+from cloister_common.errors import InternalError
 from cloister_common.metrics import Metrics
 from cloister_common.privacy.accounting import calibrate, epsilon_pld
-from cloister_common.records import (
-    Evaluated,
-    EvaluateTask,
-    Prepare,
-    Prepared,
-    Refusal,
-    Refused,
-    TrainTask,
-    Update,
-    Vector,
-)
+from cloister_common.records import Prepare, Prepared, Refusal, Refused, Vector
+from cloister_common.roster import Roster
+from cloister_common.secagg.parameters import Parameters
 from cloister_common.study import Study
-from cloister_server.checkpoint import Checkpoints, Figures, RunState
-from cloister_server.evaluation import figures_of, sum_counts
+from cloister_server.checkpoint import Checkpoints, Figures, Progress, RunState
+from cloister_server.collection import LATE, Collector, Members, PlainCollector, require_sites
+from cloister_server.evaluation import figures_of, measure_counts
 from cloister_server.mailbox import Mailbox
-from cloister_server.optimizers import OptimizerState, step, weighted_mean
-
-REASONS: Mapping[str, str] = {
-    Refused.POLICY: "its policy does not allow the study",
-    Refused.BUDGET: "its privacy budget does not suffice",
-    Refused.SPENT: "the round was already charged there",
-    Refused.MESSAGE: "it did not understand the request",
-    Refused.DECLINED: "it declined; its own operator sees why",
-}
+from cloister_server.masked import MaskedCollector
+from cloister_server.optimizers import OptimizerState, step
 
 
 @dataclass(frozen=True)
@@ -102,6 +88,7 @@ class Run:
         checkpoints: where the state is kept.
         hooks: evaluation and progress.
         expected: sites that are waited for before the first round.
+        roster: the federation's; needed where the study masks its updates.
     """
 
     def __init__(
@@ -112,6 +99,7 @@ class Run:
         hooks: Hooks,
         *,
         expected: int,
+        roster: Roster | None = None,
     ) -> None:
         self._mailbox = mailbox
         self._study = study
@@ -119,6 +107,9 @@ class Run:
         self._checkpoints = checkpoints
         self._hooks = hooks
         self._expected = expected
+        self._roster = roster
+        self._progress = Progress()
+        self._sent: Mapping[str, int] = {}
         self._nodes: dict[int, str] = {}
         self._refused: dict[str, str] = {}
         self._invited = 0
@@ -132,12 +123,14 @@ class Run:
         """
         began = time.monotonic()
         if resume:
-            state, sent, names = self._checkpoints.load(self._study)
-            state, first = self._after_crash(state, sent, names)
+            state, self._progress = self._checkpoints.load(self._study)
+            state, first = self._after_crash(state, self._progress)
         else:
             state, first = self._fresh(), 1
-        before = state.seconds
-        self._prepare(state.run)
+        before, self._sent = state.seconds, state.sent
+        state = self._prepare(state)
+        collector = self._collector(state)
+        self._checkpoints.save(self._study, state)
         rounds = self._study.training.rounds
         self._hooks.notify(
             Began(
@@ -146,11 +139,13 @@ class Run:
         )
         if not state.figures:
             # Measured here and not when it is drawn: the sites measure it where privacy is off.
-            state = replace(state, figures=(self._measure(state, 0, Figures(0, 0, 0.0, 0.0)),))
+            none = Figures(0, 0, 0.0, 0.0)
+            state = replace(state, figures=(self._measure(collector, state, 0, none),))
         self._checkpoints.save(self._study, state)
         for number in range(first, rounds + 1):
-            state = self._round(number, state)
-            state = replace(state, seconds=before + time.monotonic() - began)
+            state = self._round(collector, number, state)
+            seconds = before + time.monotonic() - began
+            state = replace(state, seconds=seconds, sent=self._sent_by_site())
             self._checkpoints.save(self._study, state)
         return Outcome(state, tuple(sorted(self._nodes.values())), dict(self._refused))
 
@@ -163,109 +158,107 @@ class Run:
         optimizer = OptimizerState.fresh(model.size, study.aggregation)
         return RunState(secrets.token_hex(16), 0, model, optimizer)
 
-    def _after_crash(self, state: RunState, sent: int, names: list[str]) -> tuple[RunState, int]:
+    def _after_crash(self, state: RunState, progress: Progress) -> tuple[RunState, int]:
+        sent = progress.round
         if sent <= state.completed or not self._study.privacy.enabled:
             return state, state.completed + 1
         started = dict(state.started)
-        for name in names:
+        for name in progress.sites:
             started[name] = started.get(name, 0) + 1
         return replace(state, lost=(*state.lost, sent), started=started, completed=sent), sent + 1
 
-    def _prepare(self, run: str) -> None:
+    def _prepare(self, state: RunState) -> RunState:
         nodes = self._mailbox.wait_for_nodes(self._expected)
         self._invited = len(nodes)
-        task = Prepare(study=self._canonical, run=run, sites=self._invited)
+        roster = self._roster.digest.hex() if self._roster is not None else ""
+        task = Prepare(self._canonical, state.run, self._invited, roster)
         for reply in self._mailbox.ask(nodes, task, Prepared):
             message = reply.message
             if isinstance(message, Refusal):
                 self._refused[message.site or f"node {reply.node}"] = message.reason
             elif message.site in self._nodes.values():
                 self._refused[f"{message.site} (second node)"] = Refused.MESSAGE.value
+            elif state.invited and message.site not in state.invited:
+                self._refused[message.site] = LATE
             else:
                 self._nodes[reply.node] = message.site
-        self._require(len(self._nodes), self._refused)
+        asked = self._study.aggregation
+        # Whom a run invited stays as it was: two sums over other sites could be compared.
+        invited = state.invited or tuple(sorted(self._nodes.values()))
+        needed = asked.min_sites
+        if asked.secure and state.invited:
+            needed = Parameters.derive(len(invited), asked.colluders).m
+        require_sites(needed, len(self._nodes), self._invited, self._refused)
+        return replace(state, invited=invited)
 
-    def _require(self, present: int, refused: Mapping[str, str]) -> None:
-        needed = self._study.aggregation.min_sites
-        if present >= needed:
-            return
-        why = "; ".join(
-            f"{name}: {REASONS.get(reason, REASONS[Refused.DECLINED])}"
-            for name, reason in sorted(refused.items())
-        )
-        raise TooFewSites(
-            f"{present} of {self._invited} sites take part, and the study needs {needed}.",
-            why=f"{why}." if why else "",
-            remedy="Mend what the sites report, add sites, or lower aggregation.min_sites.",
+    def _collector(self, state: RunState) -> Collector:
+        members = Members(state.run, self._nodes, self._invited, state.invited)
+        if not self._study.aggregation.secure:
+            return PlainCollector(self._mailbox, self._study, members)
+        if self._roster is None:
+            raise InternalError("A run that masks its updates was started without a roster.")
+        return MaskedCollector(
+            self._mailbox,
+            self._study,
+            members,
+            self._roster,
+            answered=self._progress.answered,
+            asking=self._asking,
         )
 
-    def _round(self, number: int, state: RunState) -> RunState:
+    def _asking(self, number: int, survivors: tuple[str, ...]) -> None:
+        answered = {**self._progress.answered, number: survivors}
+        self._progress = replace(self._progress, answered=answered)
+        self._checkpoints.mark(self._progress)
+
+    def _round(self, collector: Collector, number: int, state: RunState) -> RunState:
         study = self._study
         began = time.monotonic()
-        nodes = dict(sorted(self._nodes.items(), key=lambda item: item[1]))
-        self._checkpoints.mark_sent(number, list(nodes.values()))
-        task = TrainTask(self._canonical, state.run, number, self._invited, state.model)
-        updates: dict[str, Vector] = {}
-        refused: dict[str, str] = {}
-        sent = dict(state.sent)
-        for reply in self._mailbox.ask(nodes, task, Update):
-            name, message = nodes[reply.node], reply.message
-            sent[name] = sent.get(name, 0) + reply.size
-            if isinstance(message, Update) and _acceptable(message, name, number, state.model.size):
-                updates[name] = message.vector
-            else:
-                given = message.reason if isinstance(message, Refusal) else Refused.MESSAGE.value
-                refused[name] = given
-        self._refused.update(refused)
-        self._require(len(updates), refused)
-        for name in updates:
+        names = tuple(sorted(self._nodes.values()))
+        # What an interrupted attempt at this very round was answered for still binds it.
+        answered = self._progress.answered if self._progress.round == number else {}
+        self._progress = Progress(number, names, answered)
+        self._checkpoints.mark(self._progress)
+        collected = collector.updates(number, state.model)
+        self._refused.update(collected.refused)
+        for name in collected.sites:
             self._refused.pop(name, None)
-        started = {name: state.started.get(name, 0) + 1 for name in nodes.values()}
-        names = sorted(updates)
-        weights = [study.aggregation.weights.get(name, 1.0) for name in names]
-        mean = weighted_mean([updates[name] for name in names], weights)
-        model, optimizer = step(state.model, mean, state.optimizer, study.aggregation)
+        model, optimizer = step(state.model, collected.mean, state.optimizer, study.aggregation)
+        started = {name: state.started.get(name, 0) + 1 for name in names}
         state = replace(
             state,
             completed=number,
             model=model,
             optimizer=optimizer,
             started={**state.started, **started},
-            sent=sent,
         )
         figures = Figures(
             round=number,
-            sites=len(names),
+            sites=len(collected.sites),
             seconds=time.monotonic() - began,
-            update_norm=float(np.linalg.norm(mean.astype(np.float64))),
+            update_norm=float(np.linalg.norm(collected.mean.astype(np.float64))),
             epsilon=study_epsilon(study, max(state.started.values())),
         )
-        return replace(state, figures=(*state.figures, self._measure(state, number, figures)))
+        measured = self._measure(collector, state, number, figures)
+        return replace(state, figures=(*state.figures, measured))
 
-    def _measure(self, state: RunState, number: int, figures: Figures) -> Figures:
+    def _sent_by_site(self) -> dict[str, int]:
+        received = self._mailbox.received
+        now = {site: received.get(node, 0) for node, site in self._nodes.items()}
+        return {site: self._sent.get(site, 0) + now.get(site, 0) for site in {*self._sent, *now}}
+
+    def _measure(
+        self, collector: Collector, state: RunState, number: int, figures: Figures
+    ) -> Figures:
         due = number % self._study.evaluation.every == 0 or number == self._study.training.rounds
         if due and self._hooks.evaluate is not None:
             figures = figures_of(figures, self._hooks.evaluate(state.model))
         elif due and not self._study.privacy.enabled and self._study.evaluation.site_fraction:
-            figures = self._measure_at_sites(state, number, figures)
+            counts = collector.histogram(number, state.model)
+            if counts is not None:
+                figures = figures_of(figures, measure_counts(counts))
         self._hooks.notify(Measured(figures, self._study.training.rounds))
         return figures
-
-    def _measure_at_sites(self, state: RunState, number: int, figures: Figures) -> Figures:
-        task = EvaluateTask(self._canonical, state.run, number, self._invited, state.model)
-        replies = self._mailbox.ask(self._nodes, task, Evaluated)
-        answers = [reply.message for reply in replies if isinstance(reply.message, Evaluated)]
-        measured = sum_counts(answers, self._study.outputs)
-        return figures if measured is None else figures_of(figures, measured)
-
-
-def _acceptable(update: Update, name: str, number: int, size: int) -> bool:
-    return (
-        update.site == name
-        and update.round == number
-        and update.vector.shape == (size,)
-        and bool(np.isfinite(update.vector).all())
-    )
 
 
 def study_epsilon(study: Study, rounds: int) -> float | None:

@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cloister_common.errors import (
+    CloisterError,
     FileUnreadable,
     OptionInvalid,
     OutputInTheWay,
     RunError,
+    SecureAggregationError,
     TooFewSitesGiven,
 )
 from cloister_common.files import make_private_dir, sweep
-from cloister_common.records import Vector
+from cloister_common.records import ROSTER_KEY, SITE_KEY, Vector
+from cloister_common.secagg.parameters import Parameters
 from cloister_common.study import Study
 from cloister_server.rounds import Event, Hooks
 
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
     from cloister_server.superlink import ClientCallable
 
 Engine = Literal["in-process", "ray"]
+
+FEDERATION = "federation"
+"""Folder of a run's root key, roster and pins."""
 
 _LIFETIME = 1000.0
 """Lifetime budget of a site that a simulation makes: its ledger lives as long as the run."""
@@ -77,12 +83,14 @@ def simulate(
         OutputInTheWay: ``out`` holds something and ``resume`` is off.
         NothingToResume, ResumeMismatch: ``resume`` is on, and ``out`` holds no run of the study.
         TooFewSitesGiven: there are fewer site folders than the study asks for.
+        ParameterRefused: there are too few to sum in secret.
         TooFewSites: too few sites take part; each site's own reason is told.
         DataError: the hold-out cannot be used.
     """
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     from cloister_client.app import app as product_client_app
+    from cloister_client.masked import forget
     from cloister_server.app import build
     from cloister_server.checkpoint import CHECKPOINT_FOLDER, Checkpoints
     from cloister_server.outputs import SUMMARY
@@ -103,14 +111,19 @@ def simulate(
     config: dict[str, bool | float | int | str] = {
         "study": study.canonical(),
         "out": str(simulation.out),
+        "federation": str(simulation.out / FEDERATION),
         "expected": len(sites),
         "resume": simulation.resume,
     }
+    nodes = _enrol(simulation, sites)
     run = run_on_ray if simulation.engine == "ray" else run_in_process
     try:
-        run(server_app, client_app or product_client_app, [site.root for site in sites], config)
-    except RunError as error:
+        run(server_app, client_app or product_client_app, nodes, config)
+    except (RunError, SecureAggregationError) as error:
         raise _with_notices(error, sites) from None
+    finally:
+        for site in sites:
+            forget(site)
     summary: dict[str, object] = json.loads((simulation.out / SUMMARY).read_text("utf-8"))
     return summary
 
@@ -122,6 +135,7 @@ def find_sites(folder: Path, study: Study) -> list[Path]:
         FileUnreadable: the folder cannot be read.
         OptionInvalid: a directory beside the sites is none.
         TooFewSitesGiven: there are fewer than the study's minimum.
+        ParameterRefused: there are too few to sum in secret.
     """
     try:
         children = sorted(
@@ -149,6 +163,8 @@ def find_sites(folder: Path, study: Study) -> list[Path]:
             why="A site is a directory with dicom/ and labels.csv, or with a site.toml.",
             remedy="Add sites, or lower aggregation.min_sites in the study.",
         )
+    if study.aggregation.secure:
+        Parameters.derive(len(found), study.aggregation.colluders)
     return found
 
 
@@ -189,6 +205,9 @@ def _open(folder: Path, simulation: Simulation) -> Site:
         ledger_delta=max(study.privacy.delta, Policy().ledger_delta),
         max_rounds=10_000,
         allow_without_privacy=True,
+        require_secure_aggregation=False,
+        colluders=min(study.aggregation.colluders, Policy().colluders),
+        min_sites=min(study.aggregation.min_sites, Policy().min_sites),
     )
     name = site_name(folder)
     make_private_dir(simulation.out / "sites")
@@ -199,6 +218,29 @@ def _open(folder: Path, simulation: Simulation) -> Site:
         labels=(folder / "labels.csv").absolute(),
         policy=policy,
     )
+
+
+def _enrol(simulation: Simulation, sites: list[Site]) -> list[dict[str, str]]:
+    """Enrol the sites in a federation of this run, and accept its roster at each.
+
+    The coordinator and every steward are one person here. The pins stand below ``out``, so that
+    a hospital's own folder, where one is used, trusts no roster of a simulation.
+    """
+    from cloister_client.pinned import accept
+    from cloister_server.federation import Federation
+
+    if not simulation.study.aggregation.secure:
+        return [{SITE_KEY: str(site.root)} for site in sites]
+    federation = Federation(simulation.out / FEDERATION)
+    roster = federation.enrol("simulation", {s.name: s.identity().public for s in sites})
+    pins = simulation.out / FEDERATION / "pins"
+    make_private_dir(pins)
+    nodes = []
+    for site in sites:
+        pin = pins / f"{site.name}.pin"
+        accept(pin, federation.signed(), federation.root, confirmed=roster.digest)
+        nodes.append({SITE_KEY: str(site.root), ROSTER_KEY: str(pin)})
+    return nodes
 
 
 def site_name(folder: Path) -> str:
@@ -251,7 +293,7 @@ def _holdout(simulation: Simulation) -> Callable[[Vector], Metrics]:
     return evaluate
 
 
-def _with_notices(error: RunError, sites: list[Site]) -> RunError:
+def _with_notices(error: CloisterError, sites: list[Site]) -> CloisterError:
     """Add what each site's operator would read; in a simulation that is the same person."""
     from cloister_client.notices import read_notice
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import logging
 import os
 import secrets
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
@@ -23,13 +24,12 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cloister_common.errors import CloisterError, ExtraMissing, InternalError
 
-SITE_KEY = "site"
-"""Key of the node configuration that names the site's directory."""
-
 _SERVER_NODE = 1
 _TASK = 1
 
 ClientCallable = Callable[[Message, Context], Message]
+NodeConfig = Mapping[str, str]
+"""A node's own configuration; see the keys in ``records``."""
 
 
 class InProcessGrid(Grid):
@@ -39,20 +39,20 @@ class InProcessGrid(Grid):
     objects. An exception of the ClientApp becomes an error reply without its text.
     """
 
-    def __init__(self, client_app: ClientCallable, sites: Sequence[Path]) -> None:
+    def __init__(self, client_app: ClientCallable, nodes: Sequence[NodeConfig]) -> None:
         self._client_app = client_app
         self._run = Run.create_empty(secrets.randbits(62))
         self._contexts = {
             node: Context(
                 run_id=self._run.run_id,
                 node_id=node,
-                node_config={SITE_KEY: str(site)},
+                node_config=dict(config),
                 state=RecordDict(),
                 run_config={},
             )
-            for node, site in enumerate(sites, start=_SERVER_NODE + 1)
+            for node, config in enumerate(nodes, start=_SERVER_NODE + 1)
         }
-        self._replies: dict[str, Message] = {}
+        self._waiting: dict[str, Message] = {}
         _identify(self._run.run_id, _SERVER_NODE)
 
     def set_run(self, run: Run) -> None:
@@ -87,18 +87,21 @@ class InProcessGrid(Grid):
             identifier = secrets.token_hex(16)
             sent = copy.deepcopy(message)
             sent.metadata.__dict__["_message_id"] = identifier
-            self._replies[identifier] = self._deliver(sent)
+            self._waiting[identifier] = sent
             ids.append(identifier)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [self._replies.pop(i) for i in message_ids if i in self._replies]
+        """Let the sites answer, one at a time: no more than one reply is held here."""
+        wanted = set(message_ids)
+        for identifier in [i for i in self._waiting if i in wanted]:
+            yield self._deliver(self._waiting.pop(identifier))
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         del timeout
-        return self.pull_messages(self.push_messages(messages))
+        return list(self.pull_messages(self.push_messages(messages)))
 
     def _deliver(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
@@ -115,31 +118,31 @@ class InProcessGrid(Grid):
 def run_in_process(
     server_app: ServerApp,
     client_app: ClientCallable,
-    sites: Sequence[Path],
+    nodes: Sequence[NodeConfig],
     run_config: dict[str, bool | float | int | str],
 ) -> None:
     """Run a whole federation in this process; errors of the ServerApp pass through."""
-    grid = InProcessGrid(client_app, sites)
+    grid = InProcessGrid(client_app, nodes)
     server_app(grid, _server_context(grid.run.run_id, run_config))
 
 
-class SitesByPartition:
-    """The ClientApp for Flower's simulation engine: tells each virtual node its site."""
+class NodesByPartition:
+    """The ClientApp for Flower's simulation engine: gives each virtual node its configuration."""
 
-    def __init__(self, client_app: ClientCallable, sites: Sequence[Path]) -> None:
+    def __init__(self, client_app: ClientCallable, nodes: Sequence[NodeConfig]) -> None:
         self._client_app = client_app
-        self._sites = [str(site) for site in sites]
+        self._nodes = [dict(node) for node in nodes]
 
     def __call__(self, message: Message, context: Context) -> Message:
         partition = int(str(context.node_config["partition-id"]))
-        context.node_config[SITE_KEY] = self._sites[partition]
+        context.node_config.update(self._nodes[partition])
         return self._client_app(message, context)
 
 
 def run_on_ray(
     server_app: ServerApp,
     client_app: ClientCallable,
-    sites: Sequence[Path],
+    nodes: Sequence[NodeConfig],
     run_config: dict[str, bool | float | int | str],
     *,
     cpus_per_site: int = 1,
@@ -180,13 +183,13 @@ def run_on_ray(
         },
         "client_resources": {"num_cpus": cpus_per_site, "num_gpus": 0.0},
     }
-    with _quiet_flower(), warnings.catch_warnings():
+    with _quiet_flower(), _pinned_actors(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             _run_simulation(
-                num_supernodes=len(sites),
+                num_supernodes=len(nodes),
                 exit_event=EventType.PYTHON_API_RUN_SIMULATION_LEAVE,
-                client_app=SitesByPartition(client_app, sites),  # type: ignore[arg-type]
+                client_app=NodesByPartition(client_app, nodes),  # type: ignore[arg-type]
                 server_app=guarded,
                 backend_name="ray",
                 backend_config=backend,  # type: ignore[arg-type]
@@ -217,6 +220,33 @@ def _remember_errors(server_app: ServerApp, caught: list[BaseException]) -> Serv
             raise
 
     return guarded
+
+
+@contextlib.contextmanager
+def _pinned_actors() -> Iterator[None]:
+    """Let every message of a virtual node go to the same Ray actor.
+
+    A hospital's secrets of secure aggregation live in one process. Flower's pool hands a message
+    to whichever actor is idle, and the next stage would meet a process that knows nothing of the
+    one before. An actor takes its messages in turn, so no two work for a hospital at once.
+    """
+    backend: Any = importlib.import_module("flwr.server.superlink.fleet.vce.backend.raybackend")
+    stock = backend.BasicActorPool
+
+    class PinnedPool(stock):  # type: ignore[misc, valid-type]
+        def submit(self, actor_fn: Any, job: tuple[Any, Message, str, Context]) -> Any:
+            app_fn, message, partition, context = job
+            actor = self.pool[int(partition) % len(self.pool)]
+            return actor_fn(actor, app_fn, message, partition, context)
+
+        def add_actor_back_to_pool(self, future: Any) -> None:
+            """It never left."""
+
+    backend.BasicActorPool = PinnedPool
+    try:
+        yield
+    finally:
+        backend.BasicActorPool = stock
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -360,16 +361,22 @@ def test_discover_without_a_folder(tmp_path: Path) -> None:
         assert "CANARY" not in str(caught.value)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_discover_without_permission(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub").chmod(0)
-    try:
-        assert [one.reason for one in discover.discover(tmp_path)] == [Reject.UNREADABLE]
-        with pytest.raises(FolderUnreadable):
-            discover.discover(tmp_path / "sub")
-    finally:
-        (tmp_path / "sub").chmod(0o700)
+def test_discover_without_permission() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        (root / "sub").mkdir()
+        # Root may read everything, so where the tests run as root they give that up for a while.
+        root.chmod(0o755)
+        (root / "sub").chmod(0)
+        user = os.geteuid()
+        try:
+            os.seteuid(65534 if user == 0 else user)
+            assert [one.reason for one in discover.discover(root)] == [Reject.UNREADABLE]
+            with pytest.raises(FolderUnreadable):
+                discover.discover(root / "sub")
+        finally:
+            os.seteuid(user)
+            (root / "sub").chmod(0o700)
 
 
 def test_read_file_refuses_links_pipes_and_giants(

@@ -1,19 +1,17 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from cloister_common.errors import FileUnreadable, IdentityInvalid, OutputInTheWay
+from cloister_common.errors import IdentityInvalid
+from cloister_common.files import create_secret, read_secret
 from cloister_common.identity import (
     Identity,
     fingerprint,
-    load_identity,
-    save_identity,
     usable_public_key,
     verify,
 )
@@ -31,40 +29,21 @@ def test_signature_is_for_one_label_and_one_split_of_fields() -> None:
     assert not verify(b"short", mark, "label", b"ab", b"c")
 
 
-def test_file_is_private_and_never_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "identity.pem"
+def test_a_key_survives_its_file(tmp_path: Path) -> None:
     identity = Identity.generate()
-    save_identity(path, identity)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert load_identity(path).public == identity.public
-    with pytest.raises(OutputInTheWay):
-        save_identity(path, Identity.generate())
-    assert load_identity(path).public == identity.public
+    create_secret(tmp_path / "key", identity.to_pem())
+    assert Identity.from_pem(read_secret(tmp_path / "key")).public == identity.public
 
 
-@pytest.mark.parametrize("mode", [0o640, 0o604, 0o622])
-def test_file_that_others_may_read(tmp_path: Path, mode: int) -> None:
-    path = tmp_path / "identity.pem"
-    save_identity(path, Identity.generate())
-    path.chmod(mode)
-    with pytest.raises(IdentityInvalid):
-        load_identity(path)
-
-
-def test_file_that_is_no_key(tmp_path: Path) -> None:
-    path = tmp_path / "identity.pem"
-    with pytest.raises(FileUnreadable):
-        load_identity(path)
+def test_file_that_is_no_key() -> None:
     other = ec.generate_private_key(ec.SECP256R1()).private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
     for content in (b"", b"not a key", other):
-        path.write_bytes(content)
-        path.chmod(0o600)
         with pytest.raises(IdentityInvalid):
-            load_identity(path)
+            Identity.from_pem(content)
 
 
 @pytest.mark.parametrize(

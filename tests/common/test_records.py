@@ -48,20 +48,20 @@ def test_counts_keep_64_bits() -> None:
 
 def test_a_message_says_what_its_fields_say_and_no_more() -> None:
     records = _update()
-    assert set(records) == {"cloister", "vector"}
+    assert set(records) == {"cloister", "arrays"}
     assert dict(records["cloister"]) == {
-        "version": "cloister/round/v1",
+        "version": "cloister/round/v2",
         "kind": "update",
         "site": "north",
         "round": 3,
     }
-    assert list(records["vector"]) == ["vector"]
-    assert records["vector"]["vector"].data == VECTOR.tobytes()
+    assert list(records["arrays"]) == ["vector"]
+    assert records["arrays"]["vector"].data == VECTOR.tobytes()
 
 
 def test_payload_counts_arrays_names_and_values() -> None:
     records = pack(Prepared(site="north"))
-    said = "version" + "cloister/round/v1" + "kind" + "prepared" + "site" + "north"
+    said = "version" + "cloister/round/v2" + "kind" + "prepared" + "site" + "north"
     assert payload_bytes(records) == len(said)
     assert (
         payload_bytes(_update())
@@ -118,22 +118,22 @@ def test_a_field_of_another_type_is_refused(value: object) -> None:
 )
 def test_an_array_of_another_form_is_refused(array: Array) -> None:
     records = _update()
-    records["vector"] = ArrayRecord({"vector": array})
+    records["arrays"] = ArrayRecord({"vector": array})
     with pytest.raises(MessageInvalid, match="agreed form"):
         unpack(records, Update)
 
 
 def test_an_array_under_another_name_is_refused() -> None:
     records = _update()
-    array = records["vector"]["vector"]
-    records["vector"] = ArrayRecord({"vector": array, "gradient": array})
+    array = records["arrays"]["vector"]
+    records["arrays"] = ArrayRecord({"vector": array, "gradient": array})
     with pytest.raises(MessageInvalid, match="other arrays"):
         unpack(records, Update)
 
 
 def test_another_version_is_refused() -> None:
     records = _update()
-    records["cloister"]["version"] = "cloister/round/v2"
+    records["cloister"]["version"] = "cloister/round/v3"
     with pytest.raises(MessageInvalid, match="version"):
         unpack(records, Update)
 
@@ -156,5 +156,7 @@ def test_the_list_of_refusals_is_closed() -> None:
         "budget",
         "round-spent",
         "message",
+        "roster",
+        "protocol",
         "declined",
     }

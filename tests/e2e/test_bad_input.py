@@ -17,8 +17,13 @@ from cloister_common.cli import main
 from federations import study_text, write_cohort, write_federation
 
 NAMES = ("anker", "birke")
-ASKED = {"aggregation": "min_sites = 2", "training": "rounds = 1\nsteps = 1"}
-POLICY = "[policy]\nmax_epsilon_study = 6\nmax_epsilon_lifetime = 100\n"
+ASKED = {"aggregation": "secure = false\nmin_sites = 2", "training": "rounds = 1\nsteps = 1"}
+POLICY = """[policy]
+min_sites = 2
+require_secure_aggregation = false
+max_epsilon_study = 6
+max_epsilon_lifetime = 100
+"""
 
 
 class Told(NamedTuple):
@@ -227,7 +232,7 @@ def test_a_fault_at_a_site_names_the_site_and_the_fault(place: Place, fault: str
     AT_A_SITE[fault](place)
     told = place.simulate()
     assert told.status == 6
-    assert told.err.startswith("CLO-501: 1 of 2 sites take part, and the study needs 2.")
+    assert told.err.startswith("CLO-501: 1 of 2 sites take part, and 2 are needed.")
     assert f"\n  birke: {code}: " in told.err
     assert "anker:" not in told.err
     assert "MRN" not in told.err

@@ -29,7 +29,7 @@ from cloister_server.simulation import Simulation, simulate
 from dicom_files import uid, write_dicom
 from federations import picture, study, study_text
 
-NAMES = ("anker", "birke")
+NAMES = ("anker", "birke", "clara")
 PATIENTS = 24
 WORDS = {
     "name": "QANARYNAME",
@@ -54,7 +54,8 @@ WORDS = {
 PIXEL_BYTES = 48
 """Bytes of an image that are looked for: noise, so no other place holds them by chance."""
 
-ASKED = {"aggregation": "min_sites = 2", "training": "rounds = 2"}
+MASKED = "min_sites = 3\ncolluders = 0"
+ASKED = {"aggregation": MASKED, "training": "rounds = 2"}
 
 
 class Canaries:
@@ -146,7 +147,8 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Canaries]:
     for seed, name in enumerate(NAMES):
         pixels += _write_site(root / "sites" / name, seed)
     pixels += _write_site(root / "holdout", 7)
-    shutil.copytree(root / "sites" / "anker", root / "broken" / "anker")
+    for name in ("anker", "clara"):
+        shutil.copytree(root / "sites" / name, root / "broken" / name)
     pixels += _write_site(root / "broken" / "birke", 9, unlabelled=True)
     (root / "private.toml").write_text(study_text(**ASKED), encoding="utf-8")
     (root / "open.toml").write_text(
@@ -229,7 +231,7 @@ def test_a_run_tells_nothing_of_a_patient(
     written = {path.name for path in out.rglob("*") if path.is_file()}
     assert {"report.html", "summary.json", "metrics.jsonl", "model.safetensors"} <= written
     assert {"state.safetensors", "progress.json"} <= written
-    assert ("ledger.sqlite" in written) == (kind == "private")
+    assert "ledger.sqlite" in written
     assert canaries.within(told) == set()
     assert canaries.below(out, excused=_site_files(out)) == {}
 
@@ -314,11 +316,13 @@ class Recorder:
 @pytest.mark.parametrize(
     ("folder", "privacy", "kinds"),
     [
-        ("sites", "", {"prepared", "update"}),
-        ("sites", "enabled = false", {"prepared", "update", "evaluated"}),
+        ("sites", "", {"prepared", "exchanged"}),
+        ("sites", "enabled = false", {"prepared", "exchanged"}),
+        ("plain", "", {"prepared", "update"}),
+        ("plain", "enabled = false", {"prepared", "update", "evaluated"}),
         ("broken", "", {"prepared", "update", "refusal"}),
     ],
-    ids=["private", "open", "refusing"],
+    ids=["private", "open", "private-plain", "open-plain", "refusing"],
 )
 def test_no_message_tells_anything_of_a_patient(
     planted: tuple[Path, Canaries],
@@ -330,11 +334,13 @@ def test_no_message_tells_anything_of_a_patient(
 ) -> None:
     root, canaries = planted
     recorder = Recorder()
-    least = 1 if folder == "broken" else 2
     asked = study(
-        training="rounds = 2", aggregation=f"min_sites = {least}", privacy=privacy or "epsilon = 6"
+        training="rounds = 2",
+        aggregation=MASKED if folder == "sites" else "secure = false\nmin_sites = 1",
+        privacy=privacy or "epsilon = 6",
     )
-    simulate(Simulation(asked, root / folder, tmp_path / "run"), client_app=recorder)
+    found = root / ("broken" if folder == "broken" else "sites")
+    simulate(Simulation(asked, found, tmp_path / "run"), client_app=recorder)
     assert recorder.kinds == kinds
     for content in recorder.replies:
         assert canaries.within(content) == set()

@@ -9,7 +9,7 @@ import pytest
 
 from cloister_common.errors import NothingToResume, ResumeMismatch
 from cloister_common.study import Study, parse_study
-from cloister_server.checkpoint import Checkpoints, Figures, RunState
+from cloister_server.checkpoint import Checkpoints, Figures, Progress, RunState
 from cloister_server.optimizers import OptimizerState
 
 STUDY = """
@@ -35,6 +35,7 @@ def _state(completed: int = 2) -> RunState:
         optimizer=OptimizerState(np.ones(5, np.float32), np.full(5, 0.25, np.float32)),
         figures=(Figures(0, 0, 0.0, 0.0, auroc=0.5), Figures(1, 5, 1.5, 0.25, epsilon=1.25)),
         lost=(1,),
+        invited=("north", "south"),
         started={"north": 2},
         sent={"north": 4096},
         seconds=3.5,
@@ -44,7 +45,7 @@ def _state(completed: int = 2) -> RunState:
 def test_the_state_comes_back_whole(tmp_path: Path, study: Study) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoint")
     checkpoints.save(study, _state())
-    state, sent, names = checkpoints.load(study)
+    state, progress = checkpoints.load(study)
     saved = _state()
     np.testing.assert_array_equal(state.model, saved.model)
     np.testing.assert_array_equal(state.optimizer.first, saved.optimizer.first)
@@ -56,23 +57,16 @@ def test_the_state_comes_back_whole(tmp_path: Path, study: Study) -> None:
         {"north": 4096},
         3.5,
     )
-    assert (sent, names) == (2, [])
+    assert state.invited == ("north", "south")
+    assert progress == Progress()
 
 
 def test_a_round_that_was_sent_and_not_finished_is_known(tmp_path: Path, study: Study) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(study, _state(completed=2))
-    checkpoints.mark_sent(3, ["north", "south"])
-    _, sent, names = checkpoints.load(study)
-    assert (sent, names) == (3, ["north", "south"])
-
-
-def test_a_finished_round_outweighs_its_older_mark(tmp_path: Path, study: Study) -> None:
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.mark_sent(2, ["north"])
-    checkpoints.save(study, _state(completed=2))
-    _, sent, _ = checkpoints.load(study)
-    assert sent == 2
+    marked = Progress(3, ("north", "south"), {6: ("north",), 7: ("north", "south")})
+    checkpoints.mark(marked)
+    assert checkpoints.load(study)[1] == marked
 
 
 def test_another_study_is_refused(tmp_path: Path, study: Study) -> None:
@@ -113,5 +107,5 @@ def test_a_write_that_is_cut_short_keeps_the_old_state(
         patched.setattr("pathlib.Path.replace", killed)
         with pytest.raises(KeyboardInterrupt):
             checkpoints.save(study, _state(completed=3))
-    state, _, _ = checkpoints.load(study)
+    state, _ = checkpoints.load(study)
     assert state.completed == 2

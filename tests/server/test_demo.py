@@ -42,7 +42,10 @@ def _auroc(
     drawn: Path, out: Path, *, sites: Path | None = None, min_sites: int = SITES, seed: int = 0
 ) -> float:
     """AUROC of the demo's study on these sites, its noise fixed by ``seed``."""
-    study = parse_study(STUDY + f"\n[aggregation]\nmin_sites = {min_sites}\n")
+    # A hospital alone has nobody to hide among.
+    secure = "true" if sites is None else "false"
+    aggregation = f"\n[aggregation]\nsecure = {secure}\nmin_sites = {min_sites}\n"
+    study = parse_study(STUDY + aggregation)
     simulation = Simulation(
         study, sites or drawn / "data" / "sites", out, holdout=drawn / "data" / "holdout"
     )

@@ -11,6 +11,7 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 from cloister_common.errors import TooFewSites
+from cloister_common.metrics import BINS
 from cloister_common.records import (
     Evaluated,
     EvaluateTask,
@@ -45,6 +46,7 @@ size = 32
 [training]
 rounds = 3
 [aggregation]
+secure = false
 min_sites = 2
 """
     for table, lines in tables.items():
@@ -80,9 +82,9 @@ class Sites:
             reason = self.refuse.get(name)
             reply = Refusal(name, reason) if reason else Prepared(name)
         elif isinstance(task, EvaluateTask):
-            counts = np.zeros((2, 4), np.int64)
-            counts[0, 0] = counts[1, 3] = 10
-            reply = Evaluated(name, task.round, 4, counts.reshape(-1))
+            counts = np.zeros((2, BINS), np.int64)
+            counts[0, 0] = counts[1, -1] = 10
+            reply = Evaluated(name, task.round, BINS, counts.reshape(-1))
         else:
             reply = self.answers[name](name, task)
         return Message(content=pack(reply), reply_to=message)
@@ -96,7 +98,7 @@ def _run(
     resume: bool = False,
     events: list[Event] | None = None,
 ) -> Outcome:
-    grid = InProcessGrid(sites, [Path("/sites") / name for name in sites.answers])
+    grid = InProcessGrid(sites, [{"site": f"/sites/{name}"} for name in sites.answers])
     told = events if events is not None else []
     run = Run(
         Mailbox(grid),
@@ -278,7 +280,7 @@ def test_bytes_are_counted_by_site(tmp_path: Path) -> None:
     outcome = _run(Sites({"a": _add(0.0), "b": _add(0.0)}), _study(), tmp_path)
     size = outcome.state.model.size
     for count in outcome.state.sent.values():
-        assert 3 * 4 * size < count < 3 * (4 * size + 200)
+        assert 3 * 4 * size < count < 3 * (4 * size + 300)
 
 
 def test_messages_are_copied_so_no_side_sees_the_other(tmp_path: Path) -> None:
@@ -290,8 +292,10 @@ def test_messages_are_copied_so_no_side_sees_the_other(tmp_path: Path) -> None:
         kept.append(reply.content)
         return reply
 
-    grid = InProcessGrid(client, [Path("/sites/a")])
-    sent = Message(content=pack(Prepare("s", "r", 1)), dst_node_id=2, message_type="query.prepare")
+    grid = InProcessGrid(client, [{"site": "/sites/a"}])
+    sent = Message(
+        content=pack(Prepare("s", "r", 1, "")), dst_node_id=2, message_type="query.prepare"
+    )
     (received,) = grid.send_and_receive([sent])
     kept[0]["cloister"]["study"] = "changed"
     kept[1]["cloister"]["site"] = "changed"

@@ -35,8 +35,8 @@ def test_a_private_run_leaves_a_model_and_an_honest_summary(folders: Path, tmp_p
     assert summary["sites"] == 5
     assert summary["site_names"] == list(NAMES)
     assert summary["rounds"] == 3
-    assert summary["secure_aggregation"] is False
-    assert any("not masked" in warning for warning in summary["warnings"])
+    assert summary["secure_aggregation"] is True
+    assert summary["warnings"] == []
     assert summary["delta"] == 1e-5
     assert 5.5 < summary["epsilon_max"] <= 6.0
     assert 0 <= summary["auroc_final"] <= 1
@@ -45,7 +45,7 @@ def test_a_private_run_leaves_a_model_and_an_honest_summary(folders: Path, tmp_p
     assert travelled == asked
     size = flatten(module).size
     for count in summary["bytes_sent_per_site"].values():
-        assert 3 * 4 * size < count < 3 * (4 * size + 200)
+        assert 3 * 4 * size < count < 3 * (4 * size + 3000)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
     assert rows[-1]["auroc"] == summary["auroc_final"]
@@ -150,8 +150,9 @@ def test_a_site_file_is_used_in_place_and_its_policy_wins(folders: Path, tmp_pat
     write_federation(sites, names=("anker", "birke"), patients=24)
     (sites / "birke" / "site.toml").write_text(
         '[site]\nname = "birke"\n[policy]\nmax_epsilon_study = 1.0\n'
+        "min_sites = 2\nrequire_secure_aggregation = false\n"
     )
-    asked = study(aggregation="min_sites = 2")
+    asked = study(aggregation="secure = false\nmin_sites = 2")
     with pytest.raises(TooFewSites) as caught:
         simulate(Simulation(asked, sites, tmp_path / "run"))
     text = str(caught.value)
@@ -162,14 +163,13 @@ def test_a_site_file_is_used_in_place_and_its_policy_wins(folders: Path, tmp_pat
 def test_a_used_up_budget_refuses_before_a_file_is_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sites = write_federation(tmp_path / "sites", names=("anker", "birke"), patients=24)
-    for name in ("anker", "birke"):
+    sites = write_federation(tmp_path / "sites", patients=24)
+    for name in NAMES:
         (sites / name / "site.toml").write_text(
             f'[site]\nname = "{name}"\n[policy]\nmax_epsilon_study = 3\nmax_epsilon_lifetime = 4\n'
         )
-    first = study(aggregation="min_sites = 2", privacy="epsilon = 3")
-    simulate(Simulation(first, sites, tmp_path / "one"))
-    second = study(aggregation="min_sites = 2", privacy="epsilon = 2.9", training="seed = 12")
+    simulate(Simulation(study(privacy="epsilon = 3"), sites, tmp_path / "one"))
+    second = study(privacy="epsilon = 2.9", training="seed = 12")
     opened: list[object] = []
     monkeypatch.setattr("cloister_client.app.load_cohort", lambda *a, **k: opened.append(a))
     with pytest.raises(TooFewSites, match="its privacy budget does not suffice"):

@@ -48,7 +48,8 @@ class Parameters:
             raise ParameterRefused(
                 f"Secure aggregation among {n} sites is refused.",
                 why="A sum of two tells each what the other sent.",
-                remedy="Invite at least three sites; five are the default minimum.",
+                remedy="Invite more sites; five are the default minimum. Or send updates unmasked, "
+                "protected by local differential privacy alone: aggregation.secure = false.",
             )
         if n > MAX_SITES or c < 0:
             raise ParameterRefused(f"{n} sites with {c} colluding are outside the agreed range.")
@@ -58,7 +59,10 @@ class Parameters:
             raise ParameterRefused(
                 f"{n} sites cannot bear {c} colluding with the server.",
                 why=f"A sum would need {m} sites.",
-                remedy="Invite more sites, or state a smaller number of colluders.",
+                remedy="Invite more sites; or, where no hospital would work with the coordinator, "
+                "say so: aggregation.colluders = 0 in the study and policy.colluders = 0 at each "
+                "site. Or send updates unmasked, protected by local differential privacy alone: "
+                "aggregation.secure = false.",
             )
         return cls(n, t, m, c)
 

@@ -7,6 +7,7 @@ were sent ahead. All of a site's work goes through one ``Site`` in one process.
 from __future__ import annotations
 
 import hmac
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,7 @@ class Site:
         roster: the roster that the site's steward has pinned.
         policy: what was approved.
         store: what the site remembers across restarts.
+        gave_up: is told why, whenever the site gives an epoch up; for its own operator.
 
     Raises:
         RosterMismatch: the roster does not hold this site with this key.
@@ -86,6 +88,7 @@ class Site:
         roster: Roster,
         policy: SitePolicy,
         store: RoundStore,
+        gave_up: Callable[[Exception], None] | None = None,
     ) -> None:
         if roster.public_key(name) != identity.public:
             raise RosterMismatch("The pinned roster does not hold this site with its key.")
@@ -94,6 +97,7 @@ class Site:
         self._roster = roster
         self._policy = policy
         self._store = store
+        self._gave_up = gave_up
         self._epochs: dict[bytes, SiteEpoch] = {}
 
     def advertise(self, request: AdvertiseRequest) -> Advertisement:
@@ -194,6 +198,8 @@ class Site:
         epoch = self._epochs.pop(kid, None)
         if epoch is not None:
             epoch.erase()
+        if self._gave_up is not None:
+            self._gave_up(error)
         code = getattr(error, "code", "")
         blamed = getattr(error, "blamed", "")
         return Abort(

@@ -1,0 +1,185 @@
+"""The site's part in secure aggregation, between Flower's messages and the protocol's core.
+
+One ``secagg.Site`` for each hospital and study lives in this process, and nowhere else: its
+secrets are never written down, and a restart gives its key epochs up. The server's requests are
+input: which study, which sites, which model, how many survivors, all is checked against what this
+site has approved and pinned, before anything is charged or trained.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from cloister_client.notices import leave_notice
+from cloister_client.pinned import read_pin
+from cloister_client.round_memory import RoundMemory
+from cloister_client.site import Site
+from cloister_common import secagg
+from cloister_common.errors import (
+    CloisterError,
+    RosterMismatch,
+    SecureAggregationError,
+    WireInvalid,
+)
+from cloister_common.records import Octets
+from cloister_common.roster import Roster
+from cloister_common.secagg.messages import Bundle, MaskRequest, Message
+from cloister_common.study import Study
+
+Update = NDArray[Any]
+
+
+@dataclass
+class _Member:
+    """This process's part of one hospital in one study."""
+
+    protocol: secagg.Site
+    roster: Roster
+    kept: tuple[tuple[str, bytes], Update] | None = None
+    """The last update, by run and session, for another attempt at the same sum."""
+
+
+_members: dict[tuple[Path, str, bytes], _Member] = {}
+
+
+def require_roster(site: Site, pin: Path, digest: str) -> None:
+    """Refuse a run over another roster than the pinned one, or one without this site.
+
+    Raises:
+        RosterMismatch: see above.
+        RosterInvalid, FileUnreadable: the pin cannot be used.
+    """
+    roster = read_pin(pin)
+    if roster.digest.hex() != digest:
+        raise RosterMismatch(
+            "The run is for another roster than the one pinned at this site.",
+            remedy="Compare the roster with the other sites, then accept it, or refuse.",
+        )
+    if roster.public_key(site.name) != site.identity().public:
+        raise RosterMismatch(
+            "The pinned roster does not hold this site with its key.",
+            remedy="Ask the coordinator to enrol this site's key, and accept that roster.",
+        )
+
+
+class Exchange:
+    """One message of the server, and this site's answers to its parts.
+
+    Args:
+        site: the hospital.
+        study: the approved study.
+        pin: file of the pinned roster.
+        data: a ``Bundle``, encoded.
+
+    Raises:
+        WireInvalid: the bytes are no bundle of requests, or ask for two vectors.
+        RosterMismatch, RosterInvalid, FileUnreadable: see ``require_roster``.
+    """
+
+    def __init__(self, site: Site, study: Study, pin: Path, data: Octets) -> None:
+        message = secagg.decode(data.tobytes())
+        if not isinstance(message, Bundle):
+            raise WireInvalid("A bundle of requests was expected.")
+        self._parts = message.parts
+        masks = [part for part in self._parts if isinstance(part, MaskRequest)]
+        if len(masks) > 1:
+            raise WireInvalid("Two vectors are asked for in one message.")
+        self.mask_request = masks[0] if masks else None
+        self._site = site
+        self._member = _member(site, study, pin)
+        self._masked: Message | None = None
+
+    @property
+    def roster(self) -> Roster:
+        """The pinned roster."""
+        return self._member.roster
+
+    def mask(
+        self,
+        expected: secagg.Session,
+        produce: Callable[[], Update],
+        *,
+        run: str,
+        saturate: bool,
+    ) -> None:
+        """Check the session, then produce, mask and keep the vector.
+
+        Args:
+            expected: the session as this site knows it.
+            produce: charges and trains; called only once every check has passed, and not again
+                for another attempt at the same sum in this process.
+            run: the run, which the kept vector belongs to.
+            saturate: see ``encoding.encode_into``.
+
+        Raises:
+            CloisterError: whatever ``produce`` raised; the key epoch is then given up.
+        """
+        request = self.mask_request
+        assert request is not None
+        protocol, kid = self._member.protocol, request.kid
+        try:
+            protocol.open(request, expected)
+            mark = (run, b"%d/%s" % (expected.round, expected.model))
+            if self._member.kept is None or self._member.kept[0] != mark:
+                self._member.kept = None
+                self._member.kept = (mark, produce())
+            update = self._member.kept[1]
+            self._masked = protocol.mask(kid, update, saturate=saturate, threads=_threads())
+        except SecureAggregationError as error:
+            self._masked = protocol.abort(kid, error)
+        except BaseException as error:
+            protocol.abort(kid, error if isinstance(error, Exception) else RuntimeError())
+            raise
+
+    def answers(self) -> bytes:
+        """The answers to all parts, as one bundle; ``mask`` first where a vector is asked for."""
+        answers = []
+        for part in self._parts:
+            if isinstance(part, MaskRequest):
+                assert self._masked is not None
+                answers.append(self._masked)
+            else:
+                answers.append(self._member.protocol.respond(part))
+        return Bundle(tuple(answers)).encode()
+
+
+def forget(site: Site) -> None:
+    """Give up all key epochs of a site and overwrite their secrets."""
+    for key in [key for key in _members if key[0] == site.root]:
+        _members.pop(key).protocol.close()
+
+
+def _member(site: Site, study: Study, pin: Path) -> _Member:
+    roster = read_pin(pin)
+    key = (site.root, study.digest, roster.digest)
+    if key not in _members:
+        protocol = secagg.Site(
+            identity=site.identity(),
+            name=site.name,
+            roster=roster,
+            policy=secagg.SitePolicy(
+                study=bytes.fromhex(study.digest),
+                colluders=study.aggregation.colluders,
+                minimum_sites=site.policy.min_sites,
+            ),
+            store=RoundMemory(site.ledger, delta=site.policy.ledger_delta),
+            gave_up=lambda error: _note(site, error),
+        )
+        _members[key] = _Member(protocol, roster)
+    return _members[key]
+
+
+def _note(site: Site, error: Exception) -> None:
+    if isinstance(error, CloisterError):
+        leave_notice(site.root, error)
+
+
+def _threads() -> int:
+    """Cores that this process may use; the keystreams of different peers share them."""
+    return len(os.sched_getaffinity(0))

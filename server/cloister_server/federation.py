@@ -1,0 +1,77 @@
+"""The coordinator's own: the federation's root key and the roster that it signs.
+
+::
+
+    root.pem     Ed25519 key of the root, mode 0600
+    roster       the signed roster in force
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from cloister_common.errors import FileUnreadable
+from cloister_common.files import create_secret, make_private_dir, read_secret, write_atomic
+from cloister_common.identity import Identity
+from cloister_common.roster import Roster, RosterEntry, open_roster, sign_roster
+
+_ROOT = "root.pem"
+_ROSTER = "roster"
+
+
+class Federation:
+    """The folder of a federation at the coordinating site; made where it is missing.
+
+    Raises:
+        OutputInTheWay: the folder or a file cannot be created.
+        FileUnreadable: the root key is readable by others, or cannot be read.
+        IdentityInvalid: it is not a key.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        make_private_dir(folder)
+        create_secret(folder / _ROOT, Identity.generate().to_pem())
+        self._root = Identity.from_pem(read_secret(folder / _ROOT))
+        self._path = folder / _ROSTER
+
+    @property
+    def root(self) -> bytes:
+        """The root's public key, 32 bytes."""
+        return self._root.public
+
+    def enrol(self, name: str, sites: Mapping[str, bytes]) -> Roster:
+        """Make the roster hold exactly these sites; its serial rises where that is a change.
+
+        Args:
+            name: the federation's.
+            sites: public key (32 bytes) by site id.
+
+        Raises:
+            RosterInvalid: an id or key that cannot be used.
+        """
+        entries = [RosterEntry(site, key) for site, key in sites.items()]
+        held = self.roster() if self._path.exists() else None
+        roster = Roster.of(name, held.serial if held else 1, entries)
+        if held is not None and roster != held:
+            roster = Roster.of(name, held.serial + 1, entries)
+        if roster != held:
+            write_atomic(self._path, sign_roster(roster, self._root))
+        return roster
+
+    def signed(self) -> bytes:
+        """The signed roster, as sites are offered it.
+
+        Raises:
+            FileUnreadable: there is none.
+        """
+        try:
+            return self._path.read_bytes()
+        except OSError:
+            raise FileUnreadable(
+                "The federation has no roster.", remedy="Enrol its sites first."
+            ) from None
+
+    def roster(self) -> Roster:
+        """The roster in force; see ``signed`` and ``open_roster`` for the errors."""
+        return open_roster(self.signed(), self.root)

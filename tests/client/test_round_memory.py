@@ -1,0 +1,105 @@
+"""What a site remembers of secure aggregation: durable, first write wins, in the ledger's chain."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cloister_client.ledger import Ledger
+from cloister_client.round_memory import RoundMemory
+from cloister_common.errors import LedgerDamaged
+from cloister_common.privacy.events import Mechanism
+
+STUDY = bytes(range(32))
+OTHER = bytes(32)
+DELTA = 1e-5
+
+
+def _memory(folder: Path) -> RoundMemory:
+    return RoundMemory(folder / "ledger.sqlite", delta=DELTA)
+
+
+def test_an_epoch_is_claimed_once_and_a_restart_does_not_forget(tmp_path: Path) -> None:
+    assert _memory(tmp_path).claim_epoch(b"k" * 32) is True
+    assert _memory(tmp_path).claim_epoch(b"k" * 32) is False
+    assert _memory(tmp_path).claim_epoch(b"l" * 32) is True
+
+
+def test_the_first_invitation_stands(tmp_path: Path) -> None:
+    first = (("a", "b", "c"), 3)
+    assert _memory(tmp_path).open_round(STUDY, 2, *first) == first
+    assert _memory(tmp_path).open_round(STUDY, 2, ("a", "b"), 2) == first
+    assert _memory(tmp_path).open_round(STUDY, 3, ("a", "b"), 2) == (("a", "b"), 2)
+    assert _memory(tmp_path).open_round(OTHER, 2, ("a", "b"), 2) == (("a", "b"), 2)
+
+
+def test_the_first_answer_stands(tmp_path: Path) -> None:
+    assert _memory(tmp_path).committed(STUDY, 2) is None
+    assert _memory(tmp_path).commit(STUDY, 2, ("a", "b")) == ("a", "b")
+    assert _memory(tmp_path).commit(STUDY, 2, ("a", "c")) == ("a", "b")
+    assert _memory(tmp_path).committed(STUDY, 2) == ("a", "b")
+    assert _memory(tmp_path).committed(STUDY, 4) is None
+    assert _memory(tmp_path).committed(OTHER, 2) is None
+
+
+def test_it_spends_nothing_and_the_ledger_reads_past_it(tmp_path: Path) -> None:
+    memory = _memory(tmp_path)
+    ledger = Ledger.open(tmp_path / "ledger.sqlite", delta=DELTA)
+    ledger.reserve("ab" * 32, "run", Mechanism(2.0, 0.5), 4, DELTA, 100.0, 100.0)
+    memory.claim_epoch(b"k" * 32)
+    memory.open_round(STUDY, 2, ("a", "b"), 2)
+    ledger.start_round("ab" * 32, "run", 1, 2)
+    memory.commit(STUDY, 2, ("a", "b"))
+    assert [entry.kind for entry in ledger.entries()] == [
+        "created",
+        "reserved",
+        "epoch",
+        "round",
+        "started",
+        "answered",
+    ]
+    assert [held.left for held in ledger.reservations()] == [2]
+
+
+def test_an_answer_that_was_changed_by_hand_is_found(tmp_path: Path) -> None:
+    _memory(tmp_path).commit(STUDY, 2, ("a", "b"))
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as connection:
+        connection.execute("DROP TRIGGER no_update")
+        connection.execute("""UPDATE entries SET body = replace(body, '"b"', '"c"')""")
+    with pytest.raises(LedgerDamaged):
+        _memory(tmp_path).committed(STUDY, 2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from(["claim", "open", "commit"]),
+            st.integers(0, 2),
+            st.sampled_from([("a", "b", "c"), ("a", "b"), ("a", "c")]),
+        ),
+        max_size=8,
+    )
+)
+def test_first_write_wins_in_any_order(
+    steps: list[tuple[str, int, tuple[str, ...]]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("memory")
+    epochs: set[int] = set()
+    opened: dict[int, tuple[tuple[str, ...], int]] = {}
+    commits: dict[int, tuple[str, ...]] = {}
+    for kind, number, names in steps:
+        memory = _memory(folder)
+        if kind == "claim":
+            assert memory.claim_epoch(bytes([number]) * 32) is (number not in epochs)
+            epochs.add(number)
+        elif kind == "open":
+            expected = opened.setdefault(number, (names, len(names)))
+            assert memory.open_round(STUDY, number, names, len(names)) == expected
+        else:
+            assert memory.commit(STUDY, number, names) == commits.setdefault(number, names)
+        assert memory.committed(STUDY, number) == commits.get(number)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cloister_client import gate
 from cloister_client.cohort import UNLABELLED, Cohort, Reading, read_cohort
 from cloister_client.labels import read_labels
 from cloister_client.policy import refusals
@@ -53,7 +54,9 @@ class DataReport:
         sizes: images by stored (rows, columns).
         rejects: files turned away, by reason.
         faults: all that keeps the site from taking part, in the order in which to mend it.
-        policy: why the site's policy does not allow the study, in words.
+        policy: why the site's policy or budget does not allow the study, in words.
+        promised: epsilon that all studies together have reserved or spent here.
+        lifetime: the most that they may.
         cohort: the images, or None; in no output but the contact sheet.
     """
 
@@ -69,6 +72,8 @@ class DataReport:
     rejects: Mapping[Reject, int]
     faults: tuple[DataError, ...]
     policy: tuple[str, ...]
+    promised: float = 0.0
+    lifetime: float = 0.0
     cohort: Cohort | None = field(default=None, repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -77,6 +82,9 @@ class DataReport:
             "site": self.site,
             "study": self.study,
             "usable": not self.faults,
+            "would_take_part": not self.faults and not self.policy,
+            "epsilon_promised": self.promised,
+            "epsilon_lifetime": self.lifetime,
             "files": self.files,
             "accepted": self.accepted,
             "patients": self.patients,
@@ -120,7 +128,7 @@ def inspect(
     patients = cohort.patients if cohort is not None else ()
     labels = Counter(patient.label for patient in patients if patient.label != UNLABELLED)
     # How many sites are invited is the coordinator's to say; the check does not judge it.
-    allowed = () if study is None else refusals(site.policy, study, site.policy.min_sites)
+    allowed = () if study is None else _refusals(site, study)
     return DataReport(
         site=site.name,
         study=study.study.name if study is not None else None,
@@ -136,8 +144,18 @@ def inspect(
         rejects=reading.rejects if reading is not None else {},
         faults=tuple(faults),
         policy=allowed,
+        promised=gate.promised(site),
+        lifetime=site.policy.max_epsilon_lifetime,
         cohort=cohort,
     )
+
+
+def _refusals(site: Site, study: Study) -> tuple[str, ...]:
+    told = refusals(site.policy, study, site.policy.min_sites)
+    if told:
+        return told
+    short = gate.shortfall(site, study)
+    return () if short is None else (f"{short.what} {short.why}",)
 
 
 def render(report: DataReport) -> str:
@@ -163,11 +181,19 @@ def render(report: DataReport) -> str:
             f"    {count:>7}  {reason.value}  {reason.title}"
             for reason, count in report.rejects.items()
         ]
+    lines.append(
+        f"  budget      epsilon {report.promised:.2f} of {report.lifetime:.2f} is promised "
+        "(lifetime, all studies)"
+    )
     if report.study is None:
         lines.append("Labels were not checked: give a study with --study.")
-    lines += [f"The site's policy refuses: {sentence}" for sentence in report.policy]
+    lines += [f"This site would refuse the study: {sentence}" for sentence in report.policy]
     lines += [str(fault) for fault in report.faults]
-    if not report.faults:
+    if report.faults:
+        lines.append("The data cannot be used as they are.")
+    elif report.policy:
+        lines.append("The data can be used, but the site would not take part in this study.")
+    else:
         lines.append("The data can be used.")
     return "\n".join(lines)
 

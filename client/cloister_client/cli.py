@@ -6,6 +6,7 @@ Everything heavy is imported inside the commands, so that ``--help`` is quick.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from cloister_common.errors import FolderUnreadable, OptionInvalid, PolicyRefused
 from cloister_common.extras import require
 
 app = typer.Typer(help="Set up and check a hospital's site.", no_args_is_help=True)
@@ -39,8 +41,11 @@ def init(
     new = not (folder / SITE_FILE).exists()
     site = init_site(folder, name=name, dicom=dicom, labels=labels)
     if new:
+        for path, what in ((site.dicom, "folder of images"), (site.labels, "labels file")):
+            if not path.exists():
+                typer.echo(f"There is no {what} yet: {path}")
         typer.echo(f"Site {site.name} is ready. Edit {folder / SITE_FILE}, then run:")
-        typer.echo(f"  cloister client check --dir {folder}")
+        typer.echo(f"  cloister client check --dir {shlex.quote(str(folder))}")
     else:
         typer.echo(f"Site {site.name} was here already; its site.toml and keys are unchanged.")
 
@@ -57,13 +62,19 @@ def check(
 ) -> None:
     """Look at the site's images and labels, and say all that is wrong with them.
 
-    The exit status is 0 where the data can be used, else that of the first fault.
+    The exit status is 0 where the data can be used and the site would take part in the study,
+    else that of the first fault.
     """
     require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls", "PIL")
     from cloister_client.check import contact_sheet, inspect, render
-    from cloister_client.site import open_site
+    from cloister_client.site import SITE_FILE, open_site
     from cloister_common.study import load_study
 
+    if not (folder / SITE_FILE).exists():
+        raise OptionInvalid(
+            f"{folder} is no site folder.",
+            remedy=f"Make it one: cloister client init {shlex.quote(str(folder))}",
+        )
     site = open_site(folder)
     judged_by = load_study(study) if study is not None else None
     with _progress("Reading images") as progress:
@@ -74,6 +85,8 @@ def check(
         typer.echo(f"Wrote {shown} images to {sheet}. They show patients: keep it here.", err=True)
     if report.faults:
         raise typer.Exit(report.faults[0].exit_status)
+    if report.policy:
+        raise typer.Exit(PolicyRefused.exit_status)
 
 
 def predict(
@@ -87,7 +100,14 @@ def predict(
     from cloister_client import predict as prediction
 
     with _progress("Reading images") as progress:
-        done = prediction.predict(model, folder, out, device=device, progress=progress)
+        try:
+            done = prediction.predict(model, folder, out, device=device, progress=progress)
+        except FolderUnreadable as error:
+            raise OptionInvalid(
+                f"The images in {folder} cannot be read.",
+                why=error.why,
+                remedy="Name a folder with DICOM files, and check its permissions.",
+            ) from None
     typer.echo(f"Wrote the scores of {done.images} images to {out}.")
     for reason, count in done.rejects.items():
         typer.echo(f"  turned away: {count} ({reason.value}, {reason.title})", err=True)

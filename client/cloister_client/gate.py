@@ -9,7 +9,7 @@ from __future__ import annotations
 from cloister_client.ledger import Ledger
 from cloister_client.policy import refusals
 from cloister_client.site import Site
-from cloister_common.errors import PolicyRefused
+from cloister_common.errors import BudgetExhausted, PolicyRefused
 from cloister_common.privacy.accounting import calibrate
 from cloister_common.privacy.events import Mechanism
 from cloister_common.study import Study
@@ -57,6 +57,31 @@ def admit(site: Site, study: Study, *, run: str, invited: int) -> None:
         epsilon_limit_study=site.policy.max_epsilon_study,
         epsilon_limit_lifetime=site.policy.max_epsilon_lifetime,
     )
+
+
+def shortfall(site: Site, study: Study) -> BudgetExhausted | None:
+    """What the ledger would say to a run of this study now; nothing is reserved.
+
+    Raises:
+        EpsilonUnreachable, LedgerDamaged, PolicyRefused: as ``admit``.
+    """
+    if not study.privacy.enabled or not site.ledger.exists():
+        return None
+    return Ledger.open(site.ledger, delta=site.policy.ledger_delta).refusal(
+        study.digest,
+        mechanism(study),
+        study.training.total_steps,
+        study.privacy.delta,
+        epsilon_limit_study=site.policy.max_epsilon_study,
+        epsilon_limit_lifetime=site.policy.max_epsilon_lifetime,
+    )
+
+
+def promised(site: Site) -> float:
+    """Epsilon that all studies together have reserved or spent, at the ledger's delta."""
+    if not site.ledger.exists():
+        return 0.0
+    return Ledger.open(site.ledger, delta=site.policy.ledger_delta).epsilon_lifetime(reserved=True)
 
 
 def charge(site: Site, study: Study, *, run: str, round_number: int) -> None:

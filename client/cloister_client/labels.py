@@ -235,9 +235,15 @@ def _rows(
 
 
 def _invalid(faults: list[tuple[int, str]], remedy: str) -> LabelsInvalid:
-    faults.sort()
-    told = [f"\n  line {line} {message}" for line, message in faults[:SHOWN]]
-    more = f"\n  and {len(faults) - SHOWN} more." if len(faults) > SHOWN else ""
+    # The same fault in many rows is one fault with many lines.
+    lines_of: dict[str, list[int]] = defaultdict(list)
+    for line, message in sorted(faults):
+        lines_of[message].append(line)
+    told = [
+        f"\n  line{'s' * (len(lines) > 1)} {_listing([str(line) for line in lines])} {message}"
+        for message, lines in list(lines_of.items())[:SHOWN]
+    ]
+    more = f"\n  and {len(lines_of) - SHOWN} more." if len(lines_of) > SHOWN else ""
     count = _count(len(faults), "fault", "faults")
     return LabelsInvalid(f"The labels file has {count}:{''.join(told)}{more}\n", remedy=remedy)
 

@@ -187,9 +187,7 @@ class Ledger:
             if held is not None:
                 _require_same(held, wanted)
                 return held.frozen()
-            idle = _idle(state, wanted)
-            if idle is not None:
-                del state.accounts[idle.study, idle.run]
+            idle = _make_room(state, wanted)
             _gates(state, wanted, epsilon_limit_study, epsilon_limit_lifetime)
             body: dict[str, Any] = {"study": study_digest, "run": run_id}
             if idle is not None:
@@ -205,6 +203,25 @@ class Ledger:
                 }
                 append(connection, "reserved", {**body, **terms})
         return wanted.frozen()
+
+    def refusal(
+        self,
+        study_digest: str,
+        mechanism: Mechanism,
+        steps: int,
+        delta: float,
+        epsilon_limit_study: float,
+        epsilon_limit_lifetime: float,
+    ) -> BudgetExhausted | None:
+        """What ``reserve`` would say to another run of this study, without reserving; or None."""
+        wanted = _Account(study_digest, "?", mechanism, steps, delta)
+        state = self._state()
+        _make_room(state, wanted)
+        try:
+            _gates(state, wanted, epsilon_limit_study, epsilon_limit_lifetime)
+        except BudgetExhausted as error:
+            return error
+        return None
 
     def start_round(
         self, study_digest: str, run_id: str, round_number: int, steps: int
@@ -321,12 +338,25 @@ def _gates(state: _State, wanted: _Account, study_limit: float, lifetime_limit: 
 
 
 def _exhausted(gate: str, *, asked: float, left: float, limit: float) -> BudgetExhausted:
+    again = gate == "study" and asked <= limit
     return BudgetExhausted(
         f"The {gate} budget does not suffice: the study asks for epsilon {asked:.3f}, "
         f"{max(0.0, left):.3f} of {limit:.3f} is left.",
-        why="Everything reserved or started counts, and nothing is refunded.",
-        remedy="Ask for a study with a smaller epsilon; only the site's steward can raise a limit.",
+        why="This very study was run here before. " * again
+        + "Everything reserved or started counts, and nothing is refunded.",
+        remedy="A trial belongs on a copy of the site folder. Another study has a budget of its "
+        "own, within the lifetime's; only the site's steward can raise a limit."
+        if again
+        else "Ask for a study with a smaller epsilon; only the site's steward can raise a limit.",
     )
+
+
+def _make_room(state: _State, wanted: _Account) -> _Account | None:
+    """Take the reservation out that ``wanted`` would take over, and return it."""
+    idle = _idle(state, wanted)
+    if idle is not None:
+        del state.accounts[idle.study, idle.run]
+    return idle
 
 
 def _idle(state: _State, wanted: _Account) -> _Account | None:

@@ -13,14 +13,16 @@ from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any
 
+import click
 import typer
+import typer.core
 
 from cloister_common import __version__
 from cloister_common.errors import CloisterError, InternalError
 
 GROUP = "cloister.commands"
 INTERRUPTED = 130
-_ORDER = ("demo", "simulate", "predict", "study", "client", "server", "verify")
+_ORDER = ("demo", "simulate", "predict", "study", "client", "server", "verify", "explain")
 
 
 def _version(value: bool) -> None:
@@ -31,6 +33,8 @@ def _version(value: bool) -> None:
 
 def build() -> typer.Typer:
     """Assemble the root command from what is installed."""
+    # Typer escapes square brackets for rich wherever rich is installed, also where it is not used.
+    typer.core.HAS_RICH = False
     app = typer.Typer(
         name="cloister",
         help="Federated learning for radiology in which no image leaves its hospital.",
@@ -76,13 +80,15 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     try:
-        build()(args=arguments, prog_name="cloister")
+        status = build()(args=arguments, prog_name="cloister", standalone_mode=False)
     except CloisterError as error:
         _say(str(error), error.code)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        _say("Stopped.", None)
-        sys.exit(INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        status = INTERRUPTED
     except Exception as error:
         if os.environ.get("CLOISTER_TRACEBACK") == "1":
             traceback.print_exc()
@@ -92,12 +98,15 @@ def main(arguments: list[str] | None = None) -> None:
         )
         _say(str(fault), fault.code)
         sys.exit(fault.exit_status)
+    if status == INTERRUPTED:
+        _say("Stopped. A run that had begun goes on with the same command and --resume.", None)
+    sys.exit(status or 0)
 
 
 def _say(text: str, code: str | None) -> None:
     print(text, file=sys.stderr)  # noqa: T201
     if code:
-        print(f"See docs/errors/{code}.md", file=sys.stderr)  # noqa: T201
+        print(f"More: cloister explain {code}", file=sys.stderr)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from cloister_common.errors import StudyInvalid
+from cloister_common.errors import NetworkUnfit, StudyInvalid
 from cloister_common.tomlfile import FileModel, KeyedValueError, parse, read_text
 
 HASH_LABEL = b"cloister/study/v1\0"
@@ -213,16 +213,32 @@ class Study(FileModel):
         return len(self.target.classes)
 
 
+class _StudyFile(Study):
+    """A study as a person writes it: judged against the networks that are known here, too."""
+
+    @field_validator("network")
+    @classmethod
+    def _known_network(cls, network: Network, info: ValidationInfo) -> Network:
+        from cloister_common.networks import resolve
+
+        given = info.data.get("input", Input())
+        try:
+            resolve(network, size=given.size)
+        except NetworkUnfit as error:
+            raise KeyedValueError("name", f"{error.what} {error.remedy}") from None
+        return network
+
+
 def parse_study(text: str, name: str = "study.toml") -> Study:
     """Validate the text of a study file.
 
     Raises:
         StudyInvalid: with every fault, its line and the nearest key.
     """
-    study, faults = parse(text, Study)
+    study, faults = parse(text, _StudyFile)
     if study is None:
         raise StudyInvalid.of(name, faults)
-    return study
+    return study_from_canonical(study.canonical())
 
 
 def load_study(path: Path) -> Study:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +29,12 @@ NOT_MEASURED = (
     "Nothing was measured: with privacy on, only a hold-out that belongs to no site is used, "
     "and none was given (--holdout)."
 )
+CHANCE = (
+    "The interval of the AUROC does not rule out chance: the model may have learnt nothing. More "
+    "patients, another network (filter-bank for little data) or more rounds may help."
+)
+WEAK_EPSILON = 10.0
+LARGE_DELTA = 1e-4
 
 
 def write_outputs(out: Path, study: Study, outcome: Outcome, *, seconds: float) -> None:
@@ -93,12 +99,28 @@ def warnings(study: Study, outcome: Outcome) -> tuple[str, ...]:
         found.append(NOT_MASKED)
     if not study.privacy.enabled:
         found.append(NOT_PRIVATE)
-    if outcome.state.figures[-1].auroc is None:
+    else:
+        found.extend(_weak(study))
+    last = outcome.state.figures[-1]
+    if last.auroc is None:
         found.append(NOT_MEASURED)
+    elif last.auroc_low is not None and last.auroc_low <= 0.5:
+        found.append(CHANCE)
     if outcome.state.lost:
         rounds = ", ".join(str(number) for number in outcome.state.lost)
         found.append(f"Lost to a crash, but charged, and not trained again: round {rounds}.")
     return tuple(found)
+
+
+def _weak(study: Study) -> Iterator[str]:
+    privacy = study.privacy
+    if privacy.epsilon > WEAK_EPSILON:
+        yield f"Epsilon {privacy.epsilon:g} is weak; above {WEAK_EPSILON:g} it promises little."
+    if privacy.delta > LARGE_DELTA:
+        yield (
+            f"Delta {privacy.delta:g} is large: with that probability the promise may fail. It "
+            "belongs below 1 / (10 x the number of a site's patients)."
+        )
 
 
 def _report(study: Study, outcome: Outcome, summary: Mapping[str, object]) -> RunReport:

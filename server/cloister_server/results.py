@@ -44,7 +44,9 @@ def _results(summary: Mapping[str, Any]) -> Table:
     else:
         table.add_row("Privacy", "none")
     table.add_row("Secure aggregation", "on" if summary["secure_aggregation"] else "off")
-    table.add_row("Rounds", str(summary["rounds"]))
+    lost = len(summary["rounds_lost"])
+    rounds = summary["rounds"]
+    table.add_row("Rounds", f"{rounds - lost} of {rounds}" if lost else str(rounds))
     table.add_row("Seconds", f"{summary['seconds']:.0f}")
     return table
 
@@ -54,7 +56,7 @@ def _sites(summary: Mapping[str, Any]) -> Table:
     table.add_column("site")
     table.add_column("epsilon spent", justify="right")
     table.add_column("bytes", justify="right")
-    table.add_column("in words")
+    table.caption_justify = "left"
     private, masked = summary["epsilon_max"] is not None, summary["secure_aggregation"]
     kind = " and ".join(w for w, on in (("noised", private), ("masked", masked)) if on)
     what = "model updates; no image, count or score" if private else ""
@@ -62,7 +64,8 @@ def _sites(summary: Mapping[str, Any]) -> Table:
     words = f"{kind} {what}".strip()
     for name, count in summary["bytes_sent_per_site"].items():
         epsilon = summary["epsilon_per_site"].get(name)
-        table.add_row(name, _figure(epsilon, 2), f"{count:,}", words)
+        table.add_row(name, _figure(epsilon, 2), f"{count:,}")
+    table.caption = f"In words: {words}."
     return table
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cloister_common.errors import (
     CloisterError,
+    DataError,
     FileUnreadable,
     OptionInvalid,
     OutputInTheWay,
@@ -29,6 +31,7 @@ from cloister_common.files import make_private_dir, sweep
 from cloister_common.records import ROSTER_KEY, SITE_KEY, Vector
 from cloister_common.secagg.parameters import Parameters
 from cloister_common.study import Study
+from cloister_server.holdout import refuse_overlap
 from cloister_server.rounds import Event, Hooks
 
 if TYPE_CHECKING:
@@ -40,6 +43,11 @@ Engine = Literal["in-process", "ray"]
 
 FEDERATION = "federation"
 """Folder of a run's root key, roster and pins."""
+
+_MARKER = ".cloister-run"
+"""File that says that Cloister made the folder, so that a start that failed can be repeated."""
+
+_OURS = ("sites", "holdout", FEDERATION)
 
 _LIFETIME = 1000.0
 """Lifetime budget of a site that a simulation makes: its ledger lives as long as the run."""
@@ -98,6 +106,11 @@ def simulate(
 
     study = simulation.study
     folders = find_sites(simulation.sites, study)
+    if simulation.holdout is not None and not (simulation.holdout / "dicom").is_dir():
+        raise OptionInvalid(
+            f"The hold-out {simulation.holdout} has no folder dicom/.",
+            remedy="Name a folder with dicom/ and labels.csv of patients of no site.",
+        )
     if simulation.resume:
         # Looked at first: a folder without this study's run is left as it is.
         Checkpoints(simulation.out / CHECKPOINT_FOLDER).load(study)
@@ -105,6 +118,8 @@ def simulate(
     _claim(simulation)
     _distinct([site_name(folder) for folder in folders])
     sites = [_open(folder, simulation) for folder in folders]
+    if simulation.holdout is not None:
+        refuse_overlap(simulation.holdout / "dicom", {s.name: s.dicom for s in sites})
     evaluate = _holdout(simulation) if simulation.holdout else None
     hooks = Hooks(evaluate=evaluate, notify=notify) if notify else Hooks(evaluate=evaluate)
     server_app = build(hooks)
@@ -151,8 +166,9 @@ def find_sites(folder: Path, study: Study) -> list[Path]:
     left_out = [child.name for child in children if child not in found]
     if found and left_out:
         # Dropping a hospital in silence would be worse than stopping.
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
         raise OptionInvalid(
-            f"{', '.join(left_out)} in {folder} is no site.",
+            f"{', '.join(left_out[:5])}{more} in {folder} is no site.",
             why="A site is a directory with dicom/ and labels.csv, or with a site.toml.",
             remedy="Complete it, or move it away.",
         )
@@ -173,16 +189,23 @@ def _claim(simulation: Simulation) -> None:
 
     out = simulation.out
     try:
-        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        if out.exists() and not out.is_dir():
+            raise OutputInTheWay(f"{out} is a file.", remedy="Name a folder with --out.")
+        taken = out.exists() and any(out.iterdir())
         if taken and not simulation.resume:
             begun = Checkpoints(out / CHECKPOINT_FOLDER).exists()
-            raise OutputInTheWay(
-                f"{out} already holds something.",
-                remedy="Name another folder with --out, or go on with the run in it: --resume."
-                if begun
-                else "No run was begun in it. Name another folder with --out, or remove this one.",
-            )
+            if begun or not (out / _MARKER).is_file():
+                raise OutputInTheWay(
+                    f"{out} already holds something.",
+                    remedy="Name another folder with --out, or go on with the run in it: --resume."
+                    if begun
+                    else "No run was begun in it. Name another folder with --out.",
+                )
+            # A start that failed left it: keys and caches of sites that trained nothing.
+            for name in _OURS:
+                shutil.rmtree(out / name, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
+        (out / _MARKER).touch()
     except OSError as error:
         raise OutputInTheWay(
             f"{out} cannot be used.",
@@ -280,7 +303,14 @@ def _holdout(simulation: Simulation) -> Callable[[Vector], Metrics]:
         labels=folder / "labels.csv",
         policy=Policy(min_patients_per_class=1),
     )
-    cohort = load_cohort(site, study)
+    try:
+        cohort = load_cohort(site, study)
+    except DataError as error:
+        raise type(error)(
+            f"In the hold-out: {error.what}",
+            why=error.why,
+            remedy=f"{error.remedy} The hold-out is what --holdout names.",
+        ) from None
     module = networks.build(
         study.network, outputs=study.outputs, size=study.input.size, seed=study.training.seed
     )

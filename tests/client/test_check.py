@@ -51,6 +51,9 @@ def test_report_of_sound_data(tmp_path: Path) -> None:
         "site": "north",
         "study": "nodules",
         "usable": True,
+        "would_take_part": True,
+        "epsilon_promised": 0.0,
+        "epsilon_lifetime": 8.0,
         "files": 13,
         "accepted": 12,
         "patients": 6,
@@ -283,3 +286,27 @@ def test_pydicom_would_have_said_it(tmp_path: Path) -> None:
             heard += "".join(str(one.message) for one in caught)
     assert CANARY in heard
     assert MRN in heard
+
+
+def test_a_study_that_the_budget_cannot_bear_is_told_here_already(tmp_path: Path) -> None:
+    from cloister_client import gate
+    from cloister_client.policy import Policy
+    from cloister_client.site import init_site
+    from federations import study, write_cohort
+
+    write_cohort(tmp_path / "north", np.random.default_rng(1), "N")
+    site = init_site(tmp_path / "north", policy=Policy(max_epsilon_study=3, max_epsilon_lifetime=4))
+    asked = study(privacy="epsilon = 3")
+    fresh = inspect(site, asked)
+    assert fresh.policy == ()
+    assert "epsilon 0.00 of 4.00 is promised" in render(fresh)
+    gate.admit(site, asked, run="one", invited=5)
+    # A run that has trained nothing gives its place to the next.
+    assert inspect(site, asked).policy == ()
+    gate.charge(site, asked, run="one", round_number=1)
+    spent = inspect(site, asked)
+    (told,) = spent.policy
+    assert "This very study was run here before" in told
+    assert "would not take part" in render(spent)
+    assert spent.as_dict()["would_take_part"] is False
+    assert spent.as_dict()["epsilon_promised"] > 2.9

@@ -132,7 +132,7 @@ def test_an_intended_error_prints_its_message_and_its_page(
     status, out, err = end(capsys, "act")
     assert status == error.exit_status
     assert out == ""
-    assert err == f"{error.code}: No.\nSee docs/errors/{error.code}.md\n"
+    assert err == f"{error.code}: No.\nMore: cloister explain {error.code}\n"
 
 
 class _Odd(Exception):
@@ -293,3 +293,50 @@ def test_a_missing_file_is_103(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     status, _, err = end(capsys, "study", "check", str(tmp_path / "none.toml"))
     assert status == 2
     assert err.startswith("CLO-103: none.toml cannot be read.")
+
+
+# What a person sees
+
+
+def test_an_interrupt_says_what_happened_and_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], command: Callable[[Callable[[], None]], None]
+) -> None:
+    def act() -> None:
+        raise KeyboardInterrupt
+
+    command(act)
+    status, _, err = end(capsys, "act")
+    assert status == 130
+    assert "--resume" in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("simulate",), ("demo",), ("predict",), ("study", "new"), ("client", "check")]
+)
+def test_help_holds_no_stray_backslash(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    status, out, _ = end(capsys, *arguments, "--help")
+    assert status == 0
+    assert "\\[" not in out
+
+
+def test_a_wrong_option_ends_with_2_and_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = end(capsys, "simulate", "--nonsense")
+    assert status == 2
+    assert "--help" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("code", ["CLO-104", "clo-104", "104", "CLO-210"])
+def test_explain_shows_the_page(capsys: pytest.CaptureFixture[str], code: str) -> None:
+    status, out, _ = end(capsys, "explain", code)
+    assert status == 0
+    assert out.startswith("# CLO-104" if "210" not in code else "# CLO-210")
+
+
+@pytest.mark.parametrize("code", ["CLO-999", "nonsense", "../../README", ""])
+def test_explain_of_no_code_is_a_named_error(capsys: pytest.CaptureFixture[str], code: str) -> None:
+    status, _, err = end(capsys, "explain", code)
+    assert status == 2
+    assert err.startswith("CLO-106: ")

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloister_common.errors import StudyInvalid
-from cloister_common.study import Study, load_study, parse_study, study_from_canonical
+from cloister_common.study import Network, Study, load_study, parse_study, study_from_canonical
 
 TEN_LINES = """\
 [study]
@@ -279,11 +279,36 @@ def test_every_key_changes_the_hash() -> None:
 
 
 def test_the_type_of_an_argument_is_part_of_its_meaning() -> None:
+    plain = parse_study(TEN_LINES)
     digests = {
-        parse_study(with_lines("[network.arguments]", f"x = {value}")).digest
-        for value in ("1", "1.0", "true", '"1"')
+        plain.model_copy(update={"network": Network(arguments={"width": value})}).digest
+        for value in (1, 1.0, True, "1")
     }
     assert len(digests) == 4
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (("[network]", 'name = "resnet50"'), "There is no network 'resnet50'. Did you mean"),
+        (("[network.arguments]", "widht = 8"), "has no argument 'widht'. Did you mean 'width'?"),
+        (("[network.arguments]", "width = 0"), "cannot be 0"),
+        (("[input]", "size = 16", "[network]", 'name = "densenet121"'), "too small"),
+    ],
+)
+def test_a_network_is_judged_with_the_rest(lines: tuple[str, ...], words: str) -> None:
+    with pytest.raises(StudyInvalid) as caught:
+        parse_study(with_lines(*lines, "[privacy]", "epsilon = 0"))
+    told = {fault.key: fault for fault in caught.value.faults}
+    assert set(told) == {"network.name", "privacy.epsilon"}
+    assert words in told["network.name"].message
+    assert told["network.name"].line > 0
+
+
+def test_a_study_from_elsewhere_may_name_a_network_that_is_not_here() -> None:
+    """It keeps its hash; the site that has no such network says so."""
+    other = parse_study(TEN_LINES).model_copy(update={"network": Network(name="of-tomorrow")})
+    assert study_from_canonical(other.canonical()) == other
 
 
 def _without_none(values: Values) -> Values:

@@ -62,6 +62,15 @@ class Place:
         data = self.sites / name
         given = ("--dicom", data / "dicom", "--labels", data / "labels.csv")
         assert self.command("client", "init", site, *given).status == 0
+        text = (site / "site.toml").read_text("utf-8")
+        for strict, mild in (
+            ("min_sites = 5", "min_sites = 2"),
+            ("max_epsilon_study = 3.0", "max_epsilon_study = 6.0"),
+            ("require_secure_aggregation = true", "require_secure_aggregation = false"),
+        ):
+            assert strict in text or mild in text
+            text = text.replace(strict, mild)
+        (site / "site.toml").write_text(text, "utf-8")
         return self.command("client", "check", "--dir", site, "--study", self.study, *more)
 
     def rows(self, name: str) -> list[str]:

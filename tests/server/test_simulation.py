@@ -49,7 +49,7 @@ def test_a_private_run_leaves_a_model_and_an_honest_summary(folders: Path, tmp_p
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
     assert rows[-1]["auroc"] == summary["auroc_final"]
-    assert "not masked" in (out / "report.html").read_text()
+    assert "Each update was masked" in (out / "report.html").read_text()
 
 
 def test_every_site_charged_its_own_ledger_before_it_trained(folders: Path, tmp_path: Path) -> None:

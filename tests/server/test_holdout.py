@@ -1,0 +1,71 @@
+"""A hold-out that is not one: images that a site trains on are found, other files are not asked."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cloister_common.errors import OptionInvalid
+from cloister_server.holdout import refuse_overlap
+from cloister_server.simulation import Simulation, simulate
+from federations import study, write_cohort, write_federation
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("holdout")
+    write_federation(root / "sites", names=("anker", "birke"), patients=4)
+    write_cohort(root / "holdout", np.random.default_rng(9), "HOLD", patients=4)
+    return root
+
+
+def _sites(root: Path) -> dict[str, Path]:
+    return {name: root / "sites" / name / "dicom" for name in ("anker", "birke")}
+
+
+def test_patients_of_no_site_are_fine(folders: Path) -> None:
+    refuse_overlap(folders / "holdout" / "dicom", _sites(folders))
+
+
+def test_one_image_under_another_name_is_found(folders: Path, tmp_path: Path) -> None:
+    holdout = tmp_path / "holdout"
+    shutil.copytree(folders / "holdout", holdout)
+    image = next((folders / "sites" / "birke" / "dicom").rglob("*.dcm"))
+    shutil.copy(image, holdout / "dicom" / "renamed.bin")
+    with pytest.raises(OptionInvalid, match="shares 1 image with birke"):
+        refuse_overlap(holdout / "dicom", _sites(folders))
+
+
+def test_the_same_junk_in_two_places_means_nothing(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders, tmp_path / "all")
+    for folder in ("holdout", "sites/anker"):
+        (tmp_path / "all" / folder / "dicom" / "readme.txt").write_text("scanner 7" * 100)
+    refuse_overlap(tmp_path / "all" / "holdout" / "dicom", _sites(tmp_path / "all"))
+
+
+def test_a_site_as_hold_out_is_refused_before_a_round(tmp_path: Path) -> None:
+    sites = write_federation(tmp_path / "sites", patients=20, images=1)
+    run = Simulation(study(), sites, tmp_path / "run", holdout=sites / "clara")
+    with pytest.raises(OptionInvalid, match="shares 20 images with clara"):
+        simulate(run)
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_a_start_that_failed_can_be_repeated_in_its_folder(tmp_path: Path) -> None:
+    sites = write_federation(tmp_path / "sites", patients=24, images=1)
+    out = tmp_path / "run"
+    asked = study(training="rounds = 1")
+    with pytest.raises(OptionInvalid, match="shares 24 images"):
+        simulate(Simulation(asked, sites, out, holdout=sites / "clara"))
+    assert simulate(Simulation(asked, sites, out))["rounds"] == 1
+
+
+def test_a_hold_out_that_is_not_there_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    sites = write_federation(tmp_path / "sites", patients=4, images=1)
+    run = Simulation(study(), sites, tmp_path / "run", holdout=tmp_path / "nowhere")
+    with pytest.raises(OptionInvalid, match=r"nowhere has no folder dicom/"):
+        simulate(run)
+    assert not (tmp_path / "run").exists()

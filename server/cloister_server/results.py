@@ -19,6 +19,7 @@ def show(summary: Mapping[str, Any], out: Path) -> None:
     console.print()
     console.print(_results(summary))
     console.print(_sites(summary))
+    console.print(f"In words: {_in_words(summary)}.", markup=False, soft_wrap=True)
     for warning in summary["warnings"]:
         console.print(f"Note: {warning}", markup=False, soft_wrap=True)
     console.print()
@@ -56,17 +57,19 @@ def _sites(summary: Mapping[str, Any]) -> Table:
     table.add_column("site")
     table.add_column("epsilon spent", justify="right")
     table.add_column("bytes", justify="right")
-    table.caption_justify = "left"
-    private, masked = summary["epsilon_max"] is not None, summary["secure_aggregation"]
-    kind = " and ".join(w for w, on in (("noised", private), ("masked", masked)) if on)
-    what = "model updates; no image, count or score" if private else ""
-    what = what or "model updates and score histograms; no image"
-    words = f"{kind} {what}".strip()
     for name, count in summary["bytes_sent_per_site"].items():
         epsilon = summary["epsilon_per_site"].get(name)
         table.add_row(name, _figure(epsilon, 2), f"{count:,}")
-    table.caption = f"In words: {words}."
     return table
+
+
+def _in_words(summary: Mapping[str, Any]) -> str:
+    private, masked = summary["epsilon_max"] is not None, summary["secure_aggregation"]
+    kind = " and ".join(word for word, on in (("noised", private), ("masked", masked)) if on)
+    what = "model updates and score histograms; no image"
+    if private:
+        what = "model updates; no image, count or score"
+    return f"{kind} {what}".strip()
 
 
 def _figure(value: float | None, digits: int = 3) -> str:

@@ -71,7 +71,7 @@ class MemoryStore:
     """A ``RoundStore`` in memory; ``snapshot`` is the copy of a disk."""
 
     epochs: set[bytes] = field(default_factory=set)
-    opened: dict[tuple[bytes, int], tuple[tuple[str, ...], int]] = field(default_factory=dict)
+    opened: dict[tuple[bytes, int], bytes] = field(default_factory=dict)
     commits: dict[tuple[bytes, int], tuple[str, ...]] = field(default_factory=dict)
 
     def claim_epoch(self, kid: bytes) -> bool:
@@ -79,10 +79,8 @@ class MemoryStore:
         self.epochs.add(kid)
         return new
 
-    def open_round(
-        self, study: bytes, round_number: int, invited: tuple[str, ...], threshold: int
-    ) -> tuple[tuple[str, ...], int]:
-        return self.opened.setdefault((study, round_number), (invited, threshold))
+    def open_round(self, study: bytes, round_number: int, constants: bytes) -> bytes:
+        return self.opened.setdefault((study, round_number), constants)
 
     def committed(self, study: bytes, round_number: int) -> tuple[str, ...] | None:
         return self.commits.get((study, round_number))

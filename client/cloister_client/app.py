@@ -57,6 +57,7 @@ from cloister_common.records import (
     Vector,
     octets,
     pack,
+    signed_answer,
     unpack,
 )
 from cloister_common.study import Study, study_from_canonical
@@ -92,7 +93,8 @@ def prepare(message: Message, context: Context) -> Message:
             masked.require_roster(site, _pin(site, context), task.roster)
         gate.admit(site, study, run=task.run, invited=task.sites)
         _cohort(site, study)
-        return Prepared(site=site.name)
+        said = signed_answer(site.name, context.node_id, f"{task.run} {study.digest}")
+        return Prepared(site=site.name, signature=site.identity().sign(*said))
 
     return _answer(message, context, Prepare, answer)
 
@@ -106,7 +108,7 @@ def exchange(message: Message, context: Context) -> Message:
         asked = _exchange(site, study, context, task.exchange)
         if asked.mask_request is not None:
             raise MessageInvalid("A vector was asked for without a model.")
-        return Exchanged(site.name, task.round, octets(asked.answers()))
+        return Exchanged(site.name, task.round, octets(asked.answer_without_vector()))
 
     return _answer(message, context, Exchange, answer)
 
@@ -137,8 +139,8 @@ def train(message: Message, context: Context) -> Message:
             attempt=claimed.attempt,
             model=task.vector,
         )
-        asked.mask(expected, trained, run=task.run, saturate=study.privacy.enabled)
-        return Exchanged(site.name, task.round, octets(asked.answers()))
+        answers = asked.answer(expected, trained, run=task.run, saturate=study.privacy.enabled)
+        return Exchanged(site.name, task.round, octets(answers))
 
     return _answer(message, context, TrainTask, answer)
 
@@ -154,6 +156,8 @@ def evaluate(message: Message, context: Context) -> Message:
                 "A site does not evaluate while privacy is on.",
                 why="Its figures would leave uncharged.",
             )
+        if not 0 <= task.round <= study.training.rounds:
+            raise MessageInvalid("A round was asked for that the study does not have.")
         if not study.aggregation.secure:
             counts = _histogram(site, study, task)
             return Evaluated(
@@ -174,8 +178,8 @@ def evaluate(message: Message, context: Context) -> Message:
         def counted() -> NDArray[np.float64]:
             return _histogram(site, study, task).reshape(-1).astype(np.float64)
 
-        asked.mask(expected, counted, run=task.run, saturate=False)
-        return Exchanged(site.name, task.round, octets(asked.answers()))
+        answers = asked.answer(expected, counted, run=task.run, saturate=False)
+        return Exchanged(site.name, task.round, octets(answers))
 
     return _answer(message, context, EvaluateTask, answer)
 
@@ -240,23 +244,24 @@ def _answer(
         clear_notice(site.root)
         reply = handler(site, task)
     except CloisterError as error:
-        reply = _refuse(site, error)
+        reply = _refuse(site, error, context.node_id)
     except Exception as error:
         # The type alone: the text of a library's exception can quote what it was given.
         fault = InternalError(
             f"Cloister met a fault of its own ({type(error).__name__}).",
             remedy="Report it, with the version of Cloister and the study file.",
         )
-        reply = _refuse(site, fault)
+        reply = _refuse(site, fault, context.node_id)
     return Message(content=pack(reply), reply_to=message)
 
 
-def _refuse(site: Site | None, error: CloisterError) -> Refusal:
+def _refuse(site: Site | None, error: CloisterError, node: int) -> Refusal:
     reason = next((r for kind, r in _REASONS if isinstance(error, kind)), Refused.DECLINED)
     if site is None:
         return Refusal(site="", reason=reason.value)
     leave_notice(site.root, error)
-    return Refusal(site=site.name, reason=reason.value)
+    said = signed_answer(site.name, node, reason.value)
+    return Refusal(site.name, reason.value, site.identity().sign(*said))
 
 
 def _cohort(site: Site, study: Study) -> Cohort:

@@ -8,19 +8,20 @@ site has approved and pinned, before anything is charged or trained.
 
 from __future__ import annotations
 
-import os
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from cloister_client.notices import leave_notice
 from cloister_client.pinned import read_pin
 from cloister_client.round_memory import RoundMemory
 from cloister_client.site import Site
-from cloister_common import secagg
+from cloister_common import cores, secagg
 from cloister_common.errors import (
     CloisterError,
     RosterMismatch,
@@ -41,11 +42,21 @@ class _Member:
 
     protocol: secagg.Site
     roster: Roster
-    kept: tuple[tuple[str, bytes], Update] | None = None
-    """The last update, by run and session, for another attempt at the same sum."""
+    kept: tuple[tuple[str, int, bytes], Update] | None = None
+    """The last vector, by run, sum and model, for another attempt at the same sum."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """One message at a time: between check and mask nothing of the epoch may change."""
 
 
-_members: dict[tuple[Path, str, bytes], _Member] = {}
+_Key = tuple[Path, str, bytes, secagg.SitePolicy]
+
+_MEMBERS_KEPT = 4
+"""Studies of one hospital that may have key epochs alive; the oldest gives way."""
+
+_EPOCHS_A_SUM = 50
+"""Key epochs that a sum may take on the average, over all attempts and repetitions of a study."""
+
+_members: dict[_Key, _Member] = {}
 
 
 def require_roster(site: Site, pin: Path, digest: str) -> None:
@@ -100,15 +111,15 @@ class Exchange:
         """The pinned roster."""
         return self._member.roster
 
-    def mask(
+    def answer(
         self,
         expected: secagg.Session,
         produce: Callable[[], Update],
         *,
         run: str,
         saturate: bool,
-    ) -> None:
-        """Check the session, then produce, mask and keep the vector.
+    ) -> bytes:
+        """Check the session, produce and mask the vector, and answer all parts as one bundle.
 
         Args:
             expected: the session as this site knows it.
@@ -120,25 +131,48 @@ class Exchange:
         Raises:
             CloisterError: whatever ``produce`` raised; the key epoch is then given up.
         """
+        with self._member.lock:
+            self._mask(expected, produce, run=run, saturate=saturate)
+            return self._answers()
+
+    def answer_without_vector(self) -> bytes:
+        """The answers to all parts, none of which asks for a vector."""
+        with self._member.lock:
+            return self._answers()
+
+    def _mask(
+        self,
+        expected: secagg.Session,
+        produce: Callable[[], Update],
+        *,
+        run: str,
+        saturate: bool,
+    ) -> None:
         request = self.mask_request
         assert request is not None
         protocol, kid = self._member.protocol, request.kid
         try:
             protocol.open(request, expected)
-            mark = (run, b"%d/%s" % (expected.round, expected.model))
-            if self._member.kept is None or self._member.kept[0] != mark:
-                self._member.kept = None
-                self._member.kept = (mark, produce())
-            update = self._member.kept[1]
-            self._masked = protocol.mask(kid, update, saturate=saturate, threads=_threads())
+            update = self._vector(expected, produce, run, ready=protocol.has_masked(kid))
+            self._masked = protocol.mask(kid, update, saturate=saturate, threads=cores.available())
         except SecureAggregationError as error:
             self._masked = protocol.abort(kid, error)
         except BaseException as error:
             protocol.abort(kid, error if isinstance(error, Exception) else RuntimeError())
             raise
 
-    def answers(self) -> bytes:
-        """The answers to all parts, as one bundle; ``mask`` first where a vector is asked for."""
+    def _vector(
+        self, expected: secagg.Session, produce: Callable[[], Update], run: str, *, ready: bool
+    ) -> Update:
+        if ready:
+            return np.empty(0)  # The masked vector was made; it is given again.
+        member, mark = self._member, (run, expected.round, expected.model)
+        if member.kept is None or member.kept[0] != mark:
+            member.kept = None
+            member.kept = (mark, produce())
+        return member.kept[1]
+
+    def _answers(self) -> bytes:
         answers = []
         for part in self._parts:
             if isinstance(part, MaskRequest):
@@ -157,18 +191,27 @@ def forget(site: Site) -> None:
 
 def _member(site: Site, study: Study, pin: Path) -> _Member:
     roster = read_pin(pin)
-    key = (site.root, study.digest, roster.digest)
+    policy = secagg.SitePolicy(
+        study=bytes.fromhex(study.digest),
+        colluders=study.aggregation.colluders,
+        minimum_sites=max(site.policy.min_sites, study.aggregation.min_sites),
+    )
+    key = (site.root, study.digest, roster.digest, policy)
     if key not in _members:
+        mine = [known for known in _members if known[0] == site.root]
+        for oldest in mine[: max(0, len(mine) + 1 - _MEMBERS_KEPT)]:
+            _members.pop(oldest).protocol.close()
         protocol = secagg.Site(
             identity=site.identity(),
             name=site.name,
             roster=roster,
-            policy=secagg.SitePolicy(
-                study=bytes.fromhex(study.digest),
-                colluders=study.aggregation.colluders,
-                minimum_sites=site.policy.min_sites,
+            policy=policy,
+            store=RoundMemory(
+                site.ledger,
+                delta=site.policy.ledger_delta,
+                subject=study.update_digest,
+                most_epochs=_EPOCHS_A_SUM * 2 * (study.training.rounds + 1),
             ),
-            store=RoundMemory(site.ledger, delta=site.policy.ledger_delta),
             gave_up=lambda error: _note(site, error),
         )
         _members[key] = _Member(protocol, roster)
@@ -178,8 +221,3 @@ def _member(site: Site, study: Study, pin: Path) -> _Member:
 def _note(site: Site, error: Exception) -> None:
     if isinstance(error, CloisterError):
         leave_notice(site.root, error)
-
-
-def _threads() -> int:
-    """Cores that this process may use; the keystreams of different peers share them."""
-    return len(os.sched_getaffinity(0))

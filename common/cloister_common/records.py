@@ -84,6 +84,8 @@ class Prepared(RoundMessage):
 
     kind = "prepared"
     site: str
+    signature: bytes
+    """The site's, see ``signed_answer``."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,22 @@ class Refusal(RoundMessage):
     kind = "refusal"
     site: str
     reason: str
+    signature: bytes = b""
+    """The site's, see ``signed_answer``; empty where its folder could not be opened."""
+
+
+def signed_answer(site: str, node: int, word: str) -> tuple[str, bytes, bytes, bytes]:
+    """Label and fields that a site signs when it says that it takes part, or why not.
+
+    Flower does not tie a reply to a hospital. The node's number is in it, so no other node can
+    say the same in this site's name.
+
+    Args:
+        site: the site's id.
+        node: Flower's id of the node that answers.
+        word: the run's id and the study's hash where it takes part, else the reason.
+    """
+    return "cloister/answer/v1", site.encode(), node.to_bytes(8, "big"), word.encode()
 
 
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -198,7 +216,7 @@ def pack_all(messages: Iterable[RoundMessage]) -> list[RecordDict]:
     held = []
     packed = []
     for message in messages:
-        head: dict[str, str | int] = {"version": VERSION, "kind": message.kind}
+        head: dict[str, str | int | bytes] = {"version": VERSION, "kind": message.kind}
         arrays: dict[str, Array] = {}
         for field in dataclasses.fields(message):
             value = getattr(message, field.name)

@@ -20,6 +20,7 @@ from cloister_common.errors import NetworkUnfit, StudyInvalid
 from cloister_common.tomlfile import FileModel, KeyedValueError, parse, read_text
 
 HASH_LABEL = b"cloister/study/v1\0"
+UPDATE_LABEL = b"cloister/update/v1\0"
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Modality = Literal["CR", "DX", "MG", "CT", "MR"]
@@ -206,6 +207,22 @@ class Study(FileModel):
     def digest(self) -> str:
         """SHA-256 of the canonical form under its label, 64 hexadecimal digits."""
         return hashlib.sha256(HASH_LABEL + self.canonical().encode()).hexdigest()
+
+    @property
+    def update_digest(self) -> bytes:
+        """32 bytes over all that determines a site's update, for the rule on its reuse.
+
+        With privacy on that is the study itself: each draws noise of its own and is charged for
+        it. Without, what does not enter the training does not count, or two studies that differ
+        in name alone would give two sums of the very same updates.
+        """
+        if self.privacy.enabled:
+            return bytes.fromhex(self.digest)
+        parts = {"input", "target", "network", "training"}
+        text = json.dumps(
+            self.model_dump(mode="json", include=parts), sort_keys=True, separators=(",", ":")
+        )
+        return hashlib.sha256(UPDATE_LABEL + text.encode()).digest()
 
     @property
     def outputs(self) -> int:

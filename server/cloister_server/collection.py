@@ -76,6 +76,17 @@ class Collected:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
+class RoundLost(Exception):
+    """The round can have no sum any more, yet enough sites are left for the next.
+
+    Not an error of the tree: it ends in ``rounds`` and is told as an event.
+    """
+
+    def __init__(self, refused: Mapping[str, str]) -> None:
+        super().__init__("a round was lost")
+        self.refused = refused
+
+
 class Collector(Protocol):
     """How the rounds get at what the sites send."""
 
@@ -84,6 +95,7 @@ class Collector(Protocol):
 
         Raises:
             TooFewSites: the round cannot be built.
+            RoundLost: it cannot, but the next may.
         """
         ...
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cloister_server.checkpoint import Figures
 from cloister_server.collection import REASONS
-from cloister_server.rounds import Began, Event
+from cloister_server.rounds import Began, Event, Lost
 
 
 class Display:
@@ -59,6 +59,10 @@ class Display:
         """Show an event of a run."""
         if isinstance(event, Began):
             self._began(event)
+        elif isinstance(event, Lost):
+            self.say(
+                f"Round {event.round} is lost: its sum cannot be read; what it cost is charged"
+            )
         else:
             self._measured(event.figures, event.rounds)
 

@@ -8,14 +8,13 @@ survivors, only that set is tried.
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from cloister_common import secagg, sums
+from cloister_common import cores, secagg, sums
 from cloister_common.errors import (
     CloisterError,
     SecureAggregationError,
@@ -47,7 +46,7 @@ from cloister_common.secagg.messages import (
     Unmasked,
 )
 from cloister_common.study import Study
-from cloister_server.collection import Collected, Members, require_sites
+from cloister_server.collection import Collected, Members, RoundLost, require_sites
 from cloister_server.mailbox import Mailbox
 
 ATTEMPTS = 3
@@ -104,6 +103,7 @@ class MaskedCollector:
         self._epochs = 0
         self._ready: secagg.ServerEpoch | None = None
         self._blamed: set[str] = set()
+        self._accusers: dict[str, set[str]] = {}
         self._refused: dict[str, str] = {}
         self._terms(0)
 
@@ -143,27 +143,36 @@ class MaskedCollector:
             )
 
         last = number == study.training.rounds
-        aggregate = self._sum(_Sum(number, session, task, last))
+        try:
+            aggregate = self._sum(_Sum(number, session, task, last))
+        except RoundLost:
+            return None
         counts = np.rint(aggregate.sum()).astype(np.int64)
         return counts.reshape(sums.curves(study), 2, -1)
 
     def _sum(self, wanted: _Sum) -> secagg.Aggregate:
         self._refused = {}
+        last: SecureAggregationError | None = None
         for attempt in range(ATTEMPTS):
+            session = wanted.session(attempt)
+            if self._blamed & set(self._answered.get(session.round, ())):
+                break
             try:
-                return self._attempt(wanted, wanted.session(attempt))
+                return self._attempt(wanted, session)
             except SecureAggregationError as error:
+                last = error
                 self._blame(error)
-                if attempt == ATTEMPTS - 1:
-                    self._give_up(error)
-                    raise
-        raise AssertionError("not reached")
+        raise self._given_up(last)
 
-    def _give_up(self, error: SecureAggregationError) -> None:
-        if isinstance(error, TooFewSurvivors):
-            present = len(set(self._members.nodes.values()) - self._refused.keys())
-            needed = self._terms(0).parameters.m
-            require_sites(needed, min(present, needed - 1), self._members.asked, self._refused)
+    def _given_up(self, last: SecureAggregationError | None) -> Exception:
+        """What to raise once a sum cannot be had: the run may go on where enough sites are left."""
+        needed = self._terms(0).parameters.m
+        gone = self._refused.keys() | self._blamed
+        present = len(set(self._members.nodes.values()) - gone)
+        require_sites(needed, present, self._members.asked, self._refused)
+        if self._blamed:
+            return RoundLost(dict(self._refused))
+        return last or RoundLost(dict(self._refused))
 
     def _attempt(self, wanted: _Sum, session: secagg.Session) -> secagg.Aggregate:
         epoch, self._ready = self._ready or self._keyed(wanted), None
@@ -215,7 +224,7 @@ class MaskedCollector:
     def _new_epoch(self) -> secagg.ServerEpoch:
         self._epochs += 1
         return secagg.ServerEpoch(
-            self._terms(self._epochs), self._roster, threads=len(os.sched_getaffinity(0))
+            self._terms(self._epochs), self._roster, threads=cores.available()
         )
 
     def _terms(self, epoch: int) -> secagg.EpochTerms:
@@ -270,11 +279,22 @@ class MaskedCollector:
             if epoch is None or _author(part) != name:
                 raise SessionMismatch(f"{name} answered for another epoch, or for another site.")
             _receive(part, epoch)
-            given_up = given_up or isinstance(part, Abort)
+            if isinstance(part, Abort):
+                given_up = True
+                self._accuse(part)
         if given_up:
             self._refused[name] = Refused.PROTOCOL.value
         else:
             self._refused.pop(name, None)
+
+    def _accuse(self, abort: Abort) -> None:
+        """Hold a site to be at fault once more sites sign so than may lie."""
+        if abort.blamed and abort.blamed != abort.site:
+            accusers = self._accusers.setdefault(abort.blamed, set())
+            accusers.add(abort.site)
+            if len(accusers) > self._study.aggregation.colluders:
+                self._blamed.add(abort.blamed)
+                self._refused[abort.blamed] = Refused.PROTOCOL.value
 
     def _blame(self, error: CloisterError) -> None:
         """Ask a site no more once it was caught sending what it should not."""

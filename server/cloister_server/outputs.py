@@ -108,7 +108,10 @@ def warnings(study: Study, outcome: Outcome) -> tuple[str, ...]:
         found.append(CHANCE)
     if outcome.state.lost:
         rounds = ", ".join(str(number) for number in outcome.state.lost)
-        found.append(f"Lost to a crash, but charged, and not trained again: round {rounds}.")
+        found.append(
+            f"Lost to a crash or a sum that failed, but charged, and not trained again: round "
+            f"{rounds}."
+        )
     return tuple(found)
 
 

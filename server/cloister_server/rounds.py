@@ -17,14 +17,29 @@ import numpy as np
 
 from cloister_common import networks, vectors
 from cloister_common.errors import InternalError
+from cloister_common.identity import verify
 from cloister_common.metrics import Metrics
 from cloister_common.privacy.accounting import calibrate, epsilon_pld
-from cloister_common.records import Prepare, Prepared, Refusal, Refused, Vector
+from cloister_common.records import (
+    Prepare,
+    Prepared,
+    Refusal,
+    Refused,
+    Vector,
+    signed_answer,
+)
 from cloister_common.roster import Roster
 from cloister_common.secagg.parameters import Parameters
 from cloister_common.study import Study
 from cloister_server.checkpoint import Checkpoints, Figures, Progress, RunState
-from cloister_server.collection import LATE, Collector, Members, PlainCollector, require_sites
+from cloister_server.collection import (
+    LATE,
+    Collector,
+    Members,
+    PlainCollector,
+    RoundLost,
+    require_sites,
+)
 from cloister_server.evaluation import figures_of, measure_counts
 from cloister_server.mailbox import Mailbox
 from cloister_server.masked import MaskedCollector
@@ -50,7 +65,14 @@ class Measured:
     rounds: int
 
 
-Event = Began | Measured
+@dataclass(frozen=True)
+class Lost:
+    """A round has no sum and never will; what it cost the sites stays charged."""
+
+    round: int
+
+
+Event = Began | Measured | Lost
 
 
 def _ignore(event: Event) -> None:
@@ -174,7 +196,11 @@ class Run:
         task = Prepare(self._canonical, state.run, self._invited, roster)
         for reply in self._mailbox.ask(nodes, task, Prepared):
             message = reply.message
-            if isinstance(message, Refusal):
+            if not self._is_signed(message, reply.node, state.run):
+                self._refused[f"node {reply.node}"] = (
+                    message.reason if isinstance(message, Refusal) else Refused.MESSAGE.value
+                )
+            elif isinstance(message, Refusal):
                 self._refused[message.site or f"node {reply.node}"] = message.reason
             elif message.site in self._nodes.values():
                 self._refused[f"{message.site} (second node)"] = Refused.MESSAGE.value
@@ -190,6 +216,15 @@ class Run:
             needed = Parameters.derive(len(invited), asked.colluders).m
         require_sites(needed, len(self._nodes), self._invited, self._refused)
         return replace(state, invited=invited)
+
+    def _is_signed(self, message: Prepared | Refusal, node: int, run: str) -> bool:
+        """Whether the site itself said so; without a roster nobody's key is known."""
+        if self._roster is None:
+            return True
+        word = message.reason if isinstance(message, Refusal) else f"{run} {self._study.digest}"
+        public = self._roster.public_key(message.site)
+        said = signed_answer(message.site, node, word)
+        return public is not None and verify(public, message.signature, *said)
 
     def _collector(self, state: RunState) -> Collector:
         members = Members(state.run, self._nodes, self._invited, state.invited)
@@ -219,19 +254,19 @@ class Run:
         answered = self._progress.answered if self._progress.round == number else {}
         self._progress = Progress(number, names, answered)
         self._checkpoints.mark(self._progress)
-        collected = collector.updates(number, state.model)
+        started = {name: state.started.get(name, 0) + 1 for name in names}
+        state = replace(state, started={**state.started, **started})
+        try:
+            collected = collector.updates(number, state.model)
+        except RoundLost as lost:
+            self._refused.update(lost.refused)
+            self._hooks.notify(Lost(number))
+            return replace(state, completed=number, lost=(*state.lost, number))
         self._refused.update(collected.refused)
         for name in collected.sites:
             self._refused.pop(name, None)
         model, optimizer = step(state.model, collected.mean, state.optimizer, study.aggregation)
-        started = {name: state.started.get(name, 0) + 1 for name in names}
-        state = replace(
-            state,
-            completed=number,
-            model=model,
-            optimizer=optimizer,
-            started={**state.started, **started},
-        )
+        state = replace(state, completed=number, model=model, optimizer=optimizer)
         figures = Figures(
             round=number,
             sites=len(collected.sites),

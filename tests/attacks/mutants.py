@@ -45,6 +45,10 @@ def _site(name: str, file: str, old: str, new: str, test: str) -> Mutant:
     return Mutant(name, f"{SECAGG}/{file}", old, new, f"test_hostile_site.py::{test}")
 
 
+def _repeat(name: str, file: str, old: str, new: str, test: str) -> Mutant:
+    return Mutant(name, f"{SECAGG}/{file}", old, new, f"test_repeats.py::{test}")
+
+
 def _stock(name: str, file: str, old: str, new: str, test: str) -> Mutant:
     return Mutant(name, f"{SECAGG}/{file}", old, new, f"test_stock_faults.py::{test}")
 
@@ -219,7 +223,7 @@ MUTANTS = (
     _server(
         "two sessions an epoch",
         "epoch.py",
-        """if not hmac.compare_digest(self._replies["open"][0], mark):
+        """if not (same and fits):
                 self._refuse_repeat()
             return""",
         """self._session = expected
@@ -229,7 +233,7 @@ MUTANTS = (
     _server(
         "a second U2",
         "epoch.py",
-        """if not hmac.compare_digest(self._replies["open"][0], mark):
+        """if not (same and fits):
                 self._refuse_repeat()
             return""",
         """self._u2 = request.u2
@@ -239,7 +243,7 @@ MUTANTS = (
     _server(
         "a second model",
         "epoch.py",
-        """if not hmac.compare_digest(self._replies["open"][0], mark):
+        """if not (same and fits):
                 self._refuse_repeat()
             return""",
         """self.sid = expected.sid(self._keys)
@@ -291,9 +295,37 @@ MUTANTS = (
     _server(
         "attempts with other invited sites",
         "epoch.py",
-        "if first != (terms.invited, terms.parameters.t):",
+        "if not hmac.compare_digest(first, constants):",
         "if False:",
         "test_attempt_with_other_invited_sites",
+    ),
+    _repeat(
+        "attempts with other weights",
+        "terms.py",
+        """            f64(self.clip),
+            listed(frame(site.encode(), f64(weight)) for site, weight in self.weights),
+        )
+
+    def sid""",
+        """            names(site for site, _ in self.weights),
+        )
+
+    def sid""",
+        "test_attempt_with_other_weights",
+    ),
+    _repeat(
+        "a repeated request with another session",
+        "epoch.py",
+        "fits = expected == self._session and self.stage",
+        "fits = self.stage",
+        "test_repeated_request_against_another_model",
+    ),
+    _repeat(
+        "a repeated request after the shares",
+        "epoch.py",
+        " and self.stage in (Stage.OPENED, Stage.MASKED)",
+        "",
+        "test_repeated_request_after_the_shares",
     ),
     _server(
         "model not in the session",

@@ -12,11 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 from safetensors import safe_open
 
-from cloister_client.app import app
-from cloister_client.ledger import Ledger
 from cloister_client.masked import forget
 from cloister_client.site import open_site
 from cloister_common import secagg
@@ -27,22 +25,17 @@ from cloister_common.errors import (
     TooFewSitesGiven,
 )
 from cloister_common.records import (
-    EvaluateTask,
     Exchange,
     Exchanged,
     Prepare,
-    Refusal,
     RoundMessage,
     TrainTask,
     octets,
-    pack,
-    unpack,
 )
-from cloister_common.secagg.messages import Bundle, Masked, MaskRequest, UnmaskRequest
+from cloister_common.secagg.messages import Bundle, Masked, MaskRequest
 from cloister_server.simulation import Simulation, simulate
 from federations import NAMES, study, write_federation
-
-OPEN = "enabled = false"
+from wire import OPEN, Between, asks_to_unmask, charges
 
 
 @pytest.fixture(scope="module")
@@ -53,47 +46,6 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _model(folder: Path) -> np.ndarray:
     with safe_open(folder / "model.safetensors", framework="np") as file:
         return np.concatenate([file.get_tensor(k).reshape(-1) for k in sorted(file.keys())])
-
-
-class Between:
-    """The product's ClientApp behind a wire on which a test may act.
-
-    ``change`` sees each request before the site does, and may alter or drop it (None).
-    """
-
-    def __init__(
-        self, change: Callable[[str, RoundMessage], RoundMessage | None] | None = None
-    ) -> None:
-        self.change = change
-        self.replies: list[tuple[str, str, RoundMessage]] = []
-
-    def __call__(self, message: Message, context: Context) -> Message:
-        name = Path(str(context.node_config["site"])).name
-        task = unpack(message.content, Prepare, TrainTask, EvaluateTask, Exchange)
-        changed = self.change(name, task) if self.change is not None else task
-        if changed is None:
-            raise ConnectionError
-        if changed is not task:
-            message.content = RecordDict(pack(changed))
-        reply = app(message, context)
-        answer = unpack(reply.content, Exchanged, Refusal) if task.kind != "prepare" else task
-        self.replies.append((name, task.kind, answer))
-        return reply
-
-
-def _asks_to_unmask(task: RoundMessage) -> bool:
-    if not isinstance(task, Exchange):
-        return False
-    bundle = secagg.decode(task.exchange.data)
-    assert isinstance(bundle, Bundle)
-    return any(isinstance(part, UnmaskRequest) for part in bundle.parts)
-
-
-def _charges(out: Path, name: str) -> list[int]:
-    """The rounds that a site's ledger was charged for, in order."""
-    site = open_site(out / "sites" / name)
-    ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
-    return [int(entry.body["round"]) for entry in ledger.entries() if entry.kind == "started"]
 
 
 @pytest.mark.parametrize(
@@ -166,19 +118,19 @@ def test_a_site_may_miss_a_round_and_comes_back(sites: Path, tmp_path: Path) -> 
     rows = (out / "metrics.jsonl").read_text().splitlines()
     # It missed the request for the next round's keys, too.
     assert [json.loads(row)["sites"] for row in rows[1:]] == [5, 4, 4, 5]
-    assert _charges(out, "clara") == [1, 4]
-    assert _charges(out, "anker") == [1, 2, 3, 4]
+    assert charges(out, "clara") == [1, 4]
+    assert charges(out, "anker") == [1, 2, 3, 4]
 
 
 def test_a_site_may_die_before_the_shares(sites: Path, tmp_path: Path) -> None:
     def lose(name: str, task: RoundMessage) -> RoundMessage | None:
-        return None if name == "dorn" and _asks_to_unmask(task) and task.round == 2 else task
+        return None if name == "dorn" and asks_to_unmask(task) and task.round == 2 else task
 
     out = tmp_path / "run"
     simulate(Simulation(study(training="rounds = 4"), sites, out), client_app=Between(lose))
     rows = (out / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["sites"] for row in rows[1:]] == [5, 5, 4, 5]
-    assert _charges(out, "dorn") == [1, 2, 4]
+    assert charges(out, "dorn") == [1, 2, 4]
 
 
 @pytest.mark.parametrize("stage", ["vectors", "shares"])
@@ -188,7 +140,7 @@ def test_a_sum_that_failed_is_tried_again_without_training_again(
     lost: list[str] = []
 
     def lose(name: str, task: RoundMessage) -> RoundMessage | None:
-        hit = task.kind == "train" if stage == "vectors" else _asks_to_unmask(task)
+        hit = task.kind == "train" if stage == "vectors" else asks_to_unmask(task)
         hit = hit and getattr(task, "round", 0) == 2 and name in {"anker", "esche"} - set(lost)
         if hit:
             lost.append(name)
@@ -209,7 +161,7 @@ def test_a_sum_that_failed_is_tried_again_without_training_again(
     assert summary["rounds"] == 3
     assert lost == ["anker", "esche"]
     assert sorted(trained) == sorted((name, number) for name in NAMES for number in (1, 2, 3))
-    assert {name: _charges(out, name) for name in NAMES} == {key: [1, 2, 3] for key in NAMES}
+    assert {name: charges(out, name) for name in NAMES} == {key: [1, 2, 3] for key in NAMES}
 
 
 def test_two_missing_sites_of_five_end_the_run_by_name_and_cost_one_round(
@@ -222,10 +174,10 @@ def test_two_missing_sites_of_five_end_the_run_by_name_and_cost_one_round(
     out = tmp_path / "run"
     with pytest.raises(TooFewSites, match="3 of 5 sites take part, and 4 are needed"):
         simulate(Simulation(study(), sites, out), client_app=Between(lose))
-    assert _charges(out, "birke") == [1, 2]
+    assert charges(out, "birke") == [1, 2]
     resumed = simulate(Simulation(study(), sites, out, resume=True))
     assert resumed["rounds_lost"] == [2]
-    assert _charges(out, "birke") == [1, 2, 3]
+    assert charges(out, "birke") == [1, 2, 3]
 
 
 def test_a_restart_gives_the_epoch_up_and_the_round_goes_on(sites: Path, tmp_path: Path) -> None:
@@ -241,7 +193,7 @@ def test_a_restart_gives_the_epoch_up_and_the_round_goes_on(sites: Path, tmp_pat
 
     wire = Between(restart)
     assert simulate(Simulation(study(), sites, out), client_app=wire)["rounds"] == 3
-    assert _charges(out, restarts[0]) == [1, 3]
+    assert charges(out, restarts[0]) == [1, 3]
 
 
 class TestLies:
@@ -271,7 +223,7 @@ class TestLies:
 
         told = self._refused(sites, tmp_path / "run", swap)
         assert "CLO-718" in told
-        assert _charges(tmp_path / "run", "anker") == []
+        assert charges(tmp_path / "run", "anker") == []
 
     def test_no_masks_at_all(self, sites: Path, tmp_path: Path) -> None:
         """An empty exchange is what an unmasked study would send."""
@@ -282,7 +234,7 @@ class TestLies:
             return task
 
         self._refused(sites, tmp_path / "run", strip)
-        assert _charges(tmp_path / "run", "anker") == []
+        assert charges(tmp_path / "run", "anker") == []
 
     def test_a_vector_asked_for_without_a_model(self, sites: Path, tmp_path: Path) -> None:
         wire = Between()
@@ -295,7 +247,7 @@ class TestLies:
         wire.change = ask
         with pytest.raises((TooFewSites, SecureAggregationError)):
             simulate(Simulation(study(), sites, tmp_path / "run"), client_app=_as_query(wire))
-        assert _charges(tmp_path / "run", "anker") == []
+        assert charges(tmp_path / "run", "anker") == []
 
     def test_another_round_than_the_session_says(self, sites: Path, tmp_path: Path) -> None:
         def shift(name: str, task: RoundMessage) -> RoundMessage:
@@ -305,7 +257,7 @@ class TestLies:
 
         told = self._refused(sites, tmp_path / "run", shift)
         assert "CLO-718" in told
-        assert _charges(tmp_path / "run", "anker") == []
+        assert charges(tmp_path / "run", "anker") == []
 
     def test_another_weight_than_the_study_says(self, sites: Path, tmp_path: Path) -> None:
         def heavier(name: str, task: RoundMessage) -> RoundMessage:
@@ -326,7 +278,7 @@ class TestLies:
 
         told = self._refused(sites, tmp_path / "run", heavier)
         assert "CLO-718" in told
-        assert _charges(tmp_path / "run", "anker") == []
+        assert charges(tmp_path / "run", "anker") == []
 
     def test_another_roster_than_the_pinned_one(self, sites: Path, tmp_path: Path) -> None:
         def other(name: str, task: RoundMessage) -> RoundMessage:

@@ -151,7 +151,9 @@ class SiteEpoch:
         """
         mark = _mark(request)
         if "open" in self._replies:
-            if not hmac.compare_digest(self._replies["open"][0], mark):
+            same = hmac.compare_digest(self._replies["open"][0], mark)
+            fits = expected == self._session and self.stage in (Stage.OPENED, Stage.MASKED)
+            if not (same and fits):
                 self._refuse_repeat()
             return
         with self._step(Stage.SHARED):
@@ -172,7 +174,7 @@ class SiteEpoch:
                 terms=self.terms,
                 enc_sk=bytes(self._enc_sk),
             )
-            self._check_reuse(request.u2, expected.round)
+            self._check_reuse(request.u2, expected)
             self._held.update(received)
             self._u2 = request.u2
             self._session = expected
@@ -181,13 +183,14 @@ class SiteEpoch:
             _wipe(self._enc_sk)
             self.stage = Stage.OPENED
 
-    def _check_reuse(self, u2: tuple[str, ...], round_number: int) -> None:
-        terms = self.terms
-        first = self._store.open_round(terms.study, round_number, terms.invited, terms.parameters.t)
-        if first != (terms.invited, terms.parameters.t):
+    def _check_reuse(self, u2: tuple[str, ...], session: Session) -> None:
+        terms, round_number = self.terms, session.round
+        constants = session.constants(terms.parameters.t)
+        first = self._store.open_round(terms.study, round_number, constants)
+        if not hmac.compare_digest(first, constants):
             raise UpdateReuse(
-                "The round was begun with other invited sites.",
-                why="Two sums over sets that overlap would differ by one hospital.",
+                "The round was begun with other invited sites, weights or lengths.",
+                why="Two sums over the same updates would tell of single hospitals.",
                 remedy="Go on with the next round.",
             )
         committed = self._store.committed(terms.study, round_number)

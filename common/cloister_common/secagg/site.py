@@ -25,7 +25,7 @@ from cloister_common.errors import (
 from cloister_common.identity import Identity
 from cloister_common.roster import Roster
 from cloister_common.secagg.aborts import ABORT_CODES
-from cloister_common.secagg.epoch import SiteEpoch
+from cloister_common.secagg.epoch import SiteEpoch, Stage
 from cloister_common.secagg.messages import (
     Abort,
     Advertisement,
@@ -160,6 +160,10 @@ class Site:
     def open(self, request: MaskRequest, expected: Session) -> None:
         """Stage 2, first half; see ``SiteEpoch.open``. Train after it, not before."""
         self._by_kid(request.kid).open(request, expected)
+
+    def has_masked(self, kid: bytes) -> bool:
+        """Whether the epoch's vector was made already; it is then given again, never made anew."""
+        return self._by_kid(kid).stage is Stage.MASKED
 
     def mask(self, kid: bytes, update: NDArray[Any], *, saturate: bool, threads: int = 1) -> Masked:
         """Stage 2, second half; see ``SiteEpoch.mask``."""

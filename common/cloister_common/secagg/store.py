@@ -20,12 +20,16 @@ class RoundStore(Protocol):
         """Record a key epoch id (32 bytes). True where it was new, False where it was known."""
         ...
 
-    def open_round(
-        self, study: bytes, round_number: int, invited: tuple[str, ...], threshold: int
-    ) -> tuple[tuple[str, ...], int]:
-        """Record whom a round invites, and t, before its first masked vector leaves.
+    def open_round(self, study: bytes, round_number: int, constants: bytes) -> bytes:
+        """Record the constants of a round before its first masked vector leaves.
 
-        Returns what stands in the store for (study, round): these, or those of the first time.
+        Args:
+            study: hash of the study, 32 bytes.
+            round_number: number of the round.
+            constants: hash over whom it invites, t, length, scale, clip and weights; 32 bytes.
+
+        Returns:
+            What stands in the store for (study, round): these, or those of the first time.
         """
         ...
 

@@ -133,6 +133,21 @@ class Session:
         """The public weight of an invited site."""
         return dict(self.weights)[site]
 
+    def constants(self, threshold: int) -> bytes:
+        """What every attempt at a round must share: 32 bytes over sites, t, D, scale and weights.
+
+        Two sums of the same updates under other weights would tell as much as two over other
+        sites.
+        """
+        return digest(
+            "secagg/v1/round",
+            u32(threshold),
+            u64(self.dimension),
+            f64(self.scale),
+            f64(self.clip),
+            listed(frame(site.encode(), f64(weight)) for site, weight in self.weights),
+        )
+
     def sid(self, keys: bytes) -> bytes:
         """Id of the session over the epoch's keys ``T``; 32 bytes."""
         return digest(

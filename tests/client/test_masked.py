@@ -178,6 +178,7 @@ def test_two_messages_at_once_mask_one_model(hospitals: Hospitals) -> None:
     for thread in threads:
         thread.start()
     training.wait(10)
+    threads[1].join(0.5)  # Time enough for the lie to be answered, if it is not made to wait.
     go_on.set()
     for thread in threads:
         thread.join(20)

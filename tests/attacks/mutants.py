@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 PACKAGE = ROOT / "common"
 SECAGG = "cloister_common/secagg"
 
@@ -37,87 +38,77 @@ class Mutant:
     """Further patches to the file, where the check has a second line of defence."""
 
 
-def _server(name: str, file: str, old: str, new: str, test: str) -> Mutant:
-    return Mutant(name, f"{SECAGG}/{file}", old, new, f"test_hostile_server.py::{test}")
-
-
-def _site(name: str, file: str, old: str, new: str, test: str) -> Mutant:
-    return Mutant(name, f"{SECAGG}/{file}", old, new, f"test_hostile_site.py::{test}")
-
-
-def _repeat(name: str, file: str, old: str, new: str, test: str) -> Mutant:
-    return Mutant(name, f"{SECAGG}/{file}", old, new, f"test_repeats.py::{test}")
-
-
-def _stock(name: str, file: str, old: str, new: str, test: str) -> Mutant:
-    return Mutant(name, f"{SECAGG}/{file}", old, new, f"test_stock_faults.py::{test}")
+def _mutant(name: str, file: str, old: str, new: str, test: str) -> Mutant:
+    """A mutant of the protocol; the test is looked for in the files beside this one."""
+    path = next(p for p in sorted(HERE.glob("test_*.py")) if f"def {test}(" in p.read_text("utf-8"))
+    return Mutant(name, f"{SECAGG}/{file}", old, new, f"{path.name}::{test}")
 
 
 MUTANTS = (
-    _server(
+    _mutant(
         "signatures of keys unchecked",
         "inspection.py",
         "if not record.verified(public):",
         "if False:",
         "test_key_substitution",
     ),
-    _server(
+    _mutant(
         "signatures of keys taken from anyone",
         "inspection.py",
         "if not record.verified(public):",
         "if not any(record.verified(e.public_key) for e in roster.entries):",
         "test_key_substitution_signed_by_another_hospital",
     ),
-    _server(
+    _mutant(
         "own record unchecked",
         "inspection.py",
         "if records.get(own.site) != own:",
         "if False:",
         "test_own_record_altered",
     ),
-    _server(
+    _mutant(
         "low-order keys taken",
         "inspection.py",
         "if not (keys.full_order(record.enc_pk) and keys.full_order(record.mask_pk)):",
         "if False:",
         "test_low_order_key",
     ),
-    _server(
+    _mutant(
         "non-canonical keys taken",
         "keys.py",
         'int.from_bytes(public, "little") >= _FIELD',
         "False",
         "test_low_order_key",
     ),
-    _server(
+    _mutant(
         "one key for two sites",
         "inspection.py",
         "if key in seen:",
         "if False:",
         "test_one_key_for_two_sites",
     ),
-    _server(
+    _mutant(
         "roster not pinned",
         "site.py",
         "if not hmac.compare_digest(terms.roster, self._roster.digest):",
         "if False:",
         "test_sybil_roster",
     ),
-    _server(
+    _mutant(
         "invited sites past the roster",
         "site.py",
         "if not set(terms.invited) <= set(self._roster.sites) or",
         "if",
         "test_sybils_invited_past_the_pinned_roster",
     ),
-    _server(
+    _mutant(
         "threshold from the server",
         "site.py",
         "if (request.threshold, request.survivors) != (derived.t, derived.m):",
         "if False:",
         "test_threshold_of_one",
     ),
-    _server(
+    _mutant(
         "colluders from the server",
         "site.py",
         "if terms.colluders != self._policy.colluders:",
@@ -132,28 +123,28 @@ MUTANTS = (
         "test_hostile_server.py::test_a_sum_of_two",
         (("        m = max(t, c + 3)", "        m = t"),),
     ),
-    _server(
+    _mutant(
         "small federations",
         "site.py",
         "if derived.n < self._policy.minimum_sites:",
         "if False:",
         "test_a_small_federation_where_a_large_one_was_approved",
     ),
-    _server(
+    _mutant(
         "studies not approved",
         "site.py",
         "if not hmac.compare_digest(terms.study, self._policy.study):",
         "if False:",
         "test_another_study",
     ),
-    _server(
+    _mutant(
         "no quorum at stage 4",
         "epoch.py",
         "if valid < self.terms.parameters.t:",
         "if False:",
         "test_split_view_of_u3",
     ),
-    _server(
+    _mutant(
         "a quorum of copies",
         "epoch.py",
         "and verify(public, signature, wire.CONSISTENT, *body)",
@@ -161,7 +152,7 @@ MUTANTS = (
         "self.sid, e.site, self._u2, request.u3)) for e in self._roster.entries)",
         "test_one_signature_for_many",
     ),
-    _server(
+    _mutant(
         "U3 not in the signed view",
         "replies.py",
         "return (sid, site.encode(), names(u2), names(u3))",
@@ -185,42 +176,42 @@ MUTANTS = (
             ),
         ),
     ),
-    _server(
+    _mutant(
         "dropouts by the server's word",
         "epoch.py",
         "dropped = tuple(site for site in self._u2 if site not in u3)",
         "dropped = self._u2",
         "test_dropped_sites_are_the_sites_own_conclusion",
     ),
-    _server(
+    _mutant(
         "U3 past U2",
         "epoch.py",
         "if not set(u3) <= set(self._u2) or self._site not in u3:",
         "if self._site not in u3:",
         "test_unknown_site_in_u3",
     ),
-    _server(
+    _mutant(
         "U3 without the site",
         "epoch.py",
         "if not set(u3) <= set(self._u2) or self._site not in u3:",
         "if not set(u3) <= set(self._u2):",
         "test_u3_without_the_site_itself",
     ),
-    _server(
+    _mutant(
         "U3 of any size",
         "epoch.py",
         "if len(u3) < self.terms.parameters.m:",
         "if False:",
         "test_u3_too_small",
     ),
-    _server(
+    _mutant(
         "any number of other U3",
         "epoch.py",
         "if any(other != self._u2 for other in self._consents):",
         "if False:",
         "test_a_second_other_u3",
     ),
-    _server(
+    _mutant(
         "two sessions an epoch",
         "epoch.py",
         """if not (same and fits):
@@ -230,7 +221,7 @@ MUTANTS = (
             return""",
         "test_keys_sent_ahead_used_in_two_sessions",
     ),
-    _server(
+    _mutant(
         "a second U2",
         "epoch.py",
         """if not (same and fits):
@@ -240,7 +231,7 @@ MUTANTS = (
             return""",
         "test_second_stage_two_with_another_u2",
     ),
-    _server(
+    _mutant(
         "a second model",
         "epoch.py",
         """if not (same and fits):
@@ -250,56 +241,56 @@ MUTANTS = (
             return""",
         "test_second_stage_two_with_another_model",
     ),
-    _server(
+    _mutant(
         "masking twice",
         "epoch.py",
         """            return self._stored("mask", b"", Masked)""",
         """            self.stage = Stage.OPENED""",
         "test_a_second_update_under_the_same_mask",
     ),
-    _server(
+    _mutant(
         "epochs unclaimed",
         "site.py",
         "if not self._store.claim_epoch(terms.kid):",
         "if False:",
         "test_site_directory_restored_from_a_snapshot_in_mid_session",
     ),
-    _server(
+    _mutant(
         "epoch ids twice",
         "site.py",
         "if not self._store.claim_epoch(terms.kid):",
         "if False:",
         "test_an_epoch_id_a_second_time",
     ),
-    _server(
+    _mutant(
         "retry with other boxes",
         "epoch.py",
         "if committed is not None and not {self._site, *committed} <= set(u2):",
         "if False:",
         "test_retry_minus_one_site",
     ),
-    _server(
+    _mutant(
         "retry with other survivors",
         "epoch.py",
         "        if committed not in (None, u3):",
         "        if False:",
         "test_retry_with_all_boxes_minus_one_survivor",
     ),
-    _server(
+    _mutant(
         "no durable word before stage 4",
         "epoch.py",
         "if self._store.commit(self.terms.study, self._session.round, u3) != u3:",
         "if False:",
         "test_two_sessions_at_once_answered_for_two_sets",
     ),
-    _server(
+    _mutant(
         "attempts with other invited sites",
         "epoch.py",
         "if not hmac.compare_digest(first, constants):",
         "if False:",
         "test_attempt_with_other_invited_sites",
     ),
-    _repeat(
+    _mutant(
         "attempts with other weights",
         "terms.py",
         """            f64(self.clip),
@@ -313,35 +304,35 @@ MUTANTS = (
     def sid""",
         "test_attempt_with_other_weights",
     ),
-    _repeat(
+    _mutant(
         "a repeated request with another session",
         "epoch.py",
         "fits = expected == self._session and self.stage",
         "fits = self.stage",
         "test_repeated_request_against_another_model",
     ),
-    _repeat(
+    _mutant(
         "a repeated request after the shares",
         "epoch.py",
         " and self.stage in (Stage.OPENED, Stage.MASKED)",
         "",
         "test_repeated_request_after_the_shares",
     ),
-    _server(
+    _mutant(
         "model not in the session",
         "terms.py",
         "            self.model,\n            u64(self.dimension),",
         "            u64(self.dimension),",
         "test_another_model_to_one_site",
     ),
-    _server(
+    _mutant(
         "session from the server",
         "epoch.py",
         "if request.session != expected or self.terms.invited",
         "if self.terms.invited",
         "test_model_other_than_the_one_received",
     ),
-    _server(
+    _mutant(
         "boxes unchecked",
         "inspection.py",
         "if not hmac.compare_digest(wire.box_hash(epoch_keys, dealer, site, parcel.box), "
@@ -349,7 +340,7 @@ MUTANTS = (
         "if False:",
         "test_altered_boxes",
     ),
-    _server(
+    _mutant(
         "boxes in any order",
         "inspection.py",
         "if not hmac.compare_digest(wire.box_hash(epoch_keys, dealer, site, parcel.box), "
@@ -357,7 +348,7 @@ MUTANTS = (
         "if False:",
         "test_reordered_boxes",
     ),
-    _server(
+    _mutant(
         "boxes for others",
         "inspection.py",
         "if not hmac.compare_digest(wire.box_hash(epoch_keys, dealer, site, parcel.box), "
@@ -365,217 +356,217 @@ MUTANTS = (
         "if False:",
         "test_box_for_another_site",
     ),
-    _server(
+    _mutant(
         "U2 of any size",
         "inspection.py",
         "if len(u2) < terms.parameters.m:",
         "if False:",
         "test_dropped_boxes_below_the_least_size",
     ),
-    _server(
+    _mutant(
         "U2 not in the signed view",
         "replies.py",
         "return (sid, site.encode(), names(u2), names(u3))",
         "return (sid, site.encode(), names(u3))",
         "test_boxes_withheld_from_one_site_unequal_u2",
     ),
-    _server(
+    _mutant(
         "dealings of any epoch",
         "inspection.py",
         "if public is None or not dealing.verified(public, epoch_keys):",
         "if public is None:",
         "test_a_dealing_of_another_epoch",
     ),
-    _server(
+    _mutant(
         "seeds folded to 32 bits",
         "masks.py",
         "Cipher(algorithms.AES(key), modes.CTR(counter))",
         "Cipher(algorithms.AES(_fold(key)), modes.CTR(counter))",
         "test_seeds_of_few_bits",
     ),
-    _server(
+    _mutant(
         "masks not bound to the session",
         "keys.py",
         'frame(b"pair", names(sorted(pair)), sid, u2)',
         'frame(b"pair", names(sorted(pair)), u2)',
         "test_views_that_differ_do_not_cancel",
     ),
-    _server(
+    _mutant(
         "masks not bound to U2",
         "keys.py",
         'frame(b"pair", names(sorted(pair)), sid, u2)',
         'frame(b"pair", names(sorted(pair)), sid)',
         "test_views_that_differ_do_not_cancel",
     ),
-    _server(
+    _mutant(
         "self masks not bound to U2",
         "keys.py",
         'frame(b"self", sid, u2)',
         'frame(b"self", sid)',
         "test_views_that_differ_do_not_cancel",
     ),
-    _site(
+    _mutant(
         "shares unchecked at stage 4",
         "inspection.py",
         "if not hmac.compare_digest(hashed, signed):",
         "if False:",
         "test_wrong_share_as_holder",
     ),
-    _site(
+    _mutant(
         "shares of any sites at stage 4",
         "inspection.py",
         "if tuple(dealer for dealer, _ in given) != dealers:",
         "if False:",
         "test_shares_of_other_sites_as_holder",
     ),
-    _site(
+    _mutant(
         "rebuilt b unchecked",
         "recovery.py",
         "return hmac.compare_digest(wire.commitment(",
         "return True or hmac.compare_digest(wire.commitment(",
         "test_wrong_secret_as_dealer",
     ),
-    _site(
+    _mutant(
         "rebuilt mask key unchecked",
         "recovery.py",
         "return hmac.compare_digest(keys.public_of(mask_sk), record.mask_pk)",
         "return True",
         "test_wrong_mask_key_as_dealer",
     ),
-    _site(
+    _mutant(
         "shares past the field",
         "recovery.py",
         "if len(secret) != shamir.SECRET_BYTES or not is_right(secret):",
         "if secret and not is_right(secret):",
         "test_shares_that_are_no_field_elements",
     ),
-    _site(
+    _mutant(
         "boxes that do not open",
         "inspection.py",
         "if content is None:",
         "if content is None:\n        return bytes(33), bytes(33)\n    if content is None:",
         "test_box_that_does_not_open_as_dealer",
     ),
-    _site(
+    _mutant(
         "blame for a box that does not open on nobody",
         "inspection.py",
         'does not open.", blamed=dealer)',
         'does not open.")',
         "test_box_that_does_not_open_as_dealer",
     ),
-    _site(
+    _mutant(
         "shares other than signed",
         "inspection.py",
         """wire.share_hash(epoch_keys, wire.OF_B, dealer, site, b_share), dealt.b_hash""",
         "b_share, b_share",
         "test_share_other_than_signed_as_dealer",
     ),
-    _site(
+    _mutant(
         "dealings for other sites",
         "inspection.py",
         "if tuple(item.holder for item in dealing.dealt) != u1:",
         "if False:",
         "test_dealing_for_other_sites_as_dealer",
     ),
-    _site(
+    _mutant(
         "boxes other than signed at the server",
         "inspection.py",
         "if tuple(holder for holder, _ in shares.boxes) != peers or not all(",
         "if tuple(holder for holder, _ in shares.boxes) != peers or all([]) is None and not all(",
         "test_boxes_other_than_signed",
     ),
-    _site(
+    _mutant(
         "stage-4 replies unsigned",
         "server.py",
         "if not reply.verified(public):",
         "if False:",
         "test_stage_four_reply_forged_by_another_hospital",
     ),
-    _site(
+    _mutant(
         "vectors unsigned",
         "server.py",
         "if not masked.verified(public):",
         "if False:",
         "test_vector_forged_by_another_hospital",
     ),
-    _site(
+    _mutant(
         "vector's hash not signed",
         "replies.py",
         "return (sid, site.encode(), u2_hash, vector_hash)",
         "return (sid, site.encode(), u2_hash)",
         "test_vector_forged_by_another_hospital",
     ),
-    _site(
+    _mutant(
         "consents unsigned",
         "server.py",
         "if not verify(public, signature, wire.CONSISTENT, *body):",
         "if False:",
         "test_consent_forged_by_another_hospital",
     ),
-    _site(
+    _mutant(
         "records unsigned at the server",
         "inspection.py",
         "if not record.verified(public):",
         "if False:",
         "test_record_forged_by_another_hospital",
     ),
-    _site(
+    _mutant(
         "two records of one site",
         "server.py",
         "    if held[site] != value:",
         "    if False:",
         "test_a_second_record",
     ),
-    _site(
+    _mutant(
         "copied keys at the server",
         "server.py",
         "inspection.check_distinct({**self._records, record.site: record})",
         "",
         "test_another_sites_key_and_a_low_order_key",
     ),
-    _site(
+    _mutant(
         "dropped sites come back",
         "server.py",
         "if site not in members or public is None:",
         "if public is None:",
         "test_a_dropped_site_comes_back_at_stage_four",
     ),
-    _stock(
+    _mutant(
         "every invited site needed",
         "server.py",
         "        if count < m:",
         "        if count < self.terms.parameters.n:",
         "test_dropout_before_the_vectors",
     ),
-    _stock(
+    _mutant(
         "a metric beside the vector",
         "epoch.py",
         "self._consent_at_once(),",
         "self._consent_at_once() if float(update.std()) > 0.5 else b'',",
         "test_counts_and_metrics_in_clear",
     ),
-    _stock(
+    _mutant(
         "overflow that only warns",
         "encoding.py",
         "if not saturate:",
         "if False:",
         "test_overflow_that_only_warns",
     ),
-    _stock(
+    _mutant(
         "local faults told",
         "aborts.py",
         "and not issubclass(kind, LOCAL_FAULTS)",
         "",
         "test_refusal_that_depends_on_data",
     ),
-    _stock(
+    _mutant(
         "refusal with noise on",
         "encoding.py",
         "if not saturate:",
         "if True:",
         "test_refusal_that_depends_on_data",
     ),
-    _stock(
+    _mutant(
         "eight bytes a parameter",
         "epoch.py",
         'y.astype("<u4", copy=False).data',

@@ -18,13 +18,14 @@ def test_attempt_with_other_weights() -> None:
     """Two linear sums of one round's updates would tell the update whose weight changed."""
     federation = Federation(5)
     federation.run()
-    heavier = tuple(
-        (name, 2.0 if name == "site-03" else weight) for name, weight in federation.weights
+    # The greatest weight stays, and with it the scale.
+    lighter = tuple(
+        (name, 0.5 if name == "site-03" else weight) for name, weight in federation.weights
     )
     server = ServerEpoch(federation.terms(1), federation.roster)
     federation.advertise(server)
     federation.share(server)
-    session = federation.session(attempt=1, weights=heavier, clip=federation.clip)
+    session = federation.session(attempt=1, weights=lighter)
     server.start(session)
     with pytest.raises(UpdateReuse):
         federation.sites[FIRST].open(over(server.mask_request(FIRST)), session)

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
 from cloister_client import gate, masked
+from cloister_client.audit import WHY, log_of
 from cloister_client.cohort import Cohort, load_cohort, split
 from cloister_client.evaluation import score_histogram
 from cloister_client.notices import clear_notice, leave_notice
@@ -55,8 +56,12 @@ from cloister_common.records import (
     TrainTask,
     Update,
     Vector,
+    head_of,
+    kind_of,
     octets,
     pack,
+    payload_bytes,
+    payload_hash,
     signed_answer,
     unpack,
 )
@@ -67,6 +72,10 @@ if TYPE_CHECKING:
 
 _COHORTS_KEPT = 16
 _cohorts: OrderedDict[tuple[Path, str], Cohort] = OrderedDict()
+
+_SIGN_EVERY = 10
+"""Entries of the audit log between two signatures, at most."""
+_signed: dict[Path, int] = {}
 
 _REASONS: tuple[tuple[type[CloisterError], Refused], ...] = (
     (PolicyRefused, Refused.POLICY),
@@ -240,6 +249,8 @@ def _answer(
     reply: RoundMessage
     try:
         site = open_site(Path(str(context.node_config[SITE_KEY])))
+        # First, so that a site whose log cannot be written answers nothing.
+        log_of(site).append("asked", **_told(message.content))
         task = unpack(message.content, kind)
         clear_notice(site.root)
         reply = handler(site, task)
@@ -252,7 +263,38 @@ def _answer(
             remedy="Report it, with the version of Cloister and the study file.",
         )
         reply = _refuse(site, fault, context.node_id)
-    return Message(content=pack(reply), reply_to=message)
+    return Message(content=_logged(site, reply, context.node_id), reply_to=message)
+
+
+def _told(records: RecordDict) -> dict[str, str | int]:
+    """What the log says of a message: its kind, size and hash, and the other side's head."""
+    return {
+        "message": kind_of(records),
+        "bytes": payload_bytes(records),
+        "sha256": payload_hash(records),
+        "peer_head": head_of(records),
+    }
+
+
+def _logged(site: Site | None, reply: RoundMessage, node: int) -> RecordDict:
+    """Pack a reply once the log says that it leaves, and why it may."""
+    if site is None:
+        return pack(reply)
+    try:
+        log = log_of(site)
+        why = WHY[reply.kind]
+        if isinstance(reply, Refusal):
+            why = f"{why}: {reply.reason}"
+        entry = {**_told(pack(reply)), "to": "coordinator", "why": why}
+        del entry["peer_head"]
+        head = log.append("sent", **entry)
+        if isinstance(reply, Prepared) or head.seq >= _signed.get(site.root, 0) + _SIGN_EVERY:
+            head = log.sign()
+            _signed[site.root] = head.seq
+    except CloisterError as error:
+        # What is not in the log does not leave.
+        return pack(_refuse(site, error, node))
+    return pack(reply, log_head=log.note(head))
 
 
 def _refuse(site: Site | None, error: CloisterError, node: int) -> Refusal:

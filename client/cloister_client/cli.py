@@ -67,15 +67,10 @@ def check(
     """
     require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls", "PIL")
     from cloister_client.check import contact_sheet, inspect, render
-    from cloister_client.site import SITE_FILE, open_site
+    from cloister_client.site import open_site
     from cloister_common.study import load_study
 
-    if not (folder / SITE_FILE).exists():
-        raise OptionInvalid(
-            f"{folder} is no site folder.",
-            remedy=f"Make it one: cloister client init {shlex.quote(str(folder))}",
-        )
-    site = open_site(folder)
+    site = open_site(_site_folder(folder))
     judged_by = load_study(study) if study is not None else None
     with _progress("Reading images") as progress:
         report = inspect(site, judged_by, progress=progress)
@@ -87,6 +82,38 @@ def check(
         raise typer.Exit(report.faults[0].exit_status)
     if report.policy:
         raise typer.Exit(PolicyRefused.exit_status)
+
+
+@app.command()
+def audit(
+    folder: Folder = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the entries, JSON Lines.")] = False,
+) -> None:
+    """Say what left this site, to whom and why, from its audit log."""
+    require("client", "numpy", "pydicom")
+    from dataclasses import asdict
+
+    from cloister_client.audit import entries_of, render
+    from cloister_client.site import open_site
+
+    site = open_site(_site_folder(folder))
+    entries = entries_of(site)
+    if as_json:
+        for entry in entries:
+            typer.echo(json.dumps(asdict(entry)))
+    else:
+        typer.echo(render(site, entries))
+
+
+def _site_folder(folder: Path) -> Path:
+    from cloister_client.site import SITE_FILE
+
+    if not (folder / SITE_FILE).exists():
+        raise OptionInvalid(
+            f"{folder} is no site folder.",
+            remedy=f"Make it one: cloister client init {shlex.quote(str(folder))}",
+        )
+    return folder
 
 
 def predict(

@@ -24,7 +24,8 @@
     │   ├── LedgerDamaged          CLO-302
     │   ├── PolicyRefused          CLO-303
     │   ├── EpsilonUnreachable     CLO-304
-    │   └── RoundAlreadySpent      CLO-305
+    │   ├── RoundAlreadySpent      CLO-305
+    │   └── AuditLogDamaged        CLO-306
     ├── ModelError                 4xx, exit 5: networks, vectors and model files
     │   ├── NetworkUnfit           CLO-401
     │   ├── ModelFileInvalid       CLO-402
@@ -256,6 +257,11 @@ class EpsilonUnreachable(PrivacyError):
 class RoundAlreadySpent(PrivacyError):
     code = "CLO-305"
     title = "The round was already charged and is not trained again"
+
+
+class AuditLogDamaged(PrivacyError):
+    code = "CLO-306"
+    title = "The audit log is damaged"
 
 
 class ModelError(CloisterError):

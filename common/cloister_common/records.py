@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, get_type_hints
@@ -30,6 +31,7 @@ ROSTER_KEY = "roster"
 VERSION = "cloister/round/v2"
 _HEAD = "cloister"
 _BODY = "arrays"
+_LOG_HEAD = "log_head"
 _STYPE = "cloister.raw"
 
 Vector = npt.NDArray[np.float32]
@@ -205,18 +207,25 @@ def octets(data: bytes = b"") -> Octets:
     return np.frombuffer(data, np.uint8)
 
 
-def pack(message: RoundMessage) -> RecordDict:
-    """Turn a message into Flower's records."""
-    return pack_all([message])[0]
+def pack(message: RoundMessage, *, log_head: str = "") -> RecordDict:
+    """Turn a message into Flower's records; see ``pack_all``."""
+    return pack_all([message], log_head=log_head)[0]
 
 
-def pack_all(messages: Iterable[RoundMessage]) -> list[RecordDict]:
-    """Turn messages into Flower's records; an array that several share is held once."""
+def pack_all(messages: Iterable[RoundMessage], *, log_head: str = "") -> list[RecordDict]:
+    """Turn messages into Flower's records; an array that several share is held once.
+
+    ``log_head`` is the head of the sender's audit log, for the receiver to note.
+    """
     known: dict[int, Array] = {}
     held = []
     packed = []
     for message in messages:
-        head: dict[str, str | int | bytes] = {"version": VERSION, "kind": message.kind}
+        head: dict[str, str | int | bytes] = {
+            "version": VERSION,
+            "kind": message.kind,
+            _LOG_HEAD: log_head,
+        }
         arrays: dict[str, Array] = {}
         for field in dataclasses.fields(message):
             value = getattr(message, field.name)
@@ -250,7 +259,7 @@ def unpack(records: RecordDict, *kinds: type[MessageT]) -> MessageT:
     if kind is None:
         raise MessageInvalid("A message of another kind was expected.")
     scalars, arrays = _shape(kind)
-    if set(head) != {"version", "kind", *scalars} or set(records) != {_HEAD} | (
+    if set(head) != {"version", "kind", _LOG_HEAD, *scalars} or set(records) != {_HEAD} | (
         {_BODY} if arrays else set()
     ):
         raise MessageInvalid(f"A message '{kind.kind}' has other fields than agreed.")
@@ -265,14 +274,52 @@ def unpack(records: RecordDict, *kinds: type[MessageT]) -> MessageT:
     return kind(**values)
 
 
+def head_of(records: RecordDict) -> str:
+    """The sender's audit head as a message tells it; empty where it tells none."""
+    head = records.get(_HEAD)
+    told = head.get(_LOG_HEAD) if isinstance(head, ConfigRecord) else None
+    return told if isinstance(told, str) and len(told) < 128 else ""
+
+
+def kind_of(records: RecordDict) -> str:
+    """What a message says it is, cut to the kinds that exist; empty for anything else."""
+    head = records.get(_HEAD)
+    told = head.get("kind") if isinstance(head, ConfigRecord) else None
+    known = {kind.kind for kind in RoundMessage.__subclasses__()}
+    return told if isinstance(told, str) and told in known else ""
+
+
+def payload_hash(records: RecordDict) -> str:
+    """SHA-256 over what a message says, 64 hexadecimal digits; its audit head is left out."""
+    digest = hashlib.sha256(b"cloister/payload/v1\0")
+    for name in sorted(records):
+        record = records[name]
+        for key in sorted(record):
+            if key == "log_head":
+                continue
+            value = record[key]
+            data = value.data if isinstance(value, Array) else repr(value).encode()
+            for part in (name.encode(), str(key).encode(), data):
+                digest.update(len(part).to_bytes(8, "big"))
+                digest.update(part)
+    return digest.hexdigest()
+
+
 def payload_bytes(records: RecordDict) -> int:
-    """Bytes of what a message says: arrays, names and values, without Flower's framing."""
+    """Bytes of what a message says: arrays, names and values.
+
+    Flower's framing and the audit head, which stand around it, are left out.
+    """
     total = 0
     for record in records.values():
         if isinstance(record, ArrayRecord):
             total += sum(len(name) + len(array.data) for name, array in record.items())
         else:
-            total += sum(len(str(name)) + len(str(value)) for name, value in record.items())
+            total += sum(
+                len(str(name)) + len(str(value))
+                for name, value in record.items()
+                if name != _LOG_HEAD
+            )
     return total
 
 

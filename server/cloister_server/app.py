@@ -32,15 +32,14 @@ def build(hooks: Hooks | None = None) -> ServerApp:
         study = study_from_canonical(str(config["study"]))
         out = Path(str(config["out"]))
         began = time.monotonic()
+        federation = Federation(Path(str(config["federation"])))
         run = Run(
-            Mailbox(grid),
+            Mailbox(grid, log=federation.log),
             study,
             Checkpoints(out / CHECKPOINT_FOLDER),
             used,
             expected=int(config["expected"]),
-            roster=Federation(Path(str(config["federation"]))).roster()
-            if study.aggregation.secure
-            else None,
+            roster=federation.roster() if study.aggregation.secure else None,
         )
         outcome = run.execute(resume=bool(config["resume"]))
         write_outputs(out, study, outcome, seconds=time.monotonic() - began)

@@ -2,8 +2,9 @@
 
 ::
 
-    root.pem     Ed25519 key of the root, mode 0600
-    roster       the signed roster in force
+    root.pem        Ed25519 key of the root, mode 0600
+    roster          the signed roster in force
+    audit.jsonl     what was asked of the sites and what came back
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from cloister_common.audit import AuditLog
 from cloister_common.errors import FileUnreadable
 from cloister_common.files import create_secret, make_private_dir, read_secret, write_atomic
 from cloister_common.identity import Identity
@@ -18,6 +20,7 @@ from cloister_common.roster import Roster, RosterEntry, open_roster, sign_roster
 
 _ROOT = "root.pem"
 _ROSTER = "roster"
+AUDIT = "audit.jsonl"
 
 
 class Federation:
@@ -39,6 +42,11 @@ class Federation:
     def root(self) -> bytes:
         """The root's public key, 32 bytes."""
         return self._root.public
+
+    @property
+    def log(self) -> AuditLog:
+        """The coordinator's audit log, signed with the root."""
+        return AuditLog(self._path.with_name(AUDIT), self._root)
 
     def enrol(self, name: str, sites: Mapping[str, bytes]) -> Roster:
         """Make the roster hold exactly these sites; its serial rises where that is a change.

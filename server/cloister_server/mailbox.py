@@ -7,17 +7,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from cloister_common.audit import AuditLog, Value
 from cloister_common.errors import MessageInvalid
 from cloister_common.records import (
     MessageT,
     Refusal,
     Refused,
     RoundMessage,
+    head_of,
+    kind_of,
     pack_all,
     payload_bytes,
+    payload_hash,
     unpack,
 )
 
@@ -51,6 +55,7 @@ class Mailbox:
 
     Args:
         grid: Flower's grid, whichever engine stands behind it.
+        log: the coordinator's audit log; every message is in it before it leaves.
         timeout: seconds after which a round goes on without those who have not answered;
             None waits for all.
 
@@ -58,8 +63,11 @@ class Mailbox:
         received: bytes of payload that came from each node so far.
     """
 
-    def __init__(self, grid: Grid, *, timeout: float | None = None) -> None:
+    def __init__(
+        self, grid: Grid, *, log: AuditLog | None = None, timeout: float | None = None
+    ) -> None:
         self._grid = grid
+        self._log = log
         self._timeout = timeout
         self.received: dict[int, int] = {}
 
@@ -86,7 +94,7 @@ class Mailbox:
 
         Whoever lets go of a reply before it takes the next holds one vector at a time.
         """
-        contents = pack_all(tasks.values())
+        contents = pack_all(tasks.values(), log_head=self._note_sent(tasks))
         messages = [
             Message(
                 content=content,
@@ -107,11 +115,39 @@ class Mailbox:
             if len(waiting) == before:
                 time.sleep(_POLL_SECONDS)
 
+    def note(self, kind: str, **body: Value) -> None:
+        """Log something that is no message, and sign the log."""
+        if self._log is not None:
+            self._log.append(kind, **body)
+            self._log.sign()
+
+    def _note_sent(self, tasks: Mapping[int, RoundMessage]) -> str:
+        """Log what is about to leave; the head, for the sites to note."""
+        if self._log is None or not tasks:
+            return ""
+        for task, nodes in _by_kind(tasks).items():
+            head = self._log.append(
+                "sent", message=task[0], round=task[1], nodes=" ".join(map(str, nodes))
+            )
+        return self._log.note(head)
+
+    def _note_received(self, node: int, records: RecordDict) -> None:
+        if self._log is not None:
+            self._log.append(
+                "received",
+                node=node,
+                message=kind_of(records),
+                bytes=payload_bytes(records),
+                sha256=payload_hash(records),
+                peer_head=head_of(records),
+            )
+
     def _read(self, reply: Message, answer: type[MessageT]) -> Reply[MessageT]:
         node = reply.metadata.src_node_id
         declined = Refusal(site="", reason=Refused.DECLINED.value)
         if reply.has_error():
             return Reply(node, declined)
+        self._note_received(node, reply.content)
         self.received[node] = self.received.get(node, 0) + payload_bytes(reply.content)
         message: MessageT | Refusal
         try:
@@ -122,3 +158,10 @@ class Mailbox:
             except MessageInvalid:
                 message = declined
         return Reply(node, message)
+
+
+def _by_kind(tasks: Mapping[int, RoundMessage]) -> dict[tuple[str, int], list[int]]:
+    found: dict[tuple[str, int], list[int]] = {}
+    for node, task in tasks.items():
+        found.setdefault((task.kind, int(getattr(task, "round", 0))), []).append(node)
+    return found

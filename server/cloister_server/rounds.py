@@ -153,6 +153,8 @@ class Run:
         state = self._prepare(state)
         collector = self._collector(state)
         self._checkpoints.save(self._study, state)
+        seats = " ".join(f"{node}={site}" for node, site in sorted(self._nodes.items()))
+        self._mailbox.note("began", run=state.run, study=self._study.digest, sites=seats)
         rounds = self._study.training.rounds
         self._hooks.notify(
             Began(
@@ -260,11 +262,13 @@ class Run:
             collected = collector.updates(number, state.model)
         except RoundLost as lost:
             self._refused.update(lost.refused)
+            self._mailbox.note("lost", run=state.run, round=number)
             self._hooks.notify(Lost(number))
             return replace(state, completed=number, lost=(*state.lost, number))
         self._refused.update(collected.refused)
         for name in collected.sites:
             self._refused.pop(name, None)
+        self._mailbox.note("summed", run=state.run, round=number, sites=" ".join(collected.sites))
         model, optimizer = step(state.model, collected.mean, state.optimizer, study.aggregation)
         state = replace(state, completed=number, model=model, optimizer=optimizer)
         figures = Figures(

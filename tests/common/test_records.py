@@ -18,8 +18,11 @@ from cloister_common.records import (
     Refused,
     TrainTask,
     Update,
+    head_of,
+    kind_of,
     pack,
     payload_bytes,
+    payload_hash,
     unpack,
 )
 
@@ -52,6 +55,7 @@ def test_a_message_says_what_its_fields_say_and_no_more() -> None:
     assert dict(records["cloister"]) == {
         "version": "cloister/round/v2",
         "kind": "update",
+        "log_head": "",
         "site": "north",
         "round": 3,
     }
@@ -75,7 +79,7 @@ def test_another_kind_is_refused() -> None:
         unpack(pack(Prepared(site="north", signature=b"")), Update)
 
 
-@pytest.mark.parametrize("key", ["version", "kind", "site", "round"])
+@pytest.mark.parametrize("key", ["version", "kind", "log_head", "site", "round"])
 def test_a_missing_field_is_refused(key: str) -> None:
     records = _update()
     del records["cloister"][key]
@@ -160,3 +164,30 @@ def test_the_list_of_refusals_is_closed() -> None:
         "protocol",
         "declined",
     }
+
+
+def test_a_message_carries_its_sender_s_audit_head() -> None:
+    records = pack(Prepared(site="north", signature=b""), log_head="ab:3:cd")
+    assert head_of(records) == "ab:3:cd"
+    assert unpack(records, Prepared) == Prepared(site="north", signature=b"")
+    assert head_of(RecordDict()) == ""
+
+
+def test_the_payload_s_hash_is_over_all_that_it_says_but_the_head() -> None:
+    base = payload_hash(_update())
+    assert base == payload_hash(
+        pack(Update(site="north", round=3, vector=VECTOR), log_head="ab:3:cd")
+    )
+    others = [
+        Update(site="south", round=3, vector=VECTOR),
+        Update(site="north", round=4, vector=VECTOR),
+        Update(site="north", round=3, vector=VECTOR + 1),
+    ]
+    assert len({base, *(payload_hash(pack(other)) for other in others)}) == 4
+
+
+def test_the_kind_is_told_only_where_it_exists() -> None:
+    records = _update()
+    assert kind_of(records) == "update"
+    records["cloister"]["kind"] = "patient-doe"
+    assert kind_of(records) == ""

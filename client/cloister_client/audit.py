@@ -1,0 +1,90 @@
+"""What left this hospital, and what was asked of it: the site's audit log, in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cloister_client.site import Site
+from cloister_common.audit import AuditLog, Entry, read
+
+FILE = "audit.jsonl"
+
+WHY: Mapping[str, str] = {
+    "prepared": "it takes part; tells nothing of its data",
+    "exchanged": "keys, sealed shares and masked vectors of secure aggregation",
+    "update": "a model update; the site's policy allows it unmasked",
+    "evaluated": "score histograms; the site's policy allows a study without privacy",
+    "refusal": "a reason of the closed list",
+}
+"""Why a message of each kind may leave; the list of what leaves is closed."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """What left the site under one kind of message.
+
+    Attributes:
+        message: the kind.
+        count: how many messages.
+        bytes: their payload.
+        why: why it may leave.
+    """
+
+    message: str
+    count: int
+    bytes: int
+    why: str
+
+
+def log_of(site: Site) -> AuditLog:
+    """The site's log, signed with its identity."""
+    return AuditLog(path_of(site), site.identity())
+
+
+def path_of(site: Site) -> Path:
+    """The log's file."""
+    return site.audit / FILE
+
+
+def entries_of(site: Site) -> tuple[Entry, ...]:
+    """All entries; none where nothing was ever asked.
+
+    Raises:
+        AuditLogDamaged: the log is not sound.
+    """
+    path = path_of(site)
+    return tuple(read(path)) if path.exists() else ()
+
+
+def what_left(entries: tuple[Entry, ...]) -> tuple[Left, ...]:
+    """Sum up what was sent, by kind of message and reason."""
+    counts: Counter[tuple[str, str]] = Counter()
+    sizes: Counter[tuple[str, str]] = Counter()
+    for entry in entries:
+        if entry.kind == "sent":
+            key = (str(entry.body.get("message")), str(entry.body.get("why")))
+            counts[key] += 1
+            size = entry.body.get("bytes")
+            sizes[key] += size if isinstance(size, int) else 0
+    return tuple(Left(key[0], counts[key], sizes[key], key[1]) for key in sorted(counts))
+
+
+def render(site: Site, entries: tuple[Entry, ...]) -> str:
+    """The log in words, for a terminal."""
+    if not entries:
+        return f"Site {site.name}: nothing was asked of it yet, and nothing left."
+    asked = sum(entry.kind == "asked" for entry in entries)
+    lines = [
+        f"Site {site.name}: what left it",
+        f"  from {entries[0].time} to {entries[-1].time}, {asked} requests",
+    ]
+    lines += [
+        f"  {left.count:>6} x {left.message:<10} {left.bytes:>14,} bytes  {left.why}"
+        for left in what_left(entries)
+    ]
+    lines.append("Nothing else left through Cloister. The log is sound within itself; to see")
+    lines.append("whether its end was cut off, hold it against the coordinator's: cloister verify.")
+    return "\n".join(lines)

@@ -1,0 +1,83 @@
+"""`cloister verify`: hold an audit log against itself, its signatures and the other side's log."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cloister_common.audit import Verdict, examine
+from cloister_common.errors import AuditLogDamaged, OptionInvalid
+from cloister_common.identity import KEY_BYTES, fingerprint
+
+_SHOWN = 40
+
+
+def verify(
+    log: Annotated[Path, typer.Argument(help="An audit log, JSON Lines.")],
+    against: Annotated[
+        Path | None, typer.Option(help="The other side's log: finds what was cut off or replaced.")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Public key that must have signed, 64 hexadecimal digits.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Find every line of an audit log that was edited, deleted, inserted or moved; offline.
+
+    The exit status is 0 where nothing was found.
+    """
+    verdict = examine(log, key=_key(key), peer=against)
+    if as_json:
+        typer.echo(json.dumps(_as_dict(verdict)))
+    else:
+        typer.echo(_in_words(verdict, compared=against is not None))
+    if verdict.findings:
+        raise typer.Exit(AuditLogDamaged.exit_status)
+
+
+def _key(text: str | None) -> bytes | None:
+    if text is None:
+        return None
+    try:
+        key = bytes.fromhex(text)
+    except ValueError:
+        key = b""
+    if len(key) != KEY_BYTES:
+        raise OptionInvalid(
+            "The public key is not 64 hexadecimal digits.", remedy="Give it as --key HEX."
+        )
+    return key
+
+
+def _as_dict(verdict: Verdict) -> dict[str, object]:
+    return {
+        "sound": not verdict.findings,
+        "entries": verdict.entries,
+        "head": str(verdict.head),
+        "signed_up_to": verdict.signed,
+        "keys": list(verdict.keys),
+        "findings": [{"line": found.line, "what": found.what} for found in verdict.findings],
+    }
+
+
+def _in_words(verdict: Verdict, *, compared: bool) -> str:
+    lines = [f"{verdict.entries} entries, signed up to entry {verdict.signed}"]
+    lines += [f"  signed by  {fingerprint(bytes.fromhex(key))}" for key in verdict.keys]
+    for found in verdict.findings[:_SHOWN]:
+        where = f"line {found.line}: " if found.line else ""
+        lines.append(f"  {where}{found.what}")
+    if len(verdict.findings) > _SHOWN:
+        lines.append(f"  and {len(verdict.findings) - _SHOWN} more")
+    if verdict.findings:
+        lines.append("The log was changed.")
+    elif compared:
+        lines.append("Nothing was changed, and all that the other side noted is there.")
+    else:
+        lines.append(
+            "Nothing inside was changed. Whether its end was cut off, only the other side's log "
+            "can tell: --against."
+        )
+    return "\n".join(lines)

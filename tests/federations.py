@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cloister_client.approvals import Decision, judge
+from cloister_client.site import init_site
 from cloister_common.study import Study, parse_study
 from dicom_files import write_dicom
 
@@ -96,3 +98,8 @@ def write_cohort(
             write_dicom(path, picture(rng, number % 2), patient_id=patient, bits_stored=12)
     (folder / "labels.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return folder
+
+
+def approve(folder: Path, asked: Study) -> None:
+    """Approve a study at a site folder that a test wrote a ``site.toml`` for, as its steward."""
+    judge(init_site(folder), asked, Decision.APPROVED)

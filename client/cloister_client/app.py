@@ -36,6 +36,7 @@ from cloister_common.errors import (
     RosterMismatch,
     RoundAlreadySpent,
     SecureAggregationError,
+    StudyNotApproved,
     WireInvalid,
 )
 from cloister_common.records import (
@@ -79,6 +80,7 @@ _signed: dict[Path, int] = {}
 
 _REASONS: tuple[tuple[type[CloisterError], Refused], ...] = (
     (PolicyRefused, Refused.POLICY),
+    (StudyNotApproved, Refused.APPROVAL),
     (BudgetExhausted, Refused.BUDGET),
     (RoundAlreadySpent, Refused.SPENT),
     (MessageInvalid, Refused.MESSAGE),

@@ -10,12 +10,16 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cloister_common.errors import FolderUnreadable, OptionInvalid, PolicyRefused
 from cloister_common.extras import require
+
+if TYPE_CHECKING:
+    from cloister_client.approvals import Judgement
+    from cloister_client.site import Site
 
 app = typer.Typer(help="Set up and check a hospital's site.", no_args_is_help=True)
 
@@ -82,6 +86,69 @@ def check(
         raise typer.Exit(report.faults[0].exit_status)
     if report.policy:
         raise typer.Exit(PolicyRefused.exit_status)
+
+
+@app.command()
+def review(
+    study: Annotated[
+        str | None, typer.Argument(help="A study file, or a hash from the list; else the list.")
+    ] = None,
+    folder: Folder = Path(),
+) -> None:
+    """List the studies that were proposed, or show one as a human reads it."""
+    require("client", "numpy", "pydicom")
+    from cloister_client import approvals, review
+    from cloister_client.site import open_site
+
+    site = open_site(_site_folder(folder))
+    if study is None:
+        typer.echo(review.listing(approvals.judgements(site)))
+        return
+    typer.echo(review.review(site, _proposed(site, study)))
+
+
+@app.command()
+def approve(
+    study: Annotated[str, typer.Argument(help="A study file, or a hash that review lists.")],
+    folder: Folder = Path(),
+) -> None:
+    """Let this site train a study, and no other: its hash covers everything in it."""
+    require("client", "numpy", "pydicom")
+    from cloister_client.approvals import Decision, judge
+    from cloister_client.site import open_site
+
+    site = open_site(_site_folder(folder))
+    found = _proposed(site, study)
+    judge(site, found.study, Decision.APPROVED)
+    typer.echo(f"Approved at {site.name}: {found.study.study.name}, {found.study.digest[:16]}.")
+
+
+@app.command()
+def deny(
+    study: Annotated[str, typer.Argument(help="A study file, or a hash that review lists.")],
+    why: Annotated[str, typer.Option(help="For this site's own records; it is not sent.")],
+    folder: Folder = Path(),
+) -> None:
+    """Keep this site out of a study; it can be approved later."""
+    require("client", "numpy", "pydicom")
+    from cloister_client.approvals import Decision, judge
+    from cloister_client.site import open_site
+
+    site = open_site(_site_folder(folder))
+    found = _proposed(site, study)
+    judge(site, found.study, Decision.DENIED, why=why)
+    typer.echo(f"Denied at {site.name}: {found.study.study.name}, {found.study.digest[:16]}.")
+
+
+def _proposed(site: Site, name: str) -> Judgement:
+    """A study by its file, or by the hash of one that was proposed."""
+    from cloister_client.approvals import Decision, Judgement, find, judgements
+    from cloister_common.study import load_study
+
+    if Path(name).suffix or Path(name).exists():
+        study = load_study(Path(name))
+        return judgements(site).get(study.digest, Judgement(study, Decision.PENDING))
+    return find(site, name)
 
 
 @app.command()

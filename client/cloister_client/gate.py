@@ -1,11 +1,12 @@
 """The gate at the hospital: what must be true before one file of its data is opened.
 
-First the site's policy, then the ledger: approval reserves all steps of the study, and a round
-is charged, on disk, before its data are read.
+First the site's policy, then a person's approval, then the ledger: it reserves all steps of the
+study, and a round is charged, on disk, before its data are read.
 """
 
 from __future__ import annotations
 
+from cloister_client.approvals import require_approved
 from cloister_client.ledger import Ledger
 from cloister_client.policy import refusals
 from cloister_client.site import Site
@@ -33,6 +34,7 @@ def admit(site: Site, study: Study, *, run: str, invited: int) -> None:
 
     Raises:
         PolicyRefused: the study asks for more than the policy allows.
+        StudyNotApproved: nobody here approved it; it is kept for review.
         BudgetExhausted: the ledger cannot bear it.
         EpsilonUnreachable: no noise gives the study's epsilon.
         LedgerDamaged: the ledger's chain is broken.
@@ -44,6 +46,7 @@ def admit(site: Site, study: Study, *, run: str, invited: int) -> None:
             why=" ".join(reasons),
             remedy="Change the study, or let the steward change [policy] in site.toml.",
         )
+    require_approved(site, study)
     if not study.privacy.enabled:
         return
     used = mechanism(study)

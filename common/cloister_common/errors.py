@@ -25,7 +25,8 @@
     │   ├── PolicyRefused          CLO-303
     │   ├── EpsilonUnreachable     CLO-304
     │   ├── RoundAlreadySpent      CLO-305
-    │   └── AuditLogDamaged        CLO-306
+    │   ├── AuditLogDamaged        CLO-306
+    │   └── StudyNotApproved       CLO-307
     ├── ModelError                 4xx, exit 5: networks, vectors and model files
     │   ├── NetworkUnfit           CLO-401
     │   ├── ModelFileInvalid       CLO-402
@@ -262,6 +263,11 @@ class RoundAlreadySpent(PrivacyError):
 class AuditLogDamaged(PrivacyError):
     code = "CLO-306"
     title = "The audit log is damaged"
+
+
+class StudyNotApproved(PrivacyError):
+    code = "CLO-307"
+    title = "Nobody at the site has approved the study"
 
 
 class ModelError(CloisterError):

@@ -45,6 +45,8 @@ class Refused(enum.StrEnum):
 
     POLICY = "policy"
     """The study asks for more than the site's policy allows."""
+    APPROVAL = "approval"
+    """Nobody at the site has approved the study."""
     BUDGET = "budget"
     """The privacy budget does not suffice."""
     SPENT = "round-spent"

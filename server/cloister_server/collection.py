@@ -34,6 +34,7 @@ LATE = "late"
 
 REASONS: Mapping[str, str] = {
     Refused.POLICY: "its policy does not allow the study",
+    Refused.APPROVAL: "nobody there has approved the study yet",
     Refused.BUDGET: "its privacy budget does not suffice",
     Refused.SPENT: "the round was already charged there",
     Refused.MESSAGE: "it did not understand the request",

@@ -216,6 +216,7 @@ def _claim(simulation: Simulation) -> None:
 
 def _open(folder: Path, simulation: Simulation) -> Site:
     """Open a site: in place where a person wrote a ``site.toml``, else below ``out``."""
+    from cloister_client.approvals import Decision, judge
     from cloister_client.policy import Policy
     from cloister_client.site import init_site
 
@@ -234,13 +235,16 @@ def _open(folder: Path, simulation: Simulation) -> Site:
     )
     name = site_name(folder)
     make_private_dir(simulation.out / "sites")
-    return init_site(
+    site = init_site(
         simulation.out / "sites" / name,
         name=name,
         dicom=(folder / "dicom").absolute(),
         labels=(folder / "labels.csv").absolute(),
         policy=policy,
     )
+    # The researcher is the steward of a site that exists for this run alone.
+    judge(site, study, Decision.APPROVED, why="made for a simulation of it")
+    return site
 
 
 def _enrol(simulation: Simulation, sites: list[Site]) -> list[dict[str, str]]:

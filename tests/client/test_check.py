@@ -292,11 +292,12 @@ def test_a_study_that_the_budget_cannot_bear_is_told_here_already(tmp_path: Path
     from cloister_client import gate
     from cloister_client.policy import Policy
     from cloister_client.site import init_site
-    from federations import study, write_cohort
+    from federations import approve, study, write_cohort
 
     write_cohort(tmp_path / "north", np.random.default_rng(1), "N")
     site = init_site(tmp_path / "north", policy=Policy(max_epsilon_study=3, max_epsilon_lifetime=4))
     asked = study(privacy="epsilon = 3")
+    approve(site.root, asked)
     fresh = inspect(site, asked)
     assert fresh.policy == ()
     assert "epsilon 0.00 of 4.00 is promised" in render(fresh)

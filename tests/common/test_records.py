@@ -157,6 +157,7 @@ def test_garbage_ends_in_the_named_error(data: bytes, name: str) -> None:
 def test_the_list_of_refusals_is_closed() -> None:
     assert {reason.value for reason in Refused} == {
         "policy",
+        "approval",
         "budget",
         "round-spent",
         "message",

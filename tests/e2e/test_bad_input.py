@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cloister_common.cli import main
-from federations import study_text, write_cohort, write_federation
+from federations import approve, study, study_text, write_cohort, write_federation
 
 NAMES = ("anker", "birke")
 ASKED = {"aggregation": "secure = false\nmin_sites = 2", "training": "rounds = 1\nsteps = 1"}
@@ -262,6 +262,7 @@ def test_a_data_folder_that_cannot_be_read(place: Place, what: str) -> None:
     if what == "file":
         path.write_text("not a folder")
     (place.sites / "birke" / "site.toml").write_text(f'[site]\nname = "birke"\n{POLICY}')
+    approve(place.sites / "birke", study(**ASKED))
     told = place.simulate()
     assert told.status == 6
     assert told.err.startswith("CLO-501: ")

@@ -20,7 +20,7 @@ import pytest
 from cloister_client.ledger import Ledger
 from cloister_client.site import open_site
 from cloister_common.cli import main
-from federations import NAMES, study, study_text, write_federation
+from federations import NAMES, approve, study, study_text, write_federation
 
 ROUNDS = 6
 STEPS = 12
@@ -244,6 +244,8 @@ def test_a_kill_before_the_first_round_costs_nothing(
         (sites / name / "site.toml").write_text(
             f'[site]\nname = "{name}"\n[policy]\nmax_epsilon_study = 6\nmax_epsilon_lifetime = 9\n'
         )
+    for name in NAMES:
+        approve(sites / name, study())
     text = study_text()
     study_file = tmp_path / "study.toml"
     study_file.write_text(text, encoding="utf-8")

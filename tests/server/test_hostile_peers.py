@@ -31,7 +31,7 @@ from cloister_common.secagg import epoch as protocol
 from cloister_common.secagg.messages import Bundle
 from cloister_server.checkpoint import Checkpoints
 from cloister_server.simulation import Simulation, simulate
-from federations import NAMES, study, write_federation
+from federations import NAMES, approve, study, write_federation
 from wire import OPEN, Between, asks_to_unmask, charges
 
 Answer = Exchanged | Prepared | Refusal
@@ -360,8 +360,13 @@ def test_two_studies_that_differ_in_name_alone_share_their_answers(
         )
     lines = {"privacy": OPEN, "evaluation": "site_fraction = 0.0", "training": "rounds = 1"}
     four = "min_sites = 4"
-    simulate(Simulation(study(**lines, aggregation=four), folder, tmp_path / "one"))
+    first = study(**lines, aggregation=four)
     twin = study(**lines, aggregation=four, study='name = "twin"')
+    other = study(**lines, aggregation=four, study='name = "third"')
+    for name in NAMES:
+        for asked in (first, twin, other):
+            approve(folder / name, asked)
+    simulate(Simulation(first, folder, tmp_path / "one"))
     out = tmp_path / "two"
 
     def lose(name: str, task: RoundMessage) -> RoundMessage | None:
@@ -370,7 +375,6 @@ def test_two_studies_that_differ_in_name_alone_share_their_answers(
     with pytest.raises((TooFewSites, secagg_error())):
         simulate(Simulation(twin, folder, out), client_app=Between(lose))
     # The very same sum may be had again.
-    other = study(**lines, aggregation=four, study='name = "third"')
     assert simulate(Simulation(other, folder, tmp_path / "three"))["rounds"] == 1
 
 

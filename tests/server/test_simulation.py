@@ -16,7 +16,7 @@ from cloister_common.errors import OptionInvalid, OutputInTheWay, TooFewSites
 from cloister_common.modelfile import load_model
 from cloister_common.vectors import flatten
 from cloister_server.simulation import Simulation, simulate, site_name
-from federations import NAMES, study, write_cohort, write_federation
+from federations import NAMES, approve, study, write_cohort, write_federation
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +168,12 @@ def test_a_used_up_budget_refuses_before_a_file_is_opened(
         (sites / name / "site.toml").write_text(
             f'[site]\nname = "{name}"\n[policy]\nmax_epsilon_study = 3\nmax_epsilon_lifetime = 4\n'
         )
-    simulate(Simulation(study(privacy="epsilon = 3"), sites, tmp_path / "one"))
+    first = study(privacy="epsilon = 3")
     second = study(privacy="epsilon = 2.9", training="seed = 12")
+    for name in NAMES:
+        approve(sites / name, first)
+        approve(sites / name, second)
+    simulate(Simulation(first, sites, tmp_path / "one"))
     opened: list[object] = []
     monkeypatch.setattr("cloister_client.app.load_cohort", lambda *a, **k: opened.append(a))
     with pytest.raises(TooFewSites, match="its privacy budget does not suffice"):

@@ -1,0 +1,73 @@
+"""A proposed study as a human reads it: what it asks, what it costs, what would leave."""
+
+from __future__ import annotations
+
+from cloister_client import gate
+from cloister_client.approvals import Decision, Judgement
+from cloister_client.policy import refusals
+from cloister_client.site import Site
+from cloister_common.study import Study
+
+
+def review(site: Site, judgement: Judgement) -> str:
+    """Return the study in words, with what this site's policy and budget say of it."""
+    study = judgement.study
+    lines = [
+        f"{study.study.name}: {study.study.question}",
+        f"  hash         {study.digest}",
+        f"  decision     {judgement.decision.value}"
+        + (f", {judgement.time}" if judgement.time else "")
+        + (f": {judgement.why}" if judgement.why else ""),
+        f"  trains       {study.network.name}, {study.training.rounds} rounds of "
+        f"{study.training.steps_per_round} steps, each patient in a step with probability "
+        f"{study.training.sampling_rate:g}",
+        f"  on           {', '.join(study.input.modalities)} images of this site, their label "
+        f"'{study.target.column}' ({', '.join(study.target.classes)})",
+        *_cost(site, study),
+        *_leaves(study),
+    ]
+    told = refusals(site.policy, study, max(site.policy.min_sites, study.aggregation.min_sites))
+    short = None if told else gate.shortfall(site, study)
+    objections = [*told, *([f"{short.what} {short.why}"] if short else [])]
+    lines += [f"  policy       refuses: {sentence}" for sentence in objections]
+    if not objections:
+        lines.append("  policy       allows it")
+    if judgement.decision is Decision.PENDING:
+        lines.append(f"To allow it: cloister client approve {study.digest[:16]}")
+    return "\n".join(lines)
+
+
+def listing(judgements: dict[str, Judgement]) -> str:
+    """All studies, one line each."""
+    if not judgements:
+        return "No study was proposed to this site yet."
+    return "\n".join(
+        f"{digest[:16]}  {one.decision.value:<8}  {one.study.study.name}"
+        for digest, one in judgements.items()
+    )
+
+
+def _cost(site: Site, study: Study) -> list[str]:
+    privacy = study.privacy
+    if not privacy.enabled:
+        return ["  costs        NO differential privacy: what leaves may tell of single patients"]
+    return [
+        f"  costs        at most epsilon {privacy.epsilon:g} at delta {privacy.delta:g}, a patient",
+        f"  budget       epsilon {gate.promised(site):.2f} of "
+        f"{site.policy.max_epsilon_lifetime:.2f} is promised so far (lifetime, all studies)",
+    ]
+
+
+def _leaves(study: Study) -> list[str]:
+    noised = "noised " if study.privacy.enabled else ""
+    if study.aggregation.secure:
+        lines = [
+            f"  would leave  {noised}model updates, masked: the coordinator reads their sum over "
+            f"{study.aggregation.min_sites} sites or more"
+        ]
+    else:
+        lines = [f"  would leave  {noised}model updates, which the coordinator can read"]
+    if not study.privacy.enabled and study.evaluation.site_fraction:
+        masked = "masked " if study.aggregation.secure else ""
+        lines.append(f"               {masked}counts of patients by score")
+    return lines

@@ -1,0 +1,159 @@
+"""A site trains what a person there approved, by hash, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cloister_client import gate
+from cloister_client.approvals import (
+    FILE,
+    MAX_PENDING,
+    Decision,
+    find,
+    judge,
+    judgements,
+    require_approved,
+)
+from cloister_client.audit import entries_of
+from cloister_client.policy import Policy
+from cloister_client.review import review
+from cloister_client.site import Site, init_site
+from cloister_common import cli
+from cloister_common.errors import FileUnreadable, OptionInvalid, StudyNotApproved, TooFewSites
+from cloister_common.study import Study
+from cloister_server.simulation import Simulation, simulate
+from federations import study, study_text, write_cohort, write_federation
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return init_site(tmp_path / "north", policy=Policy(max_epsilon_study=6))
+
+
+def _named(number: int) -> Study:
+    return study(study=f'name = "study-{number}"')
+
+
+def test_a_new_study_is_refused_and_kept_for_review(site: Site) -> None:
+    with pytest.raises(StudyNotApproved, match="No steward here has approved"):
+        require_approved(site, study())
+    (held,) = judgements(site).values()
+    assert (held.study, held.decision) == (study(), Decision.PENDING)
+    judge(site, held.study, Decision.APPROVED)
+    require_approved(site, study())
+    with pytest.raises(StudyNotApproved):
+        require_approved(site, _named(2))
+
+
+def test_a_denied_study_stays_denied_until_it_is_judged_again(site: Site) -> None:
+    judge(site, study(), Decision.DENIED, why="not on our patients")
+    with pytest.raises(StudyNotApproved, match="denied") as caught:
+        require_approved(site, study())
+    assert "not on our patients" not in str(caught.value)
+    judge(site, study(), Decision.APPROVED)
+    require_approved(site, study())
+
+
+def test_the_gate_reserves_nothing_before_approval(site: Site) -> None:
+    with pytest.raises(StudyNotApproved):
+        gate.admit(site, study(), run="run", invited=5)
+    assert not site.ledger.exists()
+    judge(site, study(), Decision.APPROVED)
+    gate.admit(site, study(), run="run", invited=5)
+    assert gate.promised(site) > 0
+
+
+def test_a_server_cannot_fill_the_disk_with_proposals(site: Site) -> None:
+    judge(site, study(), Decision.APPROVED)
+    for number in range(MAX_PENDING + 5):
+        with pytest.raises(StudyNotApproved):
+            require_approved(site, _named(number))
+    known = judgements(site)
+    assert sum(one.decision is Decision.PENDING for one in known.values()) == MAX_PENDING
+    assert known[study().digest].decision is Decision.APPROVED
+    assert _named(0).digest not in known
+    assert _named(MAX_PENDING + 4).digest in known
+
+
+def test_every_decision_is_in_the_audit_log(site: Site) -> None:
+    judge(site, study(), Decision.DENIED, why="CANARY")
+    judge(site, study(), Decision.APPROVED)
+    entries = entries_of(site)
+    assert [entry.body["decision"] for entry in entries] == ["denied", "approved"]
+    assert {entry.body["study"] for entry in entries} == {study().digest}
+    assert "CANARY" not in (site.audit / "audit.jsonl").read_text()
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"format": 2, "studies": {}}', "other"])
+def test_a_damaged_file_approves_nothing(site: Site, damage: str) -> None:
+    judge(site, study(), Decision.APPROVED)
+    path = site.root / FILE
+    if damage == "other":
+        held = json.loads(path.read_text())
+        held["studies"] = {_named(1).digest: next(iter(held["studies"].values()))}
+        damage = json.dumps(held)
+    path.write_text(damage)
+    with pytest.raises(FileUnreadable):
+        require_approved(site, study())
+
+
+def test_a_study_is_found_by_the_first_digits_of_its_hash(site: Site) -> None:
+    judge(site, study(), Decision.APPROVED)
+    assert find(site, study().digest[:8].upper()).study == study()
+    for wrong in (study().digest[:7], "ffffffff", "*", ""):
+        with pytest.raises(OptionInvalid):
+            find(site, wrong)
+
+
+def test_review_says_what_matters(site: Site, tmp_path: Path) -> None:
+    write_cohort(site.root, np.random.default_rng(1), "N")
+    with pytest.raises(StudyNotApproved):
+        require_approved(site, study())
+    (held,) = judgements(site).values()
+    told = review(site, held)
+    for words in (
+        "bright-half: Is the upper half brighter",
+        study().digest,
+        "small-cnn, 3 rounds of 2 steps",
+        "their label 'finding' (no, yes)",
+        "at most epsilon 6 at delta 1e-05",
+        "epsilon 0.00 of 8.00 is promised",
+        "noised model updates, masked",
+        "policy       allows it",
+        f"cloister client approve {study().digest[:16]}",
+    ):
+        assert words in told
+    strict = init_site(tmp_path / "strict")
+    assert "refuses: policy.max_epsilon_study is 3" in review(strict, held)
+
+
+def test_the_commands_judge_and_a_run_follows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sites = write_federation(tmp_path / "sites", patients=24, images=1)
+    folder = sites / "birke"
+    (folder / "site.toml").write_text('[site]\nname = "birke"\n[policy]\nmax_epsilon_study = 6\n')
+    asked = study(training="rounds = 1")
+    with pytest.raises(TooFewSites, match="nobody there has approved the study yet") as caught:
+        simulate(Simulation(asked, sites, tmp_path / "one"))
+    assert "birke: CLO-307" in str(caught.value)
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["client", *arguments, "--dir", str(folder)])
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    assert f"{asked.digest[:16]}  pending   bright-half" in run("review")
+    assert "policy       allows it" in run("review", asked.digest[:12])
+    file = tmp_path / "study.toml"
+    file.write_text(study_text(training="rounds = 1"))
+    assert "Denied" in run("deny", asked.digest[:16], "--why", "not yet")
+    with pytest.raises(TooFewSites):
+        simulate(Simulation(asked, sites, tmp_path / "two"))
+    assert "Approved" in run("approve", str(file))
+    assert simulate(Simulation(asked, sites, tmp_path / "three"))["rounds"] == 1

@@ -488,6 +488,7 @@ class Reject(enum.Enum):
     DUPLICATE = "CLO-224"
     UNREADABLE = "CLO-225"
     OUTSIDE_ROOT = "CLO-226"
+    EXHAUSTED = "CLO-227"
 
     @property
     def title(self) -> str:
@@ -512,6 +513,7 @@ _REJECT_TITLES = {
     Reject.DUPLICATE: "same image twice",
     Reject.UNREADABLE: "file cannot be opened",
     Reject.OUTSIDE_ROOT: "symbolic link out of the data folder",
+    Reject.EXHAUSTED: "reading takes too much memory or time",
 }
 
 

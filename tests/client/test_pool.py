@@ -154,11 +154,11 @@ def test_a_worker_that_died_in_its_sleep_costs_nothing(pool: Pool) -> None:
     assert _outcome(pool, SOUND) is None
 
 
-def test_what_a_worker_can_do(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_worker_can_do(fresh: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CANARY_TOKEN", "secret")
     with Path("/etc/passwd").open() as inherited:
         os.set_inheritable(inherited.fileno(), True)
-        facts, _ = pool.submit(b"do:tell", SPEC).result(60)
+        facts, _ = fresh.submit(b"do:tell", SPEC).result(60)
     told = json.loads(facts.accession)
     for what in ("open", "write", "socket", "fork", "raise", "grow"):
         assert told[what] in ("OSError", "PermissionError", "BlockingIOError", "ValueError"), what

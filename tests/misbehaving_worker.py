@@ -93,6 +93,22 @@ def _resize() -> None:
     os.ftruncate(int(sys.argv[3]), 0)
 
 
+class _Panic(BaseException):
+    """What an extension in Rust raises."""
+
+
+def _panic() -> None:
+    raise _Panic
+
+
+def _capabilities() -> int:
+    import ctypes
+
+    sets = (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capget((ctypes.c_uint32 * 2)(0x20080522, 0), sets) == 0
+    return sum(sets)
+
+
 def _attempt(deed: Callable[[], object]) -> str:
     try:
         deed()
@@ -111,6 +127,7 @@ def _tell() -> None:
         "raise": _attempt(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))),
         "import": _attempt(lambda: __import__("wave")),
         "grow": _attempt(lambda: os.ftruncate(int(sys.argv[2]), 1 << 30)),
+        "capabilities": _capabilities(),
         "modules": sorted({"torch", "flwr", "pydantic", "requests"} & _loaded()),
         "environment": sorted(os.environ),
         "limits": [
@@ -136,6 +153,7 @@ DEEDS: dict[str, Callable[[], object]] = {
     "memory": lambda: bytearray(3 << 30),
     "map": _map,
     "recursion": lambda: _recurse(0),
+    "panic": _panic,
     "spin": _spin,
     "sleep": lambda: time.sleep(600),
     "compute": _compute,

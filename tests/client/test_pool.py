@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from cloister_client.dicom import pool as pools
 from cloister_client.dicom import precheck, process
 from cloister_client.dicom.folder import Accepted, Refused, read_folder
 from cloister_client.dicom.image import read_image
-from cloister_client.dicom.pool import Pool, close_shared_pool, shared_pool
+from cloister_client.dicom.pool import Pool, Reading, close_shared_pool, shared_pool
 from cloister_client.dicom.process import NotStarted, Worker
 from cloister_client.dicom.reject import RejectedFile
 from cloister_common.errors import DecoderUnfit, Reject
@@ -28,6 +29,7 @@ from dicom_files import make_dicom, radiograph, write_dicom
 
 SPEC = Input(size=16)
 MISBEHAVING = "misbehaving_worker"
+SLOW = precheck.JPEG_2000_LOSSLESS
 SOUND = make_dicom(radiograph(1), bits_stored=12)
 EXHAUSTED, FAILED = Reject.EXHAUSTED, Reject.DECODE_FAILED
 
@@ -90,8 +92,6 @@ def test_what_a_worker_reads_is_what_is_read_here(pool: Pool) -> None:
         ("segfault", FAILED),
         ("abort", FAILED),
         ("exit", FAILED),
-        ("sys-exit", FAILED),
-        ("recursion", FAILED),
         ("kill", EXHAUSTED),
         ("memory", EXHAUSTED),
         ("map", FAILED),
@@ -120,6 +120,15 @@ def test_a_deed_costs_one_file(pool: Pool, deed: str, reason: Reject) -> None:
     assert _outcome(pool, b"do:" + deed.encode()) is reason
     assert _outcome(pool, SOUND) is None
     assert len(pool._running) == 1
+
+
+@pytest.mark.parametrize("deed", ["sys-exit", "recursion", "panic"])
+def test_what_is_raised_costs_no_worker(pool: Pool, deed: str) -> None:
+    assert _outcome(pool, SOUND) is None
+    before = _pids(pool)
+    assert _outcome(pool, b"do:" + deed.encode()) is FAILED
+    assert _outcome(pool, SOUND) is None
+    assert _pids(pool) == before
 
 
 @pytest.mark.parametrize("deed", ["spin", "sleep"])
@@ -164,6 +173,7 @@ def test_what_a_worker_can_do(fresh: Pool, monkeypatch: pytest.MonkeyPatch) -> N
         assert told[what] in ("OSError", "PermissionError", "BlockingIOError", "ValueError"), what
     assert told["import"] == "ModuleNotFoundError"
     assert told["modules"] == []
+    assert told["capabilities"] == 0
     assert not any("CANARY" in name or "PYTHON" in name for name in told["environment"])
     assert told["limits"] == [2 << 30, 0, 0]
     assert 0 < told["cpu"] <= 21
@@ -319,12 +329,25 @@ def test_a_folder_is_read_in_order(tmp_path: Path) -> None:
     assert found == expected
 
 
-def test_a_reader_that_stops_early_leaves_the_pool_usable(tmp_path: Path) -> None:
+def test_a_reader_that_stops_early_leaves_the_pool_usable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in range(12):
-        write_dicom(tmp_path / f"{number:02d}", radiograph(number), bits_stored=12)
+        image = radiograph(number, 1000, 1000)
+        write_dicom(tmp_path / f"{number:02d}", image, bits_stored=12, transfer_syntax=SLOW)
+    futures: list[Future[Reading]] = []
+    submit = Pool.submit
+
+    def noted(self: Pool, data: bytes, spec: Input) -> Future[Reading]:
+        futures.append(submit(self, data, spec))
+        return futures[-1]
+
+    monkeypatch.setattr(Pool, "submit", noted)
     outcomes = read_folder(tmp_path, SPEC, key=b"k")
     assert isinstance(next(outcomes), Accepted)
     outcomes.close()  # type: ignore[attr-defined]
+    assert len(futures) < 12
+    assert any(future.cancelled() for future in futures)
     assert sum(isinstance(one, Accepted) for one in read_folder(tmp_path, SPEC, key=b"k")) == 12
 
 

@@ -500,6 +500,7 @@ class Reject(enum.Enum):
     DUPLICATE = "CLO-224"
     UNREADABLE = "CLO-225"
     OUTSIDE_ROOT = "CLO-226"
+    EXHAUSTED = "CLO-227"
 
     @property
     def title(self) -> str:
@@ -524,6 +525,7 @@ _REJECT_TITLES = {
     Reject.DUPLICATE: "same image twice",
     Reject.UNREADABLE: "file cannot be opened",
     Reject.OUTSIDE_ROOT: "symbolic link out of the data folder",
+    Reject.EXHAUSTED: "reading takes too much memory or time",
 }
 
 

@@ -1,7 +1,6 @@
 """Pixel bytes in, stored values out: the one door through which hostile bytes reach a decoder.
 
-Everything a decoder needs is in the arguments of ``decode`` and everything it says is the array
-or a reason, so the call can move to a process of its own without a change to its callers.
+Runs in a worker process (``worker``), which a decoder may crash or exhaust.
 
 One decoder a transfer syntax and no fallback: two decoders that disagree would make a site's
 images depend on what is installed. libjpeg-turbo (through imagecodecs) reads the JPEG family,
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 
 from cloister_client.dicom import precheck as syntax
 from cloister_client.dicom.codestream import read_frame
-from cloister_client.dicom.reject import RejectedFile
+from cloister_client.dicom.reject import RejectedFile, unfit
 from cloister_client.dicom.tags import PixelLayout, silence
 from cloister_client.dicom.vectors import ENCODED, TOLERANCE, original
 from cloister_common.errors import DecoderUnfit, Reject
@@ -80,12 +79,18 @@ def check_decoder(transfer_syntax: str) -> None:
     known = original(8 if transfer_syntax == syntax.JPEG_BASELINE else 12)
     if values.shape == known.shape and int(np.abs(values - known).max()) <= TOLERANCE[name]:
         return
-    raise DecoderUnfit(
-        f"The decoder of transfer syntax {transfer_syntax} fails its known-answer test.",
-        why="What is installed differs from what Cloister was tested with.",
-        remedy="Install Cloister's pinned versions: pip install -c constraints.txt "
-        "'cloister[client]'.",
-    )
+    raise unfit(transfer_syntax)
+
+
+def unfit_decoders() -> tuple[str, ...]:
+    """Check every decoder; return the transfer syntaxes of those that fail, sorted."""
+    failed = []
+    for transfer_syntax in sorted(_VECTOR):
+        try:
+            check_decoder(transfer_syntax)
+        except DecoderUnfit:
+            failed.append(transfer_syntax)
+    return tuple(failed)
 
 
 def _run(transfer_syntax: str, data: bytes) -> Stored:

@@ -12,11 +12,9 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from cloister_client.dicom.bounds import MAX_FILE_BYTES
 from cloister_client.dicom.reject import RejectedFile
 from cloister_common.errors import FolderUnreadable, Reject
-
-MAX_FILE_BYTES = 256 << 20
-"""Largest file that is read; a 64-megapixel 16-bit image and its header fit."""
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,21 @@
 """Read a folder of DICOM files into preprocessed images, one outcome a file.
 
-    discover -> read -> cache, or: precheck -> decode -> preprocess -> cache
+    discover -> read -> cache, or: worker (precheck -> decode -> preprocess) -> cache
 
-Each file ends as an ``Accepted`` image or as a ``Refused`` reason. Nothing is logged; a file is
-spoken of by a short keyed hash of its path.
+The workers are processes of their own, several at a time (``pool``); here the outcomes are put
+in order again. Each file ends as an ``Accepted`` image or as a ``Refused`` reason. Nothing is
+logged; a file is spoken of by a short keyed hash of its path.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import hmac
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -19,15 +23,16 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cloister_client.dicom.decode import decode
 from cloister_client.dicom.discover import Found, discover, read_file
-from cloister_client.dicom.precheck import precheck
-from cloister_client.dicom.preprocess import preprocess, spec_digest
+from cloister_client.dicom.pool import Reading, shared_pool
+from cloister_client.dicom.preprocess import spec_digest
 from cloister_client.dicom.reject import RejectedFile
+from cloister_client.dicom.wire import Facts
 from cloister_common.errors import Reject
 from cloister_common.study import Input
 
-Facts = dict[str, str | int]
+_AHEAD_BYTES = 128 << 20
+"""Most bytes of files that are read ahead, the one file at hand apart."""
 
 
 class ImageCache(Protocol):
@@ -35,9 +40,9 @@ class ImageCache(Protocol):
 
     def name(self, content: bytes, spec: str) -> str: ...
 
-    def get(self, name: str) -> tuple[Facts, NDArray[np.uint16]] | None: ...
+    def get(self, name: str) -> tuple[dict[str, str | int], NDArray[np.uint16]] | None: ...
 
-    def put(self, name: str, facts: Facts, image: NDArray[np.uint16]) -> None: ...
+    def put(self, name: str, facts: Mapping[str, str | int], image: NDArray[np.uint16]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -98,73 +103,114 @@ def read_folder(
 
     Raises:
         FolderUnreadable: the folder cannot be listed.
-        DecoderUnfit: a decoder fails its known-answer test.
+        DecoderUnfit: a decoder fails its known-answer test, or no worker can be started.
     """
     found = discover(dicom)
-    digest = spec_digest(spec)
     instances: set[str] = set()
     pixels: set[tuple[str, str, str]] = set()
-    for done, one in enumerate(found, start=1):
-        outcome, pixel_hash = _outcome(one, _short_id(key, one, dicom), spec, digest, cache)
-        if isinstance(outcome, Accepted):
-            keys = outcome.keys
-            same = (keys.issuer, keys.patient_id, pixel_hash)
-            if keys.sop_instance in instances or same in pixels:
-                outcome = Refused(outcome.short_id, Reject.DUPLICATE, keys)
+    with _Reader(spec, cache) as reader:
+        for done, (one, reading) in enumerate(reader.read(found), start=1):
+            outcome = _judge(_short_id(key, one, dicom), reading, instances, pixels)
+            if progress is not None:
+                progress(done, len(found))
+            yield outcome
+
+
+def _judge(
+    short_id: str, reading: Reading | Reject, instances: set[str], pixels: set[tuple[str, str, str]]
+) -> Accepted | Refused:
+    """Turn away what was there before; ``instances`` and ``pixels`` remember it."""
+    if isinstance(reading, Reject):
+        return Refused(short_id, reading)
+    facts, image = reading
+    keys = Keys(facts.sop_instance, facts.accession, facts.patient_id, facts.issuer)
+    same = (keys.issuer, keys.patient_id, facts.pixels)
+    if keys.sop_instance in instances or same in pixels:
+        return Refused(short_id, Reject.DUPLICATE, keys)
+    instances.add(keys.sop_instance)
+    pixels.add(same)
+    return Accepted(short_id, keys, facts.modality, facts.rows, facts.columns, image)
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    """A file under way; ``done`` is what is known of it already, else ``future`` will tell."""
+
+    found: Found
+    size: int = 0
+    done: Reading | Reject | None = None
+    future: Future[Reading] | None = None
+    entry: str = ""
+
+
+class _Reader:
+    """Reads files ahead, as many as keep the workers busy, and gives them back in order."""
+
+    def __init__(self, spec: Input, cache: ImageCache | None) -> None:
+        self._spec = spec
+        self._digest = spec_digest(spec)
+        self._cache = cache
+        self._pool = shared_pool()
+        self._ahead: deque[_Waiting] = deque()
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        # The caller may stop early, or be interrupted: what nobody waits for is not begun.
+        for waiting in self._ahead:
+            if waiting.future is not None:
+                waiting.future.cancel()
+
+    def read(self, found: Sequence[Found]) -> Iterator[tuple[Found, Reading | Reject]]:
+        held = 0
+        for one in found:
+            self._ahead.append(waiting := self._begin(one))
+            held += waiting.size
+            while len(self._ahead) > 2 * self._pool.workers or held > _AHEAD_BYTES:
+                held -= self._ahead[0].size
+                yield self._end()
+        while self._ahead:
+            yield self._end()
+
+    def _begin(self, one: Found) -> _Waiting:
+        if one.reason is not None:
+            return _Waiting(one, done=one.reason)
+        try:
+            data = read_file(one.path)
+        except RejectedFile as rejected:
+            return _Waiting(one, done=rejected.reason)
+        entry = ""
+        if self._cache is not None:
+            entry = self._cache.name(hashlib.sha256(data).digest(), self._digest)
+            known = self._cache.get(entry)
+            if known is not None:
+                return _Waiting(one, done=(_facts(known[0]), known[1]))
+        return _Waiting(one, len(data), future=self._pool.submit(data, self._spec), entry=entry)
+
+    def _end(self) -> tuple[Found, Reading | Reject]:
+        waiting = self._ahead[0]
+        done = waiting.done
+        if waiting.future is not None:
+            try:
+                done = waiting.future.result()
+            except RejectedFile as rejected:
+                done = rejected.reason
             else:
-                instances.add(keys.sop_instance)
-                pixels.add(same)
-        if progress is not None:
-            progress(done, len(found))
-        yield outcome
+                if self._cache is not None:
+                    self._cache.put(waiting.entry, dataclasses.asdict(done[0]), done[1])
+        self._ahead.popleft()
+        assert done is not None
+        return waiting.found, done
 
 
-def _outcome(
-    one: Found, short_id: str, spec: Input, digest: str, cache: ImageCache | None
-) -> tuple[Accepted | Refused, str]:
-    if one.reason is not None:
-        return Refused(short_id, one.reason), ""
-    try:
-        data = read_file(one.path)
-        name = cache.name(hashlib.sha256(data).digest(), digest) if cache is not None else ""
-        entry = cache.get(name) if cache is not None else None
-        if entry is None:
-            entry = _read(data, spec)
-            if cache is not None:
-                cache.put(name, *entry)
-    except RejectedFile as rejected:
-        return Refused(short_id, rejected.reason), ""
-    facts, image = entry
-    keys = Keys(
-        sop_instance=str(facts["sop_instance"]),
-        accession=str(facts["accession"]),
-        patient_id=str(facts["patient_id"]),
-        issuer=str(facts["issuer"]),
-    )
-    accepted = Accepted(
-        short_id, keys, str(facts["modality"]), int(facts["rows"]), int(facts["columns"]), image
-    )
-    return accepted, str(facts["pixels"])
-
-
-def _read(data: bytes, spec: Input) -> tuple[Facts, NDArray[np.uint16]]:
-    """Check, decode and preprocess the bytes of one file."""
-    checked = precheck(data, spec.modalities)
-    tags, layout = checked.tags, checked.tags.layout
-    stored = decode(checked.pixels, checked.transfer_syntax, layout)
-    image = preprocess(stored, layout, tags.grayscale, spec)
-    described = f"{tags.photometric}/{layout.rows}x{layout.columns}/".encode()
-    facts: Facts = {
-        "sop_instance": tags.sop_instance,
-        "accession": tags.accession,
-        "patient_id": tags.patient_id,
-        "issuer": tags.issuer,
-        "modality": tags.modality,
-        "rows": layout.rows,
-        "columns": layout.columns,
-        "pixels": hashlib.sha256(described + stored.astype("<i4").tobytes()).hexdigest(),
+def _facts(entry: Mapping[str, str | int]) -> Facts:
+    """Read what the cache holds; it was written here, and is sealed."""
+    texts = {
+        name: str(entry[name])
+        for name in ("pixels", "modality", "sop_instance", "accession", "patient_id", "issuer")
     }
-    return facts, image
+    return Facts(rows=int(entry["rows"]), columns=int(entry["columns"]), **texts)
 
 
 def _short_id(key: bytes, one: Found, root: Path) -> str:

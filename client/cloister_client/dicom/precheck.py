@@ -11,13 +11,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from cloister_client.dicom import structure
+from cloister_client.dicom.bounds import MAX_PIXELS
 from cloister_client.dicom.codestream import check_codestream
 from cloister_client.dicom.reject import RejectedFile
 from cloister_client.dicom.tags import WANTED, PixelLayout, Tags, parse_tags
 from cloister_common.errors import Reject
-
-MAX_PIXELS = 64 << 20
-"""Most pixels of an image (rows x columns); the largest mammograms have half of it."""
 
 IMPLICIT_LITTLE = structure.IMPLICIT_LITTLE
 EXPLICIT_LITTLE = structure.EXPLICIT_LITTLE

@@ -15,15 +15,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cloister_client.dicom.reject import RejectedFile
-from cloister_client.dicom.tags import Grayscale, Lut, PixelLayout
 from cloister_common.errors import Reject
-from cloister_common.study import Input
+
+if TYPE_CHECKING:
+    # The process with the data has no use for pydicom, nor a worker for pydantic.
+    from cloister_client.dicom.tags import Grayscale, Lut, PixelLayout
+    from cloister_common.study import Input
 
 SPEC_LABEL = b"cloister/preprocess/v1\0"
 """Changes whenever the same input would give another tensor."""
@@ -34,6 +37,22 @@ Shades = NDArray[np.uint16]
 _Values = NDArray[np.float64]
 
 
+class Recipe(Protocol):
+    """What ``preprocess`` needs of a study's input; see ``cloister_common.study.Input``."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def windowing(self) -> str: ...
+
+    @property
+    def percentiles(self) -> tuple[float, float]: ...
+
+    @property
+    def window(self) -> tuple[float, float] | None: ...
+
+
 def spec_digest(spec: Input) -> str:
     """SHA-256 of everything that shapes a tensor, 64 hexadecimal digits."""
     text = json.dumps(spec.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
@@ -41,7 +60,7 @@ def spec_digest(spec: Input) -> str:
 
 
 def preprocess(
-    stored: NDArray[np.int32], layout: PixelLayout, grayscale: Grayscale, spec: Input
+    stored: NDArray[np.int32], layout: PixelLayout, grayscale: Grayscale, spec: Recipe
 ) -> Shades:
     """Turn stored values into the image that is trained on.
 
@@ -142,7 +161,7 @@ def _box_sums(image: NDArray[Any], size: int) -> NDArray[np.int64]:
 
 
 def _display(
-    values: _Values, counts: NDArray[np.int64], grayscale: Grayscale, spec: Input
+    values: _Values, counts: NDArray[np.int64], grayscale: Grayscale, spec: Recipe
 ) -> _Values:
     """Map modality values to [0, 1], black to white."""
     shown: _Values | None = None

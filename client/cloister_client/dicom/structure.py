@@ -20,6 +20,8 @@ MAX_DEPTH = 100
 """Deepest nesting of items."""
 MAX_ELEMENTS = 200_000
 """Most elements, items and fragments in a file."""
+MAX_PARSED_ELEMENTS = 1000
+"""Most elements and items in one sequence that a library is going to parse; a table has three."""
 MAX_KEPT_BYTES = 1 << 20
 """Longest value of a wanted element other than the pixels; a 16-bit LUT needs 128 KiB."""
 
@@ -153,7 +155,10 @@ class _Walk:
     def descend(self, element: _Element, implicit: bool) -> None:
         """Check the inside of a sequence that a library is going to parse."""
         if element.vr == b"SQ" or (implicit and self._starts_item(element)):
+            before = self._seen
             self._sequence(element, len(self._data), implicit, 0, inside=True)
+            if self._seen - before > MAX_PARSED_ELEMENTS:
+                raise _damaged()
 
     def fragments(self, at: int) -> Iterator[bytes]:
         """Yield the fragments of encapsulated pixel data, without the offset table (A.4)."""

@@ -1,0 +1,27 @@
+"""Limits that the process with the data and the processes that read files share.
+
+Kept apart from the readers, so that the first need not load what only the second use.
+"""
+
+from __future__ import annotations
+
+MAX_FILE_BYTES = 256 << 20
+"""Largest file that is read; a 64-megapixel 16-bit image and its header fit."""
+
+MAX_PIXELS = 64 << 20
+"""Most pixels of an image (rows x columns); the largest mammograms have half of it."""
+
+MAX_SIDE = 1024
+"""Largest side of a preprocessed image; the study's own bound."""
+
+MAX_KEY_BYTES = 1024
+"""Longest identifier in UTF-8; the standard allows 64 characters, archives some more."""
+
+WALL_SECONDS = 10.0
+"""How long one file may take by the clock."""
+
+CPU_SECONDS = 20
+"""How long one file may compute; ends a worker that nobody waits for any more."""
+
+ADDRESS_SPACE_BYTES = 2 << 30
+"""How much memory a worker may map, its libraries included (about 200 MB)."""

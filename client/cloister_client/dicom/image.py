@@ -1,0 +1,45 @@
+"""From a file that passed ``precheck`` to its preprocessed image and its facts."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cloister_client.dicom.decode import decode
+from cloister_client.dicom.precheck import Checked
+from cloister_client.dicom.preprocess import Recipe, preprocess
+from cloister_client.dicom.wire import Facts
+
+
+def read_image(checked: Checked, recipe: Recipe) -> tuple[Facts, NDArray[np.uint16]]:
+    """Decode and preprocess one image.
+
+    Args:
+        checked: what ``precheck`` cut out of the file.
+        recipe: the study's input.
+
+    Returns:
+        What is known of it, and its shades of grey, shape (size, size).
+
+    Raises:
+        RejectedFile: ``DECODE_FAILED`` or ``PIXEL_FORMAT``.
+        DecoderUnfit: the decoder fails its known-answer test.
+    """
+    tags, layout = checked.tags, checked.tags.layout
+    stored = decode(checked.pixels, checked.transfer_syntax, layout)
+    image = preprocess(stored, layout, tags.grayscale, recipe)
+    described = hashlib.sha256(f"{tags.photometric}/{layout.rows}x{layout.columns}/".encode())
+    described.update(np.ascontiguousarray(stored, dtype="<i4").data)
+    facts = Facts(
+        rows=layout.rows,
+        columns=layout.columns,
+        pixels=described.hexdigest(),
+        modality=tags.modality,
+        sop_instance=tags.sop_instance,
+        accession=tags.accession,
+        patient_id=tags.patient_id,
+        issuer=tags.issuer,
+    )
+    return facts, image

@@ -1,0 +1,91 @@
+"""The process in which files are parsed and decoded, and which they may crash or exhaust.
+
+Started by ``pool`` in a clean interpreter, with three descriptors (a socket of datagrams, the
+memory with the file, the memory for the image) and the parent's process id as arguments. Reads
+one file after another until the socket closes. Loads neither torch nor anything that trains. See
+``wire`` for what it says, ``limits`` for what it may.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import mmap
+import os
+import socket
+import sys
+from typing import NoReturn
+
+from cloister_client.dicom.limits import confine, renew_cpu, seal
+
+
+def main() -> NoReturn:
+    """Serve until the parent is gone."""
+    serve(*enter())
+
+
+def enter() -> tuple[socket.socket, int, int]:
+    """Take the arguments, ``sys.argv[1:5]``, and the limits; return what ``serve`` needs."""
+    channel, inbox, outbox, parent = (int(word) for word in sys.argv[1:5])
+    # First: what is loaded counts towards the limits, and has no network.
+    confine(parent)
+    return socket.socket(fileno=channel), inbox, outbox
+
+
+def serve(channel: socket.socket, inbox: int, outbox: int) -> NoReturn:
+    """Load the decoders, prove them, close the doors, and answer requests.
+
+    Args:
+        channel: where requests come from and answers go.
+        inbox: descriptor of the memory that holds the file of the request.
+        outbox: descriptor of the memory for the shades, two bytes each, little endian.
+    """
+    # pydicom would load a client for HTTP, which has no business here.
+    sys.modules["requests"] = None  # type: ignore[assignment]
+    import numpy as np
+
+    from cloister_client.dicom import wire
+    from cloister_client.dicom.bounds import MAX_SIDE
+    from cloister_client.dicom.decode import unfit_decoders
+    from cloister_client.dicom.image import read_image
+    from cloister_client.dicom.precheck import precheck
+    from cloister_client.dicom.reject import RejectedFile
+    from cloister_common.errors import Reject
+
+    unfit = frozenset(unfit_decoders())
+    _load_character_sets()
+    shades = np.frombuffer(mmap.mmap(outbox, 2 * MAX_SIDE * MAX_SIDE), "<u2")
+
+    def answer(request: wire.Request) -> bytes:
+        try:
+            checked = precheck(os.pread(inbox, request.length, 0), request.modalities)
+            if checked.transfer_syntax in unfit:
+                return wire.pack_unfit(request.serial, checked.transfer_syntax)
+            facts, image = read_image(checked, request)
+            said = wire.pack_facts(request.serial, facts)
+            shades[: image.size] = image.ravel()
+            return said
+        except RejectedFile as rejected:
+            return wire.pack_reject(request.serial, rejected.reason)
+        except MemoryError:
+            return wire.pack_reject(request.serial, Reject.EXHAUSTED)
+        except BaseException:
+            # BaseException: extensions written in Rust raise panics outside of Exception.
+            return wire.pack_reject(request.serial, Reject.DECODE_FAILED)
+
+    seal()
+    channel.send(wire.pack_hello(unfit))
+    while message := channel.recv(wire.MAX_MESSAGE):
+        renew_cpu()
+        channel.send(answer(wire.parse_request(message)))
+    os._exit(0)
+
+
+def _load_character_sets() -> None:
+    """Load the codecs that a file may name, for none can be loaded later."""
+    from pydicom.charset import python_encoding
+
+    for name in sorted({*python_encoding.values(), "ascii", "cp1251", "cp1252", "utf-8"}):
+        # The standard's names include some that Python knows only in another spelling.
+        with contextlib.suppress(LookupError):
+            codecs.lookup(name)

@@ -1,0 +1,128 @@
+"""Whatever bytes a worker says, they are an answer or an ``InvalidMessage``."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cloister_client.dicom import wire
+from cloister_client.dicom.bounds import MAX_KEY_BYTES, MAX_PIXELS
+from cloister_client.dicom.reject import RejectedFile
+from cloister_common.errors import DecoderUnfit, Reject
+from cloister_common.study import Input
+
+UNFIT = frozenset(("1.2.840.10008.1.2.4.80",))
+FACTS = wire.Facts(48, 40, "0f" * 32, "DX", "1.2.3", "ACC", "Ž-1", "")
+REQUEST = wire.Request(7, 10, ("CR", "DX"), 128, "auto", (1.0, 99.0), None)
+SAYABLE = set(Reject) - {Reject.DUPLICATE, Reject.UNREADABLE, Reject.OUTSIDE_ROOT}
+
+
+def test_a_request_comes_back_as_it_was() -> None:
+    fixed = wire.Request(2**40, 5, ("CT",), 64, "fixed", (0.1, 99.9), (40.1, 400.3))
+    for request in (REQUEST, fixed):
+        assert wire.parse_request(wire.pack_request(request)) == request
+
+
+def test_a_request_has_all_that_shapes_a_tensor() -> None:
+    # A field that is new in a study's input must not get lost on the way to the worker.
+    assert set(Input.model_fields) == set(wire.Request.__dataclass_fields__) - {"serial", "length"}
+
+
+def test_an_image_comes_back_as_it_was() -> None:
+    assert wire.parse_answer(wire.pack_facts(7, FACTS), REQUEST, UNFIT) == FACTS
+
+
+def test_facts_are_not_shown() -> None:
+    shown = repr(FACTS)
+    assert not any(text in shown for text in ("1.2.3", "ACC", "Ž-1", "0f0f"))
+
+
+@pytest.mark.parametrize("reason", sorted(SAYABLE, key=lambda one: one.value))
+def test_a_reason_comes_back_as_it_was(reason: Reject) -> None:
+    with pytest.raises(RejectedFile) as caught:
+        wire.parse_answer(wire.pack_reject(7, reason), REQUEST, UNFIT)
+    assert caught.value.reason is reason
+
+
+def test_unfit_decoders_are_told_at_the_start_and_at_need() -> None:
+    assert wire.parse_hello(wire.pack_hello(UNFIT)) == UNFIT
+    assert wire.parse_hello(wire.pack_hello(())) == frozenset()
+    (syntax,) = UNFIT
+    with pytest.raises(DecoderUnfit):
+        wire.parse_answer(wire.pack_unfit(7, syntax), REQUEST, UNFIT)
+    with pytest.raises(wire.InvalidMessage):
+        wire.parse_answer(wire.pack_unfit(7, syntax), REQUEST, ())
+
+
+@pytest.mark.parametrize("hello", [b"", b"cloister", wire.HELLO + b"x", wire.HELLO + b"\0CANARY"])
+def test_another_hello(hello: bytes) -> None:
+    with pytest.raises(wire.InvalidMessage):
+        wire.parse_hello(hello)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"rows": 0},
+        {"columns": 0},
+        {"rows": MAX_PIXELS, "columns": 2},
+        {"modality": "CT"},
+        {"modality": ""},
+        {"sop_instance": ""},
+        {"sop_instance": "1.2\n3"},
+        {"sop_instance": "1" * 65},
+        {"patient_id": ""},
+    ],
+)
+def test_facts_that_cannot_be(facts: dict[str, str | int]) -> None:
+    wrong = wire.Facts(**{**FACTS.__dict__, **facts})
+    with pytest.raises(wire.InvalidMessage):
+        wire.parse_answer(wire.pack_facts(7, wrong), REQUEST, UNFIT)
+
+
+@pytest.mark.parametrize("text", ["x" * (MAX_KEY_BYTES + 1), "\ud800", "ž" * MAX_KEY_BYTES])
+def test_an_identifier_that_is_none_turns_the_file_away(text: str) -> None:
+    wrong = wire.Facts(**{**FACTS.__dict__, "patient_id": text})
+    with pytest.raises(RejectedFile) as caught:
+        wire.pack_facts(7, wrong)
+    assert caught.value.reason is Reject.TRUNCATED
+
+
+def test_an_identifier_too_long_is_not_believed_either() -> None:
+    head = struct.pack(">QBII32s5H", 7, 0, 4, 4, bytes(32), 2, 3, MAX_KEY_BYTES + 1, 1, 0)
+    message = head + b"DX1.2" + b"a" * (MAX_KEY_BYTES + 1) + b"P"
+    with pytest.raises(wire.InvalidMessage):
+        wire.parse_answer(message, REQUEST, UNFIT)
+
+
+def _judge(message: bytes) -> None:
+    try:
+        facts = wire.parse_answer(message, REQUEST, UNFIT)
+    except (RejectedFile, DecoderUnfit, wire.InvalidMessage):
+        return
+    assert facts.rows * facts.columns <= MAX_PIXELS
+    assert facts.modality in REQUEST.modalities
+
+
+@pytest.mark.parametrize("reason", sorted(set(Reject) - SAYABLE, key=lambda one: one.value))
+def test_a_reason_that_is_not_a_workers_is_not_believed(reason: Reject) -> None:
+    with pytest.raises(wire.InvalidMessage):
+        wire.parse_answer(wire.pack_reject(7, reason), REQUEST, UNFIT)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=400), st.sampled_from([b"", struct.pack(">QB", 7, 0)]))
+def test_any_bytes_are_judged(content: bytes, start: bytes) -> None:
+    _judge(start + content)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_damaged_answer_is_judged(data: st.DataObject) -> None:
+    message = bytearray(wire.pack_facts(7, FACTS))
+    for _ in range(data.draw(st.integers(1, 4))):
+        message[data.draw(st.integers(0, len(message) - 1))] = data.draw(st.integers(0, 255))
+    _judge(bytes(message[: data.draw(st.integers(0, len(message)))]))

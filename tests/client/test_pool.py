@@ -20,7 +20,13 @@ from cloister_client.dicom import pool as pools
 from cloister_client.dicom import precheck, process
 from cloister_client.dicom.folder import Accepted, Refused, read_folder
 from cloister_client.dicom.image import read_image
-from cloister_client.dicom.pool import Pool, Reading, close_shared_pool, shared_pool
+from cloister_client.dicom.pool import (
+    Pool,
+    Reading,
+    close_shared_pool,
+    default_workers,
+    shared_pool,
+)
 from cloister_client.dicom.process import NotStarted, Worker
 from cloister_client.dicom.reject import RejectedFile
 from cloister_common.errors import DecoderUnfit, Reject
@@ -178,6 +184,17 @@ def test_what_a_worker_can_do(fresh: Pool, monkeypatch: pytest.MonkeyPatch) -> N
     assert told["limits"] == [2 << 30, 0, 0]
     assert 0 < told["cpu"] <= 21
     assert told["session"]
+
+
+def test_there_are_as_many_workers_as_cores_and_memory_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)))
+    gigabytes = {"SC_PHYS_PAGES": 1 << 24, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(os, "sysconf", gigabytes.__getitem__)
+    for pages, workers in ((1 << 24, 8), (5 << 18, 2), (1 << 18, 1)):
+        gigabytes["SC_PHYS_PAGES"] = pages
+        assert default_workers() == workers
 
 
 def test_a_worker_starts_quickly() -> None:

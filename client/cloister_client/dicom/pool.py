@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from cloister_client.dicom.bounds import ADDRESS_SPACE_BYTES
 from cloister_client.dicom.process import WORKER, NotAsked, NotStarted, Worker
 from cloister_client.dicom.wire import Facts
 from cloister_common.errors import DecoderUnfit
@@ -41,15 +42,15 @@ class _Job:
 
 
 class Pool:
-    """Reads files in ``workers`` processes, which start when there is something to read.
+    """Reads files in worker processes, which start when there is something to read.
 
     Args:
-        workers: how many, at least 1; else as many as this process has processor cores.
+        workers: how many; else ``default_workers``.
         module: whose ``main`` the processes run.
     """
 
     def __init__(self, workers: int | None = None, *, module: str = WORKER) -> None:
-        self.workers = max(1, workers or len(os.sched_getaffinity(0)))
+        self.workers = workers or default_workers()
         self._module = module
         self._owner = os.getpid()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -164,6 +165,15 @@ def _not_started() -> DecoderUnfit:
         remedy="Install Cloister's pinned versions: pip install -c constraints.txt "
         "'cloister[client]'; and see that a process may use 2 GB of memory.",
     )
+
+
+def default_workers() -> int:
+    """One a processor core that this process may use, as far as memory goes; at least one.
+
+    Hostile files can make every worker take all that it may at once.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(len(os.sched_getaffinity(0)), memory // ADDRESS_SPACE_BYTES))
 
 
 _lock = threading.Lock()

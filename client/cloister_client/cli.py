@@ -14,12 +14,17 @@ from typing import Annotated
 
 import typer
 
+from cloister_client.cli_join import join, roster
 from cloister_common.errors import FolderUnreadable, OptionInvalid, PolicyRefused
 from cloister_common.extras import require
 
 app = typer.Typer(help="Set up and check a hospital's site.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Option("--dir", help="The site folder.")]
+
+
+app.command()(join)
+app.command()(roster)
 
 
 @app.callback()

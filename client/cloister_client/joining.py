@@ -305,6 +305,7 @@ def _talk(
             raise _unproven(address) from None
         raise CoordinatorUnreachable(
             f"{address} cannot be reached.",
+            why=f"The connection ended with {type(error).__name__}.",
             remedy="Ask the coordinator whether the server runs and your invite is open.",
         ) from None
     if status != 200:

@@ -35,7 +35,13 @@ from cloister_common import eckeys
 from cloister_common.eckeys import Purpose
 from cloister_common.enrolment import split_address
 from cloister_common.errors import OptionInvalid, ServerFolderInvalid
-from cloister_common.files import create_secret, make_private_dir, read_secret, write_atomic
+from cloister_common.files import (
+    create_secret,
+    make_private_dir,
+    read_secret,
+    sweep,
+    write_atomic,
+)
 from cloister_common.study import Name
 from cloister_common.tomlfile import FileModel, parse, read_text
 from cloister_server.authority import Authority, needs_renewal, pem
@@ -267,6 +273,7 @@ def init_coordinator(root: Path, layout: Layout | None) -> Coordinator:
     create_secret(keys / SUPEREXEC_SECRET, secrets.token_hex(32).encode())
     _certify(coordinator, authority)
     with coordinator.deciding(), coordinator.registry() as registry:
+        sweep(keys)
         publish_roster(coordinator, registry)
     if fresh:
         # Last: a folder with this file is a finished one.

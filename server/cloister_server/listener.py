@@ -171,10 +171,11 @@ class Door:
         same = sum(1 for other in self.inside if _kin(other.peer) == _kin(peer))
         return len(self.inside) < self.limits.connections and same < self.limits.each
 
-    def throw_out(self, fingerprints: frozenset[bytes]) -> None:
-        """Cut the connections of these certificates."""
-        for connection in [c for c in self.inside if c.peer.fingerprint in fingerprints]:
-            connection.transport.abort()
+    def throw_out(self, fingerprints: frozenset[bytes] | None = None) -> None:
+        """Cut the connections of these certificates, or all."""
+        for connection in list(self.inside):
+            if fingerprints is None or connection.peer.fingerprint in fingerprints:
+                connection.transport.abort()
 
     async def watch(self) -> None:
         """Cut what dawdles, for ever; a task of its own."""

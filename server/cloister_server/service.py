@@ -27,7 +27,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-from cloister_common.errors import ServerFolderInvalid, ServerState
+from cloister_common.errors import ListenRefused, ServerFolderInvalid, ServerState
 from cloister_common.files import read_secret
 from cloister_server.authority import CA_CERTIFICATE, pem
 from cloister_server.coordinator import SERVER_CERTIFICATE, SERVER_KEY, Coordinator
@@ -184,8 +184,14 @@ class _Service:
             each.throw_out(self._revoked())
         wanted = self.registry.open_invites() > 0
         if wanted and "enrolment" not in self._listeners:
-            await self._open("enrolment", joining, door, self.coordinator.file.enrolment.listen)
+            address = self.coordinator.file.enrolment.listen
+            try:
+                await self._open("enrolment", joining, door, address)
+            except ListenRefused as error:
+                # Those who are in go on; it is tried again at the next look.
+                logging.getLogger("cloister").warning("%s", error)
         elif not wanted and "enrolment" in self._listeners:
+            door.throw_out()
             await self._close("enrolment")
         return now
 

@@ -161,7 +161,7 @@ class Coordinator:
 
     @contextlib.contextmanager
     def deciding(self) -> Iterator[None]:
-        """Keep other commands from signing a roster at the same time."""
+        """Keep other commands from writing here at the same time."""
         handle = os.open(self.root / "decide.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -273,7 +273,7 @@ def init_coordinator(root: Path, layout: Layout | None) -> Coordinator:
     create_secret(keys / SUPEREXEC_SECRET, secrets.token_hex(32).encode())
     _certify(coordinator, authority)
     with coordinator.deciding(), coordinator.registry() as registry:
-        sweep(keys)
+        sweep(root)
         publish_roster(coordinator, registry)
     if fresh:
         # Last: a folder with this file is a finished one.

@@ -39,23 +39,24 @@ def invite_site(
             remedy="Use lower-case letters, digits and hyphens, at most 63.",
         )
     authority = place.authority()
-    with place.registry() as registry:
-        invite_id, secret, expires = registry.invite(name, lifetime_s)
-    line = Invite(
-        fleet=place.file.fleet.addresses[0],
-        enrolment=place.file.enrolment.addresses[0],
-        authority=authority.fingerprint,
-        root=place.federation_root(),
-        site=name,
-        invite_id=invite_id,
-        secret=secret,
-        expires=expires,
-    ).encode()
-    if not to_file:
-        return line, None
-    make_private_dir(place.root / "invites")
-    path = place.root / "invites" / f"{name}.invite"
-    write_atomic(path, line.encode() + b"\n")
+    with place.deciding():
+        with place.registry() as registry:
+            invite_id, secret, expires = registry.invite(name, lifetime_s)
+        line = Invite(
+            fleet=place.file.fleet.addresses[0],
+            enrolment=place.file.enrolment.addresses[0],
+            authority=authority.fingerprint,
+            root=place.federation_root(),
+            site=name,
+            invite_id=invite_id,
+            secret=secret,
+            expires=expires,
+        ).encode()
+        if not to_file:
+            return line, None
+        make_private_dir(place.root / "invites")
+        path = place.root / "invites" / f"{name}.invite"
+        write_atomic(path, line.encode() + b"\n")
     return line, path
 
 

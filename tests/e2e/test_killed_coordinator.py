@@ -99,7 +99,7 @@ def test_init(tmp_path: Path) -> None:
         assert place.federation().roster().sites == ()
         assert_private(root)
         assert not list(root.rglob(".*.tmp"))
-        steps += 3
+        steps += 4
     assert steps > 30
 
 
@@ -172,7 +172,7 @@ def test_approve_and_revoke(place: Coordinator, tmp_path: Path) -> None:
             else:
                 revoke_site(place, name)
                 assert place.federation().roster().public_key(name) is None
-            steps += 1
+            steps += 2
         assert steps > 4
     serial = place.federation().roster().serial
     init_coordinator(place.root, None)

@@ -200,7 +200,6 @@ class _Handshake(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         plain = cast("asyncio.Transport", transport)
-        plain.pause_reading()
         name = plain.get_extra_info("peername")
         self.peer = Peer(str(name[0]) if name else "")
         self._transport = plain

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cloister_client.cli_join import join, roster
 from cloister_common.errors import FolderUnreadable, OptionInvalid, PolicyRefused
 from cloister_common.extras import require
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Set up and check a hospital's site.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Option("--dir", help="The site folder.")]
+
+
+app.command()(join)
+app.command()(roster)
 
 
 @app.callback()

@@ -65,6 +65,15 @@
     │   ├── SiteAborted            CLO-724
     │   ├── RosterInvalid          CLO-725
     │   └── IdentityInvalid        CLO-726
+    ├── DeploymentError            8xx, exit 9: the coordinator's server, and joining it
+    │   ├── ServerFolderInvalid    CLO-801
+    │   ├── InviteInvalid          CLO-802
+    │   ├── EnrolmentRefused       CLO-803
+    │   ├── CoordinatorUnreachable CLO-804
+    │   ├── CoordinatorUnproven    CLO-805
+    │   ├── SiteStateInvalid       CLO-806
+    │   ├── ListenRefused          CLO-807
+    │   └── ServerState            CLO-808
     └── InternalError              CLO-901, exit 70: a fault of Cloister itself
 
 A message says what happened, why, and what to do. It never carries a patient's data, a path
@@ -469,6 +478,51 @@ class RosterInvalid(SecureAggregationError):
 class IdentityInvalid(SecureAggregationError):
     code = "CLO-726"
     title = "The identity key cannot be used"
+
+
+class DeploymentError(CloisterError):
+    title = "The deployment is not as it must be"
+    exit_status = 9
+
+
+class ServerFolderInvalid(DeploymentError):
+    code = "CLO-801"
+    title = "The coordinator's folder cannot be used"
+
+
+class InviteInvalid(DeploymentError):
+    code = "CLO-802"
+    title = "The invite cannot be used"
+
+
+class EnrolmentRefused(DeploymentError):
+    code = "CLO-803"
+    title = "The coordinator refused the site"
+
+
+class CoordinatorUnreachable(DeploymentError):
+    code = "CLO-804"
+    title = "The coordinator cannot be reached"
+
+
+class CoordinatorUnproven(DeploymentError):
+    code = "CLO-805"
+    title = "The coordinator is not the one that was agreed"
+
+
+class SiteStateInvalid(DeploymentError):
+    code = "CLO-806"
+    title = "The site's enrolment does not allow this"
+
+
+class ListenRefused(DeploymentError):
+    code = "CLO-807"
+    title = "An address cannot be listened on"
+
+
+class ServerState(DeploymentError):
+    code = "CLO-808"
+    title = "The server runs already, or does not run"
 
 
 class InternalError(CloisterError):

@@ -22,6 +22,7 @@ FAMILIES = {
     "RunError": ("5", 6),
     "InstallError": ("6", 7),
     "SecureAggregationError": ("7", 8),
+    "DeploymentError": ("8", 9),
     "InternalError": ("9", 70),
 }
 

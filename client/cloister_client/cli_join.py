@@ -1,0 +1,160 @@
+"""`cloister client join` and `roster`: a site's way into a federation.
+
+Everything heavy is imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cloister_common.errors import InviteInvalid, OptionInvalid, RosterMismatch
+from cloister_common.extras import require
+
+if TYPE_CHECKING:
+    from cloister_client.joining import Joined
+    from cloister_client.site import Site
+
+POLL_S = 5.0
+
+Folder = Annotated[Path, typer.Option("--dir", help="The site folder.")]
+Accept = Annotated[
+    str | None,
+    typer.Option(
+        "--accept-roster", metavar="DIGEST", help="The digest that was compared by telephone."
+    ),
+]
+
+
+def join(
+    invite: Annotated[
+        str | None,
+        typer.Argument(help="File with the invite, or - for standard input; else it is asked for."),
+    ] = None,
+    folder: Folder = Path(),
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until it is approved.")] = False,
+    accept_roster: Accept = None,
+) -> None:
+    """Join a federation: make keys, ask for a place, and pick up the approval. Repeat at will."""
+    require("client", "httpx")
+    from cloister_client.joining import MEMBERSHIP, ask, look, prepare
+    from cloister_client.site import open_site
+    from cloister_common.enrolment import Invite
+    from cloister_common.identity import fingerprint
+
+    if invite is None and (folder / MEMBERSHIP).exists():
+        site = open_site(folder)
+        joined = look(site)
+    else:
+        read = Invite.decode(_read_invite(invite))
+        site = prepare(folder, read)
+        joined = ask(site, read)
+    typer.echo(f"Site {site.name}; its key's fingerprint, for the telephone:")
+    typer.echo(f"  {fingerprint(site.identity().public)}")
+    while wait and joined.state == "pending":
+        time.sleep(POLL_S)
+        joined = look(site)
+    if joined.state == "pending":
+        typer.echo("The coordinator has not approved it yet. Call them and compare, then run")
+        typer.echo("'cloister client join' here again.")
+        return
+    typer.echo("The coordinator has approved this site; its certificate is stored.")
+    _offer(site, joined, accept_roster)
+
+
+def roster(folder: Folder = Path(), accept_roster: Accept = None) -> None:
+    """Look at the federation's roster again, and accept a changed one."""
+    require("client", "httpx")
+    from cloister_client.joining import look
+    from cloister_client.site import open_site
+
+    site = open_site(folder)
+    joined = look(site)
+    if joined.state == "pending":
+        typer.echo("The coordinator has not approved this site yet.")
+        return
+    _offer(site, joined, accept_roster)
+
+
+def _offer(site: Site, joined: Joined, accepted: str | None) -> None:
+    """Show a roster and how it differs from the pinned one; pin it if the steward says so."""
+    from cloister_client.joining import membership
+    from cloister_client.pinned import accept, examine
+    from cloister_common.identity import fingerprint
+
+    root = bytes.fromhex(membership(site).root)
+    offer = examine(site.roster, joined.signed_roster, root)
+    digest, change = offer.roster.digest, offer.change
+    if change is not None and not any(
+        (change.added, change.removed, change.rekeyed, change.reweighted)
+    ):
+        typer.echo(f"The roster is the accepted one, with {len(offer.roster.entries)} sites.")
+        return
+    typer.echo(f"\nThe roster of {offer.roster.federation}, number {offer.roster.serial}:")
+    for entry in offer.roster.entries:
+        own = "  (this site)" if entry.site == site.name else ""
+        typer.echo(f"  {entry.site:24} {fingerprint(entry.public_key)}{own}")
+    if change is not None:
+        for word, names in (
+            ("new", change.added),
+            ("gone", change.removed),
+            ("with another key", change.rekeyed),
+            ("with another weight", change.reweighted),
+        ):
+            if names:
+                typer.echo(f"  {word}: {', '.join(names)}")
+    typer.echo(f"  digest  {_groups(digest)}")
+    if accepted is not None:
+        confirmed = _digest(accepted)
+    elif sys.stdin.isatty():
+        typer.echo("Compare the digest, and each fingerprint, with the other sites by telephone.")
+        if not typer.confirm("Do all of them agree?"):
+            typer.echo(
+                "Not accepted: this site takes part with the roster accepted before, if any."
+            )
+            raise typer.Exit(RosterMismatch.exit_status)
+        confirmed = digest
+    else:
+        typer.echo("Compare it with the other sites by telephone, then accept it:")
+        typer.echo("  cloister client roster --accept-roster DIGEST")
+        return
+    accept(site.roster, joined.signed_roster, root, confirmed=confirmed)
+    typer.echo("Accepted: this site takes part with these sites and no others.")
+
+
+def _read_invite(argument: str | None) -> str:
+    """The invite's text, from a file, standard input or a prompt; never from the command line."""
+    from cloister_common.enrolment import looks_like_invite
+    from cloister_common.tomlfile import read_text
+
+    if argument is None:
+        if not sys.stdin.isatty():
+            raise OptionInvalid(
+                "No invite was given.", remedy="Name its file, or - to read standard input."
+            )
+        return str(typer.prompt("Paste the invite (it is not shown)", hide_input=True))
+    if looks_like_invite(argument):
+        raise InviteInvalid(
+            "The invite stood on the command line.",
+            why="Other users of this machine can read a command line while it runs.",
+            remedy="Save it to a file, or run 'cloister client join' and paste it when asked.",
+        )
+    return sys.stdin.read(1 << 16) if argument == "-" else read_text(Path(argument))
+
+
+def _digest(text: str) -> bytes:
+    try:
+        return bytes.fromhex("".join(text.split()))
+    except ValueError:
+        raise OptionInvalid(
+            "The digest is not hexadecimal.", remedy="Copy it as 'cloister client roster' shows it."
+        ) from None
+
+
+def _groups(digest: bytes) -> str:
+    text = digest.hex()
+    return " ".join(text[start : start + 4] for start in range(0, len(text), 4))

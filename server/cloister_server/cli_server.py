@@ -1,0 +1,267 @@
+"""`cloister server`: what the coordinating site runs.
+
+Everything heavy is imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cloister_common.errors import OptionInvalid, ServerState, SiteStateInvalid
+from cloister_common.extras import require
+
+if TYPE_CHECKING:
+    from cloister_server.coordinator import Coordinator
+
+app = typer.Typer(help="Run a federation's coordinating server.", no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Option("--dir", help="The coordinator's folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.callback()
+def server() -> None:
+    """Run a federation's coordinating server."""
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The coordinator's folder.")],
+    address: Annotated[
+        list[str] | None, typer.Option(help="HOST:PORT that hospitals dial; can be repeated.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="The federation's name.")] = "federation",
+    listen: Annotated[
+        str, typer.Option(help="Address of this machine that the public ports are bound to.")
+    ] = "0.0.0.0",  # noqa: S104  # hospitals dial in; TLS is always on
+    enrolment_port: Annotated[
+        int | None, typer.Option(help="Port for joining; else the first port + 1.")
+    ] = None,
+    private_port: Annotated[
+        int | None, typer.Option(help="First of two loopback ports; else the first port + 2.")
+    ] = None,
+) -> None:
+    """Create a coordinator's folder and its keys, or what one lacks. No key is replaced."""
+    _require()
+    from cloister_common.identity import fingerprint
+    from cloister_server.coordinator import SERVER_FILE, Layout, init_coordinator
+
+    fresh = not (folder / SERVER_FILE).exists()
+    if not fresh and address:
+        raise OptionInvalid(
+            f"{folder / SERVER_FILE} is there already, so --address is not used.",
+            remedy="Edit that file, then run 'cloister server init' without --address.",
+        )
+    layout = Layout(tuple(address or ()), name, listen, enrolment_port, private_port)
+    made = init_coordinator(folder, layout)
+    where = shlex.quote(str(folder))
+    typer.echo(f"The folder of {made.file.federation.name} is {'ready' if fresh else 'whole'}.")
+    typer.echo(f"  root key's fingerprint   {fingerprint(made.federation_root())}")
+    typer.echo(f"  public ports             {made.file.fleet.listen}, {made.file.enrolment.listen}")
+    typer.echo(f"Next: cloister server start --dir {where}")
+    typer.echo(f"      cloister server invite HOSPITAL --dir {where}")
+
+
+@app.command()
+def invite(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of the sites.")],
+    folder: Folder = Path(),
+    days: Annotated[float, typer.Option(help="How long the invite can be used.")] = 7.0,
+    show: Annotated[bool, typer.Option("--print", help="Print it instead of a file.")] = False,
+) -> None:
+    """Make a one-time invite for each site: one line, to be given to nobody else."""
+    _require()
+    from cloister_server.enrolling import invite_site
+
+    if not 0 < days <= 90:
+        raise OptionInvalid("--days is not above 0 and at most 90.", remedy="Choose another.")
+    place = _open(folder)
+    for name in names:
+        line, path = invite_site(place, name, int(days * 86400), to_file=not show)
+        if path is None:
+            typer.echo(line)
+        else:
+            typer.echo(f"The invite of {name} is in {path}. Give it to that hospital only.")
+
+
+@app.command()
+def sites(folder: Folder = Path(), as_json: JsonOption = False) -> None:
+    """Show who was invited, waits for approval, takes part, or was revoked."""
+    _require()
+    from cloister_common.identity import fingerprint
+
+    place = _open(folder)
+    with place.registry() as registry:
+        rows, invited = registry.sites(), registry.invited()
+    if as_json:
+        told = [
+            {
+                "name": row.name,
+                "state": row.state,
+                "fingerprint": fingerprint(row.identity),
+                "asked": row.asked,
+                "decided": row.decided,
+                "last_seen": row.seen,
+                "valid_until": row.valid_until,
+            }
+            for row in rows
+        ]
+        open_invites = [{"name": name, "expires": expires} for name, expires in invited]
+        typer.echo(json.dumps({"sites": told, "invited": open_invites}))
+        return
+    for row in rows:
+        seen = f"seen {_when(row.seen)}" if row.seen else "not seen yet"
+        typer.echo(f"{row.name:24} {row.state:9} {fingerprint(row.identity)}  {seen}")
+    for name, expires in invited:
+        typer.echo(f"{name:24} invited   until {_when(expires)}")
+    if not rows and not invited:
+        typer.echo("Nobody was invited yet: cloister server invite HOSPITAL")
+
+
+@app.command()
+def approve(
+    name: Annotated[str, typer.Argument(help="The site's name.")],
+    folder: Folder = Path(),
+    fingerprint: Annotated[
+        str | None, typer.Option(help="What the hospital read out by telephone.")
+    ] = None,
+) -> None:
+    """Let a site in that asked to join, after its fingerprint was compared by telephone."""
+    _require()
+    from cloister_common import identity
+    from cloister_server.enrolling import approve_site
+
+    place = _open(folder)
+    with place.registry() as registry:
+        row = registry.site(name)
+    if row is None:
+        raise SiteStateInvalid(
+            f"{name} has not asked to join.",
+            remedy="See how each site stands: cloister server sites",
+        )
+    shown = identity.fingerprint(row.identity)
+    if fingerprint is None and row.state == "pending":
+        if not sys.stdin.isatty():
+            raise OptionInvalid(
+                "The fingerprint was not compared.",
+                remedy="Give what the hospital read out: --fingerprint '...'",
+            )
+        typer.echo(f"{name}'s key has the fingerprint\n  {shown}")
+        if not typer.confirm("Did the hospital read out the same, by telephone?"):
+            raise typer.Exit(SiteStateInvalid.exit_status)
+    elif fingerprint is not None and _digits(fingerprint) != _digits(shown):
+        raise SiteStateInvalid(
+            f"The key of {name} does not have this fingerprint.",
+            why="Somebody else may have used the invite.",
+            remedy=f"Do not approve. Run: cloister server revoke {name}",
+        )
+    if approve_site(place, name):
+        typer.echo(f"{name} takes part. It fetches its certificate by 'cloister client join'.")
+    else:
+        typer.echo(f"{name} was approved already.")
+
+
+@app.command()
+def revoke(
+    name: Annotated[str, typer.Argument(help="The site's name.")], folder: Folder = Path()
+) -> None:
+    """Shut a site out for good, at once, also on connections that are open."""
+    _require()
+    from cloister_server.enrolling import revoke_site
+
+    revoke_site(_open(folder), name)
+    typer.echo(f"{name} is shut out, and off the roster. Its name is not given out again.")
+
+
+@app.command()
+def start(folder: Folder = Path()) -> None:
+    """Run the server, in the foreground, until SIGTERM or 'cloister server stop'."""
+    _require()
+    from cloister_server.service import serve
+
+    place = _open(folder)
+
+    def ready() -> None:
+        typer.echo(f"Serving {place.file.federation.name} on {place.file.fleet.listen}.")
+
+    serve(place, ready)
+
+
+@app.command()
+def stop(
+    folder: Folder = Path(),
+    wait: Annotated[float, typer.Option(help="Seconds to wait for its end.")] = 30.0,
+) -> None:
+    """Stop the server of this folder."""
+    _require()
+    from cloister_server.service import running
+
+    place = _open(folder)
+    process = running(place)
+    if process is None:
+        raise ServerState("The server of this folder does not run.")
+    os.kill(process, signal.SIGTERM)
+    end = time.monotonic() + wait
+    while running(place) is not None:
+        if time.monotonic() > end:
+            raise ServerState(
+                "The server has not ended yet.", remedy="Wait, or end its process yourself."
+            )
+        time.sleep(0.1)
+    typer.echo("The server has stopped.")
+
+
+@app.command()
+def status(folder: Folder = Path(), as_json: JsonOption = False) -> None:
+    """Show whether the server runs and its ports are open. Exit status 9 where not."""
+    _require()
+    from cloister_server.service import healthy, running
+
+    place = _open(folder)
+    process = running(place)
+    serving = process is not None and healthy(place)
+    with place.registry() as registry:
+        states = [row.state for row in registry.sites()]
+        invited = len(registry.invited())
+    counts = {state: states.count(state) for state in ("approved", "pending", "revoked")}
+    if as_json:
+        told = {"running": process is not None, "serving": serving, "invited": invited, **counts}
+        typer.echo(json.dumps(told))
+    else:
+        how = "serving" if serving else "starting or stopping" if process else "not running"
+        typer.echo(f"{place.file.federation.name}: {how} ({place.file.fleet.listen})")
+        typer.echo(
+            f"sites: {counts['approved']} approved, {counts['pending']} waiting for approval, "
+            f"{counts['revoked']} revoked, {invited} invited"
+        )
+    if not serving:
+        raise typer.Exit(ServerState.exit_status)
+
+
+def _require() -> None:
+    require("server", "flwr", "grpc", "grpc_health", "uvicorn")
+
+
+def _open(folder: Path) -> Coordinator:
+    from cloister_server.coordinator import open_coordinator
+
+    return open_coordinator(folder)
+
+
+def _digits(fingerprint: str) -> str:
+    return "".join(fingerprint.split()).lower()
+
+
+def _when(moment: int) -> str:
+    told = datetime.datetime.fromtimestamp(moment, datetime.UTC)
+    return told.strftime("%Y-%m-%d %H:%M UTC")

@@ -1,0 +1,283 @@
+"""The coordinator's server: three ports and a health service, in one process and one loop.
+
+::
+
+    fleet       public    TLS 1.3, client certificates, ``gate.FleetGate`` before Flower
+    enrolment   public    TLS 1.3, open only while an invite is
+    control     loopback  Flower's Control and Runtime, behind a token and a secret
+    health      loopback  grpc.health.v1
+
+It holds neither the authority's nor the root's private key: approving is a command's work. What
+the commands change in the database takes effect here at the next request, and within a second on
+connections that are open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
+from cloister_common.errors import ListenRefused, ServerFolderInvalid, ServerState
+from cloister_common.files import read_secret
+from cloister_server.authority import CA_CERTIFICATE, pem
+from cloister_server.coordinator import SERVER_CERTIFICATE, SERVER_KEY, Coordinator
+from cloister_server.enrolment_app import EnrolmentApp
+from cloister_server.gate import Engine, FleetGate, PrivateGate
+from cloister_server.listener import Door, Listener, bind, server_context
+from cloister_server.refusals import Refusals
+from cloister_server.registry import Registry
+
+TICK_S = 0.5
+"""How often the database is looked at for what was approved, revoked or invited."""
+
+
+@contextlib.contextmanager
+def only_one(coordinator: Coordinator) -> Iterator[None]:
+    """Hold the folder's lock, with this process's id in it.
+
+    Raises:
+        ServerState: another process holds it.
+    """
+    handle = os.open(coordinator.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ServerState("The server of this folder runs already.") from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def running(coordinator: Coordinator) -> int | None:
+    """The process id of the server of this folder, or ``None`` where none runs."""
+    try:
+        handle = os.open(coordinator.lock, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        text = os.pread(handle, 32, 0).decode().strip()
+        return int(text) if text.isdigit() else None
+    finally:
+        os.close(handle)
+    return None
+
+
+def serve(coordinator: Coordinator, ready: Callable[[], None]) -> None:
+    """Run until SIGTERM or SIGINT.
+
+    Args:
+        coordinator: the opened folder.
+        ready: called once when all ports are open.
+
+    Raises:
+        ServerState: the folder's server runs already.
+        ListenRefused: a port cannot be had.
+        FileUnreadable: a key cannot be read, or others can read it.
+    """
+    os.umask(0o077)
+    # Before flwr is imported: no telemetry, no update server, no home of the user's, no install.
+    os.environ.update(
+        FLWR_TELEMETRY_ENABLED="0",
+        FLWR_DISABLE_UPDATE_CHECK="1",
+        FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
+        FLWR_HOME=str(coordinator.root / "flower"),
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    with only_one(coordinator), coordinator.registry() as registry:
+        asyncio.run(_Service(coordinator, registry).run(ready))
+
+
+@dataclass
+class _Service:
+    coordinator: Coordinator
+    registry: Registry
+    _listeners: dict[str, tuple[Listener, asyncio.Task[None]]] = field(default_factory=dict)
+    _doors: list[Door] = field(default_factory=list)
+    _stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        from cloister_server.superlink import deployment
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        place, file = self.coordinator, self.coordinator.file
+        self._require_roster()
+        authority = x509.load_pem_x509_certificate(read_secret(place.keys / CA_CERTIFICATE))
+        chain, key = place.keys / SERVER_CERTIFICATE, place.keys / SERVER_KEY
+        for secret in (chain, key):
+            read_secret(secret)
+        refusals = Refusals(place.refusals)
+        app, nodes = deployment.build(
+            place.state / "flower.sqlite", place.token(), place.superexec_secret()
+        )
+        nodes_now = self._approved()
+        nodes.reconcile(*nodes_now)
+        engine = Engine(
+            app=app,
+            node_key_header=deployment.NODE_KEY_HEADER,
+            node_paths=frozenset(deployment.NODE_PATHS),
+            large_paths=frozenset(deployment.LARGE_PATHS),
+            push_messages=deployment.PUSH_MESSAGES,
+            speaks_for_itself=deployment.speaks_for_itself,
+        )
+        roster = place.keys / "roster"
+        fleet = Door("fleet", server_context(chain, key, place.keys / CA_CERTIFICATE), refusals)
+        enrolment = Door("enrolment", server_context(chain, key, None), refusals)
+        self._doors = [fleet, enrolment]
+        joining = EnrolmentApp(
+            self.registry,
+            refusals,
+            authority=authority.fingerprint(hashes.SHA256()),
+            authority_pem=pem(authority),
+            root=place.federation_root(),
+            roster=roster,
+        )
+        health = _Health(file.private.health)
+        watches = [loop.create_task(door.watch()) for door in self._doors]
+        try:
+            await self._open("control", PrivateGate(app), None, file.private.control, "on")
+            gate = FleetGate(engine, self.registry, refusals, roster)
+            await self._open("fleet", gate, fleet, file.fleet.listen)
+            await self._follow(nodes, nodes_now, joining, enrolment)
+            health.serving(True)
+            ready()
+            while not self._stop.is_set():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stop.wait(), TICK_S)
+                nodes_now = await self._follow(nodes, nodes_now, joining, enrolment)
+        finally:
+            health.close()
+            for name in ("enrolment", "fleet", "control"):
+                await self._close(name)
+            for watch in watches:
+                watch.cancel()
+            refusals.close()
+
+    async def _follow(
+        self,
+        nodes: Any,
+        before: tuple[dict[str, bytes], set[bytes]],
+        joining: EnrolmentApp,
+        door: Door,
+    ) -> tuple[dict[str, bytes], set[bytes]]:
+        """Do what the database asks for: nodes, connections, the enrolment port."""
+        now = self._approved()
+        if now != before:
+            await asyncio.to_thread(nodes.reconcile, now[0], now[1])
+        for each in self._doors:
+            each.throw_out(self._revoked())
+        wanted = self.registry.open_invites() > 0
+        if wanted and "enrolment" not in self._listeners:
+            address = self.coordinator.file.enrolment.listen
+            try:
+                await self._open("enrolment", joining, door, address)
+            except ListenRefused as error:
+                # Those who are in go on; it is tried again at the next look.
+                logging.getLogger("cloister").warning("%s", error)
+        elif not wanted and "enrolment" in self._listeners:
+            door.throw_out()
+            await self._close("enrolment")
+        return now
+
+    def _approved(self) -> tuple[dict[str, bytes], set[bytes]]:
+        sites = self.registry.sites()
+        approved = {site.name: site.node_key for site in sites if site.state == "approved"}
+        return approved, {site.node_key for site in sites}
+
+    def _revoked(self) -> frozenset[bytes]:
+        return frozenset(
+            site.fingerprint
+            for site in self.registry.sites()
+            if site.state == "revoked" and site.fingerprint is not None
+        )
+
+    async def _open(
+        self, name: str, app: Any, door: Door | None, address: str, lifespan: str = "off"
+    ) -> None:
+        bound = bind(address, door.context if door else None)
+        listener = Listener(app, door, lifespan=lifespan)
+        task = asyncio.get_running_loop().create_task(listener.serve(sockets=[bound]))
+        while not listener.started and not task.done():
+            await asyncio.sleep(0.02)
+        if task.done():
+            bound.close()
+            await task
+            raise ServerState("The server could not start.")
+        self._listeners[name] = (listener, task)
+
+    async def _close(self, name: str) -> None:
+        if name in self._listeners:
+            listener, task = self._listeners.pop(name)
+            listener.should_exit = True
+            await task
+
+    def _require_roster(self) -> None:
+        try:
+            (self.coordinator.keys / "roster").read_bytes()
+        except OSError:
+            raise ServerFolderInvalid(
+                "The folder has no signed roster.",
+                remedy="Run 'cloister server init' again; it replaces nothing.",
+            ) from None
+
+
+class _Health:
+    """grpc.health.v1 on loopback; says SERVING while all ports are open."""
+
+    def __init__(self, address: str) -> None:
+        from concurrent import futures
+
+        import grpc
+        from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+        self._states = health_pb2.HealthCheckResponse
+        self._servicer = health.HealthServicer()
+        self._server = grpc.server(
+            futures.ThreadPoolExecutor(max_workers=2), options=[("grpc.so_reuseport", 0)]
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, self._server)
+        bind(address, None).close()  # refuses what is not loopback, and a port that is taken
+        self.serving(False)
+        self._server.add_insecure_port(address)
+        self._server.start()
+
+    def serving(self, now: bool) -> None:
+        state = self._states.SERVING if now else self._states.NOT_SERVING
+        self._servicer.set("", state)
+
+    def close(self) -> None:
+        self._servicer.enter_graceful_shutdown()
+        self._server.stop(grace=0.5).wait()
+
+
+def healthy(coordinator: Coordinator, timeout_s: float = 3.0) -> bool:
+    """Ask the health service whether all ports are open."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    # No proxy for loopback, whatever the environment says.
+    options = [("grpc.enable_http_proxy", 0)]
+    with grpc.insecure_channel(coordinator.file.private.health, options=options) as channel:
+        try:
+            reply = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=timeout_s
+            )
+        except grpc.RpcError:
+            return False
+    return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)

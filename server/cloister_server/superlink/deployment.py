@@ -1,0 +1,161 @@
+"""Flower's SuperLink, embedded: its application and its state, without its listeners.
+
+Pinned to flwr 1.41.0. Since 1.40 Fleet, Control and Runtime share one application, and Control
+has no authentication of its own, so the application is never bound to a port here: ``gate``
+stands before it. A private token guards Control, a secret guards Runtime.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.common.constant import (
+    ACCESS_TOKEN_KEY,
+    NOOP_ACCOUNT_NAME,
+    NOOP_FLWR_AID,
+    TRANSPORT_TYPE_GRPC_RERE,
+)
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.supercore.auth.typing import (
+    AccountAuthCredentials,
+    AccountAuthLoginDetails,
+    AccountInfo,
+)
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+from flwr.superlink.auth_plugin import ControlAuthnPlugin
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.main import create_app
+from google.protobuf.message import DecodeError
+
+NODE_KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER.encode()
+"""The header that says, in base64, which node key signed a request."""
+
+PUSH_MESSAGES = "/v1/fleet/push-messages"
+LARGE_PATHS = frozenset({PUSH_MESSAGES, "/v1/fleet/push-object"})
+"""Paths whose bodies carry updates."""
+
+NODE_PATHS = LARGE_PATHS | {
+    "/v1/fleet/activate-node",
+    "/v1/fleet/deactivate-node",
+    "/v1/fleet/send-node-heartbeat",
+    "/v1/fleet/pull-messages",
+    "/v1/fleet/get-run",
+    "/v1/fleet/get-fab",
+    "/v1/fleet/pull-object",
+    "/v1/fleet/confirm-message-received",
+}
+"""What an enrolled node may ask for. Registering itself is not among it."""
+
+_HEARTBEAT_S = 30.0
+
+
+class _Token(ControlAuthnPlugin):
+    """Lets whoever shows the one token use Control, and nobody else."""
+
+    def __init__(self, token: str = "") -> None:
+        self._token = token.encode()
+
+    def get_login_details(self) -> AccountAuthLoginDetails | None:
+        return None
+
+    def validate_tokens_in_metadata(
+        self, metadata: Sequence[tuple[str, str | bytes]]
+    ) -> tuple[bool, AccountInfo | None]:
+        shown = dict(metadata).get(ACCESS_TOKEN_KEY, b"")
+        given = shown.encode() if isinstance(shown, str) else shown
+        if not self._token or not hmac.compare_digest(given, self._token):
+            return False, None
+        return True, AccountInfo(flwr_aid=NOOP_FLWR_AID, account_name=NOOP_ACCOUNT_NAME)
+
+    def get_auth_tokens(self, device_code: str) -> AccountAuthCredentials | None:
+        return None
+
+    def refresh_tokens(
+        self, metadata: Sequence[tuple[str, str | bytes]]
+    ) -> tuple[Sequence[tuple[str, str | bytes]] | None, AccountInfo | None]:
+        return None, None
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Flower's list of nodes, kept equal to the approved sites."""
+
+    _factory: Any
+
+    def reconcile(self, approved: dict[str, bytes], known: set[bytes]) -> None:
+        """Register what is missing and unregister what is no longer approved.
+
+        Args:
+            approved: node key (PEM) by site id.
+            known: node keys that this coordinator ever approved or revoked.
+        """
+        state = self._factory.state()
+        for name, key in approved.items():
+            if state.get_node_id_by_public_key(key) is None:
+                state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, _HEARTBEAT_S, name=name)
+        for key in known - set(approved.values()):
+            node = state.get_node_id_by_public_key(key)
+            if node is not None:
+                state.delete_node(NOOP_FLWR_AID, node)
+
+
+def build(database: Path, token: str, superexec_secret: bytes) -> tuple[Any, Nodes]:
+    """Make the whole ASGI application, Fleet, Control and Runtime, and its list of nodes.
+
+    Isolation is ``process``: no ServerApp is started by it. Nothing is installed at run time.
+
+    Args:
+        database: Flower's own SQLite file.
+        token: what Control asks for as a bearer token.
+        superexec_secret: what the Runtime API asks for.
+    """
+    logger = logging.getLogger("flwr")
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False  # it has a handler of its own
+    config = SuperLinkLifespanConfig(
+        control_address="",
+        health_server_address=None,
+        host="127.0.0.1",
+        port=0,
+        insecure=False,
+        certificates=None,
+        superexec_auth_secret=superexec_secret,
+        authn_plugin=_Token(token),
+        event_log_plugin=None,
+        fleet_event_log_plugin=None,
+        enable_event_log=False,
+        artifact_provider=None,
+        enable_supernode_auth=True,
+        fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
+        fleet_api_address=None,
+        simulation=False,
+        ssl_ca_certfile=None,
+        ssl_certfile=None,
+        ssl_keyfile=None,
+        database=str(database),
+        isolation="process",
+        runtime_dependency_install=False,
+    )
+    app = create_app(config, SuperLinkLifespan)
+    return app, Nodes(app.state.linkstate_factory)
+
+
+def speaks_for_itself(body: bytes) -> bool:
+    """True where every reply in a push is said to come from the node that pushes it.
+
+    Flower checks that the key fits the node that the request names, and that a reply's source is
+    the node that was asked, but not that these two are the same node.
+    """
+    request = PushMessagesRequest()
+    try:
+        request.ParseFromString(body)
+    except DecodeError:
+        return False
+    node = request.node.node_id
+    return all(message.metadata.src_node_id == node for message in request.messages_list)

@@ -1,0 +1,173 @@
+"""The loopback ports, the commands that look at the server, and its end."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from flwr.proto.control_pb2 import ListNodesRequest, ListNodesResponse
+from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from typer.testing import CliRunner
+
+import coordinators
+from cloister_common.errors import ServerState, SiteStateInvalid
+from cloister_common.identity import fingerprint
+from cloister_server import cli_server
+from cloister_server.enrolling import revoke_site
+from coordinators import PROTOBUF, Running, wait_for
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("federation")
+    server = coordinators.start(coordinators.new_coordinator(folder / "fed"), folder / "output")
+    yield server
+    server.stop()
+
+
+def ask(running: Running, path: str, body: bytes, token: str | None = None) -> tuple[int, bytes]:
+    host, _, port = running.place.file.private.control.rpartition(":")
+    headers = {**PROTOBUF, **({"authorization": f"Bearer {token}"} if token else {})}
+    with closing(http.client.HTTPConnection(host, int(port), timeout=20)) as line:
+        line.request("POST", path, body, headers)
+        response = line.getresponse()
+        return response.status, response.read()
+
+
+def command(running: Running, *arguments: str) -> tuple[int, str]:
+    words = [*arguments, "--dir", str(running.place.root)]
+    result = runner.invoke(cli_server.app, words)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def test_control_wants_the_token(running: Running) -> None:
+    body = ListNodesRequest().SerializeToString()
+    token = running.place.token()
+    path = "/v1/control/list-nodes"
+    assert ask(running, path, body, token)[0] == 200
+    for wrong in (None, "", token[:-1], token + "0", "Bearer", "0" * 64):
+        assert ask(running, path, body, wrong)[0] == 401
+
+
+def test_runtime_wants_the_secret(running: Running) -> None:
+    body = AcquireTaskRequest().SerializeToString()
+    assert ask(running, "/v1/runtime/acquire-task", body)[0] in {401, 403}
+    assert ask(running, "/v1/runtime/acquire-task", body, running.place.token())[0] in {401, 403}
+
+
+@pytest.mark.parametrize("path", ["/v1/fleet/pull-messages", "/docs", "/openapi.json", "/health"])
+def test_nothing_else_is_there(running: Running, path: str) -> None:
+    assert ask(running, path, b"", running.place.token())[0] == 404
+
+
+def nodes(running: Running) -> set[str]:
+    body = ListNodesRequest().SerializeToString()
+    status, answer = ask(running, "/v1/control/list-nodes", body, running.place.token())
+    assert status == 200
+    return {
+        node.name
+        for node in ListNodesResponse.FromString(answer).nodes_info
+        if node.status != "unregistered"
+    }
+
+
+def test_flowers_nodes_are_the_approved_sites(running: Running, tmp_path: Path) -> None:
+    coordinators.join(running, tmp_path / "west", "west")
+    wait_for(lambda: "west" in nodes(running), 5, lambda: str(nodes(running)))
+    revoke_site(running.place, "west")
+    wait_for(lambda: "west" not in nodes(running), 5, lambda: str(nodes(running)))
+
+
+def test_the_commands(running: Running, tmp_path: Path) -> None:
+    status, output = command(running, "invite", "alpha", "beta")
+    assert status == 0
+    assert "cloister-invite" not in output  # a secret goes to a file, not to the screen
+    told = json.loads(command(running, "sites", "--json")[1])
+    assert {"alpha", "beta"} <= {row["name"] for row in told["invited"]}
+    east = coordinators.join(running, tmp_path / "east", "east")
+    print_ = fingerprint(east.site.identity().public)
+    east.activate()
+    output = command(running, "sites")[1]
+    assert print_ in output
+    assert "seen 2" in output
+    told = json.loads(command(running, "status", "--json")[1])
+    assert (told["running"], told["serving"]) == (True, True)
+    with pytest.raises(SiteStateInvalid):
+        command(running, "approve", "nobody", "--fingerprint", print_)
+    with pytest.raises(SiteStateInvalid):
+        command(running, "invite", "east")
+    with pytest.raises(SiteStateInvalid):
+        command(running, "revoke", "nobody")
+    assert command(running, "revoke", "beta")[0] == 0
+    told = json.loads(command(running, "sites", "--json")[1])
+    assert "beta" not in {row["name"] for row in told["invited"]}
+
+
+def test_a_wrong_fingerprint_is_not_approved(running: Running, tmp_path: Path) -> None:
+    from cloister_client import joining
+
+    invite = running.invite("twin")
+    site = joining.prepare(tmp_path / "twin", invite)
+    joining.ask(site, invite)
+    print_ = fingerprint(site.identity().public)
+    with pytest.raises(SiteStateInvalid):
+        command(running, "approve", "twin", "--fingerprint", print_[:-1] + "x")
+    with pytest.raises(SiteStateInvalid):
+        command(running, "approve", "twin", "--fingerprint", "")
+    with pytest.raises(Exception, match="was not compared"):
+        command(running, "approve", "twin")
+    row = running.row("twin")
+    assert row is not None
+    assert row.state == "pending"
+    assert command(running, "approve", "twin", "--fingerprint", print_.upper())[0] == 0
+
+
+def test_one_server_a_folder(running: Running) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", coordinators.SERVER, "start", "--dir", str(running.place.root)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )
+    assert done.returncode != 0
+    assert "CLO-808" in done.stdout + done.stderr
+
+
+def test_stop_and_kill(tmp_path: Path) -> None:
+    place = coordinators.new_coordinator(tmp_path / "fed")
+    first = coordinators.start(place, tmp_path / "out-1")
+    hospital = coordinators.join(first, tmp_path / "north", "north")
+    node = hospital.activate()
+    first.process.send_signal(signal.SIGKILL)
+    first.process.wait(10)
+    assert json.loads(command(first, "status", "--json")[1])["running"] is False
+    second = coordinators.start(place, tmp_path / "out-2")
+    try:
+        # The same site, node and certificate: nothing was lost.
+        from flwr.proto.fleet_pb2 import PullMessagesRequest
+        from flwr.proto.node_pb2 import Node
+
+        request = PullMessagesRequest(node=Node(node_id=node))
+        assert hospital.post("/v1/fleet/pull-messages", request)[0] == 200
+        status, output = command(second, "stop")
+        assert status == 0
+        assert "has stopped" in output
+        assert second.process.wait(5) == 0
+    finally:
+        second.stop()
+    with pytest.raises(ServerState):
+        command(second, "stop")

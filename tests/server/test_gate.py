@@ -1,0 +1,206 @@
+"""The gate, held against the database at every request, and the ports' own rules."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cloister_common.errors import ListenRefused, ServerFolderInvalid
+from cloister_server.coordinator import Layout, init_coordinator, open_coordinator
+from cloister_server.gate import Engine, FleetGate
+from cloister_server.listener import PEER, Door, Limits, Listener, Peer, bind, server_context
+from cloister_server.refusals import LINES_A_SECOND, Refusals, Refused
+from cloister_server.registry import Registry, SiteRow
+
+KEY = b"-----a key-----"
+
+
+class Rows:
+    """A database that says what a test wants."""
+
+    def __init__(self, *states: str, valid_for: float = 1000) -> None:
+        self.states = list(states)
+        self.until = int(time.time() + valid_for)
+
+    def by_certificate(self, fingerprint: bytes) -> SiteRow | None:
+        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        if state == "unknown":
+            return None
+        return SiteRow(
+            "north", state, b"i", KEY, b"t", 0, 0, b"c", fingerprint, self.until, None, None
+        )
+
+    def saw(self, site: SiteRow) -> None:
+        """Nothing."""
+
+
+def ask(
+    rows: Rows, tmp_path: Path, *, path: str = "/v1/fleet/pull-messages", key: bytes = KEY
+) -> tuple[int, list[dict[str, Any]]]:
+    """One request through the gate: its status, and what Flower's application was given."""
+    given: list[dict[str, Any]] = []
+    answers: list[dict[str, Any]] = []
+
+    async def flower(scope: Any, receive: Any, send: Any) -> None:
+        given.append({**scope, "body": (await receive())["body"]})
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"body", "more_body": False}
+
+    async def send(event: dict[str, Any]) -> None:
+        answers.append(event)
+
+    engine = Engine(
+        flower, b"key", frozenset({"/v1/fleet/pull-messages"}), frozenset(), "", lambda _: True
+    )
+    refusals = Refusals(tmp_path / "refused.jsonl")
+    gate = FleetGate(engine, rows, refusals, tmp_path / "roster")  # type: ignore[arg-type]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "state": {PEER: Peer("127.0.0.1", b"f" * 32)},
+        "headers": [(b"host", b"evil/x"), (b"key", base64.b64encode(key))],
+    }
+    asyncio.run(gate(scope, receive, send))
+    refusals.close()
+    return answers[0]["status"], given
+
+
+def test_an_approved_site_with_its_own_key(tmp_path: Path) -> None:
+    status, given = ask(Rows("approved"), tmp_path)
+    assert status == 200
+    assert given[0]["body"] == b"body"
+    assert dict(given[0]["headers"])[b"host"] == b"cloister"
+
+
+@pytest.mark.parametrize("state", ["pending", "revoked", "unknown"])
+def test_any_other_state(tmp_path: Path, state: str) -> None:
+    assert ask(Rows(state), tmp_path) == (403, [])
+
+
+def test_revoked_while_the_body_came(tmp_path: Path) -> None:
+    assert ask(Rows("approved", "revoked"), tmp_path) == (403, [])
+
+
+def test_a_certificate_that_ended_since_the_handshake(tmp_path: Path) -> None:
+    assert ask(Rows("approved", valid_for=-1), tmp_path) == (403, [])
+
+
+def test_another_key(tmp_path: Path) -> None:
+    assert ask(Rows("approved"), tmp_path, key=b"another") == (401, [])
+
+
+def test_another_path(tmp_path: Path) -> None:
+    assert ask(Rows("approved"), tmp_path, path="/v1/fleet/register-node") == (404, [])
+
+
+# Ports
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "192.0.2.1", "localhost", "example.org"])
+def test_no_port_without_tls_but_on_loopback(host: str) -> None:
+    with pytest.raises(ListenRefused, match="without TLS"):
+        bind(f"{host}:9443", None)
+
+
+def test_loopback_without_tls_and_everywhere_with_it(tmp_path: Path) -> None:
+    place = init_coordinator(tmp_path / "fed", Layout(("127.0.0.1:9443",)))
+    context = server_context(place.keys / "server.pem", place.keys / "server.key", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ListenRefused, match="cannot be listened on"):
+            bind(f"127.0.0.1:{port}", None)
+    bind(f"127.0.0.1:{port}", None).close()
+    bind(f"0.0.0.0:{port}", context).close()
+
+
+@pytest.mark.parametrize("key", ["control", "health"])
+def test_a_private_port_is_loopback_or_the_folder_does_not_open(tmp_path: Path, key: str) -> None:
+    place = init_coordinator(tmp_path / "fed", Layout(("127.0.0.1:9443",)))
+    path = place.root / "server.toml"
+    path.write_text(path.read_text().replace(f'{key} = "127.0.0.1', f'{key} = "0.0.0.0'))
+    with pytest.raises(ServerFolderInvalid, match="loopback"):
+        open_coordinator(place.root)
+
+
+# Dawdlers, with short times
+
+
+def test_dawdlers_are_cut(tmp_path: Path) -> None:
+    place = init_coordinator(tmp_path / "fed", Layout(("127.0.0.1:9443",)))
+    context = server_context(place.keys / "server.pem", place.keys / "server.key", None)
+    log = tmp_path / "refused.jsonl"
+
+    async def run() -> dict[str, bytes]:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            while (await receive()).get("more_body"):
+                pass
+
+        refusals = Refusals(log)
+        limits = Limits(handshake_s=0.5, head_s=0.5, gap_s=0.5, body_s=30)
+        door = Door("fleet", context, refusals, limits)
+        bound = socket.create_server(("127.0.0.1", 0))
+        address = bound.getsockname()
+        listener = Listener(app, door)
+        tasks = [asyncio.create_task(listener.serve([bound])), asyncio.create_task(door.watch())]
+        while not listener.started:
+            await asyncio.sleep(0.01)
+        import coordinators
+
+        ends = {}
+        for name, text in {
+            "head": b"POST / HTTP/1.1\r\nHost: x\r\n",
+            "nothing": b"",
+            "body": b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc",
+        }.items():
+            reader, writer = await asyncio.open_connection(
+                *address, ssl=coordinators.tls(), server_hostname="x"
+            )
+            writer.write(text)
+            try:
+                ends[name] = await asyncio.wait_for(reader.read(), 5)
+            except ConnectionError:
+                ends[name] = b""
+            writer.transport.abort()
+        reader, writer = await asyncio.open_connection(*address)
+        try:
+            ends["handshake"] = await asyncio.wait_for(reader.read(), 5)
+        except ConnectionError:
+            ends["handshake"] = b""
+        writer.transport.abort()
+        listener.should_exit = True
+        await tasks[0]
+        tasks[1].cancel()
+        refusals.close()
+        return ends
+
+    assert asyncio.run(run()) == dict.fromkeys(("head", "nothing", "body", "handshake"), b"")
+    text = log.read_text()
+    assert [text.count(code) for code in ("head-slow", "body-slow", "handshake-slow")] == [2, 1, 1]
+
+
+def test_a_flood_does_not_fill_the_log(tmp_path: Path) -> None:
+    refusals = Refusals(tmp_path / "refused.jsonl")
+    for _ in range(5000):
+        refusals.tell(Refused.NOT_TLS, "fleet", "192.0.2.1")
+    refusals.tell(Refused.BUSY, "fleet", "192.0.2.1")
+    time.sleep(2 / LINES_A_SECOND)
+    refusals.tell(Refused.NOT_TLS, "fleet", "192.0.2.1")
+    refusals.close()
+    lines = (tmp_path / "refused.jsonl").read_text().splitlines()
+    assert len(lines) < 60
+    assert "not_shown" in lines[-1]
+    assert any("busy" in line for line in lines)
+
+
+def test_the_database_is_its_owners_alone(tmp_path: Path) -> None:
+    Registry(tmp_path / "r.sqlite").close()
+    assert (tmp_path / "r.sqlite").stat().st_mode & 0o077 == 0

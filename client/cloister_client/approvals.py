@@ -7,9 +7,12 @@ is given once, and can be changed until the study has begun to cost.
 from __future__ import annotations
 
 import enum
+import fcntl
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -81,16 +84,11 @@ def require_approved(site: Site, study: Study) -> None:
         StudyNotApproved: it is new, waits, or was denied.
         FileUnreadable: see ``judgements``.
     """
-    known = judgements(site)
-    held = known.get(study.digest)
+    held = judgements(site).get(study.digest)
     if held is not None and held.decision is Decision.APPROVED:
         return
     if held is None:
-        waiting = [d for d, one in known.items() if one.decision is Decision.PENDING]
-        for oldest in waiting[: max(0, len(waiting) + 1 - MAX_PENDING)]:
-            del known[oldest]
-        known[study.digest] = Judgement(study, Decision.PENDING, time=_now())
-        _save(site, known)
+        _propose(site, study)
     denied = held is not None and held.decision is Decision.DENIED
     raise StudyNotApproved(
         "A steward here denied the study."
@@ -109,11 +107,12 @@ def judge(site: Site, study: Study, decision: Decision, *, why: str = "") -> Non
     Raises:
         FileUnreadable, AuditLogDamaged: a file cannot be read or written.
     """
-    known = judgements(site)
-    known.pop(study.digest, None)
-    known[study.digest] = Judgement(study, decision, why, _now())
-    log_of(site).append("judged", study=study.digest, decision=decision.value)
-    _save(site, known)
+    with _locked(site):
+        known = judgements(site)
+        known.pop(study.digest, None)
+        known[study.digest] = Judgement(study, decision, why, _now())
+        log_of(site).append("judged", study=study.digest, decision=decision.value)
+        _save(site, known)
 
 
 def find(site: Site, prefix: str) -> Judgement:
@@ -131,6 +130,35 @@ def find(site: Site, prefix: str) -> Judgement:
             remedy="Give at least 8 digits of a hash that 'cloister client review' lists.",
         )
     return found[0]
+
+
+def _propose(site: Site, study: Study) -> None:
+    """Keep a study for review, unless it was judged in the meantime."""
+    with _locked(site):
+        known = judgements(site)
+        if study.digest in known:
+            return
+        waiting = [d for d, one in known.items() if one.decision is Decision.PENDING]
+        for oldest in waiting[: max(0, len(waiting) + 1 - MAX_PENDING)]:
+            del known[oldest]
+        known[study.digest] = Judgement(study, Decision.PENDING, time=_now())
+        _save(site, known)
+
+
+@contextmanager
+def _locked(site: Site) -> Iterator[None]:
+    """Change the file alone: a proposal that arrives while a steward denies must not undo it."""
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        handle = os.open(site.root / f".{FILE}.lock", flags, 0o600)
+    except OSError:
+        raise FileUnreadable(
+            f"{FILE} cannot be changed.",
+            remedy="Check that this user may write to the site folder.",
+        ) from None
+    with os.fdopen(handle) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _judgement(digest: str, row: Mapping[str, Any]) -> Judgement:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +88,34 @@ def test_every_decision_is_in_the_audit_log(site: Site) -> None:
     assert [entry.body["decision"] for entry in entries] == ["denied", "approved"]
     assert {entry.body["study"] for entry in entries} == {study().digest}
     assert "CANARY" not in (site.audit / "audit.jsonl").read_text()
+
+
+def _propose_many(root: str, first: int) -> None:
+    from cloister_client.site import open_site
+
+    for number in range(first, first + 15):
+        with contextlib.suppress(StudyNotApproved):
+            require_approved(open_site(Path(root)), _named(number))
+
+
+def test_proposals_from_other_processes_undo_no_decision(site: Site) -> None:
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=_propose_many, args=(str(site.root), first)) for first in (0, 100)
+    ]
+    for worker in workers:
+        worker.start()
+    decided = []
+    while any(worker.is_alive() for worker in workers):
+        decision = _named(10_000 + len(decided))
+        judge(site, decision, Decision.DENIED)
+        decided.append(decision.digest)
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    known = judgements(site)
+    assert all(known[digest].decision is Decision.DENIED for digest in decided)
+    assert len(known) == len(decided) + 30
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{}", '{"format": 2, "studies": {}}', "other"])

@@ -28,6 +28,7 @@ from cloister_client.training import train_round
 from cloister_common import networks, sums, vectors
 from cloister_common.errors import (
     BudgetExhausted,
+    BundleRefused,
     CloisterError,
     InternalError,
     MessageInvalid,
@@ -79,6 +80,7 @@ _SIGN_EVERY = 10
 _signed: dict[Path, int] = {}
 
 _REASONS: tuple[tuple[type[CloisterError], Refused], ...] = (
+    (BundleRefused, Refused.BUNDLE),
     (PolicyRefused, Refused.POLICY),
     (StudyNotApproved, Refused.APPROVAL),
     (BudgetExhausted, Refused.BUDGET),
@@ -241,21 +243,37 @@ def _histogram(site: Site, study: Study, task: EvaluateTask) -> Counts:
     return score_histogram(_loaded(study, task.vector), held_out, study)
 
 
+def refuse(message: Message, context: Context, error: CloisterError) -> Message:
+    """Answer a message that is not read at all, such as one of a run with a foreign bundle."""
+
+    def no(site: Site) -> RoundMessage:
+        raise error
+
+    return _respond(message, context, no)
+
+
 def _answer(
     message: Message,
     context: Context,
     kind: type[MessageT],
     handler: Callable[[Site, MessageT], RoundMessage],
 ) -> Message:
+    def act(site: Site) -> RoundMessage:
+        task = unpack(message.content, kind)
+        clear_notice(site.root)
+        return handler(site, task)
+
+    return _respond(message, context, act)
+
+
+def _respond(message: Message, context: Context, act: Callable[[Site], RoundMessage]) -> Message:
     site: Site | None = None
     reply: RoundMessage
     try:
         site = open_site(Path(str(context.node_config[SITE_KEY])))
         # First, so that a site whose log cannot be written answers nothing.
         log_of(site).append("asked", **_told(message.content))
-        task = unpack(message.content, kind)
-        clear_notice(site.root)
-        reply = handler(site, task)
+        reply = act(site)
     except CloisterError as error:
         reply = _refuse(site, error, context.node_id)
     except Exception as error:

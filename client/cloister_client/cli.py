@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cloister_client.cli_join import join, roster
+from cloister_client.cli_service import start, status, stop
 from cloister_common.errors import FolderUnreadable, OptionInvalid, PolicyRefused
 from cloister_common.extras import require
 
@@ -29,6 +30,9 @@ Folder = Annotated[Path, typer.Option("--dir", help="The site folder.")]
 
 app.command()(join)
 app.command()(roster)
+app.command()(start)
+app.command()(stop)
+app.command()(status)
 
 
 @app.callback()

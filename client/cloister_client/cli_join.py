@@ -36,6 +36,12 @@ def join(
         typer.Argument(help="File with the invite, or - for standard input; else it is asked for."),
     ] = None,
     folder: Folder = Path(),
+    dicom: Annotated[
+        Path | None, typer.Option(help="Folder of the images, for a new site folder.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="The labels file, CSV, for a new site folder.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it is approved.")] = False,
     accept_roster: Accept = None,
 ) -> None:
@@ -51,7 +57,12 @@ def join(
         joined = look(site)
     else:
         read = Invite.decode(_read_invite(invite))
-        site = prepare(folder, read)
+        site = prepare(
+            folder,
+            read,
+            dicom=dicom.absolute() if dicom else None,
+            labels=labels.absolute() if labels else None,
+        )
         joined = ask(site, read)
     typer.echo(f"Site {site.name}; its key's fingerprint, for the telephone:")
     typer.echo(f"  {fingerprint(site.identity().public)}")

@@ -113,14 +113,20 @@ def membership(site: Site) -> Membership:
         ) from None
 
 
-def prepare(root: Path, invite: Invite) -> Site:
+def prepare(
+    root: Path, invite: Invite, *, dicom: Path | None = None, labels: Path | None = None
+) -> Site:
     """Make the site folder and its keys where they are missing. Nothing is replaced.
+
+    ``dicom`` and ``labels`` shape a site file that is created now; see ``init_site``.
 
     Raises:
         InviteInvalid: the folder is another site's, or belongs to another federation.
     """
     fresh = not (root / "site.toml").exists()
-    site = init_site(root, name=invite.site) if fresh else open_site(root)
+    site = (
+        init_site(root, name=invite.site, dicom=dicom, labels=labels) if fresh else open_site(root)
+    )
     if site.name != invite.site:
         raise InviteInvalid(
             f"The invite is for {invite.site}, and this folder is {site.name}'s.",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import json
 import re
 import secrets
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from cloister_client.policy import Policy
 from cloister_common.errors import (
@@ -48,6 +49,17 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _FilePath = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
+def _is_loopback(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    try:
+        fits = ipaddress.ip_address(host.strip("[]")).is_loopback and 0 <= int(port) < 2**16
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError("is not a loopback address and port such as 127.0.0.1:9090")
+    return value
+
+
 class _About(FileModel):
     name: Name
 
@@ -57,11 +69,17 @@ class _Data(FileModel):
     labels: _FilePath = "labels.csv"
 
 
+class _Service(FileModel):
+    health: Annotated[str, Field(max_length=64), AfterValidator(_is_loopback)] = "127.0.0.1:0"
+    """Where grpc.health.v1 is served; port 0 takes a free one."""
+
+
 class SiteFile(FileModel):
     """The file ``site.toml``; paths are relative to its folder, or absolute."""
 
     site: _About
     data: _Data = _Data()
+    service: _Service = _Service()
     policy: Policy = Policy()
 
 
@@ -75,6 +93,7 @@ class Site:
         dicom: folder of the images; need not exist yet.
         labels: the labels file; need not exist yet.
         policy: what the hospital allows.
+        health: HOST:PORT on loopback of the service's health; port 0 takes a free one.
     """
 
     root: Path
@@ -82,6 +101,7 @@ class Site:
     dicom: Path
     labels: Path
     policy: Policy
+    health: str = "127.0.0.1:0"
 
     @property
     def ledger(self) -> Path:
@@ -180,6 +200,7 @@ def open_site(root: Path) -> Site:
         dicom=root / file.data.dicom,
         labels=root / file.data.labels,
         policy=file.policy,
+        health=file.service.health,
     )
     site.pseudonym_key()
     site.cache_key()

@@ -35,7 +35,10 @@
     │   ├── TooFewSites            CLO-501
     │   ├── MessageInvalid         CLO-502
     │   ├── ResumeMismatch         CLO-503
-    │   └── NothingToResume        CLO-504
+    │   ├── NothingToResume        CLO-504
+    │   ├── BundleRefused          CLO-505
+    │   ├── RunUnknown             CLO-506
+    │   └── RunStopped             CLO-507
     ├── InstallError               6xx, exit 7: what is installed
     │   └── ExtraMissing           CLO-601
     ├── SecureAggregationError     7xx, exit 8: what a party refused, and whom it blames
@@ -73,7 +76,8 @@
     │   ├── CoordinatorUnproven    CLO-805
     │   ├── SiteStateInvalid       CLO-806
     │   ├── ListenRefused          CLO-807
-    │   └── ServerState            CLO-808
+    │   ├── ServerState            CLO-808
+    │   └── ServiceState           CLO-820
     └── InternalError              CLO-901, exit 70: a fault of Cloister itself
 
 A message says what happened, why, and what to do. It never carries a patient's data, a path
@@ -324,6 +328,21 @@ class NothingToResume(RunError):
     title = "There is no run to resume"
 
 
+class BundleRefused(RunError):
+    code = "CLO-505"
+    title = "The coordinator named a foreign bundle"
+
+
+class RunUnknown(RunError):
+    code = "CLO-506"
+    title = "There is no such run, or it does not stand so"
+
+
+class RunStopped(RunError):
+    code = "CLO-507"
+    title = "The run was stopped"
+
+
 class InstallError(CloisterError):
     title = "Something is not installed"
     exit_status = 7
@@ -523,6 +542,11 @@ class ListenRefused(DeploymentError):
 class ServerState(DeploymentError):
     code = "CLO-808"
     title = "The server runs already, or does not run"
+
+
+class ServiceState(DeploymentError):
+    code = "CLO-820"
+    title = "The site's service runs already, or does not run"
 
 
 class InternalError(CloisterError):

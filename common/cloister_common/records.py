@@ -43,6 +43,8 @@ MessageT = TypeVar("MessageT", bound="RoundMessage")
 class Refused(enum.StrEnum):
     """The closed list of reasons that a site may give; what depends on data is coarse."""
 
+    BUNDLE = "bundle"
+    """The run is of another bundle than the installed wheel's: of code, or another version."""
     POLICY = "policy"
     """The study asks for more than the site's policy allows."""
     APPROVAL = "approval"

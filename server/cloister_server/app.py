@@ -34,7 +34,7 @@ def build(hooks: Hooks | None = None) -> ServerApp:
         began = time.monotonic()
         federation = Federation(Path(str(config["federation"])))
         run = Run(
-            Mailbox(grid, log=federation.log),
+            Mailbox(grid, log=federation.log, timeout=used.timeout, check=used.check),
             study,
             Checkpoints(out / CHECKPOINT_FOLDER),
             used,

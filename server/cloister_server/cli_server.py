@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import shlex
-import signal
 import sys
-import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,14 +17,21 @@ import typer
 
 from cloister_common.errors import OptionInvalid, ServerState, SiteStateInvalid
 from cloister_common.extras import require
+from cloister_server.cli_runs import report, resume, run
 
 if TYPE_CHECKING:
     from cloister_server.coordinator import Coordinator
+    from cloister_server.runs import Status
 
 app = typer.Typer(help="Run a federation's coordinating server.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Option("--dir", help="The coordinator's folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+app.command()(run)
+app.command()(resume)
+app.command()(report)
 
 
 @app.callback()
@@ -200,43 +205,51 @@ def start(folder: Folder = Path()) -> None:
 @app.command()
 def stop(
     folder: Folder = Path(),
+    only: Annotated[
+        str | None, typer.Option("--run", metavar="RUN", help="Stop this run, not the server.")
+    ] = None,
     wait: Annotated[float, typer.Option(help="Seconds to wait for its end.")] = 30.0,
 ) -> None:
-    """Stop the server of this folder."""
+    """Stop the server of this folder, or one run. A server's runs go on when it starts again."""
     _require()
-    from cloister_server.service import running
-
     place = _open(folder)
-    process = running(place)
-    if process is None:
+    if only is not None:
+        from cloister_server.runs import find_run, stop_run
+
+        stop_run(find_run(place.root, only))
+        typer.echo(f"The run {only} is stopped. Go on: cloister server resume {only}")
+        return
+    from cloister_common.running import terminate
+
+    ended = terminate(place.lock, wait)
+    if ended is None:
         raise ServerState("The server of this folder does not run.")
-    os.kill(process, signal.SIGTERM)
-    end = time.monotonic() + wait
-    while running(place) is not None:
-        if time.monotonic() > end:
-            raise ServerState(
-                "The server has not ended yet.", remedy="Wait, or end its process yourself."
-            )
-        time.sleep(0.1)
+    if not ended:
+        raise ServerState(
+            "The server has not ended yet.", remedy="Wait, or end its process yourself."
+        )
     typer.echo("The server has stopped.")
 
 
 @app.command()
 def status(folder: Folder = Path(), as_json: JsonOption = False) -> None:
-    """Show whether the server runs and its ports are open. Exit status 9 where not."""
+    """Show the server, its sites and its runs, and why a site takes no part. Exit 9 where down."""
     _require()
-    from cloister_server.service import healthy, running
+    from cloister_server.runs import runs
+    from cloister_server.service import is_serving, running
 
     place = _open(folder)
     process = running(place)
-    serving = process is not None and healthy(place)
+    serving = process is not None and is_serving(place)
     with place.registry() as registry:
         states = [row.state for row in registry.sites()]
         invited = len(registry.invited())
     counts = {state: states.count(state) for state in ("approved", "pending", "revoked")}
+    standing = [(each.name, each.status()) for each in runs(place.root)]
     if as_json:
         told = {"running": process is not None, "serving": serving, "invited": invited, **counts}
-        typer.echo(json.dumps(told))
+        each_run = [{"name": name, **asdict(each)} for name, each in standing]
+        typer.echo(json.dumps({**told, "runs": each_run}))
     else:
         how = "serving" if serving else "starting or stopping" if process else "not running"
         typer.echo(f"{place.file.federation.name}: {how} ({place.file.fleet.listen})")
@@ -244,8 +257,19 @@ def status(folder: Folder = Path(), as_json: JsonOption = False) -> None:
             f"sites: {counts['approved']} approved, {counts['pending']} waiting for approval, "
             f"{counts['revoked']} revoked, {invited} invited"
         )
+        for name, each in standing:
+            _show_run(name, each)
     if not serving:
         raise typer.Exit(ServerState.exit_status)
+
+
+def _show_run(name: str, status: Status) -> None:
+    from cloister_server.collection import REASONS
+
+    rounds = f", round {status.round} of {status.rounds}" if status.rounds else ""
+    typer.echo(f"run {name}: {status.state}{rounds}; {status.told}")
+    for site, reason in sorted(status.refused.items()):
+        typer.echo(f"  {site} takes no part: {REASONS.get(reason, reason)}")
 
 
 def _require() -> None:

@@ -33,6 +33,7 @@ LATE = "late"
 """The server's own word for a site that a resumed run did not begin with."""
 
 REASONS: Mapping[str, str] = {
+    Refused.BUNDLE: "it runs another version of Cloister",
     Refused.POLICY: "its policy does not allow the study",
     Refused.APPROVAL: "nobody there has approved the study yet",
     Refused.BUDGET: "its privacy budget does not suffice",

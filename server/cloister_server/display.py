@@ -10,7 +10,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cloister_server.checkpoint import Figures
 from cloister_server.collection import REASONS
-from cloister_server.rounds import Began, Event, Lost
+from cloister_server.rounds import Began, Event, Lost, Waiting
+
+
+def in_words(event: Waiting) -> str:
+    """What a run waits for, and why."""
+    reasons = "; ".join(
+        f"{name}: {REASONS.get(reason, reason)}" for name, reason in sorted(event.refused.items())
+    )
+    told = f"{event.present} sites take part so far, {event.needed} are needed"
+    return f"{told} ({reasons})" if reasons else told
 
 
 class Display:
@@ -63,6 +72,8 @@ class Display:
             self.say(
                 f"Round {event.round} is lost: its sum cannot be read; what it cost is charged"
             )
+        elif isinstance(event, Waiting):
+            self.say(in_words(event))
         else:
             self._measured(event.figures, event.rounds)
 

@@ -72,6 +72,8 @@ class Engine:
     large_paths: frozenset[str]
     push_messages: str
     speaks_for_itself: Callable[[bytes], bool]
+    activate: str
+    settled: Callable[[bytes], bool]
 
 
 class FleetGate:
@@ -99,6 +101,10 @@ class FleetGate:
                 await answer(send, 200, self._roster.read_bytes())
                 return
             self._own_key(scope, site)
+            if path == self._engine.activate and not self._engine.settled(site.node_key):
+                # Not a refusal, and in no log: the node asks again by itself.
+                await answer(send, 503, b"settling", close=True)
+                return
             await self._forward(scope, receive, send, peer, site)
         except Turned as turned:
             name = site.name if site else None

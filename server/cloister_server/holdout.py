@@ -1,20 +1,73 @@
-"""A hold-out belongs to no site: a simulation, which sees all folders, holds its user to that.
+"""A hold-out belongs to no site: the coordinating site measures the model on it.
 
-Only images that are the same to the byte are found. The same patient in other images is not:
-hospitals number their patients independently, so equal numbers mean nothing.
+A simulation, which sees all folders, holds its user to that. Only images that are the same to the
+byte are found. The same patient in other images is not: hospitals number their patients
+independently, so equal numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cloister_common.errors import OptionInvalid
+from cloister_common.errors import DataError, OptionInvalid
+from cloister_common.records import Vector
+from cloister_common.study import Study
+
+if TYPE_CHECKING:
+    from cloister_common.metrics import Metrics
 
 _PREFIX = 128
 _MAGIC = b"DICM"
+
+
+def measure_on(study: Study, folder: Path, out: Path) -> Callable[[Vector], Metrics]:
+    """Read a hold-out once, as a site would, and return what measures a flat model on it.
+
+    Args:
+        study: what is trained.
+        folder: holds ``dicom/`` and ``labels.csv``.
+        out: the run's folder; a site folder ``holdout`` is made in it, with keys and a cache.
+
+    Raises:
+        DataError: the hold-out cannot be used.
+    """
+    from cloister_client.cohort import load_cohort
+    from cloister_client.evaluation import cohort_scores
+    from cloister_client.policy import Policy
+    from cloister_client.site import init_site
+    from cloister_common import networks, vectors
+    from cloister_common.metrics import measure
+
+    folder = folder.absolute()
+    site = init_site(
+        out / "holdout",
+        name="holdout",
+        dicom=folder / "dicom",
+        labels=folder / "labels.csv",
+        policy=Policy(min_patients_per_class=1),
+    )
+    try:
+        cohort = load_cohort(site, study)
+    except DataError as error:
+        raise type(error)(
+            f"In the hold-out: {error.what}",
+            why=error.why,
+            remedy=f"{error.remedy} The hold-out is what --holdout names.",
+        ) from None
+    module = networks.build(
+        study.network, outputs=study.outputs, size=study.input.size, seed=study.training.seed
+    )
+
+    def evaluate(model: Vector) -> Metrics:
+        vectors.load(module, model)
+        labels, scores = cohort_scores(module, cohort)
+        return measure(labels, scores)
+
+    return evaluate
 
 
 def refuse_overlap(holdout: Path, sites: Mapping[str, Path]) -> None:

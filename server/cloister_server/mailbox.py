@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic
 
@@ -34,6 +34,7 @@ TYPES: Mapping[str, str] = {
 """Flower's message type for each kind of task."""
 
 _POLL_SECONDS = 0.05
+_SLOWEST_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,29 @@ class Mailbox:
         log: the coordinator's audit log; every message is in it before it leaves.
         timeout: seconds after which a round goes on without those who have not answered;
             None waits for all.
+        check: is called while replies are waited for, and may raise to end the run.
 
     Attributes:
         received: bytes of payload that came from each node so far.
     """
 
     def __init__(
-        self, grid: Grid, *, log: AuditLog | None = None, timeout: float | None = None
+        self,
+        grid: Grid,
+        *,
+        log: AuditLog | None = None,
+        timeout: float | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self._grid = grid
         self._log = log
         self._timeout = timeout
+        self._check = check or (lambda: None)
         self.received: dict[int, int] = {}
+
+    def nodes(self) -> list[int]:
+        """The nodes that are online now."""
+        return sorted(self._grid.get_node_ids())
 
     def wait_for_nodes(self, count: int, *, seconds: float = 120.0) -> list[int]:
         """Return the nodes online, as soon as there are ``count`` or time is up."""
@@ -107,13 +119,18 @@ class Mailbox:
         waiting = set(self._grid.push_messages(messages))
         del contents, messages
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        pause = _POLL_SECONDS
         while waiting and (deadline is None or time.monotonic() < deadline):
             before = len(waiting)
             for reply in self._grid.pull_messages(set(waiting)):
                 waiting.discard(reply.metadata.reply_to_message_id)
                 yield self._read(reply, answer)
-            if len(waiting) == before:
-                time.sleep(_POLL_SECONDS)
+            if len(waiting) < before:
+                pause = _POLL_SECONDS
+                continue
+            self._check()
+            time.sleep(pause)
+            pause = min(_SLOWEST_POLL_SECONDS, 1.5 * pause)
 
     def note(self, kind: str, **body: Value) -> None:
         """Log something that is no message, and sign the log."""

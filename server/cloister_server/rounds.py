@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cloister_common import networks, vectors
-from cloister_common.errors import InternalError
+from cloister_common.errors import InternalError, TooFewSites, TooFewSurvivors
 from cloister_common.identity import verify
 from cloister_common.metrics import Metrics
 from cloister_common.privacy.accounting import calibrate, epsilon_pld
 from cloister_common.records import (
+    Counts,
     Prepare,
     Prepared,
     Refusal,
@@ -34,6 +35,7 @@ from cloister_common.study import Study
 from cloister_server.checkpoint import Checkpoints, Figures, Progress, RunState
 from cloister_server.collection import (
     LATE,
+    Collected,
     Collector,
     Members,
     PlainCollector,
@@ -72,11 +74,39 @@ class Lost:
     round: int
 
 
-Event = Began | Measured | Lost
+@dataclass(frozen=True)
+class Waiting:
+    """Too few sites are here; the run waits for them. ``refused`` gives the others' reasons."""
+
+    present: int
+    needed: int
+    refused: Mapping[str, str]
+
+
+Event = Began | Measured | Lost | Waiting
 
 
 def _ignore(event: Event) -> None:
     del event
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How a run of real hospitals waits: for people who approve, and for machines that sleep.
+
+    Attributes:
+        begin: seconds that a run which could begin waits for sites that have not answered yes.
+        soonest: seconds between the first two questions.
+        latest: seconds between two questions, at most.
+    """
+
+    begin: float = 3600.0
+    soonest: float = 2.0
+    latest: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -86,10 +116,17 @@ class Hooks:
     Attributes:
         evaluate: measures a flat model on a hold-out that belongs to no site.
         notify: is told of progress.
+        check: is called again and again, and may raise to end the run.
+        patience: how to wait where too few sites are here; without it that is an error.
+        timeout: seconds after which a stage goes on without those who have not answered; None
+            waits for all.
     """
 
     evaluate: Callable[[Vector], Metrics] | None = None
     notify: Callable[[Event], None] = _ignore
+    check: Callable[[], None] = _nothing
+    patience: Patience | None = None
+    timeout: float | None = None
 
 
 @dataclass(frozen=True)
@@ -167,6 +204,7 @@ class Run:
             state = replace(state, figures=(self._measure(collector, state, 0, none),))
         self._checkpoints.save(self._study, state)
         for number in range(first, rounds + 1):
+            self._hooks.check()
             state = self._round(collector, number, state)
             seconds = before + time.monotonic() - began
             state = replace(state, seconds=seconds, sent=self._sent_by_site())
@@ -192,32 +230,72 @@ class Run:
         return replace(state, lost=(*state.lost, sent), started=started, completed=sent), sent + 1
 
     def _prepare(self, state: RunState) -> RunState:
-        nodes = self._mailbox.wait_for_nodes(self._expected)
-        self._invited = len(nodes)
+        patience = self._hooks.patience
+        asked = self._study.aggregation
+        needed = asked.min_sites
+        if asked.secure and state.invited:
+            needed = Parameters.derive(len(state.invited), asked.colluders).m
+        if patience is None:
+            self._ask(self._mailbox.wait_for_nodes(self._expected), state)
+            require_sites(needed, len(self._nodes), self._invited, self._refused)
+        else:
+            self._await(patience, state, needed, all_of=patience.begin)
+        # Whom a run invited stays as it was: two sums over other sites could be compared.
+        return replace(state, invited=state.invited or tuple(sorted(self._nodes.values())))
+
+    def _ask(self, nodes: Collection[int], state: RunState) -> int:
+        """Ask nodes whether they take part; how many of them do. Asking again changes nothing."""
         roster = self._roster.digest.hex() if self._roster is not None else ""
+        self._invited = max(self._expected, len(nodes), self._invited)
         task = Prepare(self._canonical, state.run, self._invited, roster)
+        agreed = 0
         for reply in self._mailbox.ask(nodes, task, Prepared):
             message = reply.message
+            known = self._nodes.get(reply.node)
             if not self._is_signed(message, reply.node, state.run):
-                self._refused[f"node {reply.node}"] = (
+                self._refused[known or f"node {reply.node}"] = (
                     message.reason if isinstance(message, Refusal) else Refused.MESSAGE.value
                 )
             elif isinstance(message, Refusal):
                 self._refused[message.site or f"node {reply.node}"] = message.reason
-            elif message.site in self._nodes.values():
+            elif message.site in self._nodes.values() and message.site != known:
                 self._refused[f"{message.site} (second node)"] = Refused.MESSAGE.value
             elif state.invited and message.site not in state.invited:
                 self._refused[message.site] = LATE
             else:
                 self._nodes[reply.node] = message.site
-        asked = self._study.aggregation
-        # Whom a run invited stays as it was: two sums over other sites could be compared.
-        invited = state.invited or tuple(sorted(self._nodes.values()))
-        needed = asked.min_sites
-        if asked.secure and state.invited:
-            needed = Parameters.derive(len(invited), asked.colluders).m
-        require_sites(needed, len(self._nodes), self._invited, self._refused)
-        return replace(state, invited=invited)
+                self._refused.pop(message.site, None)
+                self._refused.pop(f"node {reply.node}", None)
+                agreed += 1
+        return agreed
+
+    def _await(
+        self, patience: Patience, state: RunState, needed: int, *, all_of: float = 0.0
+    ) -> None:
+        """Wait until enough sites say yes; for ``all_of`` seconds more, until all of them do."""
+        pause, told, enough_since = patience.soonest, "", 0.0
+        agreed: set[int] = set()
+        online: set[int] = set()
+        while True:
+            self._hooks.check()
+            before, online = online, set(self._mailbox.nodes())
+            if online - before:
+                pause = patience.soonest
+            agreed &= online
+            for node in online - agreed:
+                if self._ask([node], state):
+                    agreed.add(node)
+            everyone = len(state.invited) or self._expected
+            if len(agreed) >= needed:
+                enough_since = enough_since or time.monotonic()
+                if len(agreed) >= everyone or time.monotonic() - enough_since >= all_of:
+                    return
+            waiting = Waiting(len(agreed), needed, dict(self._refused))
+            if repr(waiting) != told:
+                told = repr(waiting)
+                self._hooks.notify(waiting)
+            time.sleep(pause)
+            pause = min(patience.latest, 1.5 * pause)
 
     def _is_signed(self, message: Prepared | Refusal, node: int, run: str) -> bool:
         """Whether the site itself said so; without a roster nobody's key is known."""
@@ -259,7 +337,7 @@ class Run:
         started = {name: state.started.get(name, 0) + 1 for name in names}
         state = replace(state, started={**state.started, **started})
         try:
-            collected = collector.updates(number, state.model)
+            collected = self._collect(collector, number, state)
         except RoundLost as lost:
             self._refused.update(lost.refused)
             self._mailbox.note("lost", run=state.run, round=number)
@@ -281,6 +359,26 @@ class Run:
         measured = self._measure(collector, state, number, figures)
         return replace(state, figures=(*state.figures, measured))
 
+    def _collect(self, collector: Collector, number: int, state: RunState) -> Collected:
+        """A round's update; with patience, once enough sites are here.
+
+        A site keeps what it trained for another attempt at the same sum, and is not charged for
+        it. Where that does not help, the round is lost, and the next one begins.
+        """
+        patience = self._hooks.patience
+        if patience is None:
+            return collector.updates(number, state.model)
+        asked = self._study.aggregation
+        needed = asked.min_sites
+        if asked.secure:
+            needed = Parameters.derive(len(state.invited), asked.colluders).m
+        for _ in range(2):
+            try:
+                return collector.updates(number, state.model)
+            except (TooFewSites, TooFewSurvivors):
+                self._await(patience, state, needed)
+        raise RoundLost(dict(self._refused))
+
     def _sent_by_site(self) -> dict[str, int]:
         received = self._mailbox.received
         now = {site: received.get(node, 0) for node, site in self._nodes.items()}
@@ -293,11 +391,20 @@ class Run:
         if due and self._hooks.evaluate is not None:
             figures = figures_of(figures, self._hooks.evaluate(state.model))
         elif due and not self._study.privacy.enabled and self._study.evaluation.site_fraction:
-            counts = collector.histogram(number, state.model)
+            counts = self._histogram(collector, number, state.model)
             if counts is not None:
                 figures = figures_of(figures, measure_counts(counts))
         self._hooks.notify(Measured(figures, self._study.training.rounds))
         return figures
+
+    def _histogram(self, collector: Collector, number: int, model: Vector) -> Counts | None:
+        try:
+            return collector.histogram(number, model)
+        except (TooFewSites, TooFewSurvivors):
+            if self._hooks.patience is None:
+                raise
+            # The round has its model; that it was not measured is no reason to train it again.
+            return None
 
 
 def study_epsilon(study: Study, rounds: int) -> float | None:

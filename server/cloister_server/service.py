@@ -16,19 +16,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
+import queue
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
+from cloister_common.children import Child, environment
 from cloister_common.errors import ListenRefused, ServerFolderInvalid, ServerState
 from cloister_common.files import read_secret
+from cloister_common.health import Health, healthy
+from cloister_common.running import holder, only_one
 from cloister_server.authority import CA_CERTIFICATE, pem
 from cloister_server.coordinator import SERVER_CERTIFICATE, SERVER_KEY, Coordinator
 from cloister_server.enrolment_app import EnrolmentApp
@@ -41,40 +44,9 @@ TICK_S = 0.5
 """How often the database is looked at for what was approved, revoked or invited."""
 
 
-@contextlib.contextmanager
-def only_one(coordinator: Coordinator) -> Iterator[None]:
-    """Hold the folder's lock, with this process's id in it.
-
-    Raises:
-        ServerState: another process holds it.
-    """
-    handle = os.open(coordinator.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ServerState("The server of this folder runs already.") from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(handle)
-
-
 def running(coordinator: Coordinator) -> int | None:
     """The process id of the server of this folder, or ``None`` where none runs."""
-    try:
-        handle = os.open(coordinator.lock, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        text = os.pread(handle, 32, 0).decode().strip()
-        return int(text) if text.isdigit() else None
-    finally:
-        os.close(handle)
-    return None
+    return holder(coordinator.lock)
 
 
 def serve(coordinator: Coordinator, ready: Callable[[], None]) -> None:
@@ -98,7 +70,11 @@ def serve(coordinator: Coordinator, ready: Callable[[], None]) -> None:
         FLWR_HOME=str(coordinator.root / "flower"),
     )
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    with only_one(coordinator), coordinator.registry() as registry:
+
+    def taken() -> Exception:
+        return ServerState("The server of this folder runs already.")
+
+    with only_one(coordinator.lock, taken), coordinator.registry() as registry:
         asyncio.run(_Service(coordinator, registry).run(ready))
 
 
@@ -109,6 +85,28 @@ class _Service:
     _listeners: dict[str, tuple[Listener, asyncio.Task[None]]] = field(default_factory=dict)
     _doors: list[Door] = field(default_factory=list)
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
+    _events: queue.Queue[tuple[str, dict[str, Any]]] = field(default_factory=queue.Queue)
+    _executing: bool = False
+
+    def __post_init__(self) -> None:
+        arguments = ("-m", "cloister_server.superexec", str(self.coordinator.root))
+        self._superexec = Child("superexec", arguments, environment(), self._events)
+
+    def _tend(self) -> bool:
+        """Keep the process running that executes runs; whether it does."""
+        self._superexec.tend()
+        while not self._events.empty():
+            _, told = self._events.get_nowait()
+            event = told.get("event")
+            if event == "ready":
+                self._executing = True
+            elif event == "ended" and told.get("status") != 0:
+                # It ends by itself after each run, and is back in a moment.
+                self._executing = False
+            elif event in {"crashed", "failed"}:
+                what = told.get("type") or f"{told.get('code')} {told.get('what')}"
+                logging.getLogger("cloister").warning("the superexec met a fault: %s", what)
+        return self._executing
 
     async def run(self, ready: Callable[[], None]) -> None:
         from cloister_server.superlink import deployment
@@ -135,6 +133,8 @@ class _Service:
             large_paths=frozenset(deployment.LARGE_PATHS),
             push_messages=deployment.PUSH_MESSAGES,
             speaks_for_itself=deployment.speaks_for_itself,
+            activate=deployment.ACTIVATE,
+            settled=nodes.settled,
         )
         roster = place.keys / "roster"
         fleet = Door("fleet", server_context(chain, key, place.keys / CA_CERTIFICATE), refusals)
@@ -148,20 +148,28 @@ class _Service:
             root=place.federation_root(),
             roster=roster,
         )
-        health = _Health(file.private.health)
+        bind(file.private.health, None).close()  # not loopback, or taken: refused in words
+        health = Health(file.private.health)
         watches = [loop.create_task(door.watch()) for door in self._doors]
         try:
             await self._open("control", PrivateGate(app), None, file.private.control, "on")
             gate = FleetGate(engine, self.registry, refusals, roster)
             await self._open("fleet", gate, fleet, file.fleet.listen)
             await self._follow(nodes, nodes_now, joining, enrolment)
-            health.serving(True)
-            ready()
+            said = False
             while not self._stop.is_set():
+                executing = self._tend()
+                health.serving(executing)
+                if executing and not said:
+                    said = True
+                    ready()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stop.wait(), TICK_S)
                 nodes_now = await self._follow(nodes, nodes_now, joining, enrolment)
         finally:
+            health.serving(False)
+            # First, while the engine it speaks with still answers.
+            await asyncio.to_thread(self._superexec.stop)
             health.close()
             for name in ("enrolment", "fleet", "control"):
                 await self._close(name)
@@ -237,47 +245,6 @@ class _Service:
             ) from None
 
 
-class _Health:
-    """grpc.health.v1 on loopback; says SERVING while all ports are open."""
-
-    def __init__(self, address: str) -> None:
-        from concurrent import futures
-
-        import grpc
-        from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-
-        self._states = health_pb2.HealthCheckResponse
-        self._servicer = health.HealthServicer()
-        self._server = grpc.server(
-            futures.ThreadPoolExecutor(max_workers=2), options=[("grpc.so_reuseport", 0)]
-        )
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, self._server)
-        bind(address, None).close()  # refuses what is not loopback, and a port that is taken
-        self.serving(False)
-        self._server.add_insecure_port(address)
-        self._server.start()
-
-    def serving(self, now: bool) -> None:
-        state = self._states.SERVING if now else self._states.NOT_SERVING
-        self._servicer.set("", state)
-
-    def close(self) -> None:
-        self._servicer.enter_graceful_shutdown()
-        self._server.stop(grace=0.5).wait()
-
-
-def healthy(coordinator: Coordinator, timeout_s: float = 3.0) -> bool:
-    """Ask the health service whether all ports are open."""
-    import grpc
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-    # No proxy for loopback, whatever the environment says.
-    options = [("grpc.enable_http_proxy", 0)]
-    with grpc.insecure_channel(coordinator.file.private.health, options=options) as channel:
-        try:
-            reply = health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(), timeout=timeout_s
-            )
-        except grpc.RpcError:
-            return False
-    return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+def is_serving(coordinator: Coordinator) -> bool:
+    """Ask the health service whether all ports are open, and runs can be executed."""
+    return healthy(coordinator.file.private.health)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Literal
 
 from cloister_common.errors import (
     CloisterError,
-    DataError,
     FileUnreadable,
     OptionInvalid,
     OutputInTheWay,
@@ -28,15 +27,14 @@ from cloister_common.errors import (
     TooFewSitesGiven,
 )
 from cloister_common.files import make_private_dir, sweep
-from cloister_common.records import ROSTER_KEY, SITE_KEY, Vector
+from cloister_common.records import ROSTER_KEY, SITE_KEY
 from cloister_common.secagg.parameters import Parameters
 from cloister_common.study import Study
-from cloister_server.holdout import refuse_overlap
+from cloister_server.holdout import measure_on, refuse_overlap
 from cloister_server.rounds import Event, Hooks
 
 if TYPE_CHECKING:
     from cloister_client.site import Site
-    from cloister_common.metrics import Metrics
     from cloister_server.superlink import ClientCallable
 
 Engine = Literal["in-process", "ray"]
@@ -120,7 +118,7 @@ def simulate(
     sites = [_open(folder, simulation) for folder in folders]
     if simulation.holdout is not None:
         refuse_overlap(simulation.holdout / "dicom", {s.name: s.dicom for s in sites})
-    evaluate = _holdout(simulation) if simulation.holdout else None
+    evaluate = measure_on(study, simulation.holdout, simulation.out) if simulation.holdout else None
     hooks = Hooks(evaluate=evaluate, notify=notify) if notify else Hooks(evaluate=evaluate)
     server_app = build(hooks)
     config: dict[str, bool | float | int | str] = {
@@ -287,44 +285,6 @@ def _distinct(names: list[str]) -> None:
             raise OptionInvalid(
                 f"Two site folders give the same site name, {name!r}.", remedy="Rename one."
             )
-
-
-def _holdout(simulation: Simulation) -> Callable[[Vector], Metrics]:
-    """Read the hold-out once and return the function that measures a flat model on it."""
-    from cloister_client.cohort import load_cohort
-    from cloister_client.evaluation import cohort_scores
-    from cloister_client.policy import Policy
-    from cloister_client.site import init_site
-    from cloister_common import networks, vectors
-    from cloister_common.metrics import measure
-
-    assert simulation.holdout is not None
-    study, folder = simulation.study, simulation.holdout.absolute()
-    site = init_site(
-        simulation.out / "holdout",
-        name="holdout",
-        dicom=folder / "dicom",
-        labels=folder / "labels.csv",
-        policy=Policy(min_patients_per_class=1),
-    )
-    try:
-        cohort = load_cohort(site, study)
-    except DataError as error:
-        raise type(error)(
-            f"In the hold-out: {error.what}",
-            why=error.why,
-            remedy=f"{error.remedy} The hold-out is what --holdout names.",
-        ) from None
-    module = networks.build(
-        study.network, outputs=study.outputs, size=study.input.size, seed=study.training.seed
-    )
-
-    def evaluate(model: Vector) -> Metrics:
-        vectors.load(module, model)
-        labels, scores = cohort_scores(module, cohort)
-        return measure(labels, scores)
-
-    return evaluate
 
 
 def _with_notices(error: CloisterError, sites: list[Site]) -> CloisterError:

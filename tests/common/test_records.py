@@ -156,6 +156,7 @@ def test_garbage_ends_in_the_named_error(data: bytes, name: str) -> None:
 
 def test_the_list_of_refusals_is_closed() -> None:
     assert {reason.value for reason in Refused} == {
+        "bundle",
         "policy",
         "approval",
         "budget",

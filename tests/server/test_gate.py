@@ -58,7 +58,14 @@ def ask(
         answers.append(event)
 
     engine = Engine(
-        flower, b"key", frozenset({"/v1/fleet/pull-messages"}), frozenset(), "", lambda _: True
+        flower,
+        b"key",
+        frozenset({"/v1/fleet/pull-messages"}),
+        frozenset(),
+        "",
+        lambda _: True,
+        "/v1/fleet/activate-node",
+        lambda _: True,
     )
     refusals = Refusals(tmp_path / "refused.jsonl")
     gate = FleetGate(engine, rows, refusals, tmp_path / "roster")  # type: ignore[arg-type]

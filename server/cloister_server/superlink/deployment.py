@@ -11,6 +11,7 @@ import hmac
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from flwr.supercore.auth.typing import (
     AccountAuthLoginDetails,
     AccountInfo,
 )
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, NodeStatus
+from flwr.supercore.date import now
 from flwr.superlink.auth_plugin import ControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
@@ -36,12 +38,15 @@ from google.protobuf.message import DecodeError
 NODE_KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER.encode()
 """The header that says, in base64, which node key signed a request."""
 
+ACTIVATE = "/v1/fleet/activate-node"
+"""With this a node comes online."""
+
 PUSH_MESSAGES = "/v1/fleet/push-messages"
 LARGE_PATHS = frozenset({PUSH_MESSAGES, "/v1/fleet/push-object"})
 """Paths whose bodies carry updates."""
 
 NODE_PATHS = LARGE_PATHS | {
-    "/v1/fleet/activate-node",
+    ACTIVATE,
     "/v1/fleet/deactivate-node",
     "/v1/fleet/send-node-heartbeat",
     "/v1/fleet/pull-messages",
@@ -53,6 +58,8 @@ NODE_PATHS = LARGE_PATHS | {
 """What an enrolled node may ask for. Registering itself is not among it."""
 
 _HEARTBEAT_S = 30.0
+_SETTLING_S = 3.0
+"""Longer than a run looks away: what was asked of a node's last life is answered for by then."""
 
 
 class _Token(ControlAuthnPlugin):
@@ -87,6 +94,29 @@ class Nodes:
     """Flower's list of nodes, kept equal to the approved sites."""
 
     _factory: Any
+
+    def settled(self, key: bytes) -> bool:
+        """Whether a node may come online: its last connection is over, and that was seen.
+
+        Flower answers "unavailable" for a node that is offline while a run looks, and lets a node
+        come back only when its last life's heartbeats have lapsed, a minute after a crash. The
+        node's certificate says here that it is the very site that begins anew, so its last life
+        is ended at once, and the new one begins when a run has had time to see that.
+
+        Args:
+            key: the node's public key, PEM.
+        """
+        state = self._factory.state()
+        node = state.get_node_id_by_public_key(key)
+        if node is None:
+            return True
+        (info,) = state.get_node_info(node_ids=[node])
+        if info.status == NodeStatus.ONLINE and state.deactivate_node(node):
+            return False
+        if not info.last_deactivated_at:
+            return True
+        since = now() - datetime.fromisoformat(info.last_deactivated_at)
+        return bool(since.total_seconds() >= _SETTLING_S)
 
     def reconcile(self, approved: dict[str, bytes], known: set[bytes]) -> None:
         """Register what is missing and unregister what is no longer approved.

@@ -1,0 +1,119 @@
+"""`cloister client start`, `stop` and `status`: the site's service.
+
+Everything heavy is imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cloister_common.errors import ServiceState
+from cloister_common.extras import require
+
+if TYPE_CHECKING:
+    from cloister_client.service import Standing
+    from cloister_client.site import Site
+
+Folder = Annotated[Path, typer.Option("--dir", help="The site folder.")]
+
+
+def start(folder: Folder = Path()) -> None:
+    """Serve this site to its federation, in the foreground, until SIGTERM or 'client stop'."""
+    require("client", "flwr", "torch", "grpc", "grpc_health", "httpx", "uvicorn")
+    from cloister_client.service import serve
+    from cloister_client.site import open_site
+
+    site = open_site(folder)
+    serve(site, _say)
+
+
+def stop(
+    folder: Folder = Path(),
+    wait: Annotated[float, typer.Option(help="Seconds to wait for its end.")] = 30.0,
+) -> None:
+    """Stop this site's service; what it was asked in a round is a dropout there."""
+    require("client", "grpc")
+    from cloister_client import service
+    from cloister_client.site import open_site
+
+    service.stop(open_site(folder), wait)
+    typer.echo("The service has stopped.")
+
+
+def status(
+    folder: Folder = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show whether this site is served, what waits for you, and its budget. Exit 9 where not."""
+    require("client", "grpc", "grpc_health")
+    from cloister_client import service
+    from cloister_client.site import open_site
+
+    site = open_site(folder)
+    told = service.standing(site)
+    serving = told is not None and service.is_serving(told)
+    waiting = _waiting(site)
+    if as_json:
+        typer.echo(json.dumps(_as_dict(site, told, serving, waiting)))
+    else:
+        _show(site, told, serving, waiting)
+    if not serving:
+        raise typer.Exit(ServiceState.exit_status)
+
+
+def _say(line: str) -> None:
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
+    typer.echo(f"{now}  {line}")
+
+
+def _waiting(site: Site) -> list[str]:
+    from cloister_client.approvals import Decision, judgements
+
+    return [d for d, one in judgements(site).items() if one.decision is Decision.PENDING]
+
+
+def _as_dict(
+    site: Site, told: Standing | None, serving: bool, waiting: list[str]
+) -> dict[str, object]:
+    from cloister_client import gate
+
+    return {
+        "site": site.name,
+        "running": told is not None,
+        "serving": serving,
+        "online": told is not None and told.online,
+        "why": told.why if told else "",
+        "health": told.health if told else "",
+        "asked": told.asked if told else {},
+        "waiting_for_approval": waiting,
+        "epsilon_promised": gate.promised(site),
+        "epsilon_lifetime": site.policy.max_epsilon_lifetime,
+    }
+
+
+def _show(site: Site, told: Standing | None, serving: bool, waiting: list[str]) -> None:
+    from cloister_client import gate
+
+    if told is None:
+        typer.echo(f"{site.name}: not running. Start it: cloister client start")
+    elif serving:
+        typer.echo(f"{site.name}: serving; the coordinator answers")
+    else:
+        parts = {"node": told.node, "executor": told.executor}
+        dead = [name for name, alive in parts.items() if not alive]
+        why = f"the {' and the '.join(dead)} must start again" if dead else told.why
+        typer.echo(f"{site.name}: not serving; {why}")
+    if told is not None and told.last_asked:
+        when = datetime.datetime.fromtimestamp(told.last_asked, datetime.UTC)
+        typer.echo(f"last asked {when:%Y-%m-%d %H:%M:%S} UTC, {sum(told.asked.values())} messages")
+    typer.echo(
+        f"budget: epsilon {gate.promised(site):.2f} of {site.policy.max_epsilon_lifetime:.2f} is "
+        "promised (lifetime, all studies)"
+    )
+    for digest in waiting:
+        typer.echo(f"a study waits for you: cloister client review {digest[:16]}")

@@ -1,0 +1,4 @@
+"""Names that the node, the executor and the service share."""
+
+SUPEREXEC_SECRET = "superexec.secret"  # noqa: S105  # a file's name
+"""In the site's folder of keys: what the executor shows to the node, and nobody else."""

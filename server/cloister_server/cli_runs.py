@@ -1,0 +1,180 @@
+"""`cloister server run`, `resume` and `report`: the studies that a coordinator trains.
+
+Everything heavy is imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cloister_common.errors import CloisterError, OptionInvalid, RunUnknown, ServerState
+from cloister_common.extras import require
+
+if TYPE_CHECKING:
+    from cloister_server.coordinator import Coordinator
+    from cloister_server.runs import RunFolder, Status
+
+Folder = Annotated[Path, typer.Option("--dir", help="The coordinator's folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Follow = Annotated[
+    bool, typer.Option("--follow/--no-follow", help="Show progress until the run ends.")
+]
+
+_LOOK_S = 0.5
+
+
+def run(
+    study: Annotated[Path, typer.Argument(help="The study file.")],
+    folder: Folder = Path(),
+    holdout: Annotated[
+        Path | None,
+        typer.Option(help="dicom/ and labels.csv of patients of no site, to measure the model on."),
+    ] = None,
+    wait: Annotated[
+        float, typer.Option(help="Minutes to wait for all sites once enough take part.")
+    ] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(help="Minutes after which a stage goes on without a silent site.")
+    ] = 60.0,
+    follow: Follow = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Propose a study to the sites, and train it once enough of them have approved it.
+
+    The server does the work: leaving this command (Ctrl-C) leaves the run alone.
+    """
+    _require()
+    from cloister_common.study import load_study
+    from cloister_server.coordinator import open_coordinator
+    from cloister_server.runs import new_run
+
+    if not (0 <= wait <= 100_000 and 0 < timeout <= 100_000):
+        raise OptionInvalid("--wait or --timeout is out of range.", remedy="Give minutes.")
+    place = open_coordinator(folder)
+    checked = load_study(study)
+    _require_serving(place)
+    _require_sites(place, checked.aggregation.min_sites)
+    if holdout is not None and not (holdout / "dicom").is_dir():
+        raise OptionInvalid(
+            f"The hold-out {holdout} has no folder dicom/.",
+            remedy="Name a folder with dicom/ and labels.csv of patients of no site.",
+        )
+    made = new_run(place.root, checked, wait=60 * wait, timeout=60 * timeout, holdout=holdout)
+    if not as_json:
+        typer.echo(f"Run {made.name}: study {checked.digest[:16]} is proposed to the sites.")
+    _after(made, follow=follow, as_json=as_json)
+
+
+def resume(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="The run's name.")],
+    folder: Folder = Path(),
+    follow: Follow = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Go on with a run that was stopped, or that failed, from its last checkpoint.
+
+    A run that a crash interrupted goes on by itself.
+    """
+    _require()
+    from cloister_server.coordinator import open_coordinator
+    from cloister_server.runs import find_run, resume_run
+
+    place = open_coordinator(folder)
+    found = find_run(place.root, name)
+    _require_serving(place)
+    resume_run(found)
+    _after(found, follow=follow, as_json=as_json)
+
+
+def report(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="The run's name.")],
+    folder: Folder = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a finished run gave, what it cost, and where its files are."""
+    _require()
+    from cloister_server.coordinator import open_coordinator
+    from cloister_server.runs import find_run
+
+    found = find_run(open_coordinator(folder).root, name)
+    if not found.finished:
+        raise RunUnknown(f"The run {name} is not finished.", why=f"It is {found.status().told}.")
+    _report(found, as_json=as_json)
+
+
+def _after(found: RunFolder, *, follow: bool, as_json: bool) -> None:
+    if not follow:
+        if as_json:
+            typer.echo(json.dumps({"run": found.name, "state": found.status().state}))
+        return
+    status = _followed(found, quiet=as_json)
+    if status.state != "done":
+        raise _ended(found, status)
+    _report(found, as_json=as_json)
+
+
+def _followed(found: RunFolder, *, quiet: bool) -> Status:
+    """Show what changes until the run ends; how it ended."""
+    from cloister_server.runs import FINAL
+
+    told = ""
+    while True:
+        status = found.status()
+        if status.told != told and not quiet:
+            told = status.told
+            rounds = f" ({status.round} of {status.rounds})" if status.round else ""
+            typer.echo(f"{status.state}: {told}{rounds}", err=True)
+        if status.state in FINAL:
+            return status
+        time.sleep(_LOOK_S)
+
+
+def _ended(found: RunFolder, status: Status) -> CloisterError:
+    """The error that ended a run, as the process that executed it wrote it down."""
+    from cloister_common.errors import RunStopped, all_errors
+
+    kind = next((k for k in all_errors() if k.code == status.code), RunStopped)
+    return kind(
+        f"The run {found.name} ended: {status.told}",
+        remedy=f"Mend what it says, then: cloister server resume {found.name}",
+    )
+
+
+def _report(found: RunFolder, *, as_json: bool) -> None:
+    from cloister_server.results import show
+    from cloister_server.runs import SUMMARY
+
+    summary = json.loads((found.path / SUMMARY).read_text("utf-8"))
+    if as_json:
+        typer.echo(json.dumps({**summary, "folder": str(found.path)}))
+    else:
+        show(summary, found.path)
+
+
+def _require_serving(place: Coordinator) -> None:
+    from cloister_server.service import running
+
+    if running(place) is None:
+        raise ServerState(
+            "The server of this folder does not run.",
+            remedy="Start it: cloister server start",
+        )
+
+
+def _require_sites(place: Coordinator, needed: int) -> None:
+    with place.registry() as registry:
+        approved = sum(row.state == "approved" for row in registry.sites())
+    if approved < needed:
+        raise OptionInvalid(
+            f"The study asks for {needed} sites, and {approved} have been approved here.",
+            remedy="Invite and approve more, or lower aggregation.min_sites in the study.",
+        )
+
+
+def _require() -> None:
+    require("server", "flwr", "torch", "grpc", "grpc_health", "uvicorn", "jinja2")

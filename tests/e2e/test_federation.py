@@ -1,0 +1,140 @@
+"""Five hospitals and a coordinator, as real processes with TLS, from invitation to model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from cloister_client.audit import entries_of
+from cloister_client.ledger_schema import PROTOCOL_KINDS
+from cloister_common.audit import read
+from cloister_common.study import parse_study
+from cloister_server.hospitals import HOSPITALS, draw_federation
+from cloister_server.simulation import Simulation, simulate
+from deployment import Deployment, cloister, deployed
+
+STUDY = """\
+[study]
+name = "{name}"
+question = "Does the radiograph show a nodule?"
+
+[input]
+size = 32
+
+[target]
+column = "finding"
+classes = ["normal", "nodule"]
+
+[network]
+name = "filter-bank"
+
+[training]
+rounds = 3
+steps = 2
+sampling_rate = {rate}
+expected_batch = 24
+images_per_patient = 2
+
+[privacy]
+{privacy}
+
+[evaluation]
+site_fraction = 0.0
+"""
+PLAIN = STUDY.format(name="plain", rate=1.0, privacy="enabled = false")
+PRIVATE = STUDY.format(name="private", rate=0.5, privacy="epsilon = 6.0")
+POLICY = {
+    "max_epsilon_study": "8.0",
+    "max_epsilon_lifetime": "30.0",
+    "allow_without_privacy": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "drawn"
+    small = [replace(hospital, patients=24, prevalence=0.5) for hospital in HOSPITALS]
+    draw_federation(folder, seed=5, hospitals=small, holdout_patients=20)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def federation(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    sites = {path.name: path for path in sorted((data / "sites").iterdir())}
+    with deployed(tmp_path_factory.mktemp("federation"), sites, policy=POLICY) as made:
+        yield made
+
+
+def _model(folder: Path) -> np.ndarray:
+    with safe_open(folder / "model.safetensors", framework="np") as file:
+        return np.concatenate([file.get_tensor(name).reshape(-1) for name in sorted(file.keys())])
+
+
+def test_without_privacy_the_model_is_the_simulation_s(
+    federation: Deployment, data: Path, tmp_path: Path
+) -> None:
+    name = federation.run(PLAIN)
+    federation.approve(parse_study(PLAIN))
+    summary = federation.wait_for_end(name)
+    simulate(Simulation(parse_study(PLAIN), data / "sites", tmp_path / "out"))
+    simulated = json.loads((tmp_path / "out" / "summary.json").read_text())
+    ours = _model(federation.folder / "runs" / name)
+    theirs = _model(tmp_path / "out")
+    # The sum is exact whatever the masks, so both decode the very same integers.
+    assert np.array_equal(ours, theirs)
+    same = ("study_hash", "sites", "rounds", "rounds_lost", "site_names", "secure_aggregation")
+    assert {key: summary[key] for key in same} == {key: simulated[key] for key in same}
+
+
+def test_with_privacy_the_accounts_are_the_simulation_s_and_the_noise_is_not(
+    federation: Deployment, data: Path, tmp_path: Path
+) -> None:
+    name = federation.run(PRIVATE, "--holdout", str(data / "holdout"))
+    federation.approve(parse_study(PRIVATE))
+    summary = federation.wait_for_end(name)
+    study = parse_study(PRIVATE)
+    simulate(Simulation(study, data / "sites", tmp_path / "out", holdout=data / "holdout"))
+    simulated = json.loads((tmp_path / "out" / "summary.json").read_text())
+    same = ("study_hash", "epsilon_per_site", "delta", "rounds", "rounds_lost")
+    assert {key: summary[key] for key in same} == {key: simulated[key] for key in same}
+    assert summary["auroc_final"] is not None
+    for site, hospital in federation.hospitals.items():
+        deployed_ledger = _mechanisms(hospital.folder / "ledger.sqlite")
+        assert deployed_ledger == _mechanisms(tmp_path / "out" / "sites" / site / "ledger.sqlite")
+        assert [row["kind"] for row in deployed_ledger] == ["reserved", *3 * ["started"]]
+        told = [_schema(entry.body) for entry in entries_of(hospital.site)]
+        simulated_log = tmp_path / "out" / "sites" / site / "audit" / "audit.jsonl"
+        there = [_schema(entry.body) for entry in read(simulated_log)]
+        assert {words for words in there if words} <= {words for words in told if words}
+    ours = _model(federation.folder / "runs" / name)
+    theirs = _model(tmp_path / "out")
+    assert ours.shape == theirs.shape
+    assert not np.allclose(ours, theirs)
+    assert "noised and masked" in cloister("server", "report", name, "--dir", federation.folder)
+
+
+def _mechanisms(path: Path) -> list[dict[str, object]]:
+    """What a ledger says of the private study, but for names, times and the policy's limits."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        bodies = [json.loads(text) for (text,) in database.execute("SELECT body FROM entries")]
+    own = {"run", "time", "seq", "limit_study", "limit_lifetime"}
+    digest = parse_study(PRIVATE).digest
+    return [
+        {key: value for key, value in body.items() if key not in own}
+        for body in bodies
+        if body.get("study") == digest and body["kind"] not in PROTOCOL_KINDS
+    ]
+
+
+def _schema(body: Mapping[str, object]) -> tuple[str, ...]:
+    """What kind of message a line of the log tells of, and which fields it has."""
+    kind = body.get("message")
+    return (str(kind), *sorted(body)) if kind else ()

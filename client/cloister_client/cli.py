@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cloister_client.cli_join import join, roster
+from cloister_client.cli_join import join, proxy, roster
 from cloister_common.errors import FolderUnreadable, OptionInvalid, PolicyRefused
 from cloister_common.extras import require
 
@@ -29,6 +29,7 @@ Folder = Annotated[Path, typer.Option("--dir", help="The site folder.")]
 
 app.command()(join)
 app.command()(roster)
+app.command()(proxy)
 
 
 @app.callback()

@@ -25,7 +25,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from pydantic import Field, ValidationError
 
-from cloister_client.site import Site, init_site, open_site
+from cloister_client.site import Network, Site, init_site, open_site
 from cloister_common import eckeys
 from cloister_common.eckeys import Purpose
 from cloister_common.enrolment import (
@@ -45,6 +45,7 @@ from cloister_common.errors import (
     EnrolmentRefused,
     FileUnreadable,
     InviteInvalid,
+    OptionInvalid,
     RosterMismatch,
 )
 from cloister_common.files import create_secret, read_secret, write_atomic
@@ -113,14 +114,25 @@ def membership(site: Site) -> Membership:
         ) from None
 
 
-def prepare(root: Path, invite: Invite) -> Site:
+def prepare(root: Path, invite: Invite, network: Network | None = None) -> Site:
     """Make the site folder and its keys where they are missing. Nothing is replaced.
 
+    Args:
+        root: the site folder.
+        invite: names the site.
+        network: goes into a ``site.toml`` that is created now.
+
     Raises:
+        OptionInvalid: there is a ``site.toml`` already, and its network is another one.
         InviteInvalid: the folder is another site's, or belongs to another federation.
     """
     fresh = not (root / "site.toml").exists()
-    site = init_site(root, name=invite.site) if fresh else open_site(root)
+    site = init_site(root, name=invite.site, network=network) if fresh else open_site(root)
+    if network is not None and site.network != network:
+        raise OptionInvalid(
+            "site.toml is there already, and names another proxy or user.",
+            remedy="Write them there, below [network], and leave the option out.",
+        )
     if site.name != invite.site:
         raise InviteInvalid(
             f"The invite is for {invite.site}, and this folder is {site.name}'s.",

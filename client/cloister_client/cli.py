@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cloister_client.cli_join import join, roster
+from cloister_client.cli_join import join, proxy, roster
 from cloister_client.cli_service import start, status, stop
-from cloister_common.errors import FolderUnreadable, OptionInvalid, PolicyRefused
+from cloister_common.errors import FolderUnreadable, OptionInvalid
 from cloister_common.extras import require
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ Folder = Annotated[Path, typer.Option("--dir", help="The site folder.")]
 
 app.command()(join)
 app.command()(roster)
+app.command()(proxy)
 app.command()(start)
 app.command()(stop)
 app.command()(status)
@@ -67,34 +68,39 @@ def init(
 def check(
     folder: Folder = Path(),
     study: Annotated[Path | None, typer.Option(help="Judge the data by this study.")] = None,
+    offline: Annotated[bool, typer.Option(help="Leave the network alone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     sheet: Annotated[
         Path | None,
         typer.Option("--contact-sheet", help="Write the images as training sees them, as PNG."),
     ] = None,
 ) -> None:
-    """Look at the site's images and labels, and say all that is wrong with them.
+    """Look at the way to the coordinator, this machine and the site's data: all that is wrong.
 
-    The exit status is 0 where the data can be used and the site would take part in the study,
-    else that of the first fault.
+    The exit status is 0 where nothing failed, else that of the first failure.
     """
-    require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls", "PIL")
+    require("client", "httpx", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls", "PIL")
+    from cloister_client import preflight
     from cloister_client.check import contact_sheet, inspect, render
+    from cloister_client.preflight_network import network
     from cloister_client.site import open_site
     from cloister_common.study import load_study
 
     site = open_site(_site_folder(folder))
     judged_by = load_study(study) if study is not None else None
+    findings = [*network(site, offline=offline), *preflight.machine(site)]
     with _progress("Reading images") as progress:
         report = inspect(site, judged_by, progress=progress)
-    typer.echo(json.dumps(report.as_dict()) if as_json else render(report))
+    findings += preflight.data(report)
+    if as_json:
+        told = [finding.as_dict() for finding in findings]
+        typer.echo(json.dumps({**report.as_dict(), "findings": told}))
+    else:
+        typer.echo(f"{preflight.render(findings)}\n\n{render(report)}")
     if sheet is not None and report.cohort is not None:
         shown = contact_sheet(report.cohort, sheet)
         typer.echo(f"Wrote {shown} images to {sheet}. They show patients: keep it here.", err=True)
-    if report.faults:
-        raise typer.Exit(report.faults[0].exit_status)
-    if report.policy:
-        raise typer.Exit(PolicyRefused.exit_status)
+    raise typer.Exit(preflight.exit_status(findings))
 
 
 @app.command()

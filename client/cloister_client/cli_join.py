@@ -1,4 +1,4 @@
-"""`cloister client join` and `roster`: a site's way into a federation.
+"""`cloister client join`, `roster` and `proxy`: a site's way into a federation.
 
 Everything heavy is imported inside the commands, so that ``--help`` is quick.
 """
@@ -44,14 +44,21 @@ def join(
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it is approved.")] = False,
     accept_roster: Accept = None,
+    proxy: Annotated[
+        str | None,
+        typer.Option(help="http://HOST:PORT of the outbound proxy, for a site.toml made now."),
+    ] = None,
+    proxy_user: Annotated[str, typer.Option(help="The user, where the proxy asks for one.")] = "",
 ) -> None:
     """Join a federation: make keys, ask for a place, and pick up the approval. Repeat at will."""
     require("client", "httpx")
     from cloister_client.joining import MEMBERSHIP, ask, look, prepare
-    from cloister_client.site import open_site
+    from cloister_client.site import network_of, open_site
     from cloister_common.enrolment import Invite
     from cloister_common.identity import fingerprint
 
+    named = proxy is not None or bool(proxy_user)
+    network = network_of(proxy or "", proxy_user) if named else None
     if invite is None and (folder / MEMBERSHIP).exists():
         site = open_site(folder)
         joined = look(site)
@@ -60,6 +67,7 @@ def join(
         site = prepare(
             folder,
             read,
+            network,
             dicom=dicom.absolute() if dicom else None,
             labels=labels.absolute() if labels else None,
         )
@@ -89,6 +97,23 @@ def roster(folder: Folder = Path(), accept_roster: Accept = None) -> None:
         typer.echo("The coordinator has not approved this site yet.")
         return
     _offer(site, joined, accept_roster)
+
+
+def proxy(folder: Folder = Path()) -> None:
+    """Keep the outbound proxy's password, asked for or read from standard input."""
+    require("client", "httpx")
+    from cloister_client.proxy import FILE, set_password, user_of
+    from cloister_client.site import open_site
+
+    site = open_site(folder)
+    user = user_of(site)
+    if sys.stdin.isatty():
+        asked = f"Password of {user} at the proxy (it is not shown)"
+        text = str(typer.prompt(asked, hide_input=True))
+    else:
+        text = sys.stdin.read(1 << 16)
+    set_password(site, text)
+    typer.echo(f"The password is kept in keys/{FILE}, readable by its owner alone.")
 
 
 def _offer(site: Site, joined: Joined, accepted: str | None) -> None:

@@ -25,11 +25,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from pydantic import Field, ValidationError
 
-from cloister_client.site import Site, init_site, open_site
+from cloister_client.dial import Answer, Failure, dial
+from cloister_client.dial_errors import error_of
+from cloister_client.proxy import proxy_of
+from cloister_client.site import Network, Site, init_site, open_site
 from cloister_common import eckeys
 from cloister_common.eckeys import Purpose
 from cloister_common.enrolment import (
-    MAX_REPLY_BYTES,
     PATH_AUTHORITY,
     PATH_ENROL,
     PATH_ROSTER,
@@ -41,10 +43,10 @@ from cloister_common.enrolment import (
 )
 from cloister_common.errors import (
     CoordinatorUnproven,
-    CoordinatorUnreachable,
     EnrolmentRefused,
     FileUnreadable,
     InviteInvalid,
+    OptionInvalid,
     RosterMismatch,
 )
 from cloister_common.files import create_secret, read_secret, write_atomic
@@ -57,7 +59,6 @@ OFFERED = "roster.offered"
 NODE_KEY = "node.pem"
 TLS_KEY = "tls.pem"
 CERTIFICATE = "client.pem"
-TIMEOUT_S = 20.0
 
 _Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -67,6 +68,7 @@ _WHY = {
     "invite-expired": "The invite has expired.",
     "key-in-use": "A key of this site is enrolled under another name.",
     "proof-invalid": "The coordinator did not accept the proof of this site's keys.",
+    "certificate-unknown": "The coordinator does not know this site's certificate.",
     "certificate-revoked": "The coordinator has revoked this site.",
     "certificate-expired": "This site's certificate has expired.",
     "rate-limited": "Too many requests came from here; wait a minute.",
@@ -114,19 +116,37 @@ def membership(site: Site) -> Membership:
 
 
 def prepare(
-    root: Path, invite: Invite, *, dicom: Path | None = None, labels: Path | None = None
+    root: Path,
+    invite: Invite,
+    network: Network | None = None,
+    *,
+    dicom: Path | None = None,
+    labels: Path | None = None,
 ) -> Site:
     """Make the site folder and its keys where they are missing. Nothing is replaced.
 
-    ``dicom`` and ``labels`` shape a site file that is created now; see ``init_site``.
+    Args:
+        root: the site folder.
+        invite: names the site.
+        network: goes into a ``site.toml`` that is created now.
+        dicom: folder of the images, for a ``site.toml`` that is created now.
+        labels: the labels file, likewise.
 
     Raises:
+        OptionInvalid: there is a ``site.toml`` already, and its network is another one.
         InviteInvalid: the folder is another site's, or belongs to another federation.
     """
     fresh = not (root / "site.toml").exists()
     site = (
-        init_site(root, name=invite.site, dicom=dicom, labels=labels) if fresh else open_site(root)
+        init_site(root, name=invite.site, dicom=dicom, labels=labels, network=network)
+        if fresh
+        else open_site(root)
     )
+    if network is not None and site.network != network:
+        raise OptionInvalid(
+            "site.toml is there already, and names another proxy or user.",
+            remedy="Write them there, below [network], and leave the option out.",
+        )
     if site.name != invite.site:
         raise InviteInvalid(
             f"The invite is for {invite.site}, and this folder is {site.name}'s.",
@@ -148,10 +168,11 @@ def ask(site: Site, invite: Invite) -> Joined:
     """Pin the coordinator's authority, prove this site's keys to it, and ask for its place.
 
     Raises:
-        CoordinatorUnreachable, CoordinatorUnproven, EnrolmentRefused: see their pages.
+        CoordinatorUnreachable, CoordinatorUnproven, EnrolmentRefused, ClockOrDates, ProxyUnusable,
+        ProxyLoginRefused, ProxyForbids: see their pages.
         MessageInvalid: the answer is malformed.
     """
-    authority = _fetch_authority(invite)
+    authority = _fetch_authority(site, invite)
     request = Request.make(
         invite,
         site.identity(),
@@ -159,7 +180,9 @@ def ask(site: Site, invite: Invite) -> Joined:
         read_secret(site.keys / TLS_KEY),
     )
     context = _context(authority)
-    reply = Reply.decode(_talk(context, "POST", invite.enrolment, PATH_ENROL, request.encode()))
+    reply = Reply.decode(
+        _talk(site, context, "POST", invite.enrolment, PATH_ENROL, request.encode())
+    )
     member = Membership(
         fleet=invite.fleet,
         enrolment=invite.enrolment,
@@ -179,7 +202,8 @@ def look(site: Site) -> Joined:
 
     Raises:
         InviteInvalid: the site has not asked yet.
-        CoordinatorUnreachable, CoordinatorUnproven, EnrolmentRefused: see their pages.
+        CoordinatorUnreachable, CoordinatorUnproven, EnrolmentRefused, ClockOrDates, ProxyUnusable,
+        ProxyLoginRefused, ProxyForbids: see their pages.
         MessageInvalid, RosterInvalid, RosterMismatch: the answer is malformed or not for us.
     """
     member = membership(site)
@@ -188,7 +212,8 @@ def look(site: Site) -> Joined:
     question = ask_status(
         bytes.fromhex(member.invite), site.identity(), bytes.fromhex(member.authority)
     )
-    reply = _talk(_context(_pinned(site, member)), "POST", member.enrolment, PATH_STATUS, question)
+    context = pinned_context(site)
+    reply = _talk(site, context, "POST", member.enrolment, PATH_STATUS, question)
     return _took(site, member, Reply.decode(reply))
 
 
@@ -199,16 +224,25 @@ def client_context(site: Site) -> ssl.SSLContext:
         FileUnreadable: a key or certificate is missing or can be read by others.
         CoordinatorUnproven: the authority on disk is not the pinned one.
     """
-    context = _context(_pinned(site, membership(site)))
+    context = pinned_context(site)
     for name in (CERTIFICATE, TLS_KEY):
         read_secret(site.keys / name)
     context.load_cert_chain(site.keys / CERTIFICATE, site.keys / TLS_KEY)
     return context
 
 
+def pinned_context(site: Site) -> ssl.SSLContext:
+    """TLS to the coordinator as nobody: its pinned authority, no certificate of the site.
+
+    Raises:
+        FileUnreadable, CoordinatorUnproven: see ``client_context``.
+    """
+    return _context(_pinned(site, membership(site)))
+
+
 def fetch_roster(site: Site) -> bytes:
     """The signed roster in force, over the enrolled sites' port; see ``look``."""
-    return _talk(client_context(site), "GET", membership(site).fleet, PATH_ROSTER)
+    return _talk(site, client_context(site), "GET", membership(site).fleet, PATH_ROSTER)
 
 
 def _took(site: Site, member: Membership, reply: Reply) -> Joined:
@@ -269,14 +303,14 @@ def _check_authority(pem: bytes, expected: bytes, address: str) -> None:
         raise _unproven(address)
 
 
-def _fetch_authority(invite: Invite) -> bytes:
+def _fetch_authority(site: Site, invite: Invite) -> bytes:
     """Get the authority's certificate from whoever answers; believe it by its hash alone."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     # Nothing secret is sent on this connection, and what comes is compared with the invite.
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    pem = _talk(context, "GET", invite.enrolment, PATH_AUTHORITY)
+    pem = _talk(site, context, "GET", invite.enrolment, PATH_AUTHORITY)
     _check_authority(pem, invite.authority, invite.enrolment)
     return pem
 
@@ -290,47 +324,35 @@ def _context(authority: bytes) -> ssl.SSLContext:
 
 
 def _talk(
-    context: ssl.SSLContext, method: str, address: str, path: str, body: bytes = b""
+    site: Site,
+    context: ssl.SSLContext,
+    method: str,
+    address: str,
+    path: str,
+    body: bytes = b"",
 ) -> bytes:
-    """One request over TLS; the answer's body."""
-    import httpx
-
-    try:
-        with (
-            httpx.Client(verify=context, timeout=TIMEOUT_S, follow_redirects=False) as client,
-            client.stream(method, f"https://{address}{path}", content=body) as response,
-        ):
-            answer = bytearray()
-            for piece in response.iter_bytes():
-                answer += piece
-                if len(answer) > MAX_REPLY_BYTES:
-                    raise _unproven(address)
-            status = response.status_code
-    except httpx.HTTPError as error:
-        if _is_unproven(error):
-            raise _unproven(address) from None
-        raise CoordinatorUnreachable(
-            f"{address} cannot be reached.",
-            why=f"The connection ended with {type(error).__name__}.",
-            remedy="Ask the coordinator whether the server runs and your invite is open.",
-        ) from None
-    if status != 200:
-        code = bytes(answer[:64]).decode("ascii", "replace")
-        raise EnrolmentRefused(
-            "The coordinator refused the request.",
-            why=_WHY.get(code, f"It answered with status {status}."),
-            remedy="Ask the coordinator, by telephone.",
-        )
-    return bytes(answer)
+    """One request over TLS, through the site's proxy if it has one; the answer's body."""
+    answer = dial(context, method, address, path, body, proxy=proxy_of(site))
+    if isinstance(answer, Failure):
+        raise error_of(answer)
+    check_status(answer)
+    return answer.body
 
 
-def _is_unproven(error: BaseException) -> bool:
-    here: BaseException | None = error
-    while here is not None:
-        if isinstance(here, ssl.SSLCertVerificationError):
-            return True
-        here = here.__cause__ or here.__context__
-    return False
+def check_status(answer: Answer) -> None:
+    """Pass an answer of status 200.
+
+    Raises:
+        EnrolmentRefused: the coordinator answered otherwise, with why in the closed list.
+    """
+    if answer.status == 200:
+        return
+    code = answer.body[:64].decode("ascii", "replace")
+    raise EnrolmentRefused(
+        "The coordinator refused the request.",
+        why=_WHY.get(code, f"It answered with status {answer.status}."),
+        remedy="Ask the coordinator, by telephone.",
+    )
 
 
 def _unproven(address: str) -> CoordinatorUnproven:

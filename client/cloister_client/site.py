@@ -14,6 +14,7 @@ same people, another identity another site.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -24,9 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator
 
 from cloister_client.policy import Policy
+from cloister_common.enrolment import split_address
 from cloister_common.errors import (
     FileUnreadable,
     IdentityInvalid,
@@ -74,12 +76,55 @@ class _Service(FileModel):
     """Where grpc.health.v1 is served; port 0 takes a free one."""
 
 
+class Network(FileModel):
+    """The table ``[network]`` of a site file: how the hospital's network is left."""
+
+    proxy: str = ""
+    """``http://HOST:PORT`` of the outbound proxy, which must pass CONNECT on; empty for none."""
+    proxy_user: Annotated[str, Field(max_length=256)] = ""
+    """Who the proxy is told that this is; empty where it asks nobody. See ``proxy``."""
+
+    @field_validator("proxy")
+    @classmethod
+    def _is_proxy(cls, value: str) -> str:
+        if value and (
+            not value.startswith("http://")
+            or split_address(value.removeprefix("http://").removesuffix("/")) is None
+        ):
+            # No password here: people copy, mail and back up this file.
+            raise ValueError("must be http://HOST:PORT, without a user or password.")
+        return value
+
+    @field_validator("proxy_user")
+    @classmethod
+    def _is_user(cls, value: str) -> str:
+        if ":" in value or not value.isprintable():
+            raise ValueError("must be one line without a colon.")
+        return value
+
+
+def network_of(proxy: str, user: str = "") -> Network:
+    """The table ``[network]`` from a command's options.
+
+    Raises:
+        OptionInvalid: the proxy or the user cannot be used.
+    """
+    if proxy:
+        with contextlib.suppress(ValueError):
+            return Network(proxy=proxy, proxy_user=user)
+    raise OptionInvalid(
+        "The proxy or its user cannot be used.",
+        remedy="Write --proxy http://HOST:PORT, and --proxy-user NAME where it asks for one.",
+    )
+
+
 class SiteFile(FileModel):
     """The file ``site.toml``; paths are relative to its folder, or absolute."""
 
     site: _About
     data: _Data = _Data()
     service: _Service = _Service()
+    network: Network = Network()
     policy: Policy = Policy()
 
 
@@ -93,6 +138,7 @@ class Site:
         dicom: folder of the images; need not exist yet.
         labels: the labels file; need not exist yet.
         policy: what the hospital allows.
+        network: the way out of the hospital; see ``proxy``.
         health: HOST:PORT on loopback of the service's health; port 0 takes a free one.
     """
 
@@ -101,6 +147,7 @@ class Site:
     dicom: Path
     labels: Path
     policy: Policy
+    network: Network
     health: str = "127.0.0.1:0"
 
     @property
@@ -148,6 +195,7 @@ def init_site(
     dicom: Path | str | None = None,
     labels: Path | str | None = None,
     policy: Policy | None = None,
+    network: Network | None = None,
 ) -> Site:
     """Create what a site folder lacks, and open it.
 
@@ -160,6 +208,7 @@ def init_site(
         dicom: folder of the images, relative to ``root`` or absolute.
         labels: labels file, relative to ``root`` or absolute.
         policy: what to write as the policy; else the defaults.
+        network: what to write as the way out of the hospital; else a direct one.
 
     Raises:
         OptionInvalid: the name or a path cannot be written to a site file.
@@ -172,6 +221,7 @@ def init_site(
         str(dicom) if dicom is not None else "dicom",
         str(labels) if labels is not None else "labels.csv",
         policy or Policy(),
+        network or Network(),
     )
     if not root.is_dir():
         make_private_dir(root)
@@ -200,6 +250,7 @@ def open_site(root: Path) -> Site:
         dicom=root / file.data.dicom,
         labels=root / file.data.labels,
         policy=file.policy,
+        network=file.network,
         health=file.service.health,
     )
     site.pseudonym_key()
@@ -273,7 +324,7 @@ def _bool(value: bool) -> str:
     return "true" if value else "false"
 
 
-def _site_toml(name: str, dicom: str, labels: str, policy: Policy) -> str:
+def _site_toml(name: str, dicom: str, labels: str, policy: Policy, network: Network) -> str:
     if not _NAME.fullmatch(name):
         raise OptionInvalid(
             f"The site name {name!r} cannot be used.",
@@ -294,6 +345,12 @@ name = {_quote(name)}
 # Relative to this file's folder, or absolute.
 dicom = {_quote(dicom)}
 labels = {_quote(labels)}
+
+[network]
+# The hospital's outbound proxy, http://HOST:PORT; empty: HTTPS_PROXY holds, if it is set.
+proxy = {_quote(network.proxy)}
+# Where the proxy asks for a user; set the password with: cloister client proxy
+proxy_user = {_quote(network.proxy_user)}
 
 [policy]
 # What one study, and all studies together, may cost a patient (epsilon).

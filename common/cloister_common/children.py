@@ -27,7 +27,8 @@ _PARENT = "CLOISTER_PARENT"
 _out: Any = None
 _lock = threading.Lock()
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOCAL = ("127.0.0.1", "localhost", "::1")
+"""Hosts that no proxy can reach for us; our own processes talk to each other there."""
 
 
 def tell(event: str, **details: str | int | float) -> None:
@@ -99,10 +100,23 @@ def environment(
         **(extra or {}),
         _PARENT: str(os.getpid()),
     }
-    for name in ("NO_PROXY", "no_proxy"):
-        held = [part.strip() for part in made.get(name, "").split(",") if part.strip()]
-        made[name] = ",".join([*held, *(each for each in LOOPBACK if each not in held)])
-    return made
+    return local_environment(made)
+
+
+def local_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which loopback never goes through a proxy.
+
+    Python reads ``no_proxy`` before ``NO_PROXY``, others the other way round; both are set to
+    what both said. ``HTTPS_PROXY`` and the rest stay, for the way to the coordinator.
+    """
+    named = [
+        host.strip()
+        for key in ("NO_PROXY", "no_proxy")
+        for host in environment.get(key, "").split(",")
+        if host.strip()
+    ]
+    merged = ",".join(dict.fromkeys([*named, *LOCAL]))
+    return {**environment, "NO_PROXY": merged, "no_proxy": merged}
 
 
 @dataclass

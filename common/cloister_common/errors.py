@@ -77,6 +77,11 @@
     │   ├── SiteStateInvalid       CLO-806
     │   ├── ListenRefused          CLO-807
     │   ├── ServerState            CLO-808
+    │   ├── ProxyUnusable          CLO-811
+    │   ├── ProxyLoginRefused      CLO-812
+    │   ├── ProxyForbids           CLO-813
+    │   ├── ClockOrDates           CLO-814
+    │   ├── VersionsDiffer         CLO-815
     │   └── ServiceState           CLO-820
     └── InternalError              CLO-901, exit 70: a fault of Cloister itself
 
@@ -542,6 +547,31 @@ class ListenRefused(DeploymentError):
 class ServerState(DeploymentError):
     code = "CLO-808"
     title = "The server runs already, or does not run"
+
+
+class ProxyUnusable(DeploymentError):
+    code = "CLO-811"
+    title = "The proxy cannot be used"
+
+
+class ProxyLoginRefused(DeploymentError):
+    code = "CLO-812"
+    title = "The proxy wants a user and a password that it accepts"
+
+
+class ProxyForbids(DeploymentError):
+    code = "CLO-813"
+    title = "The proxy forbids the way to the coordinator"
+
+
+class ClockOrDates(DeploymentError):
+    code = "CLO-814"
+    title = "A clock is wrong, or a certificate is outside its dates"
+
+
+class VersionsDiffer(DeploymentError):
+    code = "CLO-815"
+    title = "Site and coordinator speak different protocols"
 
 
 class ServiceState(DeploymentError):

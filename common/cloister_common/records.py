@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+from cloister_common import PROTOCOL
 from cloister_common.errors import MessageInvalid
 
 SITE_KEY = "site"
@@ -28,7 +29,7 @@ SITE_KEY = "site"
 ROSTER_KEY = "roster"
 """Another: the file of the pinned roster, where it is not the site's own."""
 
-VERSION = "cloister/round/v2"
+VERSION = f"cloister/round/v{PROTOCOL}"
 _HEAD = "cloister"
 _BODY = "arrays"
 _LOG_HEAD = "log_head"

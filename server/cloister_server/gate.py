@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cloister_common.enrolment import PATH_ROSTER
+from cloister_common import PROTOCOL, __version__
+from cloister_common.enrolment import HEADER_PROTOCOL, HEADER_VERSION, PATH_ROSTER
 from cloister_server.listener import PEER, Peer
 from cloister_server.refusals import Refusals, Refused
 from cloister_server.registry import Registry, SiteRow
@@ -43,6 +44,11 @@ _STATUS = {
     Refused.RATE: 429,
     Refused.MALFORMED: 400,
 }
+
+_VERSIONS = (
+    (HEADER_VERSION.encode(), __version__.encode()),
+    (HEADER_PROTOCOL.encode(), str(PROTOCOL).encode()),
+)
 
 
 class Turned(Exception):
@@ -98,7 +104,8 @@ class FleetGate:
             site = self._known(peer)
             path = self._path(scope)
             if path == PATH_ROSTER:
-                await answer(send, 200, self._roster.read_bytes())
+                # For enrolled sites alone: a version tells an outsider what to attack.
+                await answer(send, 200, self._roster.read_bytes(), more=_VERSIONS)
                 return
             self._own_key(scope, site)
             if path == self._engine.activate and not self._engine.settled(site.node_key):
@@ -220,13 +227,20 @@ async def pieces(scope: Scope, receive: Receive, limit: int) -> Any:
 
 
 async def answer(
-    send: Send, status: int, body: bytes, *, close: bool = False, kind: bytes = b"text/plain"
+    send: Send,
+    status: int,
+    body: bytes,
+    *,
+    close: bool = False,
+    kind: bytes = b"text/plain",
+    more: Iterable[tuple[bytes, bytes]] = (),
 ) -> None:
-    """Send a whole answer; ``close`` ends the connection after it."""
+    """Send a whole answer with ``more`` headers; ``close`` ends the connection after it."""
     headers: list[tuple[bytes, bytes]] = [
         (b"content-type", kind),
         (b"content-length", str(len(body)).encode()),
         (b"cache-control", b"no-store"),
+        *more,
     ]
     if close:
         headers.append((b"connection", b"close"))

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from cloister_common import PROTOCOL, __version__
+from cloister_common.enrolment import HEADER_PROTOCOL, HEADER_VERSION, PATH_ROSTER
 from cloister_common.errors import ListenRefused, ServerFolderInvalid
 from cloister_server.coordinator import Layout, init_coordinator, open_coordinator
 from cloister_server.gate import Engine, FleetGate
@@ -41,11 +43,17 @@ class Rows:
 
 
 def ask(
-    rows: Rows, tmp_path: Path, *, path: str = "/v1/fleet/pull-messages", key: bytes = KEY
+    rows: Rows,
+    tmp_path: Path,
+    *,
+    path: str = "/v1/fleet/pull-messages",
+    key: bytes = KEY,
+    method: str = "POST",
+    answers: list[dict[str, Any]] | None = None,
 ) -> tuple[int, list[dict[str, Any]]]:
     """One request through the gate: its status, and what Flower's application was given."""
     given: list[dict[str, Any]] = []
-    answers: list[dict[str, Any]] = []
+    answers = [] if answers is None else answers
 
     async def flower(scope: Any, receive: Any, send: Any) -> None:
         given.append({**scope, "body": (await receive())["body"]})
@@ -71,7 +79,7 @@ def ask(
     gate = FleetGate(engine, rows, refusals, tmp_path / "roster")  # type: ignore[arg-type]
     scope = {
         "type": "http",
-        "method": "POST",
+        "method": method,
         "path": path,
         "state": {PEER: Peer("127.0.0.1", b"f" * 32)},
         "headers": [(b"host", b"evil/x"), (b"key", base64.b64encode(key))],
@@ -107,6 +115,22 @@ def test_another_key(tmp_path: Path) -> None:
 
 def test_another_path(tmp_path: Path) -> None:
     assert ask(Rows("approved"), tmp_path, path="/v1/fleet/register-node") == (404, [])
+
+
+def test_the_versions_are_told_beside_the_roster_and_nowhere_else(tmp_path: Path) -> None:
+    (tmp_path / "roster").write_bytes(b"signed")
+    answers: list[dict[str, Any]] = []
+    assert (
+        ask(Rows("approved"), tmp_path, path=PATH_ROSTER, method="GET", answers=answers)[0] == 200
+    )
+    told = dict(answers[0]["headers"])
+    assert told[HEADER_PROTOCOL.encode()] == str(PROTOCOL).encode()
+    assert told[HEADER_VERSION.encode()] == __version__.encode()
+    assert answers[1]["body"] == b"signed"
+    for rows, path in ((Rows("revoked"), PATH_ROSTER), (Rows("approved"), "/docs")):
+        answers.clear()
+        assert ask(rows, tmp_path, path=path, method="GET", answers=answers)[0] in {403, 404}
+        assert HEADER_VERSION.encode() not in dict(answers[0]["headers"])
 
 
 # Ports

@@ -41,6 +41,7 @@ from flwr.supernode.nodestate import NodeStateFactory
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
 from cloister_client.joining import NODE_KEY, client_context, membership
+from cloister_client.proxy import proxy_of
 from cloister_client.site import Site, open_site
 from cloister_client.supernode.names import SUPEREXEC_SECRET
 from cloister_common import eckeys
@@ -145,6 +146,7 @@ def client_class(site: Site, line: Line, pace: Pace) -> type[FleetHttpClient]:
             made._client.close()
             made._client = httpx.Client(
                 verify=client_context(site),
+                proxy=proxy_of(site),
                 timeout=httpx.Timeout(60.0, connect=_CONNECT_S),
                 follow_redirects=False,
             )

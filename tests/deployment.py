@@ -75,7 +75,7 @@ class Hospital:
         if wait:
             self.wait()
 
-    def wait(self, within: float = 90.0) -> None:
+    def wait(self, within: float = 240.0) -> None:
         """Until it serves."""
         wait_for(lambda: self.standing().get("serving") is True, within, self.told)
 

@@ -116,7 +116,9 @@ class Mailbox:
             )
             for (node, task), content in zip(tasks.items(), contents, strict=True)
         ]
-        waiting = set(self._grid.push_messages(messages))
+        # An error that Flower itself answers with comes from no node, but for a message of ours.
+        asked = dict(zip(self._grid.push_messages(messages), tasks, strict=True))
+        waiting = set(asked)
         del contents, messages
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
         pause = _POLL_SECONDS
@@ -124,7 +126,9 @@ class Mailbox:
             before = len(waiting)
             for reply in self._grid.pull_messages(set(waiting)):
                 waiting.discard(reply.metadata.reply_to_message_id)
-                yield self._read(reply, answer)
+                node = asked.get(reply.metadata.reply_to_message_id)
+                if node is not None:
+                    yield self._read(node, reply, answer)
             if len(waiting) < before:
                 pause = _POLL_SECONDS
                 continue
@@ -159,10 +163,9 @@ class Mailbox:
                 peer_head=head_of(records),
             )
 
-    def _read(self, reply: Message, answer: type[MessageT]) -> Reply[MessageT]:
-        node = reply.metadata.src_node_id
+    def _read(self, node: int, reply: Message, answer: type[MessageT]) -> Reply[MessageT]:
         declined = Refusal(site="", reason=Refused.DECLINED.value)
-        if reply.has_error():
+        if reply.has_error() or reply.metadata.src_node_id != node:
             return Reply(node, declined)
         self._note_received(node, reply.content)
         self.received[node] = self.received.get(node, 0) + payload_bytes(reply.content)

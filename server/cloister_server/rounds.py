@@ -286,9 +286,12 @@ class Run:
                 if self._ask([node], state):
                     agreed.add(node)
             everyone = len(state.invited) or self._expected
+            # A no is an answer. Who is silent, and whose steward has yet to read it, may still come.
+            noes = [why for why in self._refused.values() if why != Refused.APPROVAL]
             if len(agreed) >= needed:
                 enough_since = enough_since or time.monotonic()
-                if len(agreed) >= everyone or time.monotonic() - enough_since >= all_of:
+                answered = len(agreed) + len(noes)
+                if answered >= everyone or time.monotonic() - enough_since >= all_of:
                     return
             waiting = Waiting(len(agreed), needed, dict(self._refused))
             if repr(waiting) != told:

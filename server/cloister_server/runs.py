@@ -156,6 +156,7 @@ def new_run(
     while (root / RUNS / f"{study.study.name}-{number}").exists():
         number += 1
     run = RunFolder(root / RUNS / f"{study.study.name}-{number}")
+    make_private_dir(root / RUNS)
     make_private_dir(run.path)
     run.ask(
         Asked(

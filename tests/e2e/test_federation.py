@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import pytest
 from safetensors import safe_open
 
 from cloister_client.audit import entries_of
 from cloister_client.ledger_schema import PROTOCOL_KINDS
 from cloister_common.audit import read
 from cloister_common.study import parse_study
-from cloister_server.hospitals import HOSPITALS, draw_federation
 from cloister_server.simulation import Simulation, simulate
-from deployment import Deployment, cloister, deployed
+from deployment import Deployment, cloister
 
 STUDY = """\
 [study]
@@ -51,26 +48,6 @@ site_fraction = 0.0
 """
 PLAIN = STUDY.format(name="plain", rate=1.0, privacy="enabled = false")
 PRIVATE = STUDY.format(name="private", rate=0.5, privacy="epsilon = 6.0")
-POLICY = {
-    "max_epsilon_study": "8.0",
-    "max_epsilon_lifetime": "30.0",
-    "allow_without_privacy": "true",
-}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "drawn"
-    small = [replace(hospital, patients=24, prevalence=0.5) for hospital in HOSPITALS]
-    draw_federation(folder, seed=5, hospitals=small, holdout_patients=20)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def federation(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    sites = {path.name: path for path in sorted((data / "sites").iterdir())}
-    with deployed(tmp_path_factory.mktemp("federation"), sites, policy=POLICY) as made:
-        yield made
 
 
 def _model(folder: Path) -> np.ndarray:
@@ -79,12 +56,12 @@ def _model(folder: Path) -> np.ndarray:
 
 
 def test_without_privacy_the_model_is_the_simulation_s(
-    federation: Deployment, data: Path, tmp_path: Path
+    federation: Deployment, drawn: Path, tmp_path: Path
 ) -> None:
     name = federation.run(PLAIN)
     federation.approve(parse_study(PLAIN))
     summary = federation.wait_for_end(name)
-    simulate(Simulation(parse_study(PLAIN), data / "sites", tmp_path / "out"))
+    simulate(Simulation(parse_study(PLAIN), drawn / "sites", tmp_path / "out"))
     simulated = json.loads((tmp_path / "out" / "summary.json").read_text())
     ours = _model(federation.folder / "runs" / name)
     theirs = _model(tmp_path / "out")
@@ -95,13 +72,13 @@ def test_without_privacy_the_model_is_the_simulation_s(
 
 
 def test_with_privacy_the_accounts_are_the_simulation_s_and_the_noise_is_not(
-    federation: Deployment, data: Path, tmp_path: Path
+    federation: Deployment, drawn: Path, tmp_path: Path
 ) -> None:
-    name = federation.run(PRIVATE, "--holdout", str(data / "holdout"))
+    name = federation.run(PRIVATE, "--holdout", str(drawn / "holdout"))
     federation.approve(parse_study(PRIVATE))
     summary = federation.wait_for_end(name)
     study = parse_study(PRIVATE)
-    simulate(Simulation(study, data / "sites", tmp_path / "out", holdout=data / "holdout"))
+    simulate(Simulation(study, drawn / "sites", tmp_path / "out", holdout=drawn / "holdout"))
     simulated = json.loads((tmp_path / "out" / "summary.json").read_text())
     same = ("study_hash", "epsilon_per_site", "delta", "rounds", "rounds_lost")
     assert {key: summary[key] for key in same} == {key: simulated[key] for key in same}

@@ -41,7 +41,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime import run_clientapp as flower
 
 from cloister_client.site import Site, open_site
-from cloister_client.supernode.names import SUPEREXEC_SECRET
+from cloister_client.supernode.names import FOREIGN, SUPEREXEC_SECRET
 from cloister_common.bundle import bundle_hash
 from cloister_common.children import child, tell
 from cloister_common.errors import BundleRefused, CloisterError
@@ -124,15 +124,14 @@ class Executor:
         return True
 
     def _do(self, client: RuntimeHttpClient) -> None:
-        message, context, fab_hash = _input(client)
+        message, context, run, _ = flower.pull_task_input(client)
         # What a hospital's node is told about itself comes from the hospital alone.
         context.run_config = {}
         context.node_config = {SITE_KEY: str(self._site.root)}
         tell("asked", message=kind_of(message.content) if message.has_content() else "")
-        if hmac.compare_digest(fab_hash, bundle_hash()):
+        if run.fab_id != FOREIGN and hmac.compare_digest(run.fab_hash, bundle_hash()):
             reply = self._app(message, context)
         else:
-            tell("foreign-bundle", bundle=fab_hash[:16])
             reply = self._refuse(
                 message,
                 context,
@@ -163,13 +162,6 @@ def _beat(client: RuntimeHttpClient) -> bool:
     with contextlib.suppress(httpx.HTTPError):
         client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
     return True
-
-
-def _input(client: RuntimeHttpClient) -> tuple[Message, Context, str]:
-    """The message, its context, and the hash of the bundle that the coordinator named."""
-    message, context, run, fab = flower.pull_task_input(client)
-    del fab
-    return message, context, run.fab_hash
 
 
 def main(folder: Path, port: int) -> None:

@@ -5,8 +5,8 @@ TLS and node keys and no patient's data. What it changes in Flower:
 
 - its connection shows the site's certificate, trusts the pinned authority alone, and goes through
   the site's proxy;
-- a bundle that is not the installed wheel's own never gets in: what Flower is handed instead is
-  the thin one, and the executor answers that it was asked for another;
+- no bundle is fetched: Flower is handed the installed wheel's own, and the executor refuses a run
+  of any other;
 - a task whose executor died is answered for as soon as the next executor asks, not a minute later;
 - it waits less where there is something to do.
 """
@@ -14,7 +14,6 @@ TLS and node keys and no patient's data. What it changes in Flower:
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import hmac
 import importlib
 import logging
@@ -43,7 +42,7 @@ from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 from cloister_client.joining import NODE_KEY, client_context, membership
 from cloister_client.proxy import proxy_of
 from cloister_client.site import Site, open_site
-from cloister_client.supernode.names import SUPEREXEC_SECRET
+from cloister_client.supernode.names import FOREIGN, SUPEREXEC_SECRET
 from cloister_common import eckeys
 from cloister_common.bundle import bundle, bundle_hash
 from cloister_common.children import child, tell
@@ -57,6 +56,9 @@ _STAYS_BUSY_S = 60.0
 _CONNECT_S = 10.0
 _TURNED_AWAY = frozenset({401, 403, 503})
 _ERRORS = 400
+_WHO_I_AM = frozenset(
+    {"/v1/fleet/activate-node", "/v1/fleet/send-node-heartbeat", "/v1/fleet/pull-messages"}
+)
 
 
 class Pace:
@@ -158,7 +160,9 @@ def client_class(site: Site, line: Line, pace: Pace) -> type[FleetHttpClient]:
             except httpx.HTTPError as error:
                 line.failed(error)
                 raise
-            line.answered(answer.status_code)
+            # Of the other paths, a 403 says no more than that a run has ended.
+            if answer.request.url.path in _WHO_I_AM:
+                line.answered(answer.status_code)
             return answer
 
         def PullMessages(self, request: Any) -> Any:  # noqa: N802  # Flower's name
@@ -171,21 +175,29 @@ def client_class(site: Site, line: Line, pace: Pace) -> type[FleetHttpClient]:
 
 
 def guarded(connection: Any) -> Any:
-    """Flower's connection, with no way in for a foreign bundle."""
+    """Flower's connection, with no way in for a bundle: what a hospital has, it does not fetch.
+
+    A run of another bundle is marked as such and handed on with our own, so that the executor
+    can answer for the site that it is refused.
+    """
 
     @contextlib.contextmanager
     def connect(*args: Any, **more: Any) -> Iterator[Any]:
         with connection(*args, **more) as parts:
-            node, receive, send, get_run, get_fab, *rest = parts
+            node, receive, send, get_run, _, *rest = parts
+
+            def own_run(run_id: int) -> Any:
+                run = get_run(run_id)
+                if not hmac.compare_digest(run.fab_hash, bundle_hash()):
+                    tell("foreign-bundle", bundle=run.fab_hash[:16])
+                    run.fab_id, run.fab_hash = FOREIGN, bundle_hash()
+                return run
 
             def own_fab(fab_hash: str, run_id: int) -> Fab:
-                fab = get_fab(fab_hash, run_id)
-                came = hashlib.sha256(fab.content).hexdigest()
-                if not hmac.compare_digest(came, bundle_hash()) or came != fab_hash:
-                    tell("foreign-bundle", bundle=came[:16])
-                return Fab(fab_hash, bundle(), {})
+                del fab_hash, run_id
+                return Fab(bundle_hash(), bundle(), {})
 
-            yield (node, receive, send, get_run, own_fab, *rest)
+            yield (node, receive, send, own_run, own_fab, *rest)
 
     return connect
 

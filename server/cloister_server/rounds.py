@@ -286,7 +286,7 @@ class Run:
                 if self._ask([node], state):
                     agreed.add(node)
             everyone = len(state.invited) or self._expected
-            # A no is an answer. Who is silent, and whose steward has yet to read it, may still come.
+            # A no is an answer. Who is silent, or has yet to read the proposal, may still come.
             noes = [why for why in self._refused.values() if why != Refused.APPROVAL]
             if len(agreed) >= needed:
                 enough_since = enough_since or time.monotonic()

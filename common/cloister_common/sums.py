@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from cloister_common.metrics import BINS
 from cloister_common.records import Vector
 from cloister_common.roster import Roster
@@ -77,5 +79,6 @@ def histogram_size(study: Study) -> int:
     return curves(study) * 2 * BINS
 
 
-def _bytes(model: Vector) -> bytes:
-    return model.astype("<f4", copy=False).tobytes()
+def _bytes(model: Vector) -> memoryview:
+    """The model's bytes; a view, for a copy would double a large model for one hash."""
+    return np.ascontiguousarray(model, "<f4").data.cast("B")

@@ -1,8 +1,9 @@
 """Five hospitals and a hold-out, written as the DICOM folders that real ones would hand over.
 
 The images come from :mod:`cloister_server.phantom`. What this module adds is what makes hospitals
-differ on disk: matrix and bit depth, photometric interpretation, transfer syntax, window, padding,
-folder structure, class balance, and the stray files that every export contains.
+differ: matrix, bit depth and response curve, photometric interpretation, transfer syntax, window,
+padding, folder structure, class balance, which shapes pass for a nodule there, and the stray files
+that every export contains. The hold-out has all of it.
 
 Layout::
 
@@ -23,7 +24,17 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from cloister_server.phantom import Pixels, Scanner, draw_patient, expose
+from cloister_server.phantom import (
+    DOTS,
+    EVEN_MIX,
+    ONE_STRAND,
+    TWO_STRANDS,
+    CaseMix,
+    Pixels,
+    Scanner,
+    draw_patient,
+    expose,
+)
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -61,6 +72,7 @@ class Hospital:
         scanner: the detector.
         patients: number of patients, at least 2.
         prevalence: share of them with a nodule, in (0, 1); rounded to whole patients.
+        mix: what its negative patients have instead of a nodule.
         transfer_syntax: UID in which the images are stored; always lossless.
         sop_class: UID of the storage class; the modality follows from it.
         monochrome1: whether low stored values are bright on display.
@@ -77,6 +89,7 @@ class Hospital:
     scanner: Scanner
     patients: int
     prevalence: float
+    mix: CaseMix = EVEN_MIX
     transfer_syntax: str = EXPLICIT_LITTLE_ENDIAN
     sop_class: str = DIGITAL_XRAY
     monochrome1: bool = False
@@ -90,32 +103,35 @@ class Hospital:
         return "DX" if self.sop_class == DIGITAL_XRAY else "CR"
 
 
+# No hospital sees all that is not a nodule, nor another's response curve, and none is much larger
+# than the rest: what one learns alone does not carry over to the others' patients.
 HOSPITALS: tuple[Hospital, ...] = (
     Hospital(
         "northgate", "Northgate General Hospital", "Aldine Imaging", "Clarus 400", "NG",
-        Scanner(112, 96, 12, gain=0.80, offset=0.05, gamma=1.0, noise=0.020),
-        patients=150, prevalence=0.40, windowed=True,
+        Scanner(112, 96, 12, gain=0.80, offset=0.05, gamma=1.5, noise=0.020),
+        patients=100, prevalence=0.35, mix=ONE_STRAND, windowed=True,
     ),
     Hospital(
         "riverside", "Riverside University Clinic", "Borealis Medical", "Polar DR", "RU",
-        Scanner(128, 112, 14, gain=0.60, offset=0.10, gamma=0.8, noise=0.030),
-        patients=130, prevalence=0.55, transfer_syntax=RLE_LOSSLESS, by_date=True,
+        Scanner(128, 112, 14, gain=0.60, offset=0.10, gamma=0.55, noise=0.030),
+        patients=95, prevalence=0.62, mix=DOTS, transfer_syntax=RLE_LOSSLESS, by_date=True,
     ),
     Hospital(
         "hillcrest", "Hillcrest Community Hospital", "Corvin X-Ray", "Plate 7", "HC",
-        Scanner(96, 98, 10, gain=0.95, offset=0.0, gamma=1.2, noise=0.035),
-        patients=120, prevalence=0.65, sop_class=COMPUTED_RADIOGRAPHY, monochrome1=True,
+        Scanner(96, 98, 10, gain=0.95, offset=0.0, gamma=1.6, noise=0.035),
+        patients=95, prevalence=0.65, mix=TWO_STRANDS, sop_class=COMPUTED_RADIOGRAPHY,
+        monochrome1=True,
     ),
     Hospital(
         "eastfield", "Eastfield Chest Centre", "Aldine Imaging", "Clarus 900", "EF",
-        Scanner(144, 120, 16, gain=0.50, offset=0.20, gamma=0.9, noise=0.025),
-        patients=100, prevalence=0.48, transfer_syntax=JPEG_LS_LOSSLESS, windowed=True,
-        padded=True,
+        Scanner(144, 120, 16, gain=0.50, offset=0.20, gamma=0.7, noise=0.025),
+        patients=90, prevalence=0.48, mix=DOTS, transfer_syntax=JPEG_LS_LOSSLESS,
+        windowed=True, padded=True,
     ),
     Hospital(
         "lakeview", "Lakeview Regional Hospital", "Dorran Systems", "Axis CR", "LV",
-        Scanner(136, 128, 12, gain=0.70, offset=0.02, gamma=1.1, noise=0.030),
-        patients=90, prevalence=0.35, transfer_syntax=JPEG_2000_LOSSLESS,
+        Scanner(136, 128, 12, gain=0.70, offset=0.02, gamma=1.25, noise=0.030),
+        patients=90, prevalence=0.40, mix=ONE_STRAND, transfer_syntax=JPEG_2000_LOSSLESS,
         sop_class=COMPUTED_RADIOGRAPHY, by_date=True,
     ),
 )  # fmt: skip
@@ -258,7 +274,7 @@ class _CohortWriter:
     ) -> None:
         rng = np.random.default_rng(stream)
         for number, positive in enumerate(labels, start=first):
-            patient = draw_patient(rng, positive=positive)
+            patient = draw_patient(rng, positive=positive, mix=hospital.mix)
             patient_id = f"{hospital.prefix}{number:05d}"
             header = _patient_header(rng, hospital, patient_id)
             images = 1 + int(rng.choice(len(_IMAGES_PER_PATIENT), p=_IMAGES_PER_PATIENT))

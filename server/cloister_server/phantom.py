@@ -7,7 +7,8 @@ a view that varies by exposure, and a scanner that varies by hospital.
 A positive patient carries one nodule. A negative patient carries a *mimic* drawn from the same
 distribution and then broken into strands or small dots of the same peak, the same integrated
 density and the same grey-level histogram. What separates the classes is therefore shape alone: a
-model that looks at brightness, or recognises the hospital, learns nothing.
+model that looks at brightness, or recognises the hospital, learns nothing. Hospitals may differ in
+which mimics they see.
 
 Coordinates: ``y`` runs down from -1 to 1 over the height of the detector and ``x`` to the right
 from ``-columns / rows`` to ``columns / rows``; pixels are square. Density runs from 0 (air, black)
@@ -32,6 +33,14 @@ _REACH = 3.7
 
 LESION_RADIUS = (0.058, 0.090)
 LESION_CONTRAST = (0.27, 0.43)
+
+CaseMix: TypeAlias = tuple[float, float, float]
+"""Probabilities of a mimic of one strand, of two strands, of four dots."""
+
+EVEN_MIX: CaseMix = (1 / 3, 1 / 3, 1 / 3)
+ONE_STRAND: CaseMix = (1.0, 0.0, 0.0)
+TWO_STRANDS: CaseMix = (0.0, 1.0, 0.0)
+DOTS: CaseMix = (0.0, 0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +158,15 @@ class PhantomPatient:
         return bool(self.lesion)
 
 
-def draw_patient(rng: np.random.Generator, *, positive: bool) -> PhantomPatient:
+def draw_patient(
+    rng: np.random.Generator, *, positive: bool, mix: CaseMix = EVEN_MIX
+) -> PhantomPatient:
     """Draw a patient.
 
     Args:
         rng: source of every choice; the same state draws the same patient.
         positive: whether the patient carries a nodule.
+        mix: which mimics the hospital sees.
     """
     anatomy = _draw_anatomy(rng)
     vessels = tuple(_draw_vessels(rng, anatomy))
@@ -162,7 +174,7 @@ def draw_patient(rng: np.random.Generator, *, positive: bool) -> PhantomPatient:
     # lung: were only negatives rejected, the place alone would tell the classes apart.
     while True:
         nodule = _draw_nodule(rng, anatomy)
-        mimics = tuple(part for mark in nodule for part in shatter(rng, mark))
+        mimics = tuple(part for mark in nodule for part in shatter(rng, mark, mix))
         if all(_fits(anatomy, mark) for mark in (*nodule, *mimics)):
             break
     if positive:
@@ -170,7 +182,7 @@ def draw_patient(rng: np.random.Generator, *, positive: bool) -> PhantomPatient:
     return PhantomPatient(anatomy, vessels, (), mimics)
 
 
-def shatter(rng: np.random.Generator, mark: Mark) -> tuple[Mark, ...]:
+def shatter(rng: np.random.Generator, mark: Mark, mix: CaseMix = EVEN_MIX) -> tuple[Mark, ...]:
     """Break a compact mark into strands or dots of the same total mass and the same peak.
 
     A Gaussian's grey-level histogram depends on its peak and on the product of its two widths
@@ -180,12 +192,13 @@ def shatter(rng: np.random.Generator, mark: Mark) -> tuple[Mark, ...]:
     Args:
         rng: source of the choice and of the directions.
         mark: the compact mark.
+        mix: how often each kind is chosen; sums to 1.
 
     Returns:
         One strand, two strands or four dots, centred on the mark.
     """
     radius = math.sqrt(mark.along * mark.across)
-    kind = int(rng.integers(3))
+    kind = int(rng.choice(3, p=mix))
     if kind == 0:
         stretch = math.sqrt(rng.uniform(8.0, 12.0))
         turn = float(rng.uniform(0.0, math.pi))

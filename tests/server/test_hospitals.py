@@ -19,6 +19,7 @@ from cloister_server.hospitals import (
     DrawnFederation,
     draw_federation,
 )
+from cloister_server.phantom import CaseMix
 
 SMALL = tuple(replace(hospital, patients=20) for hospital in HOSPITALS)
 HOLDOUT = 25
@@ -73,8 +74,8 @@ def test_the_finding_written_is_the_one_drawn(
 ) -> None:
     drawn = []
 
-    def watch(rng: np.random.Generator, *, positive: bool) -> object:
-        patient = real(rng, positive=positive)
+    def watch(rng: np.random.Generator, *, positive: bool, mix: CaseMix) -> object:
+        patient = real(rng, positive=positive, mix=mix)
         drawn.append(bool(patient.lesion))
         return patient
 
@@ -214,6 +215,29 @@ def test_two_hospitals_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="share a name"):
         draw_federation(tmp_path / "f", seed=0, hospitals=(SMALL[0], SMALL[0]))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_each_cohort_has_the_mimics_of_its_hospital(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def watch(rng: np.random.Generator, *, positive: bool, mix: CaseMix) -> object:
+        drawn.append(mix)
+        return real(rng, positive=positive, mix=mix)
+
+    real = module.draw_patient
+    monkeypatch.setattr(module, "draw_patient", watch)
+    few = tuple(replace(hospital, patients=2) for hospital in HOSPITALS)
+    draw_federation(tmp_path / "f", seed=1, hospitals=few, holdout_patients=5)
+    mixes = [hospital.mix for hospital in HOSPITALS]
+    assert drawn == [mix for mix in mixes for _ in range(2)] + mixes
+
+
+def test_the_hospitals_see_every_mimic_together_and_none_sees_all() -> None:
+    mixes = np.array([hospital.mix for hospital in HOSPITALS])
+    assert (mixes.sum(axis=0) > 0).all()
+    assert (mixes == 0).any(axis=1).all()
 
 
 def test_the_demo_stays_moderate_and_uneven() -> None:

@@ -9,7 +9,18 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from cloister_server.phantom import Mark, Scanner, draw_patient, expose, shatter
+from cloister_server.hospitals import HOSPITALS
+from cloister_server.phantom import (
+    DOTS,
+    ONE_STRAND,
+    TWO_STRANDS,
+    CaseMix,
+    Mark,
+    Scanner,
+    draw_patient,
+    expose,
+    shatter,
+)
 
 SCANNER = Scanner(96, 80, 12, gain=0.7, offset=0.1, gamma=1.0, noise=0.02)
 SCANNERS = (
@@ -106,6 +117,13 @@ def test_a_mimic_keeps_mass_peak_and_histogram_and_loses_the_shape() -> None:
     assert kinds == {1, 2, 4}
 
 
+@pytest.mark.parametrize(("mix", "parts"), [(ONE_STRAND, 1), (TWO_STRANDS, 2), (DOTS, 4)])
+def test_a_mix_of_one_kind_gives_that_kind(mix: CaseMix, parts: int) -> None:
+    rng = np.random.default_rng(8)
+    nodule = Mark(0.0, 0.0, 0.08, 0.07, 0.4, 0.3)
+    assert {len(shatter(rng, nodule, mix)) for _ in range(20)} == {parts}
+
+
 @pytest.mark.parametrize(
     "change",
     [{"rows": 8}, {"bits_stored": 17}, {"gain": 0.0}, {"offset": -0.1}, {"offset": 0.5}],
@@ -119,15 +137,17 @@ def test_intensity_and_scanner_alone_tell_nothing() -> None:
     rng = np.random.default_rng(7)
     # The hospitals differ in prevalence in training and not in the hold-out, as in the demo.
     features, labels, held = [], [], []
-    for place, (scanner, prevalence) in enumerate(zip(SCANNERS, (0.35, 0.5, 0.65), strict=True)):
+    for place, hospital in enumerate(HOSPITALS):
+        scanner = hospital.scanner
         for number in range(200):
             hold = number >= 100
-            positive = bool(rng.random() < (0.5 if hold else prevalence))
-            image = expose(draw_patient(rng, positive=positive), scanner, rng).astype(float)
+            positive = bool(rng.random() < (0.5 if hold else hospital.prevalence))
+            patient = draw_patient(rng, positive=positive, mix=hospital.mix)
+            image = expose(patient, scanner, rng).astype(float)
             image /= (1 << scanner.bits_stored) - 1
             low, high = np.percentile(image, (1, 99))
             windowed = np.clip((image - low) / (high - low), 0.0, 1.0)
-            row = [float(place == each) for each in range(len(SCANNERS))]
+            row = [float(place == each) for each in range(len(HOSPITALS))]
             for values in (image, windowed):
                 row += [values.mean(), values.std()]
                 row += list(np.percentile(values, (1, 5, 10, 25, 50, 75, 90, 95, 99)))

@@ -13,6 +13,8 @@ import itertools
 import struct
 from collections.abc import Iterable, Sequence
 
+from blake3 import blake3
+
 Buffer = bytes | bytearray | memoryview
 
 _LENGTH = struct.Struct(">Q")
@@ -63,6 +65,19 @@ def digest(label: str, *fields: Buffer) -> bytes:
     """SHA-256 of the frame of a label and fields; 32 bytes. Large fields are not copied."""
     state = hashlib.sha256()
     for field in (label.encode(), *fields):
+        state.update(_LENGTH.pack(len(field)))
+        state.update(field)
+    return state.digest()
+
+
+def bulk_digest(label: str, data: Buffer) -> bytes:
+    """BLAKE3 of the frame of a label and ``data``, on one core; 32 bytes. Nothing is copied.
+
+    For a vector or a model, where SHA-256 takes twice the time: both resist collisions to
+    128 bits, which is all that binding needs.
+    """
+    state = blake3()
+    for field in (label.encode(), data):
         state.update(_LENGTH.pack(len(field)))
         state.update(field)
     return state.digest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from cloister_common.framing import Buffer, digest, listed, names
+from cloister_common.framing import Buffer, bulk_digest, digest, listed, names
 
 ADVERTISE = "secagg/v1/sign/advertise"
 SHARE = "secagg/v1/sign/share"
@@ -46,10 +46,10 @@ def box_hash(keys: bytes, dealer: str, holder: str, box: bytes) -> bytes:
 
 
 def vector_hash(vector: Buffer) -> bytes:
-    """Hash of a masked vector's bytes; 32 bytes."""
-    return digest("secagg/v1/vector", vector)
+    """Hash of a masked vector's bytes, by BLAKE3; 32 bytes."""
+    return bulk_digest("secagg/v1/vector", vector)
 
 
 def model_hash(model: Buffer) -> bytes:
-    """Hash of the global model's bytes as they were received; 32 bytes."""
-    return digest("secagg/v1/model", model)
+    """Hash of the global model's bytes as they were received, by BLAKE3; 32 bytes."""
+    return bulk_digest("secagg/v1/model", model)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
@@ -14,7 +15,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from cloister_common.identity import usable_public_key
-from cloister_common.secagg import keys, masks
+from cloister_common.secagg import keys, masks, wire
 
 VECTORS = json.loads(
     (Path(__file__).parents[2] / "vectors" / "known-answers.json").read_text("utf-8")
@@ -81,3 +82,24 @@ def test_chacha20_poly1305(row: dict[str, bytes]) -> None:
     cipher = ChaCha20Poly1305(row["key"])
     sealed = cipher.encrypt(row["nonce"], row["plaintext"], row["aad"])
     assert sealed == row["ciphertext"] + row["tag"]
+
+
+def repeating(length: int) -> bytes:
+    """The input of BLAKE3's own vectors: 0, 1, ..., 250, 0, 1, ..."""
+    return bytes(range(251)) * (length // 251) + bytes(range(length % 251))
+
+
+@pytest.mark.parametrize("row", of("blake3"), ids=lambda row: str(int(row["length"].hex(), 16)))
+def test_blake3(row: dict[str, bytes]) -> None:
+    data = repeating(int.from_bytes(row["length"], "big"))
+    assert blake3(data).digest() == row["hash"]
+
+
+def test_bulk_hashes_are_blake3_of_the_frame() -> None:
+    data = repeating(70_001)
+    for hashed, label in (
+        (wire.vector_hash(data), b"secagg/v1/vector"),
+        (wire.model_hash(memoryview(data)), b"secagg/v1/model"),
+    ):
+        framed = b"".join(len(part).to_bytes(8, "big") + part for part in (label, data))
+        assert hashed == blake3(framed).digest()

@@ -6,11 +6,14 @@ study, and a round is charged, on disk, before its data are read.
 
 from __future__ import annotations
 
+import datetime
+
 from cloister_client.approvals import require_approved
+from cloister_client.hours import within
 from cloister_client.ledger import Ledger
-from cloister_client.policy import refusals
+from cloister_client.policy import may_measure, refusals
 from cloister_client.site import Site
-from cloister_common.errors import BudgetExhausted, PolicyRefused
+from cloister_common.errors import BudgetExhausted, OutsideHours, PolicyRefused
 from cloister_common.privacy.accounting import calibrate
 from cloister_common.privacy.events import Mechanism
 from cloister_common.study import Study
@@ -60,6 +63,44 @@ def admit(site: Site, study: Study, *, run: str, invited: int) -> None:
         epsilon_limit_study=site.policy.max_epsilon_study,
         epsilon_limit_lifetime=site.policy.max_epsilon_lifetime,
     )
+
+
+def require_hours(site: Site, now: datetime.time) -> None:
+    """Begin no round outside the hours of the policy; nothing is charged for the refusal.
+
+    Args:
+        site: the site.
+        now: the local time of day.
+
+    Raises:
+        OutsideHours: it is not in them.
+    """
+    if not within(site.policy.hours, now):
+        raise OutsideHours(
+            "The site does not train at this hour.",
+            why=f"policy.hours is {', '.join(site.policy.hours)}; here it is {now:%H:%M}.",
+            remedy="Let the round be asked for again later; nothing was charged.",
+        )
+
+
+def require_metric(site: Site, study: Study) -> None:
+    """Let score histograms leave only where privacy is off and the policy allows them.
+
+    Raises:
+        PolicyRefused: one of the two is not so.
+    """
+    if study.privacy.enabled:
+        raise PolicyRefused(
+            "A site does not evaluate while privacy is on.",
+            why="Its figures would leave uncharged.",
+        )
+    if not may_measure(site.policy):
+        # Also where the study that was approved asks for none: the server can ask anyhow.
+        raise PolicyRefused(
+            "The site lets no score histogram leave.",
+            why="policy.metrics does not allow score-histograms.",
+            remedy="Change the study, or let the steward change [policy] in site.toml.",
+        )
 
 
 def shortfall(site: Site, study: Study) -> BudgetExhausted | None:

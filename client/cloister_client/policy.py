@@ -7,14 +7,18 @@ study that asks for more is refused with the key that refuses it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from cloister_client.hours import is_span
 from cloister_common.study import Modality, Name, Study
 from cloister_common.tomlfile import FileModel
 
 Epsilon = Annotated[float, Field(gt=0, le=1000)]
+Metric = Literal["score-histograms"]
+"""What a site can measure for the coordinator: how many of its own patients, kept apart from
+training, have which score. Exact and unnoised, so a study without privacy alone asks for it."""
 
 
 class Policy(FileModel):
@@ -41,6 +45,13 @@ class Policy(FileModel):
     """Networks that may be trained; empty allows all that are registered."""
     modalities: Annotated[tuple[Modality, ...], Field(strict=False)] = ()
     """Modalities that a study may read; empty allows all that Cloister reads."""
+    metrics: Annotated[tuple[Metric, ...], Field(strict=False)] = ()
+    """Metrics that may leave; empty allows none."""
+    hours: Annotated[
+        tuple[Annotated[str, AfterValidator(is_span)], ...], Field(strict=False, max_length=50)
+    ] = ()
+    """When a round may begin, each "HH:MM-HH:MM" of local time; empty allows any time. It keeps
+    no study out: a round that is asked for at another time is refused, and costs nothing."""
 
 
 def refusals(policy: Policy, study: Study, invited_sites: int) -> tuple[str, ...]:
@@ -62,6 +73,12 @@ def refusals(policy: Policy, study: Study, invited_sites: int) -> tuple[str, ...
             found.append(
                 "policy.allow_without_privacy is false; "
                 "the study sets privacy.enabled to false and would train without protection."
+            )
+        if study.evaluation.site_fraction and not may_measure(policy):
+            found.append(
+                "policy.metrics does not allow score-histograms; "
+                f"the study asks for them with privacy.enabled = false and "
+                f"evaluation.site_fraction = {study.evaluation.site_fraction:g}."
             )
     else:
         if privacy.epsilon > policy.max_epsilon_study:
@@ -93,6 +110,11 @@ def refusals(policy: Policy, study: Study, invited_sites: int) -> tuple[str, ...
             f"the study asks for input.modalities = {', '.join(asked)}."
         )
     return tuple(found)
+
+
+def may_measure(policy: Policy) -> bool:
+    """Whether score histograms may leave, in a study without privacy."""
+    return "score-histograms" in policy.metrics
 
 
 def _of_aggregation(policy: Policy, study: Study, invited_sites: int) -> Iterator[str]:

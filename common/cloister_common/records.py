@@ -50,6 +50,8 @@ class Refused(enum.StrEnum):
     """The study asks for more than the site's policy allows."""
     APPROVAL = "approval"
     """Nobody at the site has approved the study."""
+    HOURS = "hours"
+    """The site does not train at this hour; it may later, and nothing was charged."""
     BUDGET = "budget"
     """The privacy budget does not suffice."""
     SPENT = "round-spent"

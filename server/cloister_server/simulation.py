@@ -227,6 +227,7 @@ def _open(folder: Path, simulation: Simulation) -> Site:
         ledger_delta=max(study.privacy.delta, Policy().ledger_delta),
         max_rounds=10_000,
         allow_without_privacy=True,
+        metrics=("score-histograms",),
         require_secure_aggregation=False,
         colluders=min(study.aggregation.colluders, Policy().colluders),
         min_sites=min(study.aggregation.min_sites, Policy().min_sites),

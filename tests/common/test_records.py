@@ -159,6 +159,7 @@ def test_the_list_of_refusals_is_closed() -> None:
         "bundle",
         "policy",
         "approval",
+        "hours",
         "budget",
         "round-spent",
         "message",

@@ -107,7 +107,7 @@ def prepare(message: Message, context: Context) -> Message:
         study = study_from_canonical(task.study)
         if study.aggregation.secure:
             masked.require_roster(site, _pin(site, context), task.roster)
-        gate.admit(site, study, run=task.run, invited=task.sites)
+        gate.admit(site, study, run=task.run, invited=task.sites, signatures=task.signatures)
         _cohort(site, study)
         said = signed_answer(site.name, context.node_id, f"{task.run} {study.digest}")
         return Prepared(site=site.name, signature=site.identity().sign(*said))

@@ -1,7 +1,8 @@
 """The gate at the hospital: what must be true before one file of its data is opened.
 
-First the site's policy, then a person's approval, then the ledger: it reserves all steps of the
-study, and a round is charged, on disk, before its data are read.
+First the site's policy, then the approval of a person or of a rule that a person set, then the
+ledger: it reserves all steps of the study, and a round is charged, on disk, before its data are
+read.
 """
 
 from __future__ import annotations
@@ -32,12 +33,20 @@ def mechanism(study: Study) -> Mechanism:
     return Mechanism(noise_multiplier=noise, sampling_rate=training.sampling_rate)
 
 
-def admit(site: Site, study: Study, *, run: str, invited: int) -> None:
+def admit(site: Site, study: Study, *, run: str, invited: int, signatures: bytes = b"") -> None:
     """Let a study in, and reserve its whole cost; repeating it for the same run changes nothing.
 
+    Args:
+        site: the site.
+        study: the study that is asked for.
+        run: the run that asks.
+        invited: number of sites on the federation's list, this one included.
+        signatures: who vouches for the study, see ``signing``.
+
     Raises:
+        MessageInvalid: the signatures are no signatures.
         PolicyRefused: the study asks for more than the policy allows.
-        StudyNotApproved: nobody here approved it; it is kept for review.
+        StudyNotApproved: nobody here approved it, nor does the policy; it is kept for review.
         BudgetExhausted: the ledger cannot bear it.
         EpsilonUnreachable: no noise gives the study's epsilon.
         LedgerDamaged: the ledger's chain is broken.
@@ -49,7 +58,7 @@ def admit(site: Site, study: Study, *, run: str, invited: int) -> None:
             why=" ".join(reasons),
             remedy="Change the study, or let the steward change [policy] in site.toml.",
         )
-    require_approved(site, study)
+    require_approved(site, study, signatures)
     if not study.privacy.enabled:
         return
     used = mechanism(study)

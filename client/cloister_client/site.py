@@ -377,6 +377,11 @@ modalities = {words(policy.modalities)}
 metrics = {words(policy.metrics)}
 # When a round may begin, local time, such as ["20:00-06:00"]; empty allows any time.
 hours = {words(policy.hours)}
+# What is approved without a person here: "none"; "listed", the studies of approved_hashes;
+# "signed", those that a key of trusted_signers has signed (cloister study sign).
+approve = {_quote(policy.approve)}
+approved_hashes = {words(policy.approved_hashes)}
+trusted_signers = {words(policy.trusted_signers)}
 """
     try:
         text.encode()

@@ -85,6 +85,8 @@ class Prepare(RoundMessage):
     """Number of invited sites."""
     roster: str
     """Digest of the roster, hexadecimal; empty where updates are not masked."""
+    signatures: bytes = b""
+    """Who vouches for the study, see ``signing``; empty where nobody does."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Its configuration is Flower's run configuration: ``study`` (canonical JSON), ``out`` (folder of
 the run), ``federation`` (folder of the root key and the roster), ``expected`` (sites to wait for),
-``resume``.
+``resume``, and ``signatures`` under the study (hexadecimal; may be absent).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def build(hooks: Hooks | None = None) -> ServerApp:
             used,
             expected=int(config["expected"]),
             roster=federation.roster() if study.aggregation.secure else None,
+            signatures=bytes.fromhex(str(config.get("signatures", ""))),
         )
         outcome = run.execute(resume=bool(config["resume"]))
         write_outputs(out, study, outcome, seconds=time.monotonic() - began)

@@ -148,6 +148,7 @@ class Run:
         hooks: evaluation and progress.
         expected: sites that are waited for before the first round.
         roster: the federation's; needed where the study masks its updates.
+        signatures: who vouches for the study, see ``signing``.
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class Run:
         *,
         expected: int,
         roster: Roster | None = None,
+        signatures: bytes = b"",
     ) -> None:
         self._mailbox = mailbox
         self._study = study
@@ -167,6 +169,7 @@ class Run:
         self._hooks = hooks
         self._expected = expected
         self._roster = roster
+        self._signatures = signatures
         self._progress = Progress()
         self._sent: Mapping[str, int] = {}
         self._nodes: dict[int, str] = {}
@@ -247,7 +250,7 @@ class Run:
         """Ask nodes whether they take part; how many of them do. Asking again changes nothing."""
         roster = self._roster.digest.hex() if self._roster is not None else ""
         self._invited = max(self._expected, len(nodes), self._invited)
-        task = Prepare(self._canonical, state.run, self._invited, roster)
+        task = Prepare(self._canonical, state.run, self._invited, roster, self._signatures)
         agreed = 0
         for reply in self._mailbox.ask(nodes, task, Prepared):
             message = reply.message

@@ -62,6 +62,7 @@ class Simulation:
         engine: ``in-process`` or ``ray``.
         resume: go on with the run in ``out``.
         holdout: folder with ``dicom/`` and ``labels.csv`` of patients of no site.
+        signatures: who vouches for the study, see ``signing``.
     """
 
     study: Study
@@ -70,6 +71,7 @@ class Simulation:
     engine: Engine = "in-process"
     resume: bool = False
     holdout: Path | None = None
+    signatures: bytes = b""
 
 
 def simulate(
@@ -127,6 +129,7 @@ def simulate(
         "federation": str(simulation.out / FEDERATION),
         "expected": len(sites),
         "resume": simulation.resume,
+        "signatures": simulation.signatures.hex(),
     }
     nodes = _enrol(simulation, sites)
     run = run_on_ray if simulation.engine == "ray" else run_in_process

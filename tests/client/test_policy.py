@@ -39,6 +39,9 @@ def test_defaults() -> None:
         "modalities": (),
         "metrics": (),
         "hours": (),
+        "approve": "none",
+        "approved_hashes": (),
+        "trusted_signers": (),
     }
 
 

@@ -52,6 +52,7 @@ def _with(site: Site, **policy: Any) -> Site:
         (TRUSTS, signing.sign(study(study='name = "other"'), SPONSOR)),
         (TRUSTS, SPONSOR.public + signing.sign(study(), STRANGER)[32:]),
     ],
+    ids=["nobody", "list", "key", "others", "mixed", "unsigned", "stranger", "other", "forged"],
 )
 def test_nothing_else_is_approved(site: Site, policy: dict[str, Any], signatures: bytes) -> None:
     with pytest.raises(StudyNotApproved):
@@ -68,6 +69,7 @@ def test_nothing_else_is_approved(site: Site, policy: dict[str, Any], signatures
         (TRUSTS, SIGNED, SPONSOR.public.hex()),
         (TRUSTS, signing.sign(study(), STRANGER) + SIGNED, SPONSOR.public.hex()),
     ],
+    ids=["listed", "signed", "signed-twice"],
 )
 def test_an_approval_by_the_policy_is_logged_once_with_its_ground(
     site: Site, policy: dict[str, Any], signatures: bytes, why: str
@@ -86,14 +88,18 @@ def test_an_approval_by_the_policy_is_logged_once_with_its_ground(
         require_approved(asked, study(study='name = "other"'))
 
 
-@pytest.mark.parametrize(("policy", "signatures"), [(LISTS, b""), (TRUSTS, SIGNED)])
+@pytest.mark.parametrize(
+    ("policy", "signatures"), [(LISTS, b""), (TRUSTS, SIGNED)], ids=["listed", "signed"]
+)
 @pytest.mark.parametrize(
     "later",
     [
         {},
+        {"approved_hashes": LISTS["approved_hashes"], "trusted_signers": TRUSTS["trusted_signers"]},
         {"approve": "listed", "approved_hashes": ("0" * 64,)},
         {"approve": "signed", "trusted_signers": (STRANGER.public.hex(),)},
     ],
+    ids=["gone", "off", "others", "strangers"],
 )
 def test_a_rule_that_is_taken_back_ends_what_it_approved(
     site: Site, policy: dict[str, Any], signatures: bytes, later: dict[str, Any]

@@ -298,6 +298,16 @@ def kind_of(records: RecordDict) -> str:
     return told if isinstance(told, str) and told in known else ""
 
 
+def reason_of(records: RecordDict) -> str:
+    """The reason that a refusal gives, cut to the closed list; empty for anything else."""
+    head = records.get(_HEAD)
+    if not isinstance(head, ConfigRecord) or head.get("kind") != Refusal.kind:
+        return ""
+    told = head.get("reason")
+    known = {reason.value for reason in Refused}
+    return told if isinstance(told, str) and told in known else Refused.DECLINED.value
+
+
 def payload_hash(records: RecordDict) -> str:
     """SHA-256 over what a message says, 64 hexadecimal digits; its audit head is left out."""
     digest = hashlib.sha256(b"cloister/payload/v1\0")

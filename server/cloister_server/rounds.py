@@ -16,7 +16,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cloister_common import networks, vectors
-from cloister_common.errors import InternalError, TooFewSites, TooFewSurvivors
+from cloister_common.audit import Value
+from cloister_common.errors import (
+    AuditLogDamaged,
+    CloisterError,
+    InternalError,
+    TooFewSites,
+    TooFewSurvivors,
+)
 from cloister_common.identity import verify
 from cloister_common.metrics import Metrics
 from cloister_common.privacy.accounting import calibrate, epsilon_pld
@@ -29,12 +36,13 @@ from cloister_common.records import (
     Vector,
     signed_answer,
 )
-from cloister_common.roster import Roster
+from cloister_common.roster import SITE_ID, Roster
 from cloister_common.secagg.parameters import Parameters
 from cloister_common.study import Study
 from cloister_server.checkpoint import Checkpoints, Figures, Progress, RunState
 from cloister_server.collection import (
     LATE,
+    REASONS,
     Collected,
     Collector,
     Members,
@@ -175,6 +183,7 @@ class Run:
         self._nodes: dict[int, str] = {}
         self._refused: dict[str, str] = {}
         self._invited = 0
+        self._run = ""
 
     def execute(self, *, resume: bool) -> Outcome:
         """Run to the end and return the outcome.
@@ -183,6 +192,19 @@ class Run:
             TooFewSites: fewer sites than the study's minimum take part.
             NothingToResume, ResumeMismatch: see ``Checkpoints.load``.
         """
+        try:
+            outcome = self._execute(resume=resume)
+        except AuditLogDamaged:
+            raise
+        except CloisterError as error:
+            if self._run:
+                self._note("ended", how=error.code, refused=self._told_refused())
+            raise
+        state = outcome.state
+        self._note("ended", how="done", rounds=state.completed, refused=self._told_refused())
+        return outcome
+
+    def _execute(self, *, resume: bool) -> Outcome:
         began = time.monotonic()
         if resume:
             state, self._progress = self._checkpoints.load(self._study)
@@ -190,11 +212,19 @@ class Run:
         else:
             state, first = self._fresh(), 1
         before, self._sent = state.seconds, state.sent
+        self._run = state.run
         state = self._prepare(state)
         collector = self._collector(state)
         self._checkpoints.save(self._study, state)
         seats = " ".join(f"{node}={site}" for node, site in sorted(self._nodes.items()))
-        self._mailbox.note("began", run=state.run, study=self._study.digest, sites=seats)
+        self._note(
+            "began",
+            study=self._study.digest,
+            sites=seats,
+            first=first,
+            rounds=self._study.training.rounds,
+            refused=self._told_refused(),
+        )
         rounds = self._study.training.rounds
         self._hooks.notify(
             Began(
@@ -213,6 +243,17 @@ class Run:
             state = replace(state, seconds=seconds, sent=self._sent_by_site())
             self._checkpoints.save(self._study, state)
         return Outcome(state, tuple(sorted(self._nodes.values())), dict(self._refused))
+
+    def _note(self, kind: str, **body: Value) -> None:
+        self._mailbox.note(kind, run=self._run, **body)
+
+    def _told_refused(self) -> str:
+        """Who refused and why, for the log: reasons of the closed list only."""
+        known = {
+            name: reason if reason in REASONS else Refused.DECLINED.value
+            for name, reason in self._refused.items()
+        }
+        return "; ".join(f"{name}={reason}" for name, reason in sorted(known.items()))
 
     def _fresh(self) -> RunState:
         study = self._study
@@ -301,9 +342,13 @@ class Run:
             pause = min(patience.latest, 1.5 * pause)
 
     def _is_signed(self, message: Prepared | Refusal, node: int, run: str) -> bool:
-        """Whether the site itself said so; without a roster nobody's key is known."""
+        """Whether the site itself said so; without a roster nobody's key is known.
+
+        Even then a site's name is one: it goes into the log and the report.
+        """
         if self._roster is None:
-            return True
+            nameless = isinstance(message, Refusal) and not message.site
+            return nameless or SITE_ID.fullmatch(message.site) is not None
         word = message.reason if isinstance(message, Refusal) else f"{run} {self._study.digest}"
         public = self._roster.public_key(message.site)
         said = signed_answer(message.site, node, word)
@@ -343,13 +388,13 @@ class Run:
             collected = self._collect(collector, number, state)
         except RoundLost as lost:
             self._refused.update(lost.refused)
-            self._mailbox.note("lost", run=state.run, round=number)
+            self._note("lost", round=number)
             self._hooks.notify(Lost(number))
             return replace(state, completed=number, lost=(*state.lost, number))
         self._refused.update(collected.refused)
         for name in collected.sites:
             self._refused.pop(name, None)
-        self._mailbox.note("summed", run=state.run, round=number, sites=" ".join(collected.sites))
+        self._note("summed", round=number, sites=" ".join(collected.sites))
         model, optimizer = step(state.model, collected.mean, state.optimizer, study.aggregation)
         state = replace(state, completed=number, model=model, optimizer=optimizer)
         figures = Figures(

@@ -109,6 +109,8 @@ def prepare(message: Message, context: Context) -> Message:
             masked.require_roster(site, _pin(site, context), task.roster)
         gate.admit(site, study, run=task.run, invited=task.sites, signatures=task.signatures)
         _cohort(site, study)
+        # Last: everything else is well, so the answer means "yes, but not now".
+        gate.require_hours(site, datetime.datetime.now().time())
         said = signed_answer(site.name, context.node_id, f"{task.run} {study.digest}")
         return Prepared(site=site.name, signature=site.identity().sign(*said))
 

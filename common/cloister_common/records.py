@@ -51,7 +51,7 @@ class Refused(enum.StrEnum):
     APPROVAL = "approval"
     """Nobody at the site has approved the study."""
     HOURS = "hours"
-    """The site does not train at this hour; it may later, and nothing was charged."""
+    """The site takes part, and does not train at this hour; no round was charged."""
     BUDGET = "budget"
     """The privacy budget does not suffice."""
     SPENT = "round-spent"

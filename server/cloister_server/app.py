@@ -15,10 +15,11 @@ from flwr.serverapp import Grid, ServerApp
 
 from cloister_common.study import study_from_canonical
 from cloister_server.checkpoint import CHECKPOINT_FOLDER, Checkpoints
+from cloister_server.events import Hooks
 from cloister_server.federation import Federation
 from cloister_server.mailbox import Mailbox
 from cloister_server.outputs import write_outputs
-from cloister_server.rounds import Hooks, Run
+from cloister_server.rounds import Run
 
 
 def build(hooks: Hooks | None = None) -> ServerApp:

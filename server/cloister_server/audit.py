@@ -218,7 +218,7 @@ def _runs(entries: Sequence[Entry]) -> tuple[Run, ...]:
 def _sites(entries: Sequence[Entry]) -> tuple[Came, ...]:
     names: dict[str, str] = {}
     for entry in entries:
-        if entry.kind == "began":
+        if entry.kind in {"began", "seated"}:
             names.update(_seats(entry))
     found: dict[str, Came] = {}
 

@@ -38,7 +38,7 @@ def audit(
         told = account(simulated)
     else:
         raise OptionInvalid(
-            f"{folder} is neither a coordinator's folder nor that of a run with masked updates.",
+            f"{folder} is neither a coordinator's folder nor that of a simulated run.",
             remedy="Name one with --dir, or a log with --log.",
         )
     typer.echo(json.dumps(asdict(told)) if as_json else render(told))

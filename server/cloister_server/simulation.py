@@ -30,8 +30,8 @@ from cloister_common.files import make_private_dir, sweep
 from cloister_common.records import ROSTER_KEY, SITE_KEY
 from cloister_common.secagg.parameters import Parameters
 from cloister_common.study import Study
+from cloister_server.events import Event, Hooks
 from cloister_server.holdout import measure_on, refuse_overlap
-from cloister_server.rounds import Event, Hooks
 
 if TYPE_CHECKING:
     from cloister_client.site import Site

@@ -16,8 +16,8 @@ from cloister_client.site import open_site
 from cloister_common import cli
 from cloister_common.audit import _canonical, _hash, examine, name_of, parse_note, read
 from cloister_common.identity import Identity
+from cloister_server.events import Event, Measured
 from cloister_server.federation import AUDIT, Federation
-from cloister_server.rounds import Event, Measured
 from cloister_server.simulation import FEDERATION, Simulation, simulate
 from federations import NAMES, study, write_federation
 

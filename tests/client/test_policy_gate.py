@@ -15,6 +15,7 @@ import pytest
 from flwr.app import Message
 
 from cloister_client import app as client
+from cloister_client import gate
 from cloister_client.approvals import Decision, judge
 from cloister_client.audit import entries_of
 from cloister_client.ledger import Ledger
@@ -120,7 +121,7 @@ CASES: dict[str, tuple[Any, dict[str, str], str, tuple[str, ...]]] = {
     "networks": (("resnet18",), {}, "policy", ALL),
     "modalities": (("CT",), {}, "policy", ALL),
     "metrics": ((), OPEN, "policy", ALL),
-    # Only the round waits for its hour; the study may be looked at before.
+    # Only the round waits for its hour; the study is let in, and the data are looked at, before.
     "hours": ((_elsewhere(),), {}, "hours", ("train",)),
     "approve": ("none", {}, "approval", ALL),
     "approved_hashes": (("0" * 64,), {}, "approval", ALL),
@@ -216,13 +217,15 @@ def test_a_signature_is_enough_where_its_key_is_trusted(tmp_path: Path) -> None:
 def test_hours_let_a_study_in_and_no_round(tmp_path: Path) -> None:
     asked = study()
     site = _site(tmp_path, {**_fits(asked), "hours": (_elsewhere(),)})
-    assert isinstance(_ask(site, "prepare", asked), Prepared)
-    reply = _ask(site, "train", asked)
-    assert isinstance(reply, Refusal)
-    assert reply.reason == "hours"
-    notice = read_notice(site.root)
-    assert notice is not None
-    assert _elsewhere() in notice.message
+    for kind in ("prepare", "train"):
+        reply = _ask(site, kind, asked)
+        assert isinstance(reply, Refusal)
+        assert reply.reason == "hours"
+    # The study is in: approved, and its cost set aside. No round is charged.
+    assert gate.promised(site) > 0
+    assert _charged(site) == []
+    assert isinstance(_ask(site, "exchange", asked), Refusal)
+    assert [e.body["why"] for e in entries_of(site) if e.kind == "sent"][-1].endswith("message")
     now = datetime.datetime.now()
     span = f"{now - datetime.timedelta(hours=1):%H:%M}-{now + datetime.timedelta(hours=1):%H:%M}"
     other = tmp_path / "other"

@@ -7,20 +7,22 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from flwr.app import Context, Message
 
+from cloister_client.app import app
 from cloister_common import cli, eckeys
 from cloister_common.audit import examine, read
 from cloister_common.eckeys import Purpose
 from cloister_common.enrolment import Invite, Request
 from cloister_common.errors import AuditLogDamaged, SiteStateInvalid, TooFewSites
 from cloister_common.identity import Identity, fingerprint
-from cloister_common.records import RoundMessage
+from cloister_common.records import SITE_KEY, Prepared, RoundMessage, pack
 from cloister_server.audit import account, render
 from cloister_server.coordinator import Coordinator
 from cloister_server.enrolling import approve_site, invite_site, revoke_site
+from cloister_server.events import Event, Measured
 from cloister_server.federation import AUDIT
 from cloister_server.refusals import Refusals, Refused
-from cloister_server.rounds import Event, Measured
 from cloister_server.simulation import FEDERATION, Simulation, simulate
 from coordinators import new_coordinator
 from federations import NAMES, study, write_federation
@@ -222,6 +224,27 @@ def test_a_resumed_run_is_one_run(tmp_path: Path) -> None:
     simulate(Simulation(study(), sites, out, resume=True))
     (run,) = account(out / FEDERATION / AUDIT).runs
     assert (len(run.began), run.ended) == (2, "done")
+
+
+@pytest.mark.parametrize("name", ["x" * 300_000, "a b=c; d", "Ä", ""])
+def test_what_a_site_calls_itself_does_not_spoil_the_log(tmp_path: Path, name: str) -> None:
+    """Without masks there is no roster, and nobody checks who a site is."""
+    sites = write_federation(tmp_path / "sites", images=1)
+    out = tmp_path / "run"
+
+    def liar(message: Message, context: Context) -> Message:
+        reply = app(message, context)
+        if Path(str(context.node_config[SITE_KEY])).name == "anker":
+            reply.content = pack(Prepared(name, b""))
+        return reply
+
+    asked = study(aggregation="secure = false\nmin_sites = 4", training="rounds = 1")
+    simulate(Simulation(asked, sites, out), client_app=liar)
+    (run,) = account(out / FEDERATION / AUDIT).runs
+    assert run.ended == "done"
+    assert run.sites == list(NAMES[1:])
+    assert list(run.refused.values()) == ["message"]
+    assert examine(out / FEDERATION / AUDIT).findings == ()
 
 
 def test_a_damaged_log_is_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

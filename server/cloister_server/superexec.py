@@ -117,6 +117,7 @@ def _run(place: Coordinator, run: RunFolder, teller: _Teller) -> None:
             "federation": str(place.keys),
             "expected": sites,
             "resume": Checkpoints(run.path / CHECKPOINT_FOLDER).exists(),
+            "signatures": asked.signatures,
         }
         server_app(grid, context)
 

@@ -7,6 +7,7 @@ exception: it would send the text to the server.
 
 from __future__ import annotations
 
+import datetime
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ from cloister_common.errors import (
     CloisterError,
     InternalError,
     MessageInvalid,
+    OutsideHours,
     PolicyRefused,
     RosterInvalid,
     RosterMismatch,
@@ -83,6 +85,7 @@ _REASONS: tuple[tuple[type[CloisterError], Refused], ...] = (
     (BundleRefused, Refused.BUNDLE),
     (PolicyRefused, Refused.POLICY),
     (StudyNotApproved, Refused.APPROVAL),
+    (OutsideHours, Refused.HOURS),
     (BudgetExhausted, Refused.BUDGET),
     (RoundAlreadySpent, Refused.SPENT),
     (MessageInvalid, Refused.MESSAGE),
@@ -104,8 +107,10 @@ def prepare(message: Message, context: Context) -> Message:
         study = study_from_canonical(task.study)
         if study.aggregation.secure:
             masked.require_roster(site, _pin(site, context), task.roster)
-        gate.admit(site, study, run=task.run, invited=task.sites)
+        gate.admit(site, study, run=task.run, invited=task.sites, signatures=task.signatures)
         _cohort(site, study)
+        # Last: everything else is well, so the answer means "yes, but not now".
+        gate.require_hours(site, datetime.datetime.now().time())
         said = signed_answer(site.name, context.node_id, f"{task.run} {study.digest}")
         return Prepared(site=site.name, signature=site.identity().sign(*said))
 
@@ -134,6 +139,8 @@ def train(message: Message, context: Context) -> Message:
         study = _admitted(site, task)
         if not 1 <= task.round <= study.training.rounds:
             raise MessageInvalid("A round was asked for that the study does not have.")
+        # Before the masks: a site that sits a round out keeps its keys, and can help unmask it.
+        gate.require_hours(site, datetime.datetime.now().time())
 
         def trained() -> Vector:
             return _train(site, study, task)
@@ -164,11 +171,9 @@ def evaluate(message: Message, context: Context) -> Message:
 
     def answer(site: Site, task: EvaluateTask) -> Evaluated | Exchanged:
         study = _admitted(site, task)
-        if study.privacy.enabled:
-            raise PolicyRefused(
-                "A site does not evaluate while privacy is on.",
-                why="Its figures would leave uncharged.",
-            )
+        gate.require_metric(site, study)
+        if study.evaluation.site_fraction == 0:
+            raise MessageInvalid("Nobody is kept apart to be measured on in this study.")
         if not 0 <= task.round <= study.training.rounds:
             raise MessageInvalid("A round was asked for that the study does not have.")
         if not study.aggregation.secure:

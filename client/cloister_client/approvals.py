@@ -1,7 +1,8 @@
-"""Which studies a person at this hospital has approved, by hash; nothing else is trained here.
+"""Which studies are approved at this hospital, by hash; nothing else is trained here.
 
 A study that is proposed and not yet judged is kept, so that the steward can read it; the answer
-is given once, and can be changed until the study has begun to cost.
+is given once, and can be changed until the study has begun to cost. The policy can approve by
+itself (``automatic``), never what a person denied, and only for as long as it says so.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cloister_client.audit import log_of
+from cloister_client.automatic import ground_of, in_words, stands
 from cloister_client.site import Site
 from cloister_common.errors import FileUnreadable, OptionInvalid, StudyInvalid, StudyNotApproved
 from cloister_common.files import write_atomic
@@ -48,12 +50,14 @@ class Judgement:
         decision: pending, approved or denied.
         why: the steward's words; they stay here.
         time: when it was proposed or judged last, ISO 8601.
+        ground: on what the policy approved it; empty where a person judged, see ``automatic``.
     """
 
     study: Study
     decision: Decision
     why: str = ""
     time: str = ""
+    ground: str = ""
 
 
 def judgements(site: Site) -> dict[str, Judgement]:
@@ -77,18 +81,24 @@ def judgements(site: Site) -> dict[str, Judgement]:
         ) from None
 
 
-def require_approved(site: Site, study: Study) -> None:
-    """Refuse a study that nobody here approved; one that is new is kept for review.
+def require_approved(site: Site, study: Study, signatures: bytes = b"") -> None:
+    """Refuse a study that neither a person nor the policy approved; a new one is kept for review.
+
+    Args:
+        site: the site.
+        study: the study that is asked for.
+        signatures: who vouches for it, see ``signing``.
 
     Raises:
         StudyNotApproved: it is new, waits, or was denied.
-        FileUnreadable: see ``judgements``.
+        MessageInvalid: the policy asks for signatures, and these are none.
+        FileUnreadable, AuditLogDamaged: a file cannot be read or written.
     """
     held = judgements(site).get(study.digest)
+    if not _settled(site, held):
+        held = _settle(site, study, ground_of(site.policy, study, signatures))
     if held is not None and held.decision is Decision.APPROVED:
         return
-    if held is None:
-        _propose(site, study)
     denied = held is not None and held.decision is Decision.DENIED
     raise StudyNotApproved(
         "A steward here denied the study."
@@ -111,7 +121,7 @@ def judge(site: Site, study: Study, decision: Decision, *, why: str = "") -> Non
         known = judgements(site)
         known.pop(study.digest, None)
         known[study.digest] = Judgement(study, decision, why, _now())
-        log_of(site).append("judged", study=study.digest, decision=decision.value)
+        log_of(site).append("judged", study=study.digest, decision=decision.value, by="steward")
         _save(site, known)
 
 
@@ -132,17 +142,42 @@ def find(site: Site, prefix: str) -> Judgement:
     return found[0]
 
 
-def _propose(site: Site, study: Study) -> None:
-    """Keep a study for review, unless it was judged in the meantime."""
+def _settled(site: Site, held: Judgement | None) -> bool:
+    """Whether a person judged, or the ground of the policy's own approval still stands."""
+    if held is None or held.decision is Decision.PENDING:
+        return False
+    return not held.ground or stands(site.policy, held.study, held.ground)
+
+
+def _settle(site: Site, study: Study, ground: str) -> Judgement:
+    """Let the policy approve a study, take its approval back, or keep the study for review.
+
+    What was judged in the meantime stays.
+    """
     with _locked(site):
         known = judgements(site)
-        if study.digest in known:
-            return
-        waiting = [d for d, one in known.items() if one.decision is Decision.PENDING]
-        for oldest in waiting[: max(0, len(waiting) + 1 - MAX_PENDING)]:
-            del known[oldest]
-        known[study.digest] = Judgement(study, Decision.PENDING, time=_now())
+        held = known.get(study.digest)
+        if held is not None and (
+            _settled(site, held) or (held.decision is Decision.PENDING and not ground)
+        ):
+            return held
+        if ground:
+            settled = Judgement(study, Decision.APPROVED, in_words(ground), _now(), ground)
+        else:
+            settled = Judgement(study, Decision.PENDING, time=_now())
+            waiting = [d for d, one in known.items() if one.decision is Decision.PENDING]
+            for oldest in waiting[: max(0, len(waiting) + 1 - MAX_PENDING)]:
+                del known[oldest]
+        if ground or held is not None:
+            why = settled.why or "the policy approves it no more"
+            decision = settled.decision.value
+            log_of(site).append(
+                "judged", study=study.digest, decision=decision, by="policy", why=why
+            )
+        known.pop(study.digest, None)
+        known[study.digest] = settled
         _save(site, known)
+        return settled
 
 
 @contextmanager
@@ -165,7 +200,8 @@ def _judgement(digest: str, row: Mapping[str, Any]) -> Judgement:
     study = study_from_canonical(str(row["study"]))
     if study.digest != digest:
         raise ValueError("a hash is not its study's")
-    return Judgement(study, Decision(row["decision"]), str(row["why"]), str(row["time"]))
+    decision, ground = Decision(row["decision"]), str(row.get("ground", ""))
+    return Judgement(study, decision, str(row["why"]), str(row["time"]), ground)
 
 
 def _save(site: Site, known: Mapping[str, Judgement]) -> None:
@@ -175,6 +211,7 @@ def _save(site: Site, known: Mapping[str, Judgement]) -> None:
             "decision": one.decision.value,
             "why": one.why,
             "time": one.time,
+            "ground": one.ground,
         }
         for digest, one in known.items()
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cloister_client.site import Site
@@ -72,6 +72,51 @@ def what_left(entries: tuple[Entry, ...]) -> tuple[Left, ...]:
     return tuple(Left(key[0], counts[key], sizes[key], key[1]) for key in sorted(counts))
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A decision on a study.
+
+    Attributes:
+        time: when, ISO 8601.
+        study: its hash.
+        decision: approved, denied, or pending where an approval was taken back.
+        by: ``steward`` or ``policy``.
+        why: on what ground the policy did; a steward's words are not in the log.
+    """
+
+    time: str
+    study: str
+    decision: str
+    by: str
+    why: str
+
+
+def judged(entries: tuple[Entry, ...]) -> tuple[Judged, ...]:
+    """All decisions, oldest first."""
+
+    def word(entry: Entry, key: str) -> str:
+        return str(entry.body.get(key, ""))
+
+    return tuple(
+        Judged(one.time, *(word(one, key) for key in ("study", "decision", "by", "why")))
+        for one in entries
+        if one.kind == "judged"
+    )
+
+
+def as_dict(site: Site, entries: tuple[Entry, ...]) -> dict[str, object]:
+    """What ``render`` says, ready for JSON."""
+    return {
+        "site": site.name,
+        "entries": len(entries),
+        "first": entries[0].time if entries else "",
+        "last": entries[-1].time if entries else "",
+        "asked": sum(entry.kind == "asked" for entry in entries),
+        "left": [asdict(left) for left in what_left(entries)],
+        "judged": [asdict(one) for one in judged(entries)],
+    }
+
+
 def render(site: Site, entries: tuple[Entry, ...]) -> str:
     """The log in words, for a terminal."""
     if not entries:
@@ -84,6 +129,14 @@ def render(site: Site, entries: tuple[Entry, ...]) -> str:
     lines += [
         f"  {left.count:>6} x {left.message:<10} {left.bytes:>14,} bytes  {left.why}"
         for left in what_left(entries)
+    ]
+    decisions = judged(entries)
+    if decisions:
+        lines.append("What was decided on studies here")
+    lines += [
+        f"  {one.time}  {one.study[:16]} {one.decision} by the {one.by or 'steward'}"
+        + (f": {one.why}" if one.why else "")
+        for one in decisions
     ]
     lines.append("Nothing else left through Cloister. The log is sound within itself; to see")
     lines.append("whether its end was cut off, hold it against the coordinator's: cloister verify.")

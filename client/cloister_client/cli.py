@@ -169,22 +169,16 @@ def _proposed(site: Site, name: str) -> Judgement:
 @app.command()
 def audit(
     folder: Folder = Path(),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the entries, JSON Lines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what left this site, to whom and why, from its audit log."""
     require("client", "numpy", "pydicom")
-    from dataclasses import asdict
-
-    from cloister_client.audit import entries_of, render
+    from cloister_client.audit import as_dict, entries_of, render
     from cloister_client.site import open_site
 
     site = open_site(_site_folder(folder))
     entries = entries_of(site)
-    if as_json:
-        for entry in entries:
-            typer.echo(json.dumps(asdict(entry)))
-    else:
-        typer.echo(render(site, entries))
+    typer.echo(json.dumps(as_dict(site, entries)) if as_json else render(site, entries))
 
 
 def _site_folder(folder: Path) -> Path:

@@ -1,16 +1,20 @@
 """The gate at the hospital: what must be true before one file of its data is opened.
 
-First the site's policy, then a person's approval, then the ledger: it reserves all steps of the
-study, and a round is charged, on disk, before its data are read.
+First the site's policy, then the approval of a person or of a rule that a person set, then the
+ledger: it reserves all steps of the study, and a round is charged, on disk, before its data are
+read.
 """
 
 from __future__ import annotations
 
+import datetime
+
 from cloister_client.approvals import require_approved
+from cloister_client.hours import within
 from cloister_client.ledger import Ledger
-from cloister_client.policy import refusals
+from cloister_client.policy import may_measure, refusals
 from cloister_client.site import Site
-from cloister_common.errors import BudgetExhausted, PolicyRefused
+from cloister_common.errors import BudgetExhausted, OutsideHours, PolicyRefused
 from cloister_common.privacy.accounting import calibrate
 from cloister_common.privacy.events import Mechanism
 from cloister_common.study import Study
@@ -29,12 +33,20 @@ def mechanism(study: Study) -> Mechanism:
     return Mechanism(noise_multiplier=noise, sampling_rate=training.sampling_rate)
 
 
-def admit(site: Site, study: Study, *, run: str, invited: int) -> None:
+def admit(site: Site, study: Study, *, run: str, invited: int, signatures: bytes = b"") -> None:
     """Let a study in, and reserve its whole cost; repeating it for the same run changes nothing.
 
+    Args:
+        site: the site.
+        study: the study that is asked for.
+        run: the run that asks.
+        invited: number of sites on the federation's list, this one included.
+        signatures: who vouches for the study, see ``signing``.
+
     Raises:
+        MessageInvalid: the signatures are no signatures.
         PolicyRefused: the study asks for more than the policy allows.
-        StudyNotApproved: nobody here approved it; it is kept for review.
+        StudyNotApproved: nobody here approved it, nor does the policy; it is kept for review.
         BudgetExhausted: the ledger cannot bear it.
         EpsilonUnreachable: no noise gives the study's epsilon.
         LedgerDamaged: the ledger's chain is broken.
@@ -46,7 +58,7 @@ def admit(site: Site, study: Study, *, run: str, invited: int) -> None:
             why=" ".join(reasons),
             remedy="Change the study, or let the steward change [policy] in site.toml.",
         )
-    require_approved(site, study)
+    require_approved(site, study, signatures)
     if not study.privacy.enabled:
         return
     used = mechanism(study)
@@ -60,6 +72,44 @@ def admit(site: Site, study: Study, *, run: str, invited: int) -> None:
         epsilon_limit_study=site.policy.max_epsilon_study,
         epsilon_limit_lifetime=site.policy.max_epsilon_lifetime,
     )
+
+
+def require_hours(site: Site, now: datetime.time) -> None:
+    """Begin no round outside the hours of the policy; nothing is charged for the refusal.
+
+    Args:
+        site: the site.
+        now: the local time of day.
+
+    Raises:
+        OutsideHours: it is not in them.
+    """
+    if not within(site.policy.hours, now):
+        raise OutsideHours(
+            "The site does not train at this hour.",
+            why=f"policy.hours is {', '.join(site.policy.hours)}; here it is {now:%H:%M}.",
+            remedy="Let the round be asked for again later; nothing was charged.",
+        )
+
+
+def require_metric(site: Site, study: Study) -> None:
+    """Let score histograms leave only where privacy is off and the policy allows them.
+
+    Raises:
+        PolicyRefused: one of the two is not so.
+    """
+    if study.privacy.enabled:
+        raise PolicyRefused(
+            "A site does not evaluate while privacy is on.",
+            why="Its figures would leave uncharged.",
+        )
+    if not may_measure(site.policy):
+        # Also where the study that was approved asks for none: the server can ask anyhow.
+        raise PolicyRefused(
+            "The site lets no score histogram leave.",
+            why="policy.metrics does not allow score-histograms.",
+            remedy="Change the study, or let the steward change [policy] in site.toml.",
+        )
 
 
 def shortfall(site: Site, study: Study) -> BudgetExhausted | None:

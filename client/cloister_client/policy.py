@@ -6,15 +6,40 @@ study that asks for more is refused with the key that refuses it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
+from cloister_client.hours import is_span
+from cloister_common.identity import usable_public_key
 from cloister_common.study import Modality, Name, Study
-from cloister_common.tomlfile import FileModel
+from cloister_common.tomlfile import FileModel, KeyedValueError
 
 Epsilon = Annotated[float, Field(gt=0, le=1000)]
+_HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
+Metric = Literal["score-histograms"]
+"""What a site can measure for the coordinator: how many of its own patients, kept apart from
+training, have which score. Exact and unnoised, so a study without privacy alone asks for it."""
+
+
+def _is_hash(value: str) -> str:
+    if not _HEX.fullmatch(value):
+        raise ValueError(
+            f"{value[:20]!r} is not the whole hash of a study: 64 digits of 0-9 and a-f, "
+            "as 'cloister study check' tells it."
+        )
+    return value
+
+
+def _is_key(value: str) -> str:
+    if not _HEX.fullmatch(value) or not usable_public_key(bytes.fromhex(value)):
+        raise ValueError(
+            f"{value[:20]!r} is not an Ed25519 public key: 64 digits of 0-9 and a-f, "
+            "as 'cloister study key' tells it."
+        )
+    return value
 
 
 class Policy(FileModel):
@@ -41,6 +66,33 @@ class Policy(FileModel):
     """Networks that may be trained; empty allows all that are registered."""
     modalities: Annotated[tuple[Modality, ...], Field(strict=False)] = ()
     """Modalities that a study may read; empty allows all that Cloister reads."""
+    metrics: Annotated[tuple[Metric, ...], Field(strict=False)] = ()
+    """Metrics that may leave; empty allows none."""
+    hours: Annotated[
+        tuple[Annotated[str, AfterValidator(is_span)], ...], Field(strict=False, max_length=50)
+    ] = ()
+    """When a round may begin, each "HH:MM-HH:MM" of local time; empty allows any time. It keeps
+    no study out: a round that is asked for at another time is refused, and costs nothing."""
+    approve: Literal["none", "listed", "signed"] = "none"
+    """What is approved without a person's decision here: no study; those of ``approved_hashes``;
+    or those that a key of ``trusted_signers`` has signed. A study that was denied stays so."""
+    approved_hashes: Annotated[
+        tuple[Annotated[str, AfterValidator(_is_hash)], ...], Field(strict=False, max_length=1000)
+    ] = ()
+    """Hashes of studies, 64 digits; counted only where ``approve`` is "listed"."""
+    trusted_signers: Annotated[
+        tuple[Annotated[str, AfterValidator(_is_key)], ...], Field(strict=False, max_length=100)
+    ] = ()
+    """Ed25519 public keys, 64 digits; counted only where ``approve`` is "signed"."""
+
+    @model_validator(mode="after")
+    def _has_grounds(self) -> Policy:
+        needed = {"listed": "approved_hashes", "signed": "trusted_signers"}.get(self.approve)
+        if needed is not None and not getattr(self, needed):
+            raise KeyedValueError(
+                "approve", f"is {self.approve!r}, so {needed} must name at least one."
+            )
+        return self
 
 
 def refusals(policy: Policy, study: Study, invited_sites: int) -> tuple[str, ...]:
@@ -62,6 +114,12 @@ def refusals(policy: Policy, study: Study, invited_sites: int) -> tuple[str, ...
             found.append(
                 "policy.allow_without_privacy is false; "
                 "the study sets privacy.enabled to false and would train without protection."
+            )
+        if study.evaluation.site_fraction and not may_measure(policy):
+            found.append(
+                "policy.metrics does not allow score-histograms; "
+                f"the study asks for them with privacy.enabled = false and "
+                f"evaluation.site_fraction = {study.evaluation.site_fraction:g}."
             )
     else:
         if privacy.epsilon > policy.max_epsilon_study:
@@ -93,6 +151,11 @@ def refusals(policy: Policy, study: Study, invited_sites: int) -> tuple[str, ...
             f"the study asks for input.modalities = {', '.join(asked)}."
         )
     return tuple(found)
+
+
+def may_measure(policy: Policy) -> bool:
+    """Whether score histograms may leave, in a study without privacy."""
+    return "score-histograms" in policy.metrics
 
 
 def _of_aggregation(policy: Policy, study: Study, invited_sites: int) -> Iterator[str]:

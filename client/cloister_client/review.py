@@ -16,6 +16,7 @@ def review(site: Site, judgement: Judgement) -> str:
         f"{study.study.name}: {study.study.question}",
         f"  hash         {study.digest}",
         f"  decision     {judgement.decision.value}"
+        + (" by the policy" if judgement.ground else "")
         + (f", {judgement.time}" if judgement.time else "")
         + (f": {judgement.why}" if judgement.why else ""),
         f"  trains       {study.network.name}, {study.training.rounds} rounds of "

@@ -372,6 +372,16 @@ allow_without_privacy = {_bool(policy.allow_without_privacy)}
 # Empty lists allow all that Cloister knows.
 networks = {words(policy.networks)}
 modalities = {words(policy.modalities)}
+# Metrics that may leave; empty allows none. "score-histograms": how many patients have which
+# score, exact; a study without privacy asks for them.
+metrics = {words(policy.metrics)}
+# When a round may begin, local time, such as ["20:00-06:00"]; empty allows any time.
+hours = {words(policy.hours)}
+# What is approved without a person here: "none"; "listed", the studies of approved_hashes;
+# "signed", those that a key of trusted_signers has signed (cloister study sign).
+approve = {_quote(policy.approve)}
+approved_hashes = {words(policy.approved_hashes)}
+trusted_signers = {words(policy.trusted_signers)}
 """
     try:
         text.encode()

@@ -31,8 +31,8 @@ from cloister_common.identity import Identity, verify
 LABEL = b"cloister/audit/v1\0"
 SIGN_LABEL = "cloister/audit/head/v1"
 GENESIS = "0" * 64
-MAX_LINE = 1 << 16
-"""Longest line that is read, in bytes; what is written is a hundred times shorter."""
+MAX_LINE = 1 << 17
+"""Longest line that is written and read, in bytes: a thousand sites by name and node fit."""
 
 _NOTE = re.compile(r"([0-9a-f]{16}):([0-9]{1,18}):([0-9a-f]{64})", re.ASCII)
 _FIXED = {"hash", "kind", "previous", "seq", "time"}
@@ -142,7 +142,11 @@ def _write(file: BinaryIO, head: Head, kind: str, body: Mapping[str, Value]) -> 
     full = {**body, "kind": kind, "previous": head.hash, "seq": head.seq + 1, "time": now}
     digest = _hash(full)
     file.seek(0, os.SEEK_END)
-    file.write(_canonical({**full, "hash": digest}).encode() + b"\n")
+    line = _canonical({**full, "hash": digest}).encode() + b"\n"
+    if len(line) > MAX_LINE:
+        # It could never be read again, and nothing after it.
+        raise ValueError("an entry is longer than a line may be")
+    file.write(line)
     file.flush()
     os.fsync(file.fileno())
     return Head(head.seq + 1, digest)
@@ -195,6 +199,12 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class _Place:
+    hash: str
+    line: int
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What ``examine`` found.
 
@@ -203,7 +213,7 @@ class Verdict:
         head: the last sound entry.
         signed: number of the last entry that a valid signature covers.
         keys: public keys that signed, hexadecimal.
-        findings: all that is wrong, by line.
+        findings: all that is wrong, by line; what concerns no single line stands last.
     """
 
     entries: int
@@ -225,7 +235,7 @@ def examine(path: Path, *, key: bytes | None = None, peer: Path | None = None) -
         AuditLogDamaged: a file cannot be read.
     """
     findings: list[Finding] = []
-    known: dict[int, str] = {}
+    known: dict[int, _Place] = {}
     keys: list[str] = []
     head, signed, count = EMPTY, 0, 0
     for number, line in enumerate(_lines(path), start=1):
@@ -234,6 +244,8 @@ def examine(path: Path, *, key: bytes | None = None, peer: Path | None = None) -
             findings.append(Finding(number, "is no entry of an audit log"))
             continue
         count += 1
+        if not line.endswith(b"\n"):
+            findings.append(Finding(number, f"entry {entry.seq} has no end: it was cut short"))
         if _hash(_full(entry)) != entry.hash:
             findings.append(Finding(number, f"entry {entry.seq} was edited"))
         findings += _order(number, entry, head, known)
@@ -243,28 +255,36 @@ def examine(path: Path, *, key: bytes | None = None, peer: Path | None = None) -
                 signed = max(signed, entry.seq - 1)
             else:
                 findings.append(Finding(number, f"entry {entry.seq} is not validly signed"))
-        known.setdefault(entry.seq, entry.hash)
+        known.setdefault(entry.seq, _Place(entry.hash, number))
         if entry.seq > head.seq:
             head = Head(entry.seq, entry.hash)
     if peer is not None:
-        names = {name_of(bytes.fromhex(told)) for told in keys}
-        findings += _against(peer, names, known)
+        writers = [key] if key is not None else [bytes.fromhex(told) for told in keys]
+        findings += _against(peer, {name_of(writer) for writer in writers}, known)
+    findings.sort(key=lambda found: (found.line == 0, found.line))
     return Verdict(count, head, signed, tuple(dict.fromkeys(keys)), tuple(findings))
 
 
-def _order(number: int, entry: Entry, head: Head, known: Mapping[int, str]) -> Iterator[Finding]:
+def _order(number: int, entry: Entry, head: Head, known: Mapping[int, _Place]) -> Iterator[Finding]:
     if entry.seq in known:
-        yield Finding(number, f"entry {entry.seq} stands here again, or was inserted")
+        first = known[entry.seq].line
+        what = f"entry {entry.seq} stands here again, or was inserted here or in line {first}"
+        yield Finding(number, what)
     elif entry.seq <= head.seq:
         yield Finding(number, f"entry {entry.seq} stands after entry {head.seq}: it was moved")
     elif entry.seq > head.seq + 1:
         gone = f"{head.seq + 1} to {entry.seq - 1}" if entry.seq > head.seq + 2 else head.seq + 1
         yield Finding(number, f"before entry {entry.seq}, entry {gone} is missing or was moved")
     elif entry.previous != head.hash:
-        yield Finding(number, f"entry {entry.seq} does not follow the entry before it")
+        before = known.get(head.seq)
+        at = f", in line {before.line}; one of the two was changed" if before else ""
+        yield Finding(number, f"entry {entry.seq} does not follow the entry before it{at}")
 
 
-def _against(peer: Path, names: set[str], known: Mapping[int, str]) -> Iterator[Finding]:
+def _against(peer: Path, names: set[str], known: Mapping[int, _Place]) -> Iterator[Finding]:
+    if not names:
+        yield Finding(0, "nothing here is signed: the other side's notes fit it only with --key")
+        return
     noted = 0
     for number, line in enumerate(_lines(peer), start=1):
         entry = _parse(line)
@@ -277,8 +297,9 @@ def _against(peer: Path, names: set[str], known: Mapping[int, str]) -> Iterator[
             yield Finding(
                 0, f"the other side noted entry {head.seq} (its line {number}); it is gone"
             )
-        elif known[head.seq] != head.hash:
-            yield Finding(0, f"the other side noted another entry {head.seq} (its line {number})")
+        elif known[head.seq].hash != head.hash:
+            what = f"the other side noted another entry {head.seq} (its line {number})"
+            yield Finding(known[head.seq].line, what)
     if not noted:
         yield Finding(0, "the other side noted nothing of a log with this signature")
 
@@ -298,12 +319,13 @@ def _lines(path: Path) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
             while line := file.readline(MAX_LINE + 1):
-                yield line.rstrip(b"\n")
+                yield line
     except OSError as error:
         raise _damaged("it cannot be read") from error
 
 
 def _parse(line: bytes) -> Entry | None:
+    line = line.removesuffix(b"\n")
     try:
         full = json.loads(line)
         if not isinstance(full, dict) or _canonical(full).encode() != line:

@@ -60,6 +60,41 @@ def check(
     typer.echo(_in_words(study))
 
 
+@app.command()
+def key(
+    file: Annotated[Path, typer.Argument(help="The file to write; for the signer's eyes only.")],
+) -> None:
+    """Make a key to sign studies with. A key that is there is not replaced."""
+    from cloister_common.files import create_secret
+    from cloister_common.identity import Identity
+
+    made = Identity.generate()
+    if not create_secret(file, made.to_pem()):
+        raise OutputInTheWay(
+            f"{file} exists already.", remedy="Name another file; a key is never replaced."
+        )
+    typer.echo(f"Wrote {file}. Keep it to yourself. Its public key, for trusted_signers:")
+    typer.echo(made.public.hex())
+
+
+@app.command()
+def sign(
+    file: Annotated[Path, typer.Argument(help="The study file.")],
+    key: Annotated[Path, typer.Option(help="The signer's key: cloister study key FILE.")],
+) -> None:
+    """Vouch for a study to hospitals that trust your key; the signature lies beside the study."""
+    from cloister_common import signing
+    from cloister_common.files import read_secret
+    from cloister_common.identity import Identity
+
+    study = load_study(file)
+    identity = Identity.from_pem(read_secret(key))
+    count = signing.add(file, study, identity)
+    typer.echo(_in_words(study))
+    typer.echo(f"Signed: {signing.path_of(file)} holds {count}. Your public key:")
+    typer.echo(identity.public.hex())
+
+
 def _in_words(study: Study) -> str:
     training, privacy = study.training, study.privacy
     promise = (

@@ -26,7 +26,8 @@
     │   ├── EpsilonUnreachable     CLO-304
     │   ├── RoundAlreadySpent      CLO-305
     │   ├── AuditLogDamaged        CLO-306
-    │   └── StudyNotApproved       CLO-307
+    │   ├── StudyNotApproved       CLO-307
+    │   └── OutsideHours           CLO-308
     ├── ModelError                 4xx, exit 5: networks, vectors and model files
     │   ├── NetworkUnfit           CLO-401
     │   ├── ModelFileInvalid       CLO-402
@@ -286,6 +287,11 @@ class AuditLogDamaged(PrivacyError):
 class StudyNotApproved(PrivacyError):
     code = "CLO-307"
     title = "Nobody at the site has approved the study"
+
+
+class OutsideHours(PrivacyError):
+    code = "CLO-308"
+    title = "The site does not train at this hour"
 
 
 class ModelError(CloisterError):

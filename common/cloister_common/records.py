@@ -50,6 +50,8 @@ class Refused(enum.StrEnum):
     """The study asks for more than the site's policy allows."""
     APPROVAL = "approval"
     """Nobody at the site has approved the study."""
+    HOURS = "hours"
+    """The site takes part, and does not train at this hour; no round was charged."""
     BUDGET = "budget"
     """The privacy budget does not suffice."""
     SPENT = "round-spent"
@@ -83,6 +85,8 @@ class Prepare(RoundMessage):
     """Number of invited sites."""
     roster: str
     """Digest of the roster, hexadecimal; empty where updates are not masked."""
+    signatures: bytes = b""
+    """Who vouches for the study, see ``signing``; empty where nobody does."""
 
 
 @dataclass(frozen=True)
@@ -292,6 +296,16 @@ def kind_of(records: RecordDict) -> str:
     told = head.get("kind") if isinstance(head, ConfigRecord) else None
     known = {kind.kind for kind in RoundMessage.__subclasses__()}
     return told if isinstance(told, str) and told in known else ""
+
+
+def reason_of(records: RecordDict) -> str:
+    """The reason that a refusal gives, cut to the closed list; empty for anything else."""
+    head = records.get(_HEAD)
+    if not isinstance(head, ConfigRecord) or head.get("kind") != Refusal.kind:
+        return ""
+    told = head.get("reason")
+    known = {reason.value for reason in Refused}
+    return told if isinstance(told, str) and told in known else Refused.DECLINED.value
 
 
 def payload_hash(records: RecordDict) -> str:

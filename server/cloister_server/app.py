@@ -2,7 +2,7 @@
 
 Its configuration is Flower's run configuration: ``study`` (canonical JSON), ``out`` (folder of
 the run), ``federation`` (folder of the root key and the roster), ``expected`` (sites to wait for),
-``resume``.
+``resume``, and ``signatures`` under the study (hexadecimal; may be absent).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from flwr.serverapp import Grid, ServerApp
 
 from cloister_common.study import study_from_canonical
 from cloister_server.checkpoint import CHECKPOINT_FOLDER, Checkpoints
+from cloister_server.events import Hooks
 from cloister_server.federation import Federation
 from cloister_server.mailbox import Mailbox
 from cloister_server.outputs import write_outputs
-from cloister_server.rounds import Hooks, Run
+from cloister_server.rounds import Run
 
 
 def build(hooks: Hooks | None = None) -> ServerApp:
@@ -40,6 +41,7 @@ def build(hooks: Hooks | None = None) -> ServerApp:
             used,
             expected=int(config["expected"]),
             roster=federation.roster() if study.aggregation.secure else None,
+            signatures=bytes.fromhex(str(config.get("signatures", ""))),
         )
         outcome = run.execute(resume=bool(config["resume"]))
         write_outputs(out, study, outcome, seconds=time.monotonic() - began)

@@ -41,15 +41,17 @@ def simulate(
     as_json: JsonOption = False,
 ) -> None:
     """Run a whole federation on this machine, on DICOM folders."""
+    from cloister_common import signing
     from cloister_common.study import load_study
 
     checked = load_study(study)
+    vouched = signing.load(study, checked)
     require("simulation", "flwr", "torch", "opacus", "pydicom", "jinja2")
     from cloister_server.display import Display
     from cloister_server.simulation import Simulation
     from cloister_server.simulation import simulate as run
 
-    plan = Simulation(checked, sites, out, engine.value, resume, holdout)
+    plan = Simulation(checked, sites, out, engine.value, resume, holdout, vouched)
     with Display(quiet=as_json) as display:
         summary = run(plan, notify=display)
     _show(summary, out, as_json=as_json)

@@ -49,6 +49,7 @@ def run(
     The server does the work: leaving this command (Ctrl-C) leaves the run alone.
     """
     _require()
+    from cloister_common import signing
     from cloister_common.study import load_study
     from cloister_server.coordinator import open_coordinator
     from cloister_server.runs import new_run
@@ -57,6 +58,7 @@ def run(
         raise OptionInvalid("--wait or --timeout is out of range.", remedy="Give minutes.")
     place = open_coordinator(folder)
     checked = load_study(study)
+    vouched = signing.load(study, checked)
     _require_serving(place)
     _require_sites(place, checked.aggregation.min_sites)
     if holdout is not None and not (holdout / "dicom").is_dir():
@@ -64,7 +66,14 @@ def run(
             f"The hold-out {holdout} has no folder dicom/.",
             remedy="Name a folder with dicom/ and labels.csv of patients of no site.",
         )
-    made = new_run(place.root, checked, wait=60 * wait, timeout=60 * timeout, holdout=holdout)
+    made = new_run(
+        place.root,
+        checked,
+        wait=60 * wait,
+        timeout=60 * timeout,
+        holdout=holdout,
+        signatures=vouched,
+    )
     if not as_json:
         typer.echo(f"Run {made.name}: study {checked.digest[:16]} is proposed to the sites.")
     _after(made, follow=follow, as_json=as_json)

@@ -17,6 +17,7 @@ import typer
 
 from cloister_common.errors import OptionInvalid, ServerState, SiteStateInvalid
 from cloister_common.extras import require
+from cloister_server.cli_audit import audit
 from cloister_server.cli_runs import report, resume, run
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 app.command()(run)
 app.command()(resume)
 app.command()(report)
+app.command()(audit)
 
 
 @app.callback()

@@ -36,6 +36,7 @@ REASONS: Mapping[str, str] = {
     Refused.BUNDLE: "it runs another version of Cloister",
     Refused.POLICY: "its policy does not allow the study",
     Refused.APPROVAL: "nobody there has approved the study yet",
+    Refused.HOURS: "it takes part, but does not train at this hour",
     Refused.BUDGET: "its privacy budget does not suffice",
     Refused.SPENT: "the round was already charged there",
     Refused.MESSAGE: "it did not understand the request",

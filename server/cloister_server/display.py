@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cloister_server.checkpoint import Figures
 from cloister_server.collection import REASONS
-from cloister_server.rounds import Began, Event, Lost, Waiting
+from cloister_server.events import Began, Event, Lost, Waiting
 
 
 def in_words(event: Waiting) -> str:

@@ -11,6 +11,7 @@ from cloister_common.eckeys import Purpose
 from cloister_common.enrolment import Invite
 from cloister_common.errors import OptionInvalid, SiteStateInvalid
 from cloister_common.files import make_private_dir, write_atomic
+from cloister_common.identity import fingerprint
 from cloister_common.roster import SITE_ID
 from cloister_server.coordinator import Coordinator, publish_roster
 
@@ -32,6 +33,7 @@ def invite_site(
     Raises:
         OptionInvalid: the name cannot be a site's.
         SiteStateInvalid: the site has asked already.
+        AuditLogDamaged: it cannot be logged; the invite is not handed out.
     """
     if not SITE_ID.fullmatch(name):
         raise OptionInvalid(
@@ -42,6 +44,7 @@ def invite_site(
     with place.deciding():
         with place.registry() as registry:
             invite_id, secret, expires = registry.invite(name, lifetime_s)
+        place.federation().note("invited", site=name, expires=expires)
         line = Invite(
             fleet=place.file.fleet.addresses[0],
             enrolment=place.file.enrolment.addresses[0],
@@ -71,6 +74,7 @@ def approve_site(place: Coordinator, name: str) -> bool:
 
     Raises:
         SiteStateInvalid: it has not asked, or was revoked.
+        AuditLogDamaged: it cannot be logged; the site is not approved.
     """
     authority = place.authority()
     with place.deciding(), place.registry() as registry:
@@ -85,6 +89,13 @@ def approve_site(place: Coordinator, name: str) -> bool:
             key = eckeys.load_public(row.tls_key, Purpose.TLS)
             assert key is not None, "checked when the site asked"
             certificate = authority.site_certificate(key, name)
+            # First: what the log does not know is not approved.
+            place.federation().note(
+                "approved",
+                site=name,
+                key_fingerprint=fingerprint(row.identity),
+                certificate=certificate.fingerprint(hashes.SHA256()).hex(),
+            )
             registry.approve(
                 name,
                 certificate.public_bytes(serialization.Encoding.DER),
@@ -101,8 +112,11 @@ def revoke_site(place: Coordinator, name: str) -> None:
 
     Raises:
         SiteStateInvalid: nobody of that name was invited or has asked.
+        AuditLogDamaged: the site is shut out, but that cannot be logged, and it is on the roster.
     """
     with place.deciding(), place.registry() as registry:
+        # Before it is logged: a log that cannot be written keeps nobody in.
         registry.revoke(name)
+        place.federation().note("revoked", site=name)
         publish_roster(place, registry)
     (place.root / "invites" / f"{name}.invite").unlink(missing_ok=True)

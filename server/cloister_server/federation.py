@@ -4,7 +4,7 @@
 
     root.pem        Ed25519 key of the root, mode 0600
     roster          the signed roster in force
-    audit.jsonl     what was asked of the sites and what came back
+    audit.jsonl     what was decided, what was asked of the sites and what came back
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from cloister_common.audit import AuditLog
+from cloister_common.audit import AuditLog, Value
 from cloister_common.errors import FileUnreadable
 from cloister_common.files import create_secret, make_private_dir, read_secret, write_atomic
 from cloister_common.identity import Identity
@@ -48,6 +48,15 @@ class Federation:
         """The coordinator's audit log, signed with the root."""
         return AuditLog(self._path.with_name(AUDIT), self._root)
 
+    def note(self, kind: str, **body: Value) -> None:
+        """Log a decision of the coordinator's people, and sign the log.
+
+        Raises:
+            AuditLogDamaged: it cannot be written.
+        """
+        self.log.append(kind, **body)
+        self.log.sign()
+
     def enrol(self, name: str, sites: Mapping[str, bytes]) -> Roster:
         """Make the roster hold exactly these sites; its serial rises where that is a change.
 
@@ -57,6 +66,7 @@ class Federation:
 
         Raises:
             RosterInvalid: an id or key that cannot be used.
+            AuditLogDamaged: the log cannot be written; the roster stays as it is.
         """
         entries = [RosterEntry(site, key) for site, key in sites.items()]
         held = self.roster() if self._path.exists() else None
@@ -64,6 +74,9 @@ class Federation:
         if held is not None and roster != held:
             roster = Roster.of(name, held.serial + 1, entries)
         if roster != held:
+            digest, count = roster.digest.hex(), len(roster.entries)
+            # First: no roster is offered to a site that the log does not know.
+            self.note("roster", serial=roster.serial, digest=digest, sites=count)
             write_atomic(self._path, sign_roster(roster, self._root))
         return roster
 

@@ -22,6 +22,7 @@ from cloister_common.records import (
     pack_all,
     payload_bytes,
     payload_hash,
+    reason_of,
     unpack,
 )
 
@@ -153,19 +154,25 @@ class Mailbox:
         return self._log.note(head)
 
     def _note_received(self, node: int, records: RecordDict) -> None:
-        if self._log is not None:
-            self._log.append(
-                "received",
-                node=node,
-                message=kind_of(records),
-                bytes=payload_bytes(records),
-                sha256=payload_hash(records),
-                peer_head=head_of(records),
-            )
+        if self._log is None:
+            return
+        reason = reason_of(records)
+        refused: dict[str, Value] = {"reason": reason} if reason else {}
+        self._log.append(
+            "received",
+            node=node,
+            message=kind_of(records),
+            bytes=payload_bytes(records),
+            sha256=payload_hash(records),
+            peer_head=head_of(records),
+            **refused,
+        )
 
     def _read(self, node: int, reply: Message, answer: type[MessageT]) -> Reply[MessageT]:
         declined = Refusal(site="", reason=Refused.DECLINED.value)
         if reply.has_error() or reply.metadata.src_node_id != node:
+            if self._log is not None:
+                self._log.append("unanswered", node=node)
             return Reply(node, declined)
         self._note_received(node, reply.content)
         self.received[node] = self.received.get(node, 0) + payload_bytes(reply.content)

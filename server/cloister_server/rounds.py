@@ -10,123 +10,41 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cloister_common import networks, vectors
-from cloister_common.errors import InternalError, TooFewSites, TooFewSurvivors
-from cloister_common.identity import verify
-from cloister_common.metrics import Metrics
+from cloister_common.audit import Value
+from cloister_common.errors import (
+    AuditLogDamaged,
+    CloisterError,
+    InternalError,
+    TooFewSites,
+    TooFewSurvivors,
+)
 from cloister_common.privacy.accounting import calibrate, epsilon_pld
 from cloister_common.records import (
     Counts,
-    Prepare,
-    Prepared,
-    Refusal,
-    Refused,
     Vector,
-    signed_answer,
 )
 from cloister_common.roster import Roster
-from cloister_common.secagg.parameters import Parameters
 from cloister_common.study import Study
 from cloister_server.checkpoint import Checkpoints, Figures, Progress, RunState
 from cloister_server.collection import (
-    LATE,
     Collected,
     Collector,
     Members,
     PlainCollector,
     RoundLost,
-    require_sites,
 )
 from cloister_server.evaluation import figures_of, measure_counts
+from cloister_server.events import Began, Hooks, Lost, Measured
+from cloister_server.gathering import Gathering
 from cloister_server.mailbox import Mailbox
 from cloister_server.masked import MaskedCollector
 from cloister_server.optimizers import OptimizerState, step
-
-
-@dataclass(frozen=True)
-class Began:
-    """The sites answered; ``refused`` gives the others' reasons."""
-
-    sites: tuple[str, ...]
-    refused: Mapping[str, str]
-    first_round: int
-    rounds: int
-    lost: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A model was made, and measured where it may be."""
-
-    figures: Figures
-    rounds: int
-
-
-@dataclass(frozen=True)
-class Lost:
-    """A round has no sum and never will; what it cost the sites stays charged."""
-
-    round: int
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """Too few sites are here; the run waits for them. ``refused`` gives the others' reasons."""
-
-    present: int
-    needed: int
-    refused: Mapping[str, str]
-
-
-Event = Began | Measured | Lost | Waiting
-
-
-def _ignore(event: Event) -> None:
-    del event
-
-
-def _nothing() -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How a run of real hospitals waits: for people who approve, and for machines that sleep.
-
-    Attributes:
-        begin: seconds that a run which could begin waits for sites that have not answered yes.
-        soonest: seconds between the first two questions.
-        latest: seconds between two questions, at most.
-    """
-
-    begin: float = 3600.0
-    soonest: float = 2.0
-    latest: float = 30.0
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What the caller adds to a run.
-
-    Attributes:
-        evaluate: measures a flat model on a hold-out that belongs to no site.
-        notify: is told of progress.
-        check: is called again and again, and may raise to end the run.
-        patience: how to wait where too few sites are here; without it that is an error.
-        timeout: seconds after which a stage goes on without those who have not answered; None
-            waits for all.
-    """
-
-    evaluate: Callable[[Vector], Metrics] | None = None
-    notify: Callable[[Event], None] = _ignore
-    check: Callable[[], None] = _nothing
-    patience: Patience | None = None
-    timeout: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +66,7 @@ class Run:
         hooks: evaluation and progress.
         expected: sites that are waited for before the first round.
         roster: the federation's; needed where the study masks its updates.
+        signatures: who vouches for the study, see ``signing``.
     """
 
     def __init__(
@@ -159,19 +78,20 @@ class Run:
         *,
         expected: int,
         roster: Roster | None = None,
+        signatures: bytes = b"",
     ) -> None:
         self._mailbox = mailbox
         self._study = study
         self._canonical = study.canonical()
         self._checkpoints = checkpoints
         self._hooks = hooks
-        self._expected = expected
         self._roster = roster
+        self._gathering = Gathering(
+            mailbox, study, hooks, expected=expected, roster=roster, signatures=signatures
+        )
         self._progress = Progress()
         self._sent: Mapping[str, int] = {}
-        self._nodes: dict[int, str] = {}
-        self._refused: dict[str, str] = {}
-        self._invited = 0
+        self._run = ""
 
     def execute(self, *, resume: bool) -> Outcome:
         """Run to the end and return the outcome.
@@ -180,6 +100,19 @@ class Run:
             TooFewSites: fewer sites than the study's minimum take part.
             NothingToResume, ResumeMismatch: see ``Checkpoints.load``.
         """
+        try:
+            outcome = self._execute(resume=resume)
+        except AuditLogDamaged:
+            raise
+        except CloisterError as error:
+            if self._run:
+                self._note("ended", how=error.code, refused=self._gathering.told_refused())
+            raise
+        refused = self._gathering.told_refused()
+        self._note("ended", how="done", rounds=outcome.state.completed, refused=refused)
+        return outcome
+
+    def _execute(self, *, resume: bool) -> Outcome:
         began = time.monotonic()
         if resume:
             state, self._progress = self._checkpoints.load(self._study)
@@ -187,16 +120,21 @@ class Run:
         else:
             state, first = self._fresh(), 1
         before, self._sent = state.seconds, state.sent
-        state = self._prepare(state)
+        self._run = state.run
+        state = replace(state, invited=self._gathering.begin(state.run, state.invited))
         collector = self._collector(state)
         self._checkpoints.save(self._study, state)
-        seats = " ".join(f"{node}={site}" for node, site in sorted(self._nodes.items()))
-        self._mailbox.note("began", run=state.run, study=self._study.digest, sites=seats)
+        self._note(
+            "began",
+            study=self._study.digest,
+            sites=self._gathering.seats(),
+            first=first,
+            rounds=self._study.training.rounds,
+            refused=self._gathering.told_refused(),
+        )
         rounds = self._study.training.rounds
         self._hooks.notify(
-            Began(
-                tuple(sorted(self._nodes.values())), dict(self._refused), first, rounds, state.lost
-            )
+            Began(self._gathering.sites, dict(self._gathering.refused), first, rounds, state.lost)
         )
         if not state.figures:
             # Measured here and not when it is drawn: the sites measure it where privacy is off.
@@ -209,7 +147,10 @@ class Run:
             seconds = before + time.monotonic() - began
             state = replace(state, seconds=seconds, sent=self._sent_by_site())
             self._checkpoints.save(self._study, state)
-        return Outcome(state, tuple(sorted(self._nodes.values())), dict(self._refused))
+        return Outcome(state, self._gathering.sites, dict(self._gathering.refused))
+
+    def _note(self, kind: str, **body: Value) -> None:
+        self._mailbox.note(kind, run=self._run, **body)
 
     def _fresh(self) -> RunState:
         study = self._study
@@ -229,88 +170,8 @@ class Run:
             started[name] = started.get(name, 0) + 1
         return replace(state, lost=(*state.lost, sent), started=started, completed=sent), sent + 1
 
-    def _prepare(self, state: RunState) -> RunState:
-        patience = self._hooks.patience
-        asked = self._study.aggregation
-        needed = asked.min_sites
-        if asked.secure and state.invited:
-            needed = Parameters.derive(len(state.invited), asked.colluders).m
-        if patience is None:
-            self._ask(self._mailbox.wait_for_nodes(self._expected), state)
-            require_sites(needed, len(self._nodes), self._invited, self._refused)
-        else:
-            self._await(patience, state, needed, all_of=patience.begin)
-        # Whom a run invited stays as it was: two sums over other sites could be compared.
-        return replace(state, invited=state.invited or tuple(sorted(self._nodes.values())))
-
-    def _ask(self, nodes: Collection[int], state: RunState) -> int:
-        """Ask nodes whether they take part; how many of them do. Asking again changes nothing."""
-        roster = self._roster.digest.hex() if self._roster is not None else ""
-        self._invited = max(self._expected, len(nodes), self._invited)
-        task = Prepare(self._canonical, state.run, self._invited, roster)
-        agreed = 0
-        for reply in self._mailbox.ask(nodes, task, Prepared):
-            message = reply.message
-            known = self._nodes.get(reply.node)
-            if not self._is_signed(message, reply.node, state.run):
-                self._refused[known or f"node {reply.node}"] = (
-                    message.reason if isinstance(message, Refusal) else Refused.MESSAGE.value
-                )
-            elif isinstance(message, Refusal):
-                self._refused[message.site or f"node {reply.node}"] = message.reason
-            elif message.site in self._nodes.values() and message.site != known:
-                self._refused[f"{message.site} (second node)"] = Refused.MESSAGE.value
-            elif state.invited and message.site not in state.invited:
-                self._refused[message.site] = LATE
-            else:
-                self._nodes[reply.node] = message.site
-                self._refused.pop(message.site, None)
-                self._refused.pop(f"node {reply.node}", None)
-                agreed += 1
-        return agreed
-
-    def _await(
-        self, patience: Patience, state: RunState, needed: int, *, all_of: float = 0.0
-    ) -> None:
-        """Wait until enough sites say yes; for ``all_of`` seconds more, until all of them do."""
-        pause, told, enough_since = patience.soonest, "", 0.0
-        agreed: set[int] = set()
-        online: set[int] = set()
-        while True:
-            self._hooks.check()
-            before, online = online, set(self._mailbox.nodes())
-            if online - before:
-                pause = patience.soonest
-            agreed &= online
-            for node in online - agreed:
-                if self._ask([node], state):
-                    agreed.add(node)
-            everyone = len(state.invited) or self._expected
-            # A no is an answer. Who is silent, or has yet to read the proposal, may still come.
-            noes = [why for why in self._refused.values() if why != Refused.APPROVAL]
-            if len(agreed) >= needed:
-                enough_since = enough_since or time.monotonic()
-                answered = len(agreed) + len(noes)
-                if answered >= everyone or time.monotonic() - enough_since >= all_of:
-                    return
-            waiting = Waiting(len(agreed), needed, dict(self._refused))
-            if repr(waiting) != told:
-                told = repr(waiting)
-                self._hooks.notify(waiting)
-            time.sleep(pause)
-            pause = min(patience.latest, 1.5 * pause)
-
-    def _is_signed(self, message: Prepared | Refusal, node: int, run: str) -> bool:
-        """Whether the site itself said so; without a roster nobody's key is known."""
-        if self._roster is None:
-            return True
-        word = message.reason if isinstance(message, Refusal) else f"{run} {self._study.digest}"
-        public = self._roster.public_key(message.site)
-        said = signed_answer(message.site, node, word)
-        return public is not None and verify(public, message.signature, *said)
-
     def _collector(self, state: RunState) -> Collector:
-        members = Members(state.run, self._nodes, self._invited, state.invited)
+        members = Members(state.run, self._gathering.nodes, self._gathering.asked, state.invited)
         if not self._study.aggregation.secure:
             return PlainCollector(self._mailbox, self._study, members)
         if self._roster is None:
@@ -332,7 +193,7 @@ class Run:
     def _round(self, collector: Collector, number: int, state: RunState) -> RunState:
         study = self._study
         began = time.monotonic()
-        names = tuple(sorted(self._nodes.values()))
+        names = self._gathering.sites
         # What an interrupted attempt at this very round was answered for still binds it.
         answered = self._progress.answered if self._progress.round == number else {}
         self._progress = Progress(number, names, answered)
@@ -342,14 +203,14 @@ class Run:
         try:
             collected = self._collect(collector, number, state)
         except RoundLost as lost:
-            self._refused.update(lost.refused)
-            self._mailbox.note("lost", run=state.run, round=number)
+            self._gathering.refused.update(lost.refused)
+            self._note("lost", round=number)
             self._hooks.notify(Lost(number))
             return replace(state, completed=number, lost=(*state.lost, number))
-        self._refused.update(collected.refused)
+        self._gathering.refused.update(collected.refused)
         for name in collected.sites:
-            self._refused.pop(name, None)
-        self._mailbox.note("summed", run=state.run, round=number, sites=" ".join(collected.sites))
+            self._gathering.refused.pop(name, None)
+        self._note("summed", round=number, sites=" ".join(collected.sites))
         model, optimizer = step(state.model, collected.mean, state.optimizer, study.aggregation)
         state = replace(state, completed=number, model=model, optimizer=optimizer)
         figures = Figures(
@@ -371,20 +232,16 @@ class Run:
         patience = self._hooks.patience
         if patience is None:
             return collector.updates(number, state.model)
-        asked = self._study.aggregation
-        needed = asked.min_sites
-        if asked.secure:
-            needed = Parameters.derive(len(state.invited), asked.colluders).m
         for _ in range(2):
             try:
                 return collector.updates(number, state.model)
             except (TooFewSites, TooFewSurvivors):
-                self._await(patience, state, needed)
-        raise RoundLost(dict(self._refused))
+                self._gathering.again(patience, state.run, state.invited)
+        raise RoundLost(dict(self._gathering.refused))
 
     def _sent_by_site(self) -> dict[str, int]:
         received = self._mailbox.received
-        now = {site: received.get(node, 0) for node, site in self._nodes.items()}
+        now = {site: received.get(node, 0) for node, site in self._gathering.nodes.items()}
         return {site: self._sent.get(site, 0) + now.get(site, 0) for site in {*self._sent, *now}}
 
     def _measure(

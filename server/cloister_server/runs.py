@@ -47,6 +47,7 @@ class Asked(FileModel):
         wait: seconds that a run which could begin waits for sites that have not answered.
         timeout: seconds after which a stage goes on without those who have not answered.
         holdout: folder of patients of no site, on whom the model is measured; or empty.
+        signatures: who vouches for the study, hexadecimal, see ``signing``; or empty.
     """
 
     study: str
@@ -55,6 +56,7 @@ class Asked(FileModel):
     wait: float = 3600.0
     timeout: float = 3600.0
     holdout: str = ""
+    signatures: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,13 @@ class RunFolder:
 
 
 def new_run(
-    root: Path, study: Study, *, wait: float, timeout: float, holdout: Path | None
+    root: Path,
+    study: Study,
+    *,
+    wait: float,
+    timeout: float,
+    holdout: Path | None,
+    signatures: bytes = b"",
 ) -> RunFolder:
     """Ask for a run of a study, under the next free name.
 
@@ -165,6 +173,7 @@ def new_run(
             wait=wait,
             timeout=timeout,
             holdout=str(holdout.absolute()) if holdout is not None else "",
+            signatures=signatures.hex(),
         )
     )
     return run

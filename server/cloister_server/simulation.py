@@ -30,8 +30,8 @@ from cloister_common.files import make_private_dir, sweep
 from cloister_common.records import ROSTER_KEY, SITE_KEY
 from cloister_common.secagg.parameters import Parameters
 from cloister_common.study import Study
+from cloister_server.events import Event, Hooks
 from cloister_server.holdout import measure_on, refuse_overlap
-from cloister_server.rounds import Event, Hooks
 
 if TYPE_CHECKING:
     from cloister_client.site import Site
@@ -62,6 +62,7 @@ class Simulation:
         engine: ``in-process`` or ``ray``.
         resume: go on with the run in ``out``.
         holdout: folder with ``dicom/`` and ``labels.csv`` of patients of no site.
+        signatures: who vouches for the study, see ``signing``.
     """
 
     study: Study
@@ -70,6 +71,7 @@ class Simulation:
     engine: Engine = "in-process"
     resume: bool = False
     holdout: Path | None = None
+    signatures: bytes = b""
 
 
 def simulate(
@@ -127,6 +129,7 @@ def simulate(
         "federation": str(simulation.out / FEDERATION),
         "expected": len(sites),
         "resume": simulation.resume,
+        "signatures": simulation.signatures.hex(),
     }
     nodes = _enrol(simulation, sites)
     run = run_on_ray if simulation.engine == "ray" else run_in_process
@@ -227,6 +230,7 @@ def _open(folder: Path, simulation: Simulation) -> Site:
         ledger_delta=max(study.privacy.delta, Policy().ledger_delta),
         max_rounds=10_000,
         allow_without_privacy=True,
+        metrics=("score-histograms",),
         require_secure_aggregation=False,
         colluders=min(study.aggregation.colluders, Policy().colluders),
         min_sites=min(study.aggregation.min_sites, Policy().min_sites),

@@ -47,7 +47,7 @@ class _Teller:
 
     def __call__(self, event: object) -> None:
         from cloister_server.display import in_words
-        from cloister_server.rounds import Began, Lost, Measured, Waiting
+        from cloister_server.events import Began, Lost, Measured, Waiting
 
         match event:
             case Waiting():
@@ -94,7 +94,7 @@ def execute(place: Coordinator, run: RunFolder) -> None:
 def _run(place: Coordinator, run: RunFolder, teller: _Teller) -> None:
     from cloister_server.app import build
     from cloister_server.checkpoint import CHECKPOINT_FOLDER, Checkpoints
-    from cloister_server.rounds import Hooks, Patience
+    from cloister_server.events import Hooks, Patience
     from cloister_server.superlink import runtime
 
     asked, study = run.asked(), run.study()
@@ -117,6 +117,7 @@ def _run(place: Coordinator, run: RunFolder, teller: _Teller) -> None:
             "federation": str(place.keys),
             "expected": sites,
             "resume": Checkpoints(run.path / CHECKPOINT_FOLDER).exists(),
+            "signatures": asked.signatures,
         }
         server_app(grid, context)
 

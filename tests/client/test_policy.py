@@ -37,6 +37,11 @@ def test_defaults() -> None:
         "allow_without_privacy": False,
         "networks": (),
         "modalities": (),
+        "metrics": (),
+        "hours": (),
+        "approve": "none",
+        "approved_hashes": (),
+        "trusted_signers": (),
     }
 
 
@@ -45,7 +50,18 @@ def test_defaults() -> None:
     [
         ({}, {"privacy": {"epsilon": 50.0}}, 5, ("max_epsilon_study", "3", "50")),
         ({}, {"privacy": {"delta": 0.01}}, 5, ("ledger_delta", "1e-05", "0.01")),
-        ({}, {"privacy": {"enabled": False}}, 5, ("allow_without_privacy", "false", "enabled")),
+        (
+            {"metrics": ("score-histograms",)},
+            {"privacy": {"enabled": False}},
+            5,
+            ("allow_without_privacy", "false", "enabled"),
+        ),
+        (
+            {"allow_without_privacy": True},
+            {"privacy": {"enabled": False}},
+            5,
+            ("metrics", "score-histograms", "evaluation.site_fraction = 0.2"),
+        ),
         ({"max_rounds": 10}, {"training": {"rounds": 11}}, 5, ("max_rounds", "10", "11")),
         ({"min_sites": 3}, {}, 2, ("min_sites", "3", "2 are invited")),
         (
@@ -92,6 +108,12 @@ def test_the_bound_itself_is_allowed() -> None:
 
 def test_without_privacy_where_allowed_the_epsilon_is_moot() -> None:
     study = _study(privacy={"enabled": False, "epsilon": 900.0, "delta": 0.05})
+    policy = Policy(allow_without_privacy=True, metrics=("score-histograms",))
+    assert refusals(policy, study, 5) == ()
+
+
+def test_without_privacy_and_without_metrics_a_study_that_measures_nothing_is_allowed() -> None:
+    study = _study(privacy={"enabled": False}, evaluation={"site_fraction": 0.0})
     assert refusals(Policy(allow_without_privacy=True), study, 5) == ()
 
 

@@ -125,5 +125,13 @@ def test_the_command_says_what_left(
     assert "masked vectors" in told
     with pytest.raises(SystemExit):
         cli.main(["client", "audit", "--dir", folder, "--json"])
-    rows = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
-    assert [row["seq"] for row in rows] == list(range(1, len(rows) + 1))
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["site"] == "anker"
+    assert answer["asked"] == 9
+    assert {one["message"]: one["count"] for one in answer["left"]} == {
+        "prepared": 1,
+        "exchanged": 8,
+    }
+    (decision,) = answer["judged"]
+    assert (decision["study"], decision["decision"]) == (study().digest, "approved")
+    assert f"{study().digest[:16]} approved by the steward" in told

@@ -65,7 +65,10 @@ def test_an_absent_log_has_no_head(tmp_path: Path) -> None:
         (lambda rows: rows[:2] + rows[5:], "entry 3 to 5 is missing"),
         (lambda rows: [*rows[:2], rows[2].replace('"bytes":2', '"bytes":7'), *rows[3:]], "edited"),
         (lambda rows: [*rows[:3], rows[1], *rows[3:]], "entry 2 stands here again"),
-        (lambda rows: [*rows[:2], rows[3], rows[2], *rows[4:]], "moved"),
+        (
+            lambda rows: [*rows[:2], rows[3], rows[2], *rows[4:]],
+            "entry 3 stands after entry 4: it was moved",
+        ),
         (lambda rows: [*rows[:4], "{}", *rows[4:]], "is no entry"),
         (lambda rows: [*rows[:4], "not json", *rows[4:]], "is no entry"),
         (lambda rows: [row.replace("masked", "plain") for row in rows], "edited"),
@@ -226,3 +229,30 @@ def test_verify_of_no_file_is_a_named_error(
         cli.main(["verify", *arguments])
     assert caught.value.code == 4
     assert capsys.readouterr().err.startswith("CLO-306: ")
+
+
+def test_a_log_without_a_signature_says_that_the_key_is_needed(tmp_path: Path) -> None:
+    one, two = _pair(tmp_path)
+    rows = one.read_text().splitlines(keepends=True)
+    one.write_text("")
+    (found,) = examine(one, peer=two).findings
+    assert "nothing here is signed" in found.what
+    noted = examine(one, key=KEY.public, peer=two).findings
+    assert len(noted) > 1
+    assert all("it is gone" in found.what for found in noted)
+    one.write_text("".join(rows)[:-1])
+    assert [(found.line, found.what) for found in examine(one).findings] == [
+        (len(rows), f"entry {len(rows)} has no end: it was cut short")
+    ]
+
+
+def test_a_thousand_sites_fit_on_a_line_and_no_line_is_too_long_to_read(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "log", KEY)
+    seats = " ".join(f"{2**63 - number}={'n' * 59}{number:04d}" for number in range(1000))
+    log.append("began", sites=seats)
+    log.sign()
+    assert [entry.kind for entry in read(tmp_path / "log")] == ["began", "signed"]
+    before = (tmp_path / "log").read_bytes()
+    with pytest.raises(ValueError, match="longer"):
+        log.append("began", sites=seats + seats)
+    assert (tmp_path / "log").read_bytes() == before

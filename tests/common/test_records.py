@@ -53,7 +53,7 @@ def test_a_message_says_what_its_fields_say_and_no_more() -> None:
     records = _update()
     assert set(records) == {"cloister", "arrays"}
     assert dict(records["cloister"]) == {
-        "version": "cloister/round/v2",
+        "version": "cloister/round/v3",
         "kind": "update",
         "log_head": "",
         "site": "north",
@@ -65,7 +65,7 @@ def test_a_message_says_what_its_fields_say_and_no_more() -> None:
 
 def test_payload_counts_arrays_names_and_values() -> None:
     records = pack(Prepared(site="north", signature=b""))
-    said = "version cloister/round/v2 kind prepared site north signature b''".replace(" ", "")
+    said = "version cloister/round/v3 kind prepared site north signature b''".replace(" ", "")
     assert payload_bytes(records) == len(said)
     assert (
         payload_bytes(_update())
@@ -137,7 +137,7 @@ def test_an_array_under_another_name_is_refused() -> None:
 
 def test_another_version_is_refused() -> None:
     records = _update()
-    records["cloister"]["version"] = "cloister/round/v3"
+    records["cloister"]["version"] = "cloister/round/v2"
     with pytest.raises(MessageInvalid, match="version"):
         unpack(records, Update)
 
@@ -159,6 +159,7 @@ def test_the_list_of_refusals_is_closed() -> None:
         "bundle",
         "policy",
         "approval",
+        "hours",
         "budget",
         "round-spent",
         "message",

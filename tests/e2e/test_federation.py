@@ -16,7 +16,7 @@ from cloister_client.ledger_schema import PROTOCOL_KINDS
 from cloister_common.audit import read
 from cloister_common.study import parse_study
 from cloister_server.simulation import Simulation, simulate
-from deployment import Deployment, cloister
+from deployment import Deployment, change_policy, cloister
 
 STUDY = """\
 [study]
@@ -96,6 +96,30 @@ def test_with_privacy_the_accounts_are_the_simulation_s_and_the_noise_is_not(
     assert ours.shape == theirs.shape
     assert not np.allclose(ours, theirs)
     assert "noised and masked" in cloister("server", "report", name, "--dir", federation.folder)
+
+
+def test_a_signed_study_needs_nobody_where_its_signer_is_trusted(federation: Deployment) -> None:
+    text = STUDY.format(name="signed", rate=1.0, privacy="enabled = false")
+    text = text.replace("rounds = 3", "rounds = 1")
+    key = federation.base / "sponsor.pem"
+    public = cloister("study", "key", key).split()[-1]
+    for hospital in federation.hospitals.values():
+        change_policy(hospital.folder, "trusted_signers", f'["{public}"]')
+        change_policy(hospital.folder, "approve", '"signed"')
+    (federation.base / "study.toml").write_text(text)
+    cloister("study", "sign", federation.base / "study.toml", "--key", key)
+    summary = federation.wait_for_end(federation.run(text))
+    assert summary["rounds"] == 1
+    assert summary["site_names"] == sorted(federation.hospitals)
+    (federation.base / "study.toml.sig").unlink()
+    for hospital in federation.hospitals.values():
+        judged = [e.body for e in entries_of(hospital.site) if e.kind == "judged"][-1]
+        assert (judged["by"], judged["decision"]) == ("policy", "approved")
+        assert public in str(judged["why"])
+    told = json.loads(cloister("server", "audit", "--dir", federation.folder, "--json"))
+    assert told["runs"][-1]["ended"] == "done"
+    assert {one["site"] for one in told["sites"]} == set(federation.hospitals)
+    assert {one["kind"] for one in told["decisions"]} == {"invited", "approved", "roster"}
 
 
 def _mechanisms(path: Path) -> list[dict[str, object]]:

@@ -18,10 +18,12 @@ import pytest
 
 import coordinators
 from cloister_client import joining
+from cloister_common.audit import examine, read
 from cloister_common.enrolment import Invite, Request, secret_hash
 from cloister_common.identity import Identity
 from cloister_server.coordinator import Coordinator, init_coordinator, open_coordinator
 from cloister_server.enrolling import approve_site, invite_site, revoke_site
+from cloister_server.federation import AUDIT
 
 KILLER = """
 import os, signal, sqlite3, sys
@@ -72,6 +74,13 @@ def assert_private(root: Path) -> None:
         assert stat.S_IMODE(path.lstat().st_mode) & 0o077 == 0, path
 
 
+def logged(place: Coordinator, name: str | None = None) -> list[str]:
+    """What the coordinator's log says, of one site or of all; it is sound, whatever was killed."""
+    log = place.keys / AUDIT
+    assert examine(log, key=place.federation_root()).findings == ()
+    return [entry.kind for entry in read(log) if name in {None, entry.body.get("site")}]
+
+
 def test_init(tmp_path: Path) -> None:
     steps, killed = 0, True
     while killed:
@@ -82,7 +91,7 @@ def test_init(tmp_path: Path) -> None:
         keys = {
             path.name: path.read_bytes()
             for path in (root / "keys").glob("*")
-            if not path.name.endswith(".tmp")
+            if not path.name.endswith(".tmp") and path.name != AUDIT
         }
         if finished:
             # A folder with this file is whole: it opens, and says the root key.
@@ -97,6 +106,7 @@ def test_init(tmp_path: Path) -> None:
             assert (place.keys / name).read_bytes() == content, f"{name} was replaced"
         assert place.authority().fingerprint
         assert place.federation().roster().sites == ()
+        assert "roster" in logged(place)
         assert_private(root)
         assert not list(root.rglob(".*.tmp"))
         steps += 4
@@ -137,6 +147,8 @@ def test_invite(place: Coordinator) -> None:
             assert row == (name, secret_hash(invite.secret))
         else:
             assert killed
+        # What left is in the log.
+        assert "invited" in logged(place, name) or not path.exists()
         # Again, and it works; at most one invite of a site is open.
         assert not killed_after(10**9, place.root, "invite", name, "--dir", str(place.root))
         with place.registry() as registry:
@@ -166,12 +178,16 @@ def test_approve_and_revoke(place: Coordinator, tmp_path: Path) -> None:
             roster = place.federation().roster()
             if roster.public_key(name) is not None:
                 assert row.state == "approved"
+            if row.state == "approved" or roster.public_key(name) is not None:
+                assert verb == "revoke" or "approved" in logged(place, name)
             if verb == "approve":
                 approve_site(place, name)
+                assert "approved" in logged(place, name)
                 assert place.federation().roster().public_key(name) == request.identity
             else:
                 revoke_site(place, name)
                 assert place.federation().roster().public_key(name) is None
+                assert "revoked" in logged(place, name)
             steps += 2
         assert steps > 4
     serial = place.federation().roster().serial

@@ -26,8 +26,9 @@ from cloister_common.records import (
 )
 from cloister_common.study import Study, parse_study
 from cloister_server.checkpoint import Checkpoints
+from cloister_server.events import Began, Event, Hooks
 from cloister_server.mailbox import Mailbox
-from cloister_server.rounds import Began, Event, Hooks, Outcome, Run, study_epsilon
+from cloister_server.rounds import Outcome, Run, study_epsilon
 from cloister_server.superlink import InProcessGrid
 
 Answer = Callable[[str, TrainTask], RoundMessage]

@@ -48,7 +48,7 @@ Say = Callable[[str], None]
 _WHY = {
     "status 401": "the coordinator does not know this site's node key",
     "status 403": "the coordinator has shut this site out, or its certificate has expired",
-    "status 503": "the coordinator is busy, or still holds this site's last connection",
+    "status 503": "the coordinator is busy",
     "ConnectError": "the coordinator does not answer",
     "ConnectTimeout": "the coordinator does not answer",
     "ProxyError": "the proxy does not let the connection through",

@@ -79,7 +79,7 @@ class Engine:
     push_messages: str
     speaks_for_itself: Callable[[bytes], bool]
     activate: str
-    settled: Callable[[bytes], bool]
+    begins: Callable[[bytes], None]
 
 
 class FleetGate:
@@ -108,10 +108,8 @@ class FleetGate:
                 await answer(send, 200, self._roster.read_bytes(), more=_VERSIONS)
                 return
             self._own_key(scope, site)
-            if path == self._engine.activate and not self._engine.settled(site.node_key):
-                # Not a refusal, and in no log: the node asks again by itself.
-                await answer(send, 503, b"settling", close=True)
-                return
+            if path == self._engine.activate:
+                self._engine.begins(site.node_key)
             await self._forward(scope, receive, send, peer, site)
         except Turned as turned:
             name = site.name if site else None

@@ -34,6 +34,7 @@ TYPES: Mapping[str, str] = {
 }
 """Flower's message type for each kind of task."""
 
+_DECLINED = Refusal(site="", reason=Refused.DECLINED.value)
 _POLL_SECONDS = 0.05
 _SLOWEST_POLL_SECONDS = 0.5
 
@@ -117,19 +118,21 @@ class Mailbox:
             )
             for (node, task), content in zip(tasks.items(), contents, strict=True)
         ]
-        # An error that Flower itself answers with comes from no node, but for a message of ours.
-        asked = dict(zip(self._grid.push_messages(messages), tasks, strict=True))
-        waiting = set(asked)
+        pushed = dict(zip(tasks, self._grid.push_messages(messages), strict=False))
         del contents, messages
+        # Flower answers in its own name for a node that is gone, so whose answer a reply is follows
+        # from the message; one that it could not take has no id, and no answer.
+        waiting = {identifier: node for node, identifier in pushed.items() if identifier}
+        for node in tasks.keys() - waiting.values():
+            yield Reply(node, _DECLINED)
         deadline = None if self._timeout is None else time.monotonic() + self._timeout
         pause = _POLL_SECONDS
         while waiting and (deadline is None or time.monotonic() < deadline):
             before = len(waiting)
             for reply in self._grid.pull_messages(set(waiting)):
-                waiting.discard(reply.metadata.reply_to_message_id)
-                node = asked.get(reply.metadata.reply_to_message_id)
-                if node is not None:
-                    yield self._read(node, reply, answer)
+                asked = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if asked is not None:
+                    yield self._read(asked, reply, answer)
             if len(waiting) < before:
                 pause = _POLL_SECONDS
                 continue
@@ -169,11 +172,10 @@ class Mailbox:
         )
 
     def _read(self, node: int, reply: Message, answer: type[MessageT]) -> Reply[MessageT]:
-        declined = Refusal(site="", reason=Refused.DECLINED.value)
         if reply.has_error() or reply.metadata.src_node_id != node:
             if self._log is not None:
                 self._log.append("unanswered", node=node)
-            return Reply(node, declined)
+            return Reply(node, _DECLINED)
         self._note_received(node, reply.content)
         self.received[node] = self.received.get(node, 0) + payload_bytes(reply.content)
         message: MessageT | Refusal
@@ -183,7 +185,7 @@ class Mailbox:
             try:
                 message = unpack(reply.content, Refusal)
             except MessageInvalid:
-                message = declined
+                message = _DECLINED
         return Reply(node, message)
 
 

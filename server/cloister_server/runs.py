@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -214,6 +214,18 @@ def next_run(root: Path) -> RunFolder | None:
         if run.asked().wanted and not run.finished and run.status().state not in FINAL:
             return run
     return None
+
+
+def close_finished(root: Path) -> None:
+    """Say of runs that have a model that they are done.
+
+    For the process that executes runs alone, before its first: a kill between a run's summary and
+    its status leaves it "training", and nobody would take it up again.
+    """
+    for run in runs(root):
+        status = run.status()
+        if run.finished and status.state not in FINAL:
+            run.tell(replace(status, state=DONE, round=status.rounds, told="finished", code=""))
 
 
 def stop_run(run: RunFolder) -> None:

@@ -134,7 +134,7 @@ class _Service:
             push_messages=deployment.PUSH_MESSAGES,
             speaks_for_itself=deployment.speaks_for_itself,
             activate=deployment.ACTIVATE,
-            settled=nodes.settled,
+            begins=nodes.begins,
         )
         roster = place.keys / "roster"
         fleet = Door("fleet", server_context(chain, key, place.keys / CA_CERTIFICATE), refusals)

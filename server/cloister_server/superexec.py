@@ -17,7 +17,15 @@ from typing import Any
 from cloister_common.children import child, tell
 from cloister_common.errors import CloisterError, InternalError, RunStopped
 from cloister_server.coordinator import Coordinator, open_coordinator
-from cloister_server.runs import DONE, STOPPED, RunFolder, Status, failure, next_run
+from cloister_server.runs import (
+    DONE,
+    STOPPED,
+    RunFolder,
+    Status,
+    close_finished,
+    failure,
+    next_run,
+)
 
 IDLE_S = 1.0
 _CHECK_S = 1.0
@@ -139,6 +147,7 @@ def _is_connection(error: Exception) -> bool:
 def main(folder: Path) -> None:
     """Wait for a run that is wanted, and execute it."""
     place = open_coordinator(folder)
+    close_finished(place.root)
     tell("ready")
     while (run := next_run(place.root)) is None:
         time.sleep(IDLE_S)

@@ -73,7 +73,7 @@ def ask(
         "",
         lambda _: True,
         "/v1/fleet/activate-node",
-        lambda _: True,
+        lambda _: None,
     )
     refusals = Refusals(tmp_path / "refused.jsonl")
     gate = FleetGate(engine, rows, refusals, tmp_path / "roster")  # type: ignore[arg-type]

@@ -8,12 +8,14 @@ TLS and node keys and no patient's data. What it changes in Flower:
 - no bundle is fetched: Flower is handed the installed wheel's own, and the executor refuses a run
   of any other;
 - a task whose executor died is answered for as soon as the next executor asks, not a minute later;
+- of a message that was half fetched, or a reply half handed over, nothing is left behind;
 - it waits less where there is something to do.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hmac
 import importlib
 import logging
@@ -31,8 +33,10 @@ import httpx
 import uvicorn
 from flwr.common.constant import Status
 from flwr.supercore.date import now
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.fab import Fab
 from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.run import RunNotRunningException
 from flwr.supernode import fleet_http_connection
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.main import create_app
@@ -56,9 +60,6 @@ _STAYS_BUSY_S = 60.0
 _CONNECT_S = 10.0
 _TURNED_AWAY = frozenset({401, 403, 503})
 _ERRORS = 400
-_WHO_I_AM = frozenset(
-    {"/v1/fleet/activate-node", "/v1/fleet/send-node-heartbeat", "/v1/fleet/pull-messages"}
-)
 
 
 class Pace:
@@ -83,16 +84,49 @@ class NodeState(InMemoryNodeState):
     """Flower's state of a node, for exactly one executor.
 
     An executor that asks for a task has none. Where one is still running it belonged to an
-    executor that died, and the coordinator is told at once.
+    executor that died, and the coordinator is told at once. A reply that such an executor had
+    begun to hand over is no reply: Flower would send its head, and wait for the rest for ever.
     """
 
     def get_tasks(self, *args: Any, **wanted: Any) -> Any:
         """See Flower's; pending tasks are listed for an executor that asks for one."""
         if wanted.get("statuses") == [Status.PENDING]:
+            for session in self._arriving().values():
+                self._cleanup_push_session(session, cleanup_messages=True)
             with self.lock_task_store:
                 for record in self.task_token_store.values():
                     record.active_until = now() - timedelta(seconds=1)
         return super().get_tasks(*args, **wanted)
+
+    def get_messages_legacy(self, *args: Any, **wanted: Any) -> Any:
+        """See Flower's; a reply is there once all of it is."""
+        found = super().get_messages_legacy(*args, **wanted)
+        with self.lock_msg_store:
+            arriving = self._arriving()
+            for message in found:
+                entry = self.msg_store.get(message.metadata.message_id)
+                if message.metadata.message_id in arriving and entry is not None:
+                    entry.is_retrieved = False
+        return [each for each in found if each.metadata.message_id not in arriving]
+
+    def _on_task_tokens_expired(self, tasks: list[Any]) -> None:
+        """See Flower's, which answers only for messages that the executor had looked at."""
+        runs = {task.run_id for task in tasks}
+        with self.lock_msg_store:
+            for entry in self.msg_store.values():
+                metadata = entry.message.metadata
+                if metadata.run_id in runs and not metadata.reply_to_message_id:
+                    entry.is_retrieved = True
+        super()._on_task_tokens_expired(tasks)
+
+    def _arriving(self) -> dict[str, str]:
+        """Replies of which parts are missing: the session that hands them over, by message."""
+        sessions = dict(self._object_push_sessions)
+        return {
+            root: session
+            for root, session in dict(self._object_push_session_by_root).items()
+            if session in sessions and sessions[session].pending_object_ids
+        }
 
 
 class _States(NodeStateFactory):
@@ -160,9 +194,7 @@ def client_class(site: Site, line: Line, pace: Pace) -> type[FleetHttpClient]:
             except httpx.HTTPError as error:
                 line.failed(error)
                 raise
-            # Of the other paths, a 403 says no more than that a run has ended.
-            if answer.request.url.path in _WHO_I_AM:
-                line.answered(answer.status_code)
+            line.answered(httpx.codes.OK if _run_ended(answer) else answer.status_code)
             return answer
 
         def PullMessages(self, request: Any) -> Any:  # noqa: N802  # Flower's name
@@ -174,17 +206,46 @@ def client_class(site: Site, line: Line, pace: Pace) -> type[FleetHttpClient]:
     return Client
 
 
+def _run_ended(answer: httpx.Response) -> bool:
+    """Whether it was a run that was turned away, not this site."""
+    if answer.status_code != httpx.codes.FORBIDDEN:
+        return False
+    error = FlowerError.from_json(answer.text)
+    return error is not None and error.code == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED
+
+
+class RunEnded(Exception):
+    """A run ended while one of its messages was fetched."""
+
+
+def _ends(call: Any) -> Any:
+    """A call whose run may have ended: an error like others, for which Flower cleans up.
+
+    At its own, Flower leaves half a message and its task behind, and the executor that took the
+    task waits for the other half for more than an hour.
+    """
+
+    @functools.wraps(call)
+    def made(*args: Any) -> Any:
+        try:
+            return call(*args)
+        except RunNotRunningException:
+            raise RunEnded from None
+
+    return made
+
+
 def guarded(connection: Any) -> Any:
     """Flower's connection, with no way in for a bundle: what a hospital has, it does not fetch.
 
     A run of another bundle is marked as such and handed on with our own, so that the executor
-    can answer for the site that it is refused.
+    can answer for the site that it is refused. Nor does half a message stay behind.
     """
 
     @contextlib.contextmanager
     def connect(*args: Any, **more: Any) -> Iterator[Any]:
         with connection(*args, **more) as parts:
-            node, receive, send, get_run, _, *rest = parts
+            node, receive, send, get_run, _, pull, push, confirm = parts
 
             def own_run(run_id: int) -> Any:
                 run = get_run(run_id)
@@ -197,7 +258,7 @@ def guarded(connection: Any) -> Any:
                 del fab_hash, run_id
                 return Fab(bundle_hash(), bundle(), {})
 
-            yield (node, receive, send, own_run, own_fab, *rest)
+            yield (node, receive, send, own_run, own_fab, _ends(pull), push, _ends(confirm))
 
     return connect
 

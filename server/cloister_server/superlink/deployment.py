@@ -11,29 +11,42 @@ import hmac
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from flwr.app import Error, Message
 from flwr.common.constant import (
     ACCESS_TOKEN_KEY,
     NOOP_ACCOUNT_NAME,
     NOOP_FLWR_AID,
     TRANSPORT_TYPE_GRPC_RERE,
+    ErrorCode,
+    Status,
 )
 from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.server.superlink.linkstate import sql_linkstate
+from flwr.server.superlink.linkstate.utils import (
+    convert_sint64_values_in_dict_to_uint64,
+    dict_to_message,
+)
 from flwr.supercore.auth.typing import (
     AccountAuthCredentials,
     AccountAuthLoginDetails,
     AccountInfo,
 )
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, NodeStatus
-from flwr.supercore.date import now
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+from flwr.supercore.state.schema.corestate_models import (
+    ObjectPushSessionPending,
+    ObjectPushSessionRoot,
+)
+from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
+from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink.auth_plugin import ControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 from google.protobuf.message import DecodeError
+from sqlalchemy import select
 
 NODE_KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER.encode()
 """The header that says, in base64, which node key signed a request."""
@@ -58,8 +71,6 @@ NODE_PATHS = LARGE_PATHS | {
 """What an enrolled node may ask for. Registering itself is not among it."""
 
 _HEARTBEAT_S = 30.0
-_SETTLING_S = 3.0
-"""Longer than a run looks away: what was asked of a node's last life is answered for by then."""
 
 
 class _Token(ControlAuthnPlugin):
@@ -95,13 +106,14 @@ class Nodes:
 
     _factory: Any
 
-    def settled(self, key: bytes) -> bool:
-        """Whether a node may come online: its last connection is over, and that was seen.
+    def begins(self, key: bytes) -> None:
+        """A node comes online: its last life is over, and nothing it was asked will be answered.
 
-        Flower answers "unavailable" for a node that is offline while a run looks, and lets a node
-        come back only when its last life's heartbeats have lapsed, a minute after a crash. The
+        Flower lets a node come back only when its last life's heartbeats have lapsed, a minute
+        after a crash, and answers "unavailable" only if a run looks while it is offline; what was
+        delivered to a life that ended unseen would be waited for until the run's own timeout. The
         node's certificate says here that it is the very site that begins anew, so its last life
-        is ended at once, and the new one begins when a run has had time to see that.
+        is ended, and answered for, at once.
 
         Args:
             key: the node's public key, PEM.
@@ -109,14 +121,24 @@ class Nodes:
         state = self._factory.state()
         node = state.get_node_id_by_public_key(key)
         if node is None:
-            return True
-        (info,) = state.get_node_info(node_ids=[node])
-        if info.status == NodeStatus.ONLINE and state.deactivate_node(node):
-            return False
-        if not info.last_deactivated_at:
-            return True
-        since = now() - datetime.fromisoformat(info.last_deactivated_at)
-        return bool(since.total_seconds() >= _SETTLING_S)
+            return
+        state.deactivate_node(node)
+        with state.session() as session:
+            halves = session.scalars(_half_sent_by(node)).all()
+        for half in halves:
+            state._cleanup_push_session(half, cleanup_messages=True)
+        with state.session() as session:
+            asked = session.scalars(_unanswered_by(node)).all()
+            rows = [sql_linkstate._message_model_to_dict(model) for model in asked]
+        for row in rows:
+            convert_sint64_values_in_dict_to_uint64(row, ["run_id", "src_node_id", "dst_node_id"])
+            message = dict_to_message(row)
+            if _finished(state, message.metadata.run_id):
+                continue
+            reply = Message(Error(ErrorCode.NODE_UNAVAILABLE, "node restarted"), reply_to=message)
+            reply.metadata.__dict__["_message_id"] = reply.object_id
+            state._store_generated_message(reply)
+            state.store_message_res(reply)
 
     def reconcile(self, approved: dict[str, bytes], known: set[bytes]) -> None:
         """Register what is missing and unregister what is no longer approved.
@@ -133,6 +155,33 @@ class Nodes:
             node = state.get_node_id_by_public_key(key)
             if node is not None:
                 state.delete_node(NOOP_FLWR_AID, node)
+
+
+def _half_sent_by(node: int) -> Any:
+    """Sessions that were to bring a reply of a node, of which parts are missing."""
+    root, reply, part = ObjectPushSessionRoot, MessageRes, ObjectPushSessionPending
+    return (
+        select(root.session_id)
+        .join(reply, reply.message_id == root.root_object_id)
+        .where(reply.src_node_id == uint64_to_int64(node))
+        .where(root.session_id.in_(select(part.session_id)))
+        .distinct()
+    )
+
+
+def _unanswered_by(node: int) -> Any:
+    """Messages that were delivered to a node, and not answered."""
+    asked = MessageIns
+    return select(asked).where(
+        asked.dst_node_id == uint64_to_int64(node),
+        asked.delivered_at != "",
+        asked.message_id.not_in(select(MessageRes.reply_to_message_id)),
+    )
+
+
+def _finished(state: Any, run_id: int) -> bool:
+    status = state.get_run_status({run_id}).get(run_id)
+    return status is None or status.status == Status.FINISHED
 
 
 def build(database: Path, token: str, superexec_secret: bytes) -> tuple[Any, Nodes]:

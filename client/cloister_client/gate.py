@@ -29,15 +29,12 @@ def mechanism(study: Study) -> Mechanism:
     return Mechanism(noise_multiplier=noise, sampling_rate=training.sampling_rate)
 
 
-def admit(site: Site, study: Study, *, run: str, invited: int) -> None:
-    """Let a study in, and reserve its whole cost; repeating it for the same run changes nothing.
+def consent(site: Site, study: Study, *, invited: int) -> None:
+    """Pass a study that the policy allows and a person here approved; nothing is reserved.
 
     Raises:
         PolicyRefused: the study asks for more than the policy allows.
         StudyNotApproved: nobody here approved it; it is kept for review.
-        BudgetExhausted: the ledger cannot bear it.
-        EpsilonUnreachable: no noise gives the study's epsilon.
-        LedgerDamaged: the ledger's chain is broken.
     """
     reasons = refusals(site.policy, study, invited)
     if reasons:
@@ -47,6 +44,18 @@ def admit(site: Site, study: Study, *, run: str, invited: int) -> None:
             remedy="Change the study, or let the steward change [policy] in site.toml.",
         )
     require_approved(site, study)
+
+
+def admit(site: Site, study: Study, *, run: str, invited: int) -> None:
+    """Let a study in, and reserve its whole cost; repeating it for the same run changes nothing.
+
+    Raises:
+        PolicyRefused, StudyNotApproved: see ``consent``.
+        BudgetExhausted: the ledger cannot bear it.
+        EpsilonUnreachable: no noise gives the study's epsilon.
+        LedgerDamaged: the ledger's chain is broken.
+    """
+    consent(site, study, invited=invited)
     if not study.privacy.enabled:
         return
     used = mechanism(study)

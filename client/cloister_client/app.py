@@ -105,6 +105,8 @@ def prepare(message: Message, context: Context) -> Message:
 
     def answer(site: Site, task: Prepare) -> Prepared:
         study = study_from_canonical(task.study)
+        # Before the roster: a steward is shown both together, and accepts both or neither.
+        gate.consent(site, study, invited=task.sites, signatures=task.signatures)
         if study.aggregation.secure:
             masked.require_roster(site, _pin(site, context), task.roster)
         gate.admit(site, study, run=task.run, invited=task.sites, signatures=task.signatures)

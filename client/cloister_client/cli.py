@@ -10,18 +10,15 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cloister_client.cli_join import join, proxy, roster
 from cloister_client.cli_service import start, status, stop
+from cloister_client.cli_steward import approve, deny, review, site_folder
 from cloister_common.errors import FolderUnreadable, OptionInvalid
 from cloister_common.extras import require
-
-if TYPE_CHECKING:
-    from cloister_client.approvals import Judgement
-    from cloister_client.site import Site
 
 app = typer.Typer(help="Set up and check a hospital's site.", no_args_is_help=True)
 
@@ -34,6 +31,9 @@ app.command()(proxy)
 app.command()(start)
 app.command()(stop)
 app.command()(status)
+app.command()(review)
+app.command()(approve)
+app.command()(deny)
 
 
 @app.callback()
@@ -86,7 +86,7 @@ def check(
     from cloister_client.site import open_site
     from cloister_common.study import load_study
 
-    site = open_site(_site_folder(folder))
+    site = open_site(site_folder(folder))
     judged_by = load_study(study) if study is not None else None
     findings = [*network(site, offline=offline), *preflight.machine(site)]
     with _progress("Reading images") as progress:
@@ -104,69 +104,6 @@ def check(
 
 
 @app.command()
-def review(
-    study: Annotated[
-        str | None, typer.Argument(help="A study file, or a hash from the list; else the list.")
-    ] = None,
-    folder: Folder = Path(),
-) -> None:
-    """List the studies that were proposed, or show one as a human reads it."""
-    require("client", "numpy", "pydicom")
-    from cloister_client import approvals, review
-    from cloister_client.site import open_site
-
-    site = open_site(_site_folder(folder))
-    if study is None:
-        typer.echo(review.listing(approvals.judgements(site)))
-        return
-    typer.echo(review.review(site, _proposed(site, study)))
-
-
-@app.command()
-def approve(
-    study: Annotated[str, typer.Argument(help="A study file, or a hash that review lists.")],
-    folder: Folder = Path(),
-) -> None:
-    """Let this site train a study, and no other: its hash covers everything in it."""
-    require("client", "numpy", "pydicom")
-    from cloister_client.approvals import Decision, judge
-    from cloister_client.site import open_site
-
-    site = open_site(_site_folder(folder))
-    found = _proposed(site, study)
-    judge(site, found.study, Decision.APPROVED)
-    typer.echo(f"Approved at {site.name}: {found.study.study.name}, {found.study.digest[:16]}.")
-
-
-@app.command()
-def deny(
-    study: Annotated[str, typer.Argument(help="A study file, or a hash that review lists.")],
-    why: Annotated[str, typer.Option(help="For this site's own records; it is not sent.")],
-    folder: Folder = Path(),
-) -> None:
-    """Keep this site out of a study; it can be approved later."""
-    require("client", "numpy", "pydicom")
-    from cloister_client.approvals import Decision, judge
-    from cloister_client.site import open_site
-
-    site = open_site(_site_folder(folder))
-    found = _proposed(site, study)
-    judge(site, found.study, Decision.DENIED, why=why)
-    typer.echo(f"Denied at {site.name}: {found.study.study.name}, {found.study.digest[:16]}.")
-
-
-def _proposed(site: Site, name: str) -> Judgement:
-    """A study by its file, or by the hash of one that was proposed."""
-    from cloister_client.approvals import Decision, Judgement, find, judgements
-    from cloister_common.study import load_study
-
-    if Path(name).suffix or Path(name).exists():
-        study = load_study(Path(name))
-        return judgements(site).get(study.digest, Judgement(study, Decision.PENDING))
-    return find(site, name)
-
-
-@app.command()
 def audit(
     folder: Folder = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -176,20 +113,9 @@ def audit(
     from cloister_client.audit import as_dict, entries_of, render
     from cloister_client.site import open_site
 
-    site = open_site(_site_folder(folder))
+    site = open_site(site_folder(folder))
     entries = entries_of(site)
     typer.echo(json.dumps(as_dict(site, entries)) if as_json else render(site, entries))
-
-
-def _site_folder(folder: Path) -> Path:
-    from cloister_client.site import SITE_FILE
-
-    if not (folder / SITE_FILE).exists():
-        raise OptionInvalid(
-            f"{folder} is no site folder.",
-            remedy=f"Make it one: cloister client init {shlex.quote(str(folder))}",
-        )
-    return folder
 
 
 def predict(

@@ -78,11 +78,13 @@ def join(
         time.sleep(POLL_S)
         joined = look(site)
     if joined.state == "pending":
-        typer.echo("The coordinator has not approved it yet. Call them and compare, then run")
-        typer.echo("'cloister client join' here again.")
+        typer.echo(
+            "The coordinator has not approved it yet. Call them and compare. 'cloister client"
+        )
+        typer.echo("start' waits for the approval; 'cloister client join' here again asks for it.")
         return
     typer.echo("The coordinator has approved this site; its certificate is stored.")
-    _offer(site, joined, accept_roster)
+    offer(site, joined, accept_roster)
 
 
 def roster(folder: Folder = Path(), accept_roster: Accept = None) -> None:
@@ -96,7 +98,7 @@ def roster(folder: Folder = Path(), accept_roster: Accept = None) -> None:
     if joined.state == "pending":
         typer.echo("The coordinator has not approved this site yet.")
         return
-    _offer(site, joined, accept_roster)
+    offer(site, joined, accept_roster)
 
 
 def proxy(folder: Folder = Path()) -> None:
@@ -116,22 +118,32 @@ def proxy(folder: Folder = Path()) -> None:
     typer.echo(f"The password is kept in keys/{FILE}, readable by its owner alone.")
 
 
-def _offer(site: Site, joined: Joined, accepted: str | None) -> None:
-    """Show a roster and how it differs from the pinned one; pin it if the steward says so."""
+def offer(site: Site, joined: Joined, accepted: str | None) -> None:
+    """Show a roster and how it differs from the pinned one; pin it if the steward says so.
+
+    Args:
+        site: the site.
+        joined: with the roster offered.
+        accepted: the digest that the steward compared, in hexadecimal; else it is asked for.
+
+    Raises:
+        typer.Exit: the steward said no.
+        OptionInvalid, RosterInvalid, RosterMismatch: see ``pinned.accept``.
+    """
     from cloister_client.joining import membership
     from cloister_client.pinned import accept, examine
     from cloister_common.identity import fingerprint
 
     root = bytes.fromhex(membership(site).root)
-    offer = examine(site.roster, joined.signed_roster, root)
-    digest, change = offer.roster.digest, offer.change
+    offered = examine(site.roster, joined.signed_roster, root)
+    digest, change = offered.roster.digest, offered.change
     if change is not None and not any(
         (change.added, change.removed, change.rekeyed, change.reweighted)
     ):
-        typer.echo(f"The roster is the accepted one, with {len(offer.roster.entries)} sites.")
+        typer.echo(f"The roster is the accepted one, with {len(offered.roster.entries)} sites.")
         return
-    typer.echo(f"\nThe roster of {offer.roster.federation}, number {offer.roster.serial}:")
-    for entry in offer.roster.entries:
+    typer.echo(f"\nThe roster of {offered.roster.federation}, number {offered.roster.serial}:")
+    for entry in offered.roster.entries:
         own = "  (this site)" if entry.site == site.name else ""
         typer.echo(f"  {entry.site:24} {fingerprint(entry.public_key)}{own}")
     if change is not None:

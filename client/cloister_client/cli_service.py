@@ -23,7 +23,10 @@ Folder = Annotated[Path, typer.Option("--dir", help="The site folder.")]
 
 
 def start(folder: Folder = Path()) -> None:
-    """Serve this site to its federation, in the foreground, until SIGTERM or 'client stop'."""
+    """Serve this site to its federation, in the foreground, until SIGTERM or 'client stop'.
+
+    A site that the coordinator has not approved yet waits for that here.
+    """
     require("client", "flwr", "torch", "grpc", "grpc_health", "httpx", "uvicorn")
     from cloister_client.service import serve
     from cloister_client.site import open_site
@@ -106,7 +109,8 @@ def _show(site: Site, told: Standing | None, serving: bool, waiting: list[str]) 
     else:
         parts = {"node": told.node, "executor": told.executor}
         dead = [name for name, alive in parts.items() if not alive]
-        why = f"the {' and the '.join(dead)} must start again" if dead else told.why
+        restarting = told.approved and dead
+        why = f"the {' and the '.join(dead)} must start again" if restarting else told.why
         typer.echo(f"{site.name}: not serving; {why}")
     if told is not None and told.last_asked:
         when = datetime.datetime.fromtimestamp(told.last_asked, datetime.UTC)

@@ -33,13 +33,12 @@ def mechanism(study: Study) -> Mechanism:
     return Mechanism(noise_multiplier=noise, sampling_rate=training.sampling_rate)
 
 
-def admit(site: Site, study: Study, *, run: str, invited: int, signatures: bytes = b"") -> None:
-    """Let a study in, and reserve its whole cost; repeating it for the same run changes nothing.
+def consent(site: Site, study: Study, *, invited: int, signatures: bytes = b"") -> None:
+    """Pass a study that the policy allows and a person here approved; nothing is reserved.
 
     Args:
         site: the site.
         study: the study that is asked for.
-        run: the run that asks.
         invited: number of sites on the federation's list, this one included.
         signatures: who vouches for the study, see ``signing``.
 
@@ -47,9 +46,6 @@ def admit(site: Site, study: Study, *, run: str, invited: int, signatures: bytes
         MessageInvalid: the signatures are no signatures.
         PolicyRefused: the study asks for more than the policy allows.
         StudyNotApproved: nobody here approved it, nor does the policy; it is kept for review.
-        BudgetExhausted: the ledger cannot bear it.
-        EpsilonUnreachable: no noise gives the study's epsilon.
-        LedgerDamaged: the ledger's chain is broken.
     """
     reasons = refusals(site.policy, study, invited)
     if reasons:
@@ -59,6 +55,25 @@ def admit(site: Site, study: Study, *, run: str, invited: int, signatures: bytes
             remedy="Change the study, or let the steward change [policy] in site.toml.",
         )
     require_approved(site, study, signatures)
+
+
+def admit(site: Site, study: Study, *, run: str, invited: int, signatures: bytes = b"") -> None:
+    """Let a study in, and reserve its whole cost; repeating it for the same run changes nothing.
+
+    Args:
+        site: the site.
+        study: the study that is asked for.
+        run: the run that asks.
+        invited: see ``consent``.
+        signatures: see ``consent``.
+
+    Raises:
+        MessageInvalid, PolicyRefused, StudyNotApproved: see ``consent``.
+        BudgetExhausted: the ledger cannot bear it.
+        EpsilonUnreachable: no noise gives the study's epsilon.
+        LedgerDamaged: the ledger's chain is broken.
+    """
+    consent(site, study, invited=invited, signatures=signatures)
     if not study.privacy.enabled:
         return
     used = mechanism(study)

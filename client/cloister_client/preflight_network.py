@@ -149,7 +149,7 @@ def certificate(site: Site) -> Finding:
             Check.CERTIFICATE,
             State.WARN,
             "The coordinator has not approved this site yet.",
-            "When it has, run: cloister client join",
+            "'cloister client start' waits for that; 'cloister client join' asks once.",
         )
     try:
         held = x509.load_pem_x509_certificate(read_secret(path))
@@ -228,18 +228,22 @@ def version(protocol: str, wheel: str) -> Finding:
         )
         return failed(Check.VERSION, error)
     if wheel != __version__:
-        return found(
-            Check.VERSION,
-            State.WARN,
+        # The bundle of a run names the version, and the executor refuses every other (CLO-505).
+        other = VersionsDiffer(
             f"The coordinator runs Cloister {theirs}, and this site {__version__}.",
-            "They understand each other; install the same when you can.",
+            why="A site refuses the runs of another version.",
+            remedy="Install the same on both sides.",
         )
+        return failed(Check.VERSION, other)
     return found(Check.VERSION, State.OK, f"Cloister {__version__} on both sides.")
 
 
 def roster(site: Site, member: Membership, reached: Answer | Failure | None) -> Finding:
     """Whether the steward accepted a roster, and whether it is the one offered now."""
-    accept = "Compare it with the other sites and accept it: cloister client roster"
+    accept = (
+        "Compare it with the other sites and accept it: cloister client roster, "
+        "or with the next study: cloister client approve"
+    )
     try:
         if not site.roster.exists():
             return found(Check.ROSTER, State.WARN, "No roster was accepted here yet.", accept)

@@ -6,6 +6,7 @@
       |- supernode.node          talks with the coordinator; sees no data
       `- supernode.executor      reads the data; talks with the node alone, over loopback
 
+Until the coordinator has approved the site, it asks for the certificate and does nothing else.
 What dies is started again. The executor is one warm process for as long as it lives, so a round
 costs no start; what it keeps in memory alone is what a restart must lose (secure aggregation).
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import secrets
@@ -29,11 +31,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cloister_client.joining import CERTIFICATE, membership
+from cloister_client.joining import CERTIFICATE, look, membership
 from cloister_client.site import Site
 from cloister_client.supernode.names import SUPEREXEC_SECRET
 from cloister_common.children import Child, environment
-from cloister_common.errors import ListenRefused, ServiceState
+from cloister_common.errors import CloisterError, ListenRefused, ServiceState
 from cloister_common.files import create_secret, make_private_dir, read_secret, write_atomic
 from cloister_common.health import Health, healthy
 from cloister_common.running import holder, only_one, terminate
@@ -42,6 +44,8 @@ LOCK = "service.lock"
 RUN = "run"
 STATE = "service.json"
 TICK_S = 0.2
+ASK_S = 10.0
+"""Seconds between two questions whether the coordinator has approved this site."""
 
 Say = Callable[[str], None]
 
@@ -65,6 +69,7 @@ class Standing:
         executor: whether the executor runs and has reached the node.
         online: whether the coordinator answers.
         why: why not, in words.
+        approved: whether the coordinator has approved the site; before, nothing else happens.
         asked: messages that came, by kind.
         last_asked: when the last one came, seconds since 1970.
     """
@@ -74,6 +79,7 @@ class Standing:
     executor: bool = False
     online: bool = False
     why: str = "the service starts"
+    approved: bool = False
     asked: dict[str, int] = field(default_factory=dict)
     last_asked: float = 0.0
 
@@ -98,11 +104,6 @@ def serve(site: Site, say: Say) -> None:
     """
     os.umask(0o077)
     membership(site)
-    if not (site.keys / CERTIFICATE).exists():
-        raise ServiceState(
-            "The coordinator has not approved this site yet.",
-            remedy="Run 'cloister client join' again once it has.",
-        )
 
     def taken() -> Exception:
         return ServiceState(
@@ -158,13 +159,7 @@ class _Service:
         self._say = say
         self._stop = False
         self._events: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
-        port = str(_free_port())
-        env = environment({"FLWR_HOME": str(site.root / RUN / "flower")})
-        package = "cloister_client.supernode"
-        self._children = {
-            name: Child(name, ("-m", f"{package}.{name}", str(site.root), port), env, self._events)
-            for name in ("node", "executor")
-        }
+        self._children: dict[str, Child] = {}
         try:
             self._health = Health(site.health)
         except OSError:
@@ -181,6 +176,8 @@ class _Service:
             signal.signal(number, self._asked_to_stop)
         self._keep()
         try:
+            self._await_approval()
+            self._children = self._parts()
             while not self._stop:
                 for child in self._children.values():
                     child.tend()
@@ -190,10 +187,47 @@ class _Service:
             self._health.serving(False)
             # The executor first: what it answers now must not be taken for a dropout's.
             for name in ("executor", "node"):
-                self._children[name].stop()
+                if name in self._children:
+                    self._children[name].stop()
             self._health.close()
             with contextlib.suppress(OSError):
                 (self._site.root / RUN / STATE).unlink()
+
+    def _parts(self) -> dict[str, Child]:
+        port = str(_free_port())
+        env = environment({"FLWR_HOME": str(self._site.root / RUN / "flower")})
+        package = "cloister_client.supernode"
+        return {
+            name: Child(
+                name, ("-m", f"{package}.{name}", str(self._site.root), port), env, self._events
+            )
+            for name in ("node", "executor")
+        }
+
+    def _await_approval(self) -> None:
+        """Until this site has its certificate: ask for it, now and then."""
+        asked = -math.inf
+        while not self._stop and not (self._site.keys / CERTIFICATE).exists():
+            if time.monotonic() - asked >= ASK_S:
+                asked = time.monotonic()
+                self._ask_for_approval()
+            else:
+                time.sleep(TICK_S)
+        self._now.approved = True
+
+    def _ask_for_approval(self) -> None:
+        try:
+            if look(self._site).state == "approved":
+                self._say("The coordinator has approved this site.")
+                return
+            told = "the coordinator has not approved this site yet"
+        except CloisterError as error:
+            # A network that is down now may be up later; what was refused, a person mends.
+            told = " ".join(part for part in (error.what, error.why) if part).rstrip(".")
+        if told != self._now.why:
+            self._now.why = told
+            self._say(f"Waiting: {told}.")
+            self._keep()
 
     def _asked_to_stop(self, *_: object) -> None:
         self._stop = True

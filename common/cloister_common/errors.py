@@ -577,7 +577,7 @@ class ClockOrDates(DeploymentError):
 
 class VersionsDiffer(DeploymentError):
     code = "CLO-815"
-    title = "Site and coordinator speak different protocols"
+    title = "Site and coordinator run different versions"
 
 
 class ServiceState(DeploymentError):

@@ -9,6 +9,7 @@ import datetime
 import json
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,12 +23,15 @@ from cloister_server.cli_runs import report, resume, run
 
 if TYPE_CHECKING:
     from cloister_server.coordinator import Coordinator
+    from cloister_server.registry import SiteRow
     from cloister_server.runs import Status
 
 app = typer.Typer(help="Run a federation's coordinating server.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Option("--dir", help="The coordinator's folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+INVITE_DAYS = 7.0
 
 
 app.command()(run)
@@ -57,12 +61,20 @@ def init(
     private_port: Annotated[
         int | None, typer.Option(help="First of two loopback ports; else the first port + 2.")
     ] = None,
+    invite: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A site to invite at once; can be repeated."),
+    ] = None,
 ) -> None:
     """Create a coordinator's folder and its keys, or what one lacks. No key is replaced."""
     _require()
     from cloister_common.identity import fingerprint
     from cloister_server.coordinator import SERVER_FILE, Layout, init_coordinator
+    from cloister_server.enrolling import require_site_name
 
+    invited = list(dict.fromkeys(invite or ()))
+    for site in invited:  # before a folder is made that this command could not make again
+        require_site_name(site)
     fresh = not (folder / SERVER_FILE).exists()
     if not fresh and address:
         raise OptionInvalid(
@@ -75,24 +87,29 @@ def init(
     typer.echo(f"The folder of {made.file.federation.name} is {'ready' if fresh else 'whole'}.")
     typer.echo(f"  root key's fingerprint   {fingerprint(made.federation_root())}")
     typer.echo(f"  public ports             {made.file.fleet.listen}, {made.file.enrolment.listen}")
+    _invite(made, invited, INVITE_DAYS)
     typer.echo(f"Next: cloister server start --dir {where}")
-    typer.echo(f"      cloister server invite HOSPITAL --dir {where}")
+    if not invited:
+        typer.echo(f"      cloister server invite HOSPITAL --dir {where}")
 
 
 @app.command()
 def invite(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of the sites.")],
     folder: Folder = Path(),
-    days: Annotated[float, typer.Option(help="How long the invite can be used.")] = 7.0,
+    days: Annotated[float, typer.Option(help="How long the invite can be used.")] = INVITE_DAYS,
     show: Annotated[bool, typer.Option("--print", help="Print it instead of a file.")] = False,
 ) -> None:
     """Make a one-time invite for each site: one line, to be given to nobody else."""
     _require()
-    from cloister_server.enrolling import invite_site
-
     if not 0 < days <= 90:
         raise OptionInvalid("--days is not above 0 and at most 90.", remedy="Choose another.")
-    place = _open(folder)
+    _invite(_open(folder), names, days, show=show)
+
+
+def _invite(place: Coordinator, names: Iterable[str], days: float, *, show: bool = False) -> None:
+    from cloister_server.enrolling import invite_site
+
     for name in names:
         line, path = invite_site(place, name, int(days * 86400), to_file=not show)
         if path is None:
@@ -137,45 +154,75 @@ def sites(folder: Folder = Path(), as_json: JsonOption = False) -> None:
 
 @app.command()
 def approve(
-    name: Annotated[str, typer.Argument(help="The site's name.")],
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="The sites; else all that wait.")
+    ] = None,
     folder: Folder = Path(),
     fingerprint: Annotated[
-        str | None, typer.Option(help="What the hospital read out by telephone.")
+        str | None, typer.Option(help="What the hospital read out by telephone; for one site.")
     ] = None,
 ) -> None:
-    """Let a site in that asked to join, after its fingerprint was compared by telephone."""
+    """Let sites in that asked to join, after each one's fingerprint was compared by telephone."""
     _require()
-    from cloister_common import identity
     from cloister_server.enrolling import approve_site
 
+    if fingerprint is not None and len(names or ()) != 1:
+        raise OptionInvalid(
+            "--fingerprint is not given with exactly one site.",
+            remedy="Give one site's name with it.",
+        )
     place = _open(folder)
     with place.registry() as registry:
-        row = registry.site(name)
-    if row is None:
+        known = {row.name: row for row in registry.sites()}
+    waiting = [name for name, row in known.items() if row.state == "pending"]
+    if not names and not waiting:
         raise SiteStateInvalid(
-            f"{name} has not asked to join.",
+            "No site waits for approval.",
             remedy="See how each site stands: cloister server sites",
         )
-    shown = identity.fingerprint(row.identity)
-    if fingerprint is None and row.state == "pending":
-        if not sys.stdin.isatty():
-            raise OptionInvalid(
-                "The fingerprint was not compared.",
-                remedy="Give what the hospital read out: --fingerprint '...'",
+    for name in names or ():
+        if name not in known:
+            raise SiteStateInvalid(
+                f"{name} has not asked to join.",
+                remedy="See how each site stands: cloister server sites",
             )
-        typer.echo(f"{name}'s key has the fingerprint\n  {shown}")
-        if not typer.confirm("Did the hospital read out the same, by telephone?"):
-            raise typer.Exit(SiteStateInvalid.exit_status)
-    elif fingerprint is not None and _digits(fingerprint) != _digits(shown):
-        raise SiteStateInvalid(
-            f"The key of {name} does not have this fingerprint.",
-            why="Somebody else may have used the invite.",
-            remedy=f"Do not approve. Run: cloister server revoke {name}",
+    left_out = []
+    for name in names or waiting:
+        if not _compared(known[name], fingerprint):
+            left_out.append(name)
+        elif approve_site(place, name):
+            typer.echo(f"{name} takes part. Its 'start' or 'join' fetches its certificate.")
+        else:
+            typer.echo(f"{name} was approved already.")
+    for name in left_out:
+        typer.echo(f"{name} is not approved. If its key is not the hospital's, run:")
+        typer.echo(f"  cloister server revoke {name} --dir {shlex.quote(str(folder))}")
+    if left_out:
+        raise typer.Exit(SiteStateInvalid.exit_status)
+
+
+def _compared(row: SiteRow, read_out: str | None) -> bool:
+    """Whether a site's fingerprint is the one that the hospital read out; asks where it can."""
+    from cloister_common import identity
+
+    shown = identity.fingerprint(row.identity)
+    if read_out is not None:
+        if _digits(read_out) != _digits(shown):
+            raise SiteStateInvalid(
+                f"The key of {row.name} does not have this fingerprint.",
+                why="Somebody else may have used the invite.",
+                remedy=f"Do not approve. Run: cloister server revoke {row.name}",
+            )
+        return True
+    if row.state != "pending":
+        return True
+    if not sys.stdin.isatty():
+        raise OptionInvalid(
+            "The fingerprint was not compared.",
+            remedy="Give what the hospital read out: --fingerprint '...'",
         )
-    if approve_site(place, name):
-        typer.echo(f"{name} takes part. It fetches its certificate by 'cloister client join'.")
-    else:
-        typer.echo(f"{name} was approved already.")
+    typer.echo(f"{row.name}'s key has the fingerprint\n  {shown}")
+    return typer.confirm(f"Did {row.name} read out the same, by telephone?")
 
 
 @app.command()

@@ -16,6 +16,19 @@ from cloister_common.roster import SITE_ID
 from cloister_server.coordinator import Coordinator, publish_roster
 
 
+def require_site_name(name: str) -> None:
+    """Refuse a name that no site can have.
+
+    Raises:
+        OptionInvalid: see above.
+    """
+    if not SITE_ID.fullmatch(name):
+        raise OptionInvalid(
+            f"The site name {name!r} cannot be used.",
+            remedy="Use lower-case letters, digits and hyphens, at most 63.",
+        )
+
+
 def invite_site(
     place: Coordinator, name: str, lifetime_s: int, *, to_file: bool
 ) -> tuple[str, Path | None]:
@@ -35,11 +48,7 @@ def invite_site(
         SiteStateInvalid: the site has asked already.
         AuditLogDamaged: it cannot be logged; the invite is not handed out.
     """
-    if not SITE_ID.fullmatch(name):
-        raise OptionInvalid(
-            f"The site name {name!r} cannot be used.",
-            remedy="Use lower-case letters, digits and hyphens, at most 63.",
-        )
+    require_site_name(name)
     authority = place.authority()
     with place.deciding():
         with place.registry() as registry:

@@ -7,6 +7,7 @@ import itertools
 import json
 import time
 from email.utils import formatdate
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from cloister_client.preflight_network import clock, dates, judge, network, vers
 from cloister_client.proxy import FILE
 from cloister_client.site import init_site
 from cloister_common import PROTOCOL, __version__
+from cloister_common.bundle import bundle
 from cloister_common.enrolment import HEADER_PROTOCOL, HEADER_VERSION
 from dicom_files import write_site
 
@@ -195,8 +197,8 @@ def test_dates(days: tuple[float, float], state: State, code: str) -> None:
     ("protocol", "wheel", "state", "words"),
     [
         (str(PROTOCOL), __version__, OK, __version__),
-        (str(PROTOCOL), "9.9.9", WARN, "9.9.9"),
-        (str(PROTOCOL), "\x1b[31m", WARN, "of no known version"),
+        (str(PROTOCOL), "9.9.9", FAIL, "9.9.9"),
+        (str(PROTOCOL), "\x1b[31m", FAIL, "of no known version"),
         (str(PROTOCOL + 1), __version__, FAIL, f"protocol {PROTOCOL + 1}"),
         ("", "", WARN, "does not tell"),
         ("two", __version__, WARN, "does not tell"),
@@ -224,6 +226,16 @@ def test_an_answer_is_judged() -> None:
     assert exit_status(revoked) == 9
     other = judge(MEMBER, _answer(**{HEADER_PROTOCOL: "9", HEADER_VERSION: __version__}))
     assert [one.code for one in other if one.state is FAIL] == ["CLO-815"]
+
+
+def test_what_the_preflight_calls_the_same_version_is_what_an_executor_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert version(str(PROTOCOL), metadata.version("cloister")).state is OK
+    own = bundle()
+    monkeypatch.setattr("cloister_common.bundle.version", lambda _: "9.9.9")
+    assert bundle.__wrapped__() != own  # refused by its hash: CLO-505
+    assert version(str(PROTOCOL), "9.9.9").state is FAIL
 
 
 @pytest.mark.parametrize("via", ["", "proxy.hospital.example:3128"])

@@ -15,6 +15,7 @@ from cloister_client.site import open_site
 from cloister_common.errors import OptionInvalid, OutputInTheWay, TooFewSites
 from cloister_common.modelfile import load_model
 from cloister_common.vectors import flatten
+from cloister_server.outputs import CHANCE
 from cloister_server.simulation import Simulation, simulate, site_name
 from federations import NAMES, approve, study, write_cohort, write_federation
 
@@ -36,7 +37,8 @@ def test_a_private_run_leaves_a_model_and_an_honest_summary(folders: Path, tmp_p
     assert summary["site_names"] == list(NAMES)
     assert summary["rounds"] == 3
     assert summary["secure_aggregation"] is True
-    assert summary["warnings"] == []
+    # With so few patients and real noise, the interval reaches down to chance now and then.
+    assert set(summary["warnings"]) <= {CHANCE}
     assert summary["delta"] == 1e-5
     assert 5.5 < summary["epsilon_max"] <= 6.0
     assert 0 <= summary["auroc_final"] <= 1

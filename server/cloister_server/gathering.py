@@ -75,7 +75,7 @@ class Gathering:
             needed = self._fewest(invited)
         if patience is None:
             ready = self._ask(self._mailbox.wait_for_nodes(self._expected), run, invited)
-            require_sites(needed, ready, self.asked, self.refused)
+            require_sites(needed, len(ready), self.asked, self.refused)
         else:
             self._await(patience, run, invited, needed, all_of=patience.begin)
         # From here on, a node that comes is a site's that began anew.
@@ -104,8 +104,8 @@ class Gathering:
     def _fewest(self, invited: tuple[str, ...]) -> int:
         return Parameters.derive(len(invited), self._study.aggregation.colluders).m
 
-    def _ask(self, nodes: Collection[int], run: str, invited: tuple[str, ...]) -> int:
-        """Ask nodes whether they take part; how many are ready. Asking again changes nothing.
+    def _ask(self, nodes: Collection[int], run: str, invited: tuple[str, ...]) -> set[int]:
+        """Ask nodes whether they take part; those that are ready. Asking again changes nothing.
 
         A site that says "not at this hour" takes part: it belongs to those whom the run invites,
         and is not ready.
@@ -113,7 +113,7 @@ class Gathering:
         roster = self._roster.digest.hex() if self._roster is not None else ""
         self.asked = max(self._expected, len(nodes), self.asked)
         task = Prepare(self._canonical, run, self.asked, roster, self._signatures)
-        ready = 0
+        ready: set[int] = set()
         for reply in self._mailbox.ask(nodes, task, Prepared):
             message = reply.message
             known = self.nodes.get(reply.node)
@@ -137,7 +137,7 @@ class Gathering:
                     self.refused[message.site] = Refused.HOURS.value
                 else:
                     self.refused.pop(message.site, None)
-                    ready += 1
+                    ready.add(reply.node)
         return ready
 
     def _await(
@@ -159,9 +159,9 @@ class Gathering:
             if online - before:
                 pause = patience.soonest
             agreed &= online
-            for node in online - agreed:
-                if self._ask([node], run, invited):
-                    agreed.add(node)
+            if online - agreed:
+                # All at once: each reads its patients before it says yes.
+                agreed |= self._ask(online - agreed, run, invited)
             everyone = len(invited) or self._expected
             if len(agreed) >= needed:
                 enough_since = enough_since or time.monotonic()

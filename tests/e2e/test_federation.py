@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors import safe_open
 
 from cloister_client.audit import entries_of
@@ -98,6 +99,7 @@ def test_with_privacy_the_accounts_are_the_simulation_s_and_the_noise_is_not(
     assert "noised and masked" in cloister("server", "report", name, "--dir", federation.folder)
 
 
+@pytest.mark.slow
 def test_a_signed_study_needs_nobody_where_its_signer_is_trusted(federation: Deployment) -> None:
     text = STUDY.format(name="signed", rate=1.0, privacy="enabled = false")
     text = text.replace("rounds = 3", "rounds = 1")

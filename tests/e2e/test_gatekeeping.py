@@ -159,6 +159,7 @@ def _becomes(address: str, state: str, within: float, told: Deployment) -> float
     return time.monotonic() - began
 
 
+@pytest.mark.slow
 def test_health_on_both_sides(federation: Deployment) -> None:
     coordinator = federation.place.file.private.health
     hospital = federation.hospitals["lakeview"]

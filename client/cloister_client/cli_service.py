@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,7 +53,7 @@ def status(
     folder: Folder = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show whether this site is served, what waits for you, and its budget. Exit 9 where not."""
+    """Show whether this site is served, why it last said no, and its budget. Exit 9 where not."""
     require("client", "grpc", "grpc_health")
     from cloister_client import service
     from cloister_client.site import open_site
@@ -84,7 +85,9 @@ def _as_dict(
     site: Site, told: Standing | None, serving: bool, waiting: list[str]
 ) -> dict[str, object]:
     from cloister_client import gate
+    from cloister_client.notices import read_notice
 
+    notice = read_notice(site.root)
     return {
         "site": site.name,
         "running": told is not None,
@@ -94,6 +97,7 @@ def _as_dict(
         "health": told.health if told else "",
         "asked": told.asked if told else {},
         "waiting_for_approval": waiting,
+        "last_refusal": asdict(notice) if notice else None,
         "epsilon_promised": gate.promised(site),
         "epsilon_lifetime": site.policy.max_epsilon_lifetime,
     }
@@ -101,6 +105,7 @@ def _as_dict(
 
 def _show(site: Site, told: Standing | None, serving: bool, waiting: list[str]) -> None:
     from cloister_client import gate
+    from cloister_client.notices import read_notice
 
     if told is None:
         typer.echo(f"{site.name}: not running. Start it: cloister client start")
@@ -119,5 +124,8 @@ def _show(site: Site, told: Standing | None, serving: bool, waiting: list[str]) 
         f"budget: epsilon {gate.promised(site):.2f} of {site.policy.max_epsilon_lifetime:.2f} is "
         "promised (lifetime, all studies)"
     )
+    notice = read_notice(site.root)
+    if notice is not None:
+        typer.echo(f"last refused {notice.time}: {notice.message}")
     for digest in waiting:
         typer.echo(f"a study waits for you: cloister client review {digest[:16]}")

@@ -14,7 +14,9 @@ import typer
 from typer.testing import CliRunner
 
 from cloister_client import cli, evaluation
+from cloister_client.notices import clear_notice, leave_notice
 from cloister_client.predict import predict
+from cloister_client.site import init_site
 from cloister_common import modelfile
 from cloister_common.errors import (
     FolderUnreadable,
@@ -179,3 +181,17 @@ def test_predict_with_a_real_model(tmp_path: Path) -> None:
     done = predict(path, tmp_path / "images", tmp_path / "s.csv", device="auto")
     assert done.images == 1
     assert (tmp_path / "s.csv").read_text().startswith("SOPInstanceUID,score_normal,score_nodule")
+
+
+def test_status_tells_the_operator_why_the_site_last_said_no(tmp_path: Path) -> None:
+    """The coordinator is told one word of a closed list, and to ask the site's own operator."""
+    site = init_site(tmp_path / "north")
+    assert "refused" not in _run("status", "--dir", site.root)[1]
+    leave_notice(site.root, FolderUnreadable("The data folder cannot be read.", remedy="Mend it."))
+    status, told = _run("status", "--dir", site.root)
+    assert status == 9
+    assert "CLO-205: The data folder cannot be read. Mend it." in told
+    told = json.loads(_run("status", "--json", "--dir", site.root)[1])
+    assert told["last_refusal"]["code"] == "CLO-205"
+    clear_notice(site.root)
+    assert "refused" not in _run("status", "--dir", site.root)[1]

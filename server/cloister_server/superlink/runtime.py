@@ -81,7 +81,7 @@ def running(address: str, token: str, secret: bytes) -> Iterator[tuple[HttpGrid,
             yield from _executing(address, secret, started.run_id)
         finally:
             with contextlib.suppress(httpx.HTTPError):
-                _stop_all(control)
+                _stop_all(control, only=started.run_id)
 
 
 def _executing(address: str, secret: bytes, run_id: int) -> Iterator[tuple[HttpGrid, Context]]:
@@ -129,9 +129,9 @@ def _task(address: str, secret: bytes, run_id: int) -> str:
     raise _unexpected("gives no task")
 
 
-def _stop_all(control: Any) -> None:
+def _stop_all(control: Any, only: int | None = None) -> None:
     for run_id, run in control.ListRuns(ListRunsRequest()).run_dict.items():
-        if run.status.status != "finished":
+        if run.status.status != "finished" and only in {None, run_id}:
             with contextlib.suppress(httpx.HTTPStatusError):
                 control.StopRun(StopRunRequest(run_id=run_id))
 

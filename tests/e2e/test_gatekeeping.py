@@ -46,6 +46,8 @@ epsilon = 2.0
 min_sites = 5
 """
 LONG_AGO = 1_000_000_000
+RESULTS = {"metrics.jsonl", "summary.json", "report.html", "model.safetensors"}
+"""Made to be handed on; they lie in a folder that only its owner can enter."""
 
 
 def _touched(folder: Path) -> int:
@@ -132,7 +134,8 @@ def test_a_foreign_bundle(
         assert refusal.signature
     assert not marker.exists()
     for hospital in federation.hospitals.values():
-        assert entries_of(hospital.site)[-1].body["why"] == "a reason of the closed list: bundle"
+        sent = [entry.body for entry in entries_of(hospital.site) if entry.kind == "sent"]
+        assert sent[-1]["why"] == "a reason of the closed list: bundle"
         assert "foreign bundle" in hospital.told()
         assert study.digest not in judgements(hospital.site)
 
@@ -175,6 +178,7 @@ def test_health_on_both_sides(federation: Deployment) -> None:
     _becomes(coordinator, "SERVING", 60, federation)
     started = descendants(federation.server.process.pid)
     federation.server.process.kill()
+    federation.server.process.wait(10)
     _becomes(coordinator, "UNREACHABLE", 10, federation)
     _becomes(site, "NOT_SERVING", 10, federation)
     wait_for(lambda: not any(alive(pid) for pid in started), 10, federation.told)
@@ -198,7 +202,8 @@ def test_secrets_are_nowhere_but_in_their_files(federation: Deployment) -> None:
             }:  # fmt: skip
                 secrets[path] = path.read_bytes().strip()
         for path in root.rglob("*"):
-            assert stat.S_IMODE(path.lstat().st_mode) & 0o077 == 0, path
+            if path.name not in RESULTS:
+                assert stat.S_IMODE(path.lstat().st_mode) & 0o077 == 0, path
     assert len(secrets) > 30
     needles = {path: _core(secret) for path, secret in secrets.items()}
     processes = [federation.server.process.pid, *descendants(federation.server.process.pid)]

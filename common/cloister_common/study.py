@@ -73,11 +73,22 @@ class Target(FileModel):
     """The first class is the reference ("negative") of a binary target."""
 
 
+PINNED = {"efficientnet-lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"}
+"""SHA-256 of the pretrained weights of a network that names none itself."""
+
+
 class Network(FileModel):
     """A network of the registry and its arguments."""
 
     name: Name = "small-cnn"
     arguments: dict[str, int | float | str | bool] = {}
+
+    @model_validator(mode="after")
+    def _pinned(self) -> Network:
+        # Written out, so that the study's hash binds the weights as it binds all else.
+        if self.name in PINNED:
+            self.arguments.setdefault("weights", PINNED[self.name])
+        return self
 
 
 class Training(FileModel):
@@ -96,6 +107,9 @@ class Training(FileModel):
     """At most so many images of a sampled patient are drawn for a step."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     learning_rate: Annotated[float, Field(gt=0, le=1000)] = 0.5
+    schedule: Literal["constant", "cosine"] = "constant"
+    """How the learning rate goes over the rounds; ``cosine``: down to nearly 0 (Loshchilov and
+    Hutter 2017, without restarts)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     engine: Literal["patients", "opacus"] = "patients"
     """``patients``: one gradient a patient; ``opacus``: through Opacus' own hooks."""
@@ -117,6 +131,12 @@ class Training(FileModel):
         if self.steps is not None and self.epochs is not None:
             raise KeyedValueError("epochs", "cannot stand beside 'steps'; give one of them.")
         return self
+
+    def rate_of(self, round_number: int) -> float:
+        """Learning rate of a round, 1 to ``rounds``: a public function of the study alone."""
+        if self.schedule == "constant":
+            return self.learning_rate
+        return self.learning_rate * (1 + math.cos(math.pi * (round_number - 1) / self.rounds)) / 2
 
     @property
     def steps_per_round(self) -> int:
@@ -164,6 +184,9 @@ class Aggregation(FileModel):
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Annotated[float, Field(gt=0, le=1)] = 1e-3
     """Adaptivity of FedAdam and FedYogi (Reddi et al. 2021)."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay, a round, of an exponential moving average of the global model. Above 0, the average
+    is what is measured and released; it evens out noise and costs no privacy."""
     proximal_mu: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Pull towards the global model in FedProx (Li et al. 2020)."""
 

@@ -21,7 +21,7 @@ from cloister_common.records import Vector
 from cloister_common.study import Study
 from cloister_server.optimizers import OptimizerState
 
-FORMAT = "cloister/checkpoint/v2"
+FORMAT = "cloister/checkpoint/v3"
 CHECKPOINT_FOLDER = "checkpoint"
 """Its name inside the folder of a run."""
 
@@ -56,7 +56,8 @@ class RunState:
     Attributes:
         run: random id of the run; the sites' ledgers know it.
         completed: last round whose result is in ``model``; 0 before the first.
-        model: the global model, (D,).
+        model: the global model, (D,), from which the next round starts.
+        average: the moving average of the models, (D,), where the study asks for one.
         optimizer: moments of the server optimiser.
         figures: one entry an evaluated model, the initial one first.
         lost: rounds that were sent, charged, and never finished.
@@ -76,6 +77,12 @@ class RunState:
     started: dict[str, int] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    average: Vector | None = None
+
+    @property
+    def released(self) -> Vector:
+        """The model that is measured and handed out."""
+        return self.model if self.average is None else self.average
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,8 @@ class Checkpoints:
             "first": state.optimizer.first,
             "second": state.optimizer.second,
         }
+        if state.average is not None:
+            tensors["average"] = state.average
         plain = {
             "run": state.run,
             "completed": state.completed,
@@ -176,6 +185,7 @@ class Checkpoints:
             started=plain["started"],
             sent=plain["sent"],
             seconds=plain["seconds"],
+            average=np.array(tensors["average"], np.float32) if "average" in tensors else None,
         )
         return state, sent
 

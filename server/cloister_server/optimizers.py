@@ -68,6 +68,24 @@ def step(
     return (model + rate * scaled).astype(np.float32), OptimizerState(first, second)
 
 
+def averaged(average: Vector, model: Vector, decay: float, rounds: int) -> Vector:
+    """Return the exponential moving average of the global models with this round's taken in.
+
+    The bias of a short history is corrected as in Adam (Kingma and Ba 2015, section 3): after r
+    rounds the model of round i weighs decay^(r - i), and the weights sum to 1. So the first round
+    gives the model itself, and the model before training does not count. It is post-processing.
+
+    Args:
+        average: of the rounds before, (D,); in the first round it does not count.
+        model: of this round, (D,).
+        decay: from 0 up to but not including 1.
+        rounds: rounds that gave a model, this one too; 1 or more.
+    """
+    share = (1 - decay) / (1 - decay**rounds)
+    exact = average.astype(np.float64)
+    return (exact + share * (model.astype(np.float64) - exact)).astype(np.float32)
+
+
 def weighted_mean(updates: list[Vector], weights: list[float]) -> Vector:
     """Mean of updates, each (D,), under public weights, summed in float64.
 

@@ -43,7 +43,7 @@ def write_outputs(out: Path, study: Study, outcome: Outcome, *, seconds: float) 
     rows = [json.dumps(asdict(figures)) for figures in outcome.state.figures]
     write_atomic(out / METRICS, ("\n".join(rows) + "\n").encode(), mode=0o644)
     facts = {key: summary[key] for key in ("epsilon_max", "delta", "rounds", "sites")}
-    save_model(out / MODEL, study, outcome.state.model, facts)
+    save_model(out / MODEL, study, outcome.state.released, facts)
     write_report(out / REPORT, _report(study, outcome, summary))
     write_atomic(out / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode(), mode=0o644)
 

@@ -44,7 +44,7 @@ from cloister_server.events import Began, Hooks, Lost, Measured
 from cloister_server.gathering import Gathering
 from cloister_server.mailbox import Mailbox
 from cloister_server.masked import MaskedCollector
-from cloister_server.optimizers import OptimizerState, step
+from cloister_server.optimizers import OptimizerState, averaged, step
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,12 @@ class Run:
             self._gathering.refused.pop(name, None)
         self._note("summed", round=number, sites=" ".join(collected.sites))
         model, optimizer = step(state.model, collected.mean, state.optimizer, study.aggregation)
-        state = replace(state, completed=number, model=model, optimizer=optimizer)
+        average = state.average
+        if study.aggregation.ema:
+            done = number - len(state.lost)
+            before = model if average is None else average
+            average = averaged(before, model, study.aggregation.ema, done)
+        state = replace(state, completed=number, model=model, optimizer=optimizer, average=average)
         figures = Figures(
             round=number,
             sites=len(collected.sites),
@@ -249,9 +254,9 @@ class Run:
     ) -> Figures:
         due = number % self._study.evaluation.every == 0 or number == self._study.training.rounds
         if due and self._hooks.evaluate is not None:
-            figures = figures_of(figures, self._hooks.evaluate(state.model))
+            figures = figures_of(figures, self._hooks.evaluate(state.released))
         elif due and not self._study.privacy.enabled and self._study.evaluation.site_fraction:
-            counts = self._histogram(collector, number, state.model)
+            counts = self._histogram(collector, number, state.released)
             if counts is not None:
                 figures = figures_of(figures, measure_counts(counts))
         self._hooks.notify(Measured(figures, self._study.training.rounds))

@@ -28,7 +28,7 @@ rounds = 20
 [privacy]
 epsilon = 3.0
 """
-TEN_LINES_HASH = "120f49b006deed29b73b8143f0474d6e2883b1d8abbfb815d6e08bee11d23809"
+TEN_LINES_HASH = "44d40adc3f0483583a1026dd52c6121616cd88b299affcfc99559234aa5b236e"
 """Pinned: if it changes, every approval that a steward ever gave is void."""
 
 EXAMPLE = files("cloister_common").joinpath("example_study.toml").read_text("utf-8")
@@ -227,6 +227,7 @@ OTHER: dict[str, Any] = {
     "training.images_per_patient": 2,
     "training.optimizer": "adam",
     "training.learning_rate": 0.1,
+    "training.schedule": "cosine",
     "training.momentum": 0.9,
     "training.engine": "opacus",
     "training.augment": True,
@@ -246,6 +247,7 @@ OTHER: dict[str, Any] = {
     "aggregation.beta1": 0.5,
     "aggregation.beta2": 0.5,
     "aggregation.tau": 0.5,
+    "aggregation.ema": 0.9,
     "aggregation.proximal_mu": 0.5,
     "evaluation.every": 2,
     "evaluation.site_fraction": 0.3,
@@ -401,3 +403,11 @@ def test_the_commented_keys_of_the_example_are_the_defaults() -> None:
     text = commented.sub(r"\1", EXAMPLE)
     assert len(commented.findall(EXAMPLE)) > 20
     assert parse_study(text).digest == parse_study(EXAMPLE).digest
+
+
+def test_the_learning_rate_over_the_rounds() -> None:
+    training = parse_study(with_lines("[training]\nrounds = 4\nlearning_rate = 2.0")).training
+    assert [training.rate_of(number) for number in (1, 4)] == [2.0, 2.0]
+    training = training.model_copy(update={"schedule": "cosine"})
+    rates = [training.rate_of(number) for number in (1, 2, 3, 4)]
+    assert rates == pytest.approx([2.0, 1 + 0.5**0.5, 1.0, 1 - 0.5**0.5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,20 @@ def test_the_state_comes_back_whole(tmp_path: Path, study: Study) -> None:
         3.5,
     )
     assert state.invited == ("north", "south")
+    assert state.average is None
+    np.testing.assert_array_equal(state.released, saved.model)
     assert progress == Progress()
+
+
+def test_the_moving_average_comes_back(tmp_path: Path, study: Study) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoint")
+    average = np.full(5, 7.5, np.float32)
+    checkpoints.save(study, replace(_state(), average=average))
+    state, _ = checkpoints.load(study)
+    assert state.average is not None
+    np.testing.assert_array_equal(state.average, average)
+    np.testing.assert_array_equal(state.released, average)
+    np.testing.assert_array_equal(state.model, _state().model)
 
 
 def test_a_round_that_was_sent_and_not_finished_is_known(tmp_path: Path, study: Study) -> None:

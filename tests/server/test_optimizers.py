@@ -10,7 +10,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cloister_common.errors import UpdateInvalid
 from cloister_common.study import Aggregation
-from cloister_server.optimizers import OptimizerState, step, weighted_mean
+from cloister_server.optimizers import OptimizerState, averaged, step, weighted_mean
 
 SIZE = 50
 
@@ -87,6 +87,17 @@ def test_a_mean_of_another_length_is_refused() -> None:
     state = OptimizerState.fresh(2, settings)
     with pytest.raises(UpdateInvalid, match="another length"):
         step(np.zeros(2, np.float32), np.zeros(3, np.float32), state, settings)
+
+
+def test_the_moving_average_weighs_rounds_as_it_says() -> None:
+    models = [np.array([value, -value], np.float32) for value in (1.0, 2.0, 4.0)]
+    average = np.full(2, 77.0, np.float32)
+    for rounds, model in enumerate(models, start=1):
+        average = averaged(average, model, 0.5, rounds)
+        if rounds == 1:
+            np.testing.assert_array_equal(average, model)
+    # (0.25 x 1 + 0.5 x 2 + 4) / 1.75
+    np.testing.assert_allclose(average, [3.0, -3.0], rtol=1e-6)
 
 
 def test_weighted_mean_uses_the_public_weights() -> None:

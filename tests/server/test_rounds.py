@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 from cloister_common.errors import TooFewSites
-from cloister_common.metrics import BINS
+from cloister_common.metrics import BINS, Metrics
 from cloister_common.records import (
     Evaluated,
     EvaluateTask,
@@ -98,6 +98,7 @@ def _run(
     *,
     resume: bool = False,
     events: list[Event] | None = None,
+    evaluate: Callable[[np.ndarray], Metrics] | None = None,
 ) -> Outcome:
     grid = InProcessGrid(sites, [{"site": f"/sites/{name}"} for name in sites.answers])
     told = events if events is not None else []
@@ -105,7 +106,7 @@ def _run(
         Mailbox(grid),
         study,
         Checkpoints(folder),
-        Hooks(notify=told.append),
+        Hooks(evaluate=evaluate, notify=told.append),
         expected=len(sites.answers),
     )
     return run.execute(resume=resume)
@@ -244,6 +245,37 @@ def test_a_resumed_run_keeps_its_id_and_ends_like_an_uninterrupted_one(tmp_path:
     outcome = _run(Sites({"a": _add(1.0), "b": _add(2.0)}), study, tmp_path / "cut", resume=True)
     assert outcome.state.run == before
     assert outcome.state.model.tobytes() == whole.state.model.tobytes()
+
+
+def test_the_moving_average_is_measured_released_and_kept_over_a_crash(tmp_path: Path) -> None:
+    study = _study(privacy="enabled = false", aggregation="ema = 0.5")
+    with pytest.raises(Killed):
+        _run(Sites({"a": _dies_in(3), "b": _add(1.0)}), study, tmp_path)
+    start = Checkpoints(tmp_path).load(study)[0].model - np.float32(2)
+    measured: list[np.ndarray] = []
+
+    def evaluate(model: np.ndarray) -> Metrics:
+        measured.append(model)
+        return Metrics(None, None, None, 0, ())
+
+    sites = Sites({"a": _add(1.0), "b": _add(1.0)})
+    state = _run(sites, study, tmp_path, resume=True, evaluate=evaluate).state
+    # Rounds 1, 2, 3 moved by 1 each: (0.25 x 1 + 0.5 x 2 + 3) / 1.75.
+    np.testing.assert_allclose(state.released, start + np.float32(17 / 7), atol=1e-5)
+    np.testing.assert_allclose(state.model, start + np.float32(3), atol=1e-5)
+    np.testing.assert_array_equal(measured[-1], state.released)
+
+
+def test_a_lost_round_does_not_count_in_the_moving_average(tmp_path: Path) -> None:
+    study = _study(aggregation="ema = 0.5")
+    with pytest.raises(Killed):
+        _run(Sites({"a": _dies_in(1), "b": _add(1.0)}), study, tmp_path)
+    start = Checkpoints(tmp_path).load(study)[0].model
+    sites = Sites({"a": _add(1.0), "b": _add(1.0)})
+    state = _run(sites, study, tmp_path, resume=True).state
+    assert state.lost == (1,)
+    # Two rounds gave a model: (0.5 x 1 + 2) / 1.5.
+    np.testing.assert_allclose(state.released, start + np.float32(5 / 3), atol=1e-5)
 
 
 def test_a_finished_run_can_be_resumed_and_trains_nothing(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ exception: it would send the text to the server.
 from __future__ import annotations
 
 import datetime
+import functools
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from cloister_client import gate, masked
 from cloister_client.audit import WHY, log_of
 from cloister_client.cohort import Cohort, load_cohort, split
 from cloister_client.evaluation import score_histogram
+from cloister_client.features import features_of
 from cloister_client.notices import clear_notice, leave_notice
 from cloister_client.randomness import SecureRandom
 from cloister_client.site import Site, open_site
@@ -42,6 +44,8 @@ from cloister_common.errors import (
     StudyNotApproved,
     WireInvalid,
 )
+from cloister_common.frozen_backbone import FrozenBackbone
+from cloister_common.pretrained import MODELS_FOLDER
 from cloister_common.records import (
     ROSTER_KEY,
     SITE_KEY,
@@ -109,8 +113,14 @@ def prepare(message: Message, context: Context) -> Message:
         gate.consent(site, study, invited=task.sites, signatures=task.signatures)
         if study.aggregation.secure:
             masked.require_roster(site, _pin(site, context), task.roster)
+        module = _built(site, study)
+        if isinstance(module, FrozenBackbone):
+            module.require()
         gate.admit(site, study, run=task.run, invited=task.sites, signatures=task.signatures)
-        _cohort(site, study)
+        cohort = _cohort(site, study)
+        if isinstance(module, FrozenBackbone) and not study.training.augment:
+            # Now, where reading takes its time anyway, and not in the first round.
+            features_of(module, _parts(cohort, study)[0])
         # Last: everything else is well, so the answer means "yes, but not now".
         gate.require_hours(site, datetime.datetime.now().time())
         said = signed_answer(site.name, context.node_id, f"{task.run} {study.digest}")
@@ -220,18 +230,26 @@ def _exchange(site: Site, study: Study, context: Context, data: Octets) -> maske
     return masked.Exchange(site, study, _pin(site, context), data)
 
 
-def _loaded(study: Study, model: Vector) -> nn.Module:
-    module = networks.build(
-        study.network, outputs=study.outputs, size=study.input.size, seed=study.training.seed
+def _built(site: Site, study: Study) -> nn.Module:
+    return networks.build(
+        study.network,
+        outputs=study.outputs,
+        size=study.input.size,
+        seed=study.training.seed,
+        models=site.root / MODELS_FOLDER,
     )
+
+
+def _loaded(site: Site, study: Study, model: Vector) -> nn.Module:
+    module = _built(site, study)
     vectors.load(module, model)
     return module
 
 
 def _train(site: Site, study: Study, task: TrainTask) -> Vector:
-    module = _loaded(study, task.vector)
+    module = _loaded(site, study, task.vector)
     gate.charge(site, study, run=task.run, round_number=task.round)
-    cohort = _training_part(_cohort(site, study), study)
+    cohort, _ = _parts(_cohort(site, study), study)
     private = study.privacy.enabled
     return train_round(
         module,
@@ -246,8 +264,8 @@ def _train(site: Site, study: Study, task: TrainTask) -> Vector:
 
 
 def _histogram(site: Site, study: Study, task: EvaluateTask) -> Counts:
-    _, held_out = split(_cohort(site, study), study.evaluation.site_fraction)
-    return score_histogram(_loaded(study, task.vector), held_out, study)
+    _, held_out = _parts(_cohort(site, study), study)
+    return score_histogram(_loaded(site, study, task.vector), held_out, study)
 
 
 def refuse(message: Message, context: Context, error: CloisterError) -> Message:
@@ -345,7 +363,11 @@ def _cohort(site: Site, study: Study) -> Cohort:
     return _cohorts[key]
 
 
-def _training_part(cohort: Cohort, study: Study) -> Cohort:
+def _parts(cohort: Cohort, study: Study) -> tuple[Cohort, Cohort]:
+    """Who is trained on and who is kept apart; the same objects each time, as features are kept."""
     if study.privacy.enabled or study.evaluation.site_fraction == 0:
-        return cohort
-    return split(cohort, study.evaluation.site_fraction)[0]
+        return cohort, cohort
+    return _split(cohort, study.evaluation.site_fraction)
+
+
+_split = functools.lru_cache(maxsize=_COHORTS_KEPT)(split)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from cloister_client.cohort import Cohort
-from cloister_client.sampling import Bag, pixels_of
+from cloister_client.sampling import Bag, FeatureCohort, pixels_of
 from cloister_common.metrics import histogram, patient_scores
 from cloister_common.records import Counts
 from cloister_common.study import Study
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 BATCH = 64
 """Images a forward pass; bounds memory, does not change a score beyond rounding."""
@@ -24,6 +25,13 @@ def image_scores(module: nn.Module, cohort: Cohort) -> npt.NDArray[np.float64]:
     """Probability of each class for each image: (N, K), rows in the order of ``images``."""
     import torch
 
+    from cloister_client.features import features_of
+    from cloister_common.frozen_backbone import FixedFeatures
+
+    seen: Cohort | FeatureCohort = cohort
+    answer: Callable[[Tensor], Tensor] = module
+    if isinstance(module, FixedFeatures):
+        seen, answer = features_of(module, cohort), module.head
     device = next(module.parameters()).device
     scores = []
     was_training = module.training
@@ -31,8 +39,8 @@ def image_scores(module: nn.Module, cohort: Cohort) -> npt.NDArray[np.float64]:
     with torch.no_grad():
         for start in range(0, len(cohort.images), BATCH):
             indices = np.arange(start, min(start + BATCH, len(cohort.images)))
-            pixels = pixels_of(cohort, [Bag(0, indices, None)])
-            logits = module(pixels.to(device))
+            pixels = pixels_of(seen, [Bag(0, indices, None)])
+            logits = answer(pixels.to(device))
             scores.append(torch.softmax(logits.double(), dim=1).cpu().numpy())
     module.train(was_training)
     return np.concatenate(scores)

@@ -52,14 +52,18 @@ def predict(
 
     Raises:
         FileUnreadable, ModelFileInvalid: the model cannot be used.
+        ExtraMissing, WeightsUnfit: it stands on pretrained weights that are not here.
         OptionInvalid: there is no such device.
         FolderUnreadable, SiteEmpty: there is nothing to score.
         OutputInTheWay: the scores cannot be written.
     """
     from cloister_client.evaluation import image_scores
+    from cloister_common.frozen_backbone import FrozenBackbone
     from cloister_common.modelfile import load_model
 
     module, study = load_model(model_path, _device(device))
+    if isinstance(module, FrozenBackbone):
+        module.require()
     rejects: Counter[Reject] = Counter()
     accepted: list[Accepted] = []
     key = secrets.token_bytes(32)

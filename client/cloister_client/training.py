@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from cloister_client.dp_optimizer import PatientDPOptimizer
+from cloister_client.features import features_of
 from cloister_client.grad_sample import PatientGradSampleModule
 from cloister_client.randomness import SecureRandom
 from cloister_client.sampling import (
@@ -29,7 +29,7 @@ from cloister_client.sampling import (
     pixels_of,
 )
 from cloister_common.errors import InternalError, UpdateInvalid
-from cloister_common.filter_bank import FilterBank
+from cloister_common.frozen_backbone import FixedFeatures
 from cloister_common.study import Study, Training
 from cloister_common.vectors import Vector, check, flatten
 
@@ -58,7 +58,8 @@ def train_round(
         study: rate, divisor, optimiser, clipping norm and engine.
         noise_multiplier: sigma, above 0; not used where the study's privacy is off.
         random: where sampling and noise come from; not used where privacy is off.
-        round_number: 1, 2, ...; keys the sampling where privacy is off.
+        round_number: 1, 2, ...; the learning rate follows it, and where privacy is off, the
+            sampling is keyed by it.
         steps: local steps, 1 or more.
         site: the site's name; keys the sampling where privacy is off.
 
@@ -74,13 +75,14 @@ def train_round(
     before = flatten(module)
     local = copy.deepcopy(module).train()
     trained, seen = _trained_part(local, cohort, study.training)
+    optimizer = _optimizer(trained, study.training, round_number)
     if study.privacy.enabled:
         if not noise_multiplier > 0 or random is None:
             raise InternalError("A private study trains with noise from SecureRandom only.")
-        _train_private(trained, seen, study, noise_multiplier, random, steps)
+        _train_private(trained, optimizer, seen, study, noise_multiplier, random, steps)
     else:
         source = SeededRandom(study.training.seed, site, round_number)
-        _train_open(trained, seen, study, source, steps)
+        _train_open(trained, optimizer, seen, study, source, steps)
     try:
         delta: Vector = flatten(local) - before
         check(delta, len(before))
@@ -95,6 +97,7 @@ def train_round(
 
 def _train_private(
     module: nn.Module,
+    inner: Optimizer,
     cohort: Cohort | FeatureCohort,
     study: Study,
     noise_multiplier: float,
@@ -103,7 +106,7 @@ def _train_private(
 ) -> None:
     training = study.training
     optimizer = PatientDPOptimizer(
-        _optimizer(module, training),
+        inner,
         noise_multiplier=noise_multiplier,
         max_grad_norm=study.privacy.clipping_norm,
         expected_batch_size=training.expected_batch,
@@ -122,12 +125,12 @@ def _train_private(
 
 def _train_open(
     module: nn.Module,
+    optimizer: Optimizer,
     cohort: Cohort | FeatureCohort,
     study: Study,
     source: SeededRandom,
     steps: int,
 ) -> None:
-    optimizer = _optimizer(module, study.training)
     pull = _Proximal(module, study.aggregation.proximal_mu)
     for _ in range(steps):
         bags = _draw(cohort, source, study.training)
@@ -144,7 +147,7 @@ def _train_open(
 class _Head(nn.Module):
     """The trainable part of a network whose first part is fixed; it takes features."""
 
-    def __init__(self, network: FilterBank) -> None:
+    def __init__(self, network: FixedFeatures) -> None:
         super().__init__()
         self.network = network
 
@@ -156,14 +159,9 @@ def _trained_part(
     local: nn.Module, cohort: Cohort, training: Training
 ) -> tuple[nn.Module, Cohort | FeatureCohort]:
     """What is trained, and the cohort as it sees it: a fixed part runs once, not every step."""
-    if not isinstance(local, FilterBank) or training.augment:
+    if not isinstance(local, FixedFeatures) or training.augment:
         return local, cohort
-    parts = []
-    with torch.no_grad():
-        for start in range(0, len(cohort.images), _IMAGES_AT_ONCE):
-            places = np.arange(start, min(start + _IMAGES_AT_ONCE, len(cohort.images)))
-            parts.append(local.features(pixels_of(cohort, [Bag(0, places)])).numpy())
-    return _Head(local), FeatureCohort(np.concatenate(parts), cohort.patients)
+    return _Head(local), features_of(local, cohort)
 
 
 def _draw(
@@ -178,11 +176,12 @@ def _draw(
     )
 
 
-def _optimizer(module: nn.Module, training: Training) -> Optimizer:
+def _optimizer(module: nn.Module, training: Training, round_number: int) -> Optimizer:
+    rate = training.rate_of(round_number)
     weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if training.optimizer == "adam":
-        return Adam(weights, lr=training.learning_rate)
-    return SGD(weights, lr=training.learning_rate, momentum=training.momentum)
+        return Adam(weights, lr=rate)
+    return SGD(weights, lr=rate, momentum=training.momentum)
 
 
 class _Proximal:

@@ -31,7 +31,8 @@
     ├── ModelError                 4xx, exit 5: networks, vectors and model files
     │   ├── NetworkUnfit           CLO-401
     │   ├── ModelFileInvalid       CLO-402
-    │   └── UpdateInvalid          CLO-403
+    │   ├── UpdateInvalid          CLO-403
+    │   └── WeightsUnfit           CLO-404
     ├── RunError                   5xx, exit 6: rounds and the federation
     │   ├── TooFewSites            CLO-501
     │   ├── MessageInvalid         CLO-502
@@ -312,6 +313,11 @@ class ModelFileInvalid(ModelError):
 class UpdateInvalid(ModelError):
     code = "CLO-403"
     title = "A vector has the wrong length or is not finite"
+
+
+class WeightsUnfit(ModelError):
+    code = "CLO-404"
+    title = "Pretrained weights are missing, or are not those of the study"
 
 
 class RunError(CloisterError):

@@ -56,6 +56,11 @@ class FilterBank(nn.Module):
         self.norm = nn.GroupNorm(4, width)
         self.last = nn.Linear(width, outputs - 1)
 
+    @property
+    def fixed(self) -> str:
+        """Names the filters."""
+        return "filter-bank 1"
+
     def features(self, images: Tensor) -> Tensor:
         """What no training changes: (batch, 1, S, S) to (batch, 12, S // 4, S // 4)."""
         edge = _SIDE // 2

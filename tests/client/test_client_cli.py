@@ -19,6 +19,7 @@ from cloister_client.predict import predict
 from cloister_client.site import init_site
 from cloister_common import modelfile
 from cloister_common.errors import (
+    ExtraMissing,
     FolderUnreadable,
     OptionInvalid,
     OutputInTheWay,
@@ -181,6 +182,40 @@ def test_predict_with_a_real_model(tmp_path: Path) -> None:
     done = predict(path, tmp_path / "images", tmp_path / "s.csv", device="auto")
     assert done.images == 1
     assert (tmp_path / "s.csv").read_text().startswith("SOPInstanceUID,score_normal,score_nodule")
+
+
+def test_predict_with_a_pretrained_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from cloister_client.cohort import Cohort
+    from cloister_client.sampling import Bag, pixels_of
+    from cloister_common import networks, pretrained, vectors
+    from cloister_common.study import Network
+
+    study = STUDY.model_copy(update={"network": Network(name="efficientnet-lite0")})
+    module = networks.build(study.network, outputs=2, size=32, seed=0)
+    head = np.random.default_rng(5).normal(0, 3, 1281).astype(np.float32)
+    vectors.load(module, head)
+    path = tmp_path / "model.safetensors"
+    modelfile.save_model(path, study, head, {})
+    # The head travels, the 13 MB below it do not.
+    assert path.stat().st_size < 10_000
+    write_dicom(tmp_path / "images" / "1")
+    seen: list[Cohort] = []
+    honest = evaluation.image_scores
+    monkeypatch.setattr(evaluation, "image_scores", lambda m, c: seen.append(c) or honest(m, c))
+    predict(path, tmp_path / "images", tmp_path / "s.csv", device="cpu")
+    with (tmp_path / "s.csv").open(newline="") as file:
+        row = list(csv.reader(file))[1]
+    with torch.no_grad():
+        expected = torch.softmax(module(pixels_of(seen[0], [Bag(0, np.array([0]))])), dim=1)[0]
+    assert float(row[2]) == pytest.approx(float(expected[1]), abs=2e-6)
+    assert 0.001 < float(row[2]) < 0.999
+    (tmp_path / "s.csv").unlink()
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
+    with pytest.raises(ExtraMissing, match=r"cloister\[pretrained\]"):
+        predict(path, tmp_path / "none", tmp_path / "s.csv", device="cpu")
+    assert not (tmp_path / "s.csv").exists()
 
 
 def test_status_tells_the_operator_why_the_site_last_said_no(tmp_path: Path) -> None:

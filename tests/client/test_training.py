@@ -611,12 +611,13 @@ def test_weights_that_are_not_finite_are_refused() -> None:
 
 
 @pytest.mark.parametrize("enabled", ["true", "false"])
+@pytest.mark.parametrize("name", ["filter-bank", "efficientnet-lite0"])
 def test_a_fixed_part_that_runs_once_gives_the_same_update(
-    monkeypatch: pytest.MonkeyPatch, enabled: str
+    monkeypatch: pytest.MonkeyPatch, enabled: str, name: str
 ) -> None:
     study = study_of("steps = 3\nexpected_batch = 4", f"enabled = {enabled}")
     cohort = cohort_of([2, 1, 3, 1], 32)
-    module = build(Network(name="filter-bank"), 2, 1, size=32, seed=4)
+    module = build(Network(name=name), 2, 1, size=32, seed=4)
     monkeypatch.setattr(
         SecureRandom, "normal", lambda self, n, std: torch.zeros(n, dtype=torch.float64)
     )
@@ -637,3 +638,20 @@ def test_a_fixed_part_that_runs_once_gives_the_same_update(
     monkeypatch.setattr(training, "_trained_part", lambda local, cohort, _: (local, cohort))
     np.testing.assert_allclose(once, update(), atol=2e-6)
     assert np.abs(once).max() > 1e-3
+
+
+def test_the_learning_rate_follows_the_round() -> None:
+    cohort = cohort_of([1, 2])
+
+    def moved(schedule: str, number: int) -> NDArray[np.float32]:
+        study = study_of(
+            f'rounds = 4\nlearning_rate = 0.1\nschedule = "{schedule}"', "enabled = false"
+        )
+        return train_round(
+            small(), cohort, study, noise_multiplier=0.0, random=None, round_number=number, steps=1
+        )
+
+    # Half of the way down the cosine in the third of four rounds.
+    np.testing.assert_allclose(moved("cosine", 3), moved("constant", 3) / 2, atol=1e-7)
+    np.testing.assert_allclose(moved("cosine", 1), moved("constant", 1), atol=1e-7)
+    assert np.abs(moved("constant", 3)).max() > 1e-4

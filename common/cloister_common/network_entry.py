@@ -1,0 +1,105 @@
+"""What an entry of the registry of networks says: how it is built, and which arguments it takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from cloister_common.errors import ExtraMissing
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Value: TypeAlias = int | str
+Builder: TypeAlias = Callable[[int, int, Mapping[str, Any], Path | None], "nn.Module"]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A whole-number argument of a network.
+
+    Attributes:
+        default: value where the study names none.
+        low, high: smallest and largest value.
+        multiple: the value must be a multiple of this.
+        divides: the value must divide this; 0 for no such rule.
+        meaning: one sentence for the person who writes a study.
+    """
+
+    default: int
+    low: int
+    high: int
+    meaning: str
+    multiple: int = 1
+    divides: int = 0
+
+    @property
+    def range(self) -> str:
+        step = f", in steps of {self.multiple}" if self.multiple > 1 else ""
+        divisor = f", a divisor of {self.divides}" if self.divides else ""
+        return f"a whole number from {self.low} to {self.high}{step}{divisor}"
+
+    def accepts(self, value: object) -> bool:
+        # bool is an int to Python, not to a reader.
+        if not isinstance(value, int) or isinstance(value, bool):
+            return False
+        if not self.low <= value <= self.high or value % self.multiple:
+            return False
+        return not self.divides or self.divides % value == 0
+
+
+@dataclass(frozen=True)
+class Word:
+    """An argument of a network that is text.
+
+    Attributes:
+        meaning: one sentence for the person who writes a study.
+        choices: the values to choose from; empty for a SHA-256 in 64 hexadecimal digits.
+        default: value where the study names none; None where it must.
+    """
+
+    meaning: str
+    choices: tuple[str, ...] = ()
+    default: str | None = None
+
+    @property
+    def range(self) -> str:
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        return "a SHA-256 in 64 hexadecimal digits, lower case"
+
+    def accepts(self, value: object) -> bool:
+        if not isinstance(value, str):
+            return False
+        return value in self.choices if self.choices else bool(re.fullmatch("[0-9a-f]{64}", value))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A network of the registry.
+
+    Attributes:
+        name: what a study writes.
+        summary: one sentence for the person who chooses.
+        smallest: smallest side of the input, in pixels.
+        needs: package beside torch that builds it; empty for none.
+        arguments: arguments by name.
+        builder: makes it from (outputs, input channels, arguments, folder of models).
+    """
+
+    name: str
+    summary: str
+    smallest: int
+    needs: str
+    builder: Builder = field(repr=False)
+    arguments: Mapping[str, Argument | Word] = field(default_factory=dict)
+
+
+def missing_package(package: str) -> ExtraMissing:
+    return ExtraMissing(
+        f"The package '{package}' is not installed.",
+        remedy='Install it with: pip install "cloister[client]"',
+    )

@@ -1,0 +1,101 @@
+"""Features of a frozen part: once an image, of that image alone, and the same scores as without."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from cloister_client import features
+from cloister_client.evaluation import image_scores
+from cloister_client.features import features_of
+from cloister_client.sampling import Bag, pixels_of
+from cloister_common.frozen_backbone import FrozenBackbone
+from cloister_common.networks import build
+from cloister_common.study import Network
+from cloister_common.vectors import load
+
+
+@dataclass(frozen=True)
+class Some:
+    images: NDArray[np.uint16]
+    patients: tuple[()] = ()
+
+
+def cohort(count: int, seed: int = 0) -> Some:
+    pixels = np.random.default_rng(seed).integers(0, 65536, (count, 32, 32))
+    return Some(pixels.astype(np.uint16))
+
+
+def pretrained_network() -> FrozenBackbone:
+    module = build(Network(name="efficientnet-lite0"), 2, 1, size=32, seed=0)
+    assert isinstance(module, FrozenBackbone)
+    load(module, np.random.default_rng(5).normal(0, 3, 1281).astype(np.float32))
+    return module
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Places that were computed; nothing is known at the start."""
+    places: list[int] = []
+    honest = features._compute
+    monkeypatch.setattr(
+        features, "_compute", lambda m, c, place: places.append(place) or honest(m, c, place)
+    )
+    features._rows.clear()
+    return places
+
+
+def test_an_image_is_computed_once_however_the_cohort_is_divided(computed: list[int]) -> None:
+    module, whole = pretrained_network(), cohort(5)
+    first = features_of(module, whole).images
+    assert first.shape == (5, 1280)
+    assert features_of(pretrained_network(), whole).images is first
+    part = features_of(module, Some(whole.images[[4, 1]])).images
+    np.testing.assert_array_equal(part, first[[4, 1]])
+    assert computed == [0, 1, 2, 3, 4]
+
+
+def test_features_do_not_depend_on_who_else_is_there(computed: list[int]) -> None:
+    module, whole = pretrained_network(), cohort(4)
+    together = features_of(module, whole).images
+    features._rows.clear()
+    alone = features_of(module, Some(whole.images[3:])).images
+    assert alone.tobytes() == together[3:].tobytes()
+    assert computed == [0, 1, 2, 3, 0]
+
+
+def test_another_network_has_features_of_its_own(computed: list[int]) -> None:
+    whole = cohort(1)
+    first = features_of(pretrained_network(), whole).images
+    bank = features_of(build(Network(name="filter-bank"), 2, 1, size=32, seed=0), whole).images
+    assert bank.shape == (1, 12, 8, 8)
+    assert features_of(pretrained_network(), whole).images is first
+    assert computed == [0, 0]
+
+
+def test_what_is_no_longer_used_goes(computed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "_MOST_BYTES", 2 * 1280 * 4)
+    module, whole = pretrained_network(), cohort(3)
+    features_of(module, whole)
+    assert len(features._rows) == 2
+    kept = id(whole.images)
+    assert kept in features._whole
+    del whole
+    gc.collect()
+    assert kept not in features._whole
+
+
+def test_scores_are_those_of_the_whole_network(computed: list[int]) -> None:
+    module, whole = pretrained_network(), cohort(3)
+    with torch.no_grad():
+        logits = module(pixels_of(whole, [Bag(0, np.arange(3))])).double()
+    scores = image_scores(module, whole)
+    np.testing.assert_allclose(scores, torch.softmax(logits, dim=1).numpy(), atol=1e-6)
+    assert np.ptp(scores[:, 1]) > 1e-3
+    image_scores(module, whole)
+    assert computed == [0, 1, 2]

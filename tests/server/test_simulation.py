@@ -15,6 +15,7 @@ from cloister_client.site import open_site
 from cloister_common.errors import OptionInvalid, OutputInTheWay, TooFewSites
 from cloister_common.modelfile import load_model
 from cloister_common.vectors import flatten
+from cloister_server.checkpoint import Checkpoints
 from cloister_server.outputs import CHANCE
 from cloister_server.simulation import Simulation, simulate, site_name
 from federations import NAMES, approve, study, write_cohort, write_federation
@@ -65,6 +66,43 @@ def test_every_site_charged_its_own_ledger_before_it_trained(folders: Path, tmp_
         steps = sum(steps for _, steps in ledger.spent(asked.digest))
         assert steps == 6
         assert spent == pytest.approx(summary["epsilon_per_site"][name], abs=1e-9)
+
+
+def test_a_frozen_backbone_stays_where_it_is_and_the_average_is_released(
+    folders: Path, tmp_path: Path
+) -> None:
+    asked = study(
+        network='name = "efficientnet-lite0"\narguments = {}',
+        training='steps = 1\nschedule = "cosine"',
+        aggregation="ema = 0.5",
+    )
+    out = tmp_path / "run"
+    summary = simulate(Simulation(asked, folders / "sites", out, holdout=folders / "holdout"))
+    # A head of 1,281 values a round; the backbone has 3,371,024.
+    assert max(summary["bytes_sent_per_site"].values()) < 3 * (4 * 1281 + 3000)
+    state, _ = Checkpoints(out / "checkpoint").load(asked)
+    assert state.average is not None
+    module, travelled = load_model(out / "model.safetensors")
+    assert travelled == asked
+    np.testing.assert_array_equal(flatten(module), state.average)
+    assert np.abs(state.average - state.model).max() > 1e-4
+    assert summary["auroc_initial"] == 0.5
+    assert 5.5 < summary["epsilon_max"] <= 6.0
+
+
+def test_a_site_without_the_studys_weights_says_so_and_reserves_nothing(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CLOISTER_MODELS", raising=False)
+    weights = f'architecture = "resnet18", sha256 = "{"5" * 64}"'
+    asked = study(network=f'name = "frozen-backbone"\narguments = {{ {weights} }}')
+    with pytest.raises(TooFewSites, match=r"anker: CLO-404: .*5555"):
+        simulate(Simulation(asked, folders / "sites", tmp_path / "run"))
+    for name in NAMES:
+        site = open_site(tmp_path / "run" / "sites" / name)
+        ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
+        assert ledger.reservations() == ()
 
 
 def test_without_a_holdout_a_private_run_says_that_nothing_was_measured(

@@ -22,6 +22,7 @@ def review(site: Site, judgement: Judgement) -> str:
         f"  trains       {study.network.name}, {study.training.rounds} rounds of "
         f"{study.training.steps_per_round} steps, each patient in a step with probability "
         f"{study.training.sampling_rate:g}",
+        *_stands_on(study),
         f"  on           {', '.join(study.input.modalities)} images of this site, their label "
         f"'{study.target.column}' ({', '.join(study.target.classes)})",
         *_cost(site, study),
@@ -72,3 +73,9 @@ def _leaves(study: Study) -> list[str]:
         masked = "masked " if study.aggregation.secure else ""
         lines.append(f"               {masked}counts of patients by score")
     return lines
+
+
+def _stands_on(study: Study) -> list[str]:
+    given = study.network.arguments
+    sha256 = given.get("weights", given.get("sha256"))
+    return [f"  stands on    pretrained weights with the SHA-256 {sha256}"] if sha256 else []

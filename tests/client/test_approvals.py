@@ -26,7 +26,7 @@ from cloister_client.review import review
 from cloister_client.site import Site, init_site
 from cloister_common import cli
 from cloister_common.errors import FileUnreadable, OptionInvalid, StudyNotApproved, TooFewSites
-from cloister_common.study import Study
+from cloister_common.study import PINNED, Study
 from cloister_server.simulation import Simulation, simulate
 from federations import study, study_text, write_cohort, write_federation
 
@@ -159,6 +159,23 @@ def test_review_says_what_matters(site: Site, tmp_path: Path) -> None:
         assert words in told
     strict = init_site(tmp_path / "strict")
     assert "refuses: policy.max_epsilon_study is 3" in review(strict, held)
+
+
+def test_review_names_the_weights_that_a_study_stands_on(site: Site) -> None:
+    for name, arguments in (
+        ("efficientnet-lite0", ""),
+        ("frozen-backbone", f'architecture = "resnet18", sha256 = "{"5" * 64}"'),
+    ):
+        asked = study(network=f'name = "{name}"\narguments = {{ {arguments} }}')
+        with pytest.raises(StudyNotApproved):
+            require_approved(site, asked)
+        expected = PINNED.get(name, "5" * 64)
+        assert f"stands on    pretrained weights with the SHA-256 {expected}" in review(
+            site, judgements(site)[asked.digest]
+        )
+    with pytest.raises(StudyNotApproved):
+        require_approved(site, study())
+    assert "stands on" not in review(site, judgements(site)[study().digest])
 
 
 def test_the_commands_judge_and_a_run_follows(

@@ -6,6 +6,9 @@ PyTorch weights, and pad as TensorFlow does ("same"), where those weights come f
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -63,7 +66,11 @@ class _Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """(batch, channels, S, S) to (batch, 1280): the feature maps' means."""
+    """(batch, channels, S, S) to (batch, 1280): the feature maps' means, centred.
+
+    What each map has on the images that the weights were learned from is taken away: a constant
+    of the weights, without which most of a feature vector says only that this is an image.
+    """
 
     def __init__(self, in_channels: int = 3) -> None:
         super().__init__()
@@ -82,4 +89,19 @@ class EfficientNetLite0(nn.Module):
         for block in self._blocks:
             x = block(x)
         x = F.relu6(self._bn1(self._conv_head(x)), inplace=True)
-        return x.mean(dim=(2, 3))
+        return x.mean(dim=(2, 3)) - expected_relu6(self._bn1.bias, self._bn1.weight)
+
+
+def expected_relu6(mean: Tensor, deviation: Tensor) -> Tensor:
+    """Mean of min(max(x, 0), 6) of a Gaussian x, such as what leaves a batch norm.
+
+    Args:
+        mean: of x; a batch norm's bias.
+        deviation: of x, of either sign but not 0; a batch norm's weight.
+    """
+    mu, sigma = mean.double(), deviation.double().abs()
+    low, high = -mu / sigma, (6 - mu) / sigma
+    inside = torch.special.ndtr(high) - torch.special.ndtr(low)
+    density = (torch.exp(-(low**2) / 2) - torch.exp(-(high**2) / 2)) / math.sqrt(2 * math.pi)
+    result: Tensor = mu * inside + sigma * density + 6 * torch.special.ndtr(-high)
+    return result.to(mean.dtype)

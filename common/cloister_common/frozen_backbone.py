@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from cloister_common.pretrained import WIDTHS, Weights, backbone, require
 
-_MEAN = (0.485, 0.456, 0.406)
-_DEVIATION = (0.229, 0.224, 0.225)
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_NORMALISED = {"efficientnet-lite0": ((127 / 255,) * 3, (128 / 255,) * 3)}
+"""Mean and deviation that an architecture's weights were learned with, where not ImageNet's."""
 
 
 @runtime_checkable
@@ -77,9 +78,9 @@ class FrozenBackbone(nn.Module):
         """
         body = backbone(self._weights, str(images.device))
         if body.channels == 3:
-            # From -2..2 to 0..1, then as ImageNet's images were normalised.
-            mean = torch.tensor(_MEAN, device=images.device).view(1, 3, 1, 1)
-            deviation = torch.tensor(_DEVIATION, device=images.device).view(1, 3, 1, 1)
+            # From -2..2 to 0..1, then as the images were that the weights were learned from.
+            of = _NORMALISED.get(self._weights.architecture, _IMAGENET)
+            mean, deviation = torch.tensor(of, device=images.device).view(2, 1, 3, 1, 1)
             images = (images * 0.25 + 0.5 - mean) / deviation
         maps: Tensor = body(images)
         return F.normalize(maps, dim=1)

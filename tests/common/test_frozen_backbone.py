@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from cloister_common import pretrained
-from cloister_common.efficientnet_lite import EfficientNetLite0
+from cloister_common.efficientnet_lite import EfficientNetLite0, expected_relu6
 from cloister_common.errors import ExtraMissing, NetworkUnfit, StudyInvalid, WeightsUnfit
 from cloister_common.network_checks import require_private
 from cloister_common.networks import backbone_body, build
@@ -67,20 +67,26 @@ def test_the_features_are_those_of_the_published_implementation(size: int) -> No
     with torch.no_grad():
         expected = theirs.eval().extract_features(pixels).mean(dim=(2, 3))
         ours = backbone(LITE0)(pixels)
+    # Ours are centred: by a Gaussian of the last batch norm's mean and deviation, drawn here.
+    bias, weight = tensors["_bn1.bias"], tensors["_bn1.weight"]
+    normal = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(2))
+    drawn = (bias + weight * normal).clamp(0, 6).mean(dim=0)
+    centre = expected_relu6(bias, weight)
+    torch.testing.assert_close(centre, drawn, atol=0.06, rtol=0)
+    expected = expected - centre
     assert ours.shape == (2, 1280)
     assert expected.abs().max() > 0.5
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_pixels_reach_the_backbone_as_imagenets_did() -> None:
+def test_pixels_reach_the_backbone_as_it_learned_them() -> None:
     network = build(Network(name="efficientnet-lite0"), 2, size=64, seed=0)
     pixels = images(1)
     # The product's pixels are (x - 0.5) / 0.25 of x from 0 to 1.
     grey = pixels * 0.25 + 0.5
-    mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
-    deviation = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    # Google's Lite networks take (byte - 127) / 128.
     with torch.no_grad():
-        expected = backbone(LITE0)((grey.expand(-1, 3, -1, -1) - mean) / deviation)
+        expected = backbone(LITE0)(((grey * 255 - 127) / 128).expand(-1, 3, -1, -1))
         features = network.features(pixels)
     torch.testing.assert_close(features, expected / expected.norm(), atol=1e-6, rtol=1e-4)
 

@@ -79,6 +79,14 @@ def test_the_features_are_those_of_the_published_implementation(size: int) -> No
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_the_centre_is_the_mean_of_a_clipped_gaussian() -> None:
+    mean, deviation = torch.tensor([-3.0, 0.0, 3.0, 6.0, 9.0]), torch.tensor([1, -2, 4, 0.5, 3])
+    z = torch.linspace(-9, 9, 90_001, dtype=torch.float64)
+    density = torch.exp(-(z**2) / 2) / torch.exp(-(z**2) / 2).sum()
+    summed = (mean + deviation * z[:, None]).clamp(0, 6).T @ density
+    torch.testing.assert_close(expected_relu6(mean, deviation), summed.float())
+
+
 def test_pixels_reach_the_backbone_as_it_learned_them() -> None:
     network = build(Network(name="efficientnet-lite0"), 2, size=64, seed=0)
     pixels = images(1)

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadScopeScheduling
 
 # Before torch is imported: the tests' networks are tiny, and two threads on them only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     """Keep together, where tests run side by side, what shares fixtures that take long to make.
 
-    The tests with real processes share one federation, and measure time: one at a time.
+    That is a file; and all tests with real processes, which share one federation and measure time.
     """
-    for item in items:
-        file = Path(item.nodeid.partition("::")[0])
-        item.add_marker(pytest.mark.xdist_group("e2e" if "e2e" in file.parts else str(file)))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "e2e" if "/e2e/" in file else file
+
+    return ByFile(config, log)

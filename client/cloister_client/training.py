@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from cloister_client.dp_optimizer import PatientDPOptimizer
-from cloister_client.grad_sample import PatientGradSampleModule
+from cloister_client.grad_sample import Engine, PatientGradSampleModule
 from cloister_client.randomness import SecureRandom
 from cloister_client.sampling import (
     Bag,
@@ -200,4 +200,4 @@ class _Proximal:
                 weight.grad = pull if weight.grad is None else weight.grad + pull
 
 
-__all__ = ["Cohort", "train_round"]
+__all__ = ["Cohort", "Engine", "train_round"]

@@ -29,6 +29,7 @@ from opacus.grad_sample.gsm_base import AbstractGradSampleModule
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from cloister_client.grid_sum import Block
 from cloister_client.sampling import Bag, Cohort, FeatureCohort, chunks, pixels_of
 
 Key: TypeAlias = tuple[object, ...]
@@ -68,8 +69,8 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         """The parameters that have gradients, in the order of the flat vector."""
         return [parameter for parameter in self._module.parameters() if parameter.requires_grad]
 
-    def blocks(self, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]) -> Iterator[Tensor]:
-        """Yield flat gradients, float32 (patients, parameters), a few patients at a time.
+    def blocks(self, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]) -> Iterator[Block]:
+        """Yield gradients, a few patients at a time.
 
         The patients come in any order.
         """
@@ -81,7 +82,7 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         size = sum(parameter.numel() for parameter in self.trained)
         gradients = torch.empty(len(bags), size)
         for places, block in self._placed_blocks(cohort, bags):
-            gradients[places] = block
+            gradients[places] = _flat(block)
         position = 0
         for parameter in self.trained:
             part = gradients[:, position : position + parameter.numel()]
@@ -90,7 +91,7 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
 
     def _placed_blocks(
         self, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]
-    ) -> Iterator[tuple[list[int], Tensor]]:
+    ) -> Iterator[tuple[list[int], Block]]:
         """Yield gradients with the places of their patients in ``bags``."""
         if self._hooked is not None:
             start = 0
@@ -156,11 +157,10 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
             seen.append(self._side_by_side(others.flatten(0, 1), labels, images)[place])
         return all(torch.equal(gradient, seen[0]) for gradient in seen)
 
-    def _of_patient(self, images: Tensor, label: int) -> Tensor:
+    def _of_patient(self, images: Tensor, label: int) -> Sequence[Tensor]:
         logits = self._module(images)
         loss = F.cross_entropy(logits, torch.full((len(images),), label))
-        gradients = torch.autograd.grad(loss, self.trained)
-        return torch.cat([gradient.reshape(-1) for gradient in gradients]).unsqueeze(0)
+        return torch.autograd.grad(loss, self.trained)
 
     def _by_hooks(self, hooked: GradSampleModule, images: Tensor, run: Sequence[Bag]) -> Tensor:
         sizes = torch.tensor([len(bag.images) for bag in run])
@@ -187,6 +187,13 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         if self._hooked is not None:
             self._hooked.remove_hooks()
             self._hooked = None
+
+
+def _flat(block: Block) -> Tensor:
+    """A block as float32 (patients, parameters)."""
+    if isinstance(block, Tensor):
+        return block
+    return torch.cat([part.reshape(-1) for part in block]).unsqueeze(0)
 
 
 def _one(cohort: Cohort | FeatureCohort) -> tuple[int, ...]:

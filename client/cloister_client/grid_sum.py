@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -22,9 +23,21 @@ from cloister_common.errors import InternalError
 GRID_BITS = 30
 """The grid is 2^-30 of the clipping norm; a clipped gradient has an L2 norm of at most 2^30."""
 
-Block: TypeAlias = Tensor | Sequence[Tensor]
+
+@dataclass(frozen=True)
+class Clipped:
+    """A float32 sum of gradients that an engine has clipped, with its own account of rounding.
+
+    Attributes:
+        parts: one tensor a parameter, finite.
+    """
+
+    parts: Sequence[Tensor]
+
+
+Block: TypeAlias = Tensor | Sequence[Tensor] | Clipped
 """Several patients' gradients, float32 (patients, size); or one patient's as it comes out of
-autograd, one float32 tensor a parameter, which saves a copy."""
+autograd, one float32 tensor a parameter, which saves a copy; or a sum that is clipped already."""
 
 _PIECE = 1 << 16
 """Values clipped at a time: they stay in the processor's cache."""
@@ -51,18 +64,24 @@ def clipped_sum(blocks: Iterable[Block], size: int, clipping_norm: float) -> Ten
     # One running sum a form: a network may be taken side by side for some bags, not for others.
     sums: dict[tuple[int, ...], _GridSum] = {}
     for block in blocks:
-        for parts in [[row] for row in block] if isinstance(block, Tensor) else [block]:
+        for parts in _one_by_one(block):
             flat = [part.detach().reshape(-1) for part in parts]
             sizes = tuple(len(part) for part in flat)
             if sum(sizes) != size:
                 raise InternalError("A patient's gradient has the wrong length.")
             if sizes not in sums:
                 sums[sizes] = _GridSum(sizes, clipping_norm)
-            sums[sizes].add(flat)
+            sums[sizes].add(flat, clipped=isinstance(block, Clipped))
     total = torch.zeros(size, dtype=torch.int64)
     for part_sum in sums.values():
         total.add_(part_sum.finish())
     return total
+
+
+def _one_by_one(block: Block) -> Iterable[Sequence[Tensor]]:
+    if isinstance(block, Tensor):
+        return [[row] for row in block]
+    return [block.parts if isinstance(block, Clipped) else block]
 
 
 class _GridSum:
@@ -85,8 +104,8 @@ class _GridSum:
     def _split(parts: list[Tensor]) -> list[Tensor]:
         return [piece for part in parts for piece in torch.split(part, _PIECE)]
 
-    def add(self, parts: list[Tensor]) -> None:
-        """Add one patient's gradient; one that is not finite counts as zero."""
+    def add(self, parts: list[Tensor], *, clipped: bool = False) -> None:
+        """Add one patient's gradient, or a clipped sum; what is not finite counts as zero."""
         pieces = self._split(parts)
         squares = [torch.dot(wide, wide) for wide in map(Tensor.double, pieces)]
         norms = torch.stack(squares).sqrt().tolist()
@@ -99,10 +118,13 @@ class _GridSum:
         # the product below, in float32, by 1 + 2^-24. The margin covers twice all that, and the
         # factor is rounded down, so rounding never exceeds the clip.
         norm *= 1.0 + (self.size + 64) * 2.0**-52 + 2.0**-23
-        factor = _float32_below(2.0**GRID_BITS / max(norm, self._clip))
+        factor = _float32_below(2.0**GRID_BITS / (self._clip if clipped else max(norm, self._clip)))
         for place, (piece, own) in enumerate(zip(pieces, norms, strict=True)):
             # The conversion to a whole number truncates toward zero: magnitudes only fall.
-            highest = min(own * factor * (1 + 2.0**-20), 2.0**GRID_BITS)
+            highest = own * factor * (1 + 2.0**-20)
+            if highest > _ROOM:
+                self._wide[place].add_(piece.mul(factor).to(torch.int64))
+                continue
             if self._reached[place] + highest > _ROOM:
                 self._flush(place)
             self._reached[place] += highest

@@ -112,7 +112,9 @@ def _train_private(
     pull = _Proximal(module, study.aggregation.proximal_mu)
     # Opacus calls the hook after the noise: the pull depends on public weights alone.
     optimizer.attach_step_hook(lambda _: pull.add())
-    patients = PatientGradSampleModule(module, engine=training.engine)
+    patients = PatientGradSampleModule(
+        module, engine=training.engine, clipping_norm=study.privacy.clipping_norm
+    )
     try:
         for _ in range(steps):
             optimizer.step_on(patients.blocks(cohort, _draw(cohort, random, training)))

@@ -59,7 +59,7 @@ def test_the_installed_step_passes_and_the_audit_sees_much_of_it() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["opacus"])
+@pytest.mark.parametrize("engine", ["opacus", "book-keeping"])
 def test_every_engine_passes(engine: training.Engine) -> None:
     assert 0.45 < audited(800, engine) < 1
 

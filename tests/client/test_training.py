@@ -523,7 +523,7 @@ def round_of(
     )
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, "book-keeping"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_private_round_changes_only_what_it_returns(engine: Engine, optimizer: str) -> None:
     cohort = cohort_of([1, 2, 3, 4])

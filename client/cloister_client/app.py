@@ -230,6 +230,9 @@ def _loaded(study: Study, model: Vector) -> nn.Module:
 
 def _train(site: Site, study: Study, task: TrainTask) -> Vector:
     module = _loaded(study, task.vector)
+    if study.privacy.enabled:
+        # Before the charge: a network that cannot keep the promise costs the patients nothing.
+        networks.require_private(module, size=study.input.size)
     gate.charge(site, study, run=task.run, round_number=task.round)
     cohort = _training_part(_cohort(site, study), study)
     private = study.privacy.enabled

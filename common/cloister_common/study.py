@@ -97,8 +97,9 @@ class Training(FileModel):
     optimizer: Literal["sgd", "adam"] = "sgd"
     learning_rate: Annotated[float, Field(gt=0, le=1000)] = 0.5
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    engine: Literal["patients", "opacus"] = "patients"
-    """``patients``: one gradient a patient; ``opacus``: through Opacus' own hooks."""
+    engine: Literal["patients", "opacus", "book-keeping"] = "patients"
+    """``patients``: one gradient a patient; ``opacus``: through Opacus' own hooks;
+    ``book-keeping``: sums of clipped gradients from one backward pass (Bu et al. 2023)."""
     augment: bool = False
     """Mirror and shift the images of a patient at random, inside the unit."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

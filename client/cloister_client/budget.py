@@ -13,6 +13,7 @@ from pathlib import Path
 from cloister_client import gate
 from cloister_client.approvals import judgements
 from cloister_client.audit import log_of
+from cloister_client.high_water import note
 from cloister_client.ledger import Ledger, Quote
 from cloister_client.policy import refusals
 from cloister_client.site import Site
@@ -309,6 +310,7 @@ def close(site: Site, digest: str) -> int:
     ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
     released = ledger.close(digest, site.identity())
     log_of(site).append("closed", study=digest, released=released, by="steward")
+    note(site, ledger)
     return released
 
 

@@ -73,3 +73,17 @@ def close(
     digest = budget.find(site, study)
     released = budget.close(site, digest)
     typer.echo(f"Closed at {site.name}: {digest[:16]}. Steps released: {released}.")
+
+
+@app.command(name="accept-ledger")
+def accept_ledger(folder: Folder = Path()) -> None:
+    """Take the ledger for the newest, where the site's notes of it say otherwise; it is logged."""
+    require("client", "numpy", "pydicom")
+    from cloister_client.high_water import accept
+    from cloister_client.site import open_site
+
+    site = open_site(site_folder(folder))
+    found = accept(site)
+    for sentence in found:
+        typer.echo(sentence)
+    typer.echo("Accepted, and logged." if found else "The ledger fits what was noted of it.")

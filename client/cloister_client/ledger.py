@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from cloister_client.ledger_schema import Entry, append, create_file, install, read, transaction
-from cloister_client.ledger_state import Account, Reservation, State, close_body, replay
+from cloister_client.ledger_state import (
+    Account,
+    Reservation,
+    State,
+    accept_body,
+    close_body,
+    replay,
+)
 from cloister_common.errors import BudgetExhausted, InternalError, PolicyRefused, RoundAlreadySpent
 from cloister_common.identity import Identity
 from cloister_common.privacy.accounting import epsilon_of
@@ -204,6 +211,13 @@ class Ledger:
             )
             append(connection, "closed", body)
         return int(body["released"])
+
+    def accept(self, missed: int, steward: Identity) -> None:
+        """Write that the steward takes this ledger for the newest; see ``high_water``."""
+        with transaction(self._path, write=True) as connection:
+            entries = read(connection)
+            replay(entries)
+            append(connection, "accepted", accept_body(missed, entries[-1].hash, steward))
 
     def closed(self) -> frozenset[str]:
         """Hashes of the studies that the steward closed."""

@@ -17,7 +17,8 @@ from cloister_common.identity import Identity, verify
 from cloister_common.privacy.events import Composition, Mechanism, compose
 
 CLOSE_LABEL = "cloister/ledger/close/v1"
-"""What the signature under a ``closed`` entry is over, first."""
+ACCEPT_LABEL = "cloister/ledger/accept/v1"
+"""What the signatures under ``closed`` and ``accepted`` entries are over, first."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,9 @@ def _apply(state: State | None, entry: Entry) -> State:
     if entry.kind == "closed":
         _close(state, entry)
         return state
+    if entry.kind == "accepted":
+        _accept(entry)
+        return state
     _hold(body["study"] not in state.closed)
     key = (str(body["study"]), str(body["run"]))
     if entry.kind == "reserved":
@@ -176,6 +180,26 @@ def _close(state: State, entry: Entry) -> None:
     for account in state.of(study):
         account.steps = account.started
     state.closed.add(study)
+
+
+def accept_body(missed: int, previous: str, steward: Identity) -> dict[str, Any]:
+    """The entry by which the steward takes a ledger for the newest; signed for this place.
+
+    Args:
+        missed: number of the newest entry that was noted elsewhere, 0 for none.
+        previous: hash of the ledger's last entry.
+        steward: signs it, see ``close_body``.
+    """
+    signature = steward.sign(ACCEPT_LABEL, u64(missed), previous.encode())
+    return {"missed": missed, "key": steward.public.hex(), "signature": signature.hex()}
+
+
+def _accept(entry: Entry) -> None:
+    body = entry.body
+    key, signature = bytes.fromhex(body["key"]), bytes.fromhex(body["signature"])
+    missed = int(body["missed"])
+    _hold(missed >= 0)
+    _hold(verify(key, signature, ACCEPT_LABEL, u64(missed), entry.previous.encode()))
 
 
 def _hold(rule: object) -> None:

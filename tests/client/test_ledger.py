@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from cloister_client import ledger_schema
 from cloister_client.ledger import Ledger, Reservation
-from cloister_client.ledger_state import close_body
+from cloister_client.ledger_state import accept_body, close_body
 from cloister_common.errors import (
     BudgetExhausted,
     InternalError,
@@ -186,6 +186,17 @@ def test_a_closing_that_no_steward_signed_here_is_named(
         body = close_body(STUDY, 0, ledger.head()[1], STEWARD)
     forge(path, "closed", **body)
     with pytest.raises(LedgerDamaged, match="says what no entry can say"):
+        ledger.verify()
+
+
+@pytest.mark.parametrize("change", [{"missed": 4}, {"missed": -1}, {"key": "00" * 32}])
+def test_an_acceptance_that_no_steward_signed_here_is_named(
+    ledger: Ledger, path: Path, change: dict[str, object]
+) -> None:
+    ledger.accept(3, STEWARD)
+    ledger.verify()
+    forge(path, "accepted", **{**accept_body(3, ledger.head()[1], STEWARD), **change})
+    with pytest.raises(LedgerDamaged, match="entry 3 says"):
         ledger.verify()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 
 from cloister_client.approvals import require_approved
-from cloister_client.high_water import note, require_newest
+from cloister_client.high_water import is_noted, note, require_newest
 from cloister_client.hours import within
 from cloister_client.ledger import Ledger
 from cloister_client.policy import may_measure, refusals
@@ -82,6 +82,9 @@ def admit(site: Site, study: Study, *, run: str, invited: int, signatures: bytes
         return
     used = mechanism(study)
     ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
+    if not is_noted(site):
+        # Before the first reservation: a kill behind it must not look like notes that were deleted.
+        note(site, ledger)
     before = ledger.head()
     ledger.reserve(
         study.digest,

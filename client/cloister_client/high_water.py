@@ -81,6 +81,11 @@ def note(site: Site, ledger: Ledger) -> None:
         log_of(site).append(NOTE, ledger_seq=seq, ledger_hash=digest)
 
 
+def is_noted(site: Site) -> bool:
+    """Whether both places note a head; see ``note``."""
+    return _high(site) is not None and _noted(site) is not None
+
+
 def accept(site: Site) -> tuple[str, ...]:
     """Take the ledger as it is for the newest, on the steward's word, and note that.
 

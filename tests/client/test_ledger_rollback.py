@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from cloister_client import cli, gate
+from cloister_client import cli, gate, high_water
 from cloister_client.approvals import Decision, judge
 from cloister_client.audit import entries_of, path_of
 from cloister_client.high_water import FILE, disagreements
@@ -92,6 +93,34 @@ def test_a_high_water_file_that_says_nothing_is_missed(site: Site) -> None:
     (site.root / FILE).write_text('{"seq": true, "hash": ""}')
     with pytest.raises(LedgerRolledBack, match="high-water file notes no head"):
         admit(site)
+
+
+@pytest.mark.parametrize("killed_in", ["note", "write_atomic"])
+def test_a_kill_between_the_ledger_and_its_notes_is_no_rollback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str
+) -> None:
+    made = init_site(tmp_path / "birke", policy=Policy(max_epsilon_study=6))
+    judge(made, STUDY, Decision.APPROVED)
+
+    def kill(*_: object) -> None:
+        if ledger(made).reservations():
+            raise KeyboardInterrupt
+        if killed_in == "note":
+            high_water.note(made, ledger(made))
+        else:
+            (made.root / FILE).write_text(
+                json.dumps(dict(zip(("seq", "hash"), ledger(made).head(), strict=True)))
+            )
+
+    where = gate if killed_in == "note" else high_water
+    with monkeypatch.context() as patch:
+        patch.setattr(where, killed_in, kill)
+        with pytest.raises(KeyboardInterrupt):
+            admit(made)
+    assert len(ledger(made).reservations()) == 1
+    admit(made)
+    gate.charge(made, STUDY, run="run-1", round_number=1)
+    assert disagreements(made) == ()
 
 
 def test_the_steward_accepts_and_it_is_written_in_both(site: Site) -> None:

@@ -45,6 +45,7 @@ from cloister_common.errors import (
     WireInvalid,
 )
 from cloister_common.frozen_backbone import FrozenBackbone
+from cloister_common.network_checks import require_private
 from cloister_common.pretrained import MODELS_FOLDER
 from cloister_common.records import (
     ROSTER_KEY,
@@ -248,6 +249,9 @@ def _loaded(site: Site, study: Study, model: Vector) -> nn.Module:
 
 def _train(site: Site, study: Study, task: TrainTask) -> Vector:
     module = _loaded(site, study, task.vector)
+    if study.privacy.enabled:
+        # Before the charge: a network that cannot keep the promise costs the patients nothing.
+        require_private(module, size=study.input.size)
     gate.charge(site, study, run=task.run, round_number=task.round)
     cohort, _ = _parts(_cohort(site, study), study)
     private = study.privacy.enabled

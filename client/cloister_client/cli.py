@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from cloister_client import cli_budget
 from cloister_client.cli_join import join, proxy, roster
 from cloister_client.cli_service import start, status, stop
 from cloister_client.cli_steward import approve, deny, review, site_folder
@@ -34,6 +35,7 @@ app.command()(status)
 app.command()(review)
 app.command()(approve)
 app.command()(deny)
+app.add_typer(cli_budget.app, name="budget")
 
 
 @app.callback()

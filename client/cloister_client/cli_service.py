@@ -104,7 +104,7 @@ def _as_dict(
 
 
 def _show(site: Site, told: Standing | None, serving: bool, waiting: list[str]) -> None:
-    from cloister_client import gate
+    from cloister_client import budget
     from cloister_client.notices import read_notice
 
     if told is None:
@@ -120,10 +120,7 @@ def _show(site: Site, told: Standing | None, serving: bool, waiting: list[str]) 
     if told is not None and told.last_asked:
         when = datetime.datetime.fromtimestamp(told.last_asked, datetime.UTC)
         typer.echo(f"last asked {when:%Y-%m-%d %H:%M:%S} UTC, {sum(told.asked.values())} messages")
-    typer.echo(
-        f"budget: epsilon {gate.promised(site):.2f} of {site.policy.max_epsilon_lifetime:.2f} is "
-        "promised (lifetime, all studies)"
-    )
+    typer.echo(f"budget: {budget.summary(site)}")
     notice = read_notice(site.root)
     if notice is not None:
         typer.echo(f"last refused {notice.time}: {notice.message}")

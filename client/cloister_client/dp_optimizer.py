@@ -6,9 +6,8 @@ that a seed repeats; one infinite gradient spoils the weights; and an accumulati
 early is carried into the next step. Here
 
 - a patient's gradient that is not finite counts as zero;
-- its norm is taken in float64 over all parameters, with a margin for the rounding of the norm;
-- each clipped gradient is truncated toward zero to whole multiples of 2^-30 C and summed in int64,
-  which is exact: adding or removing one patient moves the sum by at most C, not C (1 + something);
+- clipped gradients are put on a grid of 2^-30 C and summed exactly, so that adding or removing one
+  patient moves the sum by at most C, not C (1 + something): ``grid_sum``;
 - noise of standard deviation sigma C is rounded to the same grid, so that the noised sum is a
   rounding of (sum + Gaussian): post-processing of the Gaussian mechanism;
 - the divisor is a public constant, never the number of patients who happened to be drawn;
@@ -26,58 +25,9 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cloister_client.grid_sum import GRID_BITS, Block, clipped_sum
 from cloister_client.randomness import SecureRandom
 from cloister_common.errors import InternalError
-
-GRID_BITS = 30
-"""The grid is 2^-30 of the clipping norm; a clipped gradient has an L2 norm of at most 2^30."""
-
-_PIECE = 1 << 16
-"""Values clipped at a time: in float64 they stay in the processor's cache."""
-
-
-def clipped_sum(blocks: Iterable[Tensor], size: int, clipping_norm: float) -> Tensor:
-    """Clip patients' gradients, put them on the grid and sum them.
-
-    Args:
-        blocks: float32 gradients, (patients, ``size``) each; any number of blocks, also none.
-        size: length of one patient's gradient.
-        clipping_norm: C, above 0.
-
-    Returns:
-        int64, (``size``,), in units of 2^-30 C. Adding or removing one patient (one row) moves it
-        by an L2 norm of at most 2^30, exactly.
-
-    Raises:
-        InternalError: a block has another shape.
-    """
-    total = torch.zeros(size, dtype=torch.int64)
-    for block in blocks:
-        if block.ndim != 2 or block.shape[1] != size:
-            raise InternalError("A patient's gradient has the wrong length.")
-        for row in block.detach():
-            _add_clipped(total, row, clipping_norm)
-    return total
-
-
-def _add_clipped(total: Tensor, gradient: Tensor, clipping_norm: float) -> None:
-    # float32 squared and summed cannot overflow float64, so a norm that is not finite has exactly
-    # one cause: a value that is not finite.
-    norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
-    if not math.isfinite(norm):
-        return
-    # Summing n squares errs by at most a factor 1 + n 2^-53; scaling, the root and the products
-    # below add a few 2^-53 more. The margin covers twice that, so rounding never exceeds the clip.
-    norm *= 1.0 + (len(gradient) + 16) * 2.0**-52
-    factor = 2.0**GRID_BITS / max(norm, clipping_norm)
-    if norm < clipping_norm:
-        factor = 2.0**GRID_BITS / clipping_norm
-    for values, target in zip(
-        torch.split(gradient, _PIECE), torch.split(total, _PIECE), strict=True
-    ):
-        # The conversion to a whole number truncates toward zero: magnitudes only fall. Each is at
-        # most 2^30, so int32 holds it, and the sum is exact for up to 2^33 patients.
-        target.add_(values.to(torch.float64).mul_(factor).to(torch.int32))
 
 
 class PatientDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is not typed
@@ -124,7 +74,7 @@ class PatientDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is not ty
         """Length of one patient's gradient."""
         return sum(parameter.numel() for parameter in self.params)
 
-    def step_on(self, blocks: Iterable[Tensor]) -> None:
+    def step_on(self, blocks: Iterable[Block]) -> None:
         """Clip, sum, add noise, divide and step, for gradients that come in blocks.
 
         If ``blocks`` raises, nothing has happened: no parameter and no state has changed.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 
 from cloister_client.approvals import require_approved
+from cloister_client.high_water import is_noted, note, require_newest
 from cloister_client.hours import within
 from cloister_client.ledger import Ledger
 from cloister_client.policy import may_measure, refusals
@@ -46,6 +47,7 @@ def consent(site: Site, study: Study, *, invited: int, signatures: bytes = b"") 
         MessageInvalid: the signatures are no signatures.
         PolicyRefused: the study asks for more than the policy allows.
         StudyNotApproved: nobody here approved it, nor does the policy; it is kept for review.
+        LedgerRolledBack: the ledger is not the newest one, see ``high_water``.
     """
     reasons = refusals(site.policy, study, invited)
     if reasons:
@@ -54,6 +56,7 @@ def consent(site: Site, study: Study, *, invited: int, signatures: bytes = b"") 
             why=" ".join(reasons),
             remedy="Change the study, or let the steward change [policy] in site.toml.",
         )
+    require_newest(site)
     require_approved(site, study, signatures)
 
 
@@ -69,6 +72,7 @@ def admit(site: Site, study: Study, *, run: str, invited: int, signatures: bytes
 
     Raises:
         MessageInvalid, PolicyRefused, StudyNotApproved: see ``consent``.
+        LedgerRolledBack: see ``consent``.
         BudgetExhausted: the ledger cannot bear it.
         EpsilonUnreachable: no noise gives the study's epsilon.
         LedgerDamaged: the ledger's chain is broken.
@@ -78,6 +82,10 @@ def admit(site: Site, study: Study, *, run: str, invited: int, signatures: bytes
         return
     used = mechanism(study)
     ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
+    if not is_noted(site):
+        # Before the first reservation: a kill behind it must not look like notes that were deleted.
+        note(site, ledger)
+    before = ledger.head()
     ledger.reserve(
         study.digest,
         run,
@@ -87,6 +95,8 @@ def admit(site: Site, study: Study, *, run: str, invited: int, signatures: bytes
         epsilon_limit_study=site.policy.max_epsilon_study,
         epsilon_limit_lifetime=site.policy.max_epsilon_lifetime,
     )
+    if ledger.head() != before:
+        note(site, ledger)
 
 
 def require_hours(site: Site, now: datetime.time) -> None:
@@ -164,3 +174,4 @@ def charge(site: Site, study: Study, *, run: str, round_number: int) -> None:
         return
     ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
     ledger.start_round(study.digest, run, round_number, study.training.steps_per_round)
+    note(site, ledger)

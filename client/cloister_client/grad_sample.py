@@ -1,4 +1,4 @@
-"""One gradient a patient, by either of two engines behind Opacus' interface.
+"""One gradient a patient, by one of three engines behind Opacus' interface.
 
 A patient's gradient is that of the mean cross entropy over the patient's images.
 
@@ -14,10 +14,16 @@ place tried and beside any neighbour, else the loop is used.
 patient's images, and sums the image gradients by patient. Its matrix products see the whole batch,
 so the rounding error of one patient's gradient (about 1e-7 of it) may depend on who else is in the
 batch; the proof of sensitivity starts after that rounding.
+
+``book-keeping`` gives sums of clipped gradients from one backward pass, see ``book_keeping``.
+Before it is used for a network and a size of image, it is tried: single patients must come out as
+from the loop. Where they do not, or a layer has no rule, the loop is used, with the whole clipping
+norm.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
@@ -29,10 +35,13 @@ from opacus.grad_sample.gsm_base import AbstractGradSampleModule
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from cloister_client import book_keeping
+from cloister_client.grid_sum import Block, Clipped
 from cloister_client.sampling import Bag, Cohort, FeatureCohort, chunks, pixels_of
+from cloister_common.errors import InternalError
 
 Key: TypeAlias = tuple[object, ...]
-Engine: TypeAlias = Literal["patients", "opacus"]
+Engine: TypeAlias = Literal["patients", "opacus", "book-keeping"]
 
 _PLACES = 16
 """Patients that a small network takes at a time."""
@@ -41,8 +50,11 @@ _SMALL = 1 << 17
 """Most parameters of a small network."""
 
 _IMAGES_AT_ONCE = 64
-"""Most images whose gradients the ``opacus`` engine holds in memory."""
+"""Most images that ``opacus`` and ``book-keeping`` take in one pass."""
 
+
+_AGREE = 1e-3
+"""Largest relative difference between book-keeping and the loop: float32 rounding, and no fault."""
 
 _tried: dict[Key, bool] = {}
 
@@ -52,14 +64,18 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
 
     Args:
         m: the network, in training mode.
-        engine: ``patients`` or ``opacus``; both give the same gradients up to rounding.
+        engine: they give the same gradients up to rounding.
+        clipping_norm: C; ``book-keeping`` needs it, for it clips by itself.
 
     Call ``to_standard_module`` when done: Opacus leaves marks on the parameters.
     """
 
-    def __init__(self, m: nn.Module, *, engine: Engine = "patients") -> None:
+    def __init__(
+        self, m: nn.Module, *, engine: Engine = "patients", clipping_norm: float = math.inf
+    ) -> None:
         super().__init__(m, batch_first=True, loss_reduction="sum")
         self.engine: Engine = engine
+        self._limit = clipping_norm / (1 + book_keeping.ETA)
         self._small = sum(parameter.numel() for parameter in self.trained) <= _SMALL
         self._hooked = GradSampleModule(m, loss_reduction="sum") if engine == "opacus" else None
 
@@ -68,20 +84,23 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         """The parameters that have gradients, in the order of the flat vector."""
         return [parameter for parameter in self._module.parameters() if parameter.requires_grad]
 
-    def blocks(self, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]) -> Iterator[Tensor]:
-        """Yield flat gradients, float32 (patients, parameters), a few patients at a time.
+    def blocks(self, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]) -> Iterator[Block]:
+        """Yield gradients, a few patients at a time.
 
         The patients come in any order.
         """
+        if self.engine == "book-keeping" and self._kept_books_agree(_one(cohort)):
+            yield from self._by_book_keeping(cohort, bags)
+            return
         for _, block in self._placed_blocks(cohort, bags):
             yield block
 
     def fill_grad_samples(self, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]) -> None:
         """Set ``p.grad_sample`` of each parameter to (patients, *shape), as Opacus users expect."""
         size = sum(parameter.numel() for parameter in self.trained)
-        gradients = torch.empty(len(bags), size)
+        gradients = torch.empty(len(bags), size, dtype=self.trained[0].dtype)
         for places, block in self._placed_blocks(cohort, bags):
-            gradients[places] = block
+            gradients[places] = _flat(block)
         position = 0
         for parameter in self.trained:
             part = gradients[:, position : position + parameter.numel()]
@@ -90,7 +109,7 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
 
     def _placed_blocks(
         self, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]
-    ) -> Iterator[tuple[list[int], Tensor]]:
+    ) -> Iterator[tuple[list[int], Block]]:
         """Yield gradients with the places of their patients in ``bags``."""
         if self._hooked is not None:
             start = 0
@@ -117,7 +136,7 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
     def _side_by_side(self, pixels: Tensor, labels: Tensor, images: int) -> Tensor:
         """Gradients of up to 16 patients who have ``images`` images each."""
         count = len(labels)
-        padded = torch.zeros(_PLACES, images, *pixels.shape[1:])
+        padded = torch.zeros(_PLACES, images, *pixels.shape[1:], dtype=pixels.dtype)
         padded[:count] = pixels.view(count, images, *pixels.shape[1:])
         classes = torch.zeros(_PLACES, dtype=torch.int64)
         classes[:count] = labels
@@ -145,7 +164,7 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         # Public numbers, unlike anything that privacy rests on.
         generator = torch.Generator().manual_seed(0)
         shape = (_PLACES, images, *one)
-        crowd = torch.randn(shape, generator=generator)
+        crowd = torch.randn(shape, generator=generator).to(self.trained[0].dtype)
         labels = torch.zeros(_PLACES, dtype=torch.int64)
         seen: list[Tensor] = []
         for place, neighbours in (
@@ -156,11 +175,56 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
             seen.append(self._side_by_side(others.flatten(0, 1), labels, images)[place])
         return all(torch.equal(gradient, seen[0]) for gradient in seen)
 
-    def _of_patient(self, images: Tensor, label: int) -> Tensor:
+    def _of_patient(self, images: Tensor, label: int) -> Sequence[Tensor]:
         logits = self._module(images)
         loss = F.cross_entropy(logits, torch.full((len(images),), label))
-        gradients = torch.autograd.grad(loss, self.trained)
-        return torch.cat([gradient.reshape(-1) for gradient in gradients]).unsqueeze(0)
+        return torch.autograd.grad(loss, self.trained)
+
+    def _by_book_keeping(
+        self, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]
+    ) -> Iterator[Block]:
+        if not math.isfinite(self._limit):
+            raise InternalError("Book-keeping needs the clipping norm.")
+        for run in chunks(bags[: book_keeping.MOST], _IMAGES_AT_ONCE):
+            pixels, labels = pixels_of(cohort, run), torch.tensor([bag.label for bag in run])
+            sizes = [len(bag.images) for bag in run]
+            for parts in book_keeping.clipped_groups(
+                self._module, pixels, labels, sizes, self._limit
+            ):
+                yield Clipped(parts)
+        for bag in bags[book_keeping.MOST :]:
+            # To the same norm as the others: one patient more must not change another's clipping.
+            alone = self._of_patient(pixels_of(cohort, [bag]), bag.label)
+            norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in alone]
+            norm = math.hypot(*(float(each) for each in norms))
+            if math.isfinite(norm):
+                factor = self._limit / max(norm, self._limit)
+                yield Clipped([part * factor for part in alone])
+
+    def _kept_books_agree(self, one: tuple[int, ...]) -> bool:
+        """Whether book-keeping gives single patients what the loop gives; tried once."""
+        shapes = tuple((name, tuple(p.shape)) for name, p in self._module.named_parameters())
+        key: Key = ("book-keeping", type(self._module), shapes, one)
+        if key not in _tried:
+            _tried[key] = book_keeping.supported(self._module) and self._try_books(one)
+        return _tried[key]
+
+    def _try_books(self, one: tuple[int, ...]) -> bool:
+        # Public numbers; one patient of one image, one of three, as others see the second alone.
+        pixels = torch.randn((4, *one), generator=torch.Generator().manual_seed(0))
+        pixels = pixels.to(self.trained[0].dtype)
+        labels, sizes = torch.tensor([0, 1]), [1, 3]
+        try:
+            apart = book_keeping.unit_norms(self._module, pixels, labels, sizes)
+            (both,) = book_keeping.clipped_groups(self._module, pixels, labels, sizes, 1e30)
+        except book_keeping.UnfitPass:
+            return False
+        exact = [
+            _flat(self._of_patient(part, int(label)))[0]
+            for part, label in zip(torch.split(pixels, sizes), labels, strict=True)
+        ]
+        pairs = [*zip(apart, exact, strict=True), (_flat(both)[0], exact[0] + exact[1])]
+        return all(float((a - b).norm()) <= _AGREE * float(b.norm()) for a, b in pairs)
 
     def _by_hooks(self, hooked: GradSampleModule, images: Tensor, run: Sequence[Bag]) -> Tensor:
         sizes = torch.tensor([len(bag.images) for bag in run])
@@ -187,6 +251,14 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         if self._hooked is not None:
             self._hooked.remove_hooks()
             self._hooked = None
+
+
+def _flat(block: Block) -> Tensor:
+    """A block as float32 (patients, parameters)."""
+    if isinstance(block, Tensor):
+        return block
+    parts = block.parts if isinstance(block, Clipped) else block
+    return torch.cat([part.reshape(-1) for part in parts]).unsqueeze(0)
 
 
 def _one(cohort: Cohort | FeatureCohort) -> tuple[int, ...]:

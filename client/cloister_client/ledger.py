@@ -9,100 +9,43 @@ same round is not trained twice. Nothing here knows a patient.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cloister_client.ledger_schema import (
-    PROTOCOL_KINDS,
-    Entry,
-    append,
-    create_file,
-    damaged,
-    install,
-    read,
-    transaction,
+from cloister_client.ledger_schema import Entry, append, create_file, install, read, transaction
+from cloister_client.ledger_state import (
+    Account,
+    Reservation,
+    State,
+    accept_body,
+    close_body,
+    replay,
 )
 from cloister_common.errors import BudgetExhausted, InternalError, PolicyRefused, RoundAlreadySpent
+from cloister_common.identity import Identity
 from cloister_common.privacy.accounting import epsilon_of
 from cloister_common.privacy.events import Composition, Mechanism, compose
 from cloister_common.privacy.filter import ORDERS, lifetime_epsilon, would_fit
 
-__all__ = ["Entry", "Ledger", "Reservation"]
+__all__ = ["Entry", "Ledger", "Quote", "Reservation"]
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _RUN = re.compile(r"[!-~]{1,128}")
 
 
 @dataclass(frozen=True)
-class Reservation:
-    """Steps that a run of a study may take at this site.
+class Quote:
+    """What one more run of a study would bring the accounts to, everything reserved counted.
 
     Attributes:
-        study_digest: hash of the study, 64 hexadecimal digits.
-        run_id: the run that holds it.
-        mechanism: what each step is.
-        steps: how many were reserved.
-        delta: the study's delta.
-        started: how many were started; they are spent.
+        study: epsilon of all runs of the study, at the study's delta.
+        lifetime: epsilon of everything, at the ledger's delta.
     """
 
-    study_digest: str
-    run_id: str
-    mechanism: Mechanism
-    steps: int
-    delta: float
-    started: int
-
-    @property
-    def left(self) -> int:
-        """Steps that may still be started."""
-        return self.steps - self.started
-
-
-@dataclass
-class _Account:
-    """A reservation while the entries are read."""
-
-    study: str
-    run: str
-    mechanism: Mechanism
-    steps: int
-    delta: float
-    rounds: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def started(self) -> int:
-        return sum(self.rounds.values())
-
-    def composition(self, reserved: bool) -> Composition:
-        return ((self.mechanism, self.steps if reserved else self.started),)
-
-    def frozen(self) -> Reservation:
-        return Reservation(
-            self.study, self.run, self.mechanism, self.steps, self.delta, self.started
-        )
-
-
-@dataclass
-class _State:
-    """What the entries add up to."""
-
-    orders: tuple[float, ...]
-    delta: float
-    accounts: dict[tuple[str, str], _Account] = field(default_factory=dict)
-
-    def composition(self, *, reserved: bool, study: str | None = None) -> Composition:
-        return compose(
-            *(
-                account.composition(reserved)
-                for account in self.accounts.values()
-                if study is None or account.study == study
-            )
-        )
+    study: float
+    lifetime: float
 
 
 class Ledger:
@@ -136,7 +79,7 @@ class Ledger:
                 append(
                     connection, "created", {"version": 1, "delta": delta, "orders": list(ORDERS)}
                 )
-            state = _replay(read(connection))
+            state = replay(read(connection))
         if state.delta != delta:
             raise PolicyRefused(
                 f"The ledger was made for delta {state.delta:g}, the policy says {delta:g}.",
@@ -180,9 +123,10 @@ class Ledger:
         _require(steps >= 1, "a number of steps")
         _require(0 < delta < 1, "a delta")
         _require(epsilon_limit_study >= 0 and epsilon_limit_lifetime >= 0, "a limit")
-        wanted = _Account(study_digest, run_id, mechanism, steps, delta)
+        wanted = Account(study_digest, run_id, mechanism, steps, delta)
         with transaction(self._path, write=True) as connection:
-            state = _replay(read(connection))
+            state = replay(read(connection))
+            _require_open(state, study_digest)
             held = state.accounts.get((study_digest, run_id))
             if held is not None:
                 _require_same(held, wanted)
@@ -214,14 +158,70 @@ class Ledger:
         epsilon_limit_lifetime: float,
     ) -> BudgetExhausted | None:
         """What ``reserve`` would say to another run of this study, without reserving; or None."""
-        wanted = _Account(study_digest, "?", mechanism, steps, delta)
+        wanted = Account(study_digest, "?", mechanism, steps, delta)
         state = self._state()
         _make_room(state, wanted)
         try:
+            _require_open(state, study_digest)
             _gates(state, wanted, epsilon_limit_study, epsilon_limit_lifetime)
         except BudgetExhausted as error:
             return error
         return None
+
+    def quote(self, study_digest: str, mechanism: Mechanism, steps: int, delta: float) -> Quote:
+        """What another run of this study would bring the accounts to; nothing is reserved."""
+        wanted = Account(study_digest, "?", mechanism, steps, delta)
+        state = self._state()
+        _make_room(state, wanted)
+        asked = wanted.composition(reserved=True)
+        study = compose(state.composition(reserved=True, study=study_digest), asked)
+        lifetime = compose(state.composition(reserved=True), asked)
+        return Quote(
+            epsilon_of(study, delta), lifetime_epsilon(lifetime, state.delta, orders=state.orders)
+        )
+
+    def close(self, study_digest: str, steward: Identity) -> int:
+        """End a study here: release what it reserved and never started, and start no more of it.
+
+        What was started stays spent. Closing again changes nothing.
+
+        Args:
+            study_digest: hash of a study that has reserved something here.
+            steward: signs the entry.
+
+        Returns:
+            The steps that were released.
+
+        Raises:
+            PolicyRefused: the study has no reservation.
+            LedgerDamaged: the file is no sound ledger, or cannot be written.
+        """
+        with transaction(self._path, write=True) as connection:
+            entries = read(connection)
+            state = replay(entries)
+            if study_digest in state.closed:
+                return 0
+            if not state.of(study_digest):
+                raise PolicyRefused(
+                    "The study has reserved nothing in this ledger.",
+                    remedy="To keep the site out of it: cloister client deny",
+                )
+            body = close_body(
+                study_digest, state.unstarted(study_digest), entries[-1].hash, steward
+            )
+            append(connection, "closed", body)
+        return int(body["released"])
+
+    def accept(self, missed: int, steward: Identity) -> None:
+        """Write that the steward takes this ledger for the newest; see ``high_water``."""
+        with transaction(self._path, write=True) as connection:
+            entries = read(connection)
+            replay(entries)
+            append(connection, "accepted", accept_body(missed, entries[-1].hash, steward))
+
+    def closed(self) -> frozenset[str]:
+        """Hashes of the studies that the steward closed."""
+        return frozenset(self._state().closed)
 
     def start_round(
         self, study_digest: str, run_id: str, round_number: int, steps: int
@@ -245,7 +245,8 @@ class Ledger:
         _require(round_number >= 1, "a round")
         _require(steps >= 1, "a number of steps")
         with transaction(self._path, write=True) as connection:
-            state = _replay(read(connection))
+            state = replay(read(connection))
+            _require_open(state, study_digest)
             account = state.accounts.get((study_digest, run_id))
             if account is None:
                 raise BudgetExhausted(
@@ -273,7 +274,7 @@ class Ledger:
         """Return all entries, oldest first, after checking them as ``verify`` does."""
         with transaction(self._path, write=False) as connection:
             entries = read(connection)
-        _replay(entries)
+        replay(entries)
         return entries
 
     def verify(self) -> None:
@@ -312,11 +313,11 @@ class Ledger:
         spent = state.composition(reserved=reserved)
         return lifetime_epsilon(spent, state.delta, orders=state.orders)
 
-    def _state(self) -> _State:
-        return _replay(self.entries())
+    def _state(self) -> State:
+        return replay(self.entries())
 
 
-def _gates(state: _State, wanted: _Account, study_limit: float, lifetime_limit: float) -> None:
+def _gates(state: State, wanted: Account, study_limit: float, lifetime_limit: float) -> None:
     before = state.composition(reserved=True, study=wanted.study)
     asked = wanted.composition(reserved=True)
     cost = epsilon_of(compose(before, asked), wanted.delta)
@@ -337,6 +338,15 @@ def _gates(state: _State, wanted: _Account, study_limit: float, lifetime_limit: 
         )
 
 
+def _require_open(state: State, study_digest: str) -> None:
+    if study_digest in state.closed:
+        raise BudgetExhausted(
+            "The study is closed at this site.",
+            why="The steward closed it, and the steps that it never started were released.",
+            remedy="Propose another study; a closed one cannot be opened again.",
+        )
+
+
 def _exhausted(gate: str, *, asked: float, left: float, limit: float) -> BudgetExhausted:
     again = gate == "study" and asked <= limit
     return BudgetExhausted(
@@ -351,7 +361,7 @@ def _exhausted(gate: str, *, asked: float, left: float, limit: float) -> BudgetE
     )
 
 
-def _make_room(state: _State, wanted: _Account) -> _Account | None:
+def _make_room(state: State, wanted: Account) -> Account | None:
     """Take the reservation out that ``wanted`` would take over, and return it."""
     idle = _idle(state, wanted)
     if idle is not None:
@@ -359,7 +369,7 @@ def _make_room(state: _State, wanted: _Account) -> _Account | None:
     return idle
 
 
-def _idle(state: _State, wanted: _Account) -> _Account | None:
+def _idle(state: State, wanted: Account) -> Account | None:
     """The oldest reservation of the same study, on the same terms, of which nothing was started."""
     for account in state.accounts.values():
         if account.study == wanted.study and not account.rounds and _same(account, wanted):
@@ -367,11 +377,11 @@ def _idle(state: _State, wanted: _Account) -> _Account | None:
     return None
 
 
-def _same(one: _Account, other: _Account) -> bool:
+def _same(one: Account, other: Account) -> bool:
     return (one.mechanism, one.steps, one.delta) == (other.mechanism, other.steps, other.delta)
 
 
-def _require_same(held: _Account, wanted: _Account) -> None:
+def _require_same(held: Account, wanted: Account) -> None:
     if not _same(held, wanted):
         raise PolicyRefused(
             "The run asks for other terms than it reserved.",
@@ -383,50 +393,3 @@ def _require_same(held: _Account, wanted: _Account) -> None:
 def _require(holds: object, what: str) -> None:
     if not holds:
         raise InternalError(f"The ledger was given {what} that cannot be.")
-
-
-def _replay(entries: Iterable[Entry]) -> _State:
-    """Add the entries up; every rule that held when they were written must hold again."""
-    state: _State | None = None
-    for entry in entries:
-        try:
-            state = _apply(state, entry)
-        except (KeyError, TypeError, ValueError):
-            raise damaged(f"entry {entry.seq} says what no entry can say") from None
-    if state is None:
-        raise damaged("entry 1 is missing")
-    return state
-
-
-def _apply(state: _State | None, entry: Entry) -> _State:
-    body = entry.body
-    if state is None:
-        orders = tuple(float(order) for order in body["orders"])
-        _hold(entry.kind == "created" and body["version"] == 1)
-        _hold(0 < body["delta"] < 1 and orders and all(1 < o < math.inf for o in orders))
-        return _State(orders, float(body["delta"]))
-    if entry.kind in PROTOCOL_KINDS:
-        return state
-    key = (str(body["study"]), str(body["run"]))
-    if entry.kind == "reserved":
-        mechanism = Mechanism(float(body["noise_multiplier"]), float(body["sampling_rate"]))
-        _hold(key not in state.accounts and body["steps"] >= 1)
-        state.accounts[key] = _Account(*key, mechanism, int(body["steps"]), float(body["delta"]))
-    elif entry.kind == "adopted":
-        account = state.accounts.pop((key[0], str(body["from"])))
-        _hold(key not in state.accounts and not account.rounds)
-        account.run = key[1]
-        state.accounts[key] = account
-    elif entry.kind == "started":
-        account = state.accounts[key]
-        _hold(body["round"] not in account.rounds and body["steps"] >= 1)
-        account.rounds[int(body["round"])] = int(body["steps"])
-        _hold(account.started <= account.steps)
-    else:
-        raise ValueError(entry.kind)
-    return state
-
-
-def _hold(rule: object) -> None:
-    if not rule:
-        raise ValueError("a rule of the ledger does not hold")

@@ -51,6 +51,9 @@ class Policy(FileModel):
     """Most epsilon that all studies together may cost a patient, at ``ledger_delta``."""
     ledger_delta: Annotated[float, Field(gt=0, lt=0.1)] = 1e-5
     """Delta of the lifetime's account; a study with a larger delta is refused."""
+    patients_at_most: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
+    """A public upper bound on the site's patients, which the steward declares; 0 for none. A study
+    whose delta is above 1 / (10 x this) is refused: such a delta would let whole patients out."""
     min_patients_per_class: Annotated[int, Field(ge=1, le=1_000_000)] = 10
     """Fewest patients of each class before the site trains at all."""
     require_secure_aggregation: bool = True
@@ -131,6 +134,12 @@ def refusals(policy: Policy, study: Study, invited_sites: int) -> tuple[str, ...
             # An epsilon means little without its delta: at delta 0.09 any bound on it is empty.
             found.append(
                 f"policy.ledger_delta is {policy.ledger_delta:g}; "
+                f"the study asks for privacy.delta = {privacy.delta:g}."
+            )
+        if policy.patients_at_most and privacy.delta * 10 * policy.patients_at_most > 1:
+            found.append(
+                f"policy.patients_at_most is {policy.patients_at_most}, which allows a delta of "
+                f"{1 / (10 * policy.patients_at_most):g}; "
                 f"the study asks for privacy.delta = {privacy.delta:g}."
             )
     if study.training.rounds > policy.max_rounds:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cloister_client import gate
 from cloister_client.approvals import Decision, Judgement
+from cloister_client.budget import line, study_promised
 from cloister_client.policy import refusals
 from cloister_client.site import Site
 from cloister_common.study import Study
@@ -55,8 +56,8 @@ def _cost(site: Site, study: Study) -> list[str]:
         return ["  costs        NO differential privacy: what leaves may tell of single patients"]
     return [
         f"  costs        at most epsilon {privacy.epsilon:g} at delta {privacy.delta:g}, a patient",
-        f"  budget       epsilon {gate.promised(site):.2f} of "
-        f"{site.policy.max_epsilon_lifetime:.2f} is promised so far (lifetime, all studies)",
+        "  budget       promised so far, "
+        + line(study_promised(site, study), gate.promised(site), site.policy.max_epsilon_lifetime),
     ]
 
 

@@ -358,6 +358,8 @@ max_epsilon_study = {policy.max_epsilon_study!r}
 max_epsilon_lifetime = {policy.max_epsilon_lifetime!r}
 # Delta of the lifetime's account; at most 1 / (10 x the number of patients).
 ledger_delta = {policy.ledger_delta!r}
+# A public upper bound on this site's patients; a study's delta is at most 1 / (10 x this). 0: none.
+patients_at_most = {policy.patients_at_most}
 # Fewest patients of each class before this site trains.
 min_patients_per_class = {policy.min_patients_per_class}
 # true: an update leaves only masked, and the coordinator can read nothing but the sum.

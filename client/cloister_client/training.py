@@ -17,7 +17,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from cloister_client.dp_optimizer import PatientDPOptimizer
 from cloister_client.features import features_of
-from cloister_client.grad_sample import PatientGradSampleModule
+from cloister_client.grad_sample import Engine, PatientGradSampleModule
 from cloister_client.randomness import SecureRandom
 from cloister_client.sampling import (
     Bag,
@@ -115,7 +115,9 @@ def _train_private(
     pull = _Proximal(module, study.aggregation.proximal_mu)
     # Opacus calls the hook after the noise: the pull depends on public weights alone.
     optimizer.attach_step_hook(lambda _: pull.add())
-    patients = PatientGradSampleModule(module, engine=training.engine)
+    patients = PatientGradSampleModule(
+        module, engine=training.engine, clipping_norm=study.privacy.clipping_norm
+    )
     try:
         for _ in range(steps):
             optimizer.step_on(patients.blocks(cohort, _draw(cohort, random, training)))
@@ -199,4 +201,4 @@ class _Proximal:
                 weight.grad = pull if weight.grad is None else weight.grad + pull
 
 
-__all__ = ["Cohort", "train_round"]
+__all__ = ["Cohort", "Engine", "train_round"]

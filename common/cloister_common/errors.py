@@ -27,7 +27,8 @@
     │   ├── RoundAlreadySpent      CLO-305
     │   ├── AuditLogDamaged        CLO-306
     │   ├── StudyNotApproved       CLO-307
-    │   └── OutsideHours           CLO-308
+    │   ├── OutsideHours           CLO-308
+    │   └── LedgerRolledBack       CLO-309
     ├── ModelError                 4xx, exit 5: networks, vectors and model files
     │   ├── NetworkUnfit           CLO-401
     │   ├── ModelFileInvalid       CLO-402
@@ -293,6 +294,11 @@ class StudyNotApproved(PrivacyError):
 class OutsideHours(PrivacyError):
     code = "CLO-308"
     title = "The site does not train at this hour"
+
+
+class LedgerRolledBack(PrivacyError):
+    code = "CLO-309"
+    title = "The privacy ledger is not the newest one"
 
 
 class ModelError(CloisterError):

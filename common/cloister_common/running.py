@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+_AGAIN_S = 0.002
+
 
 @contextlib.contextmanager
 def only_one(lock: Path, taken: Callable[[], Exception]) -> Iterator[None]:
@@ -23,10 +25,12 @@ def only_one(lock: Path, taken: Callable[[], Exception]) -> Iterator[None]:
     """
     handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise taken() from None
+        while not _locked(handle, fcntl.LOCK_EX):
+            # Who only asks whether somebody holds it shares it for a moment.
+            if not _locked(handle, fcntl.LOCK_SH):
+                raise taken()
+            fcntl.flock(handle, fcntl.LOCK_UN)
+            time.sleep(_AGAIN_S)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         yield
@@ -41,13 +45,20 @@ def holder(lock: Path) -> int | None:
     except OSError:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if _locked(handle, fcntl.LOCK_SH):
+            return None
         text = os.pread(handle, 32, 0).decode().strip()
         return int(text) if text.isdigit() else None
     finally:
         os.close(handle)
-    return None
+
+
+def _locked(handle: int, kind: int) -> bool:
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def terminate(lock: Path, seconds: float) -> bool | None:

@@ -111,8 +111,9 @@ class Training(FileModel):
     """How the learning rate goes over the rounds; ``cosine``: down to nearly 0 (Loshchilov and
     Hutter 2017, without restarts)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    engine: Literal["patients", "opacus"] = "patients"
-    """``patients``: one gradient a patient; ``opacus``: through Opacus' own hooks."""
+    engine: Literal["patients", "opacus", "book-keeping"] = "patients"
+    """``patients``: one gradient a patient; ``opacus``: through Opacus' own hooks;
+    ``book-keeping``: sums of clipped gradients from one backward pass (Bu et al. 2023)."""
     augment: bool = False
     """Mirror and shift the images of a patient at random, inside the unit."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

@@ -151,7 +151,7 @@ def test_review_says_what_matters(site: Site, tmp_path: Path) -> None:
         "small-cnn, 3 rounds of 2 steps",
         "their label 'finding' (no, yes)",
         "at most epsilon 6 at delta 1e-05",
-        "epsilon 0.00 of 8.00 is promised",
+        "patient-level, this study: 0.00; lifetime on this data: 0.00 of 8",
         "noised model updates, masked",
         "policy       allows it",
         f"cloister client approve {study().digest[:16]}",

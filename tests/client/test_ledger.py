@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from cloister_client import ledger_schema
 from cloister_client.ledger import Ledger, Reservation
+from cloister_client.ledger_state import accept_body, close_body
 from cloister_common.errors import (
     BudgetExhausted,
     InternalError,
@@ -27,6 +28,7 @@ from cloister_common.errors import (
     PolicyRefused,
     RoundAlreadySpent,
 )
+from cloister_common.identity import Identity
 from cloister_common.privacy.accounting import calibrate, epsilon_pld
 from cloister_common.privacy.events import Mechanism, compose
 from cloister_common.privacy.filter import ORDERS
@@ -34,6 +36,7 @@ from cloister_common.privacy.filter import ORDERS
 STUDY, OTHER = "a" * 64, "b" * 64
 DELTA = 1e-5
 STEPS = 20
+STEWARD = Identity.generate()
 NOISE = Mechanism(calibrate(3.0, DELTA, 1.0, STEPS), 1.0)
 
 
@@ -131,6 +134,89 @@ def test_a_run_that_started_is_not_replaced(ledger: Ledger) -> None:
     # Training again spends again, where the site allows it.
     reserve(ledger, run="run-2", epsilon_limit_study=6.0)
     assert ledger.spent(STUDY, reserved=True) == ((NOISE, 2 * STEPS),)
+
+
+def test_closing_releases_what_never_started_and_starts_no_more(ledger: Ledger) -> None:
+    reserve(ledger, lifetime=4.5)
+    ledger.start_round(STUDY, "run-1", 1, 5)
+    with pytest.raises(BudgetExhausted, match="lifetime"):
+        reserve(ledger, OTHER, lifetime=4.5)
+    assert ledger.close(STUDY, STEWARD) == STEPS - 5
+    assert ledger.closed() == {STUDY}
+    assert ledger.spent(reserved=True) == ledger.spent() == ((NOISE, 5),)
+    head = ledger.head()
+    for go_on in (
+        lambda: reserve(ledger),
+        lambda: reserve(ledger, run="run-2"),
+        lambda: ledger.start_round(STUDY, "run-1", 2, 1),
+    ):
+        with pytest.raises(BudgetExhausted, match="closed"):
+            go_on()
+    refusal = ledger.refusal(STUDY, NOISE, STEPS, DELTA, 99.0, 99.0)
+    assert refusal is not None
+    assert "closed" in str(refusal)
+    assert ledger.close(STUDY, STEWARD) == 0
+    assert ledger.head() == head
+    # What was released can be promised to another study, and no more than that.
+    few = {"steps": 4}
+    assert reserve(ledger, OTHER, lifetime=4.5, **few).left == 4
+    with pytest.raises(PolicyRefused, match="nothing"):
+        ledger.close("c" * 64, STEWARD)
+
+
+@pytest.mark.parametrize("forged", ["key", "released", "previous", "study", "twice"])
+def test_a_closing_that_no_steward_signed_here_is_named(
+    ledger: Ledger, path: Path, forged: str
+) -> None:
+    reserve(ledger)
+    reserve(ledger, OTHER, lifetime=99.0)
+    ledger.start_round(STUDY, "run-1", 1, 5)
+    previous = ledger.head()[1]
+    body = close_body(STUDY, STEPS - 5, previous, STEWARD)
+    if forged == "key":
+        body["key"] = Identity.generate().public.hex()
+    elif forged == "released":
+        body = close_body(STUDY, STEPS, previous, STEWARD)
+    elif forged == "previous":
+        body = close_body(STUDY, STEPS - 5, "0" * 64, STEWARD)
+    elif forged == "study":
+        body["study"] = OTHER
+    else:
+        ledger.close(STUDY, STEWARD)
+        body = close_body(STUDY, 0, ledger.head()[1], STEWARD)
+    forge(path, "closed", **body)
+    with pytest.raises(LedgerDamaged, match="says what no entry can say"):
+        ledger.verify()
+
+
+@pytest.mark.parametrize("change", [{"missed": 4}, {"missed": -1}, {"key": "00" * 32}])
+def test_an_acceptance_that_no_steward_signed_here_is_named(
+    ledger: Ledger, path: Path, change: dict[str, object]
+) -> None:
+    ledger.accept(3, STEWARD)
+    ledger.verify()
+    forge(path, "accepted", **{**accept_body(3, ledger.head()[1], STEWARD), **change})
+    with pytest.raises(LedgerDamaged, match="entry 3 says"):
+        ledger.verify()
+
+
+def test_a_start_after_the_closing_is_named(ledger: Ledger, path: Path) -> None:
+    reserve(ledger)
+    ledger.close(STUDY, STEWARD)
+    forge(path, "started", study=STUDY, run="run-1", round=1, steps=1)
+    with pytest.raises(LedgerDamaged, match="entry 4 says"):
+        ledger.verify()
+
+
+def test_a_quote_is_what_the_gates_then_count(ledger: Ledger) -> None:
+    reserve(ledger)
+    before = ledger.head()
+    quote = ledger.quote(OTHER, NOISE, STEPS, DELTA)
+    assert ledger.head() == before
+    reserve(ledger, OTHER, lifetime=99.0)
+    assert quote.study == ledger.epsilon_study(OTHER, DELTA, reserved=True)
+    assert quote.lifetime == ledger.epsilon_lifetime(reserved=True)
+    assert 0 < quote.study < quote.lifetime
 
 
 def test_the_lifetime_gate_counts_what_is_reserved(ledger: Ledger) -> None:

@@ -29,6 +29,7 @@ def test_defaults() -> None:
         "max_epsilon_study": 3.0,
         "max_epsilon_lifetime": 8.0,
         "ledger_delta": 1e-5,
+        "patients_at_most": 0,
         "min_patients_per_class": 10,
         "require_secure_aggregation": True,
         "colluders": 1,
@@ -49,6 +50,12 @@ def test_defaults() -> None:
     ("policy", "tables", "sites", "words"),
     [
         ({}, {"privacy": {"epsilon": 50.0}}, 5, ("max_epsilon_study", "3", "50")),
+        (
+            {"patients_at_most": 10_001},
+            {},
+            5,
+            ("patients_at_most", "10001", "9.999e-06", "1e-05"),
+        ),
         ({}, {"privacy": {"delta": 0.01}}, 5, ("ledger_delta", "1e-05", "0.01")),
         (
             {"metrics": ("score-histograms",)},
@@ -99,6 +106,7 @@ def test_the_bound_itself_is_allowed() -> None:
     policy = Policy(
         max_epsilon_study=2.0,
         max_rounds=20,
+        patients_at_most=10_000,
         min_sites=5,
         networks=("small-cnn",),
         modalities=("CR", "DX"),

@@ -113,6 +113,7 @@ CASES: dict[str, tuple[Any, dict[str, str], str, tuple[str, ...]]] = {
     "max_epsilon_study": (5.9, {}, "policy", ALL),
     "max_epsilon_lifetime": (0.5, {}, "budget", ALL),
     "ledger_delta": (1e-6, {}, "policy", ALL),
+    "patients_at_most": (20_000, {}, "policy", ALL),
     "require_secure_aggregation": (True, UNMASKED, "policy", ALL),
     "colluders": (2, {}, "policy", ALL),
     "min_sites": (6, {}, "policy", ALL),

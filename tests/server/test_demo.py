@@ -110,6 +110,7 @@ def test_so_it_is_over_other_patients(tmp_path: Path, seed: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_permuted_training_labels_teach_nothing(drawn: Path, tmp_path: Path) -> None:
     # One permutation's AUROC spreads by about 0.15, so many are averaged.
     found = []

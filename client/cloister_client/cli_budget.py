@@ -1,0 +1,89 @@
+"""`cloister client budget`: what this site's patients have spent, and what is left.
+
+Everything heavy is imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cloister_client.cli_steward import site_folder
+from cloister_common.extras import require
+
+app = typer.Typer(invoke_without_command=True)
+
+Folder = Annotated[Path, typer.Option("--dir", help="The site folder.")]
+
+
+@app.callback()
+def budget(
+    context: typer.Context,
+    study: Annotated[Path | None, typer.Option(help="Say what this study would cost.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    folder: Folder = Path(),
+) -> None:
+    """Show what was spent, by which study, what is reserved and what is left."""
+    if context.invoked_subcommand is not None:
+        return
+    require("client", "numpy", "pydicom")
+    from cloister_client import budget
+    from cloister_client.site import open_site
+    from cloister_common.study import load_study
+
+    site = open_site(site_folder(folder))
+    asked = budget.proposal(site, load_study(study)) if study is not None else None
+    told = budget.statement(site)
+    if as_json:
+        typer.echo(json.dumps(budget.as_dict(told, asked)))
+        return
+    typer.echo(budget.render(told))
+    if asked is not None:
+        typer.echo(budget.render_proposal(asked))
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option(help="The file to write, JSON Lines.")],
+    folder: Folder = Path(),
+) -> None:
+    """Write the ledger's entries to a file, with its head signed by this site."""
+    require("client", "numpy", "pydicom")
+    from cloister_client import budget
+    from cloister_client.site import open_site
+
+    count = budget.export(open_site(site_folder(folder)), out)
+    typer.echo(f"Wrote {count} entries and the signed head to {out}.")
+
+
+@app.command()
+def close(
+    study: Annotated[str, typer.Argument(metavar="HASH", help="A hash that budget lists.")],
+    folder: Folder = Path(),
+) -> None:
+    """End a study here for good: release the steps that it never started."""
+    require("client", "numpy", "pydicom")
+    from cloister_client import budget
+    from cloister_client.site import open_site
+
+    site = open_site(site_folder(folder))
+    digest = budget.find(site, study)
+    released = budget.close(site, digest)
+    typer.echo(f"Closed at {site.name}: {digest[:16]}. Steps released: {released}.")
+
+
+@app.command(name="accept-ledger")
+def accept_ledger(folder: Folder = Path()) -> None:
+    """Take the ledger for the newest, where the site's notes of it say otherwise; it is logged."""
+    require("client", "numpy", "pydicom")
+    from cloister_client.high_water import accept
+    from cloister_client.site import open_site
+
+    site = open_site(site_folder(folder))
+    found = accept(site)
+    for sentence in found:
+        typer.echo(sentence)
+    typer.echo("Accepted, and logged." if found else "The ledger fits what was noted of it.")

@@ -1,0 +1,140 @@
+"""Whether the ledger is the newest one: its head as it was noted outside it, compared.
+
+An older copy of a ledger is sound, only shorter. So whenever the ledger reserves or spends, its
+head is noted in two other places: a high-water file beside it, and the site's audit log, which is
+chained, signed, and bounded by the heads of it that the coordinator noted. A ledger that does not
+hold a noted head was rolled back or replaced, and trains nothing until the steward confirms.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+
+from cloister_client.audit import log_of, path_of
+from cloister_client.ledger import Ledger
+from cloister_client.site import Site
+from cloister_common.audit import Head
+from cloister_common.errors import AuditLogDamaged, LedgerRolledBack
+from cloister_common.files import write_atomic
+
+FILE = "ledger.high"
+NOTE = "ledger"
+"""Kind of the audit log's entries that note a head."""
+
+_HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_IS_NOTE = f'"kind":"{NOTE}"'.encode()
+
+
+def require_newest(site: Site) -> None:
+    """Refuse a ledger that lacks what was noted of it; before anything is read or charged.
+
+    Raises:
+        LedgerRolledBack: it was rolled back, replaced or removed, or the notes are missing.
+        LedgerDamaged, PolicyRefused: see ``Ledger.open``.
+        AuditLogDamaged: the log cannot be read.
+    """
+    found = disagreements(site)
+    if found:
+        raise LedgerRolledBack(
+            "The privacy ledger is not the one that this site noted last.",
+            why=" ".join(found),
+            remedy="Restore the newest ledger.sqlite. If it is lost: deny what was approved, then "
+            "'cloister client budget accept-ledger'.",
+        )
+
+
+def disagreements(site: Site) -> tuple[str, ...]:
+    """What is wrong between the ledger and its notes, a sentence each; empty where all fits."""
+    held, reserved = {}, False
+    if site.ledger.exists():
+        entries = Ledger.open(site.ledger, delta=site.policy.ledger_delta).entries()
+        held = {entry.seq: entry.hash for entry in entries}
+        reserved = any(entry.kind == "reserved" for entry in entries)
+    found = []
+    for where, noted in (("The high-water file", _high(site)), ("The audit log", _noted(site))):
+        if noted is None:
+            if reserved:
+                found.append(f"{where} notes no head of it.")
+        elif noted.seq not in held:
+            found.append(f"{where} noted entry {noted.seq}; the ledger ends at {len(held)}.")
+        elif held[noted.seq] != noted.hash:
+            found.append(f"{where} noted another entry {noted.seq}.")
+    return tuple(found)
+
+
+def note(site: Site, ledger: Ledger) -> None:
+    """Note the ledger's head outside it; call it after each entry that reserves or spends.
+
+    Raises:
+        OutputInTheWay: the high-water file cannot be written.
+        AuditLogDamaged: the log cannot be written.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(site.root / f".{FILE}.lock", flags, 0o600)) as lock:
+        # The head is read under the lock, so that a slower process never notes an older one last.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        seq, digest = ledger.head()
+        write_atomic(site.root / FILE, json.dumps({"seq": seq, "hash": digest}).encode())
+        log_of(site).append(NOTE, ledger_seq=seq, ledger_hash=digest)
+
+
+def is_noted(site: Site) -> bool:
+    """Whether both places note a head; see ``note``."""
+    return _high(site) is not None and _noted(site) is not None
+
+
+def accept(site: Site) -> tuple[str, ...]:
+    """Take the ledger as it is for the newest, on the steward's word, and note that.
+
+    Returns:
+        What did not fit, as in ``disagreements``; nothing is written where all fits.
+
+    Raises:
+        LedgerDamaged, PolicyRefused: see ``Ledger.open``.
+        AuditLogDamaged, OutputInTheWay: see ``note``.
+    """
+    found = disagreements(site)
+    if found:
+        missed = max((head.seq for head in (_high(site), _noted(site)) if head), default=0)
+        ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
+        ledger.accept(missed, site.identity())
+        log_of(site).append("accepted", by="steward", why=" ".join(found))
+        note(site, ledger)
+    return found
+
+
+def _high(site: Site) -> Head | None:
+    try:
+        return _head(json.loads((site.root / FILE).read_bytes()), "seq", "hash")
+    except (OSError, ValueError):
+        return None
+
+
+def _noted(site: Site) -> Head | None:
+    """The last head in the audit log; its chain is for ``cloister verify`` to judge."""
+    path, last = path_of(site), b""
+    if not path.exists():
+        return None
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if _IS_NOTE in line:
+                    last = line
+    except OSError:
+        raise AuditLogDamaged("The audit log cannot be read.") from None
+    try:
+        return _head(json.loads(last), "ledger_seq", "ledger_hash") if last else None
+    except ValueError:
+        return None
+
+
+def _head(held: object, seq: str, digest: str) -> Head | None:
+    if not isinstance(held, dict):
+        return None
+    number, text = held.get(seq), str(held.get(digest))
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        return None
+    return Head(number, text) if _HASH.fullmatch(text) else None

@@ -24,6 +24,7 @@ from cloister_client.dp_optimizer import PatientDPOptimizer
 from cloister_client.ledger import Ledger
 from cloister_client.randomness import SecureRandom
 from cloister_client.sampling import Bag
+from cloister_client.site import Site, init_site
 from cloister_common import network_checks, networks
 from cloister_common.errors import NetworkUnfit, RoundAlreadySpent
 from cloister_common.network_checks import require_private
@@ -143,27 +144,24 @@ def test_a_divisor_of_the_true_batch_size_is_noticed(monkeypatch: pytest.MonkeyP
 # What a crash costs.
 
 
-def site_at(folder: Path, study: Study) -> SimpleNamespace:
-    """As much of a site as ``app._train`` uses, with the study's steps reserved."""
-    site = SimpleNamespace(
-        name="north", ledger=folder / "ledger.sqlite", policy=SimpleNamespace(ledger_delta=1e-6)
-    )
+def site_at(folder: Path, study: Study) -> Site:
+    """A site with the study's steps reserved."""
+    site = init_site(folder, name="north")
     mechanism = Mechanism(calibrate(3.0, 1e-5, 1.0, study.training.total_steps), 1.0)
-    Ledger.open(site.ledger, delta=1e-6).reserve(
+    Ledger.open(site.ledger, delta=site.policy.ledger_delta).reserve(
         study.digest, "run", mechanism=mechanism, steps=study.training.total_steps, delta=1e-5,
         epsilon_limit_study=3.0, epsilon_limit_lifetime=8.0,
     )  # fmt: skip
     return site
 
 
-def round_one(site: SimpleNamespace, study: Study) -> None:
+def round_one(site: Site, study: Study) -> None:
     model = flatten(networks.build(study.network, 2, 1, size=16, seed=0))
     app._train(site, study, SimpleNamespace(vector=model, run="run", round=1))  # type: ignore[arg-type]
 
 
 def a_crash_is_not_refunded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
     """A round that dies in its training stays spent and is refused the second time."""
-    folder.mkdir()
     study = study_of()
     site = site_at(folder, study)
 
@@ -182,7 +180,7 @@ def a_crash_is_not_refunded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> bo
         try:
             round_one(site, study)
         except RoundAlreadySpent:
-            left = Ledger.open(site.ledger, delta=1e-6).reservations()[0].left
+            left = Ledger.open(site.ledger, delta=site.policy.ledger_delta).reservations()[0].left
             return left == study.training.total_steps - 1
         except Dies:
             return False
@@ -233,7 +231,7 @@ def test_a_network_that_mixes_patients_is_refused_before_the_charge(
     monkeypatch.setattr(gate, "Ledger", None)
     with pytest.raises(NetworkUnfit, match="another image"):
         round_one(site, study)
-    assert Ledger.open(site.ledger, delta=1e-6).reservations()[0].left == 3
+    assert Ledger.open(site.ledger, delta=site.policy.ledger_delta).reservations()[0].left == 3
 
 
 def test_a_network_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,8 @@ serverapp = "plain.server:app"
 clientapp = "plain.client:app"
 """
 FLOWER_CLIENT = """\
-from flwr.app import Message, MetricRecord, RecordDict
+import numpy as np
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 app = ClientApp()
@@ -87,8 +88,13 @@ app = ClientApp()
 
 @app.train()
 def train(message, context):
+    # Each site's update differs, as in earnest: Flower sends no array that it has seen before.
+    change = np.float32(1e-3 * (context.node_id % 997 + 1))
+    arrays = {
+        name: Array(array.numpy() + change) for name, array in message.content["arrays"].items()
+    }
     content = RecordDict(
-        {"arrays": message.content["arrays"], "metrics": MetricRecord({"num-examples": 1})}
+        {"arrays": ArrayRecord(arrays), "metrics": MetricRecord({"num-examples": 1})}
     )
     return Message(content=content, reply_to=message)
 """
@@ -114,8 +120,9 @@ class Timed(FedAvg):
 @app.main()
 def main(grid, context):
     size = {parameters} // {arrays}
+    random = np.random.default_rng(0)
     arrays = {{
-        f"p{{i}}": Array(np.zeros(size, np.float32)) for i in range({arrays})
+        f"p{{i}}": Array(random.standard_normal(size, np.float32)) for i in range({arrays})
     }}
     strategy = Timed(
         fraction_evaluate=0.0, min_train_nodes={sites}, min_available_nodes={sites}

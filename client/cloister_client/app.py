@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import functools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -287,15 +287,24 @@ def _answer(
     kind: type[MessageT],
     handler: Callable[[Site, MessageT], RoundMessage],
 ) -> Message:
+    run: list[str] = []
+
     def act(site: Site) -> RoundMessage:
         task = unpack(message.content, kind)
+        run.append(str(getattr(task, "run", "")))
         clear_notice(site.root)
         return handler(site, task)
 
-    return _respond(message, context, act)
+    return _respond(message, context, act, run)
 
 
-def _respond(message: Message, context: Context, act: Callable[[Site], RoundMessage]) -> Message:
+def _respond(
+    message: Message,
+    context: Context,
+    act: Callable[[Site], RoundMessage],
+    run: Sequence[str] = (),
+) -> Message:
+    """Act, and log what leaves; ``act`` tells in ``run`` which run it is for, once it knows."""
     site: Site | None = None
     reply: RoundMessage
     try:
@@ -312,7 +321,7 @@ def _respond(message: Message, context: Context, act: Callable[[Site], RoundMess
             remedy="Report it, with the version of Cloister and the study file.",
         )
         reply = _refuse(site, fault, context.node_id)
-    return Message(content=_logged(site, reply, context.node_id), reply_to=message)
+    return Message(content=_logged(site, reply, context.node_id, run), reply_to=message)
 
 
 def _told(records: RecordDict) -> dict[str, str | int]:
@@ -325,7 +334,7 @@ def _told(records: RecordDict) -> dict[str, str | int]:
     }
 
 
-def _logged(site: Site | None, reply: RoundMessage, node: int) -> RecordDict:
+def _logged(site: Site | None, reply: RoundMessage, node: int, run: Sequence[str]) -> RecordDict:
     """Pack a reply once the log says that it leaves, and why it may."""
     if site is None:
         return pack(reply)
@@ -334,7 +343,7 @@ def _logged(site: Site | None, reply: RoundMessage, node: int) -> RecordDict:
         why = WHY[reply.kind]
         if isinstance(reply, Refusal):
             why = f"{why}: {reply.reason}"
-        entry = {**_told(pack(reply)), "to": "coordinator", "why": why}
+        entry = {**_told(pack(reply)), "to": "coordinator", "why": why, "run": "".join(run)}
         del entry["peer_head"]
         head = log.append("sent", **entry)
         if isinstance(reply, Prepared) or head.seq >= _signed.get(site.root, 0) + _SIGN_EVERY:

@@ -59,12 +59,12 @@ def entries_of(site: Site) -> tuple[Entry, ...]:
     return tuple(read(path)) if path.exists() else ()
 
 
-def what_left(entries: tuple[Entry, ...]) -> tuple[Left, ...]:
-    """Sum up what was sent, by kind of message and reason."""
+def what_left(entries: tuple[Entry, ...], *, run: str | None = None) -> tuple[Left, ...]:
+    """Sum up what was sent, by kind of message and reason; in one run, or in all."""
     counts: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
     for entry in entries:
-        if entry.kind == "sent":
+        if entry.kind == "sent" and run in {None, entry.body.get("run")}:
             key = (str(entry.body.get("message")), str(entry.body.get("why")))
             counts[key] += 1
             size = entry.body.get("bytes")

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from cloister_client import cli_budget
+from cloister_client.cli_certificate import certificate
 from cloister_client.cli_join import join, proxy, roster
 from cloister_client.cli_service import start, status, stop
 from cloister_client.cli_steward import approve, deny, review, site_folder
@@ -35,6 +36,7 @@ app.command()(status)
 app.command()(review)
 app.command()(approve)
 app.command()(deny)
+app.command()(certificate)
 app.add_typer(cli_budget.app, name="budget")
 
 

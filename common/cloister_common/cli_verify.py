@@ -1,4 +1,4 @@
-"""`cloister verify`: hold an audit log against itself, its signatures and the other side's log."""
+"""`cloister verify`: hold an audit log, or a privacy certificate, against all that can be known."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cloister_common.audit import Verdict, examine
+from cloister_common.cli_certificate_check import is_certificate, verify_certificate
 from cloister_common.errors import AuditLogDamaged, OptionInvalid
 from cloister_common.identity import KEY_BYTES, fingerprint
 
@@ -16,20 +17,38 @@ _SHOWN = 40
 
 
 def verify(
-    log: Annotated[Path, typer.Argument(help="An audit log, JSON Lines.")],
+    file: Annotated[
+        Path, typer.Argument(help="An audit log (JSON Lines), or a site's certificate.")
+    ],
     against: Annotated[
-        Path | None, typer.Option(help="The other side's log: finds what was cut off or replaced.")
+        Path | None,
+        typer.Option(
+            help="For a log: the other side's, which finds what was cut off or replaced. For a "
+            "certificate: the site's own log."
+        ),
+    ] = None,
+    ledger: Annotated[
+        Path | None, typer.Option(help="For a certificate: the ledger's export of that site.")
     ] = None,
     key: Annotated[
         str | None, typer.Option(help="Public key that must have signed, 64 hexadecimal digits.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Find every line of an audit log that was edited, deleted, inserted or moved; offline.
+    """Find what was changed in an audit log, or does not hold in a certificate; offline.
 
-    The exit status is 0 where nothing was found.
+    A log: every line that was edited, deleted, inserted or moved. A certificate: signature, form,
+    and epsilon by another accountant. The exit status is 0 where nothing was found.
     """
-    verdict = examine(log, key=_key(key), peer=against)
+    if is_certificate(file):
+        verify_certificate(file, key=_key(key), ledger=ledger, log=against, as_json=as_json)
+        return
+    if ledger is not None:
+        raise OptionInvalid(
+            f"{file} is an audit log; a ledger says nothing of it.",
+            remedy="Leave --ledger out, or name a certificate.",
+        )
+    verdict = examine(file, key=_key(key), peer=against)
     if as_json:
         typer.echo(json.dumps(_as_dict(verdict)))
     else:

@@ -28,7 +28,8 @@
     │   ├── AuditLogDamaged        CLO-306
     │   ├── StudyNotApproved       CLO-307
     │   ├── OutsideHours           CLO-308
-    │   └── LedgerRolledBack       CLO-309
+    │   ├── LedgerRolledBack       CLO-309
+    │   └── CertificateInvalid     CLO-310
     ├── ModelError                 4xx, exit 5: networks, vectors and model files
     │   ├── NetworkUnfit           CLO-401
     │   ├── ModelFileInvalid       CLO-402
@@ -299,6 +300,11 @@ class OutsideHours(PrivacyError):
 class LedgerRolledBack(PrivacyError):
     code = "CLO-309"
     title = "The privacy ledger is not the newest one"
+
+
+class CertificateInvalid(PrivacyError):
+    code = "CLO-310"
+    title = "A privacy certificate or a ledger's export cannot be believed"
 
 
 class ModelError(CloisterError):

@@ -1,0 +1,177 @@
+"""The certificate: what a site's patients paid for a run of a study, signed by the site.
+
+It says what was charged, not what a server claims: the numbers are the ledger's. Everything in it
+is public or about the study, so it may be handed to an ethics board or the coordinator; what the
+patients paid in a lifetime is not in it. Whoever has the file can recompute epsilon and check the
+signature without the site: ``verify`` in ``certificate_check``.
+
+The file is canonical JSON (keys sorted, two blanks of indent, ASCII, one line feed at the end),
+and a reader demands these very bytes: a file that was changed anywhere is not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.resources import files
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cloister_common.errors import CertificateInvalid
+from cloister_common.identity import Identity, usable_public_key, verify
+
+LABEL = "cloister/certificate/v1"
+
+_Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Count = Annotated[int, Field(ge=0, le=10**12)]
+_Finite = Annotated[float, Field(allow_inf_nan=False, ge=0)]
+_PACKAGES = ("cloister_client", "cloister_common", "cloister_server")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class Head(_Part):
+    """The end of a hash-chained file: number and hash of its last entry."""
+
+    seq: _Count
+    hash: _Hex64
+
+
+class Left(_Part):
+    """Messages of one kind that left the site in the run: how many, and their payload in bytes."""
+
+    message: Annotated[str, Field(max_length=64)]
+    count: _Count
+    bytes: _Count
+
+
+class Certificate(_Part):
+    """What is signed.
+
+    Attributes:
+        made: when, UTC, ISO 8601.
+        site: the site's name.
+        key: the site's public key (Ed25519), 64 hexadecimal digits.
+        roster: digest of the list of sites that the site accepted; empty in a study of one site.
+        study: the study in canonical form; its hash is ``study_hash``.
+        run: the run.
+        relation: neighbours differ by one patient, with all of the patient's images.
+        noise_multiplier: sigma of a step; q is ``sampling_rate``, C ``clipping_norm``.
+        grid_bits: gradients and noise are whole multiples of C / 2^grid_bits.
+        steps_reserved: T that the run may take here.
+        steps_started: T that it has started; they are spent.
+        steps_of_study: T of all runs of the study here.
+        delta: the study's.
+        epsilon_run, epsilon_study: privacy-loss distribution, of the steps started by the run and
+            by all runs of the study here.
+        ledger, log: heads of the site's privacy ledger and audit log when this was made.
+        left: what left the site in this run, up to that head of the audit log.
+        version: Cloister's.
+        code: ``code_hash`` of the code that made this.
+    """
+
+    label: Literal["cloister/certificate/v1"] = "cloister/certificate/v1"
+    made: Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}\+00:00$")]
+    site: Annotated[str, Field(max_length=64)]
+    key: _Hex64
+    roster: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+    study: Annotated[str, Field(max_length=1 << 20)]
+    study_hash: _Hex64
+    run: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")]
+    unit: Literal["patient"] = "patient"
+    relation: Literal["add or remove one patient"] = "add or remove one patient"
+    mechanism: Literal["Poisson-subsampled Gaussian"] = "Poisson-subsampled Gaussian"
+    noise_multiplier: _Finite
+    sampling_rate: _Finite
+    clipping_norm: _Finite
+    grid_bits: Literal[30] = 30
+    steps_reserved: _Count
+    steps_started: _Count
+    steps_of_study: _Count
+    delta: _Finite
+    epsilon_run: _Finite
+    epsilon_study: _Finite
+    ledger: Head
+    log: Head
+    left: list[Left]
+    version: Annotated[str, Field(max_length=64)]
+    code: _Hex64
+
+    def canonical(self) -> str:
+        """The bytes that are signed, as text."""
+        return _canonical(self.model_dump(mode="json"))
+
+
+def sign(certificate: Certificate, identity: Identity) -> bytes:
+    """The file: the certificate with its signature."""
+    signature = identity.sign(LABEL, certificate.canonical().encode())
+    return _canonical(
+        {**certificate.model_dump(mode="json"), "signature": signature.hex()}
+    ).encode()
+
+
+def read(data: bytes, *, key: bytes | None = None) -> Certificate:
+    """Read a certificate, and believe nothing of it that the site did not sign.
+
+    Args:
+        data: the file.
+        key: the public key that must have signed; else the one in the file.
+
+    Raises:
+        CertificateInvalid: it is no certificate, not in canonical form, or not signed so.
+    """
+    try:
+        held = json.loads(data)
+        signature = bytes.fromhex(held.pop("signature"))
+        certificate = Certificate.model_validate(held)
+        whole = _canonical({**held, "signature": signature.hex()}).encode()
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError, ValidationError):
+        raise _invalid("it has not the form of one") from None
+    if whole != data:
+        raise _invalid("it is not in canonical form: it was changed, or stored by another program")
+    public = bytes.fromhex(certificate.key)
+    if key is not None and key != public:
+        raise _invalid("another key signed it than the one that was asked for")
+    if not usable_public_key(public) or not verify(
+        public, signature, LABEL, certificate.canonical().encode()
+    ):
+        raise _invalid("the signature is not that of the site's key over this content")
+    return certificate
+
+
+def code_hash() -> str:
+    """SHA-256 over names and contents of all Python files of Cloister that are installed here."""
+    digest = hashlib.sha256()
+    for package in _PACKAGES:
+        try:
+            root = files(package)
+        except ModuleNotFoundError:
+            continue
+        found: list[tuple[str, bytes]] = []
+        _collect(root, package, found)
+        for name, content in sorted(found):
+            digest.update(f"{name} {hashlib.sha256(content).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _collect(folder: object, name: str, found: list[tuple[str, bytes]]) -> None:
+    for each in folder.iterdir():  # type: ignore[attr-defined]
+        if each.is_dir():
+            _collect(each, f"{name}/{each.name}", found)
+        elif each.name.endswith(".py"):
+            found.append((f"{name}/{each.name}", each.read_bytes()))
+
+
+def _canonical(held: dict[str, object]) -> str:
+    return json.dumps(held, sort_keys=True, indent=2, allow_nan=False) + "\n"
+
+
+def _invalid(why: str) -> CertificateInvalid:
+    return CertificateInvalid(
+        "The certificate is refused.",
+        why=f"Of this file, {why}.",
+        remedy="Ask the site for the file anew, and compare the key by telephone.",
+    )

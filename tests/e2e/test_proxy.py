@@ -18,6 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 import coordinators
+import deployment
 from cloister_client import cli, dial, joining
 from cloister_client.preflight import Check, Finding, State, exit_status
 from cloister_client.preflight_network import network
@@ -40,7 +41,7 @@ from cloister_common.errors import (
 from cloister_server import authority as authority_module
 from cloister_server.authority import Authority, pem
 from cloister_server.enrolling import approve_site, revoke_site
-from coordinators import Hospital, Running
+from coordinators import Hospital, Running, wait_for
 from proxies import INSPECTOR, Mode, Proxy
 
 LOGIN = ("fl-node", "s3cret:with colon ü")
@@ -155,6 +156,29 @@ def test_the_commands_join_through_a_proxy(running: Running, tmp_path: Path) -> 
         other = ["--dir", str(site), "--proxy", "http://127.0.0.1:1"]
         refused = runner.invoke(cli.app, ["join", "-", *other], input=invite)
         assert isinstance(refused.exception, OptionInvalid)
+
+
+def test_the_node_serves_through_the_proxy_and_says_when_it_is_gone(
+    running: Running, tmp_path: Path
+) -> None:
+    invite = running.invite("through")
+    hospital = deployment.Hospital(tmp_path / "through")
+    try:
+        with Proxy(login=LOGIN) as proxy:
+            site = joining.prepare(hospital.folder, invite, network_of(proxy.url, LOGIN[0]))
+            set_password(site, LOGIN[1] + "\n")
+            assert joining.ask(site, invite).state == "pending"
+            assert approve_site(running.place, "through")
+            assert joining.look(site).state == "approved"
+            asked = proxy.targets.count(fleet(running))
+            hospital.start()
+            assert proxy.targets.count(fleet(running)) > asked
+            assert hospital.standing()["online"] is True
+        wait_for(lambda: hospital.standing()["online"] is False, 120, hospital.told)
+        assert hospital.standing()["why"] == "the coordinator does not answer"
+    finally:
+        hospital.stop()
+    assert LOGIN[1] not in hospital.told()
 
 
 def test_the_environment_names_the_proxy_where_the_site_does_not(

@@ -17,6 +17,7 @@ import typer
 from cloister_client import cli_budget
 from cloister_client.cli_certificate import certificate
 from cloister_client.cli_join import join, proxy, roster
+from cloister_client.cli_privacy_audit import privacy_audit
 from cloister_client.cli_service import start, status, stop
 from cloister_client.cli_steward import approve, deny, review, site_folder
 from cloister_common.errors import FolderUnreadable, OptionInvalid
@@ -37,6 +38,7 @@ app.command()(review)
 app.command()(approve)
 app.command()(deny)
 app.command()(certificate)
+app.command(name="privacy-audit")(privacy_audit)
 app.add_typer(cli_budget.app, name="budget")
 
 

@@ -1,4 +1,4 @@
-"""`cloister study`: write, check and explain study files."""
+"""`cloister study`: write, check, plan and sign study files."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from cloister_common.errors import OutputInTheWay, StudyInvalid
+from cloister_common.errors import OptionInvalid, OutputInTheWay, StudyInvalid
 from cloister_common.study import Study, load_study
 
-app = typer.Typer(help="Write and check study files.", no_args_is_help=True)
+app = typer.Typer(help="Write, check and plan study files.", no_args_is_help=True)
 
 
 @app.command()
@@ -58,6 +58,51 @@ def check(
         typer.echo(json.dumps({"valid": True, "hash": study.digest, "study": study.model_dump()}))
         return
     typer.echo(_in_words(study))
+
+
+@app.command()
+def plan(
+    file: Annotated[Path, typer.Argument(help="The study file.")] = Path("study.toml"),
+    patients: Annotated[
+        str, typer.Option(metavar="N[,N...]", help="Patients of each site; guesses will do.")
+    ] = ...,  # type: ignore[assignment]  # typer's mark for an option that must be given
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw epsilon over rounds; a .png or .svg.")
+    ] = None,
+) -> None:
+    """Say what a study will cost and can learn: noise, epsilon by round, time, bytes."""
+    from cloister_common.extras import require
+
+    require("client", "torch", "dp_accounting", "matplotlib")
+    from cloister_common import plan_output, timing
+    from cloister_common.planning import make_plan
+
+    study, counts = load_study(file), _counts(patients)
+    if plot is not None:
+        plan_output.kind_of_plot(plot)
+    pace, weights = timing.measure(study)
+    made = make_plan(study, counts, weights=weights, pace=pace)
+    if plot is not None:
+        plan_output.write_plot(made, plot)
+    typer.echo(json.dumps(plan_output.as_dict(made)) if as_json else plan_output.render(made))
+    if plot is not None and not as_json:
+        typer.echo(f"Wrote {plot}.")
+
+
+def _counts(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    # Ten digits hold every hospital; more would only lead arithmetic astray.
+    if not all(word.isascii() and word.isdigit() and len(word) <= 10 for word in words):
+        counts = []
+    else:
+        counts = [int(word) for word in words]
+    if not counts or min(counts) < 1:
+        raise OptionInvalid(
+            "The numbers of patients cannot be read.",
+            remedy="Write whole numbers above 0 with commas between, such as --patients 400,250.",
+        )
+    return counts
 
 
 @app.command()

@@ -87,6 +87,8 @@ def test_during_load_train_and_evaluate(
     federation: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(PLANTED)
+    for hospital in federation.hospitals.values():
+        deployment.change_policy(hospital.folder, "metrics", '["score-histograms"]')
     traffic = tmp_path / "traffic"
     path = deployment.environment()["PYTHONPATH"]
     with monkeypatch.context() as planted:
@@ -131,6 +133,8 @@ def test_during_load_train_and_evaluate(
         data = file.read_bytes()
         assert needle not in data, file
         assert b"7741903" not in data, file
+    for hospital in federation.hospitals.values():
+        deployment.change_policy(hospital.folder, "metrics", "[]")
     for name in WHERE:
         _restart(federation.hospitals[name])
     federation.server.stop()

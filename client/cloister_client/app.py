@@ -24,6 +24,7 @@ from cloister_client.audit import WHY, log_of
 from cloister_client.cohort import Cohort, load_cohort, split
 from cloister_client.evaluation import score_histogram
 from cloister_client.features import features_of
+from cloister_client.high_water import compare
 from cloister_client.notices import clear_notice, leave_notice
 from cloister_client.randomness import SecureRandom
 from cloister_client.site import Site, open_site
@@ -110,6 +111,7 @@ def prepare(message: Message, context: Context) -> Message:
 
     def answer(site: Site, task: Prepare) -> Prepared:
         study = study_from_canonical(task.study)
+        compare(site, task.heads)
         # Before the roster: a steward is shown both together, and accepts both or neither.
         gate.consent(site, study, invited=task.sites, signatures=task.signatures)
         if study.aggregation.secure:

@@ -2,7 +2,8 @@
 
 An older copy of a ledger is sound, only shorter. So whenever the ledger reserves or spends, its
 head is noted in two other places: a high-water file beside it, and the site's audit log, which is
-chained, signed, and bounded by the heads of it that the coordinator noted. A ledger that does not
+chained and signed. The coordinator notes the audit log's heads, and says at the start of each run
+which it noted, so a folder that was rolled back as a whole is found as well. A ledger that does not
 hold a noted head was rolled back or replaced, and trains nothing until the steward confirms.
 """
 
@@ -11,12 +12,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
+from collections.abc import Iterator
 
 from cloister_client.audit import log_of, path_of
 from cloister_client.ledger import Ledger
 from cloister_client.site import Site
-from cloister_common.audit import Head
+from cloister_common.audit import HASH, Head, heads_told, name_of
 from cloister_common.errors import AuditLogDamaged, LedgerRolledBack
 from cloister_common.files import write_atomic
 
@@ -24,7 +25,9 @@ FILE = "ledger.high"
 NOTE = "ledger"
 """Kind of the audit log's entries that note a head."""
 
-_HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
+CLAIMED = "audit.claimed"
+"""Holds the hash of an entry that the coordinator noted of the audit log, and that is not in it."""
+
 _IS_NOTE = f'"kind":"{NOTE}"'.encode()
 
 
@@ -46,6 +49,24 @@ def require_newest(site: Site) -> None:
         )
 
 
+def compare(site: Site, heads: str) -> None:
+    """Keep in mind what the coordinator noted of this site's audit log, where the log lacks it.
+
+    A coordinator that lies can only keep the site out of its own runs, until the steward accepts.
+
+    Args:
+        site: the site.
+        heads: what the coordinator said, see ``audit.told_heads``.
+
+    Raises:
+        AuditLogDamaged: the log cannot be read.
+        OutputInTheWay: what it noted cannot be kept.
+    """
+    for digest in heads_told(heads, name_of(site.identity().public)):
+        if not _in_log(site, digest):
+            write_atomic(site.root / CLAIMED, digest.encode())
+
+
 def disagreements(site: Site) -> tuple[str, ...]:
     """What is wrong between the ledger and its notes, a sentence each; empty where all fits."""
     held, reserved = {}, False
@@ -62,6 +83,8 @@ def disagreements(site: Site) -> tuple[str, ...]:
             found.append(f"{where} noted entry {noted.seq}; the ledger ends at {len(held)}.")
         elif held[noted.seq] != noted.hash:
             found.append(f"{where} noted another entry {noted.seq}.")
+    if _claimed(site):
+        found.append("The coordinator noted an entry of the audit log that is not in it.")
     return tuple(found)
 
 
@@ -101,8 +124,11 @@ def accept(site: Site) -> tuple[str, ...]:
         missed = max((head.seq for head in (_high(site), _noted(site)) if head), default=0)
         ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
         ledger.accept(missed, site.identity())
-        log_of(site).append("accepted", by="steward", why=" ".join(found))
+        log_of(site).append(
+            "accepted", by="steward", why=" ".join(found), claimed=_claimed(site) or None
+        )
         note(site, ledger)
+        (site.root / CLAIMED).unlink(missing_ok=True)
     return found
 
 
@@ -115,20 +141,39 @@ def _high(site: Site) -> Head | None:
 
 def _noted(site: Site) -> Head | None:
     """The last head in the audit log; its chain is for ``cloister verify`` to judge."""
-    path, last = path_of(site), b""
-    if not path.exists():
-        return None
-    try:
-        with path.open("rb") as file:
-            for line in file:
-                if _IS_NOTE in line:
-                    last = line
-    except OSError:
-        raise AuditLogDamaged("The audit log cannot be read.") from None
+    last = b""
+    for line in _lines(site):
+        if _IS_NOTE in line:
+            last = line
     try:
         return _head(json.loads(last), "ledger_seq", "ledger_hash") if last else None
     except ValueError:
         return None
+
+
+def _claimed(site: Site) -> str:
+    """What ``compare`` kept and the log still lacks; empty where there is nothing."""
+    try:
+        digest = (site.root / CLAIMED).read_text("ascii")
+    except (OSError, ValueError):
+        return ""
+    return digest if HASH.fullmatch(digest) and not _in_log(site, digest) else ""
+
+
+def _in_log(site: Site, digest: str) -> bool:
+    """Whether an entry has this hash, or the steward accepted that none has."""
+    sought = (f'"hash":"{digest}"'.encode(), f'"claimed":"{digest}"'.encode())
+    return any(one in line for line in _lines(site) for one in sought)
+
+
+def _lines(site: Site) -> Iterator[bytes]:
+    try:
+        with path_of(site).open("rb") as file:
+            yield from file
+    except FileNotFoundError:
+        return
+    except OSError:
+        raise AuditLogDamaged("The audit log cannot be read.") from None
 
 
 def _head(held: object, seq: str, digest: str) -> Head | None:
@@ -137,4 +182,4 @@ def _head(held: object, seq: str, digest: str) -> Head | None:
     number, text = held.get(seq), str(held.get(digest))
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         return None
-    return Head(number, text) if _HASH.fullmatch(text) else None
+    return Head(number, text) if HASH.fullmatch(text) else None

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,6 +34,7 @@ GENESIS = "0" * 64
 MAX_LINE = 1 << 17
 """Longest line that is written and read, in bytes: a thousand sites by name and node fit."""
 
+HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _NOTE = re.compile(r"([0-9a-f]{16}):([0-9]{1,18}):([0-9a-f]{64})", re.ASCII)
 _FIXED = {"hash", "kind", "previous", "seq", "time"}
 Value = str | int | bool | None
@@ -56,6 +57,20 @@ EMPTY = Head(0, GENESIS)
 def name_of(public: bytes) -> str:
     """What tells a log from others in notes: 16 hexadecimal digits of its writer's key's hash."""
     return hashlib.sha256(LABEL + public).hexdigest()[:16]
+
+
+def told_heads(heads: Iterable[tuple[str, Head]]) -> str:
+    """Heads of several logs, as one text for all who wrote them: each log's name and hash.
+
+    Without the number: how long a site's log is concerns no other site.
+    """
+    return " ".join(sorted({f"{name}:{head.hash}" for name, head in heads}))
+
+
+def heads_told(text: str, name: str) -> tuple[str, ...]:
+    """The hashes that ``told_heads`` tells of one log; what is no hash is passed over."""
+    parted = (word.partition(":") for word in text.split())
+    return tuple(told for log, _, told in parted if log == name and HASH.fullmatch(told))
 
 
 def parse_note(text: str) -> tuple[str, Head] | None:
@@ -119,6 +134,15 @@ class AuditLog:
         """What the other side is told of a head, for ``parse_note``."""
         return f"{name_of(self._identity.public)}:{head}"
 
+    def entries(self) -> Iterator[Entry]:
+        """Its entries, oldest first; a last line that a kill cut short is none.
+
+        Raises:
+            AuditLogDamaged: at the first line that does not fit.
+        """
+        if self._path.exists():
+            yield from _read(line for line in _lines(self._path) if line.endswith(b"\n"))
+
     def head(self) -> Head:
         """The head; ``EMPTY`` where nothing was written yet."""
         if not self._path.exists():
@@ -179,8 +203,12 @@ def read(path: Path) -> Iterator[Entry]:
     Raises:
         AuditLogDamaged: at the first line that does not fit.
     """
+    yield from _read(_lines(path))
+
+
+def _read(lines: Iterable[bytes]) -> Iterator[Entry]:
     head = EMPTY
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(lines, start=1):
         entry = _parse(line)
         if entry is None or _hash(_full(entry)) != entry.hash or entry.seq != head.seq + 1:
             raise _damaged(f"line {number} is not as it was written; 'cloister verify' says more")

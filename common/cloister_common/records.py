@@ -87,6 +87,8 @@ class Prepare(RoundMessage):
     """Digest of the roster, hexadecimal; empty where updates are not masked."""
     signatures: bytes = b""
     """Who vouches for the study, see ``signing``; empty where nobody does."""
+    heads: str = ""
+    """What the coordinator noted of the sites' audit logs, see ``audit.told_heads``."""
 
 
 @dataclass(frozen=True)

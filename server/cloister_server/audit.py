@@ -8,7 +8,6 @@ that writes it faces the network, and holds no key of the federation.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +16,11 @@ from pathlib import Path
 from cloister_common.audit import Entry, examine, read
 from cloister_common.errors import AuditLogDamaged
 from cloister_server.collection import REASONS
+from cloister_server.noted import seats_in
 from cloister_server.refusals import KEPT_FILES
 
 DECISIONS = ("invited", "approved", "revoked", "roster")
 """Kinds of entries that a command of the coordinator's people writes."""
-
-_SEATS = re.compile(r"(\d+)=(\S+)")
 
 
 @dataclass
@@ -205,7 +203,7 @@ def _runs(entries: Sequence[Entry]) -> tuple[Run, ...]:
         if entry.kind == "began":
             run.began.append(entry.time)
             run.study, run.ended = str(body.get("study")), ""
-            run.sites = [site for _, site in _seats(entry)]
+            run.sites = [site for _, site in seats_in(entry)]
             run.refused = _reasons(entry)
         elif entry.kind == "ended":
             run.ended, run.refused = str(body.get("how")), _reasons(entry)
@@ -219,7 +217,7 @@ def _sites(entries: Sequence[Entry]) -> tuple[Came, ...]:
     names: dict[str, str] = {}
     for entry in entries:
         if entry.kind in {"began", "seated"}:
-            names.update(_seats(entry))
+            names.update(seats_in(entry))
     found: dict[str, Came] = {}
 
     def of(node: str) -> Came:
@@ -274,10 +272,6 @@ def _lines(path: Path) -> Iterator[Mapping[str, object]]:
                 continue
             if isinstance(line, dict):
                 yield line
-
-
-def _seats(entry: Entry) -> list[tuple[str, str]]:
-    return _SEATS.findall(str(entry.body.get("sites")))
 
 
 def _reasons(entry: Entry) -> dict[str, str]:

@@ -110,9 +110,12 @@ class Gathering:
         A site that says "not at this hour" takes part: it belongs to those whom the run invites,
         and is not ready.
         """
-        roster = self._roster.digest.hex() if self._roster is not None else ""
+        roster, heads = "", ""
+        if self._roster is not None:
+            roster = self._roster.digest.hex()
+            heads = self._mailbox.heads(self._roster, self.nodes)
         self.asked = max(self._expected, len(nodes), self.asked)
-        task = Prepare(self._canonical, run, self.asked, roster, self._signatures)
+        task = Prepare(self._canonical, run, self.asked, roster, self._signatures, heads)
         ready: set[int] = set()
         for reply in self._mailbox.ask(nodes, task, Prepared):
             message = reply.message

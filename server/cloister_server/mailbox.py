@@ -25,6 +25,8 @@ from cloister_common.records import (
     reason_of,
     unpack,
 )
+from cloister_common.roster import Roster
+from cloister_server.noted import heads_of_sites
 
 TYPES: Mapping[str, str] = {
     "prepare": "query.prepare",
@@ -145,6 +147,14 @@ class Mailbox:
         if self._log is not None:
             self._log.append(kind, **body)
             self._log.sign()
+
+    def heads(self, roster: Roster, seats: Mapping[int, str]) -> str:
+        """What the log noted of the sites' own logs, see ``noted.heads_of_sites``.
+
+        Raises:
+            AuditLogDamaged: the log is not sound.
+        """
+        return heads_of_sites(self._log.entries(), roster, seats) if self._log is not None else ""
 
     def _note_sent(self, tasks: Mapping[int, RoundMessage]) -> str:
         """Log what is about to leave; the head, for the sites to note."""

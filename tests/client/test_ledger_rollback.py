@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 
 from cloister_client import cli, gate, high_water
 from cloister_client.approvals import Decision, judge
-from cloister_client.audit import entries_of, path_of
-from cloister_client.high_water import FILE, disagreements
+from cloister_client.audit import entries_of, log_of, path_of
+from cloister_client.high_water import CLAIMED, FILE, accept, compare, disagreements
 from cloister_client.ledger import Ledger
 from cloister_client.policy import Policy
 from cloister_client.site import Site, init_site
+from cloister_common.audit import EMPTY, Head, name_of, told_heads
 from cloister_common.errors import LedgerRolledBack
 from federations import study
 
@@ -121,6 +122,45 @@ def test_a_kill_between_the_ledger_and_its_notes_is_no_rollback(
     admit(made)
     gate.charge(made, STUDY, run="run-1", round_number=1)
     assert disagreements(made) == ()
+
+
+def told(site: Site, digest: str) -> str:
+    return told_heads([(name_of(site.identity().public), Head(1, digest)), ("0" * 16, EMPTY)])
+
+
+def test_all_three_rolled_back_together_are_found_by_the_coordinators_note(site: Site) -> None:
+    newest = log_of(site).head().hash
+    compare(site, told(site, newest))
+    assert disagreements(site) == ()
+    roll_back(site, "ledger.sqlite", FILE, "audit/audit.jsonl")
+    assert disagreements(site) == ()
+    compare(site, told(site, newest))
+    # What the site answers now is what the coordinator notes next: it fits, and changes nothing.
+    compare(site, told(site, log_of(site).head().hash))
+    with pytest.raises(LedgerRolledBack) as caught:
+        admit(site)
+    assert caught.value.why == "The coordinator noted an entry of the audit log that is not in it."
+    assert (site.root / CLAIMED).stat().st_mode & 0o777 == 0o600
+
+
+def test_what_the_steward_accepted_is_not_held_against_the_site_again(site: Site) -> None:
+    newest = log_of(site).head().hash
+    roll_back(site, "ledger.sqlite", FILE, "audit/audit.jsonl")
+    compare(site, told(site, newest))
+    assert accept(site)
+    assert not (site.root / CLAIMED).exists()
+    compare(site, told(site, newest))
+    admit(site)
+    compare(site, told(site, "5" * 64))
+    with pytest.raises(LedgerRolledBack):
+        admit(site)
+
+
+@pytest.mark.parametrize("heads", ["", "no head", "0000000000000000:" + "5" * 64, "{}:", "{}:x"])
+def test_what_is_said_of_another_log_or_is_no_head_is_passed_over(site: Site, heads: str) -> None:
+    compare(site, heads.format(name_of(site.identity().public)))
+    assert disagreements(site) == ()
+    admit(site)
 
 
 def test_the_steward_accepts_and_it_is_written_in_both(site: Site) -> None:

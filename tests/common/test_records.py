@@ -53,7 +53,7 @@ def test_a_message_says_what_its_fields_say_and_no_more() -> None:
     records = _update()
     assert set(records) == {"cloister", "arrays"}
     assert dict(records["cloister"]) == {
-        "version": "cloister/round/v3",
+        "version": "cloister/round/v4",
         "kind": "update",
         "log_head": "",
         "site": "north",
@@ -65,7 +65,7 @@ def test_a_message_says_what_its_fields_say_and_no_more() -> None:
 
 def test_payload_counts_arrays_names_and_values() -> None:
     records = pack(Prepared(site="north", signature=b""))
-    said = "version cloister/round/v3 kind prepared site north signature b''".replace(" ", "")
+    said = "version cloister/round/v4 kind prepared site north signature b''".replace(" ", "")
     assert payload_bytes(records) == len(said)
     assert (
         payload_bytes(_update())

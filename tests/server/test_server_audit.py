@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 from flwr.app import Context, Message
 
 from cloister_client.app import app
+from cloister_client.high_water import disagreements
+from cloister_client.ledger import Ledger
+from cloister_client.site import open_site
 from cloister_common import cli, eckeys
 from cloister_common.audit import examine, read
 from cloister_common.eckeys import Purpose
@@ -224,6 +228,36 @@ def test_a_resumed_run_is_one_run(tmp_path: Path) -> None:
     simulate(Simulation(study(), sites, out, resume=True))
     (run,) = account(out / FEDERATION / AUDIT).runs
     assert (len(run.began), run.ended) == (2, "done")
+
+
+def test_a_site_folder_that_was_rolled_back_as_a_whole_is_found_by_what_the_coordinator_noted(
+    tmp_path: Path,
+) -> None:
+    """Ledger, high-water file and audit log fit each other; only the coordinator's log tells."""
+    sites = write_federation(tmp_path / "sites", images=1)
+    out, old = tmp_path / "run", tmp_path / "old"
+    anker = out / "sites" / "anker"
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Measured) and event.figures.round == 1:
+            shutil.copytree(anker, old)
+        if isinstance(event, Measured) and event.figures.round == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(Simulation(study(), sites, out), notify=stop)
+    shutil.rmtree(anker)
+    shutil.copytree(old, anker)
+    assert disagreements(open_site(anker)) == ()
+    summary = simulate(Simulation(study(), sites, out, resume=True))
+    assert summary["refused"] == {"anker": "declined"}
+    assert summary["rounds"] == 3
+    site = open_site(anker)
+    wrong = ("The coordinator noted an entry of the audit log that is not in it.",)
+    assert disagreements(site) == wrong
+    spent = Ledger.open(site.ledger, delta=site.policy.ledger_delta).spent(study().digest)
+    assert sum(steps for _, steps in spent) == 2
+    assert disagreements(open_site(out / "sites" / "birke")) == ()
 
 
 @pytest.mark.parametrize("name", ["x" * 300_000, "a b=c; d", "Ä", ""])

@@ -191,9 +191,11 @@ def proposal(site: Site, study: Study) -> Proposal:
     )
 
 
-def line(study: float, lifetime: float, limit: float) -> str:
-    """The two epsilons beside each other, always in these words."""
+def line(study: float | None, lifetime: float, limit: float) -> str:
+    """The two epsilons beside each other, always in these words; without a study the second."""
     account = f"lifetime on this data: {lifetime:.2f} of {limit:g}"
+    if study is None:
+        return f"patient-level, {account}"
     return f"patient-level, this study: {study:.2f}; {account}"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from cloister_client import gate
+from cloister_client.budget import line, study_promised
 from cloister_client.cohort import UNLABELLED, Cohort, Reading, read_cohort
 from cloister_client.labels import read_labels
 from cloister_client.policy import refusals
@@ -55,6 +56,7 @@ class DataReport:
         rejects: files turned away, by reason.
         faults: all that keeps the site from taking part, in the order in which to mend it.
         policy: why the site's policy or budget does not allow the study, in words.
+        promised_study: epsilon that all runs of the study have reserved or spent here.
         promised: epsilon that all studies together have reserved or spent here.
         lifetime: the most that they may.
         cohort: the images, or None; in no output but the contact sheet.
@@ -72,6 +74,7 @@ class DataReport:
     rejects: Mapping[Reject, int]
     faults: tuple[DataError, ...]
     policy: tuple[str, ...]
+    promised_study: float = 0.0
     promised: float = 0.0
     lifetime: float = 0.0
     cohort: Cohort | None = field(default=None, repr=False, compare=False)
@@ -83,6 +86,7 @@ class DataReport:
             "study": self.study,
             "usable": not self.faults,
             "would_take_part": not self.faults and not self.policy,
+            "epsilon_study": None if self.study is None else self.promised_study,
             "epsilon_promised": self.promised,
             "epsilon_lifetime": self.lifetime,
             "files": self.files,
@@ -144,6 +148,7 @@ def inspect(
         rejects=reading.rejects if reading is not None else {},
         faults=tuple(faults),
         policy=allowed,
+        promised_study=0.0 if study is None else study_promised(site, study),
         promised=gate.promised(site),
         lifetime=site.policy.max_epsilon_lifetime,
         cohort=cohort,
@@ -181,10 +186,8 @@ def render(report: DataReport) -> str:
             f"    {count:>7}  {reason.value}  {reason.title}"
             for reason, count in report.rejects.items()
         ]
-    lines.append(
-        f"  budget      epsilon {report.promised:.2f} of {report.lifetime:.2f} is promised "
-        "(lifetime, all studies)"
-    )
+    study = None if report.study is None else report.promised_study
+    lines.append(f"  budget      promised so far, {line(study, report.promised, report.lifetime)}")
     if report.study is None:
         lines.append("Labels were not checked: give a study with --study.")
     lines += [f"This site would refuse the study: {sentence}" for sentence in report.policy]

@@ -52,6 +52,7 @@ def test_report_of_sound_data(tmp_path: Path) -> None:
         "study": "nodules",
         "usable": True,
         "would_take_part": True,
+        "epsilon_study": 0.0,
         "epsilon_promised": 0.0,
         "epsilon_lifetime": 8.0,
         "files": 13,
@@ -300,7 +301,11 @@ def test_a_study_that_the_budget_cannot_bear_is_told_here_already(tmp_path: Path
     approve(site.root, asked)
     fresh = inspect(site, asked)
     assert fresh.policy == ()
-    assert "epsilon 0.00 of 4.00 is promised" in render(fresh)
+    words = "promised so far, patient-level, this study: {:.2f}; lifetime on this data: {:.2f} of 4"
+    assert words.format(0, 0) in render(fresh)
+    assert "promised so far, patient-level, lifetime on this data: 0.00 of 4" in render(
+        inspect(site, None)
+    )
     gate.admit(site, asked, run="one", invited=5)
     # A run that has trained nothing gives its place to the next.
     assert inspect(site, asked).policy == ()
@@ -311,3 +316,6 @@ def test_a_study_that_the_budget_cannot_bear_is_told_here_already(tmp_path: Path
     assert "would not take part" in render(spent)
     assert spent.as_dict()["would_take_part"] is False
     assert spent.as_dict()["epsilon_promised"] > 2.9
+    told_study, told_lifetime = spent.promised_study, spent.promised
+    assert 0 < told_study < told_lifetime
+    assert words.format(told_study, told_lifetime) in render(spent)

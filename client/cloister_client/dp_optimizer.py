@@ -29,6 +29,9 @@ from cloister_client.grid_sum import GRID_BITS, Block, clipped_sum
 from cloister_client.randomness import SecureRandom
 from cloister_common.errors import InternalError
 
+_PIECE = 1 << 18
+"""Values noised at a time: they stay in the processor's cache."""
+
 
 class PatientDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is not typed
     """``opacus.optimizers.DPOptimizer`` whose unit is a patient; see the module.
@@ -94,14 +97,15 @@ class PatientDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is not ty
         self.step_on([gradients])
 
     def _finish(self, total: Tensor) -> None:
-        if self.noise_multiplier > 0:
-            assert self._random is not None
-            std = self.noise_multiplier * 2.0**GRID_BITS
-            noise = self._random.normal(len(total), std)
-            total = total + noise.round_().to(torch.int64)
-        # What follows depends on the noised sum and public constants alone.
+        std = self.noise_multiplier * 2.0**GRID_BITS
         scale = self.max_grad_norm * 2.0**-GRID_BITS / self.expected_batch_size
-        update = total.to(torch.float64).mul_(scale).to(torch.float32)
+        update = torch.empty(len(total))
+        for piece, out in zip(total.split(_PIECE), update.split(_PIECE), strict=True):
+            if self.noise_multiplier > 0:
+                assert self._random is not None
+                piece.add_(self._random.normal(len(piece), std).round_().to(torch.int64))
+            # What follows depends on the noised sum and public constants alone.
+            out.copy_(piece.to(torch.float64).mul_(scale))
         position = 0
         try:
             for parameter in self.params:

@@ -2,9 +2,10 @@
 
 A float32 sum of clipped gradients moves by a little more than C when one patient is added: its
 rounding depends on who else is in it. So each clipped gradient is truncated toward zero to whole
-multiples of 2^-30 C and summed in whole numbers, which is exact. The norm is taken in float64 over
-all parameters, of the very values that are summed, with a margin for every rounding on the way:
-adding or removing one patient moves the sum by an L2 norm of at most C.
+multiples of 2^-30 C and summed in whole numbers, which is exact. The norm is taken over all
+parameters, of the very values that are summed: rows of 64 in float32, their squares in float64,
+with a margin for every rounding on the way. Adding or removing one patient moves the sum by an L2
+norm of at most C.
 """
 
 from __future__ import annotations
@@ -39,8 +40,17 @@ Block: TypeAlias = Tensor | Sequence[Tensor] | Clipped
 """Several patients' gradients, float32 (patients, size); or one patient's as it comes out of
 autograd, one float32 tensor a parameter, which saves a copy; or a sum that is clipped already."""
 
-_PIECE = 1 << 16
-"""Values clipped at a time: they stay in the processor's cache."""
+_PIECE = 1 << 18
+"""Values clipped at a time: they stay in the processor's cache, and calls cost little."""
+
+_ROW = 64
+"""Values of one sum of squares in float32: reading is what a norm costs, and float64 doubles it."""
+
+_ROW_MARGIN = 2.0**-18
+"""What a row's norm may err by, twice over: ``_ROW`` roundings of 2^-24 each under a root."""
+
+_LOST = _ROW * 2.0**-126
+"""What a row's square may lose to underflow."""
 
 _ROOM = 2.0**31 - 2
 """What a sum in int32 may reach."""
@@ -99,6 +109,8 @@ class _GridSum:
         self._pieces = self._split(list(torch.split(self._running, list(sizes))))
         self._wide = self._split(list(torch.split(self._total, list(sizes))))
         self._reached = [0.0] * len(self._pieces)
+        counts = [-(-len(piece) // _ROW) for piece in self._pieces]
+        self._owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
 
     @staticmethod
     def _split(parts: list[Tensor]) -> list[Tensor]:
@@ -107,17 +119,14 @@ class _GridSum:
     def add(self, parts: list[Tensor], *, clipped: bool = False) -> None:
         """Add one patient's gradient, or a clipped sum; what is not finite counts as zero."""
         pieces = self._split(parts)
-        squares = [torch.dot(wide, wide) for wide in map(Tensor.double, pieces)]
-        norms = torch.stack(squares).sqrt().tolist()
-        # float32 squared and summed cannot overflow float64, so a norm that is not finite has
-        # exactly one cause: a value that is not finite.
+        norms = self._norms(parts, pieces)
         norm = math.hypot(*norms)
         if not math.isfinite(norm):
             return
         # Summing n squares errs by at most a factor 1 + n 2^-53, roots and hypot by a few 2^-53;
         # the product below, in float32, by 1 + 2^-24. The margin covers twice all that, and the
         # factor is rounded down, so rounding never exceeds the clip.
-        norm *= 1.0 + (self.size + 64) * 2.0**-52 + 2.0**-23
+        norm *= 1.0 + (self.size + 64) * 2.0**-52 + 2.0**-23 + _ROW_MARGIN
         factor = _float32_below(2.0**GRID_BITS / (self._clip if clipped else max(norm, self._clip)))
         for place, (piece, own) in enumerate(zip(pieces, norms, strict=True)):
             # The conversion to a whole number truncates toward zero: magnitudes only fall.
@@ -129,6 +138,23 @@ class _GridSum:
                 self._flush(place)
             self._reached[place] += highest
             self._pieces[place].add_(piece.mul(factor).to(torch.int32))
+
+    def _norms(self, parts: list[Tensor], pieces: list[Tensor]) -> list[float]:
+        """The norm of each piece, to within ``_ROW_MARGIN``; not finite where a value is not."""
+        rows = []
+        for part in parts:
+            whole = len(part) // _ROW * _ROW
+            if whole:
+                rows.append(torch.linalg.vector_norm(part[:whole].view(-1, _ROW), dim=1))
+            if whole < len(part):
+                rows.append(torch.linalg.vector_norm(part[whole:]).reshape(1))
+        squares = torch.cat(rows).double().square_().add_(_LOST)
+        sums = torch.zeros(len(pieces), dtype=torch.float64).index_add_(0, self._owner, squares)
+        if bool(sums.isfinite().all()):
+            return sums.sqrt().tolist()
+        # Squares overflow in float32, never in float64: there only a value that is not finite can.
+        wide = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]
+        return torch.stack(wide).tolist()
 
     def _flush(self, place: int) -> None:
         self._wide[place].add_(self._pieces[place])

@@ -106,7 +106,11 @@ def test_the_precinct_bomb_needs_its_limit(pool: Pool) -> None:
         pytest.param(precheck.JPEG_2000_LOSSLESS, marks=pytest.mark.slow),
     ],
 )
-def test_the_largest_mammograms_are_read(pool: Pool, syntax: str) -> None:
+def test_the_largest_mammograms_are_read(
+    pool: Pool, syntax: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # By the clock it depends on who else is at work; what it may compute and hold stays as it is.
+    monkeypatch.setattr(process, "WALL_SECONDS", 60)
     image = np.tile(radiograph(3, 1024, 1024), (6, 5))[:5928, :4728]
     assert _end(pool, make_dicom(image, bits_stored=12, transfer_syntax=syntax)) is None
 

@@ -134,9 +134,10 @@ def test_permuted_training_labels_teach_nothing(drawn: Path, tmp_path: Path) -> 
 def test_the_demo_holds_over_other_patients(tmp_path: Path, seed: int) -> None:
     with Display(quiet=True) as display:
         run_demo(tmp_path / "demo", seed=seed, engine="in-process", display=display)
-    summary = _summary(tmp_path / "demo" / "run")
-    assert summary["auroc_final"] >= 0.85
-    assert summary["epsilon_max"] <= 8
+    assert _summary(tmp_path / "demo" / "run")["epsilon_max"] <= 8
+    # With its noise, a run's AUROC spreads by about 0.04, so several are averaged.
+    found = [_auroc(tmp_path / "demo", tmp_path / f"run-{noise}", seed=noise) for noise in range(3)]
+    assert np.mean(found) >= 0.88, found
 
 
 def test_the_demo_leaves_a_folder_in_use_alone(tmp_path: Path) -> None:

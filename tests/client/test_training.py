@@ -653,13 +653,13 @@ def test_a_fixed_part_that_runs_once_gives_the_same_update(
             steps=3,
         )  # fmt: skip
 
-    honest = training._trained_part
+    honest = training.trained_part
     monkeypatch.setattr(
-        training, "_trained_part", lambda *a: seen.append(type(honest(*a)[1])) or honest(*a)
+        training, "trained_part", lambda *a: seen.append(type(honest(*a)[1])) or honest(*a)
     )
     once = update()
     assert seen == [FeatureCohort]
-    monkeypatch.setattr(training, "_trained_part", lambda local, cohort, _: (local, cohort))
+    monkeypatch.setattr(training, "trained_part", lambda local, cohort, _: (local, cohort))
     np.testing.assert_allclose(once, update(), atol=2e-6)
     assert np.abs(once).max() > 1e-3
 

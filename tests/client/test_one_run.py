@@ -219,13 +219,33 @@ def test_coins_are_drawn_anew_and_the_model_is_left_alone() -> None:
             study,
             noise_multiplier=5.0,
             random=SecureRandom(),
-            rounds=1,
+            rounds=2,
             canaries=40,
         )
         for _ in range(2)
     ]
     assert both[0].present != both[1].present
     assert np.array_equal(flatten(module), before)
+
+
+def test_each_step_goes_on_from_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = study_of(steps=2, schedule="cosine")
+    weights, changes, numbers = [], [], []
+    honest = training.train_round
+
+    def noted(module: nn.Module, *words: Any, **more: Any) -> Any:
+        weights.append(flatten(module))
+        numbers.append((more["round_number"], more["steps"]))
+        changes.append(honest(module, *words, **more))
+        return changes[-1]
+
+    monkeypatch.setattr(training, "train_round", noted)
+    found = audited(study, patients_of(20), rounds=2)
+    assert found.steps == 4
+    assert numbers == [(1, 1), (1, 1), (2, 1), (2, 1)]
+    assert np.array_equal(weights[0], flatten(module_of(study)))
+    for step in range(3):
+        assert np.array_equal(weights[step + 1], weights[step] + changes[step])
 
 
 def test_the_adversary_measures_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:

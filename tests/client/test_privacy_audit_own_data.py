@@ -102,8 +102,7 @@ def test_it_passes_and_nothing_leaves(
     tmp_path: Path, study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = _site(tmp_path / "site", 16)
-    run(site, "--study", study, "--rounds", 1)  # What is read is cached from now on.
-    before, ledger = contents(site.root), site.ledger
+    before = contents(site.root)
     connected: list[object] = []
 
     def connect(self: socket.socket, address: object) -> None:
@@ -124,9 +123,10 @@ def test_it_passes_and_nothing_leaves(
     assert (told["passed"], told["could_refute"]) == (True, True)
     assert (told["canaries"], told["others"], told["steps"]) == (16, 0, 1)
     assert connected == []
-    # No model, no ledger: the log alone has grown.
-    assert contents(site.root) == before
-    assert not ledger.exists()
+    # No model, no ledger: the log is new, and what was read is cached, sealed.
+    new = {Path(name).parts[0] for name in contents(site.root) - before}
+    assert new == {site.audit.name, site.cache.name}
+    assert not site.ledger.exists()
 
 
 def test_the_log_says_what_was_done_and_nothing_of_the_patients(
@@ -185,7 +185,6 @@ def test_few_guesses_are_no_test_and_the_words_say_so(
         (("--canaries", 25), "has 24 patients"),
         (("--guesses", 25), "There are 24 canaries"),
         (("--draws", 100), "without --study"),
-        (("--plot", "audit.jpg"), "audit.jpg"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
@@ -193,6 +192,15 @@ def test_options_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(OptionInvalid, match=says):
         run(stocked, "--study", study, *words)
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_done(
+    stocked: Site, study: Path
+) -> None:
+    entries = len(entries_of(stocked))
+    with pytest.raises(OptionInvalid, match=r"audit\.jpg"):
+        run(stocked, "--study", study, "--plot", "audit.jpg")
+    assert len(entries_of(stocked)) == entries
 
 
 @pytest.mark.parametrize("option", ["--rounds", "--canaries", "--guesses", "--plot"])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import Context, Message
 
 from cloister_client import app as client
 from cloister_client.ledger import Ledger
@@ -87,9 +88,13 @@ def write_hospital(root: Path, policy: dict[str, Any]) -> Site:
     return site
 
 
-def ask(site: Site, task: RoundMessage) -> RoundMessage:
+def ask(
+    site: Site,
+    task: RoundMessage,
+    client_app: Callable[[Message, Context], Message] = client.app,
+) -> RoundMessage:
     """What the site's ClientApp answers to a message, through Flower's records."""
-    grid = InProcessGrid(client.app, [{SITE_KEY: str(site.root)}])
+    grid = InProcessGrid(client_app, [{SITE_KEY: str(site.root)}])
     message = Message(content=pack(task), dst_node_id=2, message_type=TYPES[task.kind])
     (reply,) = grid.send_and_receive([message])
     assert not reply.has_error()

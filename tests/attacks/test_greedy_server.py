@@ -237,7 +237,7 @@ def torn_log(greed: Greed) -> None:
         (no_log, "declined"),
         (torn_log, "declined"),
     ],
-    ids=lambda case: getattr(case, "__name__", ""),
+    ids=lambda case: getattr(case, "__name__", None),
 )
 def test_a_refusal_comes_before_the_data(
     greed: Greed, harm: Callable[[Greed], None], expected: str

@@ -16,7 +16,16 @@ from cloister_common.enrolment import HEADER_PROTOCOL, HEADER_VERSION, PATH_ROST
 from cloister_common.errors import ListenRefused, ServerFolderInvalid
 from cloister_server.coordinator import Layout, init_coordinator, open_coordinator
 from cloister_server.gate import Engine, FleetGate
-from cloister_server.listener import PEER, Door, Limits, Listener, Peer, bind, server_context
+from cloister_server.listener import (
+    PEER,
+    Door,
+    Limits,
+    Listener,
+    Peer,
+    bind,
+    network_of,
+    server_context,
+)
 from cloister_server.refusals import LINES_A_SECOND, Refusals, Refused
 from cloister_server.registry import Registry, SiteRow
 
@@ -216,6 +225,83 @@ def test_dawdlers_are_cut(tmp_path: Path) -> None:
     assert asyncio.run(run()) == dict.fromkeys(("head", "nothing", "body", "handshake"), b"")
     text = log.read_text()
     assert [text.count(code) for code in ("head-slow", "body-slow", "handshake-slow")] == [2, 1, 1]
+
+
+def test_a_burst_of_connections_that_say_nothing_leaves_none_open(tmp_path: Path) -> None:
+    """All in one turn of the loop, so that most must go before their handshake had a turn."""
+    place = init_coordinator(tmp_path / "fed", Layout(("127.0.0.1:9443",)))
+    context = server_context(place.keys / "server.pem", place.keys / "server.key", None)
+
+    async def run() -> tuple[int, int]:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            raise AssertionError("nobody asked for anything")
+
+        refusals = Refusals(tmp_path / "refused.jsonl")
+        door = Door("fleet", context, refusals, Limits(handshakes=8, handshake_s=1.0))
+        bound = socket.create_server(("127.0.0.1", 0), backlog=256)
+        listener = Listener(app, door)
+        task = asyncio.create_task(listener.serve([bound]))
+        while not listener.started:
+            await asyncio.sleep(0.01)
+        clients = [socket.create_connection(bound.getsockname()) for _ in range(100)]
+        await asyncio.sleep(0.5)
+        still = sum(_open(client) for client in clients)
+        await asyncio.sleep(1.5)
+        left = sum(_open(client) for client in clients)
+        for client in clients:
+            client.close()
+        listener.should_exit = True
+        await task
+        refusals.close()
+        return still, left
+
+    still, left = asyncio.run(run())
+    assert still <= 8
+    assert left == 0
+
+
+def _open(client: socket.socket) -> bool:
+    client.setblocking(False)
+    try:
+        return client.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        return False
+
+
+def test_whoever_opens_many_pushes_out_their_own_first(tmp_path: Path) -> None:
+    class Begun:
+        def __init__(self, address: str) -> None:
+            self.peer = Peer(address)
+            self.gone = False
+
+        def give_way(self) -> None:
+            self.gone = True
+
+    refusals = Refusals(tmp_path / "refused.jsonl")
+    door = Door("fleet", None, refusals, Limits(handshakes=4))  # type: ignore[arg-type]
+    hospital = Begun("192.0.2.7")
+    many = [Begun(f"2001:db8:0:1::{number:x}") for number in range(20)]
+    for one in (hospital, *many):
+        door.began(one)  # type: ignore[arg-type]
+    assert not hospital.gone
+    assert [one.gone for one in many] == [True] * 17 + [False] * 3
+    refusals.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("", ""),
+    ],
+)
+def test_a_network_is_what_one_party_holds(address: str, network: str) -> None:
+    assert network_of(address) == network
 
 
 def test_a_flood_does_not_fill_the_log(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ packages, each call in the modules that charge and train, and each call that mak
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -30,7 +31,7 @@ import cloister_client
 import cloister_common
 from cloister_client import app as client
 from cloister_client import randomness, training
-from cloister_client.audit import entries_of
+from cloister_client.audit import entries_of, log_of, path_of
 from cloister_client.high_water import disagreements
 from cloister_client.ledger import Ledger
 from cloister_client.randomness import SecureRandom
@@ -242,3 +243,41 @@ def test_a_round_that_ends_at_every_point(place: Place, end: Callable[[Place, in
     charged = [end(place, at) for at in range(len(place.points.names))]
     assert sorted(charged) == charged
     assert {*charged} == {False, True}
+
+
+# A disk that is full.
+
+
+def on_a_disk_that_takes(most: int) -> Callable[[Message, Context], Message]:
+    """The product's ClientApp while no file can grow beyond ``most`` bytes."""
+
+    def served(message: Message, context: Context) -> Message:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+        try:
+            return client.app(message, context)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return served
+
+
+def test_a_full_disk_refuses_before_the_data_or_charges(place: Place) -> None:
+    # A log longer than the ledger, so that there is room for the charge and not for its note.
+    sound = open_site(place.root / "sound" / "anker")
+    while path_of(sound).stat().st_size < 2 * sound.ledger.stat().st_size:
+        log_of(sound).append("asked", message="", why="x" * 3000)
+    end = path_of(sound).stat().st_size
+    met = set()
+    for most in [0, 600, *range(end, end + 1500, 150), 2 * end]:
+        site = place.copy()
+        reply = ask(site, train(1), on_a_disk_that_takes(most))
+        looked = bool(place.witness.read_bytes())
+        charged = bool(rounds_charged(site))
+        if isinstance(reply, Refusal):
+            assert reply.reason == "declined", most
+        assert charged or not looked, most
+        assert charged or isinstance(reply, Refusal), most
+        assert place.holds(site, f"{most} bytes") == charged
+        met.add((type(reply), charged, looked))
+    assert {(Refusal, False, False), (Refusal, True, False), (Sent, True, True)} <= met

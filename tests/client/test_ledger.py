@@ -489,6 +489,32 @@ except CloisterError as error:
     assert [entry.kind for entry in ledger.entries()] == ["created", "reserved"]
 
 
+def test_two_processes_that_start_one_round_start_it_once(ledger: Ledger, path: Path) -> None:
+    body = f"""
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(1, 6):
+    try:
+        ledger.start_round("{STUDY}", "run-1", number, 4)
+        print("started", number)
+    except CloisterError as error:
+        print(error.code, number)
+"""
+    reserve(ledger)
+    racers = [spawn(path, body) for _ in range(2)]
+    for racer in racers:
+        assert racer.stdout is not None
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    said = [line for racer in racers for line in racer.communicate(timeout=60)[0].splitlines()]
+    expected = [f"{word} {number}" for word in ("CLO-305", "started") for number in range(1, 6)]
+    assert sorted(said) == expected
+    assert ledger.spent() == ledger.spent(reserved=True) == ((NOISE, STEPS),)
+
+
 def test_kill_after_every_line_never_refunds(path: Path) -> None:
     """A process is killed (SIGKILL) after each thing it did; what it said it did is there."""
     body = f"""

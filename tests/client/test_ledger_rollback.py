@@ -75,12 +75,14 @@ def test_ledger_and_high_water_rolled_back_together_are_found_by_the_audit_log(
 
 
 def test_a_lower_note_written_behind_a_higher_one_takes_nothing_back(site: Site) -> None:
+    for number in (2, 3):
+        gate.charge(site, STUDY, run="run-1", round_number=number)
     roll_back(site, "ledger.sqlite", FILE)
     seq, digest = ledger(site).head()
     log_of(site).append("ledger", ledger_seq=seq, ledger_hash=digest)
     with pytest.raises(LedgerRolledBack) as caught:
         admit(site)
-    assert caught.value.why == "The audit log noted entry 3; the ledger ends at 2."
+    assert caught.value.why == "The audit log noted entry 5; the ledger ends at 2."
     # The steward's word does, and only up to here.
     high_water.accept(site)
     admit(site)

@@ -32,15 +32,16 @@ def privacy_audit(
         typer.Option(help="Audit this study's training on the site's own patients, in one run."),
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="With --study: only its first rounds.")
+        int | None, typer.Option(min=1, help="With --study: only its first rounds, else all.")
     ] = None,
     canaries: Annotated[
-        int | None, typer.Option(min=8, help="With --study: patients whose coins are guessed.")
+        int | None,
+        typer.Option(min=8, help="With --study: patients whose coins are guessed, else all."),
     ] = None,
     guesses: Annotated[
         list[int] | None,
         typer.Option(
-            min=1, help="With --study: how many coins to guess; once or more, they share 5 %."
+            min=1, help="With --study: how many coins to guess; if given twice, both share 5 %."
         ),
     ] = None,
     plot: Annotated[
@@ -49,7 +50,9 @@ def privacy_audit(
     draws: Annotated[
         int | None,
         typer.Option(
-            min=40, max=1_000_000, help="Without --study: how often the step is attacked; even."
+            min=40,
+            max=1_000_000,
+            help="Without --study: how often the step is attacked; even, else 2000.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -60,7 +63,7 @@ def privacy_audit(
     Without --study it attacks one step, on made-up patients. With --study it trains on half of the
     site's own patients, chosen by coins, and guesses which half; the model is thrown away and
     nothing leaves the site, so no budget is spent. Keep what it shows here. An audit is a lower
-    bound, never evidence of privacy. The exit status is 0 where the claim stands.
+    bound, never evidence of privacy. The exit status is 4 where the claim is refuted, else 0.
     """
     require("client", "numpy", "torch", "opacus", "dp_accounting", "pydicom")
     from cloister_client.site import open_site
@@ -103,7 +106,7 @@ def _audit_code(site: Site, draws: int, *, as_json: bool) -> bool:
 def _audit_study(site: Site, file: Path, asked: Asked, plot: Path | None, *, as_json: bool) -> bool:
     require("client", "imagecodecs", "openjpeg", "jpeg_ls")
     from cloister_client.privacy_audit.one_run_words import as_dict, render
-    from cloister_client.privacy_audit.own_data import audit_site
+    from cloister_client.privacy_audit.own_data import prepare
     from cloister_common.study import load_study
 
     study = load_study(file)
@@ -112,8 +115,10 @@ def _audit_study(site: Site, file: Path, asked: Asked, plot: Path | None, *, as_
         from cloister_common.plan_output import kind_of_plot
 
         kind_of_plot(plot)
-    with progress_bar("Reading images") as reading, progress_bar("Training") as training:
-        found = audit_site(site, study, asked, reading=reading, training=training)
+    with progress_bar("Reading images") as progress:
+        ready = prepare(site, study, asked, progress=progress)
+    with progress_bar("Training") as progress:
+        found = ready.audit(progress=progress)
     typer.echo(json.dumps(as_dict(found)) if as_json else render(found))
     if plot is not None:
         from cloister_client.privacy_audit.one_run_plot import write_plot

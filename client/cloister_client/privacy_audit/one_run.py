@@ -41,7 +41,8 @@ FEWEST = 8
 """Fewest canaries: fewer right guesses than that show nothing of interest."""
 MOST_VALUES = 1 << 28
 """Most values of canaries' gradients, float32, that are held at a time: 1 GiB."""
-_AT_ONCE = 64
+_AT_ONCE = 64, 1 << 25
+"""Most patients, and most values of their gradients, that are computed at a time."""
 _COLUMNS = 1 << 13
 _NOISES = 241
 
@@ -259,13 +260,14 @@ class _Adversary:
         trained, seen = training.trained_part(module, self._cohort, self._training)
         network = PatientGradSampleModule(trained, engine="patients")
         clip, rest = self._study.privacy.clipping_norm, np.zeros(len(change))
+        many = max(1, min(_AT_ONCE[0], _AT_ONCE[1] // len(change)))
         try:
             own = np.empty((len(self._drawn), len(change)), np.float32)
-            for start in range(0, len(self._drawn), _AT_ONCE):
-                some = self._drawn[start : start + _AT_ONCE]
+            for start in range(0, len(self._drawn), many):
+                some = self._drawn[start : start + many]
                 own[start : start + len(some)] = _clipped(network, seen, some, clip)
-            for start in range(0, len(self._rest), _AT_ONCE):
-                some = self._rest[start : start + _AT_ONCE]
+            for start in range(0, len(self._rest), many):
+                some = self._rest[start : start + many]
                 rest += _clipped(network, seen, some, clip).sum(axis=0, dtype=np.float64)
         finally:
             network.to_standard_module()

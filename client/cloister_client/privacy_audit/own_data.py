@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 from cloister_client import gate
 from cloister_client.audit import log_of
-from cloister_client.cohort import load_cohort
+from cloister_client.cohort import Cohort, load_cohort
 from cloister_client.privacy_audit.one_run import (
     FEWEST,
     MOST_VALUES,
@@ -30,7 +31,10 @@ from cloister_common.pretrained import MODELS_FOLDER
 from cloister_common.study import Study
 from cloister_common.vectors import layout_of
 
-Progress = Callable[[int, int], None]
+if TYPE_CHECKING:
+    from torch import nn
+
+Progress: TypeAlias = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -48,29 +52,54 @@ class Asked:
     guesses: Sequence[int] = ()
 
 
-def audit_site(
-    site: Site,
-    study: Study,
-    asked: Asked,
-    *,
-    reading: Progress | None = None,
-    training: Progress | None = None,
-) -> OneRunAudit:
-    """Train a study's first rounds on half of the site's patients, and guess which half.
+@dataclass(frozen=True)
+class Ready:
+    """A study, the site's patients and what was asked, all found fit; made by ``prepare``."""
+
+    module: nn.Module
+    cohort: Cohort
+    study: Study
+    noise_multiplier: float
+    rounds: int
+    canaries: int
+    guesses: Sequence[int]
+
+    def audit(self, *, progress: Progress | None = None) -> OneRunAudit:
+        """Train the rounds on half of the patients, and guess which half.
+
+        Args:
+            progress: called with (steps done, steps in all).
+
+        Raises:
+            UpdateInvalid: training led to weights that are not finite.
+        """
+        return audit_training(
+            self.module,
+            self.cohort,
+            self.study,
+            noise_multiplier=self.noise_multiplier,
+            random=SecureRandom(),
+            rounds=self.rounds,
+            canaries=self.canaries,
+            guesses=self.guesses,
+            progress=progress,
+        )
+
+
+def prepare(site: Site, study: Study, asked: Asked, *, progress: Progress | None = None) -> Ready:
+    """Check that a study can be audited here, note in the site's log that it is, and read the data.
 
     Args:
         site: the opened site.
         study: its privacy must be on; it need not be approved, for nothing leaves.
         asked: how long and on how many.
-        reading: called with (files done, files in all).
-        training: called with (steps done, steps in all).
+        progress: called with (files done, files in all).
 
     Raises:
         OptionInvalid: the study has no privacy, or ``asked`` does not fit study or patients.
         CohortTooSmall: there are fewer patients than an audit can say anything of.
         DataError: the site's data cannot be used; see ``cohort.load_cohort``.
         ExtraMissing, WeightsUnfit, NetworkUnfit, EpsilonUnreachable: as for training.
-        UpdateInvalid: training led to weights that are not finite.
     """
     if not study.privacy.enabled:
         raise OptionInvalid(
@@ -96,23 +125,13 @@ def audit_site(
     require_private(module, size=study.input.size)
     # Before data are read, so that the log, whose head is shown to others, holds nothing of them.
     log_of(site).append("audited", on="own patients", study=study.digest)
-    cohort = load_cohort(site, study, progress=reading)
+    cohort = load_cohort(site, study, progress=progress)
     canaries = _canaries(len(cohort.patients), layout_of(module).size, asked.canaries)
     if any(number > canaries for number in asked.guesses):
         raise OptionInvalid(
             f"There are {canaries} canaries, and --guesses asks for more guesses than that."
         )
-    return audit_training(
-        module,
-        cohort,
-        study,
-        noise_multiplier=sigma,
-        random=SecureRandom(),
-        rounds=rounds,
-        canaries=canaries,
-        guesses=asked.guesses,
-        progress=training,
-    )
+    return Ready(module, cohort, study, sigma, rounds, canaries, asked.guesses)
 
 
 def _canaries(patients: int, size: int, asked: int | None) -> int:

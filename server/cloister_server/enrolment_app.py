@@ -44,12 +44,15 @@ class _Rate:
         if minute != self._minute:
             self._minute, self._all = minute, 0
             self._each.clear()
-        self._all += 1
         network = network_of(address)
         self._each[network] = self._each.get(network, 0) + 1
         if len(self._each) > _ADDRESSES:
             self._each.popitem(last=False)
-        return self._all > ALL_A_MINUTE or self._each[network] > EACH_A_MINUTE
+        if self._each[network] > EACH_A_MINUTE:
+            # Not counted for all: one who asks without end would use up the others' share.
+            return True
+        self._all += 1
+        return self._all > ALL_A_MINUTE
 
 
 class EnrolmentApp:

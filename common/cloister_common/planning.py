@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cloister_common.charges import charges, release_mechanism
 from cloister_common.privacy.accounting import calibrate, epsilon_trajectory
 from cloister_common.study import Study
 
@@ -91,6 +92,8 @@ class Plan:
         bytes_each_way: a round, to a site and again from it; keys and signatures come on top.
         setting: the study's own; None where privacy is off.
         epsilons: upper bounds on epsilon after rounds 1, 2, ...; empty where privacy is off.
+        release: noise multiplier of the study's release; None where it has none.
+        whole: epsilon of training and release together; None where privacy is off.
         others: settings within the same epsilon, to compare; empty where privacy is off.
     """
 
@@ -102,6 +105,8 @@ class Plan:
     setting: Setting | None
     epsilons: tuple[float, ...]
     others: tuple[Setting, ...]
+    release: float | None = None
+    whole: float | None = None
 
     @property
     def better(self) -> Setting | None:
@@ -133,7 +138,10 @@ def make_plan(study: Study, patients: Sequence[int], *, weights: int, pace: Pace
     setting: Setting | None = None
     epsilons: tuple[float, ...] = ()
     others: tuple[Setting, ...] = ()
+    release = release_mechanism(study)
+    whole: float | None = None
     if privacy.enabled:
+        whole = charges(study).epsilon()
         given = (training.sampling_rate, training.rounds, training.steps_per_round)
         setting = _setting(study, given, patients, weights)
         others = tuple(_setting(study, one, patients, weights) for one in _neighbours(*given))
@@ -146,7 +154,16 @@ def make_plan(study: Study, patients: Sequence[int], *, weights: int, pace: Pace
         )
     sites = [_site(study, count, pace, setting, weights) for count in patients]
     return Plan(
-        study, weights, pace, tuple(sites), WORD * weights, setting, tuple(epsilons), others
+        study,
+        weights,
+        pace,
+        tuple(sites),
+        WORD * weights,
+        setting,
+        tuple(epsilons),
+        others,
+        None if release is None else release.noise_multiplier,
+        whole,
     )
 
 
@@ -164,8 +181,10 @@ def _setting(
 ) -> Setting:
     rate, rounds, per_round = given
     privacy, steps = study.privacy, rounds * per_round
-    noise = calibrate(privacy.epsilon, privacy.delta, rate, steps)
-    full = calibrate(privacy.epsilon, privacy.delta, 1.0, 1)
+    release = release_mechanism(study)
+    beside = () if release is None else ((release, 1),)
+    noise = calibrate(privacy.epsilon, privacy.delta, rate, steps, beside)
+    full = calibrate(privacy.epsilon, privacy.delta, 1.0, 1, beside)
     step = ratio(rate, patients, noise, weights)
     share = rate * math.sqrt(steps) / noise * full
     return Setting(

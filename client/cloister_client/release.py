@@ -25,12 +25,11 @@ from cloister_client.evaluation import BATCH
 from cloister_client.features import features_of
 from cloister_client.randomness import SecureRandom
 from cloister_client.sampling import Bag, FeatureCohort, pixels_of
-from cloister_common.charges import UNITS, sensitivity
+from cloister_common.charges import RELEASE_BINS, UNITS, sensitivity
 from cloister_common.frozen_backbone import FixedFeatures
 from cloister_common.privacy.events import Mechanism
 from cloister_common.records import Counts
 from cloister_common.study import Study
-from cloister_common.sums import RELEASE_BINS
 
 _LABEL = b"cloister/release/v1\0"
 

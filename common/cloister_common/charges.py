@@ -18,6 +18,9 @@ from cloister_common.privacy.accounting import calibrate, epsilon_of
 from cloister_common.privacy.events import Composition, Mechanism, compose
 from cloister_common.study import Study
 
+RELEASE_BINS = 16
+"""Bins of a score histogram that is noised: each cell gets the same noise, so few are better."""
+
 UNITS = 16
 """Whole numbers to one patient in one curve of a noised histogram; a finer grid for the noise."""
 

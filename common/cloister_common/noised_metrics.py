@@ -82,7 +82,7 @@ def _figures(tables: Floats) -> Floats:
     is_one = np.repeat([False, True], bins)
     curve = Curve(np.tile(np.arange(bins, dtype=np.float64), 2), is_one)
     hits = np.tile(np.arange(bins) >= bins // 2, 2) == is_one
-    total = np.zeros((3, rows))
+    total: Floats = np.zeros((3, rows))
     for index in range(curves):
         # Each cell is one "patient" that weighs as much as it counts.
         weights = tables[:, index].reshape(rows, -1) + _LEAST / bins
@@ -90,7 +90,8 @@ def _figures(tables: Floats) -> Floats:
             (weights * (hits & side)).sum(1) / (weights * side).sum(1) for side in (is_one, ~is_one)
         ]
         total += np.concatenate([curve.areas(weights), np.mean(recalls, axis=0)[None]])
-    return total / curves
+    mean: Floats = total / curves
+    return mean
 
 
 def _resamples(table: Floats, sizes: np.ndarray, noise: float) -> Floats:

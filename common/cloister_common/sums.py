@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cloister_common.charges import RELEASE_BINS
 from cloister_common.metrics import BINS
 from cloister_common.records import Vector
 from cloister_common.roster import Roster
@@ -20,10 +21,6 @@ from cloister_common.study import Study
 
 COUNT_BOUND = 2.0**19
 """Most patients in one bin of a site's histogram; whole numbers up to it are summed exactly."""
-
-
-RELEASE_BINS = 16
-"""Bins of a score histogram that is noised: each cell gets the same noise, so few are better."""
 
 
 def weight_of(study: Study, roster: Roster, site: str) -> float:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from cloister_common import __version__
+from cloister_common.charges import RELEASE_BINS
 from cloister_common.files import write_atomic
 from cloister_common.study import Study
-from cloister_common.sums import RELEASE_BINS
 
 TEMPLATE = "templates/report.html.j2"
 DEFAULT_MODEL = "model.safetensors"

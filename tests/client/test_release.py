@@ -25,7 +25,7 @@ from cloister_client.release import apart, exact_histogram, noised, split_apart
 from cloister_client.review import review
 from cloister_client.site import Site, init_site
 from cloister_common import networks, vectors
-from cloister_common.charges import UNITS, charges, release_mechanism, sensitivity
+from cloister_common.charges import RELEASE_BINS, UNITS, charges, release_mechanism, sensitivity
 from cloister_common.errors import ReleaseAlreadySpent
 from cloister_common.records import (
     SITE_KEY,
@@ -38,7 +38,7 @@ from cloister_common.records import (
     unpack,
 )
 from cloister_common.study import Study
-from cloister_common.sums import RELEASE_BINS, histogram_size
+from cloister_common.sums import histogram_size
 from cloister_server.mailbox import TYPES
 from cloister_server.superlink import InProcessGrid
 from federations import study, write_cohort

@@ -13,7 +13,7 @@ from flwr.app import Context, Message
 from cloister_client.certifying import certify
 from cloister_client.ledger import Ledger
 from cloister_client.site import open_site
-from cloister_common.charges import UNITS, charges, sensitivity
+from cloister_common.charges import RELEASE_BINS, UNITS, charges, sensitivity
 from cloister_common.records import (
     Evaluated,
     EvaluateTask,
@@ -27,7 +27,6 @@ from cloister_common.records import (
     pack,
     unpack,
 )
-from cloister_common.sums import RELEASE_BINS
 from cloister_server.checkpoint import Checkpoints, Released
 from cloister_server.events import Event, Hooks, ReleaseMade
 from cloister_server.mailbox import Mailbox

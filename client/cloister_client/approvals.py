@@ -114,6 +114,9 @@ def require_approved(site: Site, study: Study, signatures: bytes = b"") -> None:
 def judge(site: Site, study: Study, decision: Decision, *, why: str = "") -> None:
     """Note a steward's decision, and write it to the audit log.
 
+    An approval is in the log before it is in force; a denial is in force first, so that whatever
+    ends this process between the two, nothing trains that the steward has denied.
+
     Raises:
         FileUnreadable, AuditLogDamaged: a file cannot be read or written.
     """
@@ -121,8 +124,12 @@ def judge(site: Site, study: Study, decision: Decision, *, why: str = "") -> Non
         known = judgements(site)
         known.pop(study.digest, None)
         known[study.digest] = Judgement(study, decision, why, _now())
-        log_of(site).append("judged", study=study.digest, decision=decision.value, by="steward")
-        _save(site, known)
+        said = {"study": study.digest, "decision": decision.value, "by": "steward"}
+        if decision is not Decision.APPROVED:
+            _save(site, known)
+        log_of(site).append("judged", **said)
+        if decision is Decision.APPROVED:
+            _save(site, known)
 
 
 def find(site: Site, prefix: str) -> Judgement:

@@ -25,8 +25,8 @@ from cloister_common.privacy.accounting import epsilon_of
 from cloister_common.privacy.filter import lifetime_epsilon
 from cloister_common.study import Study
 
-EXPORT_LABEL = "cloister/ledger/export/v1"
-EXPORT_FORMAT = 1
+EXPORT_LABEL = "cloister/ledger/export/v2"
+EXPORT_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -285,8 +285,8 @@ def export(site: Site, out: Path) -> int:
 
     Each line holds ``body``, ``previous`` and ``hash``; the hash is that of ``ledger_schema``, so
     that whoever has the file can check the chain. The last line's signature, by the site's
-    identity, is over the label, the number and hash of the last entry, and the SHA-256 of all
-    lines before it.
+    identity, is over the label, the site's name, the number and hash of the last entry, and the
+    SHA-256 of all lines before it.
 
     Returns:
         The number of entries.
@@ -304,7 +304,8 @@ def export(site: Site, out: Path) -> int:
     lines = [_line({"body": e.body, "previous": e.previous, "hash": e.hash}) for e in entries]
     content, last, identity = b"".join(lines), entries[-1], site.identity()
     digest = hashlib.sha256(content).digest()
-    signature = identity.sign(EXPORT_LABEL, u64(last.seq), last.hash.encode(), digest)
+    fields = (site.name.encode(), u64(last.seq), last.hash.encode(), digest)
+    signature = identity.sign(EXPORT_LABEL, *fields)
     head = {"seq": last.seq, "hash": last.hash}
     signed = {"format": EXPORT_FORMAT, "site": site.name, "head": head}
     signed |= {"key": identity.public.hex(), "signature": signature.hex()}

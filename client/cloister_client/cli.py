@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +18,7 @@ from cloister_client.cli_join import join, proxy, roster
 from cloister_client.cli_privacy_audit import privacy_audit
 from cloister_client.cli_service import start, status, stop
 from cloister_client.cli_steward import approve, deny, review, site_folder
+from cloister_client.progress import progress_bar
 from cloister_common.errors import FolderUnreadable, OptionInvalid
 from cloister_common.extras import require
 
@@ -95,7 +94,7 @@ def check(
     site = open_site(site_folder(folder))
     judged_by = load_study(study) if study is not None else None
     findings = [*network(site, offline=offline), *preflight.machine(site)]
-    with _progress("Reading images") as progress:
+    with progress_bar("Reading images") as progress:
         report = inspect(site, judged_by, progress=progress)
     findings += preflight.data(report)
     if as_json:
@@ -134,7 +133,7 @@ def predict(
     require("client", "torch", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls")
     from cloister_client import predict as prediction
 
-    with _progress("Reading images") as progress:
+    with progress_bar("Reading images") as progress:
         try:
             done = prediction.predict(model, folder, out, device=device, progress=progress)
         except FolderUnreadable as error:
@@ -146,19 +145,3 @@ def predict(
     typer.echo(f"Wrote the scores of {done.images} images to {out}.")
     for reason, count in done.rejects.items():
         typer.echo(f"  turned away: {count} ({reason.value}, {reason.title})", err=True)
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on a terminal's standard error, and nothing anywhere else."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield advance

@@ -100,7 +100,7 @@ class PatientDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is not ty
         std = self.noise_multiplier * 2.0**GRID_BITS
         scale = self.max_grad_norm * 2.0**-GRID_BITS / self.expected_batch_size
         update = torch.empty(len(total))
-        for piece, out in zip(total.split(_PIECE), update.split(_PIECE), strict=True):
+        for piece, out in zip(torch.split(total, _PIECE), torch.split(update, _PIECE), strict=True):
             if self.noise_multiplier > 0:
                 assert self._random is not None
                 piece.add_(self._random.normal(len(piece), std).round_().to(torch.int64))

@@ -29,6 +29,7 @@ CLAIMED = "audit.claimed"
 """Holds the hash of an entry that the coordinator noted of the audit log, and that is not in it."""
 
 _IS_NOTE = f'"kind":"{NOTE}"'.encode()
+_IS_ACCEPTED = b'"kind":"accepted"'
 
 
 def require_newest(site: Site) -> None:
@@ -140,15 +141,23 @@ def _high(site: Site) -> Head | None:
 
 
 def _noted(site: Site) -> Head | None:
-    """The last head in the audit log; its chain is for ``cloister verify`` to judge."""
-    last = b""
-    for line in _lines(site):
-        if _IS_NOTE in line:
-            last = line
+    """The highest head in the audit log since the steward last accepted a ledger.
+
+    Not the last one: a lower note that somebody wrote behind it takes nothing back. The log's
+    chain is for ``cloister verify`` to judge.
+    """
+    highest: Head | None = None
     try:
-        return _head(json.loads(last), "ledger_seq", "ledger_hash") if last else None
+        for line in _lines(site):
+            if _IS_ACCEPTED in line:
+                highest = None
+            elif _IS_NOTE in line and line.endswith(b"\n"):
+                head = _head(json.loads(line), "ledger_seq", "ledger_hash")
+                if head is not None and (highest is None or head.seq >= highest.seq):
+                    highest = head
     except ValueError:
         return None
+    return highest
 
 
 def _claimed(site: Site) -> str:

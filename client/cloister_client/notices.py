@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cloister_common.errors import CloisterError
+from cloister_common.errors import CloisterError, OutputInTheWay
 from cloister_common.files import write_atomic
 
 FILE = "notice.json"
@@ -23,10 +24,17 @@ class Notice:
 
 
 def leave_notice(root: Path, error: CloisterError) -> None:
-    """Replace the site's notice by this error."""
+    """Replace the site's notice by this error; where it cannot be written, there is none.
+
+    It raises nothing: what a full disk does to the notice must not become the site's answer.
+    """
     now = datetime.now(UTC).isoformat(timespec="seconds")
     note = {"code": error.code, "message": str(error), "time": now}
-    write_atomic(root / FILE, json.dumps(note, indent=1).encode())
+    try:
+        write_atomic(root / FILE, json.dumps(note, indent=1).encode())
+    except OutputInTheWay:
+        with contextlib.suppress(OSError):
+            clear_notice(root)
 
 
 def read_notice(root: Path) -> Notice | None:

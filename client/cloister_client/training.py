@@ -74,7 +74,7 @@ def train_round(
         raise InternalError("A round has 1 step or more.")
     before = flatten(module)
     local = copy.deepcopy(module).train()
-    trained, seen = _trained_part(local, cohort, study.training)
+    trained, seen = trained_part(local, cohort, study.training)
     optimizer = _optimizer(trained, study.training, round_number)
     if study.privacy.enabled:
         if not noise_multiplier > 0 or random is None:
@@ -157,10 +157,16 @@ class _Head(nn.Module):
         return self.network.head(features)
 
 
-def _trained_part(
+def trained_part(
     local: nn.Module, cohort: Cohort, training: Training
 ) -> tuple[nn.Module, Cohort | FeatureCohort]:
-    """What is trained, and the cohort as it sees it: a fixed part runs once, not every step."""
+    """What is trained, and the cohort as it sees it: a fixed part runs once, not every step.
+
+    Args:
+        local: the network; what is returned shares its weights.
+        cohort: the site's training patients.
+        training: whether images are augmented; then a fixed part is no constant of an image.
+    """
     if not isinstance(local, FixedFeatures) or training.augment:
         return local, cohort
     return _Head(local), features_of(local, cohort)
@@ -201,4 +207,4 @@ class _Proximal:
                 weight.grad = pull if weight.grad is None else weight.grad + pull
 
 
-__all__ = ["Cohort", "Engine", "train_round"]
+__all__ = ["Cohort", "Engine", "train_round", "trained_part"]

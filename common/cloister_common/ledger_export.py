@@ -1,8 +1,8 @@
 """A ledger's export, read by whoever did not write it: chain, signature, and what was spent.
 
 The reader is another one than the site's own on purpose: it knows the format (JSON Lines of
-``body``, ``previous`` and ``hash``, and a last line that signs the head) and adds up what was
-started, so that a fault in the site's code does not vouch for itself.
+``body``, ``previous`` and ``hash``, and a last line that signs the site's name and the head) and
+adds up what was started, so that a fault in the site's code does not vouch for itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from cloister_common.identity import usable_public_key, verify
 from cloister_common.privacy.events import Composition, Mechanism, compose
 
 CHAIN_LABEL = b"cloister/ledger/v1\0"
-SIGN_LABEL = "cloister/ledger/export/v1"
+SIGN_LABEL = "cloister/ledger/export/v2"
+FORMAT = 2
 GENESIS = "0" * 64
 
 
@@ -51,7 +52,7 @@ class LedgerExport:
     """An export whose chain and signature hold.
 
     Attributes:
-        site: the site's name, as it says.
+        site: the site's name, as its key signed it.
         key: its public key, 64 hexadecimal digits.
         hashes: of the entries, first to last.
         delta: of the lifetime's filter.
@@ -127,8 +128,11 @@ def read(data: bytes) -> LedgerExport:
         key, signature = bytes.fromhex(last["key"]), bytes.fromhex(last["signature"])
         head = last["head"]
         content = hashlib.sha256(b"".join(lines[:-1])).digest()
-        signed = head == {"seq": len(bodies), "hash": hashes[-1]} and verify(
-            key, signature, SIGN_LABEL, u64(len(bodies)), hashes[-1].encode(), content
+        fields = (str(last["site"]).encode(), u64(len(bodies)), hashes[-1].encode(), content)
+        signed = (
+            last["format"] == FORMAT
+            and head == {"seq": len(bodies), "hash": hashes[-1]}
+            and verify(key, signature, SIGN_LABEL, *fields)
         )
         made = bodies[0]
         found = LedgerExport(

@@ -21,7 +21,7 @@ from cloister_common.enrolment import (
 )
 from cloister_common.errors import EnrolmentRefused, MessageInvalid
 from cloister_server.gate import Gone, Receive, Scope, Send, Turned, answer, pieces
-from cloister_server.listener import PEER, Peer
+from cloister_server.listener import PEER, Peer, network_of
 from cloister_server.refusals import Refusals, Refused
 from cloister_server.registry import Registry, SiteRow
 
@@ -44,11 +44,15 @@ class _Rate:
         if minute != self._minute:
             self._minute, self._all = minute, 0
             self._each.clear()
-        self._all += 1
-        self._each[address] = self._each.get(address, 0) + 1
+        network = network_of(address)
+        self._each[network] = self._each.get(network, 0) + 1
         if len(self._each) > _ADDRESSES:
             self._each.popitem(last=False)
-        return self._all > ALL_A_MINUTE or self._each[address] > EACH_A_MINUTE
+        if self._each[network] > EACH_A_MINUTE:
+            # Not counted for all: one who asks without end would use up the others' share.
+            return True
+        self._all += 1
+        return self._all > ALL_A_MINUTE
 
 
 class EnrolmentApp:

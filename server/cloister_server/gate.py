@@ -12,6 +12,7 @@ import base64
 import binascii
 import hmac
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ LARGE_BODY = 64 << 20
 """Largest bodies in bytes: of most requests, and of those that carry an update."""
 BUFFERED = 512 << 20
 """Bytes of bodies held at any time, over all connections."""
+BUFFERED_EACH = 128 << 20
+"""Of these, for one site; Flower sends large objects in pieces of 5 MiB."""
 
 _STATUS = {
     Refused.PATH_REFUSED: 404,
@@ -92,7 +95,7 @@ class FleetGate:
         self._registry = registry
         self._refusals = refusals
         self._roster = roster
-        self._held = 0
+        self._held: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -160,9 +163,10 @@ class FleetGate:
         body = bytearray()
         try:
             async for piece in pieces(scope, receive, limit):
-                if self._held + len(piece) > BUFFERED:
+                alone = self._held[site.name] + len(piece)
+                if alone > BUFFERED_EACH or self._held.total() + len(piece) > BUFFERED:
                     raise Turned(Refused.BUSY)
-                self._held += len(piece)
+                self._held[site.name] = alone
                 body += piece
             if path == engine.push_messages and not engine.speaks_for_itself(bytes(body)):
                 raise Turned(Refused.OTHER_NODE_NAME)
@@ -170,7 +174,7 @@ class FleetGate:
             self._known(peer)
             status = await _replay(engine.app, scope, bytes(body), receive, send)
         finally:
-            self._held -= len(body)
+            self._held[site.name] -= len(body)
         if status in {401, 403}:
             self._refusals.tell(
                 Refused.ENGINE_REFUSED, "fleet", peer.address, site=site.name, status=status

@@ -2,8 +2,9 @@
 
 Connections come in plain and are upgraded here, so that a failed handshake can be told and
 counted: an outsider without a certificate never gets beyond it. Handshakes under way are few, and
-the oldest gives way, so whoever opens many and says nothing only pushes out their own kind. After
-it, a request's head and body have their times, and one certificate can hold so many connections.
+the oldest of the network that has most of them gives way, so whoever opens many and says nothing
+pushes out their own. After it, a request's head and body have their times, and one certificate can
+hold so many connections.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import ipaddress
 import socket
 import ssl
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,10 +156,16 @@ class Door:
         self._refusals.tell(code, self.name, peer.address)
 
     def began(self, handshake: _Handshake) -> None:
-        """Count a handshake; the oldest one gives way to it where there are too many."""
+        """Count a handshake; where there are too many, an older one gives way to it.
+
+        It is the oldest of the network that has most of them: whoever opens many pushes out their
+        own first, and not a hospital that came before.
+        """
         self._shaking[handshake] = None
         if len(self._shaking) > self.limits.handshakes:
-            oldest = next(iter(self._shaking))
+            held = Counter(network_of(each.peer.address) for each in self._shaking)
+            most = max(held, key=held.__getitem__)
+            oldest = next(h for h in self._shaking if network_of(h.peer.address) == most)
             del self._shaking[oldest]
             self.tell(Refused.HANDSHAKES_TOO_MANY, oldest.peer)
             oldest.give_way()
@@ -208,6 +216,8 @@ class _Handshake(asyncio.Protocol):
 
     def give_way(self) -> None:
         """End for the sake of a newer one."""
+        # A task that is cancelled before its first turn never gets to close anything.
+        self._transport.abort()
         if self._task is not None:
             self._task.cancel()
 
@@ -308,7 +318,20 @@ class GuardedHttp(H11Protocol):
 
 
 def _kin(peer: Peer) -> bytes | str:
-    return peer.fingerprint or peer.address
+    return peer.fingerprint or network_of(peer.address)
+
+
+def network_of(address: str) -> str:
+    """What one party is taken to hold: an IPv4 address, or the /64 around an IPv6 address."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if found.version == 4:
+        return str(found)
+    if found.ipv4_mapped is not None:
+        return str(found.ipv4_mapped)
+    return str(ipaddress.ip_network((found, 64), strict=False))
 
 
 def _loopback(host: str) -> bool:

@@ -7,6 +7,7 @@ hash; a site's three public keys and its certificate are kept whole.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import secrets
 import sqlite3
@@ -28,6 +29,7 @@ from cloister_common.errors import EnrolmentRefused, SiteStateInvalid
 PICKUP_S = 7 * 86400
 """How long at least an approved site may fetch its certificate, in seconds."""
 SEEN_EVERY_S = 30
+_WAIT_MS = 10_000
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS invites (
@@ -84,7 +86,7 @@ class Registry:
 
     def __init__(self, path: Path) -> None:
         # isolation_level None: transactions are begun here, by hand, and nowhere else.
-        self._db = sqlite3.connect(path, timeout=10, isolation_level=None)
+        self._db = sqlite3.connect(path, timeout=_WAIT_MS / 1000, isolation_level=None)
         path.chmod(0o600)
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
@@ -280,14 +282,19 @@ class Registry:
     def saw(self, site: SiteRow) -> None:
         """Note a request of a site, at most once in ``SEEN_EVERY_S`` seconds.
 
-        Its certificate works, so its invite keeps no port open any more.
+        Its certificate works, so its invite keeps no port open any more. Where another process
+        holds the database, or the disk is full, it is not noted, and the request goes on.
         """
         now = int(time.time())
         if site.seen is None or now - site.seen >= SEEN_EVERY_S:
-            self._db.execute(
-                "UPDATE sites SET seen = ?, collected = COALESCE(collected, ?) WHERE name = ?",
-                (now, now, site.name),
-            )
+            # All ports wait meanwhile, so it waits for nobody else's write.
+            self._db.execute("PRAGMA busy_timeout = 50")
+            with contextlib.suppress(sqlite3.OperationalError):
+                self._db.execute(
+                    "UPDATE sites SET seen = ?, collected = COALESCE(collected, ?) WHERE name = ?",
+                    (now, now, site.name),
+                )
+            self._db.execute(f"PRAGMA busy_timeout = {_WAIT_MS}")
 
     def _known(self, name: str) -> SiteRow:
         site = self.site(name)

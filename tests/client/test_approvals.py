@@ -25,7 +25,14 @@ from cloister_client.policy import Policy
 from cloister_client.review import review
 from cloister_client.site import Site, init_site
 from cloister_common import cli
-from cloister_common.errors import FileUnreadable, OptionInvalid, StudyNotApproved, TooFewSites
+from cloister_common.audit import AuditLog
+from cloister_common.errors import (
+    AuditLogDamaged,
+    FileUnreadable,
+    OptionInvalid,
+    StudyNotApproved,
+    TooFewSites,
+)
 from cloister_common.study import PINNED, Study
 from cloister_server.simulation import Simulation, simulate
 from federations import study, study_text, write_cohort, write_federation
@@ -204,3 +211,20 @@ def test_the_commands_judge_and_a_run_follows(
         simulate(Simulation(asked, sites, tmp_path / "two"))
     assert "Approved" in run("approve", str(file))
     assert simulate(Simulation(asked, sites, tmp_path / "three"))["rounds"] == 1
+
+
+@pytest.mark.parametrize(("decision", "in_force"), [("approved", False), ("denied", True)])
+def test_a_decision_whose_log_entry_fails_never_opens_what_was_closed(
+    site: Site, monkeypatch: pytest.MonkeyPatch, decision: str, in_force: bool
+) -> None:
+    before = Decision.DENIED if decision == "approved" else Decision.APPROVED
+    judge(site, study(), before)
+
+    def full(*_: object, **__: object) -> None:
+        raise AuditLogDamaged("The disk is full.")
+
+    monkeypatch.setattr(AuditLog, "append", full)
+    with pytest.raises(AuditLogDamaged):
+        judge(site, study(), Decision(decision))
+    assert (judgements(site)[study().digest].decision is Decision(decision)) is in_force
+    assert judgements(site)[study().digest].decision is Decision.DENIED

@@ -118,10 +118,10 @@ def test_an_export_can_be_checked_with_the_file_and_the_key_alone(
     assert signed["head"] == {"seq": len(lines), "hash": previous}
     assert signed["key"] == charged.identity().public.hex()
     content = hashlib.sha256(b"".join(lines)).digest()
-    fields = [u64(len(lines)), previous.encode(), content]
+    fields = [b"anker", u64(len(lines)), previous.encode(), content]
     key, signature = bytes.fromhex(signed["key"]), bytes.fromhex(signed["signature"])
-    assert verify(key, signature, "cloister/ledger/export/v1", *fields)
-    assert not verify(key, signature, "cloister/ledger/export/v1", u64(1), *fields[1:])
+    assert verify(key, signature, "cloister/ledger/export/v2", *fields)
+    assert not verify(key, signature, "cloister/ledger/export/v2", b"birke", *fields[1:])
     with pytest.raises(OutputInTheWay):
         run(charged, "export", "--out", str(out))
 

@@ -199,10 +199,18 @@ def test_an_export_with_one_digit_changed(exported: bytes, line: int) -> None:
             new = lines[line][:place] + other + lines[line][place + 1 :]
             broken = [*lines]
             broken[line] = new
-            if b'"format"' in lines[line] and b'"format":' + other in new:
-                continue
             with pytest.raises(CertificateInvalid):
                 ledger_export.read(b"".join(broken))
+
+
+@pytest.mark.parametrize("field", ["site", "format"])
+def test_an_export_whose_last_line_says_what_nobody_signed(exported: bytes, field: str) -> None:
+    *lines, last = exported.splitlines(keepends=True)
+    said = json.loads(last)
+    assert ledger_export.read(exported).site == said["site"] == "anker"
+    said[field] = "birke" if field == "site" else said["format"] + 1
+    with pytest.raises(CertificateInvalid, match="does not sign"):
+        ledger_export.read(b"".join(lines) + json.dumps(said).encode() + b"\n")
 
 
 def test_an_export_that_lacks_a_line(exported: bytes) -> None:

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -487,6 +488,47 @@ except CloisterError as error:
     assert said == ["CLO-301", "reserved"]
     ledger = Ledger.open(path, delta=1e-6)
     assert [entry.kind for entry in ledger.entries()] == ["created", "reserved"]
+
+
+def test_a_round_that_two_processes_start_is_started_once(ledger: Ledger, path: Path) -> None:
+    """The second asks while the first has read the ledger and not yet written to it."""
+    slow = f"""
+from cloister_client import ledger as module
+honest = module.append
+def append(*given):
+    print("inside", flush=True)
+    sys.stdin.readline()
+    honest(*given)
+module.append = append
+ledger.start_round("{STUDY}", "run-1", 1, 4)
+print("started")
+"""
+    second = f"""
+print("ready", flush=True)
+sys.stdin.readline()
+print("asks", flush=True)
+try:
+    ledger.start_round("{STUDY}", "run-1", 1, 4)
+    print("started")
+except CloisterError as error:
+    print(error.code)
+"""
+    reserve(ledger)
+    other = spawn(path, second)
+    assert other.stdout is not None
+    assert other.stdin is not None
+    assert other.stdout.readline() == "ready\n"
+    holder = spawn(path, slow)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "inside\n"
+    other.stdin.write("go\n")
+    other.stdin.flush()
+    assert other.stdout.readline() == "asks\n"
+    time.sleep(0.5)
+    assert other.poll() is None
+    assert holder.communicate("go\n", timeout=60)[0] == "started\n"
+    assert other.communicate(timeout=60)[0] == "CLO-305\n"
+    assert ledger.spent() == ((NOISE, 4),)
 
 
 def test_kill_after_every_line_never_refunds(path: Path) -> None:

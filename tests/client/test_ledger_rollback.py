@@ -17,7 +17,7 @@ from cloister_client.ledger import Ledger
 from cloister_client.policy import Policy
 from cloister_client.site import Site, init_site
 from cloister_common.audit import EMPTY, Head, name_of, told_heads
-from cloister_common.errors import LedgerRolledBack
+from cloister_common.errors import LedgerRolledBack, RoundAlreadySpent
 from federations import study
 
 STUDY = study()
@@ -72,6 +72,47 @@ def test_ledger_and_high_water_rolled_back_together_are_found_by_the_audit_log(
     with pytest.raises(LedgerRolledBack) as caught:
         admit(site)
     assert caught.value.why == "The audit log noted entry 3; the ledger ends at 2."
+
+
+def test_a_lower_note_written_behind_a_higher_one_takes_nothing_back(site: Site) -> None:
+    for number in (2, 3):
+        gate.charge(site, STUDY, run="run-1", round_number=number)
+    roll_back(site, "ledger.sqlite", FILE)
+    seq, digest = ledger(site).head()
+    log_of(site).append("ledger", ledger_seq=seq, ledger_hash=digest)
+    with pytest.raises(LedgerRolledBack) as caught:
+        admit(site)
+    assert caught.value.why == "The audit log noted entry 5; the ledger ends at 2."
+    # The steward's word does, and only up to here.
+    high_water.accept(site)
+    admit(site)
+    assert disagreements(site) == ()
+
+
+@pytest.mark.parametrize(
+    ("forged", "why"),
+    [
+        ({"ledger_seq": 99, "ledger_hash": "0" * 64}, "noted entry 99; the ledger ends at 3."),
+        ({"ledger_seq": 3, "ledger_hash": "0" * 64}, "noted another entry 3."),
+        ({"ledger_seq": 4, "ledger_hash": "0" * 64}, "noted entry 4; the ledger ends at 3."),
+    ],
+)
+def test_a_head_that_somebody_else_noted(
+    site: Site, forged: dict[str, str | int], why: str
+) -> None:
+    log_of(site).append("ledger", **forged)
+    with pytest.raises(LedgerRolledBack) as caught:
+        admit(site)
+    assert caught.value.why == f"The audit log {why}"
+
+
+def test_a_log_rolled_back_alone_refunds_nothing(site: Site) -> None:
+    spent = ledger(site).epsilon_lifetime()
+    roll_back(site, "audit/audit.jsonl")
+    admit(site)
+    assert ledger(site).epsilon_lifetime() == spent > 0
+    with pytest.raises(RoundAlreadySpent):
+        gate.charge(site, STUDY, run="run-1", round_number=1)
 
 
 def test_a_ledger_that_went_on_from_an_older_copy(site: Site) -> None:

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import datetime
-import os
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Message
 
-from cloister_client import app as client
 from cloister_client import gate
 from cloister_client.approvals import Decision, judge
 from cloister_client.audit import entries_of
-from cloister_client.ledger import Ledger
 from cloister_client.notices import read_notice
-from cloister_client.pinned import accept
+from cloister_client.pinned import read_pin
 from cloister_client.policy import Policy
-from cloister_client.site import Site, init_site
+from cloister_client.site import Site
 from cloister_common import signing
 from cloister_common.identity import Identity
 from cloister_common.records import (
-    SITE_KEY,
     EvaluateTask,
     Exchange,
     Prepare,
@@ -36,67 +29,23 @@ from cloister_common.records import (
     TrainTask,
     Vector,
     octets,
-    pack,
-    unpack,
 )
-from cloister_common.roster import Roster, RosterEntry, sign_roster
 from cloister_common.study import Study
-from cloister_server.mailbox import TYPES
-from cloister_server.superlink import InProcessGrid
-from federations import NAMES, study, write_cohort
+from federations import study
+from hospital import SPONSOR, WATCH, Watch, ask, fits, rounds_charged, write_hospital
 
-SPONSOR, STRANGER = Identity.generate(), Identity.generate()
+STRANGER = Identity.generate()
 ALL = ("prepare", "exchange", "train", "evaluate")
 MODEL: Vector = np.zeros(3, np.float32)
 
 
-@dataclass
-class _Watch:
-    """What this process did to the folders under watch, or began in another process."""
-
-    folders: tuple[str, ...] = ()
-    seen: list[str] = field(default_factory=list)
-
-    def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not self.folders:
-            return
-        if event in {"open", "os.listdir", "os.scandir"}:
-            path = arguments[0]
-            if isinstance(path, str | bytes | os.PathLike) and os.fsdecode(path).startswith(
-                self.folders
-            ):
-                self.seen.append(f"{event} {os.fsdecode(path)}")
-        elif event in {"subprocess.Popen", "os.fork", "os.posix_spawn"}:
-            self.seen.append(event)
-
-
-WATCH = _Watch()
-sys.addaudithook(WATCH.hook)  # It cannot be taken away again, so there is one.
-
-
 @pytest.fixture
-def watched(tmp_path: Path) -> Iterator[_Watch]:
+def watched(tmp_path: Path) -> Iterator[Watch]:
     site = tmp_path / "anker"
     WATCH.seen.clear()
     WATCH.folders = (str(site / "dicom"), str(site / "labels.csv"))
     yield WATCH
     WATCH.folders = ()
-
-
-def _fits(asked: Study) -> dict[str, Any]:
-    """A policy that allows all that these tests ask for."""
-    return {
-        "max_epsilon_study": 6.0,
-        "max_epsilon_lifetime": 100.0,
-        "require_secure_aggregation": False,
-        "allow_without_privacy": True,
-        "networks": ("small-cnn",),
-        "modalities": ("DX",),
-        "metrics": ("score-histograms",),
-        "approve": "listed",
-        "approved_hashes": (asked.digest,),
-        "trusted_signers": (SPONSOR.public.hex(),),
-    }
 
 
 def _elsewhere() -> str:
@@ -135,15 +84,6 @@ def test_every_key_of_the_policy_is_tried() -> None:
     assert set(CASES) | {"min_patients_per_class"} == set(Policy.model_fields)
 
 
-def _site(root: Path, policy: dict[str, Any]) -> Site:
-    write_cohort(root / "anker", np.random.default_rng(0), "MRN", patients=24, images=1)
-    site = init_site(root / "anker", name="anker", policy=Policy(**policy))
-    keys = {name: Identity.generate().public for name in NAMES} | {"anker": site.identity().public}
-    roster = Roster.of("north", 1, [RosterEntry(name, key) for name, key in keys.items()])
-    accept(site.roster, sign_roster(roster, SPONSOR), SPONSOR.public, confirmed=roster.digest)
-    return site
-
-
 def _task(kind: str, asked: Study, roster: str) -> RoundMessage:
     text, nothing = asked.canonical(), octets()
     if kind == "prepare":
@@ -155,51 +95,37 @@ def _task(kind: str, asked: Study, roster: str) -> RoundMessage:
 
 
 def _ask(site: Site, kind: str, asked: Study) -> RoundMessage:
-    from cloister_client.pinned import read_pin
-
-    grid = InProcessGrid(client.app, [{SITE_KEY: str(site.root)}])
-    task = _task(kind, asked, read_pin(site.roster).digest.hex())
-    message = Message(content=pack(task), dst_node_id=2, message_type=TYPES[kind])
-    (reply,) = grid.send_and_receive([message])
-    assert not reply.has_error()
-    return unpack(reply.content, Refusal, Prepared)
-
-
-def _charged(site: Site) -> list[str]:
-    if not site.ledger.exists():
-        return []
-    ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
-    return [entry.kind for entry in ledger.entries() if entry.kind == "started"]
+    return ask(site, _task(kind, asked, read_pin(site.roster).digest.hex()))
 
 
 @pytest.mark.parametrize("key", CASES)
 def test_a_tighter_policy_refuses_before_a_file_is_touched(
-    key: str, tmp_path: Path, watched: _Watch
+    key: str, tmp_path: Path, watched: Watch
 ) -> None:
     value, tables, reason, kinds = CASES[key]
     asked = study(**tables)
-    policy = {**_fits(asked), key: value}
+    policy = {**fits(asked), key: value}
     if key == "trusted_signers":
         policy["approve"] = "signed"
     WATCH.folders, folders = (), WATCH.folders
-    site = _site(tmp_path, policy)
+    site = write_hospital(tmp_path, policy)
     WATCH.folders = folders
     for kind in kinds:
         reply = _ask(site, kind, asked)
         assert isinstance(reply, Refusal)
         assert (reply.site, reply.reason) == ("anker", reason), kind
     assert watched.seen == []
-    assert _charged(site) == []
+    assert rounds_charged(site) == []
     sent = [entry.body for entry in entries_of(site) if entry.kind == "sent"]
     assert len(sent) == len(kinds)
     assert {str(body["why"]) for body in sent} == {f"a reason of the closed list: {reason}"}
     assert read_notice(site.root) is not None
 
 
-def test_what_fits_the_policy_is_read(tmp_path: Path, watched: _Watch) -> None:
+def test_what_fits_the_policy_is_read(tmp_path: Path, watched: Watch) -> None:
     """Or the test above could not fail."""
     WATCH.folders, folders = (), WATCH.folders
-    site = _site(tmp_path, _fits(study()))
+    site = write_hospital(tmp_path, fits(study()))
     WATCH.folders = folders
     assert isinstance(_ask(site, "prepare", study()), Prepared)
     assert watched.seen
@@ -207,7 +133,7 @@ def test_what_fits_the_policy_is_read(tmp_path: Path, watched: _Watch) -> None:
 
 def test_a_signature_is_enough_where_its_key_is_trusted(tmp_path: Path) -> None:
     asked = study()
-    site = _site(tmp_path, {**_fits(asked), "approve": "signed", "approved_hashes": ()})
+    site = write_hospital(tmp_path, {**fits(asked), "approve": "signed", "approved_hashes": ()})
     assert isinstance(_ask(site, "prepare", asked), Prepared)
     # Without it, the study is not new any more, and the message is judged further.
     reply = _ask(site, "train", asked)
@@ -217,20 +143,20 @@ def test_a_signature_is_enough_where_its_key_is_trusted(tmp_path: Path) -> None:
 
 def test_hours_let_a_study_in_and_no_round(tmp_path: Path) -> None:
     asked = study()
-    site = _site(tmp_path, {**_fits(asked), "hours": (_elsewhere(),)})
+    site = write_hospital(tmp_path, {**fits(asked), "hours": (_elsewhere(),)})
     for kind in ("prepare", "train"):
         reply = _ask(site, kind, asked)
         assert isinstance(reply, Refusal)
         assert reply.reason == "hours"
     # The study is in: approved, and its cost set aside. No round is charged.
     assert gate.promised(site) > 0
-    assert _charged(site) == []
+    assert rounds_charged(site) == []
     assert isinstance(_ask(site, "exchange", asked), Refusal)
     assert [e.body["why"] for e in entries_of(site) if e.kind == "sent"][-1].endswith("message")
     now = datetime.datetime.now()
     span = f"{now - datetime.timedelta(hours=1):%H:%M}-{now + datetime.timedelta(hours=1):%H:%M}"
     other = tmp_path / "other"
-    site = _site(other, {**_fits(asked), "hours": (_elsewhere(), span)})
+    site = write_hospital(other, {**fits(asked), "hours": (_elsewhere(), span)})
     reply = _ask(site, "train", asked)
     assert isinstance(reply, Refusal)
     assert reply.reason == "message"
@@ -240,7 +166,7 @@ def test_hours_let_a_study_in_and_no_round(tmp_path: Path) -> None:
 def test_too_few_patients_is_declined_and_no_more_is_said(tmp_path: Path, least: int) -> None:
     """The site has 12 of each class. A reason of its own would tell the coordinator that."""
     asked = study()
-    site = _site(tmp_path, {**_fits(asked), "min_patients_per_class": least})
+    site = write_hospital(tmp_path, {**fits(asked), "min_patients_per_class": least})
     reply = _ask(site, "prepare", asked)
     if least == 12:
         assert isinstance(reply, Prepared)
@@ -259,7 +185,7 @@ def test_a_server_that_asks_for_a_metric_nobody_approved_gets_none(tmp_path: Pat
     for number, (metrics, reason) in enumerate(
         [((), "policy"), (("score-histograms",), "message")]
     ):
-        site = _site(tmp_path / str(number), {**_fits(asked), "metrics": metrics})
+        site = write_hospital(tmp_path / str(number), {**fits(asked), "metrics": metrics})
         judge(site, asked, Decision.APPROVED)
         assert isinstance(_ask(site, "prepare", asked), Prepared)
         reply = _ask(site, "evaluate", asked)

@@ -8,6 +8,8 @@ import math
 import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +140,29 @@ def test_no_two_objects_repeat_whatever_the_seeds() -> None:
         np.random.seed(0)
         seen.add(SecureRandom().words(2).tobytes())
     assert len(seen) == 50
+
+
+def test_two_processes_that_start_alike_draw_differently() -> None:
+    body = """
+import random, numpy, torch
+random.seed(0); numpy.random.seed(0); torch.manual_seed(0)
+from cloister_client.randomness import SecureRandom
+print(torch.rand(1).item(), SecureRandom().words(8).tobytes().hex())
+"""
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    command = [sys.executable, "-W", "ignore", "-c", body]
+    started = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+    one, other = (process.communicate(timeout=120)[0].split() for process in started)
+    assert one[0] == other[0]
+    assert len(one[1]) == len(other[1]) == 128
+    # Not one word of 64 bits is the same, at any place.
+    words = [
+        {text[place : place + 16] for place in range(0, 128, 16)} for text in (one[1], other[1])
+    ]
+    assert not words[0] & words[1]
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

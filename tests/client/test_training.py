@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -200,6 +201,44 @@ def test_a_patient_moves_the_whole_step_by_at_most_c(kind: str) -> None:
         cohort = Patients(images, tuple(patients))
         with_it = clipped_sum(engine.blocks(cohort, every_bag(cohort)), size, 1e-3)
         assert 0 < exact_norm(with_it - without) <= UNIT**2
+
+
+@pytest.mark.parametrize("removed", range(6))
+def test_any_patient_may_go_and_the_step_moves_by_at_most_c(removed: int) -> None:
+    """Patients of 1 to 30 images, among them one of black and one of white and black squares."""
+    cohort = cohort_of([1, 2, 3, 5, 12, 30])
+    cohort.images[1:3] = 0
+    cohort.images[6:11] = np.indices((16, 16)).sum(axis=0) % 2 * 65535
+    network = small(seed=3)
+    engine = PatientGradSampleModule(network, engine="patients")
+    size = len(flatten(network))
+    bags = every_bag(cohort)
+    rest = [bag for index, bag in enumerate(bags) if index != removed]
+    for clip in (1e-3, 1e3):
+        whole = clipped_sum(engine.blocks(cohort, bags), size, clip)
+        less = clipped_sum(engine.blocks(cohort, rest), size, clip)
+        assert 0 < exact_norm(whole - less) <= UNIT**2
+
+
+@pytest.mark.parametrize("engine", ["patients", "book-keeping"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3.4e38])
+def test_a_value_that_is_none_in_one_patients_features_moves_nothing_else(
+    engine: Engine, value: float
+) -> None:
+    features = np.random.default_rng(3).normal(size=(9, 4, 2, 2)).astype(np.float32)
+    features[4, 1, 0, 1] = value
+    patients = tuple(OnePatient(place % 2, (2 * place, 2 * place + 1)) for place in range(4))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).train()
+    module = PatientGradSampleModule(network, engine=engine, clipping_norm=1.0)
+    whole = FeatureCohort(features, patients)
+    rest = FeatureCohort(features, patients[:2] + patients[3:])
+    sums = []
+    for cohort in (whole, rest):
+        bags = [Bag(one.label, np.array(one.images)) for one in cohort.patients]
+        sums.append(clipped_sum(module.blocks(cohort, bags), 34, 1.0))
+    module.to_standard_module()
+    assert sums[1].any()
+    assert exact_norm(sums[0] - sums[1]) <= UNIT**2
 
 
 class Explosive(nn.Module):
@@ -556,6 +595,58 @@ def test_an_empty_sample_is_a_step_of_noise() -> None:
     assert delta.std() == pytest.approx(3.0 * 2.0 / 10, rel=4.5 / math.sqrt(2 * len(delta)))
 
 
+def noise_of_rounds(counted: bool, monkeypatch: pytest.MonkeyPatch) -> NDArray[np.float64]:
+    """What 3 sites add in 4 rounds of 2 steps each, sigma 1 and clip 1, one row a step."""
+    if counted:
+        keys = itertools.count()
+        monkeypatch.setattr(randomness, "_fresh_key", lambda: next(keys).to_bytes(32, "big"))
+    rows: list[NDArray[np.float64]] = []
+    honest = PatientDPOptimizer.attach_step_hook
+
+    def attach(self: PatientDPOptimizer, hook: Callable[[object], None]) -> None:
+        def seen(optimizer: PatientDPOptimizer) -> None:
+            flat = torch.cat([weight.grad.reshape(-1) for weight in optimizer.params])
+            rows.append(flat.double().numpy())
+            hook(optimizer)
+
+        honest(self, seen)
+
+    monkeypatch.setattr(PatientDPOptimizer, "attach_step_hook", attach)
+    cohort = Patients(np.zeros((0, 16, 16), np.uint16), ())
+    study = study_of("expected_batch = 1\nseed = 7", "clipping_norm = 1.0")
+    for number in (1, 2, 3, 4):
+        for site in ("north", "south", "west"):
+            torch.manual_seed(0)
+            np.random.seed(0)
+            source = SecureRandom()
+            round_of(small(width=12), cohort, study, 1.0, steps=2, random=source, number=number,
+                     site=site)  # fmt: skip
+    return np.stack(rows)
+
+
+def test_noise_over_steps_rounds_and_sites_is_one_gaussian(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = noise_of_rounds(True, monkeypatch)
+    count, size = rows.shape
+    assert count == 3 * 4 * 2
+    pooled = np.sort(rows.ravel())
+    exact = 0.5 * (1 + torch.erf(torch.from_numpy(pooled) / math.sqrt(2)).numpy())
+    gap = np.abs(exact - (np.arange(pooled.size) + 0.5) / pooled.size).max()
+    assert gap * math.sqrt(pooled.size) < 1.95  # Kolmogorov-Smirnov at 0.1 %
+    # Each row by itself, and each coordinate over the rows.
+    assert np.abs(rows.var(axis=1) - 1).max() < 4.5 * math.sqrt(2 / size)
+    assert abs(rows.var(axis=0).mean() - (count - 1) / count) < 4.5 * math.sqrt(2 / rows.size)
+    together = np.corrcoef(rows) - np.eye(count)
+    assert np.abs(together).max() < 5 / math.sqrt(size)
+
+
+def test_no_noise_is_drawn_twice_whatever_the_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = noise_of_rounds(False, monkeypatch)
+    for place, row in enumerate(rows):
+        for other in rows[place + 1 :]:
+            assert (row == other).mean() < 0.01
+            assert abs(np.corrcoef(row, other)[0, 1]) < 7 / math.sqrt(row.size)
+
+
 def test_momentum_acts_on_the_noised_gradient() -> None:
     cohort = Patients(np.zeros((0, 16, 16), np.uint16), ())
     study = study_of("learning_rate = 1.0\nexpected_batch = 1\nmomentum = 0.9")
@@ -653,13 +744,13 @@ def test_a_fixed_part_that_runs_once_gives_the_same_update(
             steps=3,
         )  # fmt: skip
 
-    honest = training._trained_part
+    honest = training.trained_part
     monkeypatch.setattr(
-        training, "_trained_part", lambda *a: seen.append(type(honest(*a)[1])) or honest(*a)
+        training, "trained_part", lambda *a: seen.append(type(honest(*a)[1])) or honest(*a)
     )
     once = update()
     assert seen == [FeatureCohort]
-    monkeypatch.setattr(training, "_trained_part", lambda local, cohort, _: (local, cohort))
+    monkeypatch.setattr(training, "trained_part", lambda local, cohort, _: (local, cohort))
     np.testing.assert_allclose(once, update(), atol=2e-6)
     assert np.abs(once).max() > 1e-3
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import socket
+import sqlite3
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,19 @@ import pytest
 from cloister_common import PROTOCOL, __version__
 from cloister_common.enrolment import HEADER_PROTOCOL, HEADER_VERSION, PATH_ROSTER
 from cloister_common.errors import ListenRefused, ServerFolderInvalid
+from cloister_server import enrolment_app
 from cloister_server.coordinator import Layout, init_coordinator, open_coordinator
 from cloister_server.gate import Engine, FleetGate
-from cloister_server.listener import PEER, Door, Limits, Listener, Peer, bind, server_context
+from cloister_server.listener import (
+    PEER,
+    Door,
+    Limits,
+    Listener,
+    Peer,
+    bind,
+    network_of,
+    server_context,
+)
 from cloister_server.refusals import LINES_A_SECOND, Refusals, Refused
 from cloister_server.registry import Registry, SiteRow
 
@@ -215,7 +227,85 @@ def test_dawdlers_are_cut(tmp_path: Path) -> None:
 
     assert asyncio.run(run()) == dict.fromkeys(("head", "nothing", "body", "handshake"), b"")
     text = log.read_text()
-    assert [text.count(code) for code in ("head-slow", "body-slow", "handshake-slow")] == [2, 1, 1]
+    codes = ("head-slow", "body-slow", "handshake-slow")
+    assert [text.count(code) for code in codes] == [2, 1, 1]
+
+
+def test_a_burst_of_connections_that_say_nothing_leaves_none_open(tmp_path: Path) -> None:
+    """All in one turn of the loop, so that most must go before their handshake had a turn."""
+    place = init_coordinator(tmp_path / "fed", Layout(("127.0.0.1:9443",)))
+    context = server_context(place.keys / "server.pem", place.keys / "server.key", None)
+
+    async def run() -> tuple[int, int]:
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            raise AssertionError("nobody asked for anything")
+
+        refusals = Refusals(tmp_path / "refused.jsonl")
+        door = Door("fleet", context, refusals, Limits(handshakes=8, handshake_s=1.0))
+        bound = socket.create_server(("127.0.0.1", 0), backlog=256)
+        listener = Listener(app, door)
+        task = asyncio.create_task(listener.serve([bound]))
+        while not listener.started:
+            await asyncio.sleep(0.01)
+        clients = [socket.create_connection(bound.getsockname()) for _ in range(100)]
+        await asyncio.sleep(0.5)
+        still = sum(_open(client) for client in clients)
+        await asyncio.sleep(1.5)
+        left = sum(_open(client) for client in clients)
+        for client in clients:
+            client.close()
+        listener.should_exit = True
+        await task
+        refusals.close()
+        return still, left
+
+    still, left = asyncio.run(run())
+    assert still <= 8
+    assert left == 0
+
+
+def _open(client: socket.socket) -> bool:
+    client.setblocking(False)
+    try:
+        return client.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        return False
+
+
+def test_whoever_opens_many_pushes_out_their_own_first(tmp_path: Path) -> None:
+    class Begun:
+        def __init__(self, address: str) -> None:
+            self.peer = Peer(address)
+            self.gone = False
+
+        def give_way(self) -> None:
+            self.gone = True
+
+    refusals = Refusals(tmp_path / "refused.jsonl")
+    door = Door("fleet", None, refusals, Limits(handshakes=4))  # type: ignore[arg-type]
+    hospital = Begun("192.0.2.7")
+    many = [Begun(f"2001:db8:0:1::{number:x}") for number in range(20)]
+    for one in (hospital, *many):
+        door.began(one)  # type: ignore[arg-type]
+    assert not hospital.gone
+    assert [one.gone for one in many] == [True] * 17 + [False] * 3
+    refusals.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "network"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("", ""),
+    ],
+)
+def test_a_network_is_what_one_party_holds(address: str, network: str) -> None:
+    assert network_of(address) == network
 
 
 def test_a_flood_does_not_fill_the_log(tmp_path: Path) -> None:
@@ -235,3 +325,81 @@ def test_a_flood_does_not_fill_the_log(tmp_path: Path) -> None:
 def test_the_database_is_its_owners_alone(tmp_path: Path) -> None:
     Registry(tmp_path / "r.sqlite").close()
     assert (tmp_path / "r.sqlite").stat().st_mode & 0o077 == 0
+
+
+def test_a_database_that_somebody_holds_keeps_no_request_waiting(tmp_path: Path) -> None:
+    rows = Registry(tmp_path / "r.sqlite")
+    holder = sqlite3.connect(tmp_path / "r.sqlite", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    began = time.monotonic()
+    site = Rows("approved").by_certificate(b"")
+    assert site is not None
+    rows.saw(site)
+    assert time.monotonic() - began < 2
+    holder.execute("ROLLBACK")
+    holder.close()
+    rows.close()
+
+
+# Shares: one who asks for everything leaves the others theirs
+
+
+def test_one_address_does_not_use_up_the_enrolment_of_all() -> None:
+    rate = enrolment_app._Rate()
+    first = [rate.exceeded("203.0.113.9") for _ in range(2 * enrolment_app.ALL_A_MINUTE)]
+    assert first.count(False) == enrolment_app.EACH_A_MINUTE
+    assert not rate.exceeded("198.51.100.1")
+
+
+def test_one_hospital_does_not_use_up_the_memory_of_all(tmp_path: Path) -> None:
+    """Site a holds as many bodies as it may, and ends none; site b's whole body passes."""
+    path = "/v1/fleet/push-object"
+
+    async def flower(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    engine = Engine(
+        flower, b"key", frozenset({path}), frozenset({path}), "", lambda _: True, "", lambda _: None
+    )
+    refusals = Refusals(tmp_path / "refused.jsonl")
+    named = {b"a" * 32: "a", b"b" * 32: "b"}
+
+    class Both(Rows):
+        def by_certificate(self, fingerprint: bytes) -> SiteRow | None:
+            row = super().by_certificate(fingerprint)
+            return row and replace(row, name=named[fingerprint])
+
+    gate = FleetGate(engine, Both("approved"), refusals, tmp_path / "roster")  # type: ignore[arg-type]
+
+    async def ask(who: bytes, size: int, *, stalls: bool) -> int:
+        pieces = [b"x" * size]
+        statuses = []
+
+        async def receive() -> dict[str, Any]:
+            if not pieces:
+                await asyncio.sleep(3600)
+            return {"type": "http.request", "body": pieces.pop(), "more_body": stalls}
+
+        async def send(event: dict[str, Any]) -> None:
+            statuses.append(event.get("status"))
+
+        headers = [(b"key", base64.b64encode(KEY))]
+        state = {PEER: Peer("127.0.0.1", who)}
+        scope = {"type": "http", "method": "POST", "path": path, "state": state, "headers": headers}
+        await gate(scope, receive, send)
+        return int(statuses[0])
+
+    async def run() -> tuple[list[int], int]:
+        greedy = [asyncio.create_task(ask(b"a" * 32, 63 << 20, stalls=True)) for _ in range(8)]
+        await asyncio.sleep(0.1)
+        turned = [task.result() for task in greedy if task.done()]
+        other = await ask(b"b" * 32, 9 << 20, stalls=False)
+        for task in greedy:
+            task.cancel()
+        await asyncio.gather(*greedy, return_exceptions=True)
+        return turned, other
+
+    assert asyncio.run(run()) == ([503] * 6, 200)
+    assert gate._held.total() == 0
+    refusals.close()

@@ -127,7 +127,8 @@ def make_plan(study: Study, patients: Sequence[int], *, weights: int, pace: Pace
 
     Args:
         study: what is planned.
-        patients: each site's number of patients, 1 or more; guesses will do.
+        patients: each site's number of patients, 1 or more; guesses will do. Those whom a release
+            keeps apart are not trained on, and taken off.
         weights: d, 1 or more.
         pace: what a machine takes for one patient.
 
@@ -140,11 +141,13 @@ def make_plan(study: Study, patients: Sequence[int], *, weights: int, pace: Pace
     others: tuple[Setting, ...] = ()
     release = release_mechanism(study)
     whole: float | None = None
+    share = 1 - study.evaluation.site_fraction if study.releases else 1.0
+    trained = [share * count for count in patients]
     if privacy.enabled:
         whole = charges(study).epsilon()
         given = (training.sampling_rate, training.rounds, training.steps_per_round)
-        setting = _setting(study, given, patients, weights)
-        others = tuple(_setting(study, one, patients, weights) for one in _neighbours(*given))
+        setting = _setting(study, given, trained, weights)
+        others = tuple(_setting(study, one, trained, weights) for one in _neighbours(*given))
         epsilons = epsilon_trajectory(
             setting.noise_multiplier,
             training.sampling_rate,
@@ -152,7 +155,7 @@ def make_plan(study: Study, patients: Sequence[int], *, weights: int, pace: Pace
             training.rounds,
             privacy.delta,
         )
-    sites = [_site(study, count, pace, setting, weights) for count in patients]
+    sites = [_site(study, count, share, pace, setting, weights) for count in patients]
     return Plan(
         study,
         weights,
@@ -167,7 +170,7 @@ def make_plan(study: Study, patients: Sequence[int], *, weights: int, pace: Pace
     )
 
 
-def ratio(rate: float, patients: Sequence[int], noise_multiplier: float, weights: int) -> float:
+def ratio(rate: float, patients: Sequence[float], noise_multiplier: float, weights: int) -> float:
     """Signal-to-noise of a step of all sites together.
 
     Each site adds its full noise: the signals add, the S noises as a square root does, and the
@@ -177,7 +180,7 @@ def ratio(rate: float, patients: Sequence[int], noise_multiplier: float, weights
 
 
 def _setting(
-    study: Study, given: tuple[float, int, int], patients: Sequence[int], weights: int
+    study: Study, given: tuple[float, int, int], patients: Sequence[float], weights: int
 ) -> Setting:
     rate, rounds, per_round = given
     privacy, steps = study.privacy, rounds * per_round
@@ -202,13 +205,14 @@ def _neighbours(rate: float, rounds: int, steps: int) -> list[tuple[float, int, 
 
 
 def _site(
-    study: Study, patients: int, pace: Pace, setting: Setting | None, weights: int
+    study: Study, patients: int, share: float, pace: Pace, setting: Setting | None, weights: int
 ) -> SitePlan:
     training, privacy = study.training, study.privacy
-    sampled = training.sampling_rate * patients
-    seconds = training.steps_per_round * sampled * pace.gradient + patients * pace.once
+    trained = share * patients
+    sampled = training.sampling_rate * trained
+    seconds = training.steps_per_round * sampled * pace.gradient + trained * pace.once
     alone = None
     if setting is not None:
-        alone = ratio(training.sampling_rate, [patients], setting.noise_multiplier, weights)
+        alone = ratio(training.sampling_rate, [trained], setting.noise_multiplier, weights)
     too_large = privacy.enabled and privacy.delta * 10 * patients > 1
     return SitePlan(patients, sampled, alone, seconds / 60, too_large)

@@ -72,6 +72,9 @@ def test_a_release_is_part_of_the_whole_that_is_planned() -> None:
     whole = compose(((Mechanism(sigma, 0.25), 16),), ((Mechanism(plan.release, 1.0), 1),))
     assert 2.99 < plan.whole == epsilon_of(whole, 1e-5) <= 3.0
     assert plan.epsilons[-1] == epsilon_pld(sigma, 0.25, 16, 1e-5) < plan.whole
+    # A fifth of the patients are kept apart for it.
+    assert [site.sampled for site in plan.sites] == pytest.approx([0.25 * 80, 0.25 * 240])
+    assert plan.setting.step_ratio == pytest.approx(0.25 * 320 / (sigma * (2 * 900) ** 0.5))
     for one in plan.others:
         step = Mechanism(one.noise_multiplier, one.sampling_rate)
         steps = one.rounds * one.steps_per_round

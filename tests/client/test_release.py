@@ -24,9 +24,11 @@ from cloister_client.randomness import SecureRandom
 from cloister_client.release import apart, exact_histogram, noised, split_apart
 from cloister_client.review import review
 from cloister_client.site import Site, init_site
+from cloister_client.training import train_round
 from cloister_common import networks, vectors
 from cloister_common.charges import RELEASE_BINS, UNITS, charges, release_mechanism, sensitivity
 from cloister_common.errors import ReleaseAlreadySpent
+from cloister_common.frozen_backbone import FixedFeatures
 from cloister_common.records import (
     SITE_KEY,
     Evaluated,
@@ -99,6 +101,31 @@ def test_adding_or_removing_a_patient_moves_at_most_l(
         assert int(np.abs(moved).sum()) <= limit
         assert int((moved**2).sum()) <= limit**2
         assert (moved >= 0).all()
+
+
+def test_features_that_are_kept_change_nothing_of_it() -> None:
+    asked = study(
+        network='name = "filter-bank"\narguments = {}', evaluation="release_epsilon = 1.0"
+    )
+    module = _network(asked)
+    assert isinstance(module, FixedFeatures)
+    cohort = _cohort(np.random.default_rng(5), [1, 30, 3], 2, wild=True)
+    whole = exact_histogram(module, cohort, asked)
+    assert whole.sum() == 3 * UNITS
+    parts = [exact_histogram(module, subset(cohort, [one]), asked) for one in cohort.patients]
+    np.testing.assert_array_equal(whole, sum(parts))
+    # A coin can keep nobody apart, or everybody: no error tells so.
+    assert not exact_histogram(module, subset(cohort, []), asked).any()
+    train_round(
+        module,
+        subset(cohort, []),
+        asked,
+        noise_multiplier=1.0,
+        random=SecureRandom(),
+        round_number=1,
+        steps=1,
+        site="anker",
+    )
 
 
 def test_many_images_of_a_patient_are_one_score() -> None:

@@ -27,9 +27,11 @@ from cloister_client.features import features_of
 from cloister_client.high_water import compare
 from cloister_client.notices import clear_notice, leave_notice
 from cloister_client.randomness import SecureRandom
+from cloister_client.release import exact_histogram, noised, split_apart
 from cloister_client.site import Site, open_site
 from cloister_client.training import train_round
 from cloister_common import networks, sums, vectors
+from cloister_common.charges import release_mechanism
 from cloister_common.errors import (
     BudgetExhausted,
     BundleRefused,
@@ -38,6 +40,7 @@ from cloister_common.errors import (
     MessageInvalid,
     OutsideHours,
     PolicyRefused,
+    ReleaseAlreadySpent,
     RosterInvalid,
     RosterMismatch,
     RoundAlreadySpent,
@@ -94,6 +97,7 @@ _REASONS: tuple[tuple[type[CloisterError], Refused], ...] = (
     (OutsideHours, Refused.HOURS),
     (BudgetExhausted, Refused.BUDGET),
     (RoundAlreadySpent, Refused.SPENT),
+    (ReleaseAlreadySpent, Refused.SPENT),
     (MessageInvalid, Refused.MESSAGE),
     (WireInvalid, Refused.MESSAGE),
     (RosterMismatch, Refused.ROSTER),
@@ -182,15 +186,16 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Measure a model on the site's own patients; only where privacy is off."""
+    """Measure a model on the site's own patients: where privacy is off, or in the release."""
 
     def answer(site: Site, task: EvaluateTask) -> Evaluated | Exchanged:
         study = _admitted(site, task)
         gate.require_metric(site, study)
         if study.evaluation.site_fraction == 0:
             raise MessageInvalid("Nobody is kept apart to be measured on in this study.")
-        if not 0 <= task.round <= study.training.rounds:
-            raise MessageInvalid("A round was asked for that the study does not have.")
+        last = study.training.rounds
+        if not (last if study.releases else 0) <= task.round <= last:
+            raise MessageInvalid("A round was asked for that the study does not measure.")
         if not study.aggregation.secure:
             counts = _histogram(site, study, task)
             return Evaluated(
@@ -211,7 +216,7 @@ def evaluate(message: Message, context: Context) -> Message:
         def counted() -> NDArray[np.float64]:
             return _histogram(site, study, task).reshape(-1).astype(np.float64)
 
-        answers = asked.answer(expected, counted, run=task.run, saturate=False)
+        answers = asked.answer(expected, counted, run=task.run, saturate=study.releases)
         return Exchanged(site.name, task.round, octets(answers))
 
     return _answer(message, context, EvaluateTask, answer)
@@ -270,8 +275,16 @@ def _train(site: Site, study: Study, task: TrainTask) -> Vector:
 
 
 def _histogram(site: Site, study: Study, task: EvaluateTask) -> Counts:
+    module = _loaded(site, study, task.vector)
+    release = release_mechanism(study)
+    if release is None:
+        _, held_out = _parts(_cohort(site, study), study)
+        return score_histogram(module, held_out, study)
+    # As for a round: a network that mixes patients would break the release's sensitivity, too.
+    require_private(module, size=study.input.size)
+    gate.charge_release(site, study, run=task.run)
     _, held_out = _parts(_cohort(site, study), study)
-    return score_histogram(_loaded(site, study, task.vector), held_out, study)
+    return noised(exact_histogram(module, held_out, study), study, release, SecureRandom())
 
 
 def refuse(message: Message, context: Context, error: CloisterError) -> Message:
@@ -380,9 +393,12 @@ def _cohort(site: Site, study: Study) -> Cohort:
 
 def _parts(cohort: Cohort, study: Study) -> tuple[Cohort, Cohort]:
     """Who is trained on and who is kept apart; the same objects each time, as features are kept."""
+    if study.releases:
+        return _split_apart(cohort, study.evaluation.site_fraction)
     if study.privacy.enabled or study.evaluation.site_fraction == 0:
         return cohort, cohort
     return _split(cohort, study.evaluation.site_fraction)
 
 
+_split_apart = functools.lru_cache(maxsize=_COHORTS_KEPT)(split_apart)
 _split = functools.lru_cache(maxsize=_COHORTS_KEPT)(split)

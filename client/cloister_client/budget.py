@@ -17,6 +17,7 @@ from cloister_client.high_water import note
 from cloister_client.ledger import Ledger, Quote
 from cloister_client.policy import refusals
 from cloister_client.site import Site
+from cloister_common.charges import charges
 from cloister_common.errors import OptionInvalid, OutputInTheWay
 from cloister_common.files import write_atomic
 from cloister_common.framing import u64
@@ -38,6 +39,8 @@ class StudyAccount:
         delta: the study's.
         steps_started: spent, for good.
         steps_reserved: not started, and still held for it.
+        releases: whether a release of score histograms is part of it.
+        released: whether that was charged.
         epsilon_spent: of the steps started, at ``delta``, by privacy-loss distribution.
         epsilon_promised: of these and the reserved ones.
         closed: whether the steward closed it.
@@ -48,6 +51,8 @@ class StudyAccount:
     delta: float
     steps_started: int
     steps_reserved: int
+    releases: bool
+    released: bool
     epsilon_spent: float
     epsilon_promised: float
     closed: bool
@@ -139,6 +144,8 @@ def statement(site: Site) -> Statement:
                 delta=own[0].delta,
                 steps_started=sum(one.started for one in own),
                 steps_reserved=sum(one.left for one in own),
+                releases=any(one.release is not None for one in own),
+                released=any(one.released for one in own),
                 epsilon_spent=ledger.epsilon_study(digest, own[0].delta),
                 epsilon_promised=ledger.epsilon_study(digest, own[0].delta, reserved=True),
                 closed=digest in closed,
@@ -167,13 +174,13 @@ def proposal(site: Site, study: Study) -> Proposal:
             "The study trains without differential privacy, so it has no cost in epsilon.",
             remedy="See what it asks for: cloister client review",
         )
-    policy, used = site.policy, gate.mechanism(study)
-    delta, steps = study.privacy.delta, study.training.total_steps
+    policy, used = site.policy, charges(study)
+    delta = used.delta
     if site.ledger.exists():
         ledger = Ledger.open(site.ledger, delta=policy.ledger_delta)
-        quote = ledger.quote(study.digest, used, steps, delta)
+        quote = ledger.quote(study.digest, used.step, used.steps, delta, release=used.release)
     else:
-        asked = ((used, steps),)
+        asked = used.composition()
         quote = Quote(epsilon_of(asked, delta), lifetime_epsilon(asked, policy.ledger_delta))
     short = gate.shortfall(site, study)
     invited = max(policy.min_sites, study.aggregation.min_sites)
@@ -182,7 +189,7 @@ def proposal(site: Site, study: Study) -> Proposal:
         study=study.digest,
         name=study.study.name,
         delta=delta,
-        noise_multiplier=used.noise_multiplier,
+        noise_multiplier=used.step.noise_multiplier,
         study_epsilon=quote.study,
         study_limit=policy.max_epsilon_study,
         lifetime_epsilon=quote.lifetime,
@@ -237,6 +244,9 @@ def render(told: Statement) -> str:
             f"{one.steps_started} steps",
             f"  reserved  {one.steps_reserved} steps, not started",
         ]
+        if one.releases:
+            made = ", made" if one.released else ", not made"
+            lines.append(f"  release   one of noised score histograms{made}")
     if not told.studies:
         lines.append("No study has reserved anything here.")
     return "\n".join(lines)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 
 from cloister_client.approvals import judgements
 from cloister_client.audit import entries_of, what_left
 from cloister_client.high_water import require_newest
-from cloister_client.ledger import Ledger
+from cloister_client.ledger import Ledger, Reservation
 from cloister_client.pinned import read_pin
 from cloister_client.site import Site
 from cloister_common.audit import EMPTY
-from cloister_common.certificate import Certificate, Head, Left, code_hash
+from cloister_common.certificate import Certificate, Head, Left, Release, code_hash
+from cloister_common.charges import sensitivity
 from cloister_common.errors import OptionInvalid
 from cloister_common.privacy.accounting import epsilon_of
+from cloister_common.study import Study
 
 
 def certify(site: Site, study: str, *, run: str | None = None) -> Certificate:
@@ -65,14 +68,26 @@ def certify(site: Site, study: str, *, run: str | None = None) -> Certificate:
         steps_reserved=asked.training.total_steps,
         steps_started=one.started,
         steps_of_study=sum(each.started for each in held),
+        release=_release(one, held, asked),
         delta=one.delta,
-        epsilon_run=epsilon_of(((one.mechanism, one.started),), one.delta),
+        epsilon_run=epsilon_of(one.spent, one.delta),
         epsilon_study=ledger.epsilon_study(study, one.delta),
         ledger=Head(seq=seq, hash=digest),
         log=Head(seq=head.seq, hash=head.hash),
         left=[Left(message=kind, count=counts[kind], bytes=sizes[kind]) for kind in sorted(counts)],
         version=version("cloister"),
         code=code_hash(),
+    )
+
+
+def _release(one: Reservation, held: Sequence[Reservation], study: Study) -> Release | None:
+    if one.release is None:
+        return None
+    return Release(
+        noise_multiplier=one.release.noise_multiplier,
+        sensitivity=sensitivity(study),
+        charged=one.released,
+        charged_of_study=any(each.released for each in held),
     )
 
 

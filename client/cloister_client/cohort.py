@@ -182,8 +182,8 @@ def split(cohort: Cohort, fraction: float) -> tuple[Cohort, Cohort]:
             count = max(1, count)
         apart.update(names[: min(count, len(names) - 1)])
     return (
-        _subset(cohort, [one for one in cohort.patients if one.pseudonym not in apart]),
-        _subset(cohort, [one for one in cohort.patients if one.pseudonym in apart]),
+        subset(cohort, [one for one in cohort.patients if one.pseudonym not in apart]),
+        subset(cohort, [one for one in cohort.patients if one.pseudonym in apart]),
     )
 
 
@@ -237,7 +237,8 @@ def _assemble(
     )
 
 
-def _subset(cohort: Cohort, patients: Sequence[Patient]) -> Cohort:
+def subset(cohort: Cohort, patients: Sequence[Patient]) -> Cohort:
+    """These patients of a cohort, in this order, with their images; possibly none."""
     kept = [index for patient in patients for index in patient.images]
     moved = {old: new for new, old in enumerate(kept)}
     return Cohort(

@@ -47,7 +47,7 @@ def features_of(module: FixedFeatures, cohort: Cohort) -> FeatureCohort:
         weakref.finalize(images, _whole.pop, id(images), None)
     if module.fixed not in mine:
         rows = [_row(module, cohort, place) for place in range(len(images))]
-        mine[module.fixed] = np.stack(rows)
+        mine[module.fixed] = np.stack(rows) if rows else np.empty((0, 0), np.float32)
     return FeatureCohort(mine[module.fixed], cohort.patients)
 
 

@@ -15,8 +15,8 @@ from cloister_client.hours import within
 from cloister_client.ledger import Ledger
 from cloister_client.policy import may_measure, refusals
 from cloister_client.site import Site
+from cloister_common.charges import charges
 from cloister_common.errors import BudgetExhausted, OutsideHours, PolicyRefused
-from cloister_common.privacy.accounting import calibrate
 from cloister_common.privacy.events import Mechanism
 from cloister_common.study import Study
 
@@ -29,9 +29,7 @@ def mechanism(study: Study) -> Mechanism:
     Raises:
         EpsilonUnreachable: no noise gives the study's epsilon.
     """
-    training, privacy = study.training, study.privacy
-    noise = calibrate(privacy.epsilon, privacy.delta, training.sampling_rate, training.total_steps)
-    return Mechanism(noise_multiplier=noise, sampling_rate=training.sampling_rate)
+    return charges(study).step
 
 
 def consent(site: Site, study: Study, *, invited: int, signatures: bytes = b"") -> None:
@@ -80,7 +78,7 @@ def admit(site: Site, study: Study, *, run: str, invited: int, signatures: bytes
     consent(site, study, invited=invited, signatures=signatures)
     if not study.privacy.enabled:
         return
-    used = mechanism(study)
+    used = charges(study)
     ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
     if not is_noted(site):
         # Before the first reservation: a kill behind it must not look like notes that were deleted.
@@ -89,11 +87,12 @@ def admit(site: Site, study: Study, *, run: str, invited: int, signatures: bytes
     ledger.reserve(
         study.digest,
         run,
-        used,
-        study.training.total_steps,
-        study.privacy.delta,
+        used.step,
+        used.steps,
+        used.delta,
         epsilon_limit_study=site.policy.max_epsilon_study,
         epsilon_limit_lifetime=site.policy.max_epsilon_lifetime,
+        release=used.release,
     )
     if ledger.head() != before:
         note(site, ledger)
@@ -118,15 +117,16 @@ def require_hours(site: Site, now: datetime.time) -> None:
 
 
 def require_metric(site: Site, study: Study) -> None:
-    """Let score histograms leave only where privacy is off and the policy allows them.
+    """Let score histograms leave only where the study pays for them, or privacy is off.
 
     Raises:
-        PolicyRefused: one of the two is not so.
+        PolicyRefused: it is not so, or the policy does not allow them.
     """
-    if study.privacy.enabled:
+    if study.privacy.enabled and not study.releases:
         raise PolicyRefused(
-            "A site does not evaluate while privacy is on.",
+            "A site does not evaluate while privacy is on and no release is paid for.",
             why="Its figures would leave uncharged.",
+            remedy="Give the study an evaluation.release_epsilon above 0.",
         )
     if not may_measure(site.policy):
         # Also where the study that was approved asks for none: the server can ask anyhow.
@@ -145,13 +145,15 @@ def shortfall(site: Site, study: Study) -> BudgetExhausted | None:
     """
     if not study.privacy.enabled or not site.ledger.exists():
         return None
+    used = charges(study)
     return Ledger.open(site.ledger, delta=site.policy.ledger_delta).refusal(
         study.digest,
-        mechanism(study),
-        study.training.total_steps,
-        study.privacy.delta,
+        used.step,
+        used.steps,
+        used.delta,
         epsilon_limit_study=site.policy.max_epsilon_study,
         epsilon_limit_lifetime=site.policy.max_epsilon_lifetime,
+        release=used.release,
     )
 
 
@@ -174,4 +176,17 @@ def charge(site: Site, study: Study, *, run: str, round_number: int) -> None:
         return
     ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
     ledger.start_round(study.digest, run, round_number, study.training.steps_per_round)
+    note(site, ledger)
+
+
+def charge_release(site: Site, study: Study, *, run: str) -> None:
+    """Charge the study's one release, durably, before its data are read.
+
+    Raises:
+        ReleaseAlreadySpent: it was charged before.
+        BudgetExhausted: nothing is reserved for it.
+        LedgerDamaged: the ledger's chain is broken.
+    """
+    ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
+    ledger.start_release(study.digest, run)
     note(site, ledger)

@@ -14,6 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cloister_client.ledger_gates import (
+    account_of,
+    make_room,
+    require_gates,
+    require_open,
+    require_same,
+)
 from cloister_client.ledger_schema import Entry, append, create_file, install, read, transaction
 from cloister_client.ledger_state import (
     Account,
@@ -23,11 +30,17 @@ from cloister_client.ledger_state import (
     close_body,
     replay,
 )
-from cloister_common.errors import BudgetExhausted, InternalError, PolicyRefused, RoundAlreadySpent
+from cloister_common.errors import (
+    BudgetExhausted,
+    InternalError,
+    PolicyRefused,
+    ReleaseAlreadySpent,
+    RoundAlreadySpent,
+)
 from cloister_common.identity import Identity
 from cloister_common.privacy.accounting import epsilon_of
 from cloister_common.privacy.events import Composition, Mechanism, compose
-from cloister_common.privacy.filter import ORDERS, lifetime_epsilon, would_fit
+from cloister_common.privacy.filter import ORDERS, lifetime_epsilon
 
 __all__ = ["Entry", "Ledger", "Quote", "Reservation"]
 
@@ -97,6 +110,8 @@ class Ledger:
         delta: float,
         epsilon_limit_study: float,
         epsilon_limit_lifetime: float,
+        *,
+        release: Mechanism | None = None,
     ) -> Reservation:
         """Reserve a study's steps against both gates, or refuse; nothing in between.
 
@@ -113,6 +128,7 @@ class Ledger:
             epsilon_limit_study: the most that all runs of this study together may cost.
             epsilon_limit_lifetime: the most that everything together may cost, at the ledger's
                 delta.
+            release: of the study's release, sampling rate 1; reserved with the steps.
 
         Raises:
             BudgetExhausted: a gate is closed; says what was asked, what is left, and the limit.
@@ -123,16 +139,17 @@ class Ledger:
         _require(steps >= 1, "a number of steps")
         _require(0 < delta < 1, "a delta")
         _require(epsilon_limit_study >= 0 and epsilon_limit_lifetime >= 0, "a limit")
-        wanted = Account(study_digest, run_id, mechanism, steps, delta)
+        _require(release is None or release.sampling_rate == 1, "a release")
+        wanted = Account(study_digest, run_id, mechanism, steps, delta, release)
         with transaction(self._path, write=True) as connection:
             state = replay(read(connection))
-            _require_open(state, study_digest)
+            require_open(state, study_digest)
             held = state.accounts.get((study_digest, run_id))
             if held is not None:
-                _require_same(held, wanted)
+                require_same(held, wanted)
                 return held.frozen()
-            idle = _make_room(state, wanted)
-            _gates(state, wanted, epsilon_limit_study, epsilon_limit_lifetime)
+            idle = make_room(state, wanted)
+            require_gates(state, wanted, epsilon_limit_study, epsilon_limit_lifetime)
             body: dict[str, Any] = {"study": study_digest, "run": run_id}
             if idle is not None:
                 append(connection, "adopted", {**body, "from": idle.run})
@@ -145,6 +162,8 @@ class Ledger:
                     "limit_study": epsilon_limit_study,
                     "limit_lifetime": epsilon_limit_lifetime,
                 }
+                if release is not None:
+                    terms["release_noise_multiplier"] = release.noise_multiplier
                 append(connection, "reserved", {**body, **terms})
         return wanted.frozen()
 
@@ -156,23 +175,33 @@ class Ledger:
         delta: float,
         epsilon_limit_study: float,
         epsilon_limit_lifetime: float,
+        *,
+        release: Mechanism | None = None,
     ) -> BudgetExhausted | None:
         """What ``reserve`` would say to another run of this study, without reserving; or None."""
-        wanted = Account(study_digest, "?", mechanism, steps, delta)
+        wanted = Account(study_digest, "?", mechanism, steps, delta, release)
         state = self._state()
-        _make_room(state, wanted)
+        make_room(state, wanted)
         try:
-            _require_open(state, study_digest)
-            _gates(state, wanted, epsilon_limit_study, epsilon_limit_lifetime)
+            require_open(state, study_digest)
+            require_gates(state, wanted, epsilon_limit_study, epsilon_limit_lifetime)
         except BudgetExhausted as error:
             return error
         return None
 
-    def quote(self, study_digest: str, mechanism: Mechanism, steps: int, delta: float) -> Quote:
+    def quote(
+        self,
+        study_digest: str,
+        mechanism: Mechanism,
+        steps: int,
+        delta: float,
+        *,
+        release: Mechanism | None = None,
+    ) -> Quote:
         """What another run of this study would bring the accounts to; nothing is reserved."""
-        wanted = Account(study_digest, "?", mechanism, steps, delta)
+        wanted = Account(study_digest, "?", mechanism, steps, delta, release)
         state = self._state()
-        _make_room(state, wanted)
+        make_room(state, wanted)
         asked = wanted.composition(reserved=True)
         study = compose(state.composition(reserved=True, study=study_digest), asked)
         lifetime = compose(state.composition(reserved=True), asked)
@@ -190,7 +219,7 @@ class Ledger:
             steward: signs the entry.
 
         Returns:
-            The steps that were released.
+            The steps that were released; the release of its figures is one.
 
         Raises:
             PolicyRefused: the study has no reservation.
@@ -245,14 +274,7 @@ class Ledger:
         _require(round_number >= 1, "a round")
         _require(steps >= 1, "a number of steps")
         with transaction(self._path, write=True) as connection:
-            state = replay(read(connection))
-            _require_open(state, study_digest)
-            account = state.accounts.get((study_digest, run_id))
-            if account is None:
-                raise BudgetExhausted(
-                    "The run has no reservation in the privacy ledger.",
-                    remedy="Approve the study; a run that another one replaced cannot go on.",
-                )
+            account = account_of(replay(read(connection)), study_digest, run_id)
             if round_number in account.rounds:
                 raise RoundAlreadySpent(
                     f"Round {round_number} of this run was already started and is spent.",
@@ -268,6 +290,40 @@ class Ledger:
             body = {"study": study_digest, "run": run_id, "round": round_number, "steps": steps}
             append(connection, "started", body)
             account.rounds[round_number] = steps
+        return account.frozen()
+
+    def start_release(self, study_digest: str, run_id: str) -> Reservation:
+        """Spend the study's one release, durably; call it before data are read.
+
+        Args:
+            study_digest: hash of the study.
+            run_id: the run that holds the reservation.
+
+        Returns:
+            The reservation after it.
+
+        Raises:
+            ReleaseAlreadySpent: a run of this study charged it before.
+            BudgetExhausted: the run has no reservation, or none for a release.
+            LedgerDamaged: the file is no sound ledger, or cannot be written.
+        """
+        with transaction(self._path, write=True) as connection:
+            state = replay(read(connection))
+            account = account_of(state, study_digest, run_id)
+            if state.released(study_digest):
+                raise ReleaseAlreadySpent(
+                    "The study's release was already charged and is not made again.",
+                    why="A study releases its score histograms once, whatever the run; a process "
+                    "that dies in it never gets its budget back.",
+                    remedy="Use the figures of the first release, or propose another study.",
+                )
+            if account.release is None:
+                raise BudgetExhausted(
+                    "The run reserved nothing for a release.",
+                    remedy="Propose a study with an evaluation.release_epsilon above 0.",
+                )
+            append(connection, "evaluated", {"study": study_digest, "run": run_id})
+            account.released = True
         return account.frozen()
 
     def entries(self) -> tuple[Entry, ...]:
@@ -315,79 +371,6 @@ class Ledger:
 
     def _state(self) -> State:
         return replay(self.entries())
-
-
-def _gates(state: State, wanted: Account, study_limit: float, lifetime_limit: float) -> None:
-    before = state.composition(reserved=True, study=wanted.study)
-    asked = wanted.composition(reserved=True)
-    cost = epsilon_of(compose(before, asked), wanted.delta)
-    if not cost <= study_limit:
-        raise _exhausted(
-            "study",
-            asked=epsilon_of(asked, wanted.delta),
-            left=study_limit - epsilon_of(before, wanted.delta),
-            limit=study_limit,
-        )
-    before = state.composition(reserved=True)
-    if not would_fit(before, asked, lifetime_limit, state.delta, orders=state.orders):
-        raise _exhausted(
-            "lifetime",
-            asked=lifetime_epsilon(asked, state.delta, orders=state.orders),
-            left=lifetime_limit - lifetime_epsilon(before, state.delta, orders=state.orders),
-            limit=lifetime_limit,
-        )
-
-
-def _require_open(state: State, study_digest: str) -> None:
-    if study_digest in state.closed:
-        raise BudgetExhausted(
-            "The study is closed at this site.",
-            why="The steward closed it, and the steps that it never started were released.",
-            remedy="Propose another study; a closed one cannot be opened again.",
-        )
-
-
-def _exhausted(gate: str, *, asked: float, left: float, limit: float) -> BudgetExhausted:
-    again = gate == "study" and asked <= limit
-    return BudgetExhausted(
-        f"The {gate} budget does not suffice: the study asks for epsilon {asked:.3f}, "
-        f"{max(0.0, left):.3f} of {limit:.3f} is left.",
-        why="This very study was run here before. " * again
-        + "Everything reserved or started counts, and nothing is refunded.",
-        remedy="A trial belongs on a copy of the site folder. Another study has a budget of its "
-        "own, within the lifetime's; only the site's steward can raise a limit."
-        if again
-        else "Ask for a study with a smaller epsilon; only the site's steward can raise a limit.",
-    )
-
-
-def _make_room(state: State, wanted: Account) -> Account | None:
-    """Take the reservation out that ``wanted`` would take over, and return it."""
-    idle = _idle(state, wanted)
-    if idle is not None:
-        del state.accounts[idle.study, idle.run]
-    return idle
-
-
-def _idle(state: State, wanted: Account) -> Account | None:
-    """The oldest reservation of the same study, on the same terms, of which nothing was started."""
-    for account in state.accounts.values():
-        if account.study == wanted.study and not account.rounds and _same(account, wanted):
-            return account
-    return None
-
-
-def _same(one: Account, other: Account) -> bool:
-    return (one.mechanism, one.steps, one.delta) == (other.mechanism, other.steps, other.delta)
-
-
-def _require_same(held: Account, wanted: Account) -> None:
-    if not _same(held, wanted):
-        raise PolicyRefused(
-            "The run asks for other terms than it reserved.",
-            why="Noise, sampling rate, steps and delta of a study never change.",
-            remedy="Start a new run.",
-        )
 
 
 def _require(holds: object, what: str) -> None:

@@ -60,8 +60,8 @@ class Entry:
 
     Attributes:
         seq: 1, 2, ... without gaps.
-        kind: ``created``, ``reserved``, ``adopted``, ``started``, ``closed``, ``accepted``, or of
-            ``PROTOCOL_KINDS``.
+        kind: ``created``, ``reserved``, ``adopted``, ``started``, ``evaluated``, ``closed``,
+            ``accepted``, or of ``PROTOCOL_KINDS``.
         body: what was written; numbers and words about studies, never about patients.
         previous: hash of the entry before.
         hash: hash of this entry.

@@ -32,6 +32,8 @@ class Reservation:
         steps: how many were reserved.
         delta: the study's delta.
         started: how many were started; they are spent.
+        release: of the study's release; None where it has none.
+        released: whether the release was charged; it is spent.
     """
 
     study_digest: str
@@ -40,11 +42,19 @@ class Reservation:
     steps: int
     delta: float
     started: int
+    release: Mechanism | None = None
+    released: bool = False
 
     @property
     def left(self) -> int:
         """Steps that may still be started."""
         return self.steps - self.started
+
+    @property
+    def spent(self) -> Composition:
+        """The steps started, and the release where it was charged."""
+        release = ((self.release, 1),) if self.release is not None and self.released else ()
+        return compose(((self.mechanism, self.started),), release)
 
 
 @dataclass
@@ -56,7 +66,9 @@ class Account:
     mechanism: Mechanism
     steps: int
     delta: float
+    release: Mechanism | None = None
     rounds: dict[int, int] = field(default_factory=dict)
+    released: bool = False
 
     @property
     def started(self) -> int:
@@ -64,13 +76,33 @@ class Account:
         return sum(self.rounds.values())
 
     def composition(self, reserved: bool) -> Composition:
-        """The steps started, or reserved."""
-        return ((self.mechanism, self.steps if reserved else self.started),)
+        """The steps started, or reserved; and the release likewise."""
+        steps = ((self.mechanism, self.steps if reserved else self.started),)
+        if self.release is None or not (reserved or self.released):
+            return steps
+        return compose(steps, ((self.release, 1),))
+
+    @property
+    def unstarted(self) -> int:
+        """Noised steps that are reserved and not started; the release is one."""
+        return self.steps - self.started + (self.release is not None and not self.released)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of it was started."""
+        return not self.rounds and not self.released
 
     def frozen(self) -> Reservation:
         """What callers see."""
         return Reservation(
-            self.study, self.run, self.mechanism, self.steps, self.delta, self.started
+            self.study,
+            self.run,
+            self.mechanism,
+            self.steps,
+            self.delta,
+            self.started,
+            self.release,
+            self.released,
         )
 
 
@@ -88,8 +120,12 @@ class State:
         return tuple(account for account in self.accounts.values() if account.study == study)
 
     def unstarted(self, study: str) -> int:
-        """Steps of a study that were reserved and never started."""
-        return sum(account.steps - account.started for account in self.of(study))
+        """Steps of a study that were reserved and never started; a release is one."""
+        return sum(account.unstarted for account in self.of(study))
+
+    def released(self, study: str) -> bool:
+        """Whether a run of the study charged its release."""
+        return any(account.released for account in self.of(study))
 
     def composition(self, *, reserved: bool, study: str | None = None) -> Composition:
         """The steps started, or reserved, of one study or of all."""
@@ -135,10 +171,14 @@ def _apply(state: State | None, entry: Entry) -> State:
     if entry.kind == "reserved":
         mechanism = Mechanism(float(body["noise_multiplier"]), float(body["sampling_rate"]))
         _hold(key not in state.accounts and body["steps"] >= 1)
-        state.accounts[key] = Account(*key, mechanism, int(body["steps"]), float(body["delta"]))
+        given = body.get("release_noise_multiplier")
+        release = None if given is None else Mechanism(float(given), 1.0)
+        state.accounts[key] = Account(
+            *key, mechanism, int(body["steps"]), float(body["delta"]), release
+        )
     elif entry.kind == "adopted":
         account = state.accounts.pop((key[0], str(body["from"])))
-        _hold(key not in state.accounts and not account.rounds)
+        _hold(key not in state.accounts and account.idle)
         account.run = key[1]
         state.accounts[key] = account
     elif entry.kind == "started":
@@ -146,6 +186,10 @@ def _apply(state: State | None, entry: Entry) -> State:
         _hold(body["round"] not in account.rounds and body["steps"] >= 1)
         account.rounds[int(body["round"])] = int(body["steps"])
         _hold(account.started <= account.steps)
+    elif entry.kind == "evaluated":
+        account = state.accounts[key]
+        _hold(account.release is not None and not state.released(key[0]))
+        account.released = True
     else:
         raise ValueError(entry.kind)
     return state
@@ -179,6 +223,7 @@ def _close(state: State, entry: Entry) -> None:
     _hold(released == state.unstarted(study))
     for account in state.of(study):
         account.steps = account.started
+        account.release = account.release if account.released else None
     state.closed.add(study)
 
 

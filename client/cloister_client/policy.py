@@ -21,7 +21,8 @@ Epsilon = Annotated[float, Field(gt=0, le=1000)]
 _HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
 Metric = Literal["score-histograms"]
 """What a site can measure for the coordinator: how many of its own patients, kept apart from
-training, have which score. Exact and unnoised, so a study without privacy alone asks for it."""
+training, have which score. Exact in a study without privacy; noised and charged, once, in the
+release of a study with it."""
 
 
 def _is_hash(value: str) -> str:
@@ -125,6 +126,11 @@ def refusals(policy: Policy, study: Study, invited_sites: int) -> tuple[str, ...
                 f"evaluation.site_fraction = {study.evaluation.site_fraction:g}."
             )
     else:
+        if study.releases and not may_measure(policy):
+            found.append(
+                "policy.metrics does not allow score-histograms; the study asks for a release of "
+                f"them with evaluation.release_epsilon = {study.evaluation.release_epsilon:g}."
+            )
         if privacy.epsilon > policy.max_epsilon_study:
             found.append(
                 f"policy.max_epsilon_study is {policy.max_epsilon_study:g}; "
@@ -163,7 +169,7 @@ def refusals(policy: Policy, study: Study, invited_sites: int) -> tuple[str, ...
 
 
 def may_measure(policy: Policy) -> bool:
-    """Whether score histograms may leave, in a study without privacy."""
+    """Whether score histograms may leave: exact without privacy, else noised and charged."""
     return "score-histograms" in policy.metrics
 
 

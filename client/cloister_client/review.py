@@ -73,6 +73,12 @@ def _leaves(study: Study) -> list[str]:
     if not study.privacy.enabled and study.evaluation.site_fraction:
         masked = "masked " if study.aggregation.secure else ""
         lines.append(f"               {masked}counts of patients by score")
+    if study.releases:
+        masked = "masked " if study.aggregation.secure else ""
+        lines.append(
+            f"               once, at the end, {masked}noised counts of patients by score: epsilon "
+            f"{study.evaluation.release_epsilon:g}, which the whole above holds"
+        )
     return lines
 
 

@@ -375,7 +375,7 @@ allow_without_privacy = {_bool(policy.allow_without_privacy)}
 networks = {words(policy.networks)}
 modalities = {words(policy.modalities)}
 # Metrics that may leave; empty allows none. "score-histograms": how many patients have which
-# score, exact; a study without privacy asks for them.
+# score; exact in a study without privacy, noised, charged and once in a study with it.
 metrics = {words(policy.metrics)}
 # When a round may begin, local time, such as ["20:00-06:00"]; empty allows any time.
 hours = {words(policy.hours)}

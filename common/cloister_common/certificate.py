@@ -14,9 +14,16 @@ from __future__ import annotations
 import hashlib
 import json
 from importlib.resources import files
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from cloister_common.errors import CertificateInvalid
 from cloister_common.identity import Identity, usable_public_key, verify
@@ -48,6 +55,22 @@ class Left(_Part):
     bytes: _Count
 
 
+class Release(_Part):
+    """The study's release of score histograms, after training.
+
+    Attributes:
+        noise_multiplier: sigma of the one Gaussian, over the sensitivity.
+        sensitivity: L, whole units: most that one patient moves the histograms by.
+        charged: whether this run charged it; then it is spent, whether or not it left.
+        charged_of_study: whether any run of the study here did.
+    """
+
+    noise_multiplier: _Finite
+    sensitivity: _Count
+    charged: bool
+    charged_of_study: bool
+
+
 class Certificate(_Part):
     """What is signed.
 
@@ -65,8 +88,9 @@ class Certificate(_Part):
         steps_started: T that it has started; they are spent.
         steps_of_study: T of all runs of the study here.
         delta: the study's.
-        epsilon_run, epsilon_study: privacy-loss distribution, of the steps started by the run and
-            by all runs of the study here.
+        release: the study's release; None, and left out of the file, where the study has none.
+        epsilon_run, epsilon_study: privacy-loss distribution, of the steps started, and the release
+            where it was charged, by the run and by all runs of the study here.
         ledger, log: heads of the site's privacy ledger and audit log when this was made.
         left: what left the site in this run, up to that head of the audit log.
         version: Cloister's.
@@ -91,6 +115,7 @@ class Certificate(_Part):
     steps_reserved: _Count
     steps_started: _Count
     steps_of_study: _Count
+    release: Release | None = None
     delta: _Finite
     epsilon_run: _Finite
     epsilon_study: _Finite
@@ -99,6 +124,14 @@ class Certificate(_Part):
     left: list[Left]
     version: Annotated[str, Field(max_length=64)]
     code: _Hex64
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A certificate without a release keeps the bytes that were signed before there was one.
+        held: dict[str, Any] = dump(self)
+        if self.release is None:
+            held.pop("release", None)
+        return held
 
     def canonical(self) -> str:
         """The bytes that are signed, as text."""
@@ -127,7 +160,8 @@ def read(data: bytes, *, key: bytes | None = None) -> Certificate:
         held = json.loads(data)
         signature = bytes.fromhex(held.pop("signature"))
         certificate = Certificate.model_validate(held)
-        whole = _canonical({**held, "signature": signature.hex()}).encode()
+        form = certificate.model_dump(mode="json")
+        whole = _canonical({**form, "signature": signature.hex()}).encode()
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError, ValidationError):
         raise _invalid("it has not the form of one") from None
     if whole != data:

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 
 from cloister_common.audit import Entry
 from cloister_common.certificate import Certificate
+from cloister_common.charges import sensitivity
 from cloister_common.errors import StudyInvalid
-from cloister_common.ledger_export import LedgerExport
-from cloister_common.privacy.accounting import epsilon_prv, epsilon_rdp
-from cloister_common.privacy.events import Composition
+from cloister_common.ledger_export import LedgerExport, Spent
+from cloister_common.privacy.accounting import epsilon_prv_of, epsilon_rdp_of
+from cloister_common.privacy.events import Composition, Mechanism, compose
 from cloister_common.privacy.filter import lifetime_epsilon
-from cloister_common.study import study_from_canonical
+from cloister_common.study import Study, study_from_canonical
 
 TOLERANCE = 0.02
 """How far two accountants of one study may lie apart."""
@@ -63,8 +64,12 @@ def check(
         log: the site's audit log, entries in order; see ``audit.read``.
     """
     faults = list(_constants(certificate))
-    run, accountant = _epsilon(certificate, certificate.steps_started)
-    study, _ = _epsilon(certificate, certificate.steps_of_study)
+    release = certificate.release
+    in_run, in_study = (
+        (False, False) if release is None else (release.charged, release.charged_of_study)
+    )
+    run, accountant = _epsilon(certificate, certificate.steps_started, released=in_run)
+    study, _ = _epsilon(certificate, certificate.steps_of_study, released=in_study)
     for what, claimed, found in (
         ("this run", certificate.epsilon_run, run),
         ("the study", certificate.epsilon_study, study),
@@ -110,20 +115,49 @@ def _constants(certificate: Certificate) -> Iterator[str]:
         yield "More steps were started than reserved."
     if certificate.steps_of_study < certificate.steps_started:
         yield "All runs of the study together started fewer steps than this one."
+    yield from _release(certificate, study)
 
 
-def _epsilon(certificate: Certificate, steps: int) -> tuple[float, str]:
-    q, sigma = certificate.sampling_rate, certificate.noise_multiplier
-    if not 0 < q <= 1 or not sigma > 0 or not 0 < certificate.delta < 1:
+def _release(certificate: Certificate, study: Study) -> Iterator[str]:
+    release = certificate.release
+    if (release is not None) != study.releases:
+        yield "The release of figures is in one of certificate and study, not in the other."
+    if release is None or not study.releases:
+        return
+    if release.sensitivity != sensitivity(study):
+        yield (
+            f"The release's sensitivity is {release.sensitivity} in the certificate and "
+            f"{sensitivity(study)} in the study."
+        )
+    if release.charged and not release.charged_of_study:
+        yield "This run charged a release, and all runs of the study together none."
+    alone, _ = _epsilon(certificate, 0, released=True)
+    if not alone <= study.evaluation.release_epsilon + TOLERANCE:
+        yield (
+            f"The release costs epsilon {alone:.4f}; the study gives it "
+            f"{study.evaluation.release_epsilon:g}."
+        )
+
+
+def _epsilon(certificate: Certificate, steps: int, *, released: bool) -> tuple[float, str]:
+    delta, release = certificate.delta, certificate.release
+    try:
+        step = Mechanism(certificate.noise_multiplier, certificate.sampling_rate)
+        spent = compose(((step, steps),))
+        if release is not None and released:
+            spent = compose(spent, ((Mechanism(release.noise_multiplier, 1.0), 1),))
+    except ValueError:
+        return math.inf, "any accountant"
+    if not 0 < delta < 1:
         return math.inf, "any accountant"
     with _quiet():
         # A hostile file could name so little noise that the accountant's grid fills the memory.
-        if not epsilon_rdp(sigma, q, steps, certificate.delta) <= _MEANINGLESS:
+        if not epsilon_rdp_of(spent, delta) <= _MEANINGLESS:
             return math.inf, "any accountant (above 40 none is asked)"
         try:
-            return epsilon_prv(sigma, q, steps, certificate.delta), "PRV (Opacus)"
+            return epsilon_prv_of(spent, delta), "PRV (Opacus)"
         except ImportError:
-            return epsilon_rdp(sigma, q, steps, certificate.delta), "RDP"
+            return epsilon_rdp_of(spent, delta), "RDP"
 
 
 def _against_ledger(certificate: Certificate, ledger: LedgerExport) -> Iterator[str]:
@@ -146,6 +180,27 @@ def _against_ledger(certificate: Certificate, ledger: LedgerExport) -> Iterator[
         held = (one.mechanism.noise_multiplier, one.mechanism.sampling_rate)
         if held != wanted:
             yield f"The ledger names noise {held[0]:g} at rate {held[1]:g} for run {one.run}."
+    yield from _release_in_ledger(certificate, spent)
+
+
+def _release_in_ledger(certificate: Certificate, spent: Iterable[Spent]) -> Iterator[str]:
+    release = certificate.release
+    charged = {one.run: one.release for one in spent if one.release is not None}
+    for what, held, told in (
+        ("this run", certificate.run in charged, release is not None and release.charged),
+        ("the study", bool(charged), release is not None and release.charged_of_study),
+    ):
+        if held != told:
+            has, says = ("a", "none") if held else ("no", "one")
+            yield f"The ledger holds {has} charged release of {what}; the certificate says {says}."
+    if release is None:
+        return
+    for run, mechanism in charged.items():
+        if mechanism.noise_multiplier != release.noise_multiplier:
+            yield (
+                f"The ledger names noise {mechanism.noise_multiplier:g} for the release of run "
+                f"{run}."
+            )
 
 
 def _lifetime(ledger: LedgerExport) -> tuple[float, list[str]]:

@@ -91,9 +91,18 @@ def _in_words(found: Certificate, checked: Checked, *, log: bool) -> str:
         f"with probability {found.sampling_rate:g}, noise {found.noise_multiplier:g} times the "
         f"clipping norm {found.clipping_norm:g}",
     ]
+    if found.release is not None:
+        made = "charged" if found.release.charged else "not charged"
+        lines.append(
+            f"  release      of score histograms, {made}: noise "
+            f"{found.release.noise_multiplier:g} times the most that one patient adds; its "
+            "epsilon is in the sum"
+        )
     if unfinished:
         lines.append("               the run has not ended, or lost rounds: more may follow")
-    if found.steps_of_study != found.steps_started:
+    release = found.release
+    others = release is not None and release.charged != release.charged_of_study
+    if found.steps_of_study != found.steps_started or others:
         lines.append(
             f"  other runs   of this study took part: {found.steps_of_study} steps together, "
             f"epsilon {found.epsilon_study:.3f} ({checked.epsilon_study:.3f})"

@@ -148,6 +148,8 @@ def _in_words(study: Study) -> str:
         if privacy.enabled
         else "NO differential privacy: what leaves a site may tell of single patients"
     )
+    if study.releases:
+        promise += f"; {study.evaluation.release_epsilon:g} of it for one release of noised figures"
     masked = (
         "masked: only their sum can be read"
         if study.aggregation.secure

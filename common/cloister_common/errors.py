@@ -29,7 +29,8 @@
     │   ├── StudyNotApproved       CLO-307
     │   ├── OutsideHours           CLO-308
     │   ├── LedgerRolledBack       CLO-309
-    │   └── CertificateInvalid     CLO-310
+    │   ├── CertificateInvalid     CLO-310
+    │   └── ReleaseAlreadySpent    CLO-311
     ├── ModelError                 4xx, exit 5: networks, vectors and model files
     │   ├── NetworkUnfit           CLO-401
     │   ├── ModelFileInvalid       CLO-402
@@ -305,6 +306,11 @@ class LedgerRolledBack(PrivacyError):
 class CertificateInvalid(PrivacyError):
     code = "CLO-310"
     title = "A privacy certificate or a ledger's export cannot be believed"
+
+
+class ReleaseAlreadySpent(PrivacyError):
+    code = "CLO-311"
+    title = "The study's release was already charged and is not made again"
 
 
 class ModelError(CloisterError):

@@ -32,12 +32,19 @@ class Spent:
         run: the run that started them.
         mechanism: of each step.
         started: how many; they are spent.
+        release: of the study's release, where the run charged it; else None.
     """
 
     study: str
     run: str
     mechanism: Mechanism
     started: int
+    release: Mechanism | None = None
+
+    def composition(self) -> Composition:
+        """All that was spent, as accountants take it."""
+        release = () if self.release is None else ((self.release, 1),)
+        return compose(((self.mechanism, self.started),), release)
 
 
 @dataclass(frozen=True)
@@ -63,21 +70,35 @@ class LedgerExport:
     def spent(self, up_to: int | None = None) -> tuple[Spent, ...]:
         """What was started by entry ``up_to`` (all where it is None), by study and run."""
         held: dict[tuple[str, str], Mechanism] = {}
+        noise: dict[tuple[str, str], float] = {}
         count: dict[tuple[str, str], int] = {}
+        released: dict[tuple[str, str], Mechanism] = {}
         for body in self.bodies[:up_to]:
             key = (str(body.get("study")), str(body.get("run")))
             match body["kind"]:
                 case "reserved":
                     held[key] = Mechanism(body["noise_multiplier"], body["sampling_rate"])
+                    if "release_noise_multiplier" in body:
+                        noise[key] = float(body["release_noise_multiplier"])
                 case "adopted":
-                    held[key] = held.pop((key[0], str(body["from"])))
+                    before = (key[0], str(body["from"]))
+                    held[key] = held.pop(before)
+                    if before in noise:
+                        noise[key] = noise.pop(before)
                 case "started":
                     count[key] = count.get(key, 0) + int(body["steps"])
-        return tuple(Spent(*key, held[key], steps) for key, steps in count.items())
+                case "evaluated":
+                    if key in released:
+                        raise ValueError("a release was charged twice")
+                    released[key] = Mechanism(noise[key], 1.0)
+        return tuple(
+            Spent(*key, held[key], count.get(key, 0), released.get(key))
+            for key in dict.fromkeys((*count, *released))
+        )
 
     def composition(self, up_to: int | None = None) -> Composition:
         """All that was started, as accountants take it."""
-        return compose(*(((one.mechanism, one.started),) for one in self.spent(up_to)))
+        return compose(*(one.composition() for one in self.spent(up_to)))
 
 
 def read(data: bytes) -> LedgerExport:

@@ -145,7 +145,7 @@ def measure(labels: ArrayLike, probs: ArrayLike) -> Metrics:
     if np.any(counts == 0):
         return Metrics(None, None, None, len(truth), _as_counts(counts))
 
-    curves = [_Curve(scores[:, k], truth == k) for k in measured]
+    curves = [Curve(scores[:, k], truth == k) for k in measured]
     right = called == truth
 
     def figures(weights: Floats) -> Floats:
@@ -217,7 +217,7 @@ def measure_histogram(counts: ArrayLike) -> Metrics:
     # Each cell is one "patient" that weighs as much as it counts.
     cells = table.astype(np.float64).reshape(1, -1)
     is_one = np.repeat([False, True], bins)
-    curve = _Curve(np.tile(np.arange(bins, dtype=np.float64), 2), is_one)
+    curve = Curve(np.tile(np.arange(bins, dtype=np.float64), 2), is_one)
     called_one = np.tile(np.arange(bins) >= bins // 2, 2)
 
     def figures(weights: Floats) -> Floats:
@@ -237,7 +237,7 @@ def measure_histogram(counts: ArrayLike) -> Metrics:
     return Metrics(auroc, auprc, balanced, patients, _as_counts(sizes))
 
 
-class _Curve:
+class Curve:
     """One class against the rest: sorted once, then measured for any weights of the patients."""
 
     def __init__(self, scores: Floats, is_class: NDArray[np.bool_]) -> None:

@@ -29,6 +29,9 @@ def as_dict(plan: Plan) -> dict[str, object]:
         "bytes_from_site_per_round": plan.bytes_each_way,
         "setting": asdict(plan.setting) if plan.setting else None,
         "epsilon_by_round": list(plan.epsilons),
+        "release_epsilon": study.evaluation.release_epsilon if study.releases else None,
+        "release_noise_multiplier": plan.release,
+        "epsilon_whole": plan.whole,
         "sites": [asdict(site) for site in plan.sites],
         "others": [asdict(other) for other in plan.others],
     }
@@ -49,6 +52,11 @@ def render(plan: Plan) -> str:
             f"probability {setting.sampling_rate:g}",
             f"  epsilon   {_by_round(plan)}",
         ]
+        if plan.release is not None:
+            lines.append(
+                f"  release   epsilon {study.evaluation.release_epsilon:g}, sigma "
+                f"{plan.release:.4f}, once at the end; {plan.whole:.3f} with training"
+            )
     lines += [
         f"  network   {study.network.name}, {plan.weights:,} trained weights",
         f"  bytes     {plan.bytes_each_way:,} to a site and {plan.bytes_each_way:,} from it, a "

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cloister_common.charges import charges, release_mechanism
 from cloister_common.privacy.accounting import calibrate, epsilon_trajectory
 from cloister_common.study import Study
 
@@ -91,6 +92,8 @@ class Plan:
         bytes_each_way: a round, to a site and again from it; keys and signatures come on top.
         setting: the study's own; None where privacy is off.
         epsilons: upper bounds on epsilon after rounds 1, 2, ...; empty where privacy is off.
+        release: noise multiplier of the study's release; None where it has none.
+        whole: epsilon of training and release together; None where privacy is off.
         others: settings within the same epsilon, to compare; empty where privacy is off.
     """
 
@@ -102,6 +105,8 @@ class Plan:
     setting: Setting | None
     epsilons: tuple[float, ...]
     others: tuple[Setting, ...]
+    release: float | None = None
+    whole: float | None = None
 
     @property
     def better(self) -> Setting | None:
@@ -122,7 +127,8 @@ def make_plan(study: Study, patients: Sequence[int], *, weights: int, pace: Pace
 
     Args:
         study: what is planned.
-        patients: each site's number of patients, 1 or more; guesses will do.
+        patients: each site's number of patients, 1 or more; guesses will do. Those whom a release
+            keeps apart are not trained on, and taken off.
         weights: d, 1 or more.
         pace: what a machine takes for one patient.
 
@@ -133,10 +139,15 @@ def make_plan(study: Study, patients: Sequence[int], *, weights: int, pace: Pace
     setting: Setting | None = None
     epsilons: tuple[float, ...] = ()
     others: tuple[Setting, ...] = ()
+    release = release_mechanism(study)
+    whole: float | None = None
+    share = 1 - study.evaluation.site_fraction if study.releases else 1.0
+    trained = [share * count for count in patients]
     if privacy.enabled:
+        whole = charges(study).epsilon()
         given = (training.sampling_rate, training.rounds, training.steps_per_round)
-        setting = _setting(study, given, patients, weights)
-        others = tuple(_setting(study, one, patients, weights) for one in _neighbours(*given))
+        setting = _setting(study, given, trained, weights)
+        others = tuple(_setting(study, one, trained, weights) for one in _neighbours(*given))
         epsilons = epsilon_trajectory(
             setting.noise_multiplier,
             training.sampling_rate,
@@ -144,13 +155,22 @@ def make_plan(study: Study, patients: Sequence[int], *, weights: int, pace: Pace
             training.rounds,
             privacy.delta,
         )
-    sites = [_site(study, count, pace, setting, weights) for count in patients]
+    sites = [_site(study, count, share, pace, setting, weights) for count in patients]
     return Plan(
-        study, weights, pace, tuple(sites), WORD * weights, setting, tuple(epsilons), others
+        study,
+        weights,
+        pace,
+        tuple(sites),
+        WORD * weights,
+        setting,
+        tuple(epsilons),
+        others,
+        None if release is None else release.noise_multiplier,
+        whole,
     )
 
 
-def ratio(rate: float, patients: Sequence[int], noise_multiplier: float, weights: int) -> float:
+def ratio(rate: float, patients: Sequence[float], noise_multiplier: float, weights: int) -> float:
     """Signal-to-noise of a step of all sites together.
 
     Each site adds its full noise: the signals add, the S noises as a square root does, and the
@@ -160,12 +180,14 @@ def ratio(rate: float, patients: Sequence[int], noise_multiplier: float, weights
 
 
 def _setting(
-    study: Study, given: tuple[float, int, int], patients: Sequence[int], weights: int
+    study: Study, given: tuple[float, int, int], patients: Sequence[float], weights: int
 ) -> Setting:
     rate, rounds, per_round = given
     privacy, steps = study.privacy, rounds * per_round
-    noise = calibrate(privacy.epsilon, privacy.delta, rate, steps)
-    full = calibrate(privacy.epsilon, privacy.delta, 1.0, 1)
+    release = release_mechanism(study)
+    beside = () if release is None else ((release, 1),)
+    noise = calibrate(privacy.epsilon, privacy.delta, rate, steps, beside)
+    full = calibrate(privacy.epsilon, privacy.delta, 1.0, 1, beside)
     step = ratio(rate, patients, noise, weights)
     share = rate * math.sqrt(steps) / noise * full
     return Setting(
@@ -183,13 +205,14 @@ def _neighbours(rate: float, rounds: int, steps: int) -> list[tuple[float, int, 
 
 
 def _site(
-    study: Study, patients: int, pace: Pace, setting: Setting | None, weights: int
+    study: Study, patients: int, share: float, pace: Pace, setting: Setting | None, weights: int
 ) -> SitePlan:
     training, privacy = study.training, study.privacy
-    sampled = training.sampling_rate * patients
-    seconds = training.steps_per_round * sampled * pace.gradient + patients * pace.once
+    trained = share * patients
+    sampled = training.sampling_rate * trained
+    seconds = training.steps_per_round * sampled * pace.gradient + trained * pace.once
     alone = None
     if setting is not None:
-        alone = ratio(training.sampling_rate, [patients], setting.noise_multiplier, weights)
+        alone = ratio(training.sampling_rate, [trained], setting.noise_multiplier, weights)
     too_large = privacy.enabled and privacy.delta * 10 * patients > 1
     return SitePlan(patients, sampled, alone, seconds / 60, too_large)

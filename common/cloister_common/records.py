@@ -155,7 +155,7 @@ class Update(RoundMessage):
 
 @dataclass(frozen=True)
 class EvaluateTask(RoundMessage):
-    """Server to site: measure this model on patients of your own (privacy off only)."""
+    """Server to site: measure this model on patients of your own (privacy off, or the release)."""
 
     kind = "evaluate"
     study: str
@@ -169,6 +169,8 @@ class EvaluateTask(RoundMessage):
 @dataclass(frozen=True)
 class Evaluated(RoundMessage):
     """Site to server: score histograms, patients counted; only where nothing is masked.
+
+    In a release they are noised, in units of ``charges.UNITS`` to a patient, and may be negative.
 
     ``counts`` is flat: (curves, 2, bins), the patients without and with a class, by its score;
     one curve for a binary target (the second class), else one a class.

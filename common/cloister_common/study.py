@@ -1,9 +1,9 @@
 """The study: what a federation trains, on what, under which privacy; and nothing else.
 
 A study is configuration only. Its canonical form is JSON of the validated model with every
-default filled in, keys sorted, no white space; its hash is SHA-256 over a label and that form.
-Sites approve the hash, so two files that mean the same have the same hash, and no site can
-train with another preprocessing than its neighbour.
+default filled in (but ``release_epsilon``, left out at 0), keys sorted, no white space; its hash
+is SHA-256 over a label and that form. Sites approve the hash, so two files that mean the same have
+the same hash, and no site can train with another preprocessing than its neighbour.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from cloister_common.errors import NetworkUnfit, StudyInvalid
 from cloister_common.tomlfile import FileModel, KeyedValueError, parse, read_text
@@ -206,7 +214,19 @@ class Evaluation(FileModel):
     every: Annotated[int, Field(ge=1)] = 1
     """Rounds between two evaluations; the first and the last model are always evaluated."""
     site_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
-    """Share of a site's own patients kept for evaluation; used only where privacy is off."""
+    """Share of a site's own patients kept for evaluation; used where privacy is off, and for the
+    release."""
+    release_epsilon: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Part of ``privacy.epsilon`` that one release of noised score histograms takes, after the
+    last round; 0 for no release. Training gets the noise that keeps both within the whole."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A study without a release keeps the hash under which it was approved before there was one.
+        held: dict[str, Any] = dump(self)
+        if not self.release_epsilon:
+            held.pop("release_epsilon", None)
+        return held
 
 
 class Study(FileModel):
@@ -220,6 +240,23 @@ class Study(FileModel):
     privacy: Privacy = Privacy()
     aggregation: Aggregation = Aggregation()
     evaluation: Evaluation = Evaluation()
+
+    @field_validator("evaluation")
+    @classmethod
+    def _release_fits(cls, evaluation: Evaluation, info: ValidationInfo) -> Evaluation:
+        privacy = info.data.get("privacy")
+        if not evaluation.release_epsilon or privacy is None:
+            return evaluation
+        if not privacy.enabled:
+            raise KeyedValueError("release_epsilon", "must be 0 where privacy is off.")
+        if evaluation.release_epsilon >= privacy.epsilon:
+            raise KeyedValueError(
+                "release_epsilon",
+                f"must be below privacy.epsilon, {privacy.epsilon:g}, which it is a part of.",
+            )
+        if not evaluation.site_fraction:
+            raise KeyedValueError("release_epsilon", "needs a site_fraction above 0.")
+        return evaluation
 
     def canonical(self) -> str:
         """The canonical JSON that is hashed, approved and sent."""
@@ -249,9 +286,19 @@ class Study(FileModel):
         return hashlib.sha256(UPDATE_LABEL + text.encode()).digest()
 
     @property
+    def releases(self) -> bool:
+        """Whether the study ends with a noised, charged release of score histograms."""
+        return self.privacy.enabled and self.evaluation.release_epsilon > 0
+
+    @property
     def outputs(self) -> int:
         """Width of the network's last layer: one logit a class."""
         return len(self.target.classes)
+
+    @property
+    def curves(self) -> int:
+        """Score curves that are measured: one for a binary target, else one a class."""
+        return 1 if self.outputs == 2 else self.outputs
 
 
 class _StudyFile(Study):

@@ -1,8 +1,9 @@
 """What is summed in secret, and under which constants: the same at every site and the server.
 
-A study's round has two sums at most: the updates, and, where privacy is off and no hold-out is
-used, the score histograms of the sites' own patients. Each is a session of its own, with a
-number of its own, so that one hospital's absence from one says nothing about the other.
+A study's round has two sums at most: the updates, and the score histograms of the sites' own
+patients: where privacy is off and no hold-out is used, or, noised, in the study's release. Each is
+a session of its own, with a number of its own, so that one hospital's absence from one says nothing
+about the other.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cloister_common.charges import RELEASE_BINS
 from cloister_common.metrics import BINS
 from cloister_common.records import Vector
 from cloister_common.roster import Roster
@@ -58,7 +60,10 @@ def update_session(
 def histogram_session(
     study: Study, invited: Sequence[str], *, round_number: int, attempt: int, model: Vector
 ) -> Session:
-    """The sum of the score histograms of the model after a round; patients count alike."""
+    """The sum of the score histograms of the model after a round; patients count alike.
+
+    A noised histogram is in units of ``charges.UNITS`` to a patient, and cut to the bound.
+    """
     return Session(
         round=2 * round_number + 1,
         attempt=attempt,
@@ -71,12 +76,17 @@ def histogram_session(
 
 def curves(study: Study) -> int:
     """Curves of a histogram: one for a binary target, else one a class."""
-    return 1 if study.outputs == 2 else study.outputs
+    return study.curves
 
 
 def histogram_size(study: Study) -> int:
     """Numbers in a histogram: curves, without and with the class, bins."""
-    return curves(study) * 2 * BINS
+    return curves(study) * 2 * bins(study)
+
+
+def bins(study: Study) -> int:
+    """Bins of a score: few where they are noised."""
+    return RELEASE_BINS if study.privacy.enabled else BINS
 
 
 def _bytes(model: Vector) -> memoryview:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,23 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Released:
+    """The study's release, once it was asked for.
+
+    Attributes:
+        asked: ids of the sites that it was asked of, rising; they count as charged.
+        sites: how many are in the sum; 0 where there is none, and never will be.
+        noise: standard deviation of the noise in each cell of the sum, in patients.
+        metrics: what was measured, ``Metrics.to_json``; None where there is no sum.
+    """
+
+    asked: tuple[str, ...]
+    sites: int = 0
+    noise: float = 0.0
+    metrics: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class RunState:
     """Everything that the next round needs.
 
@@ -65,6 +83,7 @@ class RunState:
         started: by site, how many rounds were sent to it.
         sent: by site, bytes of payload that left it.
         seconds: wall time of the run so far.
+        release: the study's release; None until it is asked for.
     """
 
     run: str
@@ -78,6 +97,7 @@ class RunState:
     sent: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     average: Vector | None = None
+    release: Released | None = None
 
     @property
     def released(self) -> Vector:
@@ -132,6 +152,7 @@ class Checkpoints:
             "started": state.started,
             "sent": state.sent,
             "seconds": state.seconds,
+            "release": None if state.release is None else asdict(state.release),
         }
         metadata = {"format": FORMAT, "study": study.canonical(), "state": json.dumps(plain)}
         write_atomic(self._folder / _STATE, save(tensors, metadata=metadata))
@@ -174,6 +195,9 @@ class Checkpoints:
                 why="A study's hash covers everything in it, so a changed study is a new one.",
                 remedy="Resume with the study file that it was started with.",
             )
+        release = plain.get("release")
+        if release is not None:
+            release = Released(**{**release, "asked": tuple(release["asked"])})
         state = RunState(
             run=plain["run"],
             completed=plain["completed"],
@@ -186,6 +210,7 @@ class Checkpoints:
             sent=plain["sent"],
             seconds=plain["seconds"],
             average=np.array(tensors["average"], np.float32) if "average" in tensors else None,
+            release=release,
         )
         return state, sent
 

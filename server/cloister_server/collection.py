@@ -79,6 +79,19 @@ class Collected:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Histograms:
+    """Score histograms of several sites.
+
+    Attributes:
+        total: their sum, (curves, 2, bins); in the release noised, and in its units.
+        sites: how many sites are in it.
+    """
+
+    total: Counts
+    sites: int
+
+
 class RoundLost(Exception):
     """The round can have no sum any more, yet enough sites are left for the next.
 
@@ -102,8 +115,8 @@ class Collector(Protocol):
         """
         ...
 
-    def histogram(self, number: int, model: Vector) -> Counts | None:
-        """Score histograms of ``model`` on the sites' own patients, summed: (curves, 2, bins)."""
+    def histogram(self, number: int, model: Vector) -> Histograms | None:
+        """Score histograms of ``model`` on the sites' own patients, summed."""
         ...
 
 
@@ -135,18 +148,23 @@ class PlainCollector:
         mean = weighted_mean([updates[name] for name in names], weights)
         return Collected(mean, tuple(names), refused)
 
-    def histogram(self, number: int, model: Vector) -> Counts | None:
+    def histogram(self, number: int, model: Vector) -> Histograms | None:
         """See ``Collector``."""
         members = self._members
         task = EvaluateTask(self._canonical, members.run, number, members.asked, octets(), model)
         replies = self._mailbox.ask(members.nodes, task, Evaluated)
         answers = [reply.message for reply in replies if isinstance(reply.message, Evaluated)]
         size = sums.histogram_size(self._study)
-        usable = [a.counts for a in answers if a.counts.size == size and (a.counts >= 0).all()]
+        noised = self._study.releases
+        usable = [
+            a.counts
+            for a in answers
+            if a.counts.size == size and (noised or bool((a.counts >= 0).all()))
+        ]
         if not usable:
             return None
         total: Counts = np.sum(usable, axis=0)
-        return total.reshape(sums.curves(self._study), 2, -1)
+        return Histograms(total.reshape(sums.curves(self._study), 2, -1), len(usable))
 
 
 def require_sites(needed: int, present: int, asked: int, refused: Mapping[str, str]) -> None:

@@ -8,9 +8,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cloister_server.checkpoint import Figures
+from cloister_server.checkpoint import Figures, Released
 from cloister_server.collection import REASONS
-from cloister_server.events import Began, Event, Lost, Waiting
+from cloister_server.events import Began, Event, Lost, ReleaseMade, Waiting
 
 
 def in_words(event: Waiting) -> str:
@@ -72,6 +72,8 @@ class Display:
             self.say(
                 f"Round {event.round} is lost: its sum cannot be read; what it cost is charged"
             )
+        elif isinstance(event, ReleaseMade):
+            self.say(_released(event.release))
         elif isinstance(event, Waiting):
             self.say(in_words(event))
         else:
@@ -102,3 +104,11 @@ class Display:
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, note=note)
         self._progress.update(self._tasks[name], completed=done, total=total, note=note)  # type: ignore[arg-type]
+
+
+def _released(release: Released) -> str:
+    if release.metrics is None:
+        return "The release of noised figures failed; what it cost is charged"
+    auroc = release.metrics["auroc"]
+    told = "no AUROC: a class has too few patients" if auroc is None else f"{auroc['value']:.3f}"
+    return f"noised AUROC on patients of {release.sites} sites: {told}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cloister_common.metrics import Metrics
 from cloister_common.records import Vector
-from cloister_server.checkpoint import Figures
+from cloister_server.checkpoint import Figures, Released
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,14 @@ class Waiting:
     refused: Mapping[str, str]
 
 
-Event = Began | Measured | Lost | Waiting
+@dataclass(frozen=True)
+class ReleaseMade:
+    """The study's release was asked for; what came of it."""
+
+    release: Released
+
+
+Event = Began | Measured | Lost | ReleaseMade | Waiting
 
 
 def _ignore(event: Event) -> None:

@@ -22,7 +22,6 @@ from cloister_common.errors import (
     TooFewSurvivors,
 )
 from cloister_common.records import (
-    Counts,
     EvaluateTask,
     Exchange,
     Exchanged,
@@ -46,7 +45,7 @@ from cloister_common.secagg.messages import (
     Unmasked,
 )
 from cloister_common.study import Study
-from cloister_server.collection import Collected, Members, RoundLost, require_sites
+from cloister_server.collection import Collected, Histograms, Members, RoundLost, require_sites
 from cloister_server.mailbox import Mailbox
 
 ATTEMPTS = 3
@@ -124,11 +123,12 @@ class MaskedCollector:
         def task(exchange: Octets) -> RoundMessage:
             return TrainTask(self._canonical, members.run, number, members.asked, exchange, model)
 
-        last = number == study.training.rounds and study.privacy.enabled
+        private, releases = study.privacy.enabled, study.releases
+        last = number == study.training.rounds and private and not releases
         aggregate = self._sum(_Sum(number, session, task, last))
         return Collected(aggregate.mean(), aggregate.survivors, dict(self._refused))
 
-    def histogram(self, number: int, model: Vector) -> Counts | None:
+    def histogram(self, number: int, model: Vector) -> Histograms | None:
         """See ``Collector``."""
         study, members = self._study, self._members
 
@@ -148,7 +148,8 @@ class MaskedCollector:
         except RoundLost:
             return None
         counts = np.rint(aggregate.sum()).astype(np.int64)
-        return counts.reshape(sums.curves(study), 2, -1)
+        total = counts.reshape(sums.curves(study), 2, -1)
+        return Histograms(total, len(aggregate.survivors))
 
     def _sum(self, wanted: _Sum) -> secagg.Aggregate:
         self._refused = {}

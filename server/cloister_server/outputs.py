@@ -11,6 +11,7 @@ from cloister_common.files import write_atomic
 from cloister_common.modelfile import save_model
 from cloister_common.secagg.parameters import Parameters
 from cloister_common.study import Study
+from cloister_server.checkpoint import Released, RunState
 from cloister_server.collection import REASONS
 from cloister_server.report import RoundRow, RunReport, SiteRow, write_report
 from cloister_server.rounds import Outcome, study_epsilon
@@ -27,7 +28,12 @@ NOT_MASKED = (
 NOT_PRIVATE = "Differential privacy is off: the model and the updates may tell of single patients."
 NOT_MEASURED = (
     "Nothing was measured: with privacy on, only a hold-out that belongs to no site is used, "
-    "and none was given (--holdout)."
+    "and none was given (--holdout); a study may also pay for a release of noised figures "
+    "(evaluation.release_epsilon)."
+)
+NOT_RELEASED = (
+    "The release of noised figures came to nothing: too few sites answered it. What it cost is "
+    "charged, and it is not made again."
 )
 CHANCE = (
     "The interval of the AUROC does not rule out chance: the model may have learnt nothing. More "
@@ -52,10 +58,10 @@ def summarise(study: Study, outcome: Outcome, *, seconds: float) -> dict[str, ob
     """The figures of a run, ready for JSON; the keys are stable.
 
     ``epsilon_max`` is over sites, patient-level, of this study alone, at ``delta``; it counts
-    every round that was sent, also one that was lost.
+    every round that was sent, also one that was lost, and the release once it was asked for.
     """
     state = outcome.state
-    epsilons = site_epsilons(study, state.started)
+    epsilons = site_epsilons(study, state)
     known = [value for value in epsilons.values() if value is not None]
     first, last = state.figures[0], state.figures[-1]
     private = study.privacy.enabled
@@ -68,6 +74,7 @@ def summarise(study: Study, outcome: Outcome, *, seconds: float) -> dict[str, ob
         "auroc_final_interval": None if last.auroc is None else [last.auroc_low, last.auroc_high],
         "auprc_final": last.auprc,
         "balanced_accuracy_final": last.balanced_accuracy,
+        "release": _release(study, state.release),
         "privacy": "patient-level differential privacy" if private else "off",
         "epsilon_max": max(known) if known else None,
         "epsilon_per_site": epsilons,
@@ -84,9 +91,27 @@ def summarise(study: Study, outcome: Outcome, *, seconds: float) -> dict[str, ob
     }
 
 
-def site_epsilons(study: Study, started: Mapping[str, int]) -> dict[str, float | None]:
-    """Epsilon by site for the rounds that were sent to it; None where privacy is off."""
-    return {name: study_epsilon(study, rounds) for name, rounds in sorted(started.items())}
+def site_epsilons(study: Study, state: RunState) -> dict[str, float | None]:
+    """Epsilon by site for all that was asked of it, release included; None where privacy is off."""
+    asked = () if state.release is None else state.release.asked
+    rounds = {**dict.fromkeys(asked, 0), **state.started}
+    return {
+        name: study_epsilon(study, count, released=name in asked)
+        for name, count in sorted(rounds.items())
+    }
+
+
+def _release(study: Study, release: Released | None) -> dict[str, object] | None:
+    """The release for the summary; None where the study has none, or did not get there."""
+    if release is None:
+        return None
+    return {
+        "noised": True,
+        "epsilon": study.evaluation.release_epsilon,
+        "sites": release.sites,
+        "noise_per_cell": release.noise,
+        **(release.metrics or {"auroc": None, "auprc": None, "balanced_accuracy": None}),
+    }
 
 
 def warnings(study: Study, outcome: Outcome) -> tuple[str, ...]:
@@ -102,7 +127,14 @@ def warnings(study: Study, outcome: Outcome) -> tuple[str, ...]:
     else:
         found.extend(_weak(study))
     last = outcome.state.figures[-1]
-    if last.auroc is None:
+    release = outcome.state.release
+    if release is not None and release.metrics is None:
+        found.append(NOT_RELEASED)
+    if last.auroc is None and study.privacy.enabled and study.releases:
+        auroc = None if release is None or release.metrics is None else release.metrics["auroc"]
+        if auroc is not None and auroc["low"] <= 0.5:
+            found.append(CHANCE)
+    elif last.auroc is None:
         found.append(NOT_MEASURED)
     elif last.auroc_low is not None and last.auroc_low <= 0.5:
         found.append(CHANCE)
@@ -128,7 +160,7 @@ def _weak(study: Study) -> Iterator[str]:
 
 def _report(study: Study, outcome: Outcome, summary: Mapping[str, object]) -> RunReport:
     state = outcome.state
-    epsilons = site_epsilons(study, state.started)
+    epsilons = site_epsilons(study, state)
     rounds = [
         RoundRow(
             round=f.round,

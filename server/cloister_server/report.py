@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cloister_common import __version__
+from cloister_common.charges import RELEASE_BINS
 from cloister_common.files import write_atomic
 from cloister_common.study import Study
 
@@ -30,7 +31,7 @@ _KNOWN = frozenset((
     "secure_aggregation", "simulated", "model", "measured_on", "predict", "study", "study_hash",
     "privacy", "epsilon_max", "epsilon_per_site", "delta", "sites", "site_names", "refused",
     "rounds", "rounds_lost", "seconds", "bytes_sent_per_site", "warnings", "auroc_initial",
-    "auroc_final", "auroc_final_interval", "auprc_final", "balanced_accuracy_final",
+    "auroc_final", "auroc_final_interval", "auprc_final", "balanced_accuracy_final", "release",
 ))
 # fmt: on
 
@@ -91,8 +92,8 @@ class RunReport:
             unless it says True), ``simulated`` (bool: all sites ran on one machine), ``model``
             (name of the model file), ``measured_on`` (words: on whom the figures were measured),
             ``auroc_initial`` (where no row has round 0), ``seconds`` (of the whole run),
-            ``predict`` (command that uses the model). Figures that the rows tell are left out;
-            others are listed as they are.
+            ``predict`` (command that uses the model), ``release`` (what ``outputs`` says of it).
+            Figures that the rows tell are left out; others are listed as they are.
         rounds: by rising round.
         sites: in any order; they are sorted by name.
         lost_rounds: rounds that were sent, and charged, but never finished.
@@ -144,6 +145,8 @@ def _context(report: RunReport) -> dict[str, Any]:
         "masked": summary.get("secure_aggregation") is True,
         "simulated": summary.get("simulated") is True,
         "measured_on": summary.get("measured_on"),
+        "release": summary.get("release"),
+        "release_bins": RELEASE_BINS,
         "model": model,
         "predict": str(
             summary.get("predict") or f"cloister predict {model} FOLDER --out scores.csv"

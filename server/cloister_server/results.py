@@ -36,6 +36,16 @@ def _results(summary: Mapping[str, Any]) -> Table:
         table.add_row(
             "AUROC after training", f"{after:.3f} (95 % interval {low:.3f} to {high:.3f})"
         )
+    release = summary.get("release")
+    if release is not None:
+        auroc = release["auroc"]
+        table.add_row(
+            f"AUROC at {release['sites']} sites, noised",
+            "none"
+            if auroc is None
+            else f"{auroc['value']:.3f} (95 % interval {auroc['low']:.3f} to {auroc['high']:.3f}; "
+            f"epsilon {release['epsilon']:g} of the study's)",
+        )
     if summary["epsilon_max"] is not None:
         table.add_row(
             "Privacy",
@@ -69,6 +79,8 @@ def _in_words(summary: Mapping[str, Any]) -> str:
     what = "model updates and score histograms; no image"
     if private:
         what = "model updates; no image, count or score"
+        if summary.get("release") is not None:
+            what = "model updates and, once, score histograms; no image"
     return f"{kind} {what}".strip()
 
 

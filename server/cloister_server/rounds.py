@@ -8,6 +8,8 @@ with the next, so no site ever pays more than the study's epsilon.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import secrets
 import time
 from collections.abc import Mapping
@@ -17,30 +19,33 @@ import numpy as np
 
 from cloister_common import networks, vectors
 from cloister_common.audit import Value
+from cloister_common.charges import UNITS, charges, release_mechanism, sensitivity
 from cloister_common.errors import (
     AuditLogDamaged,
     CloisterError,
     InternalError,
+    SecureAggregationError,
     TooFewSites,
     TooFewSurvivors,
 )
-from cloister_common.privacy.accounting import calibrate, epsilon_pld
+from cloister_common.noised_metrics import measure_noised
 from cloister_common.records import (
     Counts,
     Vector,
 )
 from cloister_common.roster import Roster
 from cloister_common.study import Study
-from cloister_server.checkpoint import Checkpoints, Figures, Progress, RunState
+from cloister_server.checkpoint import Checkpoints, Figures, Progress, Released, RunState
 from cloister_server.collection import (
     Collected,
     Collector,
+    Histograms,
     Members,
     PlainCollector,
     RoundLost,
 )
 from cloister_server.evaluation import figures_of, measure_counts
-from cloister_server.events import Began, Hooks, Lost, Measured
+from cloister_server.events import Began, Hooks, Lost, Measured, ReleaseMade
 from cloister_server.gathering import Gathering
 from cloister_server.mailbox import Mailbox
 from cloister_server.masked import MaskedCollector
@@ -144,6 +149,11 @@ class Run:
         for number in range(first, rounds + 1):
             self._hooks.check()
             state = self._round(collector, number, state)
+            seconds = before + time.monotonic() - began
+            state = replace(state, seconds=seconds, sent=self._sent_by_site())
+            self._checkpoints.save(self._study, state)
+        if self._study.releases and state.release is None:
+            state = self._release(collector, state)
             seconds = before + time.monotonic() - began
             state = replace(state, seconds=seconds, sent=self._sent_by_site())
             self._checkpoints.save(self._study, state)
@@ -262,9 +272,32 @@ class Run:
         self._hooks.notify(Measured(figures, self._study.training.rounds))
         return figures
 
+    def _release(self, collector: Collector, state: RunState) -> RunState:
+        """Ask for the study's one release; what comes of it, or nothing, is the end of it."""
+        names = tuple(sorted(self._gathering.sites))
+        state = replace(state, release=Released(asked=names))
+        # Before it is asked for: the sites charge it once, so a resumed run must not ask again.
+        self._checkpoints.save(self._study, state)
+        found = None
+        # The model is there; that it was not measured is no reason to lose it.
+        with contextlib.suppress(TooFewSites, SecureAggregationError):
+            found = collector.histogram(self._study.training.rounds, state.released)
+        released = Released(asked=names) if found is None else self._measured(names, found)
+        self._hooks.notify(ReleaseMade(released))
+        return replace(state, release=released)
+
+    def _measured(self, asked: tuple[str, ...], found: Histograms) -> Released:
+        mechanism = release_mechanism(self._study)
+        assert mechanism is not None
+        cell = mechanism.noise_multiplier * sensitivity(self._study) / UNITS
+        noise = cell * math.sqrt(found.sites)
+        metrics = measure_noised(found.total / UNITS, noise)
+        return Released(asked, found.sites, noise, metrics.to_json())
+
     def _histogram(self, collector: Collector, number: int, model: Vector) -> Counts | None:
         try:
-            return collector.histogram(number, model)
+            found = collector.histogram(number, model)
+            return None if found is None else found.total
         except (TooFewSites, TooFewSurvivors):
             if self._hooks.patience is None:
                 raise
@@ -272,16 +305,13 @@ class Run:
             return None
 
 
-def study_epsilon(study: Study, rounds: int) -> float | None:
+def study_epsilon(study: Study, rounds: int, *, released: bool = False) -> float | None:
     """Epsilon at the study's delta after ``rounds`` rounds; None where privacy is off.
+
+    With ``released``, the study's release is in it.
 
     A public function of the study's constants: it tells nothing of a site's data or ledger.
     """
     if not study.privacy.enabled:
         return None
-    training, privacy = study.training, study.privacy
-    noise = calibrate(privacy.epsilon, privacy.delta, training.sampling_rate, training.total_steps)
-    steps = rounds * training.steps_per_round
-    if steps == 0:
-        return 0.0
-    return epsilon_pld(noise, training.sampling_rate, steps, privacy.delta)
+    return charges(study).epsilon(rounds * study.training.steps_per_round, released=released)

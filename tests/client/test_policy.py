@@ -69,6 +69,12 @@ def test_defaults() -> None:
             5,
             ("metrics", "score-histograms", "evaluation.site_fraction = 0.2"),
         ),
+        (
+            {},
+            {"evaluation": {"release_epsilon": 1.0}},
+            5,
+            ("metrics", "score-histograms", "evaluation.release_epsilon = 1"),
+        ),
         ({"max_rounds": 10}, {"training": {"rounds": 11}}, 5, ("max_rounds", "10", "11")),
         ({"min_sites": 3}, {}, 2, ("min_sites", "3", "2 are invited")),
         (

@@ -14,7 +14,8 @@ import torch
 from cloister_common import cli, networks, plan_output, timing, vectors
 from cloister_common.errors import EpsilonUnreachable
 from cloister_common.planning import Pace, Plan, make_plan, ratio
-from cloister_common.privacy.accounting import epsilon_pld, epsilon_rdp
+from cloister_common.privacy.accounting import epsilon_of, epsilon_pld, epsilon_rdp
+from cloister_common.privacy.events import Mechanism, compose
 from cloister_common.study import Study, parse_study
 
 STUDY = """
@@ -50,12 +51,39 @@ def test_the_noise_and_each_round_keep_the_epsilon_by_two_accountants() -> None:
     assert plan.setting is not None
     sigma = plan.setting.noise_multiplier
     assert plan.epsilons[-1] == epsilon_pld(sigma, 0.25, 16, 1e-5) <= 3.0
+    assert plan.whole == plan.epsilons[-1]
+    assert plan.release is None
     assert epsilon_pld(sigma - 0.01, 0.25, 16, 1e-5) > 3.0
     assert len(plan.epsilons) == 8
     for number, told in enumerate(plan.epsilons, start=1):
         exact = epsilon_pld(sigma, 0.25, 2 * number, 1e-5)
         assert exact - 1e-9 <= told <= exact + 0.01
         assert told <= epsilon_rdp(sigma, 0.25, 2 * number, 1e-5)
+
+
+def test_a_release_is_part_of_the_whole_that_is_planned() -> None:
+    plan, plain = plan_of(more="[evaluation]\nrelease_epsilon = 1.0"), plan_of()
+    assert plan.setting is not None
+    assert plain.setting is not None
+    assert plan.release is not None
+    assert plan.whole is not None
+    sigma = plan.setting.noise_multiplier
+    assert sigma > plain.setting.noise_multiplier
+    whole = compose(((Mechanism(sigma, 0.25), 16),), ((Mechanism(plan.release, 1.0), 1),))
+    assert 2.99 < plan.whole == epsilon_of(whole, 1e-5) <= 3.0
+    assert plan.epsilons[-1] == epsilon_pld(sigma, 0.25, 16, 1e-5) < plan.whole
+    # A fifth of the patients are kept apart for it.
+    assert [site.sampled for site in plan.sites] == pytest.approx([0.25 * 80, 0.25 * 240])
+    assert plan.setting.step_ratio == pytest.approx(0.25 * 320 / (sigma * (2 * 900) ** 0.5))
+    for one in plan.others:
+        step = Mechanism(one.noise_multiplier, one.sampling_rate)
+        steps = one.rounds * one.steps_per_round
+        whole = compose(((step, steps),), ((Mechanism(plan.release, 1.0), 1),))
+        assert 2.9 < epsilon_of(whole, 1e-5) <= 3.0
+    told = plan_output.render(plan)
+    assert f"release   epsilon 1, sigma {plan.release:.4f}, once at the end" in told
+    assert f"{plan.whole:.3f} with training" in told
+    assert plan_output.as_dict(plan)["epsilon_whole"] == plan.whole
 
 
 def test_signal_to_noise_is_what_a_simulation_finds() -> None:

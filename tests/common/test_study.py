@@ -147,6 +147,17 @@ epsilon = -1.0
         (["[aggregation.weights]", "a = 0"], 8, "aggregation.weights.a"),
         (["[aggregation.weights]", '"A b" = 1'], 8, "aggregation.weights.A b"),
         (["[evaluation]", "site_fraction = 1.0"], 8, "evaluation.site_fraction"),
+        (["[evaluation]", "release_epsilon = 3.0"], 8, "evaluation.release_epsilon"),
+        (
+            ["[evaluation]", "release_epsilon = 1.0", "site_fraction = 0.0"],
+            8,
+            "evaluation.release_epsilon",
+        ),
+        (
+            ["[evaluation]", "release_epsilon = 1.0", "[privacy]", "enabled = false"],
+            8,
+            "evaluation.release_epsilon",
+        ),
         (["[network]", "arguments = { x = [1] }"], 8, "network.arguments.x"),
         (["[code]", 'run = "x"'], 7, "code"),
     ],
@@ -175,6 +186,16 @@ def test_missing_tables_are_told_without_a_line() -> None:
 
 def test_the_hash_of_the_ten_lines_is_pinned() -> None:
     assert parse_study(TEN_LINES).digest == TEN_LINES_HASH
+
+
+def test_a_study_without_a_release_keeps_the_hash_it_was_approved_under() -> None:
+    text = f"{TEN_LINES}[evaluation]\nrelease_epsilon = "
+    assert parse_study(f"{text}0\n").digest == TEN_LINES_HASH
+    asked = parse_study(f"{text}0.5\n")
+    assert asked.digest != TEN_LINES_HASH
+    assert asked.releases
+    assert not parse_study(TEN_LINES).releases
+    assert study_from_canonical(asked.canonical()) == asked
 
 
 def test_spelling_does_not_change_the_hash() -> None:
@@ -251,6 +272,7 @@ OTHER: dict[str, Any] = {
     "aggregation.proximal_mu": 0.5,
     "evaluation.every": 2,
     "evaluation.site_fraction": 0.3,
+    "evaluation.release_epsilon": 1.0,
 }
 ALONG: dict[str, Values] = {
     "input.window": {"input.windowing": "fixed"},
@@ -261,7 +283,10 @@ ALONG: dict[str, Values] = {
 
 
 def test_every_key_is_tried() -> None:
-    values = json.loads(parse_study(TEN_LINES).canonical())
+    text = (
+        f"{TEN_LINES}[evaluation]\nrelease_epsilon = 0.5\n"  # left out of the canonical form at 0
+    )
+    values = json.loads(parse_study(text).canonical())
     leaves = {f"{table}.{key}" for table, keys in values.items() for key in keys}
     assert leaves == set(OTHER)
 

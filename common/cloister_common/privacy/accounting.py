@@ -65,8 +65,13 @@ def epsilon_of(composition: Composition, delta: float) -> float:
 
 def epsilon_rdp(sigma: float, q: float, steps: int, delta: float) -> float:
     """Epsilon by Renyi accounting; never below the true one, seldom below ``epsilon_pld``."""
+    return epsilon_rdp_of(_single(sigma, q, steps), delta)
+
+
+def epsilon_rdp_of(composition: Composition, delta: float) -> float:
+    """``epsilon_rdp`` for several mechanisms."""
     _require_delta(delta)
-    composition = _single(sigma, q, steps)
+    composition = compose(composition)
     return _rdp(composition, delta) if composition else 0.0
 
 
@@ -75,6 +80,11 @@ def epsilon_prv(sigma: float, q: float, steps: int, delta: float) -> float:
 
     Needs Opacus, which only sites have.
     """
+    return epsilon_prv_of(_single(sigma, q, steps), delta)
+
+
+def epsilon_prv_of(composition: Composition, delta: float) -> float:
+    """``epsilon_prv`` for several mechanisms."""
     import numpy as np
     from opacus.accountants import PRVAccountant
 
@@ -82,7 +92,7 @@ def epsilon_prv(sigma: float, q: float, steps: int, delta: float) -> float:
     accountant = PRVAccountant()
     accountant.history = [
         (mechanism.noise_multiplier, mechanism.sampling_rate, count)
-        for mechanism, count in _single(sigma, q, steps)
+        for mechanism, count in compose(composition)
     ]
     if not accountant.history:
         return 0.0
@@ -94,7 +104,9 @@ def epsilon_prv(sigma: float, q: float, steps: int, delta: float) -> float:
 
 
 @functools.lru_cache(maxsize=256)
-def calibrate(epsilon: float, delta: float, q: float, steps: int) -> float:
+def calibrate(
+    epsilon: float, delta: float, q: float, steps: int, beside: Composition = ()
+) -> float:
     """Smallest noise multiplier, in 4 decimals, whose ``epsilon_pld`` is at most ``epsilon``.
 
     Args:
@@ -102,6 +114,7 @@ def calibrate(epsilon: float, delta: float, q: float, steps: int) -> float:
         delta: above 0 and below 1.
         q: sampling rate, above 0 and at most 1.
         steps: number of steps, 1 or more.
+        beside: what is charged on top and has its noise already: epsilon is that of the whole.
 
     Raises:
         EpsilonUnreachable: no multiplier up to ``MAX_NOISE`` keeps the promise.
@@ -120,8 +133,14 @@ def calibrate(epsilon: float, delta: float, q: float, steps: int) -> float:
         )
     unit: int = 10**NOISE_DIGITS
 
+    if epsilon_of(beside, delta) >= epsilon:
+        raise EpsilonUnreachable(
+            f"What is charged beside the steps takes all of epsilon {epsilon:g}.",
+            remedy="Ask for a larger epsilon, or leave less to the release.",
+        )
+
     def epsilon_at(ticks: int) -> float:
-        return epsilon_pld(ticks / unit, q, steps, delta)
+        return epsilon_of(compose(_single(ticks / unit, q, steps), beside), delta)
 
     # Search in ticks of the last decimal: the answer needs no rounding, and none can go wrong.
     high = math.ceil(_by_rdp(epsilon, delta, q, steps) * unit)

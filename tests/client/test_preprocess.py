@@ -281,9 +281,13 @@ def test_area_resize_agrees_with_torch_where_the_ratio_is_whole() -> None:
     assert np.abs(found - pooled).max() <= 0.501
 
 
-def test_area_resize_keeps_the_extremes_of_the_largest_image() -> None:
-    image = np.full((4096, 1024), WHITE, dtype=np.uint16)
-    assert (area_resize(image, 17) == WHITE).all()
+@pytest.mark.parametrize(("rows", "columns"), [(4096, 1024), (65535, 1), (1, 65535)])
+@pytest.mark.parametrize("size", [1, 17, 1024])
+def test_area_resize_keeps_the_extremes_of_the_largest_image(
+    rows: int, columns: int, size: int
+) -> None:
+    image = np.full((rows, columns), WHITE, dtype=np.uint16)
+    assert (area_resize(image, size) == WHITE).all()
 
 
 @settings(max_examples=60, deadline=None)

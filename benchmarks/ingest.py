@@ -15,8 +15,9 @@ median over the rounds of ratios within a round. A first file of each is not cou
 - MONAI: ``LoadImage`` with its ``PydicomReader``, and ``Resize`` by area.
 
 What the workers do and pydicom does not: the check of the whole file, and a hash of the pixels by
-which one image under two names is found. pydicom and MONAI have no number where they have no decoder among what Cloister installs: the two
-forms of JPEG Lossless, and JPEG Extended with 12 bits.
+which one image under two names is found. pydicom and MONAI have no number where they have no
+decoder here: the two forms of JPEG Lossless, and JPEG Extended with 12 bits. RLE they decode with
+pylibjpeg-rle where that is installed, which Cloister does not do; else in Python too.
 
 The last line is JSON. ``isolation_overhead`` is the workers' cost over plain pydicom's, less one,
 for all syntaxes that both read, each with the same weight; ``isolation_overhead_worst`` is that of

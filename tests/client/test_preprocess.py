@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from cloister_client.dicom import precheck
+from cloister_client.dicom import preprocess as preprocessing
 from cloister_client.dicom.decode import decode
 from cloister_client.dicom.preprocess import (
     area_resize,
@@ -235,6 +236,29 @@ def test_nothing_but_padding() -> None:
 def test_an_image_of_one_value_is_mid_gray(inverted: bool) -> None:
     found = _shades(np.full((20, 30), 900, dtype=np.int32), Grayscale(inverted))
     assert set(found.ravel().tolist()) == {32768}
+
+
+@pytest.mark.parametrize("windowing", ["fixed", "percentile"])
+def test_an_image_that_is_looked_up_in_parts(windowing: str) -> None:
+    stored = np.random.default_rng(5).integers(-2048, 2048, (701, 503)).astype(np.int32)
+    assert stored.size > 2 * preprocessing._PART
+    stored[-1, -1] = 2047
+    window = (100.0, 3000.0) if windowing == "fixed" else None
+    found = _shades(
+        stored,
+        Grayscale(False),
+        signed=True,
+        size=64,
+        windowing=windowing,
+        window=window,
+        percentiles=(50.0, 100.0),
+    )
+    ranked = np.sort(stored.ravel())
+    middle = int(ranked[-(-ranked.size // 2) - 1])
+    low, high = (-1400.0, 1600.0) if windowing == "fixed" else (float(middle), 2047.0)
+    shown = np.clip((stored - low) / (high - low), 0, 1)
+    shades = np.floor(shown * WHITE + 0.5 + 1e-6).astype(np.uint16)
+    assert np.array_equal(found, area_resize(shades, 64))
 
 
 def test_two_values_far_apart_in_number_are_still_told_apart() -> None:

@@ -33,6 +33,9 @@ SPEC_LABEL = b"cloister/preprocess/v1\0"
 
 WHITE = 65535
 
+_PART = 1 << 17
+"""Pixels that are looked up at a time, so that numpy's wider copies of them stay small."""
+
 Shades = NDArray[np.uint16]
 _Values = NDArray[np.float64]
 
@@ -80,8 +83,10 @@ def preprocess(
     """
     low = -(1 << (layout.bits_stored - 1)) if layout.signed else 0
     inputs = np.arange(low, low + (1 << layout.bits_stored), dtype=np.int64)
-    index = stored - low
-    counts = np.bincount(index.ravel(), minlength=inputs.size)
+    pixels = stored.ravel()
+    counts = np.zeros(inputs.size, dtype=np.int64)
+    for start in range(0, pixels.size, _PART):
+        counts += np.bincount(pixels[start : start + _PART] - low, minlength=inputs.size)
     padding = np.zeros(inputs.size, dtype=bool)
     if grayscale.padding is not None:
         first, last = grayscale.padding
@@ -92,7 +97,13 @@ def preprocess(
     values = modality_values(inputs, grayscale)
     shades = _quantise(_display(values, counts, grayscale, spec))
     shades[padding] = 0
-    return area_resize(shades[index], spec.size)
+    image = np.empty(stored.shape, dtype=np.uint16)
+    flat = image.ravel()
+    for start in range(0, pixels.size, _PART):
+        part = pixels[start : start + _PART] - low
+        # No index is outside; "clip" spares the copy that the test for one would make.
+        np.take(shades, part, out=flat[start : start + _PART], mode="clip")
+    return area_resize(image, spec.size)
 
 
 def modality_values(inputs: NDArray[np.int64], grayscale: Grayscale) -> _Values:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import struct
 import tracemalloc
 import warnings
+from collections.abc import Callable
+from itertools import pairwise
 
+import imagecodecs
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image
 
 from cloister_client.dicom import decode as decoding
 from cloister_client.dicom import precheck, vectors
@@ -137,6 +142,67 @@ def test_decoder_is_checked_before_it_is_trusted(
         _through_a_file(pixels, bits, syntax)
     monkeypatch.setitem(decoding._DECODERS, syntax, right)
     _through_a_file(pixels, bits, syntax)
+
+
+def test_our_own_decoder_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_decoder.cache_clear()
+    right = decoding._rle
+    monkeypatch.setattr(
+        decoding, "_rle", lambda data, layout: right(data, layout).astype("<u2").byteswap()
+    )
+    with pytest.raises(DecoderUnfit):
+        _through_a_file(radiograph(), 12, precheck.RLE)
+    assert decoding.unfit_decoders() == (precheck.RLE,)
+    monkeypatch.setattr(decoding, "_rle", right)
+    assert np.array_equal(_through_a_file(radiograph(), 12, precheck.RLE), radiograph())
+    assert decoding.unfit_decoders() == ()
+
+
+def test_every_coding_has_a_known_answer() -> None:
+    assert set(decoding._VECTOR) == set(ENCODED)
+    assert set(decoding._VECTOR.values()) == set(vectors.ENCODED) == set(vectors.TOLERANCE)
+
+
+def _by_pillow(frame: bytes) -> NDArray[np.generic]:
+    # It spreads the 12 bits of a JPEG 2000 image over 16.
+    with Image.open(io.BytesIO(frame)) as image:
+        values = np.asarray(image)
+    return values if values.dtype == np.uint8 else values >> 4
+
+
+def _by_packbits(frame: bytes) -> NDArray[np.generic]:
+    offsets = (*struct.unpack_from("<2I", frame, 4), len(frame))
+    planes = [imagecodecs.packbits_decode(frame[a:b]) for a, b in pairwise(offsets)]
+    high, low = (np.frombuffer(plane[: 48 * 40], np.uint8).astype("<u2") for plane in planes)
+    return (high << 8 | low).reshape(48, 40)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "another", "apart"),
+    [
+        (precheck.JPEG_BASELINE, _by_pillow, 1),
+        (precheck.JPEG_LOSSLESS, imagecodecs.ljpeg_decode, 0),
+        (precheck.JPEG_LOSSLESS_SV1, imagecodecs.ljpeg_decode, 0),
+        (precheck.JPEG_LS_LOSSLESS, imagecodecs.jpegls_decode, 0),
+        (precheck.JPEG_LS_NEAR, imagecodecs.jpegls_decode, 0),
+        (precheck.JPEG_2000_LOSSLESS, _by_pillow, 0),
+        (precheck.JPEG_2000, _by_pillow, 1),
+        (precheck.HTJ2K_LOSSLESS, imagecodecs.htj2k_decode, 0),
+        (precheck.HTJ2K_LOSSLESS_RPCL, imagecodecs.htj2k_decode, 0),
+        (precheck.HTJ2K, imagecodecs.htj2k_decode, 1),
+        (precheck.RLE, _by_packbits, 0),
+    ],
+)
+def test_another_decoder_agrees(
+    syntax: str, another: Callable[[bytes], NDArray[np.generic]], apart: int
+) -> None:
+    """JPEG Extended has no second decoder here that knows 12 bits."""
+    bits = 8 if syntax == precheck.JPEG_BASELINE else 12
+    pixels = radiograph(6, bits=bits).astype(np.uint8 if bits == 8 else np.uint16)
+    frame = encode(pixels, syntax, bits)
+    found = decode(frame, syntax, _layout(pixels, bits))
+    assert np.abs(found - np.asarray(another(frame)).astype(np.int32)).max() <= apart
+    assert found.std() > 40
 
 
 class _Panic(BaseException):

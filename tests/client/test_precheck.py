@@ -80,6 +80,14 @@ def test_not_dicom(data: bytes) -> None:
         ({"modality": "MG", "elements": {"BurnedInAnnotation": "YES"}}, Reject.BURNED_IN),
         ({"modality": "MG", "without": ["BurnedInAnnotation"]}, Reject.BURNED_IN),
         ({"without": ["PixelData"]}, Reject.NO_PIXELS),
+        # A treatment plan: no pixels, and so no description of them.
+        (
+            {
+                "without": ["PixelData", "Rows", "Columns", "BitsAllocated"],
+                "elements": {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.481.5"},
+            },
+            Reject.NO_PIXELS,
+        ),
         ({"elements": {"NumberOfFrames": 2}}, Reject.FRAMES),
         ({"elements": {"NumberOfFrames": 0}}, Reject.FRAMES),
         ({"elements": {"SamplesPerPixel": 3}}, Reject.COLOUR),

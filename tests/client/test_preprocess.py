@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from cloister_client.dicom import precheck
+from cloister_client.dicom import preprocess as preprocessing
 from cloister_client.dicom.decode import decode
 from cloister_client.dicom.preprocess import (
     area_resize,
@@ -237,6 +238,29 @@ def test_an_image_of_one_value_is_mid_gray(inverted: bool) -> None:
     assert set(found.ravel().tolist()) == {32768}
 
 
+@pytest.mark.parametrize("windowing", ["fixed", "percentile"])
+def test_an_image_that_is_looked_up_in_parts(windowing: str) -> None:
+    stored = np.random.default_rng(5).integers(-2048, 2048, (701, 503)).astype(np.int32)
+    assert stored.size > 2 * preprocessing._PART
+    stored[-1, -1] = 2047
+    window = (100.0, 3000.0) if windowing == "fixed" else None
+    found = _shades(
+        stored,
+        Grayscale(False),
+        signed=True,
+        size=64,
+        windowing=windowing,
+        window=window,
+        percentiles=(50.0, 100.0),
+    )
+    ranked = np.sort(stored.ravel())
+    middle = int(ranked[-(-ranked.size // 2) - 1])
+    low, high = (-1400.0, 1600.0) if windowing == "fixed" else (float(middle), 2047.0)
+    shown = np.clip((stored - low) / (high - low), 0, 1)
+    shades = np.floor(shown * WHITE + 0.5 + 1e-6).astype(np.uint16)
+    assert np.array_equal(found, area_resize(shades, 64))
+
+
 def test_two_values_far_apart_in_number_are_still_told_apart() -> None:
     stored = np.zeros((100, 100), dtype=np.int32)
     stored[0, 0] = 1000
@@ -281,9 +305,13 @@ def test_area_resize_agrees_with_torch_where_the_ratio_is_whole() -> None:
     assert np.abs(found - pooled).max() <= 0.501
 
 
-def test_area_resize_keeps_the_extremes_of_the_largest_image() -> None:
-    image = np.full((4096, 1024), WHITE, dtype=np.uint16)
-    assert (area_resize(image, 17) == WHITE).all()
+@pytest.mark.parametrize(("rows", "columns"), [(4096, 1024), (65535, 1), (1, 65535)])
+@pytest.mark.parametrize("size", [1, 17, 1024])
+def test_area_resize_keeps_the_extremes_of_the_largest_image(
+    rows: int, columns: int, size: int
+) -> None:
+    image = np.full((rows, columns), WHITE, dtype=np.uint16)
+    assert (area_resize(image, size) == WHITE).all()
 
 
 @settings(max_examples=60, deadline=None)

@@ -25,7 +25,7 @@ from cloister_client.dicom import precheck as syntax
 from cloister_client.dicom.codestream import read_frame
 from cloister_client.dicom.reject import RejectedFile, unfit
 from cloister_client.dicom.tags import PixelLayout, silence
-from cloister_client.dicom.vectors import ENCODED, TOLERANCE, original
+from cloister_client.dicom.vectors import COLUMNS, ENCODED, ROWS, TOLERANCE, original
 from cloister_common.errors import DecoderUnfit, Reject
 
 Stored = NDArray[np.int32]
@@ -49,9 +49,9 @@ def decode(data: bytes, transfer_syntax: str, layout: PixelLayout) -> Stored:
     """
     if transfer_syntax in syntax.NATIVE:
         return _native(data, layout)
+    check_decoder(transfer_syntax)
     if transfer_syntax == syntax.RLE:
         return _keep_bits(_rle(data, layout), layout, layout.bits_stored)
-    check_decoder(transfer_syntax)
     frame = read_frame(data, transfer_syntax)
     values = _run(transfer_syntax, data)
     if values.shape != (layout.rows, layout.columns):
@@ -73,7 +73,9 @@ def check_decoder(transfer_syntax: str) -> None:
     if name is None:
         return
     try:
-        values = _run(transfer_syntax, base64.b64decode(ENCODED[name]))
+        frame = base64.b64decode(ENCODED[name])
+        ours = transfer_syntax == syntax.RLE
+        values = _rle(frame, _RLE_VECTOR) if ours else _run(transfer_syntax, frame)
     except RejectedFile:
         values = np.zeros((0, 0), dtype=np.int32)
     known = original(8 if transfer_syntax == syntax.JPEG_BASELINE else 12)
@@ -165,7 +167,9 @@ _VECTOR = {
     syntax.HTJ2K_LOSSLESS: "HTJ2K_LOSSLESS",
     syntax.HTJ2K_LOSSLESS_RPCL: "HTJ2K_LOSSLESS",
     syntax.HTJ2K: "HTJ2K",
+    syntax.RLE: "RLE",
 }
+_RLE_VECTOR = PixelLayout(ROWS, COLUMNS, 16, 12, 11, False)
 
 
 def _native(data: bytes, layout: PixelLayout) -> Stored:

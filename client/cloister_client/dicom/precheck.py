@@ -96,6 +96,9 @@ def precheck(data: bytes, modalities: Collection[str]) -> Checked:
     """
     _preamble(data)
     parts = structure.dissect(data, WANTED, TRANSFER_SYNTAXES)
+    if parts.pixels is None:
+        # Before the header is read: reports and plans have no pixel description to be wrong.
+        raise RejectedFile(Reject.NO_PIXELS)
     tags = parse_tags(parts.header, parts.implicit)
     if tags.sop_class not in SOP_CLASSES:
         raise RejectedFile(Reject.SOP_CLASS)
@@ -106,8 +109,6 @@ def precheck(data: bytes, modalities: Collection[str]) -> Checked:
     if not _UID.fullmatch(tags.sop_instance):
         raise RejectedFile(Reject.TRUNCATED)
     _annotation(tags)
-    if parts.pixels is None:
-        raise RejectedFile(Reject.NO_PIXELS)
     _format(tags)
     if parts.transfer_syntax in NATIVE:
         _native_length(tags.layout, len(parts.pixels))

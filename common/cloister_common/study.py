@@ -17,10 +17,8 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -220,14 +218,6 @@ class Evaluation(FileModel):
     """Part of ``privacy.epsilon`` that one release of noised score histograms takes, after the
     last round; 0 for no release. Training gets the noise that keeps both within the whole."""
 
-    @model_serializer(mode="wrap")
-    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A study without a release keeps the hash under which it was approved before there was one.
-        held: dict[str, Any] = dump(self)
-        if not self.release_epsilon:
-            held.pop("release_epsilon", None)
-        return held
-
 
 class Study(FileModel):
     """A validated study; build it with ``load_study`` or ``parse_study``."""
@@ -260,9 +250,11 @@ class Study(FileModel):
 
     def canonical(self) -> str:
         """The canonical JSON that is hashed, approved and sent."""
-        return json.dumps(
-            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False
-        )
+        held = self.model_dump(mode="json")
+        if not self.evaluation.release_epsilon:
+            # A study without a release keeps the hash it was approved under before there was one.
+            del held["evaluation"]["release_epsilon"]
+        return json.dumps(held, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @property
     def digest(self) -> str:

@@ -197,13 +197,34 @@ def test_there_are_as_many_workers_as_cores_and_memory_for_them(
         assert default_workers() == workers
 
 
-def test_a_worker_starts_quickly() -> None:
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        Worker().stop()
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1
+def test_a_worker_loads_what_decodes_and_nothing_of_the_site_or_of_training() -> None:
+    # What it loads is what it costs to start, and what a hostile file could turn to use.
+    code = """if True:
+        import os, sys
+        from cloister_client.dicom import worker
+        from cloister_client.dicom.bounds import MAX_SIDE
+
+        def seal():
+            loaded = {name.split(".")[0] for name, module in sys.modules.items() if module}
+            print(*sorted(loaded), flush=True)
+            print(*(name for name in sys.modules if name.startswith("cloister_")), flush=True)
+            os._exit(0)
+
+        worker.seal = seal
+        memory = os.memfd_create("image")
+        os.ftruncate(memory, 2 * MAX_SIDE * MAX_SIDE)
+        worker.serve(None, 0, memory)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    packages, ours = (set(line.split()) for line in done.stdout.splitlines())
+    assert {"numpy", "pydicom"} <= packages
+    assert not packages & {
+        *("torch", "flwr", "opacus", "grpc", "scipy", "pandas", "sklearn", "matplotlib"),
+        *("cryptography", "sqlite3", "requests", "httpx", "pynetdicom", "rich", "typer"),
+    }
+    assert {name for name in ours if name.count(".") == 1} == {
+        *("cloister_client.dicom", "cloister_common.errors"),
+    }
 
 
 def test_an_unfit_decoder_is_told_only_of_its_own_syntax() -> None:

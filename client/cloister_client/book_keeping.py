@@ -19,7 +19,8 @@ everywhere else. ``ETA`` is 2^-5 by the following account. Let u = 2^-24, G = 16
 N = 2,048 places a group at most, and M = sum over places of |input| |output gradient| of a patient;
 clipping also bounds M by R = 16 C' (a patient whose terms cancel more than that is scaled down).
 
-1. Norms: inner products in float64 err by less than 2^-40 M^2, which is added to each square.
+1. Norms: inner products in float64 err by less than 2^-40 M^2, which is added to each square;
+   the squares of kept layers are taken from above (``grid_sum.squares_at_most``).
 2. The second product in float32 errs, in the probabilistic model of rounding (Higham and Mary 2019,
    lambda = 4), by at most lambda sqrt(N) u G R = 4 * 45.3 * 2^-24 * 16 * 16 C' = 0.0028 C' a group.
    Kept layers, products of 16 terms, lie far below.
@@ -39,12 +40,16 @@ This account is a model, not a proof, as for Opacus' hooks; the engine ``patient
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cloister_client.grid_sum import squares_at_most
 
 ETA = 2.0**-5
 """Excess of the sensitivity over the norm that patients are clipped to."""
@@ -56,6 +61,11 @@ MOST = 512
 """Most patients of a step that the account of ``ETA`` covers."""
 
 _PLACES = 128
+_THIN = 64
+"""Most weights of an output for which a convolution's gradient is a product of matrices."""
+
+_GHOSTS = 4
+"""Patients whose inner products are worked out at a time: they stay in the processor's cache."""
 _CANCELLING = 16.0
 
 
@@ -126,7 +136,7 @@ def clipped_groups(
             else:
                 kept[_weight(each.layer)] = _unit_weights(each, sizes)
     for rows in kept.values():
-        square = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float64).square()
+        square = squares_at_most(rows.flatten(1))
         squares += square
         masses += square
     squares += masses * 2.0**-40
@@ -167,7 +177,12 @@ def _backward(
     given: list[Tensor] = []
     outputs: list[Tensor] = []
 
+    me = threading.get_ident()
+
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if threading.get_ident() != me:
+            # Another thread's patients go through the same network at the same time.
+            return
         if len(inputs) != 1 or (isinstance(layer, nn.Linear) and inputs[0].ndim != 2):
             raise UnfitPass
         layers.append(layer)
@@ -223,34 +238,66 @@ def _by_ghost(each: _Seen, images: int) -> bool:
 
 def _ghost(each: _Seen, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Squared norms of the patients' gradients, and their masses, float64 (patients,)."""
-    layer = each.layer
-    if isinstance(layer, nn.Conv2d):
-        assert not isinstance(layer.padding, str)
-        columns = F.unfold(
-            each.given, layer.kernel_size, layer.dilation, layer.padding, layer.stride
-        )
-        answer = each.answer.flatten(2)
-    else:
-        columns, answer = each.given.unsqueeze(2), each.answer.unsqueeze(2)
     squares = torch.zeros(len(sizes), dtype=torch.float64)
     masses = torch.zeros(len(sizes), dtype=torch.float64)
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + size)
-    for size in set(sizes):
-        units = [unit for unit, images in enumerate(sizes) if images == size]
+    starts = [0, *accumulate(sizes)]
+
+    def measure(units: Sequence[int]) -> None:
+        size = sizes[units[0]]
         places = torch.tensor([starts[unit] + image for unit in units for image in range(size)])
-
-        def inner(values: Tensor) -> Tensor:
-            some = values[places].double()  # noqa: B023 - used at once
-            rows = some.transpose(1, 2).reshape(len(units), -1, some.shape[1])  # noqa: B023
-            return torch.bmm(rows, rows.transpose(1, 2))
-
-        one, other = inner(columns), inner(answer)
+        one = _input_products(each.layer, each.given[places], size)
+        other = _products(each.answer[places], size)
         squares[units] = (one * other).sum(dim=(1, 2)).clamp_min(0)
         lengths = one.diagonal(dim1=1, dim2=2) * other.diagonal(dim1=1, dim2=2)
         masses[units] = lengths.sqrt().sum(dim=1)
+
+    alike = [
+        [unit for unit, images in enumerate(sizes) if images == size] for size in sorted(set(sizes))
+    ]
+    for units in alike:
+        for at in range(0, len(units), _GHOSTS):
+            measure(units[at : at + _GHOSTS])
     return squares, masses
+
+
+def _products(values: Tensor, size: int) -> Tensor:
+    """Inner products between the places of each patient, float64 (patients, places, places).
+
+    Args:
+        values: (images, channels, ...), ``size`` images after each other for each patient.
+    """
+    wide = values.double().flatten(2) if values.ndim > 2 else values.double().unsqueeze(2)
+    rows = wide.transpose(1, 2).reshape(len(values) // size, -1, values.shape[1])
+    return torch.bmm(rows, rows.transpose(1, 2))
+
+
+def _input_products(layer: nn.Module, given: Tensor, size: int) -> Tensor:
+    """The same for what the layer multiplies its weights with at each place of its output.
+
+    A convolution's is the sum over the kernel of the products between pixels, shifted. That is
+    less work than to lay the kernel's pixels side by side, but where the stride skips most.
+    """
+    if not isinstance(layer, nn.Conv2d):
+        return _products(given, size)
+    assert not isinstance(layer.padding, str)
+    (up, left), (high, wide) = layer.padding, layer.kernel_size
+    padded = F.pad(given, (left, left, up, up))
+    starts = [
+        (slice(y, padded.shape[2] - (high - 1) * layer.dilation[0] + y, layer.stride[0]),
+         slice(x, padded.shape[3] - (wide - 1) * layer.dilation[1] + x, layer.stride[1]))
+        for y in range(0, high * layer.dilation[0], layer.dilation[0])
+        for x in range(0, wide * layer.dilation[1], layer.dilation[1])
+    ]  # fmt: skip
+    one = padded[:, :, starts[0][0], starts[0][1]]
+    if padded[0, 0].numel() ** 2 > one[0, 0].numel() ** 2 * len(starts):
+        columns = torch.cat([padded[:, :, y, x] for y, x in starts], dim=1)
+        return _products(columns, size)
+    units, places = len(given) // size, size * one[0, 0].numel()
+    pixels = _products(padded, size).view(units, *(size, *padded.shape[2:]) * 2)
+    total = torch.zeros(units, *(size, *one.shape[2:]) * 2, dtype=torch.float64)
+    for y, x in starts:
+        total += pixels[:, :, y, x, :, y, x]
+    return total.view(units, places, places)
 
 
 def _conv_weight(layer: nn.Conv2d, given: Tensor, answer: Tensor) -> Tensor:
@@ -262,17 +309,28 @@ def _conv_weight(layer: nn.Conv2d, given: Tensor, answer: Tensor) -> Tensor:
     return result
 
 
+def _thin_weight(layer: nn.Conv2d, given: Tensor, answer: Tensor) -> Tensor:
+    """As ``_conv_weight``, for few weights an output: a product of matrices is faster there."""
+    assert not isinstance(layer.padding, str)
+    columns = F.unfold(given, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    flat = answer.flatten(2)
+    total: Tensor = torch.bmm(flat, columns.transpose(1, 2)).sum(dim=0)
+    return total.view_as(layer.weight)
+
+
 def _unit_weights(each: _Seen, sizes: Sequence[int]) -> Tensor:
     """A layer's gradients, (patients, *weight)."""
     rows = torch.empty(len(sizes), *_weight(each.layer).shape, dtype=each.answer.dtype)
-    pairs = zip(
-        torch.split(each.given, list(sizes)), torch.split(each.answer, list(sizes)), strict=True
-    )
-    for row, (given, answer) in zip(rows, pairs, strict=True):
-        if isinstance(each.layer, nn.Conv2d):
-            row.copy_(_conv_weight(each.layer, given, answer))
+    given = torch.split(each.given, list(sizes))
+    answers = torch.split(each.answer, list(sizes))
+
+    for row, one, answer in zip(rows, given, answers, strict=True):
+        if not isinstance(each.layer, nn.Conv2d):
+            torch.mm(answer.t(), one, out=row)
+        elif each.layer.groups == 1 and row[0].numel() <= _THIN:
+            row.copy_(_thin_weight(each.layer, one, answer))
         else:
-            torch.mm(answer.t(), given, out=row)
+            row.copy_(_conv_weight(each.layer, one, answer))
     return rows
 
 

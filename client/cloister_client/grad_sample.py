@@ -2,13 +2,13 @@
 
 A patient's gradient is that of the mean cross entropy over the patient's images.
 
-``patients`` goes from patient to patient. It takes any layer, needs the memory of one bag, and
-computes each gradient from nothing but that patient's images, so that the exact sensitivity of
-``dp_optimizer`` holds for the whole step. For a small network, where calls cost more than
-arithmetic, it takes 16 patients with equally many images at a time (``torch.func.vmap``); always
-16, empty places are filled up, so that shapes never tell who else is there. Before that path is
-used for a shape, it is tried: a patient's gradient must come out the same, bit by bit, in every
-place tried and beside any neighbour, else the loop is used.
+``patients`` goes from patient to patient, one on each core. It takes any layer, needs the memory
+of a bag a core, and computes each gradient from nothing but that patient's images, so that the
+exact sensitivity of ``dp_optimizer`` holds for the whole step. For a small network, where calls
+cost more than arithmetic, it takes 16 patients with equally many images at a time
+(``torch.func.vmap``); always 16, empty places are filled up, so that shapes never tell who else is
+there. Before that path is used for a shape, it is tried: a patient's gradient must come out the
+same, bit by bit, in every place tried and beside any neighbour, else the loop is used.
 
 ``opacus`` pushes many images through Opacus' hooks at once, each loss weighted by one over the
 patient's images, and sums the image gradients by patient. Its matrix products see the whole batch,
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from cloister_client import book_keeping
+from cloister_client.cores import side_by_side
 from cloister_client.grid_sum import Block, Clipped
 from cloister_client.sampling import Bag, Cohort, FeatureCohort, chunks, pixels_of
 from cloister_common.errors import InternalError
@@ -129,9 +130,11 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
                     labels = torch.tensor([bags[place].label for place in some])
                     yield some, self._side_by_side(pixels, labels, images)
             else:
-                for place in places:
-                    pixels = pixels_of(cohort, [bags[place]])
-                    yield [place], self._of_patient(pixels, bags[place].label)
+                gradients = side_by_side(
+                    lambda bag: self._of_bag(cohort, bag), (bags[place] for place in places)
+                )
+                for place, gradient in zip(places, gradients, strict=True):
+                    yield [place], gradient
 
     def _side_by_side(self, pixels: Tensor, labels: Tensor, images: int) -> Tensor:
         """Gradients of up to 16 patients who have ``images`` images each."""
@@ -180,18 +183,25 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         loss = F.cross_entropy(logits, torch.full((len(images),), label))
         return torch.autograd.grad(loss, self.trained)
 
+    def _of_bag(self, cohort: Cohort | FeatureCohort, bag: Bag) -> Sequence[Tensor]:
+        return self._of_patient(pixels_of(cohort, [bag]), bag.label)
+
     def _by_book_keeping(
         self, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]
     ) -> Iterator[Block]:
         if not math.isfinite(self._limit):
             raise InternalError("Book-keeping needs the clipping norm.")
-        for run in chunks(bags[: book_keeping.MOST], _IMAGES_AT_ONCE):
+
+        def groups(run: Sequence[Bag]) -> list[Clipped]:
             pixels, labels = pixels_of(cohort, run), torch.tensor([bag.label for bag in run])
             sizes = [len(bag.images) for bag in run]
-            for parts in book_keeping.clipped_groups(
-                self._module, pixels, labels, sizes, self._limit
-            ):
-                yield Clipped(parts)
+            found = book_keeping.clipped_groups(self._module, pixels, labels, sizes, self._limit)
+            return [Clipped(parts) for parts in found]
+
+        # All cores together hold as many images as the other engines in one pass, or a group each.
+        at_once = max(book_keeping.GROUP, _IMAGES_AT_ONCE // torch.get_num_threads())
+        for clipped in side_by_side(groups, chunks(bags[: book_keeping.MOST], at_once)):
+            yield from clipped
         for bag in bags[book_keeping.MOST :]:
             # To the same norm as the others: one patient more must not change another's clipping.
             alone = self._of_patient(pixels_of(cohort, [bag]), bag.label)

@@ -56,6 +56,25 @@ _ROOM = 2.0**31 - 2
 """What a sum in int32 may reach."""
 
 
+def squares_at_most(rows: Tensor) -> Tensor:
+    """Squared norms, at most 2^-16 above the true ones and never below, float64 (n,).
+
+    Args:
+        rows: float32 (n, size) or float64; float64 is only summed, to its own rounding.
+    """
+    count, size = rows.shape
+    whole = size - size % _ROW if rows.dtype == torch.float32 else 0
+    total: Tensor = torch.linalg.vector_norm(rows[:, whole:], dim=1, dtype=torch.float64).square()
+    if not whole:
+        return total
+    parts = torch.linalg.vector_norm(rows[:, :whole].reshape(count, -1, _ROW), dim=2)
+    bound = parts.double().square_().add_(_LOST).sum(dim=1).mul_(1 + 2 * _ROW_MARGIN)
+    # Squares overflow in float32, never in float64: there only a value that is not finite can.
+    for row in (~bound.isfinite()).nonzero().flatten().tolist():
+        bound[row] = torch.linalg.vector_norm(rows[row, :whole], dtype=torch.float64).square()
+    return total.add_(bound)
+
+
 def clipped_sum(blocks: Iterable[Block], size: int, clipping_norm: float) -> Tensor:
     """Clip patients' gradients, put them on the grid and sum them.
 

@@ -10,17 +10,20 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cloister_client import book_keeping, grad_sample
 from cloister_client.grad_sample import Engine, PatientGradSampleModule
-from cloister_client.grid_sum import GRID_BITS, Clipped, clipped_sum
+from cloister_client.grid_sum import GRID_BITS, Clipped, clipped_sum, squares_at_most
 from cloister_client.sampling import Bag, FeatureCohort
 from cloister_common.errors import InternalError
 from cloister_common.networks import REGISTRY, build
@@ -192,6 +195,33 @@ def test_rounding_is_far_below_what_is_charged_for_it() -> None:
         alone = book_sum(module, cohort, bags[index : index + 1], clip)
         assert float(alone.norm()) == pytest.approx(limit, rel=1e-5)
         assert 0 < float((moved - alone).norm()) < limit * book_keeping.ETA / 100
+
+
+def test_runs_side_by_side_keep_their_books_apart() -> None:
+    """Threads go through one network at once: what a hook notes is its own thread's."""
+    module = build(Network(name="resnet18"), 2, 1, size=32, seed=1)
+    cohort, bags = cohort_of((1,) * 96, 32, "float32")
+    clip = float(loop(module, cohort, bags[:3]).norm(dim=1).min()) / 4
+    alone = book_sum(module, cohort, bags, clip)
+    torch.set_num_threads(3)
+    assert close(book_sum(module, cohort, bags, clip), alone, 1e-6)
+
+
+@given(
+    st.integers(1, 200),
+    st.lists(st.sampled_from((1.0, 0.1, 3e-20, 7e18, 1e30, 0.0)), min_size=1, max_size=4),
+    st.integers(0, 2**32),
+)
+def test_squared_norms_are_bounds_and_close_ones(size: int, scales: list[float], seed: int) -> None:
+    random = np.random.default_rng(seed)
+    values = random.normal(size=size) * random.choice(scales, size)
+    rows = torch.tensor(np.stack([values, values]), dtype=torch.float32)
+    exact = sum(Fraction(value) ** 2 for value in rows[0].tolist())
+    # What float32 loses to underflow is added for every 64 values.
+    most = float(exact) * (1 + 2.0**-16) + size * 2.0**-125
+    for square in squares_at_most(rows).tolist():
+        assert float(exact) * (1 - 2.0**-40) <= square <= most
+    assert torch.equal(squares_at_most(rows.double()), rows.double().norm(dim=1).square())
 
 
 def test_the_sum_is_on_the_grid() -> None:

@@ -1,0 +1,94 @@
+"""Patients side by side, one a core: the order, the bound, and whose cores they are afterwards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from cloister_client.cores import side_by_side
+from cloister_client.grad_sample import PatientGradSampleModule
+from cloister_client.sampling import Bag
+from cloister_common.networks import build
+from cloister_common.study import Network
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    assert torch.get_num_threads() == request.param
+    torch.set_num_threads(before)
+
+
+def test_results_keep_their_order_and_each_is_made_by_one_core(threads: int) -> None:
+    together = threading.Barrier(threads)
+
+    def work(item: int) -> tuple[int, int]:
+        together.wait(timeout=30)
+        return item * item, torch.get_num_threads()
+
+    squares = side_by_side(work, range(6 * threads))
+    for item, (square, cores) in enumerate(squares):
+        assert (square, cores, torch.get_num_threads()) == (item * item, 1, 1)
+    assert item == 6 * threads - 1
+
+
+def test_few_results_are_held(threads: int) -> None:
+    begun = []
+    results = side_by_side(begun.append, range(50))
+    for taken, _ in enumerate(results, start=1):
+        assert len(begun) <= taken + threads + 1
+
+
+def test_a_fault_is_the_callers_and_leaves_no_thread(threads: int) -> None:
+    alive = threading.active_count()
+
+    def work(item: int) -> int:
+        if item == 5:
+            raise ValueError("five")
+        return item
+
+    results = side_by_side(work, range(50))
+    assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="five"):
+        next(results)
+    assert torch.get_num_threads() == threads
+    assert threading.active_count() == alive
+
+
+def test_a_caller_who_stops_early_gets_the_cores_back(threads: int) -> None:
+    alive = threading.active_count()
+    results = side_by_side(lambda item: item, range(50))
+    assert next(results) == 0
+    results.close()  # type: ignore[attr-defined]
+    assert torch.get_num_threads() == threads
+    assert threading.active_count() == alive
+
+
+def test_a_patients_gradient_does_not_depend_on_the_number_of_cores() -> None:
+    module = build(Network(name="resnet18"), 2, 1, size=32, seed=0)
+
+    class Images:
+        images = np.random.default_rng(0).integers(0, 65536, (24, 32, 32), dtype=np.uint16)
+
+    bags = [Bag(unit % 2, np.arange(3 * unit, 3 * unit + 3)) for unit in range(8)]
+    patients = PatientGradSampleModule(module)
+    before = torch.get_num_threads()
+    sums = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        blocks = [
+            torch.cat([part.flatten() for part in block])
+            for block in patients.blocks(Images(), bags)
+        ]  # type: ignore[arg-type,union-attr]
+        sums.append(torch.stack(blocks))
+    torch.set_num_threads(before)
+    assert sums[0].shape[0] == 8
+    assert float(sums[0].norm()) > 0
+    assert torch.equal(sums[0], sums[1])
+    assert torch.equal(sums[0], sums[2])

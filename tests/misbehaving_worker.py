@@ -44,8 +44,15 @@ def main() -> NoReturn:
 
 
 def _facts(**changes: str | int) -> wire.Facts:
-    sound = {"sop_instance": "1.2.3", "accession": "", "patient_id": "P", "issuer": ""}
+    sound = {
+        "sop_instance": "1.2.3",
+        "accession": "",
+        "patient_id": "P",
+        "issuer": "",
+        "person": "",
+    }
     about = {"rows": 4, "columns": 4, "pixels": "ab" * 32, "modality": "DX"}
+    about |= {"manufacturer": "", "year": "", "person": ""}
     return wire.Facts(**{**about, **sound, **changes})  # type: ignore[arg-type]
 
 

@@ -20,7 +20,7 @@ from cloister_client.dicom import discover, precheck, structure
 from cloister_client.dicom.discover import read_file
 from cloister_client.dicom.precheck import Checked
 from cloister_client.dicom.reject import RejectedFile
-from cloister_client.dicom.tags import WANTED
+from cloister_client.dicom.tags import ASIDE, WANTED
 from cloister_common.errors import FolderUnreadable, Reject
 from dicom_files import encode, make_dicom, radiograph
 
@@ -214,10 +214,31 @@ def test_private_and_personal_elements_never_reach_the_parser() -> None:
     data_set_bytes = make_dicom(
         elements={"PatientName": "CANARY^NAME", "PatientBirthDate": "19700101"}
     )
-    parts = structure.dissect(data_set_bytes, WANTED, precheck.TRANSFER_SYNTAXES)
+    parts = structure.dissect(data_set_bytes, WANTED, precheck.TRANSFER_SYNTAXES, ASIDE)
     assert b"CANARY" in data_set_bytes
     assert b"CANARY" not in parts.header
     assert b"19700101" not in parts.header
+    assert parts.aside == {0x00100010: b"CANARY^NAME ", 0x00100030: b"19700101"}
+
+
+def _person(name: str, born: str = "19700101") -> str:
+    return _check(make_dicom(elements={"PatientName": name, "PatientBirthDate": born})).person
+
+
+def test_a_person_is_told_by_name_and_birth_whatever_the_device_writes() -> None:
+    one = _person("Doe^Jane")
+    assert len(one) == 64
+    assert {_person("DOE^JANE"), _person("jane doe"), _person("Doe, Jane^^^")} == {one}
+    others = [_person("Doe^John"), _person("Doe^Jane", "19700102"), _person("Doe")]
+    assert one not in others
+    assert len(set(others)) == 3
+    assert {_person(""), _person("Doe^Jane", ""), _person("Doe^Jane", "1970")} == {""}
+
+
+def test_year_and_maker_are_read() -> None:
+    tags = _check(make_dicom(elements={"StudyDate": "20190304", "Manufacturer": "Maker"})).tags
+    assert (tags.year, tags.manufacturer) == ("2019", "Maker")
+    assert _check(make_dicom(elements={"StudyDate": ""})).tags.year == ""
 
 
 @pytest.mark.parametrize("transfer_syntax", sorted(precheck.NATIVE))

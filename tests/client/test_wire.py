@@ -15,7 +15,7 @@ from cloister_common.errors import DecoderUnfit, Reject
 from cloister_common.study import Input
 
 UNFIT = frozenset(("1.2.840.10008.1.2.4.80",))
-FACTS = wire.Facts(48, 40, "0f" * 32, "DX", "1.2.3", "ACC", "Ž-1", "")
+FACTS = wire.Facts(48, 40, "0f" * 32, "DX", "Maker", "2019", "1.2.3", "ACC", "Ž-1", "", "e5" * 32)
 REQUEST = wire.Request(7, 10, ("CR", "DX"), 128, "auto", (1.0, 99.0), None)
 SAYABLE = set(Reject) - {Reject.DUPLICATE, Reject.UNREADABLE, Reject.OUTSIDE_ROOT}
 
@@ -37,7 +37,7 @@ def test_an_image_comes_back_as_it_was() -> None:
 
 def test_facts_are_not_shown() -> None:
     shown = repr(FACTS)
-    assert not any(text in shown for text in ("1.2.3", "ACC", "Ž-1", "0f0f"))
+    assert not any(text in shown for text in ("1.2.3", "ACC", "Ž-1", "0f0f", "e5e5"))
 
 
 @pytest.mark.parametrize("reason", sorted(SAYABLE, key=lambda one: one.value))
@@ -71,6 +71,9 @@ def test_another_hello(hello: bytes) -> None:
         {"rows": MAX_PIXELS, "columns": 2},
         {"modality": "CT"},
         {"modality": ""},
+        {"year": "19"},
+        {"year": "CANARY"},
+        {"person": "ab"},
         {"sop_instance": ""},
         {"sop_instance": "1.2\n3"},
         {"sop_instance": "1" * 65},
@@ -92,7 +95,7 @@ def test_an_identifier_that_is_none_turns_the_file_away(text: str) -> None:
 
 
 def test_an_identifier_too_long_is_not_believed_either() -> None:
-    head = struct.pack(">QBII32s5H", 7, 0, 4, 4, bytes(32), 2, 3, MAX_KEY_BYTES + 1, 1, 0)
+    head = struct.pack(">QBII32s8H", 7, 0, 4, 4, bytes(32), 2, 0, 0, 3, MAX_KEY_BYTES + 1, 1, 0, 0)
     message = head + b"DX1.2" + b"a" * (MAX_KEY_BYTES + 1) + b"P"
     with pytest.raises(wire.InvalidMessage):
         wire.parse_answer(message, REQUEST, UNFIT)

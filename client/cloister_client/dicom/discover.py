@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from cloister_client.dicom.bounds import MAX_FILE_BYTES
 from cloister_client.dicom.reject import RejectedFile
 from cloister_common.errors import FolderUnreadable, Reject
+
+_SETTLED_NS = 2_000_000_000
+"""How old a change must be: a file system's clock ticks in steps, of two seconds on some."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +27,34 @@ class Found:
 
     Attributes:
         path: where it lies; kept out of ``repr``, for a path can name a patient.
+        name: the path within the folder, so that moving the folder whole changes no name.
         reason: why it is turned away unopened, or None.
     """
 
     path: Path
+    name: bytes
     reason: Reject | None = None
 
     def __repr__(self) -> str:
         return f"Found(reason={self.reason})"
+
+    def read(self) -> bytes:
+        """Return the file's bytes; see ``read_file``."""
+        return read_file(self.path)
+
+    def stamp(self) -> str:
+        """What changes whenever the file does, but by those who can set a machine's clock.
+
+        Empty where the file is gone, or is too young for its stamp to tell two writes apart.
+        """
+        try:
+            about = self.path.lstat()
+        except OSError:
+            return ""
+        if time.time_ns() - about.st_ctime_ns < _SETTLED_NS:
+            return ""
+        parts = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+        return "/".join(map(str, parts))
 
 
 def discover(root: Path) -> tuple[Found, ...]:
@@ -55,20 +79,21 @@ def discover(root: Path) -> tuple[Found, ...]:
     while waiting:
         for entry in waiting.pop():
             path = Path(entry.path)
+            name = os.fsencode(os.path.relpath(path, real))
             if entry.is_symlink():
                 refused = _judge_link(path, real)
                 if refused is not None:
-                    found.append(Found(path, refused))
+                    found.append(Found(path, name, refused))
             elif entry.is_dir(follow_symlinks=False):
                 try:
                     waiting.append(_entries(path))
                 except OSError:
-                    found.append(Found(path, Reject.UNREADABLE))
+                    found.append(Found(path, name, Reject.UNREADABLE))
             elif not entry.is_file(follow_symlinks=False):
                 # A pipe or a device: opening it could block or act.
-                found.append(Found(path, Reject.UNREADABLE))
+                found.append(Found(path, name, Reject.UNREADABLE))
             elif entry.name.upper() != "DICOMDIR":
-                found.append(Found(path))
+                found.append(Found(path, name))
     return tuple(sorted(found, key=lambda one: os.fsencode(one.path)))
 
 

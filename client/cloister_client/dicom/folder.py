@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import hmac
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -23,16 +22,30 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cloister_client.dicom.discover import Found, discover, read_file
+from cloister_client.dicom.discover import discover
 from cloister_client.dicom.pool import Reading, shared_pool
 from cloister_client.dicom.preprocess import spec_digest
 from cloister_client.dicom.reject import RejectedFile
-from cloister_client.dicom.wire import Facts
+from cloister_client.dicom.wire import TEXTS, Facts
 from cloister_common.errors import Reject
 from cloister_common.study import Input
 
 _AHEAD_BYTES = 128 << 20
 """Most bytes of files that are read ahead, the one file at hand apart."""
+
+
+class Item(Protocol):
+    """Where the bytes of one file come from; see ``discover.Found``."""
+
+    @property
+    def name(self) -> bytes: ...
+
+    @property
+    def reason(self) -> Reject | None: ...
+
+    def read(self) -> bytes: ...
+
+    def stamp(self) -> str: ...
 
 
 class ImageCache(Protocol):
@@ -90,6 +103,7 @@ def read_folder(
     *,
     key: bytes,
     cache: ImageCache | None = None,
+    also: Sequence[Item] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Accepted | Refused]:
     """Yield the outcome of each file, in the order of the paths.
@@ -99,18 +113,19 @@ def read_folder(
         spec: the study's input.
         key: keys the short names of files; the site's pseudonym key, or any secret.
         cache: where preprocessed images are kept, or None.
+        also: files from elsewhere, read after those of the folder.
         progress: called with (files done, files in all) after each file.
 
     Raises:
         FolderUnreadable: the folder cannot be listed.
         DecoderUnfit: a decoder fails its known-answer test, or no worker can be started.
     """
-    found = discover(dicom)
+    found: tuple[Item, ...] = (*discover(dicom), *also)
     instances: set[str] = set()
     pixels: set[tuple[str, str, str]] = set()
     with _Reader(spec, cache) as reader:
         for done, (one, reading) in enumerate(reader.read(found), start=1):
-            outcome = _judge(_short_id(key, one, dicom), reading, instances, pixels)
+            outcome = _judge(short_id(key, one.name), reading, instances, pixels)
             if progress is not None:
                 progress(done, len(found))
             yield outcome
@@ -136,7 +151,7 @@ def _judge(
 class _Waiting:
     """A file under way; ``done`` is what is known of it already, else ``future`` will tell."""
 
-    found: Found
+    found: Item
     size: int = 0
     done: Reading | Reject | None = None
     future: Future[Reading] | None = None
@@ -162,7 +177,7 @@ class _Reader:
             if waiting.future is not None:
                 waiting.future.cancel()
 
-    def read(self, found: Sequence[Found]) -> Iterator[tuple[Found, Reading | Reject]]:
+    def read(self, found: Sequence[Item]) -> Iterator[tuple[Item, Reading | Reject]]:
         held = 0
         for one in found:
             self._ahead.append(waiting := self._begin(one))
@@ -173,11 +188,11 @@ class _Reader:
         while self._ahead:
             yield self._end()
 
-    def _begin(self, one: Found) -> _Waiting:
+    def _begin(self, one: Item) -> _Waiting:
         if one.reason is not None:
             return _Waiting(one, done=one.reason)
         try:
-            data = read_file(one.path)
+            data = one.read()
         except RejectedFile as rejected:
             return _Waiting(one, done=rejected.reason)
         entry = ""
@@ -188,7 +203,7 @@ class _Reader:
                 return _Waiting(one, done=(_facts(known[0]), known[1]))
         return _Waiting(one, len(data), future=self._pool.submit(data, self._spec), entry=entry)
 
-    def _end(self) -> tuple[Found, Reading | Reject]:
+    def _end(self) -> tuple[Item, Reading | Reject]:
         waiting = self._ahead[0]
         done = waiting.done
         if waiting.future is not None:
@@ -206,14 +221,10 @@ class _Reader:
 
 def _facts(entry: Mapping[str, str | int]) -> Facts:
     """Read what the cache holds; it was written here, and is sealed."""
-    texts = {
-        name: str(entry[name])
-        for name in ("pixels", "modality", "sop_instance", "accession", "patient_id", "issuer")
-    }
+    texts = {name: str(entry[name]) for name in ("pixels", *TEXTS)}
     return Facts(rows=int(entry["rows"]), columns=int(entry["columns"]), **texts)
 
 
-def _short_id(key: bytes, one: Found, root: Path) -> str:
-    # Relative to the folder as it was given, so that moving it whole keeps the names.
-    relative = os.path.relpath(one.path, root.resolve())
-    return hmac.new(key, b"file\0" + os.fsencode(relative), hashlib.sha256).hexdigest()[:12]
+def short_id(key: bytes, name: bytes) -> str:
+    """Name a file without its path: 12 hexadecimal digits, keyed."""
+    return hmac.new(key, b"file\0" + name, hashlib.sha256).hexdigest()[:12]

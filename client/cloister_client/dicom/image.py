@@ -37,9 +37,12 @@ def read_image(checked: Checked, recipe: Recipe) -> tuple[Facts, NDArray[np.uint
         columns=layout.columns,
         pixels=described.hexdigest(),
         modality=tags.modality,
+        manufacturer=tags.manufacturer,
+        year=tags.year,
         sop_instance=tags.sop_instance,
         accession=tags.accession,
         patient_id=tags.patient_id,
         issuer=tags.issuer,
+        person=checked.person,
     )
     return facts, image

@@ -14,7 +14,7 @@ from cloister_client.dicom import structure
 from cloister_client.dicom.bounds import MAX_PIXELS
 from cloister_client.dicom.codestream import check_codestream
 from cloister_client.dicom.reject import RejectedFile
-from cloister_client.dicom.tags import WANTED, PixelLayout, Tags, parse_tags
+from cloister_client.dicom.tags import ASIDE, WANTED, PixelLayout, Tags, parse_tags, person
 from cloister_common.errors import Reject
 
 IMPLICIT_LITTLE = structure.IMPLICIT_LITTLE
@@ -72,11 +72,13 @@ class Checked:
 
     Attributes:
         tags: the allow-listed elements.
+        person: see ``tags.person``.
         transfer_syntax: its UID, one of ``TRANSFER_SYNTAXES``.
         pixels: native bytes or one encoded frame.
     """
 
     tags: Tags
+    person: str
     transfer_syntax: str
     pixels: bytes
 
@@ -95,7 +97,7 @@ def precheck(data: bytes, modalities: Collection[str]) -> Checked:
         RejectedFile: with the first reason that applies.
     """
     _preamble(data)
-    parts = structure.dissect(data, WANTED, TRANSFER_SYNTAXES)
+    parts = structure.dissect(data, WANTED, TRANSFER_SYNTAXES, ASIDE)
     if parts.pixels is None:
         # Before the header is read: reports and plans have no pixel description to be wrong.
         raise RejectedFile(Reject.NO_PIXELS)
@@ -114,7 +116,7 @@ def precheck(data: bytes, modalities: Collection[str]) -> Checked:
         _native_length(tags.layout, len(parts.pixels))
     else:
         check_codestream(parts.pixels, parts.transfer_syntax, tags.layout)
-    return Checked(tags, parts.transfer_syntax, parts.pixels)
+    return Checked(tags, person(parts.aside), parts.transfer_syntax, parts.pixels)
 
 
 def _preamble(data: bytes) -> None:

@@ -9,7 +9,7 @@ ever reach a library, so no library can quote what it has not seen.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from cloister_client.dicom.reject import RejectedFile
@@ -54,12 +54,14 @@ class Parts:
         header: the wanted elements as a data set of its own, little endian.
         pixels: native pixel bytes, or the fragments of the encapsulated frame joined; None where
             the file has no Pixel Data element.
+        aside: values of elements that no library is to see, by tag.
     """
 
     transfer_syntax: str
     implicit: bool
     header: bytes
     pixels: bytes | None
+    aside: Mapping[int, bytes]
 
     def __repr__(self) -> str:
         return f"Parts(transfer_syntax={self.transfer_syntax!r})"
@@ -74,13 +76,16 @@ class _Element:
     length: int
 
 
-def dissect(data: bytes, wanted: Set[int], accepted: Set[str]) -> Parts:
+def dissect(
+    data: bytes, wanted: Set[int], accepted: Set[str], aside: Set[int] = frozenset()
+) -> Parts:
     """Walk a whole file and cut out the elements in ``wanted``.
 
     Args:
         data: the file, which starts with a preamble and ``DICM``.
         wanted: tags to keep, as ``0xGGGGEEEE``.
         accepted: UIDs of the transfer syntaxes that may be walked.
+        aside: tags whose values are kept apart, none of them a sequence.
 
     Raises:
         RejectedFile: ``NOT_DICOM``, ``TRANSFER_SYNTAX``, or ``TRUNCATED`` for every structure
@@ -95,6 +100,7 @@ def dissect(data: bytes, wanted: Set[int], accepted: Set[str]) -> Parts:
     implicit = syntax == IMPLICIT_LITTLE
     native = syntax in {IMPLICIT_LITTLE, EXPLICIT_LITTLE}
     kept: dict[int, bytes] = {}
+    values: dict[int, bytes] = {}
     pixels: bytes | None = None
     for element, end in walk.top_level(start, implicit):
         if element.tag == PIXEL_DATA:
@@ -108,8 +114,12 @@ def dissect(data: bytes, wanted: Set[int], accepted: Set[str]) -> Parts:
                 raise _damaged()
             walk.descend(element, implicit)
             kept[element.tag] = data[element.start : end]
+        elif element.tag in aside:
+            if element.tag in values or element.length > MAX_KEPT_BYTES:
+                raise _damaged()
+            values[element.tag] = data[element.value : end]
     header = b"".join(kept[tag] for tag in sorted(kept))
-    return Parts(syntax, implicit, header, pixels)
+    return Parts(syntax, implicit, header, pixels, values)
 
 
 def _damaged() -> RejectedFile:

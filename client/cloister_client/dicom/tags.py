@@ -6,10 +6,12 @@ neither a patient's name nor a private block can turn up in a warning or an exce
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -34,8 +36,10 @@ WANTED = frozenset(
         0x00080005,  # Specific Character Set
         0x00080016,  # SOP Class UID
         0x00080018,  # SOP Instance UID
+        0x00080020,  # Study Date
         0x00080050,  # Accession Number
         0x00080060,  # Modality
+        0x00080070,  # Manufacturer
         0x00100020,  # Patient ID
         0x00100021,  # Issuer of Patient ID
         0x00280002,  # Samples per Pixel
@@ -59,6 +63,12 @@ WANTED = frozenset(
         0x00283010,  # VOI LUT Sequence
     )
 )
+_NAME, _BIRTH_DATE = 0x00100010, 0x00100030
+ASIDE = frozenset((_NAME, _BIRTH_DATE))
+"""Elements that tell whether two patient identifiers are one person's. They are hashed as they
+stand: no library decodes them, and the name goes no further."""
+
+_DATE = re.compile(r"[0-9]{8}")  # PS3.5 section 6.2, DA
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,10 +124,16 @@ class Grayscale:
 
 @dataclass(frozen=True, eq=False)
 class Tags:
-    """What is kept of a header. Identifiers stay out of ``repr``."""
+    """What is kept of a header. Identifiers stay out of ``repr``.
+
+    Attributes:
+        year: of the study, four digits, or empty.
+    """
 
     sop_class: str
     modality: str
+    manufacturer: str
+    year: str
     photometric: str
     samples: int
     frames: int
@@ -128,6 +144,18 @@ class Tags:
     accession: str = field(repr=False)
     patient_id: str = field(repr=False)
     issuer: str = field(repr=False)
+
+
+def person(aside: Mapping[int, bytes]) -> str:
+    """Hash a patient's name and date of birth: 64 hexadecimal digits; empty where one is missing.
+
+    Case, punctuation and the order of a name's parts do not count: they differ between devices.
+    """
+    name = sorted(re.findall(rb"[^\s^=,.\0-]+", aside.get(_NAME, b"").lower()))
+    born = aside.get(_BIRTH_DATE, b"").strip(b"\0 ").replace(b".", b"")
+    if not name or not _DATE.fullmatch(born.decode("ascii", "replace")):
+        return ""
+    return hashlib.sha256(b"\0".join((born, *name))).hexdigest()
 
 
 @contextmanager
@@ -176,6 +204,8 @@ def _read(data_set: Dataset) -> Tags:
     return Tags(
         sop_class=_text(data_set, "SOPClassUID"),
         modality=_text(data_set, "Modality"),
+        manufacturer=_text(data_set, "Manufacturer"),
+        year=_year(data_set),
         photometric=photometric,
         samples=_integer(data_set, "SamplesPerPixel", 1),
         frames=_integer(data_set, "NumberOfFrames", 1),
@@ -187,6 +217,11 @@ def _read(data_set: Dataset) -> Tags:
         patient_id=_text(data_set, "PatientID"),
         issuer=_text(data_set, "IssuerOfPatientID"),
     )
+
+
+def _year(data_set: Dataset) -> str:
+    date = _text(data_set, "StudyDate")
+    return date[:4] if _DATE.fullmatch(date) else ""
 
 
 def _grayscale(data_set: Dataset, layout: PixelLayout, inverted: bool) -> Grayscale:

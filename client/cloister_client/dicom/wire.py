@@ -7,7 +7,7 @@ one datagram. A file and an image do not travel in messages but in memory that b
     hello    "cloister/read/v1", then each transfer syntax whose decoder is unfit, NUL before each
     request  serial u64, bytes of the file u64, what the study reads as JSON
     answer   serial u64, kind u8, then
-             image: rows u32, columns u32, SHA-256, five lengths u16, five texts in UTF-8
+             image: rows u32, columns u32, SHA-256, lengths u16 and as many texts in UTF-8
              reject: the code in ASCII        unfit: the transfer syntax in ASCII
 """
 
@@ -30,8 +30,10 @@ MAX_MESSAGE = 16 << 10
 _IMAGE, _REJECT, _UNFIT = 0, 1, 2
 _REQUEST = struct.Struct(">QQ")
 _ANSWER = struct.Struct(">QB")
-_FACTS = struct.Struct(">II32s5H")
+_FACTS = struct.Struct(">II32s8H")
 _UID = re.compile(r"[0-9.]{1,64}")  # PS3.5 section 9.1
+_YEAR = re.compile(r"([0-9]{4})?")
+_PERSON = re.compile(r"([0-9a-f]{64})?")
 _SAYABLE = frozenset(Reject) - {Reject.DUPLICATE, Reject.UNREADABLE, Reject.OUTSIDE_ROOT}
 """A worker sees no path and no second file, so it has no say in these."""
 
@@ -62,21 +64,39 @@ class Facts:
         pixels: SHA-256 of the stored values and their meaning, 64 hexadecimal digits; two files
             of one image have the same.
         modality: CR, DX, MG, CT or MR.
+        manufacturer, year: of the device and of the study, as far as the file tells.
         sop_instance, accession, patient_id, issuer: what it can be linked by; not in ``repr``.
+        person: see ``tags.person``.
     """
 
     rows: int
     columns: int
     pixels: str = field(repr=False)
     modality: str
+    manufacturer: str
+    year: str
     sop_instance: str = field(repr=False)
     accession: str = field(repr=False)
     patient_id: str = field(repr=False)
     issuer: str = field(repr=False)
+    person: str = field(repr=False)
 
     @property
     def texts(self) -> tuple[str, ...]:
-        return self.modality, self.sop_instance, self.accession, self.patient_id, self.issuer
+        """The fields that are texts, in the order in which they travel."""
+        return tuple(getattr(self, name) for name in TEXTS)
+
+
+TEXTS = (
+    "modality",
+    "manufacturer",
+    "year",
+    "sop_instance",
+    "accession",
+    "patient_id",
+    "issuer",
+    "person",
+)
 
 
 def pack_hello(unfit_decoders: Collection[str]) -> bytes:
@@ -186,6 +206,8 @@ def parse_answer(message: bytes, request: Request, unfit_decoders: Collection[st
         and facts.rows * facts.columns <= MAX_PIXELS
         and request.size <= MAX_SIDE
         and facts.modality in request.modalities
+        and _YEAR.fullmatch(facts.year)
+        and _PERSON.fullmatch(facts.person)
         and _UID.fullmatch(facts.sop_instance)
         and facts.patient_id
     )

@@ -198,6 +198,10 @@ def opacus_step(
 # In the parent.
 
 
+class ContestantDiedError(Exception):
+    """It ended early; Opacus' hooks at 224 px need more memory than many machines have."""
+
+
 class Child:
     """A contestant in its own process."""
 
@@ -220,14 +224,18 @@ class Child:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"the contestant '{self.name}' ended early")
+            self.process.wait()
+            raise ContestantDiedError(self.name)
         answer: dict[str, float] = json.loads(line)
         return answer
 
     def batch(self) -> dict[str, float]:
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise ContestantDiedError(self.name) from None
         return self._read()
 
     def end(self) -> float:
@@ -237,6 +245,19 @@ class Child:
         peak = self._read()["memory"]
         self.process.wait()
         return peak / 1e6
+
+
+def race(pair: list[Child], rounds: int) -> tuple[list[float], list[float], list[float], float]:
+    """Ratios, wall and CPU seconds of the last of a pair, and its peak memory in GB."""
+    for child in pair:
+        child.batch()
+    ratios, walls, cpus = [], [], []
+    for _ in range(rounds):
+        took = [child.batch() for child in pair]
+        ratios.append(took[0]["cpu"] / took[-1]["cpu"])
+        cpus.append(took[-1]["cpu"])
+        walls.append(took[-1]["wall"])
+    return ratios, walls, cpus, [child.end() for child in pair][-1]
 
 
 def compare(
@@ -249,15 +270,14 @@ def compare(
         pair = [Child("plain", setting, threads)]
         if name != "plain":
             pair.append(Child(name, setting, threads))
-        for child in pair:
-            child.batch()
-        ratios, walls, cpus = [], [], []
-        for _ in range(rounds):
-            took = [child.batch() for child in pair]
-            ratios.append(took[0]["cpu"] / took[-1]["cpu"])
-            cpus.append(took[-1]["cpu"])
-            walls.append(took[-1]["wall"])
-        peak = [child.end() for child in pair][-1]
+        try:
+            ratios, walls, cpus, peak = race(pair, rounds)
+        except ContestantDiedError as died:
+            for child in pair:
+                child.process.kill()
+                child.process.wait()
+            print(f"{setting.network:>12} {setting.size:>4} {name:>12}  '{died}' ended early")
+            continue
         speeds[name], peaks[name] = statistics.median(ratios), peak
         print(
             f"{setting.network:>12} {setting.size:>4} {name:>12} "
@@ -273,6 +293,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="ResNet-18 alone, one round")
     parser.add_argument("--rounds", type=int, default=0, help="batches that count; 5, or 1")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--network", choices=[one.network for one in SETTINGS], help="this alone")
     parser.add_argument("--only", nargs="*", help="these contestants alone")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -287,6 +308,8 @@ def main() -> None:
     )
     last: dict[str, float] = {}
     for setting in SETTINGS[:1] if given.quick else SETTINGS:
+        if given.network not in (None, setting.network):
+            continue
         names = tuple(n for n in setting.contestants if not given.only or n in given.only)
         speeds, peaks = compare(setting, names, rounds, given.threads)
         if "loop" in speeds:

@@ -28,7 +28,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "dicom.md"
 # Not through pydicom's own functions, which download what is not there.
 DATA = Path(pydicom.__file__).parent / "data"
 FOLDERS = ("charset_files", "palettes", "test_files")
-SPEC = Input(size=32, modalities=("CR", "DX", "MG", "CT", "MR"))
+SPEC = Input(size=32, modalities=("CR", "DX", "MG", "CT", "MR", "US"))
 NO_SYNTAX = "none told"
 
 _TURBO = "libjpeg-turbo (`imagecodecs`)"

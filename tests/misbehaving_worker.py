@@ -32,12 +32,14 @@ def main() -> NoReturn:
 
     sound = precheck.precheck
 
-    def wrapped(data: bytes, modalities: Collection[str]) -> precheck.Checked:
+    def wrapped(
+        data: bytes, modalities: Collection[str], *, released: bool = False
+    ) -> precheck.Checked:
         global serial
         serial += 1
         if data.startswith(b"do:"):
             DEEDS[data[3:].decode()]()
-        return sound(data, modalities)
+        return sound(data, modalities, released=released)
 
     precheck.precheck = wrapped
     worker.serve(channel, inbox, outbox)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from cloister_client import gate, masked
 from cloister_client.audit import WHY, log_of
-from cloister_client.cohort import Cohort, load_cohort, split
+from cloister_client.cohort import Cohort, load_frozen, same, split
 from cloister_client.evaluation import score_histogram
 from cloister_client.features import features_of
 from cloister_client.high_water import compare
@@ -124,7 +124,7 @@ def prepare(message: Message, context: Context) -> Message:
         if isinstance(module, FrozenBackbone):
             module.require()
         gate.admit(site, study, run=task.run, invited=task.sites, signatures=task.signatures)
-        cohort = _cohort(site, study)
+        cohort = _cohort(site, study, anew=True)
         if isinstance(module, FrozenBackbone) and not study.training.augment:
             # Now, where reading takes its time anyway, and not in the first round.
             features_of(module, _parts(cohort, study)[0])
@@ -379,13 +379,20 @@ def _refuse(site: Site | None, error: CloisterError, node: int) -> Refusal:
     return Refusal(site.name, reason.value, site.identity().sign(*said))
 
 
-def _cohort(site: Site, study: Study) -> Cohort:
-    """The site's patients, kept in memory for as long as this process lives."""
+def _cohort(site: Site, study: Study, *, anew: bool = False) -> Cohort:
+    """The site's patients, kept in memory for as long as this process lives.
+
+    Args:
+        anew: check what is on disk, as at the start of every run.
+    """
     key = (site.root, study.digest)
-    if key in _cohorts:
-        _cohorts.move_to_end(key)
-        return _cohorts[key]
-    _cohorts[key] = load_cohort(site, study)
+    known = _cohorts.get(key)
+    if known is None or anew:
+        found = load_frozen(site, study)
+        # The same object while nothing changed: features are kept with it.
+        if known is None or not same(known, found):
+            _cohorts[key] = found
+    _cohorts.move_to_end(key)
     while len(_cohorts) > _COHORTS_KEPT:
         _cohorts.popitem(last=False)
     return _cohorts[key]

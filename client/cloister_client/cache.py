@@ -1,6 +1,6 @@
 """Preprocessed images on disk, encrypted, so that a file is decoded once.
 
-An entry is named by a keyed hash of the file's content and of the preprocessing, so neither a
+An entry is named by keyed hashes of the file's content and of the preprocessing, so neither a
 changed file nor a changed study can find a stale image, and the name tells nothing of the file.
 AES-256-GCM binds the content to the name. An entry that was tampered with, cut short or moved is
 as good as absent: the file is decoded again, the entry replaced and the event counted.
@@ -51,9 +51,21 @@ class Cache:
         self.misses = 0
         self.damaged = 0
 
-    def name(self, content: bytes, spec: str) -> str:
-        """Name the entry of a file with this SHA-256 under this ``spec_digest``."""
-        return hmac.new(self._name_key, content + bytes.fromhex(spec), hashlib.sha256).hexdigest()
+    def content(self, data: bytes) -> bytes:
+        """Name a file's content, 32 bytes: a keyed hash, of no use to who holds the same file."""
+        return self._keyed(b"content\0" + hashlib.sha256(data).digest())
+
+    def name(self, content: bytes, spec: str, *, released: bool = False) -> str:
+        """Name the entry of a file of this ``content`` under this ``spec_digest``.
+
+        Args:
+            released: whether the image is one that a person had to release.
+        """
+        kind = b"released\0" if released else b"image\0"
+        return self._keyed(kind + content + bytes.fromhex(spec)).hex()
+
+    def _keyed(self, message: bytes) -> bytes:
+        return hmac.new(self._name_key, message, hashlib.sha256).digest()
 
     def get(self, name: str) -> tuple[dict[str, str | int], NDArray[np.uint16]] | None:
         """Return the facts and the image (size, size) of an entry, or None."""

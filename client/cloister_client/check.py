@@ -6,14 +6,10 @@ whoever helps to mend the data; pseudonyms in it are cut short and hold for one 
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from cloister_client import gate
 from cloister_client.budget import line, study_promised
@@ -22,19 +18,12 @@ from cloister_client.labels import read_labels
 from cloister_client.policy import refusals
 from cloister_client.site import Site
 from cloister_common.errors import DataError, DecoderUnfit, FolderUnreadable, LabelsInvalid, Reject
-from cloister_common.files import write_atomic
 from cloister_common.study import About, Input, Study, Target
-
-SHEET_IMAGES = 48
-"""Most images on a contact sheet."""
-SHEET_COLUMNS = 8
-SHEET_TILE = 128
-"""Side of an image on a contact sheet, in pixels."""
 
 _SIZES_SHOWN = 6
 _ANY_STUDY = Study(
     study=About(name="check", question="What is there?"),
-    input=Input(modalities=("CR", "DX", "MG", "CT", "MR")),
+    input=Input(modalities=("CR", "DX", "MG", "CT", "MR", "US")),
     target=Target(column="none", classes=("none", "other")),
 )
 
@@ -192,6 +181,9 @@ def render(report: DataReport) -> str:
         lines.append("Labels were not checked: give a study with --study.")
     lines += [f"This site would refuse the study: {sentence}" for sentence in report.policy]
     lines += [str(fault) for fault in report.faults]
+    held = sum(count for reason, count in report.rejects.items() if reason.held)
+    if held:
+        lines.append(f"Held until a person has looked: {held}. See: cloister client quarantine")
     if report.faults:
         lines.append("The data cannot be used as they are.")
     elif report.policy:
@@ -199,32 +191,6 @@ def render(report: DataReport) -> str:
     else:
         lines.append("The data can be used.")
     return "\n".join(lines)
-
-
-def contact_sheet(cohort: Cohort, path: Path) -> int:
-    """Write preprocessed images, one a patient, as a grid: a PNG of mode 0600 without any text.
-
-    Returns:
-        How many images it shows, at most ``SHEET_IMAGES``.
-
-    Raises:
-        OutputInTheWay: it cannot be written.
-    """
-    from PIL import Image
-
-    chosen = [patient.images[0] for patient in cohort.patients[:SHEET_IMAGES]]
-    columns = min(SHEET_COLUMNS, max(1, len(chosen)))
-    rows = max(1, -(-len(chosen) // columns))
-    sheet = Image.new("L", (columns * SHEET_TILE, rows * SHEET_TILE))
-    for place, index in enumerate(chosen):
-        shades = (cohort.images[index] >> 8).astype(np.uint8)
-        tile = Image.fromarray(shades).resize((SHEET_TILE, SHEET_TILE), Image.Resampling.BOX)
-        row, column = divmod(place, columns)
-        sheet.paste(tile, (column * SHEET_TILE, row * SHEET_TILE))
-    out = io.BytesIO()
-    sheet.save(out, "PNG")
-    write_atomic(path, out.getvalue())
-    return len(chosen)
 
 
 def _labels_alone(site: Site, study: Study | None) -> list[DataError]:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from cloister_client import cli_budget
+from cloister_client import cli_budget, cli_data
 from cloister_client.cli_certificate import certificate
 from cloister_client.cli_join import join, proxy, roster
 from cloister_client.cli_privacy_audit import privacy_audit
@@ -38,6 +38,9 @@ app.command()(approve)
 app.command()(deny)
 app.command()(certificate)
 app.command(name="privacy-audit")(privacy_audit)
+app.command()(cli_data.freeze)
+app.command(name="data-report")(cli_data.data_report)
+app.add_typer(cli_data.app, name="quarantine")
 app.add_typer(cli_budget.app, name="budget")
 
 
@@ -86,9 +89,11 @@ def check(
     """
     require("client", "httpx", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls", "PIL")
     from cloister_client import preflight
-    from cloister_client.check import contact_sheet, inspect, render
+    from cloister_client.check import inspect, render
+    from cloister_client.contact_sheet import contact_sheet
     from cloister_client.preflight_network import network
     from cloister_client.site import open_site
+    from cloister_common.files import write_atomic
     from cloister_common.study import load_study
 
     site = open_site(site_folder(folder))
@@ -103,7 +108,8 @@ def check(
     else:
         typer.echo(f"{preflight.render(findings)}\n\n{render(report)}")
     if sheet is not None and report.cohort is not None:
-        shown = contact_sheet(report.cohort, sheet)
+        shown, png = contact_sheet(report.cohort)
+        write_atomic(sheet, png)
         typer.echo(f"Wrote {shown} images to {sheet}. They show patients: keep it here.", err=True)
     raise typer.Exit(preflight.exit_status(findings))
 

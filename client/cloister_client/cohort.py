@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from cloister_client.cache import Cache
+from cloister_client import manifest as manifests
 from cloister_client.dicom.folder import Accepted, Refused, read_folder
+from cloister_client.dicom.wire import Facts
 from cloister_client.labels import Linked, join, read_labels
+from cloister_client.manifest import Item, Manifest, image_name, item_of
+from cloister_client.memory import memory_of
+from cloister_client.quarantine import releases
 from cloister_client.site import Site, pseudonym
 from cloister_common.errors import (
     CohortTooSmall,
@@ -74,13 +78,27 @@ class Cohort:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A cohort and all that is wrong with it, in the order in which it should be mended."""
+    """A cohort and all that is wrong with it, in the order in which it should be mended.
+
+    Attributes:
+        cohort: the images, or None where there is none.
+        faults: what is wrong.
+        files: how many files there are.
+        rejects: how many were turned away, by reason.
+        later: how many images came after the study was frozen, and are no part of it.
+        damaged: how many cached images did not bear their seal, and were decoded anew.
+        items: the images as a manifest names them.
+        facts: what the files say of each image, in no order; see ``data_report``.
+    """
 
     cohort: Cohort | None
     faults: tuple[DataError, ...]
     files: int
     rejects: Mapping[Reject, int]
-    cache: Cache
+    later: int = 0
+    damaged: int = 0
+    items: tuple[Item, ...] = ()
+    facts: tuple[tuple[Facts, str], ...] = field(default=(), repr=False)
 
 
 def load_cohort(
@@ -103,7 +121,56 @@ def load_cohort(
         FolderUnreadable, SiteEmpty, LabelsInvalid, LabelMissing, LabelWithoutImage, OneClassOnly,
         CohortTooSmall, DecoderUnfit: the first that applies.
     """
-    reading = read_cohort(site, study, progress=progress, require_labels=require_labels)
+    return _sound(read_cohort(site, study, progress=progress, require_labels=require_labels))
+
+
+def load_frozen(
+    site: Site, study: Study, *, progress: Callable[[int, int], None] | None = None
+) -> Cohort:
+    """Read a site's images and labels for a run: the first run freezes them, later ones check.
+
+    Raises:
+        DataChanged: an image that was frozen is not what it was.
+        OutputInTheWay, AuditLogDamaged: the data cannot be frozen.
+        others: see ``load_cohort``.
+    """
+    frozen = manifests.load(site, study)
+    reading = read_cohort(site, study, progress=progress, frozen=frozen)
+    cohort = _sound(reading)
+    if frozen is None:
+        manifests.freeze(site, study, reading.items)
+    return cohort
+
+
+def freeze(
+    site: Site,
+    study: Study,
+    *,
+    again: bool = False,
+    why: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Freeze a study's data at a site, as the first run would.
+
+    Args:
+        site: the opened site.
+        study: the study.
+        again: replace what was frozen.
+        why: the steward's reason for that, one line.
+        progress: called with (files done, files in all).
+
+    Raises:
+        OptionInvalid: it is frozen already, and ``again`` or a reason is missing.
+        others: see ``load_frozen``.
+    """
+    if manifests.path_of(site, study).exists() or again:
+        manifests.require_reason(why if again else "")
+    reading = read_cohort(site, study, progress=progress)
+    _sound(reading)
+    return manifests.freeze(site, study, reading.items, why=why.strip())
+
+
+def _sound(reading: Reading) -> Cohort:
     if reading.faults:
         raise reading.faults[0]
     assert reading.cohort is not None
@@ -116,28 +183,41 @@ def read_cohort(
     *,
     progress: Callable[[int, int], None] | None = None,
     require_labels: bool = True,
+    frozen: Manifest | None = None,
 ) -> Reading:
     """Do as ``load_cohort`` does, but go on after a fault and list them all.
 
+    Args:
+        frozen: what the study was frozen with; images that came later are left out.
+        others: see ``load_cohort``.
+
     Raises:
         FolderUnreadable, DecoderUnfit: nothing can be read at all.
+        FileUnreadable: the decisions on held files cannot be read.
     """
-    key, cache = site.pseudonym_key(), Cache(site.cache, site.cache_key())
+    key = site.pseudonym_key()
     accepted: list[tuple[Accepted, str]] = []
     linked: list[Linked] = []
     rejects: Counter[Reject] = Counter()
     digest = study.digest
-    for outcome in read_folder(site.dicom, study.input, key=key, cache=cache, progress=progress):
-        if isinstance(outcome, Refused):
-            rejects[outcome.reason] += 1
-        if outcome.keys is None:
-            continue
-        keys = outcome.keys
-        name = pseudonym(key, digest, keys.issuer, keys.patient_id)
-        linked.append(Linked(keys, name, duplicate=isinstance(outcome, Refused)))
-        if isinstance(outcome, Accepted):
-            accepted.append((outcome, name))
-    files = len(accepted) + sum(rejects.values())
+    known = None if frozen is None else {one.image for one in frozen.items}
+    later = 0
+    with memory_of(site, releases(site)) as memory:
+        for outcome in read_folder(
+            site.dicom, study.input, key=key, memory=memory, progress=progress
+        ):
+            if isinstance(outcome, Refused):
+                rejects[outcome.reason] += 1
+            if outcome.keys is None:
+                continue
+            keys = outcome.keys
+            name = pseudonym(key, digest, keys.issuer, keys.patient_id)
+            new = known is not None and image_name(key, digest, keys.sop_instance) not in known
+            later += new and isinstance(outcome, Accepted)
+            linked.append(Linked(keys, name, duplicate=new or isinstance(outcome, Refused)))
+            if isinstance(outcome, Accepted) and not new:
+                accepted.append((outcome, name))
+    files = len(accepted) + later + sum(rejects.values())
     faults: list[DataError] = []
     if not accepted:
         faults.append(_empty(rejects))
@@ -147,11 +227,28 @@ def read_cohort(
         # Where no image could be used, that labels have no image is no news; a bad file is.
         faults += [one for one in label_faults if accepted or isinstance(one, LabelsInvalid)]
         labels = [value for value, one in zip(found, linked, strict=True) if not one.duplicate]
+    items = tuple(
+        item_of(
+            key, digest, sop_instance=one.keys.sop_instance, patient=name,
+            content=one.content, pixels=one.facts.pixels, label=label,
+        )
+        for (one, name), label in zip(accepted, labels, strict=True)
+    )  # fmt: skip
+    spoiled = [item.image for item, (one, _) in zip(items, accepted, strict=True) if one.damaged]
+    if frozen is not None:
+        # First of all faults: what changed explains the others.
+        faults[:0] = manifests.differences(frozen, items, spoiled)
     counted = dict(sorted(rejects.items(), key=lambda item: item[0].value))
     cohort = _assemble(accepted, labels, counted)
     if cohort is not None and require_labels and not faults:
         faults += _class_faults(site, study, cohort)
-    return Reading(cohort, tuple(faults), files, counted, cache)
+    facts = tuple((one.facts, name) for one, name in accepted)
+    return Reading(cohort, tuple(faults), files, counted, later, len(spoiled), items, facts)
+
+
+def same(one: Cohort, other: Cohort) -> bool:
+    """Whether two cohorts are of the same patients with the same labels and pixels."""
+    return one.patients == other.patients and np.array_equal(one.images, other.images)
 
 
 def split(cohort: Cohort, fraction: float) -> tuple[Cohort, Cohort]:
@@ -232,8 +329,10 @@ def _assemble(
         images=np.stack([accepted[index][0].image for index in order]),
         patients=tuple(patients),
         rejects=rejects,
-        modalities=dict(sorted(Counter(one.modality for one, _ in accepted).items())),
-        shapes=dict(sorted(Counter((one.rows, one.columns) for one, _ in accepted).items())),
+        modalities=dict(sorted(Counter(one.facts.modality for one, _ in accepted).items())),
+        shapes=dict(
+            sorted(Counter((one.facts.rows, one.facts.columns) for one, _ in accepted).items())
+        ),
     )
 
 

@@ -5,6 +5,9 @@
     site.toml        what a person wrote: name, data, policy
     keys/            identity.pem (Ed25519), pseudonym.key, cache.key; mode 0700 and 0600
     cache/           preprocessed images, encrypted
+    index.sqlite     which files did not change; can be lost
+    quarantine.json  which held files a person has released, or not
+    manifests/       what each study was frozen with, signed
     audit/           the signed log of what left the site
     ledger.sqlite    what privacy was spent
 

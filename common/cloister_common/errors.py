@@ -18,7 +18,8 @@
     │   ├── FolderUnreadable       CLO-205
     │   ├── LabelsInvalid          CLO-206
     │   ├── CohortTooSmall         CLO-207
-    │   └── DecoderUnfit           CLO-208
+    │   ├── DecoderUnfit           CLO-208
+    │   └── DataChanged            CLO-209
     ├── PrivacyError               3xx, exit 4: the ledger, the budget, the site's policy
     │   ├── BudgetExhausted        CLO-301
     │   ├── LedgerDamaged          CLO-302
@@ -251,6 +252,11 @@ class CohortTooSmall(DataError):
 class DecoderUnfit(DataError):
     code = "CLO-208"
     title = "A decoder gave a wrong answer to its known-answer test"
+
+
+class DataChanged(DataError):
+    code = "CLO-209"
+    title = "The site's data are not what the study was frozen with"
 
 
 class PrivacyError(CloisterError):
@@ -639,11 +645,19 @@ class Reject(enum.Enum):
     UNREADABLE = "CLO-225"
     OUTSIDE_ROOT = "CLO-226"
     EXHAUSTED = "CLO-227"
+    CAPTURE = "CLO-228"
 
     @property
     def title(self) -> str:
         return _REJECT_TITLES[self]
 
+    @property
+    def held(self) -> bool:
+        """Whether the file waits for a person who looks at it and may release it."""
+        return self in _HELD
+
+
+_HELD = frozenset((Reject.PREAMBLE, Reject.BURNED_IN, Reject.CAPTURE))
 
 _REJECT_TITLES = {
     Reject.NOT_DICOM: "not a DICOM file",
@@ -664,6 +678,7 @@ _REJECT_TITLES = {
     Reject.UNREADABLE: "file cannot be opened",
     Reject.OUTSIDE_ROOT: "symbolic link out of the data folder",
     Reject.EXHAUSTED: "reading takes too much memory or time",
+    Reject.CAPTURE: "secondary capture or ultrasound, which may show a name",
 }
 
 

@@ -29,7 +29,7 @@ HASH_LABEL = b"cloister/study/v1\0"
 UPDATE_LABEL = b"cloister/update/v1\0"
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
-Modality = Literal["CR", "DX", "MG", "CT", "MR"]
+Modality = Literal["CR", "DX", "MG", "CT", "MR", "US"]
 Words = Annotated[tuple[str, ...], Field(strict=False)]
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 

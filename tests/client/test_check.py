@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cloister_client.check import SHEET_TILE, contact_sheet, inspect, render
+from cloister_client.check import inspect, render
 from cloister_client.cohort import load_cohort
+from cloister_client.contact_sheet import SHEET_TILE, contact_sheet
 from cloister_client.dicom import precheck
 from cloister_client.policy import Policy
 from cloister_client.site import Site, init_site
@@ -153,10 +155,9 @@ def test_many_sizes_are_summed_up(tmp_path: Path) -> None:
 
 def test_contact_sheet(tmp_path: Path) -> None:
     cohort = load_cohort(_site(tmp_path / "site", 10, 2), STUDY)
-    path = tmp_path / "sheet.png"
-    assert contact_sheet(cohort, path) == 10
-    assert path.stat().st_mode & 0o777 == 0o600
-    with Image.open(path) as sheet:
+    shown, png = contact_sheet(cohort)
+    assert shown == 10
+    with Image.open(io.BytesIO(png)) as sheet:
         assert sheet.size == (8 * SHEET_TILE, 2 * SHEET_TILE)
         assert sheet.mode == "L"
         assert sheet.info == {}
@@ -170,7 +171,7 @@ def test_contact_sheet(tmp_path: Path) -> None:
 
 def test_contact_sheet_shows_at_most_48(tmp_path: Path) -> None:
     cohort = load_cohort(_site(tmp_path / "site", 50), STUDY)
-    assert contact_sheet(cohort, tmp_path / "sheet.png") == 48
+    assert contact_sheet(cohort)[0] == 48
 
 
 def _canary_elements() -> dict[str, object]:
@@ -257,7 +258,7 @@ def test_the_canary_is_nowhere(
             said += [str(error), repr(error), repr(error.__cause__)]
         assert report.cohort is not None
         said += [repr(report.cohort), repr(report.cohort.patients)]
-        contact_sheet(report.cohort, tmp_path / "sheet.png")
+        (tmp_path / "sheet.png").write_bytes(contact_sheet(report.cohort)[1])
     said += [caplog.text, *capfd.readouterr()]
     written = [path.read_bytes() for path in site.cache.iterdir()]
     written.append((tmp_path / "sheet.png").read_bytes())

@@ -7,6 +7,8 @@ import hashlib
 import os
 import pickle
 import shutil
+import sqlite3
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -25,11 +27,14 @@ from cloister_client.cohort import (
     Patient,
     load_cohort,
     read_cohort,
+    same,
     split,
     tensor,
 )
+from cloister_client.dicom import discover
+from cloister_client.dicom import pool as pools
 from cloister_client.dicom.image import read_image
-from cloister_client.dicom.pool import Pool, Reading
+from cloister_client.dicom.pool import Pool
 from cloister_client.dicom.precheck import precheck
 from cloister_client.policy import Policy
 from cloister_client.site import Site, init_site, pseudonym
@@ -250,22 +255,101 @@ def test_progress(tmp_path: Path) -> None:
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_second_load_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the files that were given to a worker."""
+    sizes: list[int] = []
+    submitted = Pool.submit
+
+    def submit(pool: Pool, data: bytes, spec: Input, *, released: bool) -> Future[pools.Reading]:
+        sizes.append(len(data))
+        return submitted(pool, data, spec, released=released)
+
+    monkeypatch.setattr(Pool, "submit", submit)
+    return sizes
+
+
+def test_second_load_decodes_nothing(tmp_path: Path, decoded: list[int]) -> None:
     site = _site(tmp_path)
     first = load_cohort(site, STUDY)
+    assert len(decoded) == 6
+    again = load_cohort(site, STUDY)
+    assert len(decoded) == 6
+    assert np.array_equal(again.images, first.images)
+    assert again.patients == first.patients
 
-    def never(*_: object) -> None:
-        raise AssertionError("decoded again")
 
-    monkeypatch.setattr(Pool, "submit", never)
+def _settle(folder: Path) -> None:
+    """Let a folder's files look as if they were written a while ago."""
+    end = max(path.stat().st_ctime_ns for path in folder.rglob("*")) + discover._SETTLED_NS
+    while time.time_ns() <= end:
+        time.sleep(0.1)
+
+
+def test_what_did_not_change_is_not_opened(
+    tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = _site(tmp_path)
+    (site.dicom / "zz.txt").write_text("no DICOM")
+    _settle(site.dicom)
+    first = read_cohort(site, STUDY)
+    opened: list[str] = []
+    read = discover.read_file
+    monkeypatch.setattr(discover, "read_file", lambda path: opened.append(path.name) or read(path))
     again = read_cohort(site, STUDY)
+    assert opened == []
+    assert again.rejects == first.rejects == {Reject.NOT_DICOM: 1}
     assert again.cohort is not None
-    assert np.array_equal(again.cohort.images, first.images)
-    assert again.cohort.patients == first.patients
-    assert (again.cache.hits, again.cache.misses, again.cache.damaged) == (6, 0, 0)
+    assert first.cohort is not None
+    assert same(again.cohort, first.cohort)
+    changed = sorted(site.dicom.rglob("*.dcm"))[2]
+    write_dicom(changed, radiograph(99), bits_stored=12, patient_id="MRN00002")
+    write_dicom(site.dicom / "new.dcm", radiograph(98), bits_stored=12, patient_id="MRN00001")
+    (site.dicom / "zz.txt").write_text("still no DICOM")
+    now = read_cohort(site, STUDY)
+    assert sorted(opened) == sorted([changed.name, "new.dcm", "zz.txt"])
+    assert len(decoded) == 6 + 1 + 3
+    assert now.cohort is not None
+    assert not same(now.cohort, first.cohort)
 
 
-def test_tampered_entry_is_decoded_again_counted_and_mended(tmp_path: Path) -> None:
+def test_a_file_with_the_old_size_and_time_is_read_all_the_same(tmp_path: Path) -> None:
+    site = _site(tmp_path)
+    _settle(site.dicom)
+    first = load_cohort(site, STUDY)
+    path = sorted(site.dicom.rglob("*.dcm"))[0]
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    data[-2000:] = bytes(2000)
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    assert not np.array_equal(load_cohort(site, STUDY).images, first.images)
+
+
+@pytest.mark.parametrize("damage", [b"", b"SQLite format 3\0" + bytes(90), bytes(4096)])
+def test_a_damaged_index_costs_time_only(tmp_path: Path, damage: bytes) -> None:
+    site = _site(tmp_path)
+    first = load_cohort(site, STUDY)
+    (site.root / "index.sqlite").write_bytes(damage)
+    assert same(load_cohort(site, STUDY), first)
+    assert (site.root / "index.sqlite").stat().st_mode & 0o777 == 0o600
+
+
+def test_an_index_that_points_to_another_file_is_not_believed(tmp_path: Path) -> None:
+    site = _site(tmp_path)
+    _settle(site.dicom)
+    first = load_cohort(site, STUDY)
+    with sqlite3.connect(site.root / "index.sqlite") as rows:
+        (content,) = rows.execute("SELECT content FROM files LIMIT 1").fetchone()
+        assert rows.execute("UPDATE files SET content = ?", (content,)).rowcount == 6
+    rows.close()
+    assert same(load_cohort(site, STUDY), first)
+
+
+def test_tampered_entry_is_decoded_again_counted_and_mended(
+    tmp_path: Path, decoded: list[int]
+) -> None:
     site = _site(tmp_path)
     first = load_cohort(site, STUDY)
     entries = sorted(site.cache.iterdir())
@@ -277,8 +361,10 @@ def test_tampered_entry_is_decoded_again_counted_and_mended(tmp_path: Path) -> N
     again = read_cohort(site, STUDY)
     assert again.cohort is not None
     assert np.array_equal(again.cohort.images, first.images)
-    assert (again.cache.hits, again.cache.damaged) == (3, 3)
-    assert read_cohort(site, STUDY).cache.hits == 6
+    assert again.damaged == 3
+    assert len(decoded) == 6 + 3
+    assert read_cohort(site, STUDY).damaged == 0
+    assert len(decoded) == 6 + 3
 
 
 def test_cache_is_private_and_holds_no_plain_byte(tmp_path: Path) -> None:
@@ -294,14 +380,16 @@ def test_cache_is_private_and_holds_no_plain_byte(tmp_path: Path) -> None:
         assert b"MRN" not in entry.name.encode()
 
 
-def test_another_input_or_file_finds_no_stale_entry(tmp_path: Path) -> None:
+def test_another_input_or_file_finds_no_stale_entry(tmp_path: Path, decoded: list[int]) -> None:
     site = _site(tmp_path)
     load_cohort(site, STUDY)
     other = STUDY.model_copy(update={"input": STUDY.input.model_copy(update={"size": 48})})
     assert load_cohort(site, other).images.shape[1:] == (48, 48)
     path = sorted(site.dicom.rglob("*.dcm"))[0]
     write_dicom(path, radiograph(77), bits_stored=12, patient_id="MRN00000")
-    assert read_cohort(site, STUDY, require_labels=False).cache.misses == 1
+    del decoded[:]
+    read_cohort(site, STUDY, require_labels=False)
+    assert len(decoded) == 1
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(
@@ -329,32 +417,6 @@ def test_cache_key_matters(tmp_path: Path) -> None:
     assert other.name(bytes(32), "00" * 32) != name
     assert other.get(name) is None
     assert other.damaged == 1
-
-
-def test_a_second_load_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(3):
-        write_dicom(
-            tmp_path / "dicom" / str(number),
-            radiograph(number, 64, 64),
-            patient_id=f"P{number}",
-        )
-    site = init_site(tmp_path, name="site")
-    decoded = []
-
-    def submit(pool: Pool, data: bytes, spec: Input) -> Future[Reading]:
-        decoded.append(len(data))
-        return submitted(pool, data, spec)
-
-    submitted = Pool.submit
-    monkeypatch.setattr(Pool, "submit", submit)
-    first = load_cohort(site, STUDY, require_labels=False)
-    assert len(decoded) == 3
-    second = load_cohort(site, STUDY, require_labels=False)
-    assert len(decoded) == 3
-    assert np.array_equal(first.images, second.images)
-    write_dicom(tmp_path / "dicom" / "new", radiograph(3, 64, 64), patient_id="P3")
-    assert len(load_cohort(site, STUDY, require_labels=False).images) == 4
-    assert len(decoded) == 4
 
 
 def _cohort(labels: list[int]) -> Cohort:

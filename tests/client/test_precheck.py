@@ -25,6 +25,7 @@ from cloister_common.errors import FolderUnreadable, Reject
 from dicom_files import encode, make_dicom, radiograph
 
 ALL = ("CR", "DX", "MG", "CT", "MR")
+CAPTURE, ULTRASOUND = "1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.5.1.4.1.1.6.1"
 
 
 def _reason(data: bytes, modalities: tuple[str, ...] = ALL) -> Reject | None:
@@ -48,6 +49,43 @@ def test_sound_files_pass(modality: str, transfer_syntax: str) -> None:
     assert checked.pixels == radiograph().astype("<u2").tobytes()
 
 
+@pytest.mark.parametrize("burned_in", ["YES", "NO", ""])
+def test_an_ultrasound_is_held_with_and_without_the_tag(burned_in: str) -> None:
+    data = make_dicom(
+        elements={
+            "SOPClassUID": ULTRASOUND, "Modality": "US", "BurnedInAnnotation": burned_in
+        }
+    )  # fmt: skip
+    assert _reason(data, ("US",)) is Reject.CAPTURE
+    assert precheck.precheck(data, ("US",), released=True).tags.modality == "US"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"elements": {"BurnedInAnnotation": "YES"}}, Reject.BURNED_IN),
+        ({"modality": "MG", "without": ["BurnedInAnnotation"]}, Reject.BURNED_IN),
+        ({"elements": {"SOPClassUID": CAPTURE}}, Reject.CAPTURE),
+        ({"preamble": bytes(127) + b"\1"}, Reject.PREAMBLE),
+    ],
+)
+def test_what_is_held_can_be_released_and_nothing_else(
+    options: dict[str, Any], reason: Reject
+) -> None:
+    data = make_dicom(**options)
+    assert _reason(data) is reason
+    assert reason.held
+    assert precheck.precheck(data, ALL, released=True).pixels == radiograph().tobytes()
+    held = {one for one in Reject if one.held}
+    assert held == {Reject.BURNED_IN, Reject.CAPTURE, Reject.PREAMBLE}
+
+
+def test_a_release_does_not_let_other_faults_pass() -> None:
+    for options in ({"elements": {"NumberOfFrames": 2}}, {"without": ["PatientID"]}):
+        with pytest.raises(RejectedFile):
+            precheck.precheck(make_dicom(**options), ALL, released=True)
+
+
 @pytest.mark.parametrize("preamble", [b"II*\0", b"MM\0*"])
 def test_dual_tiff_passes(preamble: bytes) -> None:
     assert _reason(make_dicom(preamble=preamble.ljust(128, b"\1"))) is None
@@ -66,9 +104,10 @@ def test_not_dicom(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"elements": {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}}, Reject.SOP_CLASS),
+        ({"elements": {"SOPClassUID": CAPTURE, "BurnedInAnnotation": "NO"}}, Reject.CAPTURE),
+        ({"elements": {"SOPClassUID": CAPTURE, "Modality": "OT"}}, Reject.MODALITY),
         ({"elements": {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.77.1.4"}}, Reject.SOP_CLASS),
-        ({"elements": {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.6.1"}}, Reject.SOP_CLASS),
+        ({"elements": {"SOPClassUID": ULTRASOUND}}, Reject.MODALITY),
         ({"without": ["SOPClassUID"]}, Reject.SOP_CLASS),
         ({"elements": {"Modality": "US"}}, Reject.MODALITY),
         ({"elements": {"Modality": "CT"}}, Reject.MODALITY),

@@ -125,7 +125,7 @@ def test_it_passes_and_nothing_leaves(
     assert connected == []
     # No model, no ledger: the log is new, and what was read is cached, sealed.
     new = {Path(name).parts[0] for name in contents(site.root) - before}
-    assert new == {site.audit.name, site.cache.name}
+    assert new == {site.audit.name, site.cache.name, "index.sqlite"}
     assert not site.ledger.exists()
 
 

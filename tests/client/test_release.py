@@ -283,7 +283,7 @@ def test_a_budget_that_does_not_bear_both_refuses_before_a_file_is_opened(
     ).lifetime
     assert alone < whole
     site = _site(tmp_path / "b", max_epsilon_lifetime=(alone + whole) / 2)
-    monkeypatch.setattr(client, "load_cohort", lambda *_: pytest.fail("data were read"))
+    monkeypatch.setattr(client, "load_frozen", lambda *_: pytest.fail("data were read"))
     assert _reason(_evaluate(site)) == "budget"
     assert _ledger(site).reservations() == ()
 

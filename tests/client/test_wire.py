@@ -28,7 +28,11 @@ def test_a_request_comes_back_as_it_was() -> None:
 
 def test_a_request_has_all_that_shapes_a_tensor() -> None:
     # A field that is new in a study's input must not get lost on the way to the worker.
-    assert set(Input.model_fields) == set(wire.Request.__dataclass_fields__) - {"serial", "length"}
+    assert set(Input.model_fields) == set(wire.Request.__dataclass_fields__) - {
+        "serial",
+        "length",
+        "released",
+    }
 
 
 def test_an_image_comes_back_as_it_was() -> None:

@@ -215,7 +215,7 @@ def test_a_used_up_budget_refuses_before_a_file_is_opened(
         approve(sites / name, second)
     simulate(Simulation(first, sites, tmp_path / "one"))
     opened: list[object] = []
-    monkeypatch.setattr("cloister_client.app.load_cohort", lambda *a, **k: opened.append(a))
+    monkeypatch.setattr("cloister_client.app.load_frozen", lambda *a, **k: opened.append(a))
     with pytest.raises(TooFewSites, match="its privacy budget does not suffice"):
         simulate(Simulation(second, sites, tmp_path / "two"))
     assert opened == []

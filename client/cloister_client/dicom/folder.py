@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import hmac
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,11 +51,42 @@ class Item(Protocol):
 class ImageCache(Protocol):
     """What ``read_folder`` needs of a cache; see ``cloister_client.cache``."""
 
-    def name(self, content: bytes, spec: str) -> str: ...
+    damaged: int
+
+    def content(self, data: bytes) -> bytes: ...
+
+    def name(self, content: bytes, spec: str, *, released: bool = False) -> str: ...
 
     def get(self, name: str) -> tuple[dict[str, str | int], NDArray[np.uint16]] | None: ...
 
     def put(self, name: str, facts: Mapping[str, str | int], image: NDArray[np.uint16]) -> None: ...
+
+
+class FileIndex(Protocol):
+    """What ``read_folder`` needs of an index; see ``cloister_client.index``."""
+
+    def content(self, name: bytes, stamp: str) -> bytes | None: ...
+
+    def saw(self, name: bytes, stamp: str, content: bytes) -> None: ...
+
+    def reason(self, content: bytes, spec: str) -> Reject | None: ...
+
+    def turned_away(self, content: bytes, spec: str, reason: Reject) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """What a site remembers of its files.
+
+    Attributes:
+        cache: preprocessed images.
+        index: which file has which content; a file that did not change is not opened.
+        releases: contents of held files that a person has released.
+    """
+
+    cache: ImageCache
+    index: FileIndex
+    releases: Collection[bytes] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -75,26 +106,35 @@ class Accepted:
     Attributes:
         short_id: 12 hexadecimal digits that stand for the file, keyed by the caller's key.
         keys: what it can be linked by.
-        modality: CR, DX, MG, CT or MR.
-        rows, columns: size of the image as it was stored.
+        facts: all else that is known of it; the identifiers are not in its ``repr``.
         image: shades of grey, uint16, shape (size, size).
+        content: keyed hash of the file's content, 32 bytes; empty without a memory.
+        damaged: whether what the cache held of it did not bear its seal. It was decoded anew.
     """
 
     short_id: str
     keys: Keys
-    modality: str
-    rows: int
-    columns: int
+    facts: Facts
     image: NDArray[np.uint16] = field(repr=False)
+    content: bytes = b""
+    damaged: bool = False
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A file that was turned away; ``keys`` is set for a duplicate, whose label still counts."""
+    """A file that was turned away.
+
+    Attributes:
+        short_id: see ``Accepted``.
+        reason: why.
+        keys: set for a duplicate, whose label still counts.
+        content: see ``Accepted``.
+    """
 
     short_id: str
     reason: Reject
     keys: Keys | None = None
+    content: bytes = b""
 
 
 def read_folder(
@@ -102,7 +142,7 @@ def read_folder(
     spec: Input,
     *,
     key: bytes,
-    cache: ImageCache | None = None,
+    memory: Memory | None = None,
     also: Sequence[Item] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Accepted | Refused]:
@@ -112,7 +152,7 @@ def read_folder(
         dicom: the folder.
         spec: the study's input.
         key: keys the short names of files; the site's pseudonym key, or any secret.
-        cache: where preprocessed images are kept, or None.
+        memory: what is known from before, and takes up what is new; or None.
         also: files from elsewhere, read after those of the folder.
         progress: called with (files done, files in all) after each file.
 
@@ -123,28 +163,13 @@ def read_folder(
     found: tuple[Item, ...] = (*discover(dicom), *also)
     instances: set[str] = set()
     pixels: set[tuple[str, str, str]] = set()
-    with _Reader(spec, cache) as reader:
-        for done, (one, reading) in enumerate(reader.read(found), start=1):
-            outcome = _judge(short_id(key, one.name), reading, instances, pixels)
+    with _Reader(spec, memory) as reader:
+        for done, (waiting, reading) in enumerate(reader.read(found), start=1):
+            name = short_id(key, waiting.found.name)
+            outcome = _judge(name, waiting, reading, instances, pixels)
             if progress is not None:
                 progress(done, len(found))
             yield outcome
-
-
-def _judge(
-    short_id: str, reading: Reading | Reject, instances: set[str], pixels: set[tuple[str, str, str]]
-) -> Accepted | Refused:
-    """Turn away what was there before; ``instances`` and ``pixels`` remember it."""
-    if isinstance(reading, Reject):
-        return Refused(short_id, reading)
-    facts, image = reading
-    keys = Keys(facts.sop_instance, facts.accession, facts.patient_id, facts.issuer)
-    same = (keys.issuer, keys.patient_id, facts.pixels)
-    if keys.sop_instance in instances or same in pixels:
-        return Refused(short_id, Reject.DUPLICATE, keys)
-    instances.add(keys.sop_instance)
-    pixels.add(same)
-    return Accepted(short_id, keys, facts.modality, facts.rows, facts.columns, image)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,16 +180,38 @@ class _Waiting:
     size: int = 0
     done: Reading | Reject | None = None
     future: Future[Reading] | None = None
+    content: bytes = b""
     entry: str = ""
+    damaged: bool = False
+
+
+def _judge(
+    name: str,
+    waiting: _Waiting,
+    reading: Reading | Reject,
+    instances: set[str],
+    pixels: set[tuple[str, str, str]],
+) -> Accepted | Refused:
+    """Turn away what was there before; ``instances`` and ``pixels`` remember it."""
+    if isinstance(reading, Reject):
+        return Refused(name, reading, content=waiting.content)
+    facts, image = reading
+    keys = Keys(facts.sop_instance, facts.accession, facts.patient_id, facts.issuer)
+    same = (keys.issuer, keys.patient_id, facts.pixels)
+    if keys.sop_instance in instances or same in pixels:
+        return Refused(name, Reject.DUPLICATE, keys, content=waiting.content)
+    instances.add(keys.sop_instance)
+    pixels.add(same)
+    return Accepted(name, keys, facts, image, waiting.content, waiting.damaged)
 
 
 class _Reader:
     """Reads files ahead, as many as keep the workers busy, and gives them back in order."""
 
-    def __init__(self, spec: Input, cache: ImageCache | None) -> None:
+    def __init__(self, spec: Input, memory: Memory | None) -> None:
         self._spec = spec
         self._digest = spec_digest(spec)
-        self._cache = cache
+        self._memory = memory
         self._pool = shared_pool()
         self._ahead: deque[_Waiting] = deque()
 
@@ -177,7 +224,7 @@ class _Reader:
             if waiting.future is not None:
                 waiting.future.cancel()
 
-    def read(self, found: Sequence[Item]) -> Iterator[tuple[Item, Reading | Reject]]:
+    def read(self, found: Sequence[Item]) -> Iterator[tuple[_Waiting, Reading | Reject]]:
         held = 0
         for one in found:
             self._ahead.append(waiting := self._begin(one))
@@ -192,18 +239,50 @@ class _Reader:
         if one.reason is not None:
             return _Waiting(one, done=one.reason)
         try:
-            data = one.read()
+            if self._memory is None:
+                data = one.read()
+                return _Waiting(one, len(data), future=self._pool.submit(data, self._spec))
+            return self._remembered(one, self._memory)
         except RejectedFile as rejected:
             return _Waiting(one, done=rejected.reason)
-        entry = ""
-        if self._cache is not None:
-            entry = self._cache.name(hashlib.sha256(data).digest(), self._digest)
-            known = self._cache.get(entry)
-            if known is not None:
-                return _Waiting(one, done=(_facts(known[0]), known[1]))
-        return _Waiting(one, len(data), future=self._pool.submit(data, self._spec), entry=entry)
 
-    def _end(self) -> tuple[Item, Reading | Reject]:
+    def _remembered(self, one: Item, memory: Memory) -> _Waiting:
+        """Begin with what is known of the file; it is opened only where that is not enough."""
+        damaged = memory.cache.damaged
+        stamp = one.stamp()
+        content = memory.index.content(one.name, stamp) if stamp else None
+        if content is not None:
+            known = self._known(one, content, memory)
+            if known is not None:
+                return known
+        data = one.read()
+        content = memory.cache.content(data)
+        if stamp:
+            memory.index.saw(one.name, stamp, content)
+        known = self._known(one, content, memory)
+        if known is not None:
+            return known
+        released = content in memory.releases
+        return _Waiting(
+            one,
+            len(data),
+            future=self._pool.submit(data, self._spec, released=released),
+            content=content,
+            entry=memory.cache.name(content, self._digest, released=released),
+            damaged=memory.cache.damaged > damaged,
+        )
+
+    def _known(self, one: Item, content: bytes, memory: Memory) -> _Waiting | None:
+        released = content in memory.releases
+        reason = memory.index.reason(content, self._digest)
+        if reason is not None and not (released and reason.held):
+            return _Waiting(one, done=reason, content=content)
+        found = memory.cache.get(memory.cache.name(content, self._digest, released=released))
+        if found is None:
+            return None
+        return _Waiting(one, done=(_facts(found[0]), found[1]), content=content)
+
+    def _end(self) -> tuple[_Waiting, Reading | Reject]:
         waiting = self._ahead[0]
         done = waiting.done
         if waiting.future is not None:
@@ -211,12 +290,15 @@ class _Reader:
                 done = waiting.future.result()
             except RejectedFile as rejected:
                 done = rejected.reason
-            else:
-                if self._cache is not None:
-                    self._cache.put(waiting.entry, dataclasses.asdict(done[0]), done[1])
+            if self._memory is not None and isinstance(done, Reject):
+                self._memory.index.turned_away(waiting.content, self._digest, done)
+            elif self._memory is not None:
+                assert done is not None
+                assert not isinstance(done, Reject)
+                self._memory.cache.put(waiting.entry, dataclasses.asdict(done[0]), done[1])
         self._ahead.popleft()
         assert done is not None
-        return waiting.found, done
+        return waiting, done
 
 
 def _facts(entry: Mapping[str, str | int]) -> Facts:

@@ -38,6 +38,7 @@ Reading = tuple[Facts, NDArray[np.uint16]]
 class _Job:
     data: bytes = field(repr=False)
     spec: Input
+    released: bool
     future: Future[Reading]
 
 
@@ -60,7 +61,7 @@ class Pool:
         self._closed = False
         self._open = 0
 
-    def submit(self, data: bytes, spec: Input) -> Future[Reading]:
+    def submit(self, data: bytes, spec: Input, *, released: bool = False) -> Future[Reading]:
         """Queue one file; the future gives what is known of the image, and the image.
 
         The future raises ``RejectedFile`` for a file that is turned away and ``DecoderUnfit``
@@ -70,7 +71,7 @@ class Pool:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the pool is closed")
-            self._jobs.put(_Job(data, spec, future))
+            self._jobs.put(_Job(data, spec, released, future))
             self._open += 1
             if len(self._threads) < min(self._open, self.workers):
                 thread = threading.Thread(target=self._keep, name="dicom-reader", daemon=True)
@@ -125,7 +126,7 @@ class Pool:
                     worker = self._start()
                 if worker is None:
                     raise NotStarted
-                job.future.set_result(worker.ask(job.data, job.spec))
+                job.future.set_result(worker.ask(job.data, job.spec, released=job.released))
                 break
             except (NotStarted, NotAsked):
                 self._retire(worker)

@@ -58,8 +58,14 @@ SOP_CLASSES = {
     "1.2.840.10008.5.1.4.1.1.1.2.1": _RADIOGRAPHS,  # Digital Mammography, for processing
     "1.2.840.10008.5.1.4.1.1.2": frozenset(("CT",)),
     "1.2.840.10008.5.1.4.1.1.4": frozenset(("MR",)),
+    "1.2.840.10008.5.1.4.1.1.6.1": frozenset(("US",)),
+    "1.2.840.10008.5.1.4.1.1.7": _RADIOGRAPHS | {"CT", "MR", "US"},  # Secondary Capture
 }
 """The SOP classes that are read, each with the modalities that it may carry."""
+
+CAPTURES = frozenset(("1.2.840.10008.5.1.4.1.1.6.1", "1.2.840.10008.5.1.4.1.1.7"))
+"""Ultrasound and secondary captures: names are drawn into the pixels as often as not, whatever
+Burned In Annotation says."""
 
 _NO_ANNOTATION_EXPECTED = frozenset(("CR", "DX", "CT", "MR"))
 _UID = re.compile(r"[0-9.]{1,64}")  # PS3.5 section 9.1
@@ -86,17 +92,18 @@ class Checked:
         return f"Checked(tags={self.tags!r})"
 
 
-def precheck(data: bytes, modalities: Collection[str]) -> Checked:
+def precheck(data: bytes, modalities: Collection[str], *, released: bool = False) -> Checked:
     """Judge a file's bytes.
 
     Args:
         data: the whole file.
         modalities: the modalities that the study reads.
+        released: whether a person has looked at it, so that it need not be held (``Reject.held``).
 
     Raises:
         RejectedFile: with the first reason that applies.
     """
-    _preamble(data)
+    _preamble(data, released=released)
     parts = structure.dissect(data, WANTED, TRANSFER_SYNTAXES, ASIDE)
     if parts.pixels is None:
         # Before the header is read: reports and plans have no pixel description to be wrong.
@@ -110,7 +117,8 @@ def precheck(data: bytes, modalities: Collection[str]) -> Checked:
         raise RejectedFile(Reject.NO_PATIENT)
     if not _UID.fullmatch(tags.sop_instance):
         raise RejectedFile(Reject.TRUNCATED)
-    _annotation(tags)
+    if not released:
+        _annotation(tags)
     _format(tags)
     if parts.transfer_syntax in NATIVE:
         _native_length(tags.layout, len(parts.pixels))
@@ -119,17 +127,22 @@ def precheck(data: bytes, modalities: Collection[str]) -> Checked:
     return Checked(tags, person(parts.aside), parts.transfer_syntax, parts.pixels)
 
 
-def _preamble(data: bytes) -> None:
+def _preamble(data: bytes, *, released: bool) -> None:
     end = structure.PREAMBLE_BYTES
     if data[end : end + 4] != b"DICM":
         raise RejectedFile(Reject.NOT_DICOM)
     # A file that is also a TIFF is legitimate (PS3.10 7.1); one that is also a program is not.
-    if data.count(0, 0, end) != end and not data.startswith(_TIFF):
+    # The preamble is never copied on, so that a person may let a file with a stray byte pass.
+    if not released and data.count(0, 0, end) != end and not data.startswith(_TIFF):
         raise RejectedFile(Reject.PREAMBLE)
 
 
 def _annotation(tags: Tags) -> None:
-    """Hold back what may show a name: all that say so, and mammograms that do not deny it."""
+    """Hold back what may show a name: all that say so, and all but CR, DX, CT and MR unless they
+    deny it; captures of a screen whatever they say.
+    """
+    if tags.sop_class in CAPTURES:
+        raise RejectedFile(Reject.CAPTURE)
     expected = tags.modality in _NO_ANNOTATION_EXPECTED
     if tags.burned_in == "YES" or (tags.burned_in != "NO" and not expected):
         raise RejectedFile(Reject.BURNED_IN)

@@ -93,8 +93,10 @@ class Worker:
         """Whether it has read as many files as it should."""
         return self._serial >= MAX_FILES
 
-    def ask(self, data: bytes, spec: Input) -> tuple[wire.Facts, NDArray[np.uint16]]:
-        """Have one file read, within ``WALL_SECONDS``.
+    def ask(
+        self, data: bytes, spec: Input, *, released: bool = False
+    ) -> tuple[wire.Facts, NDArray[np.uint16]]:
+        """Have one file read, within ``WALL_SECONDS``; ``released`` as for ``precheck``.
 
         Afterwards ``alive`` tells whether the worker can be asked again.
 
@@ -112,6 +114,7 @@ class Worker:
             windowing=spec.windowing,
             percentiles=spec.percentiles,
             window=spec.window,
+            released=released,
         )
         try:
             self._put(data)

@@ -53,6 +53,7 @@ class Request:
     windowing: str
     percentiles: tuple[float, float]
     window: tuple[float, float] | None
+    released: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def pack_request(request: Request) -> bytes:
             "windowing": request.windowing,
             "percentiles": request.percentiles,
             "window": request.window,
+            "released": request.released,
         }
     )
     return _REQUEST.pack(request.serial, request.length) + text.encode()
@@ -143,6 +145,7 @@ def parse_request(message: bytes) -> Request:
         asked["windowing"],
         (low, high),
         None if window is None else (window[0], window[1]),
+        asked["released"],
     )
 
 

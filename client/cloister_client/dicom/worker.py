@@ -58,7 +58,9 @@ def serve(channel: socket.socket, inbox: int, outbox: int) -> NoReturn:
 
     def answer(request: wire.Request) -> bytes:
         try:
-            checked = precheck(os.pread(inbox, request.length, 0), request.modalities)
+            checked = precheck(
+                os.pread(inbox, request.length, 0), request.modalities, released=request.released
+            )
             if checked.transfer_syntax in unfit:
                 return wire.pack_unfit(request.serial, checked.transfer_syntax)
             facts, image = read_image(checked, request)

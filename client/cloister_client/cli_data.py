@@ -1,0 +1,164 @@
+"""`cloister client freeze`, `quarantine` and `data-report`: what a data steward does with the data.
+
+Everything heavy is imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cloister_client.cli_steward import site_folder
+from cloister_client.progress import progress_bar
+from cloister_common.errors import OptionInvalid
+from cloister_common.extras import require
+
+if TYPE_CHECKING:
+    from cloister_client.quarantine import Held
+    from cloister_client.site import Site
+
+app = typer.Typer(invoke_without_command=True)
+
+Folder = Annotated[Path, typer.Option("--dir", help="The site folder.")]
+Name = Annotated[str, typer.Argument(metavar="ID", help="A file's short name, as listed.")]
+Why = Annotated[str, typer.Option(help="For this site's own records; it is not sent.")]
+
+
+def freeze(
+    study: Annotated[Path, typer.Argument(help="The study file.")],
+    folder: Folder = Path(),
+    again: Annotated[bool, typer.Option("--again", help="Replace what was frozen.")] = False,
+    why: Annotated[str, typer.Option(help="Why it is frozen anew.")] = "",
+) -> None:
+    """Sign what a study is trained on here: every image, patient and label; later runs check it.
+
+    The first run of a study does so by itself.
+    """
+    require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls")
+    from cloister_client import cohort
+    from cloister_client.site import open_site
+    from cloister_common.study import load_study
+
+    site = open_site(site_folder(folder))
+    judged_by = load_study(study)
+    with progress_bar("Reading images") as progress:
+        found = cohort.freeze(site, judged_by, again=again, why=why, progress=progress)
+    patients = len({one.patient for one in found.items})
+    typer.echo(
+        f"Frozen at {site.name}: {judged_by.study.name}, {judged_by.digest[:16]}, "
+        f"{len(found.items)} images of {patients} patients."
+    )
+
+
+def data_report(
+    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    study: Annotated[Path | None, typer.Option(help="Look at the data as this study does.")] = None,
+    folder: Folder = Path(),
+) -> None:
+    """Write what the site's data look like, as HTML and JSON: counts, images, patients twice.
+
+    It shows patients and stays here.
+    """
+    require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls", "PIL")
+    from cloister_client import data_report as reports
+    from cloister_client.site import open_site
+    from cloister_common.study import load_study
+
+    site = open_site(site_folder(folder))
+    judged_by = None if study is None else load_study(study)
+    with progress_bar("Reading images") as progress:
+        report = reports.survey(site, judged_by, progress=progress)
+    reports.write(report, out)
+    typer.echo(
+        f"Wrote {out / reports.HTML} and {reports.JSON}. They show patients: keep them here."
+    )
+    twice = len(report.same_pixels) + len(report.same_person)
+    if twice:
+        typer.echo(f"{twice} groups of patient identifiers may be one patient's; see the report.")
+    if report.held:
+        typer.echo(f"{report.held} files are held: cloister client quarantine")
+
+
+@app.callback()
+def quarantine(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    folder: Folder = Path(),
+) -> None:
+    """List the files that are held until a person has looked at them, and why."""
+    if context.invoked_subcommand is not None:
+        return
+    from cloister_client import quarantine
+
+    _, found = _held(folder)
+    if as_json:
+        typer.echo(json.dumps({"held": [one.as_dict() for one in found]}))
+        return
+    typer.echo(quarantine.render(found))
+
+
+@app.command()
+def show(
+    name: Name,
+    png: Annotated[Path | None, typer.Option(help="Write the image here, as PNG.")] = None,
+    folder: Folder = Path(),
+) -> None:
+    """Say where a held file lies, and show its image. Both can name a patient."""
+    from cloister_client import quarantine
+    from cloister_common.files import write_atomic
+
+    site, found = _held(folder)
+    one = _named(found, name)
+    path = quarantine.path_of(site, name)
+    typer.echo(quarantine.render([one]).splitlines()[0])
+    typer.echo(f"It lies at {path}")
+    if png is not None:
+        write_atomic(png, quarantine.picture(path))
+        typer.echo(f"Wrote its image to {png}. It may show a patient's name: keep it here.")
+
+
+@app.command()
+def release(name: Name, why: Why, folder: Folder = Path()) -> None:
+    """Let a held file be used: you have looked at it, and it shows no name."""
+    from cloister_client.quarantine import Decision
+
+    _decide(name, why, folder, Decision.RELEASED)
+
+
+@app.command()
+def keep(name: Name, why: Why, folder: Folder = Path()) -> None:
+    """Keep a file out for good, or take back its release."""
+    from cloister_client.quarantine import Decision
+
+    _decide(name, why, folder, Decision.KEPT)
+
+
+def _decide(name: str, why: str, folder: Path, decision: object) -> None:
+    from cloister_client import quarantine
+
+    site, found = _held(folder)
+    assert isinstance(decision, quarantine.Decision)
+    quarantine.decide(site, _named(found, name), decision, why=why)
+    typer.echo(f"{decision.value.capitalize()} at {site.name}: {name}.")
+
+
+def _held(folder: Path) -> tuple[Site, list[Held]]:
+    require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls", "PIL")
+    from cloister_client import quarantine
+    from cloister_client.site import open_site
+
+    site = open_site(site_folder(folder))
+    with progress_bar("Reading images") as progress:
+        return site, list(quarantine.held(site, progress=progress))
+
+
+def _named(found: list[Held], name: str) -> Held:
+    for one in found:
+        if one.short_id == name:
+            return one
+    raise OptionInvalid(
+        f"No held file is named {name!r}.", remedy="See: cloister client quarantine"
+    )

@@ -1,0 +1,37 @@
+"""Images as training sees them, side by side, for a person's eyes."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+
+from cloister_client.cohort import Cohort
+
+SHEET_IMAGES = 48
+"""Most images on a contact sheet."""
+SHEET_COLUMNS = 8
+SHEET_TILE = 128
+"""Side of an image on a contact sheet, in pixels."""
+
+
+def contact_sheet(cohort: Cohort) -> tuple[int, bytes]:
+    """Preprocessed images, one a patient, as a grid.
+
+    Returns:
+        How many images it shows, at most ``SHEET_IMAGES``; and a PNG without any text.
+    """
+    from PIL import Image
+
+    chosen = [patient.images[0] for patient in cohort.patients[:SHEET_IMAGES]]
+    columns = min(SHEET_COLUMNS, max(1, len(chosen)))
+    rows = max(1, -(-len(chosen) // columns))
+    sheet = Image.new("L", (columns * SHEET_TILE, rows * SHEET_TILE))
+    for place, index in enumerate(chosen):
+        shades = (cohort.images[index] >> 8).astype(np.uint8)
+        tile = Image.fromarray(shades).resize((SHEET_TILE, SHEET_TILE), Image.Resampling.BOX)
+        row, column = divmod(place, columns)
+        sheet.paste(tile, (column * SHEET_TILE, row * SHEET_TILE))
+    out = io.BytesIO()
+    sheet.save(out, "PNG")
+    return len(chosen), out.getvalue()

@@ -1,0 +1,264 @@
+"""What a study is frozen with at a site: every image, its patient and its label, signed.
+
+The first run of a study freezes the site's data as they are; each later run checks that every
+image is still there, from the same bytes, with the same pixels and the same label. Images that
+came later are left out of the study, so a folder that grows disturbs nobody. Everything in a
+manifest is a pseudonym or a keyed hash: it can be kept and shown, and tells of no patient.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cloister_client.audit import entries_of, log_of
+from cloister_client.dicom.preprocess import spec_digest
+from cloister_client.site import Site
+from cloister_common.errors import DataChanged, DataError, FileUnreadable, OptionInvalid
+from cloister_common.files import make_private_dir, write_atomic
+from cloister_common.identity import verify
+from cloister_common.study import Study
+
+_LABEL = "cloister/manifest/v1"
+_SHOWN = 20
+
+
+@dataclass(frozen=True, order=True)
+class Item:
+    """One image; hexadecimal digits throughout.
+
+    Attributes:
+        image: its pseudonym within the study, 32 digits.
+        patient: the patient's pseudonym within the study, 64 digits.
+        file: keyed hash of the file's content.
+        pixels: keyed hash of the stored pixels and their meaning.
+        label: keyed hash of the label.
+    """
+
+    image: str
+    patient: str
+    file: str
+    pixels: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A frozen cohort: the study's digest, the preprocessing's, the time, and the images."""
+
+    study: str
+    spec: str
+    time: str
+    items: tuple[Item, ...]
+
+    def body(self, site: str) -> bytes:
+        """The canonical JSON that is signed."""
+        told = {"version": 1, "site": site, **asdict(self)}
+        return json.dumps(told, sort_keys=True, separators=(",", ":")).encode()
+
+
+def item_of(
+    key: bytes,
+    study: str,
+    *,
+    sop_instance: str,
+    patient: str,
+    content: bytes,
+    pixels: str,
+    label: int | None,
+) -> Item:
+    """Describe one image.
+
+    Args:
+        key: the site's pseudonym key.
+        study: ``Study.digest``.
+        sop_instance: SOP Instance UID.
+        patient: the patient's pseudonym.
+        content: keyed hash of the file's content.
+        pixels: ``Facts.pixels``.
+        label: index of the class, or None.
+    """
+
+    image = image_name(key, study, sop_instance)
+    # With the image: equal labels of two images must not have equal hashes.
+    return Item(
+        image,
+        patient,
+        content.hex(),
+        _keyed(key, "pixels", study, pixels),
+        _keyed(key, "label", study, image, str(label)),
+    )
+
+
+def image_name(key: bytes, study: str, sop_instance: str) -> str:
+    """An image's pseudonym within a study, 32 hexadecimal digits."""
+    return _keyed(key, "image", study, sop_instance)[:32]
+
+
+def _keyed(key: bytes, *words: str) -> str:
+    message = bytearray()
+    for word in (_LABEL, *words):
+        data = word.encode("utf-8", "surrogatepass")
+        message += len(data).to_bytes(8, "big") + data
+    return hmac.new(key, bytes(message), hashlib.sha256).hexdigest()
+
+
+def load(site: Site, study: Study) -> Manifest | None:
+    """The site's manifest of a study, or None where it is not frozen.
+
+    Raises:
+        DataChanged: it is not this site's, not of this study, was altered, or is not the one that
+            the audit log names.
+        FileUnreadable: it cannot be read.
+    """
+    noted = _noted(site, study)
+    try:
+        text = path_of(site, study).read_bytes()
+    except FileNotFoundError:
+        if noted is not None:
+            raise _altered() from None
+        return None
+    except OSError:
+        raise FileUnreadable(
+            "The study's manifest cannot be read.", remedy="Check the permissions of 'manifests'."
+        ) from None
+    try:
+        told = json.loads(text)
+        signature = bytes.fromhex(told["signature"])
+        body = told["body"]
+        items = tuple(Item(**one) for one in body["items"])
+        manifest = Manifest(body["study"], body["spec"], body["time"], items)
+        canonical = manifest.body(site.name)
+        sound = json.loads(canonical) == body and manifest.study == study.digest
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _altered() from None
+    if not sound or not verify(site.identity().public, signature, _LABEL, canonical):
+        raise _altered()
+    if noted is not None and noted != hashlib.sha256(canonical).hexdigest():
+        # An older one, put back.
+        raise _altered()
+    return manifest
+
+
+def _noted(site: Site, study: Study) -> str | None:
+    """SHA-256 of the manifest that the audit log names last, or None."""
+    named = [
+        str(entry.body.get("sha256"))
+        for entry in entries_of(site)
+        if entry.kind == "frozen" and entry.body.get("study") == study.digest
+    ]
+    return named[-1] if named else None
+
+
+def freeze(site: Site, study: Study, items: Iterable[Item], *, why: str = "") -> Manifest:
+    """Sign and keep what a study is trained on from now on; the audit log says so first.
+
+    Args:
+        site: the opened site.
+        study: the study.
+        items: its images.
+        why: why another manifest is replaced; empty for the first.
+
+    Raises:
+        OutputInTheWay, AuditLogDamaged: it cannot be kept.
+    """
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    manifest = Manifest(study.digest, spec_digest(study.input), now, tuple(sorted(items)))
+    body = manifest.body(site.name)
+    log_of(site).append(
+        "frozen",
+        study=study.digest,
+        images=len(manifest.items),
+        sha256=hashlib.sha256(body).hexdigest(),
+        why=why,
+    )
+    path = path_of(site, study)
+    make_private_dir(path.parent)
+    signature = site.identity().sign(_LABEL, body).hex()
+    text = json.dumps({"body": json.loads(body), "signature": signature}, indent=0)
+    write_atomic(path, text.encode())
+    return manifest
+
+
+def require_reason(why: str) -> None:
+    """See that a person says why a manifest is replaced.
+
+    Raises:
+        OptionInvalid: no reason is given, or it has several lines.
+    """
+    if not why.strip() or not why.isprintable():
+        raise OptionInvalid(
+            "This study is frozen already.",
+            why="Other data under the same study are another training set.",
+            remedy="Say in one line why it is to be frozen anew: --again --why '...'",
+        )
+
+
+def differences(
+    manifest: Manifest, items: Sequence[Item], damaged: Iterable[str] = ()
+) -> list[DataError]:
+    """See whether the frozen images are there, and unchanged.
+
+    Args:
+        manifest: what was frozen.
+        items: what is there now; what was not frozen is of no concern.
+        damaged: pseudonyms of images whose cached pixels did not bear their seal.
+
+    Returns:
+        Nothing, or one ``DataChanged`` that names the images that differ, by pseudonym.
+    """
+    now: Mapping[str, Item] = {one.image: one for one in items}
+    spoiled = set(damaged)
+    found: list[str] = []
+    for frozen in manifest.items:
+        one = now.get(frozen.image)
+        differs = _difference(frozen, one)
+        if not differs and frozen.image in spoiled:
+            differs = "its cached pixels were altered"
+        if differs:
+            found.append(
+                f"\n  image {frozen.image[:12]} of patient {frozen.patient[:12]}: {differs}"
+            )
+    if not found:
+        return []
+    more = f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return [
+        DataChanged(
+            f"{len(found)} of {len(manifest.items)} images are not what the study was frozen "
+            f"with:{''.join(found[:_SHOWN])}{more}\n",
+            remedy="Restore the files or the labels. Cached pixels were decoded anew: run again. "
+            "If the change is meant: cloister client freeze STUDY --again --why '...'",
+        )
+    ]
+
+
+def _difference(frozen: Item, now: Item | None) -> str:
+    if now is None:
+        return "it is gone, or is turned away"
+    if now.patient != frozen.patient:
+        return "it belongs to another patient"
+    if now.pixels != frozen.pixels:
+        return "its pixels changed"
+    if now.label != frozen.label:
+        return "its label changed"
+    if now.file != frozen.file:
+        return "its file changed, its pixels did not"
+    return ""
+
+
+def path_of(site: Site, study: Study) -> Path:
+    """Where the manifest lies."""
+    return site.root / "manifests" / f"{study.digest}.json"
+
+
+def _altered() -> DataChanged:
+    return DataChanged(
+        "The study's manifest is not as this site signed it.",
+        remedy="Restore it from the site's backup. 'cloister client audit' tells when the study "
+        "was frozen; to freeze it anew: cloister client freeze STUDY --again --why '...'",
+    )

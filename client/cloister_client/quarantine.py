@@ -1,0 +1,244 @@
+"""Files that wait for a person: what is held, why, and what the site's steward decided.
+
+A file is held where its pixels may show a name, or where it may be a program at the same time
+(``Reject.held``). What is held follows from the folder each time it is read; kept are only the
+decisions, by the file's content: the same file under another name needs no second look, and a file
+that was changed needs a new one. Each decision is also an entry of the audit log.
+"""
+
+from __future__ import annotations
+
+import enum
+import fcntl
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+
+from cloister_client.audit import log_of
+from cloister_client.dicom.discover import discover
+from cloister_client.dicom.folder import Accepted, Refused, read_folder, short_id
+from cloister_client.dicom.pool import shared_pool
+from cloister_client.dicom.reject import RejectedFile
+from cloister_client.memory import memory_of
+from cloister_client.site import Site
+from cloister_common.errors import FileUnreadable, OptionInvalid, Reject
+from cloister_common.files import write_atomic
+from cloister_common.study import Input
+
+ANY = Input(modalities=("CR", "DX", "MG", "CT", "MR", "US"), size=512)
+"""What a steward looks at: every modality, large enough to read a name."""
+
+_VERSION = 1
+
+
+class Decision(enum.Enum):
+    """What the steward decided about a held file."""
+
+    RELEASED = "released"
+    KEPT = "kept"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A decision, with the steward's reason and the time, ISO 8601."""
+
+    decision: Decision
+    why: str
+    time: str
+
+
+@dataclass(frozen=True)
+class Held:
+    """A file that is held, or was.
+
+    Attributes:
+        short_id: 12 hexadecimal digits that stand for it; see ``folder.short_id``.
+        reason: why it is held; None for one that was released.
+        judgement: what was decided, or None while it waits.
+        content: keyed hash of its content, 32 bytes.
+    """
+
+    short_id: str
+    reason: Reject | None
+    judgement: Judgement | None
+    content: bytes = field(repr=False)
+
+    def as_dict(self) -> dict[str, str | None]:
+        """For a script."""
+        judged = self.judgement
+        return {
+            "id": self.short_id,
+            "code": None if self.reason is None else self.reason.value,
+            "reason": None if self.reason is None else self.reason.title,
+            "state": "waiting" if judged is None else judged.decision.value,
+            "why": None if judged is None else judged.why,
+            "time": None if judged is None else judged.time,
+        }
+
+
+def judgements(site: Site) -> Mapping[bytes, Judgement]:
+    """All decisions, by content.
+
+    Raises:
+        FileUnreadable: they were written and cannot be read.
+    """
+    try:
+        text = _path(site).read_text()
+    except FileNotFoundError:
+        return {}
+    except OSError:
+        raise _unreadable() from None
+    try:
+        told = json.loads(text)
+        if told["version"] != _VERSION:
+            raise _unreadable()
+        return {
+            bytes.fromhex(content): Judgement(Decision(one["decision"]), one["why"], one["time"])
+            for content, one in told["decisions"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _unreadable() from None
+
+
+def releases(site: Site) -> frozenset[bytes]:
+    """Contents of the files that may be read although they would be held."""
+    judged = judgements(site)
+    return frozenset(key for key, one in judged.items() if one.decision is Decision.RELEASED)
+
+
+def held(site: Site, *, progress: Callable[[int, int], None] | None = None) -> Sequence[Held]:
+    """Read the folder, and list what is held and what was released, in the order of the paths.
+
+    Raises:
+        FolderUnreadable, DecoderUnfit: see ``read_folder``.
+    """
+    judged = judgements(site)
+    found = []
+    with memory_of(site, releases(site)) as memory:
+        for one in read_folder(
+            site.dicom, ANY, key=site.pseudonym_key(), memory=memory, progress=progress
+        ):
+            judgement = judged.get(one.content)
+            if isinstance(one, Refused) and one.reason.held:
+                found.append(Held(one.short_id, one.reason, judgement, one.content))
+            elif isinstance(one, Accepted) and judgement is not None:
+                found.append(Held(one.short_id, None, judgement, one.content))
+    return found
+
+
+def path_of(site: Site, name: str) -> Path:
+    """The file that a short name stands for. It can name a patient: for the steward's eyes.
+
+    Raises:
+        OptionInvalid: no file of the folder has this name.
+        FolderUnreadable: the folder cannot be listed.
+    """
+    key = site.pseudonym_key()
+    for one in discover(site.dicom):
+        if short_id(key, one.name) == name:
+            return one.path
+    raise OptionInvalid(
+        "No file of the site's folder has this name.",
+        remedy="Name one that 'cloister client quarantine list' shows.",
+    )
+
+
+def picture(path: Path) -> bytes:
+    """A held file as a PNG of 512 x 512, read as if it were released, by a worker.
+
+    Raises:
+        OptionInvalid: it cannot be shown; it would be refused after a release, too.
+    """
+    from PIL import Image
+
+    from cloister_client.dicom.discover import read_file
+
+    try:
+        _, image = shared_pool().submit(read_file(path), ANY, released=True).result()
+    except RejectedFile as rejected:
+        raise OptionInvalid(
+            "The file cannot be shown.",
+            why=f"It would be turned away after a release, too: {rejected.reason.title} "
+            f"({rejected.reason.value}).",
+        ) from None
+    out = BytesIO()
+    Image.fromarray((image >> 8).astype(np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def decide(site: Site, one: Held, decision: Decision, *, why: str) -> None:
+    """Note a decision, in the audit log first: what is not in the log has not happened.
+
+    Raises:
+        OptionInvalid: no reason is given.
+        OutputInTheWay, AuditLogDamaged, FileUnreadable: it cannot be noted.
+    """
+    if not why.strip() or not why.isprintable():
+        raise OptionInvalid(
+            "A decision needs a reason in one line.",
+            remedy="Say why with --why; it stays in this site's records.",
+        )
+    with _alone(site):
+        told = dict(judgements(site))
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        told[one.content] = Judgement(decision, why.strip(), now)
+        log_of(site).append(
+            "quarantine",
+            file=one.short_id,
+            decision=decision.value,
+            held_for="" if one.reason is None else one.reason.value,
+            why=why.strip(),
+        )
+        decisions = {
+            content.hex(): {"decision": each.decision.value, "why": each.why, "time": each.time}
+            for content, each in sorted(told.items())
+        }
+        text = json.dumps({"version": _VERSION, "decisions": decisions}, indent=1)
+        write_atomic(_path(site), text.encode())
+
+
+def render(found: Sequence[Held]) -> str:
+    """As text for a terminal."""
+    if not found:
+        return "Nothing is held."
+    lines = []
+    for one in found:
+        judged = one.judgement
+        state = "waiting" if judged is None else judged.decision.value
+        reason = "" if one.reason is None else f"{one.reason.value}  {one.reason.title}"
+        lines.append(f"{one.short_id}  {state:<8}  {reason}".rstrip())
+        if judged is not None:
+            lines.append(f"              {judged.time}: {judged.why}")
+    waiting = sum(one.judgement is None for one in found)
+    if waiting:
+        lines.append(
+            f"{waiting} of {len(found)} wait. Look at one, then release or keep it:\n"
+            "  cloister client quarantine show ID --png FILE"
+        )
+    return "\n".join(lines)
+
+
+def _path(site: Site) -> Path:
+    return site.root / "quarantine.json"
+
+
+def _unreadable() -> FileUnreadable:
+    return FileUnreadable(
+        "quarantine.json cannot be read.",
+        why="It is damaged, of another version, or closed to this user.",
+        remedy="Restore it from the site's backup; or remove it, and decide again.",
+    )
+
+
+@contextmanager
+def _alone(site: Site) -> Iterator[None]:
+    """One decision at a time, whoever else decides."""
+    with (site.root / "quarantine.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,198 @@
+"""A study's data are frozen: what changes afterwards is refused, and named by pseudonym."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cloister_client import manifest as manifests
+from cloister_client.audit import entries_of
+from cloister_client.cohort import freeze, load_frozen, read_cohort
+from cloister_client.policy import Policy
+from cloister_client.site import Site, init_site, pseudonym
+from cloister_common.errors import DataChanged, OptionInvalid, SiteEmpty
+from cloister_common.study import Study
+from dicom_files import radiograph, write_dicom, write_site
+
+STUDY = Study.model_validate(
+    {
+        "study": {"name": "s", "question": "q"},
+        "input": {"size": 32},
+        "target": {"column": "finding", "classes": ("normal", "nodule")},
+    }
+)
+MRN = "MRN00002"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    write_site(tmp_path, 6, 1, key="PatientID")
+    site = init_site(tmp_path, name="site", policy=Policy(min_patients_per_class=1))
+    load_frozen(site, STUDY)
+    return site
+
+
+def _file(site: Site) -> Path:
+    (found,) = (path for path in site.dicom.rglob("*.dcm") if MRN.encode() in path.read_bytes())
+    return found
+
+
+def _patient(site: Site) -> str:
+    return pseudonym(site.pseudonym_key(), STUDY.digest, "", MRN)
+
+
+def _flip_pixel(site: Site) -> None:
+    data = bytearray(_file(site).read_bytes())
+    data[-2] ^= 1
+    _file(site).write_bytes(data)
+
+
+def _flip_pixel_and_hide_it(site: Site) -> None:
+    about = _file(site).stat()
+    _flip_pixel(site)
+    os.utime(_file(site), ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
+def _flip_header(site: Site) -> None:
+    data = _file(site).read_bytes()
+    _file(site).write_bytes(data.replace(b"MONOCHROME2 ", b"MONOCHROME2\0"))
+    assert _file(site).read_bytes() != data
+
+
+def _flip_label(site: Site) -> None:
+    text = site.labels.read_text()
+    assert f"{MRN},normal" in text
+    site.labels.write_text(text.replace(f"{MRN},normal", f"{MRN},nodule"))
+
+
+def _entry(site: Site) -> Path:
+    """The cache's file of the patient's image: the one that is made when all others are there."""
+    before = {path.name: path.read_bytes() for path in site.cache.iterdir()}
+    for name, data in before.items():
+        (site.cache / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        reading = read_cohort(site, STUDY, frozen=manifests.load(site, STUDY))
+        (site.cache / name).write_bytes(data)
+        if _patient(site)[:12] in str(reading.faults[0]):
+            return site.cache / name
+    raise AssertionError("no entry is the patient's")
+
+
+def _flip_cache(site: Site) -> None:
+    entry = _entry(site)
+    data = bytearray(entry.read_bytes())
+    data[len(data) // 2] ^= 1
+    entry.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (_flip_pixel, "its pixels changed"),
+        (_flip_pixel_and_hide_it, "its pixels changed"),
+        (_flip_header, "its file changed, its pixels did not"),
+        (_flip_label, "its label changed"),
+        (_flip_cache, "its cached pixels were altered"),
+        (lambda site: _file(site).unlink(), "it is gone, or is turned away"),
+    ],
+)
+def test_one_flipped_byte_is_refused_and_named(
+    site: Site, change: Callable[[Site], None], told: str
+) -> None:
+    change(site)
+    with pytest.raises(DataChanged) as caught:
+        load_frozen(site, STUDY)
+    message = str(caught.value)
+    assert "1 of 6 images" in message
+    assert f"of patient {_patient(site)[:12]}: {told}" in message
+    assert MRN not in message
+    if change is _flip_cache:
+        # It was decoded anew from the file, whose bytes are those that were frozen.
+        load_frozen(site, STUDY)
+    else:
+        with pytest.raises(DataChanged):
+            load_frozen(site, STUDY)
+
+
+def test_what_did_not_change_runs_again(site: Site) -> None:
+    first = load_frozen(site, STUDY)
+    # Moved, and touched: the same bytes under another name are the same image.
+    (site.dicom / "moved").mkdir()
+    _file(site).rename(site.dicom / "moved" / "x.dcm")
+    again = load_frozen(site, STUDY)
+    assert [one.pseudonym for one in again.patients] == [one.pseudonym for one in first.patients]
+    assert len([one for one in entries_of(site) if one.kind == "frozen"]) == 1
+
+
+def test_images_that_come_later_are_no_part_of_the_study(site: Site) -> None:
+    before = load_frozen(site, STUDY)
+    write_dicom(site.dicom / "late.dcm", radiograph(70), bits_stored=12, patient_id="LATE")
+    write_dicom(site.dicom / "more.dcm", radiograph(71), bits_stored=12, patient_id=MRN)
+    reading = read_cohort(site, STUDY, frozen=manifests.load(site, STUDY))
+    assert reading.later == 2
+    assert load_frozen(site, STUDY).patients == before.patients
+
+
+def test_a_manifest_tells_of_no_patient_and_is_private(site: Site) -> None:
+    path = manifests.path_of(site, STUDY)
+    text = path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert "MRN" not in text
+    assert "nodule" not in text
+    items = json.loads(text)["body"]["items"]
+    assert len(items) == 6
+    for kind in ("image", "file", "pixels", "label"):
+        assert len({item[kind] for item in items}) == 6, kind
+    assert _patient(site) in {item["patient"] for item in items}
+
+
+@pytest.mark.parametrize("damage", ["edit", "cut", "other key", "gone", "older"])
+def test_a_manifest_that_is_not_the_signed_one_is_refused(
+    site: Site, tmp_path: Path, damage: str
+) -> None:
+    path = manifests.path_of(site, STUDY)
+    text = path.read_text()
+    if damage == "edit":
+        path.write_text(text.replace(_patient(site), "0" * 64))
+    elif damage == "cut":
+        path.write_text(text[: len(text) // 2])
+    elif damage == "other key":
+        other = init_site(tmp_path / "other", name="site")
+        body = json.loads(text)["body"]
+        canonical = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+        signature = other.identity().sign(manifests._LABEL, canonical).hex()
+        path.write_text(json.dumps({"body": body, "signature": signature}))
+    elif damage == "gone":
+        path.unlink()
+    else:
+        write_dicom(site.dicom / "late.dcm", radiograph(70), bits_stored=12, patient_id=MRN)
+        freeze(site, STUDY, again=True, why="a late image")
+        load_frozen(site, STUDY)
+        path.write_text(text)
+    with pytest.raises(DataChanged, match="not as this site signed it"):
+        load_frozen(site, STUDY)
+
+
+def test_freezing_anew_needs_a_reason_and_is_logged(site: Site) -> None:
+    for options in ({}, {"again": True}, {"again": True, "why": "two\nlines"}):
+        with pytest.raises(OptionInvalid):
+            freeze(site, STUDY, **options)  # type: ignore[arg-type]
+    _flip_pixel(site)
+    freeze(site, STUDY, again=True, why="sent again by the archive")
+    load_frozen(site, STUDY)
+    noted = [one.body for one in entries_of(site) if one.kind == "frozen"]
+    assert [one["why"] for one in noted] == ["", "sent again by the archive"]
+    assert [one["images"] for one in noted] == [6, 6]
+    assert noted[0]["sha256"] != noted[1]["sha256"]
+
+
+def test_data_with_faults_are_not_frozen(tmp_path: Path) -> None:
+    site = init_site(tmp_path / "empty", name="site")
+    site.dicom.mkdir()
+    with pytest.raises(SiteEmpty):
+        load_frozen(site, STUDY)
+    assert not manifests.path_of(site, STUDY).exists()

@@ -1,0 +1,164 @@
+"""Held files wait for a person, whose decision is by content, logged, and no more than that."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cloister_client import quarantine
+from cloister_client.audit import entries_of
+from cloister_client.cohort import read_cohort
+from cloister_client.policy import Policy
+from cloister_client.quarantine import Decision, Held, decide, held, path_of, picture
+from cloister_client.site import Site, init_site
+from cloister_common.errors import FileUnreadable, OptionInvalid, Reject
+from cloister_common.study import Study
+from dicom_files import make_dicom, radiograph, write_site
+
+STUDY = Study.model_validate(
+    {
+        "study": {"name": "s", "question": "q"},
+        "input": {"size": 32},
+        "target": {"column": "finding", "classes": ("normal", "nodule")},
+    }
+)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    write_site(tmp_path, 4, 1, key="PatientID")
+    site = init_site(tmp_path, name="site", policy=Policy(min_patients_per_class=1))
+    held_files = {
+        "a-named": {"elements": {"BurnedInAnnotation": "YES"}},
+        "b-capture": {"elements": {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}},
+        "c-stray": {"preamble": bytes(127) + b"\1"},
+        "d-colour": {"elements": {"PhotometricInterpretation": "RGB"}},
+    }
+    for number, (name, options) in enumerate(held_files.items()):
+        (site.dicom / name).write_bytes(
+            make_dicom(
+                radiograph(50 + number),
+                bits_stored=12,
+                patient_id="MRN00001",
+                **options,  # type: ignore[arg-type]
+            )
+        )
+    return site
+
+
+def _reasons(site: Site) -> list[Reject | None]:
+    return [one.reason for one in held(site)]
+
+
+def _images(site: Site) -> int:
+    reading = read_cohort(site, STUDY)
+    assert not reading.faults
+    assert reading.cohort is not None
+    return len(reading.cohort.images)
+
+
+def test_what_is_held_is_listed_and_not_read(site: Site) -> None:
+    assert _reasons(site) == [Reject.BURNED_IN, Reject.CAPTURE, Reject.PREAMBLE]
+    assert _images(site) == 4
+    assert read_cohort(site, STUDY).rejects == {
+        Reject.COLOUR: 1, Reject.PREAMBLE: 1, Reject.BURNED_IN: 1, Reject.CAPTURE: 1,
+    }  # fmt: skip
+
+
+def test_a_release_lets_one_file_in_and_is_logged(site: Site) -> None:
+    named, capture, stray = held(site)
+    decide(site, named, Decision.RELEASED, why="a plain L, no name")
+    assert _images(site) == 5
+    decide(site, stray, Decision.RELEASED, why="an old export tool")
+    decide(site, capture, Decision.KEPT, why="shows a name")
+    assert _images(site) == 6
+    listed = held(site)
+    assert [one.reason for one in listed] == [None, Reject.CAPTURE, None]
+    judged = [one.judgement for one in listed]
+    assert [one and (one.decision, one.why) for one in judged] == [
+        (Decision.RELEASED, "a plain L, no name"),
+        (Decision.KEPT, "shows a name"),
+        (Decision.RELEASED, "an old export tool"),
+    ]
+    noted = [one.body for one in entries_of(site) if one.kind == "quarantine"]
+    assert [(one["decision"], one["held_for"], one["why"]) for one in noted] == [
+        ("released", "CLO-223", "a plain L, no name"),
+        ("released", "CLO-219", "an old export tool"),
+        ("kept", "CLO-228", "shows a name"),
+    ]
+    assert noted[0]["file"] == named.short_id
+
+
+def test_a_release_can_be_taken_back(site: Site) -> None:
+    named = held(site)[0]
+    decide(site, named, Decision.RELEASED, why="looks fine")
+    assert _images(site) == 5
+    decide(site, named, Decision.KEPT, why="it does show a name")
+    # Its pixels lie in the cache from before; they are not used.
+    assert _images(site) == 4
+    assert held(site)[0].reason is Reject.BURNED_IN
+
+
+def test_a_release_is_of_the_content_not_of_the_name(site: Site) -> None:
+    decide(site, held(site)[0], Decision.RELEASED, why="looks fine")
+    (site.dicom / "a-named").rename(site.dicom / "zz-moved")
+    assert _images(site) == 5
+    (site.dicom / "zz-moved").write_bytes(
+        make_dicom(
+            radiograph(60), bits_stored=12, patient_id="MRN00001",
+            elements={"BurnedInAnnotation": "YES"},
+        )
+    )  # fmt: skip
+    assert _images(site) == 4
+
+
+def test_a_picture_of_what_is_held(site: Site) -> None:
+    named = held(site)[0]
+    path = path_of(site, named.short_id)
+    assert path == site.dicom.resolve() / "a-named"
+    with Image.open(io.BytesIO(picture(path))) as image:
+        assert (image.size, image.mode, image.info) == ((512, 512), "L", {})
+        pixels = np.asarray(image)
+    assert int(pixels.max()) - int(pixels.min()) > 200
+    with pytest.raises(OptionInvalid, match="CLO-218"):
+        picture(site.dicom / "d-colour")
+    with pytest.raises(OptionInvalid, match="No file"):
+        path_of(site, "0" * 12)
+
+
+@pytest.mark.parametrize("why", ["", "   ", "two\nlines"])
+def test_a_decision_needs_a_reason(site: Site, why: str) -> None:
+    with pytest.raises(OptionInvalid):
+        decide(site, held(site)[0], Decision.RELEASED, why=why)
+    assert _images(site) == 4
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 9}', '{"version": 1}'])
+def test_damaged_decisions_release_nothing(site: Site, text: str) -> None:
+    decide(site, held(site)[0], Decision.RELEASED, why="looks fine")
+    (site.root / "quarantine.json").write_text(text)
+    with pytest.raises(FileUnreadable):
+        read_cohort(site, STUDY)
+
+
+def test_nothing_is_kept_that_names_a_patient(site: Site) -> None:
+    listed = held(site)
+    decide(site, listed[0], Decision.RELEASED, why="looks fine")
+    told = json.dumps([one.as_dict() for one in listed]) + quarantine.render(listed)
+    told += repr(listed) + (site.root / "quarantine.json").read_text()
+    assert "MRN" not in told
+    assert "a-named" not in told
+    assert (site.root / "quarantine.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_list_in_words() -> None:
+    waiting = Held("0123456789ab", Reject.BURNED_IN, None, b"")
+    text = quarantine.render([waiting])
+    assert "0123456789ab  waiting   CLO-223  text may be burned into the pixels" in text
+    assert "1 of 1 wait." in text
+    assert quarantine.render([]) == "Nothing is held."

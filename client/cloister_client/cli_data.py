@@ -77,9 +77,9 @@ def data_report(
     )
     twice = len(report.same_pixels) + len(report.same_person)
     if twice:
-        typer.echo(f"{twice} groups of patient identifiers may be one patient's; see the report.")
+        typer.echo(f"Sets of patient identifiers that may be one patient's: {twice}; see there.")
     if report.held:
-        typer.echo(f"{report.held} files are held: cloister client quarantine")
+        typer.echo(f"Held until a person has looked: {report.held}; cloister client quarantine")
 
 
 @app.callback()

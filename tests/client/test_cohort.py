@@ -324,6 +324,7 @@ def test_a_file_with_the_old_size_and_time_is_read_all_the_same(tmp_path: Path) 
     path.write_bytes(data)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_mtime_ns == before.st_mtime_ns
+    _settle(site.dicom)
     assert not np.array_equal(load_cohort(site, STUDY).images, first.images)
 
 

@@ -87,8 +87,9 @@ def _by_another(file: Bundled) -> NDArray[np.int32]:
 def _fingerprint(file: Bundled, stored: NDArray[np.int32]) -> str:
     """What the product says of an image whose stored values are these."""
     header = _header(file.data)
-    said = f"{header.PhotometricInterpretation}/{header.Rows}x{header.Columns}/".encode()
-    return hashlib.sha256(said + stored.astype("<i4").tobytes()).hexdigest()
+    dtype = "<i2" if stored.min() < 0 else "<u2"
+    said = f"{header.PhotometricInterpretation}/{header.Rows}x{header.Columns}/{dtype}/".encode()
+    return hashlib.sha256(said + stored.astype(dtype).tobytes()).hexdigest()
 
 
 def test_the_page_tells_what_becomes_of_them(files: list[Bundled]) -> None:

@@ -291,6 +291,23 @@ def test_rle_that_ends_early() -> None:
             decode(frame + segment, precheck.RLE, PixelLayout(2, 3, 8, 8, 7, False))
 
 
+def _or_none(unpack: Callable[..., bytes], data: bytes, size: int) -> bytes | None:
+    try:
+        return bytes(unpack(data, 3, len(data) - 2, size))
+    except RejectedFile:
+        return None
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    st.lists(st.sampled_from((0, 1, 2, 5, 127, 128, 129, 253, 254, 255)), max_size=40),
+    st.integers(1, 60),
+)
+def test_a_compiled_segment_is_what_the_standard_says(words: list[int], size: int) -> None:
+    data = b"<<<" + bytes(words) + b">>"
+    assert _or_none(decoding._plane, data, size) == _or_none(decoding._unpack_bits, data, size)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200))
 def test_rle_never_raises_anything_else(segment: bytes) -> None:

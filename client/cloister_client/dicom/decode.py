@@ -5,8 +5,9 @@ Runs in a worker process (``worker``), which a decoder may crash or exhaust.
 One decoder a transfer syntax and no fallback: two decoders that disagree would make a site's
 images depend on what is installed. libjpeg-turbo (through imagecodecs) reads the JPEG family,
 CharLS (pyjpegls) JPEG-LS, OpenJPEG (pylibjpeg-openjpeg) JPEG 2000 and HTJ2K. They are called by
-name rather than through pydicom's registry, which logs what a decoder says. RLE is decoded here:
-the compiled decoders panic to the terminal or crash on damaged segments.
+name rather than through pydicom's registry, which logs what a decoder says. RLE's segments are
+unpacked by imagecodecs' PackBits and put together here: compiled decoders of whole RLE frames
+panic to the terminal or crash on damaged ones.
 """
 
 from __future__ import annotations
@@ -201,11 +202,27 @@ def _rle(data: bytes, layout: PixelLayout) -> Stored:
     size = layout.rows * layout.columns
     count, *offsets = struct.unpack_from("<16I", data)
     bounds = [*offsets[:count], len(data)]
-    values = np.zeros(size, dtype=np.int32)
-    for start, end in pairwise(bounds):
-        plane = np.frombuffer(_unpack_bits(data, start, end, size), np.uint8)
-        values = values << 8 | plane
-    return values.reshape(layout.rows, layout.columns)
+    planes = [_plane(data, start, end, size) for start, end in pairwise(bounds)]
+    values = np.empty((size, len(planes)), dtype=np.uint8)
+    for place, plane in enumerate(reversed(planes)):
+        values[:, place] = np.frombuffer(plane, np.uint8)
+    pixels = values.view("<u1" if len(planes) == 1 else "<u2")
+    return pixels.reshape(layout.rows, layout.columns).astype(np.int32)
+
+
+def _plane(data: bytes, start: int, end: int, size: int) -> bytes | bytearray:
+    """One byte of each pixel. What the compiled decoder will not have is read by our own rules.
+
+    It refuses bytes after the last pixel, which archives leave there; where it answers, it answers
+    the same.
+    """
+    import imagecodecs
+
+    try:
+        plane = imagecodecs.packbits_decode(data[start:end], out=bytearray(size))
+    except RuntimeError:
+        plane = b""
+    return plane if len(plane) == size else _unpack_bits(data, start, end, size)
 
 
 def _unpack_bits(data: bytes, at: int, end: int, size: int) -> bytes:

@@ -1,4 +1,4 @@
-"""`cloister client freeze`, `quarantine` and `data-report`: what a data steward does with the data.
+"""`cloister client fetch`, `freeze`, `quarantine`, `data-report`: a data steward and the data.
 
 Everything heavy is imported inside the commands, so that ``--help`` is quick.
 """
@@ -6,6 +6,7 @@ Everything heavy is imported inside the commands, so that ``--help`` is quick.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ import typer
 
 from cloister_client.cli_steward import site_folder
 from cloister_client.progress import progress_bar
-from cloister_common.errors import OptionInvalid
+from cloister_common.errors import ArchiveAnswerInvalid, OptionInvalid
 from cloister_common.extras import require
 
 if TYPE_CHECKING:
@@ -51,6 +52,41 @@ def freeze(
         f"Frozen at {site.name}: {judged_by.study.name}, {judged_by.digest[:16]}, "
         f"{len(found.items)} images of {patients} patients."
     )
+
+
+def fetch(
+    folder: Folder = Path(),
+    ask_secret: Annotated[
+        bool, typer.Option("--ask-secret", help="Set the archive's password or token first.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Fetch what is missing from the archive that site.toml names; each file is kept sealed.
+
+    The exit status is 0 where all that fits is here.
+    """
+    require("client", "httpx", "numpy", "pydicom", "pynetdicom")
+    from cloister_client.site import open_site
+    from cloister_client.sources import fetch
+
+    site = open_site(site_folder(folder))
+    if ask_secret:
+        if sys.stdin.isatty():
+            secret = typer.prompt("Password or token", hide_input=True, err=True)
+        else:
+            secret = sys.stdin.read(8192)
+        fetch.set_secret(site, secret)
+    with progress_bar("Fetching images") as progress:
+        done = fetch.fetch(site, progress=progress)
+    if as_json:
+        typer.echo(json.dumps(fetch.as_dict(done)))
+        raise typer.Exit(ArchiveAnswerInvalid.exit_status if done.not_sent else 0)
+    typer.echo(f"{done.found} images fit: {done.new} fetched, {done.there} were here already.")
+    if done.too_large:
+        typer.echo(f"Too large for a file, and left out: {done.too_large}.")
+    if done.not_sent:
+        typer.echo(f"The archive could not send: {done.not_sent}. Ask who runs it.", err=True)
+        raise typer.Exit(ArchiveAnswerInvalid.exit_status)
 
 
 def data_report(
@@ -112,11 +148,11 @@ def show(
 
     site, found = _held(folder)
     one = _named(found, name)
-    path = quarantine.path_of(site, name)
+    item = quarantine.item_of(site, name)
     typer.echo(quarantine.render([one]).splitlines()[0])
-    typer.echo(f"It lies at {path}")
+    typer.echo(f"It lies at {item.path}")
     if png is not None:
-        write_atomic(png, quarantine.picture(path))
+        write_atomic(png, quarantine.picture(item))
         typer.echo(f"Wrote its image to {png}. It may show a patient's name: keep it here.")
 
 

@@ -19,6 +19,7 @@ from cloister_client.manifest import Item, Manifest, image_name, item_of
 from cloister_client.memory import memory_of
 from cloister_client.quarantine import releases
 from cloister_client.site import Site, pseudonym
+from cloister_client.store import Store
 from cloister_common.errors import (
     CohortTooSmall,
     DataError,
@@ -204,7 +205,12 @@ def read_cohort(
     later = 0
     with memory_of(site, releases(site)) as memory:
         for outcome in read_folder(
-            site.dicom, study.input, key=key, memory=memory, progress=progress
+            site.dicom,
+            study.input,
+            key=key,
+            memory=memory,
+            also=Store(site.store, site.cache_key()).items(),
+            progress=progress,
         ):
             if isinstance(outcome, Refused):
                 rejects[outcome.reason] += 1

@@ -21,12 +21,13 @@ from pathlib import Path
 import numpy as np
 
 from cloister_client.audit import log_of
-from cloister_client.dicom.discover import discover
-from cloister_client.dicom.folder import Accepted, Refused, read_folder, short_id
+from cloister_client.dicom.discover import Found, discover
+from cloister_client.dicom.folder import Accepted, Item, Refused, read_folder, short_id
 from cloister_client.dicom.pool import shared_pool
 from cloister_client.dicom.reject import RejectedFile
 from cloister_client.memory import memory_of
 from cloister_client.site import Site
+from cloister_client.store import Store, Stored
 from cloister_common.errors import FileUnreadable, OptionInvalid, Reject
 from cloister_common.files import write_atomic
 from cloister_common.study import Input
@@ -122,7 +123,12 @@ def held(site: Site, *, progress: Callable[[int, int], None] | None = None) -> S
     found = []
     with memory_of(site, releases(site)) as memory:
         for one in read_folder(
-            site.dicom, ANY, key=site.pseudonym_key(), memory=memory, progress=progress
+            site.dicom,
+            ANY,
+            key=site.pseudonym_key(),
+            memory=memory,
+            also=Store(site.store, site.cache_key()).items(),
+            progress=progress,
         ):
             judgement = judged.get(one.content)
             if isinstance(one, Refused) and one.reason.held:
@@ -132,24 +138,26 @@ def held(site: Site, *, progress: Callable[[int, int], None] | None = None) -> S
     return found
 
 
-def path_of(site: Site, name: str) -> Path:
-    """The file that a short name stands for. It can name a patient: for the steward's eyes.
+def item_of(site: Site, name: str) -> Found | Stored:
+    """The file that a short name stands for. Its path can name a patient: for the steward's eyes.
 
     Raises:
         OptionInvalid: no file of the folder has this name.
         FolderUnreadable: the folder cannot be listed.
     """
     key = site.pseudonym_key()
-    for one in discover(site.dicom):
+    items: list[Found | Stored] = [*discover(site.dicom)]
+    items += Store(site.store, site.cache_key()).items()
+    for one in items:
         if short_id(key, one.name) == name:
-            return one.path
+            return one
     raise OptionInvalid(
         "No file of the site's folder has this name.",
         remedy="Name one that 'cloister client quarantine list' shows.",
     )
 
 
-def picture(path: Path) -> bytes:
+def picture(item: Item) -> bytes:
     """A held file as a PNG of 512 x 512, read as if it were released, by a worker.
 
     Raises:
@@ -157,10 +165,8 @@ def picture(path: Path) -> bytes:
     """
     from PIL import Image
 
-    from cloister_client.dicom.discover import read_file
-
     try:
-        _, image = shared_pool().submit(read_file(path), ANY, released=True).result()
+        _, image = shared_pool().submit(item.read(), ANY, released=True).result()
     except RejectedFile as rejected:
         raise OptionInvalid(
             "The file cannot be shown.",

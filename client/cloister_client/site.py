@@ -5,6 +5,7 @@
     site.toml        what a person wrote: name, data, policy
     keys/            identity.pem (Ed25519), pseudonym.key, cache.key; mode 0700 and 0600
     cache/           preprocessed images, encrypted
+    store/           files that were fetched from an archive, encrypted
     index.sqlite     which files did not change; can be lost
     quarantine.json  which held files a person has released, or not
     manifests/       what each study was frozen with, signed
@@ -24,13 +25,14 @@ import ipaddress
 import json
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from cloister_client.policy import Policy
+from cloister_client.sources.settings import CGet, DicomWeb, Query
 from cloister_common.enrolment import split_address
 from cloister_common.errors import (
     FileUnreadable,
@@ -41,7 +43,7 @@ from cloister_common.errors import (
 from cloister_common.files import create_secret, make_private_dir, read_secret
 from cloister_common.identity import Identity
 from cloister_common.study import Name
-from cloister_common.tomlfile import FileModel, parse, read_text
+from cloister_common.tomlfile import FileModel, KeyedValueError, parse, read_text
 
 SITE_FILE = "site.toml"
 IDENTITY = "identity.pem"
@@ -72,6 +74,15 @@ class _About(FileModel):
 class _Data(FileModel):
     dicom: _FilePath = "dicom"
     labels: _FilePath = "labels.csv"
+    query: Query = Query()
+    dicomweb: DicomWeb | None = None
+    cget: CGet | None = None
+
+    @model_validator(mode="after")
+    def _one_archive(self) -> _Data:
+        if self.dicomweb is not None and self.cget is not None:
+            raise KeyedValueError("cget", "stands beside 'dicomweb'; name one archive.")
+        return self
 
 
 class _Service(FileModel):
@@ -143,6 +154,8 @@ class Site:
         policy: what the hospital allows.
         network: the way out of the hospital; see ``proxy``.
         health: HOST:PORT on loopback of the service's health; port 0 takes a free one.
+        archive: where images are fetched from, or None; see ``sources``.
+        query: which of them.
     """
 
     root: Path
@@ -152,6 +165,13 @@ class Site:
     policy: Policy
     network: Network
     health: str = "127.0.0.1:0"
+    archive: DicomWeb | CGet | None = None
+    query: Query = field(default_factory=Query)
+
+    @property
+    def store(self) -> Path:
+        """Folder of the files that were fetched from the archive, sealed."""
+        return self.root / "store"
 
     @property
     def ledger(self) -> Path:
@@ -255,6 +275,8 @@ def open_site(root: Path) -> Site:
         policy=file.policy,
         network=file.network,
         health=file.service.health,
+        archive=file.data.dicomweb or file.data.cget,
+        query=file.data.query,
     )
     site.pseudonym_key()
     site.cache_key()
@@ -279,8 +301,8 @@ def pseudonym(key: bytes, study_digest: str, issuer: str, patient_id: str) -> st
         64 hexadecimal digits.
     """
     message = bytearray(_PSEUDONYM_LABEL)
-    for field in (study_digest, issuer.strip(), patient_id.strip()):
-        data = field.encode("utf-8", "surrogatepass")
+    for word in (study_digest, issuer.strip(), patient_id.strip()):
+        data = word.encode("utf-8", "surrogatepass")
         message += len(data).to_bytes(8, "big") + data
     return hmac.new(key, bytes(message), hashlib.sha256).hexdigest()
 

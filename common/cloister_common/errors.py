@@ -19,7 +19,10 @@
     │   ├── LabelsInvalid          CLO-206
     │   ├── CohortTooSmall         CLO-207
     │   ├── DecoderUnfit           CLO-208
-    │   └── DataChanged            CLO-209
+    │   ├── DataChanged            CLO-209
+    │   ├── ArchiveUnreachable     CLO-250
+    │   ├── ArchiveRefused         CLO-251
+    │   └── ArchiveAnswerInvalid   CLO-252
     ├── PrivacyError               3xx, exit 4: the ledger, the budget, the site's policy
     │   ├── BudgetExhausted        CLO-301
     │   ├── LedgerDamaged          CLO-302
@@ -257,6 +260,21 @@ class DecoderUnfit(DataError):
 class DataChanged(DataError):
     code = "CLO-209"
     title = "The site's data are not what the study was frozen with"
+
+
+class ArchiveUnreachable(DataError):
+    code = "CLO-250"
+    title = "The archive cannot be reached"
+
+
+class ArchiveRefused(DataError):
+    code = "CLO-251"
+    title = "The archive refuses this site"
+
+
+class ArchiveAnswerInvalid(DataError):
+    code = "CLO-252"
+    title = "The archive's answer cannot be used"
 
 
 class PrivacyError(CloisterError):

@@ -13,8 +13,9 @@ from PIL import Image
 from cloister_client import quarantine
 from cloister_client.audit import entries_of
 from cloister_client.cohort import read_cohort
+from cloister_client.dicom.discover import Found
 from cloister_client.policy import Policy
-from cloister_client.quarantine import Decision, Held, decide, held, path_of, picture
+from cloister_client.quarantine import Decision, Held, decide, held, item_of, picture
 from cloister_client.site import Site, init_site
 from cloister_common.errors import FileUnreadable, OptionInvalid, Reject
 from cloister_common.study import Study
@@ -119,16 +120,16 @@ def test_a_release_is_of_the_content_not_of_the_name(site: Site) -> None:
 
 def test_a_picture_of_what_is_held(site: Site) -> None:
     named = held(site)[0]
-    path = path_of(site, named.short_id)
-    assert path == site.dicom.resolve() / "a-named"
-    with Image.open(io.BytesIO(picture(path))) as image:
+    item = item_of(site, named.short_id)
+    assert item.path == site.dicom.resolve() / "a-named"
+    with Image.open(io.BytesIO(picture(item))) as image:
         assert (image.size, image.mode, image.info) == ((512, 512), "L", {})
         pixels = np.asarray(image)
     assert int(pixels.max()) - int(pixels.min()) > 200
     with pytest.raises(OptionInvalid, match="CLO-218"):
-        picture(site.dicom / "d-colour")
+        picture(Found(site.dicom / "d-colour", b"d-colour"))
     with pytest.raises(OptionInvalid, match="No file"):
-        path_of(site, "0" * 12)
+        item_of(site, "0" * 12)
 
 
 @pytest.mark.parametrize("why", ["", "   ", "two\nlines"])

@@ -96,7 +96,7 @@ def test_path_that_no_toml_can_hold(tmp_path: Path) -> None:
 def test_open_lists_all_faults(tmp_path: Path) -> None:
     init_site(tmp_path)
     (tmp_path / "site.toml").write_text(
-        '[site]\nname = "A"\n[data]\ndicm = "x"\n[policy]\nmin_sites = 0\nmodalities = ["US"]\n'
+        '[site]\nname = "A"\n[data]\ndicm = "x"\n[policy]\nmin_sites = 0\nmodalities = ["XX"]\n'
     )
     with pytest.raises(SiteFileInvalid) as caught:
         open_site(tmp_path)

@@ -1,0 +1,266 @@
+"""C-GET from an archive of the tests: images as they are stored, and a clear error for the rest."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import socket
+import ssl
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pydicom
+import pytest
+from pydicom.dataset import Dataset
+from pynetdicom import AE, evt
+
+from certificates import self_signed
+from cloister_client.cohort import read_cohort
+from cloister_client.policy import Policy
+from cloister_client.site import Site, init_site, open_site
+from cloister_client.sources import cget
+from cloister_client.sources.fetch import Fetched, fetch
+from cloister_common.errors import (
+    ArchiveAnswerInvalid,
+    ArchiveRefused,
+    ArchiveUnreachable,
+    CloisterError,
+    FileUnreadable,
+)
+from cloister_common.study import Study
+from dicom_files import make_dicom, precheck, radiograph, uid
+
+CANARY = "CANARYNAME"
+STUDY = Study.model_validate(
+    {
+        "study": {"name": "s", "question": "q"},
+        "input": {"size": 32},
+        "target": {"column": "finding", "classes": ("normal", "nodule")},
+    }
+)
+SYNTAXES = (precheck.EXPLICIT_LITTLE, precheck.JPEG_2000_LOSSLESS, precheck.RLE)
+
+
+class Archive:
+    """A C-FIND and C-GET provider on loopback."""
+
+    def __init__(self, context: ssl.SSLContext | None = None) -> None:
+        self.files: dict[tuple[str, str, str], bytes] = {}
+        for number in range(3):
+            for image in range(2):
+                instance = uid("cget", number, image)
+                self.files[uid("study", number), uid("series", number), instance] = make_dicom(
+                    radiograph(10 * number + image),
+                    bits_stored=12,
+                    patient_id=f"MRN{number}",
+                    transfer_syntax=SYNTAXES[number],
+                    elements={"SOPInstanceUID": instance, "PatientName": CANARY},
+                )
+        self.deed = ""
+        self.got = 0
+        self.entity = AE("ARCHIVE")
+        self.entity.require_called_aet = True
+        for model in (cget._FIND, cget._GET):
+            self.entity.add_supported_context(model)
+        for name in DX:
+            self.entity.add_supported_context(
+                name, sorted(precheck.TRANSFER_SYNTAXES), scu_role=True, scp_role=True
+            )
+        self.server = self.entity.start_server(
+            ("127.0.0.1", 0),
+            block=False,
+            ssl_context=context,
+            evt_handlers=[(evt.EVT_C_FIND, self._find), (evt.EVT_C_GET, self._get)],
+        )
+        self.port = self.server.server_address[1]
+
+    def _find(self, event: Any) -> Iterator[tuple[int, Dataset | None]]:
+        asked = event.identifier
+        level = {"STUDY": 1, "SERIES": 2, "IMAGE": 3}[asked.QueryRetrieveLevel]
+        names = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+        given = [str(asked.get(name, "")) for name in names[: level - 1]]
+        for key in sorted({key[:level] for key in self.files}):
+            if list(key[:-1]) != given:
+                continue
+            result = Dataset()
+            result.QueryRetrieveLevel = asked.QueryRetrieveLevel
+            for name, value in zip(names, key, strict=False):
+                setattr(result, name, value if self.deed != "nonsense" else "x/y")
+            if level == 2:
+                result.Modality = "DX"
+            yield 0xFF00, result
+
+    def _get(self, event: Any) -> Iterator[Any]:
+        self.got += 1
+        if self.deed == "die" and self.got > 2:
+            event.assoc.dul.socket.close()
+            yield 0
+            return
+        if self.deed == "cannot" and self.got == 2:
+            yield 1
+            yield 0xA702, None
+            return
+        if self.deed == "fail" and self.got > 2:
+            yield 1
+            yield 0xA701, None
+            return
+        asked = event.identifier
+        key = (asked.StudyInstanceUID, asked.SeriesInstanceUID, asked.SOPInstanceUID)
+        count = 0 if self.deed == "none" else 2 if self.deed == "twice" else 1
+        yield count
+        for _ in range(count):
+            yield 0xFF00, pydicom.dcmread(BytesIO(self.files[key]), force=True)
+
+
+DX = tuple(name for name, kinds in precheck.SOP_CLASSES.items() if kinds & {"CR", "DX"})
+
+
+# pynetdicom leaves the socket of a handshake that failed to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def archive() -> Iterator[Archive]:
+    kept = Archive()
+    yield kept
+    kept.server.shutdown()
+
+
+def _site(root: Path, port: int, more: str = "tls = false", called: str = "ARCHIVE") -> Site:
+    site = init_site(root / "site", name="north", policy=Policy(min_patients_per_class=1))
+    site.dicom.mkdir()
+    table = f'[data.cget]\nhost = "127.0.0.1"\nport = {port}\ncalled = "{called}"\n{more}\n'
+    text = (site.root / "site.toml").read_text()
+    (site.root / "site.toml").write_text(text.replace("[network]", f"{table}\n[network]"))
+    return open_site(site.root)
+
+
+def _kept(site: Site) -> int:
+    return len(list(site.store.iterdir())) if site.store.exists() else 0
+
+
+def test_every_image_comes_as_it_is_stored(
+    tmp_path: Path, archive: Archive, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = _site(tmp_path, archive.port)
+    with caplog.at_level(logging.DEBUG):
+        assert fetch(site) == Fetched(6, 6, 0, 0)
+        assert fetch(site) == Fetched(6, 0, 6, 0)
+    assert "MRN" not in caplog.text
+    assert CANARY not in caplog.text
+    assert "2.25." not in caplog.text
+    reading = read_cohort(site, STUDY, require_labels=False)
+    assert reading.rejects == {}
+    assert reading.cohort is not None
+    assert len(reading.cohort.images) == 6
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    for number, data in enumerate(archive.files.values()):
+        (folder / str(number)).write_bytes(data)
+    other = init_site(tmp_path / "other", name="other", dicom=folder)
+    plain = read_cohort(other, STUDY, require_labels=False).cohort
+    assert plain is not None
+    assert sorted(one.mark for one in plain.patients) == sorted(
+        one.mark for one in reading.cohort.patients
+    )
+
+
+@pytest.mark.parametrize(
+    ("deed", "error"),
+    [
+        ("die", ArchiveUnreachable),
+        ("fail", ArchiveAnswerInvalid),
+        ("none", ArchiveAnswerInvalid),
+        ("twice", ArchiveAnswerInvalid),
+        ("nonsense", ArchiveAnswerInvalid),
+    ],
+)
+def test_what_goes_wrong_is_told_and_the_next_fetch_goes_on(
+    tmp_path: Path, archive: Archive, deed: str, error: type[CloisterError]
+) -> None:
+    archive.deed = deed
+    site = _site(tmp_path, archive.port)
+    with pytest.raises(error) as caught:
+        fetch(site)
+    assert "2.25." not in str(caught.value)
+    kept = _kept(site)
+    assert kept == (2 if deed in {"die", "fail"} else 0)
+    archive.deed = ""
+    assert fetch(site) == Fetched(6, 6 - kept, kept, 0)
+
+
+def test_what_the_archive_cannot_send_is_counted_and_the_rest_is_fetched(
+    tmp_path: Path, archive: Archive
+) -> None:
+    archive.deed = "cannot"
+    assert fetch(_site(tmp_path, archive.port)) == Fetched(6, 5, 0, 0, 1)
+
+
+def test_an_archive_that_sends_without_end_is_cut_off(
+    tmp_path: Path, archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cget, "MAX_FILE_BYTES", -(60 << 10))
+    site = _site(tmp_path, archive.port)
+    with pytest.raises(ArchiveAnswerInvalid):
+        fetch(site)
+    assert _kept(site) == 0
+
+
+def test_an_unknown_title_is_refused(tmp_path: Path, archive: Archive) -> None:
+    with pytest.raises(ArchiveRefused, match="AE title"):
+        fetch(_site(tmp_path, archive.port, called="ANOTHER"))
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(ArchiveUnreachable):
+        fetch(_site(tmp_path, port))
+
+
+def test_over_tls_a_certificate_must_be_one_that_is_trusted(tmp_path: Path) -> None:
+    context, trusted = self_signed(tmp_path)
+    _, other = self_signed(tmp_path, "other")
+    archive = Archive(context)
+    try:
+        site = _site(tmp_path, archive.port, f'ca = "{trusted}"')
+        assert fetch(site).new == 6
+        stranger = _site(tmp_path / "b", archive.port, f'ca = "{other}"')
+        with pytest.raises(ArchiveUnreachable):
+            fetch(stranger)
+        assert _kept(stranger) == 0
+        plain = _site(tmp_path / "c", archive.port, "tls = false")
+        with pytest.raises(ArchiveUnreachable):
+            fetch(plain)
+        nothing = _site(tmp_path / "d", archive.port, 'ca = "missing.pem"')
+        with pytest.raises(FileUnreadable, match="authority"):
+            fetch(nothing)
+    finally:
+        archive.server.shutdown()
+
+
+def test_an_archive_may_ask_who_comes(tmp_path: Path) -> None:
+    context, trusted = self_signed(tmp_path)
+    _, ours = self_signed(tmp_path, "ours")
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(ours)
+    archive = Archive(context)
+    try:
+        with pytest.raises(ArchiveUnreachable):
+            fetch(_site(tmp_path, archive.port, f'ca = "{trusted}"'))
+        known = f'ca = "{trusted}"\ncertificate = "{ours}"\nkey = "{tmp_path}/ours.key"'
+        site = _site(tmp_path / "b", archive.port, known)
+        assert fetch(site).new == 6
+        (tmp_path / "ours.key").chmod(0o644)
+        with pytest.raises(FileUnreadable, match="by others"):
+            fetch(site)
+    finally:
+        archive.server.shutdown()

@@ -663,7 +663,7 @@ class Reject(enum.Enum):
     UNREADABLE = "CLO-225"
     OUTSIDE_ROOT = "CLO-226"
     EXHAUSTED = "CLO-227"
-    CAPTURE = "CLO-228"
+    CAPTURE = "CLO-234"
 
     @property
     def title(self) -> str:

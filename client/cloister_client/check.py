@@ -60,6 +60,7 @@ class DataReport:
         promised: epsilon that all studies together have reserved or spent here.
         lifetime: the most that they may.
         cohort: the images, or None; in no output but the contact sheet.
+        volumes: whether an image is a volume of slices.
     """
 
     site: str
@@ -78,6 +79,7 @@ class DataReport:
     promised: float = 0.0
     lifetime: float = 0.0
     cohort: Cohort | None = field(default=None, repr=False, compare=False)
+    volumes: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return what JSON can say: counts and words, no image."""
@@ -152,6 +154,7 @@ def inspect(
         promised=gate.promised(site),
         lifetime=site.policy.max_epsilon_lifetime,
         cohort=cohort,
+        volumes=study is not None and study.input.dimensions == 3,
     )
 
 
@@ -167,11 +170,12 @@ def render(report: DataReport) -> str:
     """Return the report as text for a terminal."""
     lines = [f"Site {report.site}" + (f", study {report.study}" if report.study else "")]
     lines.append(f"  files       {report.files}")
-    lines.append(f"  images      {report.accepted}{_brackets(report.modalities)}")
+    word = "volumes" if report.volumes else "images"
+    lines.append(f"  {word:<10}  {report.accepted}{_brackets(report.modalities)}")
     lines.append(f"  patients    {report.patients}")
     if report.images_per_patient:
         told = ", ".join(
-            f"{_count(patients, 'patient')} with {_count(images, 'image')}"
+            f"{_count(patients, 'patient')} with {_count(images, word[:-1])}"
             for images, patients in report.images_per_patient.items()
         )
         lines.append(f"  each        {told}")
@@ -204,6 +208,8 @@ def render(report: DataReport) -> str:
 def contact_sheet(cohort: Cohort, path: Path) -> int:
     """Write preprocessed images, one a patient, as a grid: a PNG of mode 0600 without any text.
 
+    A volume is shown by its middle slice.
+
     Returns:
         How many images it shows, at most ``SHEET_IMAGES``.
 
@@ -217,7 +223,10 @@ def contact_sheet(cohort: Cohort, path: Path) -> int:
     rows = max(1, -(-len(chosen) // columns))
     sheet = Image.new("L", (columns * SHEET_TILE, rows * SHEET_TILE))
     for place, index in enumerate(chosen):
-        shades = (cohort.images[index] >> 8).astype(np.uint8)
+        image = cohort.images[index]
+        if image.ndim == 3:
+            image = image[len(image) // 2]
+        shades = (image >> 8).astype(np.uint8)
         tile = Image.fromarray(shades).resize((SHEET_TILE, SHEET_TILE), Image.Resampling.BOX)
         row, column = divmod(place, columns)
         sheet.paste(tile, (column * SHEET_TILE, row * SHEET_TILE))

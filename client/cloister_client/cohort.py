@@ -15,6 +15,7 @@ from cloister_client.cache import Cache
 from cloister_client.dicom.folder import Accepted, Refused, read_folder
 from cloister_client.labels import Linked, join, read_labels
 from cloister_client.site import Site, pseudonym
+from cloister_client.volumes import as_images
 from cloister_common.errors import (
     CohortTooSmall,
     DataError,
@@ -56,11 +57,12 @@ class Cohort:
     """Patients with their images.
 
     Attributes:
-        images: shades of grey, uint16, shape (N, S, S); a patient's images lie together.
+        images: shades of grey, uint16, shape (N, S, S), of volumes (N, D, S, S); a patient's
+            images lie together.
         patients: sorted by mark.
         rejects: how many files were turned away, by reason.
         modalities: how many images were accepted, by modality.
-        shapes: how many images were accepted, by stored (rows, columns).
+        shapes: how many images were accepted, by stored (rows, columns) of a slice.
 
     The last three describe the folder as it was read; ``split`` hands them on unchanged.
     """
@@ -138,6 +140,9 @@ def read_cohort(
         if isinstance(outcome, Accepted):
             accepted.append((outcome, name))
     files = len(accepted) + sum(rejects.values())
+    if study.input.dimensions == 3:
+        accepted, linked, alone = as_images(accepted, linked, study.input)
+        rejects.update(alone.values())
     faults: list[DataError] = []
     if not accepted:
         faults.append(_empty(rejects))
@@ -188,7 +193,7 @@ def split(cohort: Cohort, fraction: float) -> tuple[Cohort, Cohort]:
 
 
 def tensor(cohort: Cohort, indices: Sequence[int]) -> torch.Tensor:
-    """Return images as a float32 tensor of shape (n, 1, S, S) with values in [0, 1]."""
+    """Return images as a float32 tensor, (n, 1, S, S) or (n, 1, D, S, S), values in [0, 1]."""
     import torch
 
     chosen = cohort.images[np.asarray(indices, dtype=np.int64)]

@@ -509,3 +509,13 @@ def test_the_learning_rate_over_the_rounds() -> None:
     training = training.model_copy(update={"schedule": "cosine"})
     rates = [training.rate_of(number) for number in (1, 2, 3, 4)]
     assert rates == pytest.approx([2.0, 1 + 0.5**0.5, 1.0, 1 - 0.5**0.5])
+
+
+def test_the_study_of_volumes_in_the_documents_is_one() -> None:
+    root = Path(__file__).parents[2] / "docs"
+    study = load_study(root / "studies" / "ct-volumes.toml")
+    assert (study.input.depth, study.input.spacing) == (32, 5.0)
+    shown = (root / "dicom.md").read_text("utf-8").split("## Volumes")[1].split("```")[1]
+    given = parse_study(TEN_LINES.split("[training]", maxsplit=1)[0] + shown)
+    assert given.input.model_copy(update={"window": study.input.window}) == study.input
+    assert given.network == study.network

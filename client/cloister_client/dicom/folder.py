@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloister_client.dicom.discover import discover
+from cloister_client.dicom.geometry import Place
 from cloister_client.dicom.pool import Reading, shared_pool
 from cloister_client.dicom.preprocess import spec_digest
 from cloister_client.dicom.reject import RejectedFile
@@ -77,7 +78,8 @@ class Accepted:
         keys: what it can be linked by.
         modality: CR, DX, MG, CT or MR.
         rows, columns: size of the image as it was stored.
-        image: shades of grey, uint16, shape (size, size).
+        image: shades of grey, uint16, shape (size, size); a volume has (depth, size, size).
+        place: where a slice of CT or MR lies.
     """
 
     short_id: str
@@ -86,6 +88,7 @@ class Accepted:
     rows: int
     columns: int
     image: NDArray[np.uint16] = field(repr=False)
+    place: Place = field(default=Place(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -122,29 +125,39 @@ def read_folder(
     """
     found: tuple[Item, ...] = (*discover(dicom), *also)
     instances: set[str] = set()
-    pixels: set[tuple[str, str, str]] = set()
+    pixels: set[tuple[str, ...]] = set()
+    stacks = spec.dimensions == 3
     with _Reader(spec, cache) as reader:
         for done, (one, reading) in enumerate(reader.read(found), start=1):
-            outcome = _judge(short_id(key, one.name), reading, instances, pixels)
+            outcome = _judge(short_id(key, one.name), reading, instances, pixels, stacks)
             if progress is not None:
                 progress(done, len(found))
             yield outcome
 
 
 def _judge(
-    short_id: str, reading: Reading | Reject, instances: set[str], pixels: set[tuple[str, str, str]]
+    short_id: str,
+    reading: Reading | Reject,
+    instances: set[str],
+    pixels: set[tuple[str, ...]],
+    stacks: bool,
 ) -> Accepted | Refused:
-    """Turn away what was there before; ``instances`` and ``pixels`` remember it."""
+    """Turn away what was there before; ``instances`` and ``pixels`` remember it.
+
+    In a stack of slices (``stacks``) two may look alike, such as air; not at one position.
+    """
     if isinstance(reading, Reject):
         return Refused(short_id, reading)
     facts, image = reading
     keys = Keys(facts.sop_instance, facts.accession, facts.patient_id, facts.issuer)
-    same = (keys.issuer, keys.patient_id, facts.pixels)
+    same: tuple[str, ...] = (keys.issuer, keys.patient_id, facts.pixels)
+    if stacks:
+        same += (facts.series, facts.position)
     if keys.sop_instance in instances or same in pixels:
         return Refused(short_id, Reject.DUPLICATE, keys)
     instances.add(keys.sop_instance)
     pixels.add(same)
-    return Accepted(short_id, keys, facts.modality, facts.rows, facts.columns, image)
+    return Accepted(short_id, keys, facts.modality, facts.rows, facts.columns, image, facts.place)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,8 +212,9 @@ class _Reader:
         if self._cache is not None:
             entry = self._cache.name(hashlib.sha256(data).digest(), self._digest)
             known = self._cache.get(entry)
-            if known is not None:
-                return _Waiting(one, done=(_facts(known[0]), known[1]))
+            facts = None if known is None else _facts(known[0])
+            if known is not None and facts is not None:
+                return _Waiting(one, done=(facts, known[1]))
         return _Waiting(one, len(data), future=self._pool.submit(data, self._spec), entry=entry)
 
     def _end(self) -> tuple[Item, Reading | Reject]:
@@ -219,8 +233,10 @@ class _Reader:
         return waiting.found, done
 
 
-def _facts(entry: Mapping[str, str | int]) -> Facts:
-    """Read what the cache holds; it was written here, and is sealed."""
+def _facts(entry: Mapping[str, str | int]) -> Facts | None:
+    """Read what the cache holds: written here, and sealed; None if before all was read."""
+    if not entry.keys() >= {"pixels", *TEXTS}:
+        return None
     texts = {name: str(entry[name]) for name in ("pixels", *TEXTS)}
     return Facts(rows=int(entry["rows"]), columns=int(entry["columns"]), **texts)
 

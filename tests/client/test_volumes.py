@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from cloister_client.cache import Cache
 from cloister_client.check import contact_sheet, inspect, render
 from cloister_client.cohort import Cohort, Patient, load_cohort, read_cohort, tensor
 from cloister_client.dicom.folder import Accepted, Keys, read_folder
@@ -386,6 +387,22 @@ def test_a_cohort_of_volumes(tmp_path: Path, key: str) -> None:
     assert again.cohort is not None
     assert np.array_equal(again.cohort.images, cohort.images)
     assert again.cohort.patients == cohort.patients
+
+
+def test_an_entry_from_before_places_were_read_is_read_again(tmp_path: Path) -> None:
+    site = ct_site(tmp_path, patients=2)
+    before = load_cohort(site, STUDY)
+    cache = Cache(site.cache, site.cache_key())
+    for path in site.cache.iterdir():
+        entry = cache.get(path.name)
+        assert entry is not None
+        assert entry[0].pop("position")
+        cache.put(path.name, *entry)
+    after = load_cohort(site, STUDY)
+    assert np.array_equal(after.images, before.images)
+    entry = cache.get(next(site.cache.iterdir()).name)
+    assert entry is not None
+    assert "position" in entry[0]
 
 
 def test_the_same_slices_are_images_where_a_study_is_flat(tmp_path: Path) -> None:

@@ -191,14 +191,16 @@ def resample(slices: Sequence[_Shades], step: int, spacing: int, depth: int) -> 
     if abs(step - spacing) * _EQUAL < spacing:
         step = spacing
     extent = (len(slices) - 1) * step
-    count = extent // spacing + 1
+    # A stack that rounding in the file made a little short still has its last slice.
+    count = (extent + spacing // _EQUAL) // spacing + 1
     margin = (extent - (count - 1) * spacing) // 2
     start = (count - depth) // 2
     volume = np.zeros((depth, *slices[0].shape), dtype=np.uint16)
     for place in range(depth):
         if not 0 <= start + place < count:
             continue
-        below, rest = divmod(margin + (start + place) * spacing, step)
+        where = min(max(margin + (start + place) * spacing, 0), extent)
+        below, rest = divmod(where, step)
         if not rest:
             volume[place] = slices[below]
             continue

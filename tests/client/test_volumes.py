@@ -144,11 +144,11 @@ def test_cropping_and_padding_are_centred(tmp_path: Path) -> None:
 def by_definition(slices: Sequence[Shades], step: int, spacing: int, depth: int) -> Shades:
     """Linear interpolation with fractions, value by value."""
     extent = (len(slices) - 1) * step
-    count = extent // spacing + 1
+    count = (extent + spacing // 1000) // spacing + 1
     margin = (extent - (count - 1) * spacing) // 2
     grid = []
     for place_ in range(count):
-        where = Fraction(margin + place_ * spacing, step)
+        where = Fraction(min(max(margin + place_ * spacing, 0), extent), step)
         low = min(int(where), len(slices) - 2)
         share = where - low
         mixed = [
@@ -189,6 +189,13 @@ def test_distances_that_differ_by_rounding_are_not_resampled() -> None:
     kept = resample(slices, 1_000_400, 1_000_000, 200)
     assert np.array_equal(kept, np.stack(slices))
     assert not np.array_equal(resample(slices, 1_002_000, 1_000_000, 200), kept)
+
+
+def test_a_stack_that_rounding_made_short_keeps_its_last_slice() -> None:
+    slices = [np.full((2, 2), 1000 * k, np.uint16) for k in range(9)]
+    short = resample(slices, 999_999, 2_000_000, 5)
+    assert np.abs(short.astype(int) - np.stack(slices[::2])).max() <= 1
+    assert len({int(one) for one in short[:, 0, 0]}) == 5
 
 
 def accepted(k: int, position: Sequence[float], **changes: str) -> Accepted:

@@ -243,6 +243,7 @@ def _built(site: Site, study: Study) -> nn.Module:
         study.network,
         outputs=study.outputs,
         size=study.input.size,
+        depth=study.input.depth,
         seed=study.training.seed,
         models=site.root / MODELS_FOLDER,
     )
@@ -258,7 +259,7 @@ def _train(site: Site, study: Study, task: TrainTask) -> Vector:
     module = _loaded(site, study, task.vector)
     if study.privacy.enabled:
         # Before the charge: a network that cannot keep the promise costs the patients nothing.
-        require_private(module, size=study.input.size)
+        require_private(module, size=study.input.size, depth=study.input.depth)
     gate.charge(site, study, run=task.run, round_number=task.round)
     cohort, _ = _parts(_cohort(site, study), study)
     private = study.privacy.enabled
@@ -281,7 +282,7 @@ def _histogram(site: Site, study: Study, task: EvaluateTask) -> Counts:
         _, held_out = _parts(_cohort(site, study), study)
         return score_histogram(module, held_out, study)
     # As for a round: a network that mixes patients would break the release's sensitivity, too.
-    require_private(module, size=study.input.size)
+    require_private(module, size=study.input.size, depth=study.input.depth)
     gate.charge_release(site, study, run=task.run)
     _, held_out = _parts(_cohort(site, study), study)
     return noised(exact_histogram(module, held_out, study), study, release, SecureRandom())

@@ -86,7 +86,7 @@ def supported(module: nn.Module) -> bool:
             continue
         if not all(weight.requires_grad for weight in layer.parameters(recurse=False)):
             return False
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
             if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
                 return False
         elif type(layer) not in {nn.Linear, nn.GroupNorm}:
@@ -108,7 +108,8 @@ def clipped_groups(
 
     Args:
         module: a network that ``supported`` accepts.
-        pixels: float32 (images, channels, S, S), patient after patient.
+        pixels: float32 (images, channels, S, S) or (images, channels, D, S, S), patient after
+            patient.
         labels: int64 (patients,).
         sizes: images of each patient, at least 1.
         norm: C', above 0.
@@ -230,6 +231,8 @@ def _small(each: _Seen, owner: Tensor, count: int) -> Iterator[tuple[nn.Paramete
 
 
 def _by_ghost(each: _Seen, images: int) -> bool:
+    if isinstance(each.layer, nn.Conv3d):
+        return False
     if isinstance(each.layer, nn.Conv2d) and each.layer.groups != 1:
         return False
     places = images * (each.answer[0, 0].numel() if each.answer.ndim > 2 else 1)
@@ -300,10 +303,10 @@ def _input_products(layer: nn.Module, given: Tensor, size: int) -> Tensor:
     return total.view(units, places, places)
 
 
-def _conv_weight(layer: nn.Conv2d, given: Tensor, answer: Tensor) -> Tensor:
+def _conv_weight(layer: nn.Conv2d | nn.Conv3d, given: Tensor, answer: Tensor) -> Tensor:
     _, gradient, _ = torch.ops.aten.convolution_backward(
         answer, given, layer.weight.detach(), None, layer.stride, layer.padding, layer.dilation,
-        False, [0, 0], layer.groups, [False, True, False],
+        False, [0] * (given.ndim - 2), layer.groups, [False, True, False],
     )  # fmt: skip
     result: Tensor = gradient
     return result
@@ -325,9 +328,11 @@ def _unit_weights(each: _Seen, sizes: Sequence[int]) -> Tensor:
     answers = torch.split(each.answer, list(sizes))
 
     for row, one, answer in zip(rows, given, answers, strict=True):
-        if not isinstance(each.layer, nn.Conv2d):
+        if not isinstance(each.layer, (nn.Conv2d, nn.Conv3d)):
             torch.mm(answer.t(), one, out=row)
-        elif each.layer.groups == 1 and row[0].numel() <= _THIN:
+        elif (
+            isinstance(each.layer, nn.Conv2d) and each.layer.groups == 1 and row[0].numel() <= _THIN
+        ):
             row.copy_(_thin_weight(each.layer, one, answer))
         else:
             row.copy_(_conv_weight(each.layer, one, answer))

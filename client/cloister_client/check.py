@@ -49,6 +49,7 @@ class DataReport:
         promised: epsilon that all studies together have reserved or spent here.
         lifetime: the most that they may.
         cohort: the images, or None; in no output but the contact sheet.
+        volumes: whether an image is a volume of slices.
     """
 
     site: str
@@ -67,6 +68,7 @@ class DataReport:
     promised: float = 0.0
     lifetime: float = 0.0
     cohort: Cohort | None = field(default=None, repr=False, compare=False)
+    volumes: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return what JSON can say: counts and words, no image."""
@@ -141,6 +143,7 @@ def inspect(
         promised=gate.promised(site),
         lifetime=site.policy.max_epsilon_lifetime,
         cohort=cohort,
+        volumes=study is not None and study.input.dimensions == 3,
     )
 
 
@@ -156,11 +159,12 @@ def render(report: DataReport) -> str:
     """Return the report as text for a terminal."""
     lines = [f"Site {report.site}" + (f", study {report.study}" if report.study else "")]
     lines.append(f"  files       {report.files}")
-    lines.append(f"  images      {report.accepted}{_brackets(report.modalities)}")
+    word = "volumes" if report.volumes else "images"
+    lines.append(f"  {word:<10}  {report.accepted}{_brackets(report.modalities)}")
     lines.append(f"  patients    {report.patients}")
     if report.images_per_patient:
         told = ", ".join(
-            f"{_count(patients, 'patient')} with {_count(images, 'image')}"
+            f"{_count(patients, 'patient')} with {_count(images, word[:-1])}"
             for images, patients in report.images_per_patient.items()
         )
         lines.append(f"  each        {told}")

@@ -20,6 +20,7 @@ from cloister_client.memory import memory_of
 from cloister_client.quarantine import releases
 from cloister_client.site import Site, pseudonym
 from cloister_client.store import Store
+from cloister_client.volumes import as_images
 from cloister_common.errors import (
     CohortTooSmall,
     DataError,
@@ -61,11 +62,12 @@ class Cohort:
     """Patients with their images.
 
     Attributes:
-        images: shades of grey, uint16, shape (N, S, S); a patient's images lie together.
+        images: shades of grey, uint16, shape (N, S, S), of volumes (N, D, S, S); a patient's
+            images lie together.
         patients: sorted by mark.
         rejects: how many files were turned away, by reason.
         modalities: how many images were accepted, by modality.
-        shapes: how many images were accepted, by stored (rows, columns).
+        shapes: how many images were accepted, by stored (rows, columns) of a slice.
 
     The last three describe the folder as it was read; ``split`` hands them on unchanged.
     """
@@ -224,6 +226,11 @@ def read_cohort(
             if isinstance(outcome, Accepted) and not new:
                 accepted.append((outcome, name))
     files = len(accepted) + later + sum(rejects.values())
+    slices = list(accepted)
+    if study.input.dimensions == 3:
+        accepted, linked, alone = as_images(accepted, linked, study.input)
+        rejects.update(alone.values())
+        slices = [one for index, one in enumerate(slices) if index not in alone]
     faults: list[DataError] = []
     if not accepted:
         faults.append(_empty(rejects))
@@ -233,14 +240,15 @@ def read_cohort(
         # Where no image could be used, that labels have no image is no news; a bad file is.
         faults += [one for one in label_faults if accepted or isinstance(one, LabelsInvalid)]
         labels = [value for value, one in zip(found, linked, strict=True) if not one.duplicate]
+    label_of = {name: label for (_, name), label in zip(accepted, labels, strict=True)}
     items = tuple(
         item_of(
             key, digest, sop_instance=one.keys.sop_instance, patient=name,
-            content=one.content, pixels=one.facts.pixels, label=label,
+            content=one.content, pixels=one.facts.pixels, label=label_of[name],
         )
-        for (one, name), label in zip(accepted, labels, strict=True)
+        for one, name in slices
     )  # fmt: skip
-    spoiled = [item.image for item, (one, _) in zip(items, accepted, strict=True) if one.damaged]
+    spoiled = [item.image for item, (one, _) in zip(items, slices, strict=True) if one.damaged]
     if frozen is not None:
         # First of all faults: what changed explains the others.
         faults[:0] = manifests.differences(frozen, items, spoiled)
@@ -248,8 +256,15 @@ def read_cohort(
     cohort = _assemble(accepted, labels, counted)
     if cohort is not None and require_labels and not faults:
         faults += _class_faults(site, study, cohort)
-    facts = tuple((one.facts, name) for one, name in accepted)
+    facts = tuple((_described(one), name) for one, name in accepted)
     return Reading(cohort, tuple(faults), files, counted, later, len(spoiled), items, facts)
+
+
+def _described(one: Accepted) -> Facts:
+    """What is known of an image; of a volume, whose first slice speaks for it, all pixels."""
+    if one.image.ndim == 2:
+        return one.facts
+    return replace(one.facts, pixels=hashlib.sha256(one.image.tobytes()).hexdigest())
 
 
 def same(one: Cohort, other: Cohort) -> bool:
@@ -291,7 +306,7 @@ def split(cohort: Cohort, fraction: float) -> tuple[Cohort, Cohort]:
 
 
 def tensor(cohort: Cohort, indices: Sequence[int]) -> torch.Tensor:
-    """Return images as a float32 tensor of shape (n, 1, S, S) with values in [0, 1]."""
+    """Return images as a float32 tensor, (n, 1, S, S) or (n, 1, D, S, S), values in [0, 1]."""
     import torch
 
     chosen = cohort.images[np.asarray(indices, dtype=np.int64)]

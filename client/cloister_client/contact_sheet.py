@@ -16,7 +16,7 @@ SHEET_TILE = 128
 
 
 def contact_sheet(cohort: Cohort) -> tuple[int, bytes]:
-    """Preprocessed images, one a patient, as a grid.
+    """Preprocessed images, one a patient, as a grid; a volume is shown by its middle slice.
 
     Returns:
         How many images it shows, at most ``SHEET_IMAGES``; and a PNG without any text.
@@ -28,7 +28,10 @@ def contact_sheet(cohort: Cohort) -> tuple[int, bytes]:
     rows = max(1, -(-len(chosen) // columns))
     sheet = Image.new("L", (columns * SHEET_TILE, rows * SHEET_TILE))
     for place, index in enumerate(chosen):
-        shades = (cohort.images[index] >> 8).astype(np.uint8)
+        image = cohort.images[index]
+        if image.ndim == 3:
+            image = image[len(image) // 2]
+        shades = (image >> 8).astype(np.uint8)
         tile = Image.fromarray(shades).resize((SHEET_TILE, SHEET_TILE), Image.Resampling.BOX)
         row, column = divmod(place, columns)
         sheet.paste(tile, (column * SHEET_TILE, row * SHEET_TILE))

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cloister_client.cohort import Cohort
-from cloister_client.sampling import Bag, FeatureCohort, pixels_of
+from cloister_client.sampling import Bag, FeatureCohort, images_at_once, pixels_of
 from cloister_common.metrics import histogram, patient_scores
 from cloister_common.records import Counts
 from cloister_common.study import Study
@@ -33,12 +33,13 @@ def image_scores(module: nn.Module, cohort: Cohort) -> npt.NDArray[np.float64]:
     if isinstance(module, FixedFeatures):
         seen, answer = features_of(module, cohort), module.head
     device = next(module.parameters()).device
+    batch = images_at_once(cohort, BATCH)
     scores = []
     was_training = module.training
     module.eval()
     with torch.no_grad():
-        for start in range(0, len(cohort.images), BATCH):
-            indices = np.arange(start, min(start + BATCH, len(cohort.images)))
+        for start in range(0, len(cohort.images), batch):
+            indices = np.arange(start, min(start + batch, len(cohort.images)))
             pixels = pixels_of(seen, [Bag(0, indices, None)])
             logits = answer(pixels.to(device))
             scores.append(torch.softmax(logits.double(), dim=1).cpu().numpy())

@@ -38,7 +38,7 @@ from torch.func import functional_call, grad, vmap
 from cloister_client import book_keeping
 from cloister_client.cores import side_by_side
 from cloister_client.grid_sum import Block, Clipped
-from cloister_client.sampling import Bag, Cohort, FeatureCohort, chunks, pixels_of
+from cloister_client.sampling import Bag, Cohort, FeatureCohort, chunks, images_at_once, pixels_of
 from cloister_common.errors import InternalError
 
 Key: TypeAlias = tuple[object, ...]
@@ -114,7 +114,7 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         """Yield gradients with the places of their patients in ``bags``."""
         if self._hooked is not None:
             start = 0
-            for run in chunks(bags, _IMAGES_AT_ONCE):
+            for run in chunks(bags, images_at_once(cohort, _IMAGES_AT_ONCE)):
                 block = self._by_hooks(self._hooked, pixels_of(cohort, run), run)
                 yield list(range(start, start + len(run))), block
                 start += len(run)

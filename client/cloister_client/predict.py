@@ -1,6 +1,7 @@
 """Score a folder of images with a finished model, on the machine where the images are.
 
-The result is the user's own: one row an image, named by its SOP Instance UID. Nothing is sent.
+The result is the user's own: one row an image, named by its SOP Instance UID, or a volume, named by
+its Series Instance UID. Nothing is sent.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import io
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from cloister_client.cohort import Cohort
 from cloister_client.dicom.folder import Accepted, read_folder
+from cloister_client.volumes import assemble
 from cloister_common.errors import OptionInvalid, Reject, SiteEmpty
 from cloister_common.files import write_atomic
 
@@ -39,9 +41,9 @@ def predict(
 ) -> Prediction:
     """Write the scores of all usable images of a folder as CSV, whole or not at all.
 
-    The columns are ``SOPInstanceUID`` and ``score_<class>`` for each class of the model's study,
-    probabilities that sum to 1; the rows are sorted by the first. Images are preprocessed as the
-    study inside the model says.
+    The columns are ``SOPInstanceUID``, for volumes ``SeriesInstanceUID``, and ``score_<class>`` for
+    each class of the model's study, probabilities that sum to 1; the rows are sorted by the first.
+    Images are preprocessed as the study inside the model says.
 
     Args:
         model_path: a model that Cloister wrote.
@@ -72,6 +74,10 @@ def predict(
             accepted.append(outcome)
         else:
             rejects[outcome.reason] += 1
+    if study.input.dimensions == 3:
+        volumes, alone = assemble(accepted, study.input)
+        accepted = [replace(accepted[one.slices[0]], image=one.image) for one in volumes]
+        rejects.update(alone.values())
     if not accepted:
         raise SiteEmpty(
             "The folder holds no image that this model can score.",
@@ -79,7 +85,10 @@ def predict(
             f"{sum(rejects.values())} files were turned away.",
             remedy="Name a folder with images of these modalities.",
         )
-    accepted.sort(key=lambda one: one.keys.sop_instance)
+    column, name = "SOPInstanceUID", _instance
+    if study.input.dimensions == 3:
+        column, name = "SeriesInstanceUID", _series
+    accepted.sort(key=name)
     # The same forward pass as in training's evaluation, so a score here is the score there.
     scores = image_scores(
         module,
@@ -93,11 +102,19 @@ def predict(
     )
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(["SOPInstanceUID", *(f"score_{name}" for name in study.target.classes)])
+    writer.writerow([column, *(f"score_{name}" for name in study.target.classes)])
     for one, row in zip(accepted, scores, strict=True):
-        writer.writerow([one.keys.sop_instance, *(f"{score:.6f}" for score in row)])
+        writer.writerow([name(one), *(f"{score:.6f}" for score in row)])
     write_atomic(out_csv, text.getvalue().encode())
     return Prediction(len(accepted), dict(sorted(rejects.items(), key=lambda item: item[0].value)))
+
+
+def _instance(one: Accepted) -> str:
+    return one.keys.sop_instance
+
+
+def _series(one: Accepted) -> str:
+    return one.place.series
 
 
 def _device(name: str) -> str:

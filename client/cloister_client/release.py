@@ -24,7 +24,7 @@ from cloister_client.cohort import Cohort, subset
 from cloister_client.evaluation import BATCH
 from cloister_client.features import features_of
 from cloister_client.randomness import SecureRandom
-from cloister_client.sampling import Bag, FeatureCohort, pixels_of
+from cloister_client.sampling import Bag, FeatureCohort, images_at_once, pixels_of
 from cloister_common.charges import RELEASE_BINS, UNITS, sensitivity
 from cloister_common.frozen_backbone import FixedFeatures
 from cloister_common.privacy.events import Mechanism
@@ -108,8 +108,9 @@ def _scores(
     """Mean probability of each class over one patient's images, (K,)."""
     parts = []
     with torch.no_grad():
-        for start in range(0, len(images), BATCH):
-            indices = np.asarray(images[start : start + BATCH], np.int64)
+        batch = images_at_once(cohort, BATCH)
+        for start in range(0, len(images), batch):
+            indices = np.asarray(images[start : start + batch], np.int64)
             pixels = pixels_of(cohort, [Bag(0, indices, None)])
             logits = answer(pixels.to(device))
             parts.append(torch.softmax(logits.double(), dim=1).cpu().numpy())

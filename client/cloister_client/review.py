@@ -13,6 +13,7 @@ from cloister_common.study import Study
 def review(site: Site, judgement: Judgement) -> str:
     """Return the study in words, with what this site's policy and budget say of it."""
     study = judgement.study
+    what = "images" if study.input.dimensions == 2 else "volumes"
     lines = [
         f"{study.study.name}: {study.study.question}",
         f"  hash         {study.digest}",
@@ -24,7 +25,7 @@ def review(site: Site, judgement: Judgement) -> str:
         f"{study.training.steps_per_round} steps, each patient in a step with probability "
         f"{study.training.sampling_rate:g}",
         *_stands_on(study),
-        f"  on           {', '.join(study.input.modalities)} images of this site, their label "
+        f"  on           {', '.join(study.input.modalities)} {what} of this site, their label "
         f"'{study.target.column}' ({', '.join(study.target.classes)})",
         *_cost(site, study),
         *_leaves(study),

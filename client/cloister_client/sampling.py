@@ -32,7 +32,7 @@ class Patient(Protocol):
 
 
 class Cohort(Protocol):
-    """A site's patients: pixels as uint16 (N, S, S), from 0 (black) to 65535 (white)."""
+    """A site's patients: uint16 (N, S, S) or (N, D, S, S), from 0 (black) to 65535."""
 
     @property
     def images(self) -> NDArray[np.uint16]: ...
@@ -134,8 +134,8 @@ def pixels_of(cohort: Cohort | FeatureCohort, bags: Sequence[Bag]) -> torch.Tens
     """Read the images of some bags, one after the other.
 
     Returns:
-        float32 (images, 1, S, S), from -2 (black) to 2 (white): (x / 65535 - 0.5) / 0.25; of a
-        ``FeatureCohort``, its images as they are.
+        float32 (images, 1, S, S), volumes (images, 1, D, S, S), from -2 (black) to 2 (white):
+        (x / 65535 - 0.5) / 0.25; of a ``FeatureCohort``, its images as they are.
     """
     if isinstance(cohort, FeatureCohort):
         return torch.from_numpy(np.concatenate([cohort.images[bag.images] for bag in bags]))
@@ -145,7 +145,10 @@ def pixels_of(cohort: Cohort | FeatureCohort, bags: Sequence[Bag]) -> torch.Tens
 
 
 def _moved(images: NDArray[np.uint16], moves: NDArray[np.int64] | None) -> NDArray[np.uint16]:
-    """Mirror and move each image; what comes in from outside repeats the edge."""
+    """Mirror and move each image; what comes in from outside repeats the edge.
+
+    All slices of a volume move alike, each in its plane.
+    """
     if moves is None:
         return images
     side = images.shape[-1]
@@ -153,9 +156,17 @@ def _moved(images: NDArray[np.uint16], moves: NDArray[np.int64] | None) -> NDArr
     rows = np.clip(places - moves[:, 1:2], 0, side - 1)
     columns = np.clip(places - moves[:, 2:3], 0, side - 1)
     columns = np.where(moves[:, :1] == 1, side - 1 - columns, columns)
-    which = np.arange(len(images))[:, None, None]
-    moved: NDArray[np.uint16] = images[which, rows[:, :, None], columns[:, None, :]]
+    moved = np.empty_like(images)
+    for place, image in enumerate(images):
+        moved[place] = image[..., rows[place][:, None], columns[place][None, :]]
     return moved
+
+
+def images_at_once(cohort: Cohort | FeatureCohort, most: int) -> int:
+    """How many images to take where ``most`` flat ones fit: a volume counts as its slices."""
+    if isinstance(cohort, FeatureCohort) or cohort.images.ndim == 3:
+        return most
+    return max(1, most // int(cohort.images.shape[1]))
 
 
 def chunks(bags: Sequence[Bag], most: int) -> Iterator[list[Bag]]:

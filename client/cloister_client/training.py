@@ -26,6 +26,7 @@ from cloister_client.sampling import (
     SeededRandom,
     chunks,
     draw_bags,
+    images_at_once,
     pixels_of,
 )
 from cloister_common.errors import InternalError, UpdateInvalid
@@ -138,7 +139,7 @@ def _train_open(
         bags = _draw(cohort, source, study.training)
         total = sum(len(bag.images) for bag in bags)
         optimizer.zero_grad()
-        for run in chunks(bags, _IMAGES_AT_ONCE):
+        for run in chunks(bags, images_at_once(cohort, _IMAGES_AT_ONCE)):
             labels = torch.tensor([bag.label for bag in run for _ in bag.images])
             loss = F.cross_entropy(module(pixels_of(cohort, run)), labels, reduction="sum")
             torch.autograd.backward(loss / total)

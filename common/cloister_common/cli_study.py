@@ -155,11 +155,15 @@ def _in_words(study: Study) -> str:
         if study.aggregation.secure
         else "NOT masked: the coordinator can read each site's"
     )
-    shape = f"{study.input.size} x {study.input.size}"
+    given = study.input
+    shape = f"{given.size} x {given.size} pixels"
+    if given.depth is not None:
+        shape = f"volumes of {given.depth} x {given.size} x {given.size} voxels, slices "
+        shape += f"{given.spacing:g} mm apart"
     return "\n".join(
         (
             f"{study.study.name}: {study.study.question}",
-            f"  input      {', '.join(study.input.modalities)}, {shape} pixels",
+            f"  input      {', '.join(given.modalities)}, {shape}",
             f"  target     {study.target.column}: {', '.join(study.target.classes)}",
             f"  network    {study.network.name}",
             f"  training   {training.rounds} rounds of {training.steps_per_round} steps, "

@@ -663,6 +663,12 @@ class Reject(enum.Enum):
     UNREADABLE = "CLO-225"
     OUTSIDE_ROOT = "CLO-226"
     EXHAUSTED = "CLO-227"
+    VOLUME_INCOMPLETE = "CLO-228"
+    VOLUME_UNPLACED = "CLO-229"
+    VOLUME_MIXED = "CLO-230"
+    VOLUME_DOUBLED = "CLO-231"
+    VOLUME_TILTED = "CLO-232"
+    VOLUME_UNEVEN = "CLO-233"
     CAPTURE = "CLO-234"
 
     @property
@@ -696,6 +702,12 @@ _REJECT_TITLES = {
     Reject.UNREADABLE: "file cannot be opened",
     Reject.OUTSIDE_ROOT: "symbolic link out of the data folder",
     Reject.EXHAUSTED: "reading takes too much memory or time",
+    Reject.VOLUME_INCOMPLETE: "slice of a series too short for a volume",
+    Reject.VOLUME_UNPLACED: "slice of a series without sound positions",
+    Reject.VOLUME_MIXED: "slice of a series with several orientations or pixel grids",
+    Reject.VOLUME_DOUBLED: "slice of a series with two slices at one position",
+    Reject.VOLUME_TILTED: "slice of a series that is not stacked along its normal",
+    Reject.VOLUME_UNEVEN: "slice of a series with uneven spacing",
     Reject.CAPTURE: "secondary capture or ultrasound, which may show a name",
 }
 

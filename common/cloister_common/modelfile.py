@@ -37,7 +37,11 @@ def save_model(path: Path, study: Study, vector: Vector, facts: dict[str, object
     from cloister_common import networks, vectors
 
     module = networks.build(
-        study.network, outputs=study.outputs, size=study.input.size, seed=study.training.seed
+        study.network,
+        outputs=study.outputs,
+        size=study.input.size,
+        depth=study.input.depth,
+        seed=study.training.seed,
     )
     vectors.load(module, vector)
     metadata = {
@@ -79,7 +83,11 @@ def load_model(path: Path, device: str = "cpu") -> tuple[nn.Module, Study]:
     try:
         study = study_from_canonical(metadata.get("study", ""))
         module = networks.build(
-            study.network, outputs=study.outputs, size=study.input.size, seed=study.training.seed
+            study.network,
+            outputs=study.outputs,
+            size=study.input.size,
+            depth=study.input.depth,
+            seed=study.training.seed,
         )
     except CloisterError:
         raise ModelFileInvalid(

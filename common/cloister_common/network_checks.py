@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def require_private(module: nn.Module, *, size: int = 64, in_channels: int = 1) -> None:
+def require_private(
+    module: nn.Module, *, size: int = 64, depth: int | None = None, in_channels: int = 1
+) -> None:
     """Refuse a module whose output for one image depends on another image or on earlier data.
 
     Opacus' validator looks at the types of trainable layers, so it passes a module that mixes a
@@ -24,13 +26,14 @@ def require_private(module: nn.Module, *, size: int = 64, in_channels: int = 1) 
     Args:
         module: in training mode.
         size: side of the input in pixels.
+        depth: slices of a volume; None for images.
         in_channels: channels of the input.
 
     Raises:
         NetworkUnfit: naming the layer, or the leak.
         ExtraMissing: Opacus is not installed.
     """
-    key = (type(module), repr(module), module.training, size, in_channels)
+    key = (type(module), repr(module), module.training, size, depth, in_channels)
     if key in _proved:
         return
     _refuse_layers(module)
@@ -49,7 +52,8 @@ def require_private(module: nn.Module, *, size: int = 64, in_channels: int = 1) 
             why=f"Its validator reports: {names}.",
             remedy="Use layers that treat each image by itself, and training mode.",
         )
-    _refuse_leak(module, size, in_channels)
+    places = (size, size) if depth is None else (depth, size, size)
+    _refuse_leak(module, (in_channels, *places))
     _proved.add(key)
 
 
@@ -84,11 +88,11 @@ def _refuse_layers(module: nn.Module) -> None:
         )
 
 
-def _refuse_leak(module: nn.Module, size: int, in_channels: int) -> None:
+def _refuse_leak(module: nn.Module, one: tuple[int, ...]) -> None:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn((2, in_channels, size, size), generator=generator).requires_grad_()
+    images = torch.randn((2, *one), generator=generator).requires_grad_()
     # Behind a weight that begins at zero, every gradient is zero, and proves nothing.
     module = copy.deepcopy(module)
     for weight in module.parameters():

@@ -88,6 +88,7 @@ class Entry:
         needs: package beside torch that builds it; empty for none.
         arguments: arguments by name.
         builder: makes it from (outputs, input channels, arguments, folder of models).
+        dimensions: 2 where it reads images, 3 where it reads volumes.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Entry:
     needs: str
     builder: Builder = field(repr=False)
     arguments: Mapping[str, Argument | Word] = field(default_factory=dict)
+    dimensions: int = 2
 
 
 def missing_package(package: str) -> ExtraMissing:

@@ -29,6 +29,7 @@ def build(
     *,
     size: int,
     seed: int,
+    depth: int | None = None,
     models: Path | None = None,
 ) -> nn.Module:
     """Build the network that a study names, with weights drawn from ``seed``.
@@ -42,17 +43,20 @@ def build(
         in_channels: channels of the input, 1 or more.
         size: side of the square input, in pixels.
         seed: 0 or more.
+        depth: slices of a volume; None for images.
         models: a site's own folder of pretrained weights. They are read when features are first
             computed, and no sooner.
 
     Returns:
-        A module in training mode: (batch, in_channels, size, size) to (batch, outputs) logits.
+        A module in training mode: (batch, in_channels, size, size), of volumes (batch,
+        in_channels, depth, size, size), to (batch, outputs) logits.
 
     Raises:
-        NetworkUnfit: the network or an argument is unknown, or the input is too small.
+        NetworkUnfit: the network or an argument is unknown, or the input is too small or has
+            another number of dimensions.
         ExtraMissing: the network needs a package that is not installed.
     """
-    entry, arguments = resolve(network, size=size)
+    entry, arguments = resolve(network, size=size, depth=depth)
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -61,7 +65,9 @@ def build(
     return module.train()
 
 
-def resolve(network: Network, *, size: int) -> tuple[Entry, dict[str, Value]]:
+def resolve(
+    network: Network, *, size: int, depth: int | None = None
+) -> tuple[Entry, dict[str, Value]]:
     """Look a network up and fill in its defaults, without importing torch.
 
     Raises:
@@ -84,6 +90,14 @@ def resolve(network: Network, *, size: int) -> tuple[Entry, dict[str, Value]]:
                 f"The argument '{name}' of '{entry.name}' cannot be {value!r}.",
                 remedy=f"It is {argument.range}.",
             )
+    if (depth is not None) != (entry.dimensions == 3):
+        asked = 2 if depth is None else 3
+        fit = [one.name for one in REGISTRY.values() if one.dimensions == asked]
+        raise NetworkUnfit(
+            f"The network '{entry.name}' reads input of {entry.dimensions} dimensions, "
+            f"and input.dimensions is {asked}.",
+            remedy=f"Choose one of: {', '.join(fit)}.",
+        )
     if size < entry.smallest:
         raise NetworkUnfit(
             f"Images of {size} pixels are too small for '{entry.name}'.",
@@ -126,6 +140,14 @@ def _small_cnn(
     from cloister_common.small_cnn import SmallCNN
 
     return SmallCNN(outputs, in_channels, width=arguments["width"])
+
+
+def _small_cnn_3d(
+    outputs: int, in_channels: int, arguments: Mapping[str, Any], _: Path | None
+) -> nn.Module:
+    from cloister_common.small_cnn import SmallCNN3D
+
+    return SmallCNN3D(outputs, in_channels, width=arguments["width"])
 
 
 def _filter_bank(
@@ -261,6 +283,17 @@ REGISTRY: Mapping[str, Entry] = {
                 "width": Argument(12, 4, 64, "Channels of the first layer.", multiple=4),
             },
             builder=_small_cnn,
+        ),
+        Entry(
+            name="small-cnn-3d",
+            summary="Four convolutions of volumes, 102,000 weights at the default width.",
+            smallest=16,
+            needs="",
+            arguments={
+                "width": Argument(12, 4, 32, "Channels of the first layer.", multiple=4),
+            },
+            builder=_small_cnn_3d,
+            dimensions=3,
         ),
         Entry(
             name="filter-bank",

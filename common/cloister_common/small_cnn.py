@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 
 class MeanMaxPool(nn.Module):
-    """(batch, channels, height, width) to (batch, 2 x channels): means, then maxima."""
+    """(batch, channels, places...) to (batch, 2 x channels): means, then maxima."""
 
     def forward(self, maps: Tensor) -> Tensor:
-        return torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1)
+        places = tuple(range(2, maps.ndim))
+        return torch.cat([maps.mean(dim=places), maps.amax(dim=places)], dim=1)
 
 
 class SmallCNN(nn.Module):
@@ -45,4 +46,34 @@ class SmallCNN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.pool(self.features(images)))
+        return logits
+
+
+class SmallCNN3D(nn.Module):
+    """Four 3 x 3 x 3 convolutions with GroupNorm and ReLU, the first three of stride 2.
+
+    Args:
+        outputs: number of logits.
+        in_channels: channels of the input, (batch, in_channels, depth, height, width).
+        width: channels of the first layer, a multiple of 4; the later ones have 2, 4 and 4 times
+            as many.
+    """
+
+    def __init__(self, outputs: int, in_channels: int = 1, *, width: int = 12) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for factor, stride in ((1, 2), (2, 2), (4, 2), (4, 1)):
+            layers += [
+                nn.Conv3d(channels, factor * width, 3, stride=stride, padding=1, bias=False),
+                nn.GroupNorm(factor * width // 4, factor * width),
+                nn.ReLU(),
+            ]
+            channels = factor * width
+        self.features = nn.Sequential(*layers)
+        self.pool = MeanMaxPool()
+        self.head = nn.Linear(2 * channels, outputs)
+
+    def forward(self, volumes: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.pool(self.features(volumes)))
         return logits

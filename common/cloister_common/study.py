@@ -1,9 +1,10 @@
 """The study: what a federation trains, on what, under which privacy; and nothing else.
 
 A study is configuration only. Its canonical form is JSON of the validated model with every
-default filled in (but ``release_epsilon``, left out at 0), keys sorted, no white space; its hash
-is SHA-256 over a label and that form. Sites approve the hash, so two files that mean the same have
-the same hash, and no site can train with another preprocessing than its neighbour.
+default filled in (but ``release_epsilon``, left out at 0, and what describes volumes, left out
+where images are flat), keys sorted, no white space; its hash is SHA-256 over a label and that
+form. Sites approve the hash, so two files that mean the same have the same hash, and no site can
+train with another preprocessing than its neighbour.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from pydantic import (
     model_validator,
 )
 
-from cloister_common.errors import NetworkUnfit, StudyInvalid
-from cloister_common.tomlfile import FileModel, KeyedValueError, parse, read_text
+from cloister_common.errors import Fault, NetworkUnfit, StudyInvalid
+from cloister_common.tomlfile import FileModel, KeyedValueError, key_lines, parse, read_text
 
 HASH_LABEL = b"cloister/study/v1\0"
 UPDATE_LABEL = b"cloister/update/v1\0"
@@ -38,6 +39,18 @@ def _distinct(words: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(words)) != len(words):
         raise ValueError("names one twice.")
     return words
+
+
+VOLUME_KEYS = ("dimensions", "depth", "spacing")
+"""Keys of ``Input`` that say how slices become a volume."""
+
+VOLUME_MODALITIES = frozenset(("CT", "MR"))
+
+FEWEST_SLICES = 4
+"""Fewest slices of a volume, of a series as of a tensor; localizers have one to three."""
+
+MAX_VOXELS = 1 << 24
+"""Most voxels of a volume: 256 x 256 x 256, 32 MB in a site's memory."""
 
 
 class About(FileModel):
@@ -58,6 +71,12 @@ class Input(FileModel):
     percentiles: Pair = (1.0, 99.0)
     window: Pair | None = None
     """Centre and width for ``fixed``, in the units after the modality LUT (HU for CT)."""
+    dimensions: Literal[2, 3] = 2
+    """2: each file is an image. 3: each series of CT or MR is a volume."""
+    depth: Annotated[int | None, Field(ge=FEWEST_SLICES, le=256)] = None
+    """Slices of a volume, after cropping or padding; for three dimensions only."""
+    spacing: Annotated[float | None, Field(ge=0.1, le=100)] = None
+    """Millimetres between the slices of a volume; for three dimensions only."""
 
     @model_validator(mode="after")
     def _window_fits(self) -> Input:
@@ -68,6 +87,21 @@ class Input(FileModel):
         low, high = self.percentiles
         if not 0 <= low < high <= 100:
             raise KeyedValueError("percentiles", "must be two rising numbers from 0 to 100.")
+        return self
+
+    @model_validator(mode="after")
+    def _volume_fits(self) -> Input:
+        for key in ("depth", "spacing"):
+            if (self.dimensions == 3) != (getattr(self, key) is not None):
+                raise KeyedValueError(key, "is needed for dimensions = 3, and only there.")
+        if self.depth is None:
+            return self
+        if not set(self.modalities) <= VOLUME_MODALITIES:
+            raise KeyedValueError("modalities", "must be CT and MR alone for dimensions = 3.")
+        if self.depth * self.size**2 > MAX_VOXELS:
+            raise KeyedValueError(
+                "depth", f"times size times size must be at most {MAX_VOXELS} voxels."
+            )
         return self
 
 
@@ -251,6 +285,10 @@ class Study(FileModel):
     def canonical(self) -> str:
         """The canonical JSON that is hashed, approved and sent."""
         held = self.model_dump(mode="json")
+        if self.input.dimensions == 2:
+            # As below: there were flat images before there were volumes.
+            for key in VOLUME_KEYS:
+                del held["input"][key]
         if not self.evaluation.release_epsilon:
             # A study without a release keeps the hash it was approved under before there was one.
             del held["evaluation"]["release_epsilon"]
@@ -272,9 +310,8 @@ class Study(FileModel):
         if self.privacy.enabled:
             return bytes.fromhex(self.digest)
         parts = {"input", "target", "network", "training"}
-        text = json.dumps(
-            self.model_dump(mode="json", include=parts), sort_keys=True, separators=(",", ":")
-        )
+        held = {key: value for key, value in json.loads(self.canonical()).items() if key in parts}
+        text = json.dumps(held, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(UPDATE_LABEL + text.encode()).digest()
 
     @property
@@ -299,11 +336,14 @@ class _StudyFile(Study):
     @field_validator("network")
     @classmethod
     def _known_network(cls, network: Network, info: ValidationInfo) -> Network:
-        from cloister_common.networks import resolve
+        from cloister_common.networks import REGISTRY, resolve
 
         given = info.data.get("input", Input())
+        entry = REGISTRY.get(network.name)
+        # Whether it has the input's dimensions is asked where the input has no fault.
+        depth = None if entry is None or entry.dimensions == 2 else FEWEST_SLICES
         try:
-            resolve(network, size=given.size)
+            resolve(network, size=given.size, depth=depth)
         except NetworkUnfit as error:
             raise KeyedValueError("name", f"{error.what} {error.remedy}") from None
         return network
@@ -318,7 +358,21 @@ def parse_study(text: str, name: str = "study.toml") -> Study:
     study, faults = parse(text, _StudyFile)
     if study is None:
         raise StudyInvalid.of(name, faults)
+    _refuse_dimensions(study, text, name)
     return study_from_canonical(study.canonical())
+
+
+def _refuse_dimensions(study: Study, text: str, name: str) -> None:
+    """Refuse a network, also the default one, of another number of dimensions than the input."""
+    from cloister_common.networks import resolve
+
+    try:
+        resolve(study.network, size=study.input.size, depth=study.input.depth)
+    except NetworkUnfit as error:
+        lines = key_lines(text)
+        line = lines.get(("network", "name"), lines.get(("input", "dimensions"), 0))
+        fault = Fault(line, "network.name", f"{error.what} {error.remedy}")
+        raise StudyInvalid.of(name, (fault,)) from None
 
 
 def load_study(path: Path) -> Study:

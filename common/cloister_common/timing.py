@@ -33,10 +33,15 @@ def measure(study: Study) -> tuple[Pace, int]:
         NetworkUnfit, ExtraMissing: see ``networks.build``.
     """
     module = networks.build(
-        study.network, study.outputs, size=study.input.size, seed=study.training.seed
+        study.network,
+        study.outputs,
+        size=study.input.size,
+        depth=study.input.depth,
+        seed=study.training.seed,
     )
     side, count = study.input.size, study.training.images_per_patient
-    images = torch.randn((count, 1, side, side), generator=torch.Generator().manual_seed(0))
+    places = (side, side) if study.input.depth is None else (study.input.depth, side, side)
+    images = torch.randn((count, 1, *places), generator=torch.Generator().manual_seed(0))
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     once = 0.0
     part: Callable[[torch.Tensor], torch.Tensor] = module

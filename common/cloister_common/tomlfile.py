@@ -86,7 +86,7 @@ def parse(text: str, model: type[ModelT]) -> tuple[ModelT | None, tuple[Fault, .
             valid = model.model_validate(data)
         except ValidationError as error:
             # What was taken out is missing now, which is no fault of the file.
-            details = [detail for detail in _told(error) if detail["loc"] not in taken]
+            details = [detail for detail in _told(error) if not {*_places(detail)} & taken]
             faults |= {_fault(detail, data, model, lines) for detail in details}
             # A table with a faulty key is never asked how its keys fit together, so the faulty
             # ones are taken out and the rest is judged again.
@@ -111,6 +111,12 @@ def _told(error: ValidationError) -> list[ErrorDetails]:
         )
 
     return [detail for detail in details if not follows(detail)]
+
+
+def _places(detail: ErrorDetails) -> tuple[Location, Location]:
+    """Where an error was found, and the key that it is about: a rule on a table names one."""
+    named = getattr(detail.get("ctx", {}).get("error"), "key", "")
+    return detail["loc"], (*detail["loc"], *named.split(".")) if named else detail["loc"]
 
 
 def _take_out(data: dict[str, Any], location: Location) -> Location:

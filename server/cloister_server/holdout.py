@@ -59,7 +59,11 @@ def measure_on(study: Study, folder: Path, out: Path) -> Callable[[Vector], Metr
             remedy=f"{error.remedy} The hold-out is what --holdout names.",
         ) from None
     module = networks.build(
-        study.network, outputs=study.outputs, size=study.input.size, seed=study.training.seed
+        study.network,
+        outputs=study.outputs,
+        size=study.input.size,
+        depth=study.input.depth,
+        seed=study.training.seed,
     )
 
     def evaluate(model: Vector) -> Metrics:

@@ -165,7 +165,11 @@ class Run:
     def _fresh(self) -> RunState:
         study = self._study
         module = networks.build(
-            study.network, outputs=study.outputs, size=study.input.size, seed=study.training.seed
+            study.network,
+            outputs=study.outputs,
+            size=study.input.size,
+            depth=study.input.depth,
+            seed=study.training.seed,
         )
         model = vectors.flatten(module)
         optimizer = OptimizerState.fresh(model.size, study.aggregation)

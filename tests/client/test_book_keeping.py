@@ -49,9 +49,15 @@ class OnePatient:
 
 
 def cohort_of(
-    sizes: tuple[int, ...], side: int, dtype: str = "float64", seed: int = 0
+    sizes: tuple[int, ...],
+    side: int,
+    dtype: str = "float64",
+    seed: int = 0,
+    depth: tuple[int, ...] = (),
 ) -> tuple[FeatureCohort, list[Bag]]:
-    pixels = np.random.default_rng(seed).normal(size=(sum(sizes), 1, side, side)).astype(dtype)
+    pixels = (
+        np.random.default_rng(seed).normal(size=(sum(sizes), 1, *depth, side, side)).astype(dtype)
+    )
     ends = np.cumsum([0, *sizes])
     bags = [Bag(i % 2, np.arange(ends[i], ends[i + 1])) for i in range(len(sizes))]
     patients = tuple(OnePatient(bag.label, tuple(bag.images.tolist())) for bag in bags)
@@ -91,8 +97,9 @@ TRAINED = [name for name in REGISTRY if name not in {"efficientnet-lite0", "froz
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_network_equals_the_float64_loop_in_each_mode(name: str) -> None:
     side = REGISTRY[name].smallest
-    module = build(Network(name=name), 2, 1, size=side, seed=1).double()
-    cohort, bags = cohort_of(SIZES, side)
+    depth = (5,) if REGISTRY[name].dimensions == 3 else ()
+    module = build(Network(name=name), 2, 1, size=side, seed=1, depth=5 if depth else None).double()
+    cohort, bags = cohort_of(SIZES, side, depth=depth)
     exact = loop(module, cohort, bags)
     modes: tuple[Engine, ...] = ("patients", "opacus")
     for engine in modes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 
 import pytest
@@ -12,12 +13,23 @@ from cloister_client.dicom import wire
 from cloister_client.dicom.bounds import MAX_KEY_BYTES, MAX_PIXELS
 from cloister_client.dicom.reject import RejectedFile
 from cloister_common.errors import DecoderUnfit, Reject
-from cloister_common.study import Input
+from cloister_common.study import VOLUME_KEYS, Input
 
 UNFIT = frozenset(("1.2.840.10008.1.2.4.80",))
 FACTS = wire.Facts(48, 40, "0f" * 32, "DX", "Maker", "2019", "1.2.3", "ACC", "Ž-1", "", "e5" * 32)
 REQUEST = wire.Request(7, 10, ("CR", "DX"), 128, "auto", (1.0, 99.0), None)
-SAYABLE = set(Reject) - {Reject.DUPLICATE, Reject.UNREADABLE, Reject.OUTSIDE_ROOT}
+SAYABLE = {
+    reason
+    for reason in set(Reject) - {Reject.DUPLICATE, Reject.UNREADABLE, Reject.OUTSIDE_ROOT}
+    if not reason.name.startswith("VOLUME_")
+}
+PLACE = {
+    "series": "1.2.840.1",
+    "frame": "1.2.840.2",
+    "position": "-12.5\\0.0\\1e-05",
+    "orientation": "1.0\\0.0\\0.0\\0.0\\0.8\\-0.6",
+    "pixel_spacing": "0.5\\0.5",
+}
 
 
 def test_a_request_comes_back_as_it_was() -> None:
@@ -28,15 +40,40 @@ def test_a_request_comes_back_as_it_was() -> None:
 
 def test_a_request_has_all_that_shapes_a_tensor() -> None:
     # A field that is new in a study's input must not get lost on the way to the worker.
-    assert set(Input.model_fields) == set(wire.Request.__dataclass_fields__) - {
-        "serial",
-        "length",
-        "released",
-    }
+    # How images become a volume is decided where all of them are.
+    asked = set(wire.Request.__dataclass_fields__) - {"serial", "length", "released"}
+    assert set(Input.model_fields) - set(VOLUME_KEYS) == asked
 
 
 def test_an_image_comes_back_as_it_was() -> None:
     assert wire.parse_answer(wire.pack_facts(7, FACTS), REQUEST, UNFIT) == FACTS
+    placed = dataclasses.replace(FACTS, **PLACE)
+    assert wire.parse_answer(wire.pack_facts(7, placed), REQUEST, UNFIT) == placed
+    assert dataclasses.asdict(placed.place) == PLACE
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("series", "1.2.CANARY"),
+        ("series", "1" * 65),
+        ("frame", "Ä"),
+        ("position", "1.0\\2.0"),
+        ("position", "1.0\\2.0\\nan"),
+        ("position", "1.0\\2.0\\inf"),
+        ("position", "1.0\\2.0\\1e9"),
+        ("position", "1.0\\2.0\\999999.0"),
+        ("position", "1.0\\2.0\\ 3.0"),
+        ("orientation", "1.0\\0.0\\0.0"),
+        ("orientation", "1.0\\0.0\\0.0\\0.0\\1.0\\CANARY"),
+        ("pixel_spacing", "0.5"),
+        ("pixel_spacing", "0.5\\0.5\\0.5"),
+    ],
+)
+def test_a_place_of_another_form_is_no_answer(name: str, text: str) -> None:
+    wrong = dataclasses.replace(FACTS, **{**PLACE, name: text})
+    with pytest.raises(wire.InvalidMessage):
+        wire.parse_answer(wire.pack_facts(7, wrong), REQUEST, UNFIT)
 
 
 def test_facts_are_not_shown() -> None:
@@ -99,7 +136,9 @@ def test_an_identifier_that_is_none_turns_the_file_away(text: str) -> None:
 
 
 def test_an_identifier_too_long_is_not_believed_either() -> None:
-    head = struct.pack(">QBII32s8H", 7, 0, 4, 4, bytes(32), 2, 0, 0, 3, MAX_KEY_BYTES + 1, 1, 0, 0)
+    head = struct.pack(
+        ">QBII32s13H", 7, 0, 4, 4, bytes(32), 2, 0, 0, 3, MAX_KEY_BYTES + 1, 1, 0, 0, *[0] * 5
+    )
     message = head + b"DX1.2" + b"a" * (MAX_KEY_BYTES + 1) + b"P"
     with pytest.raises(wire.InvalidMessage):
         wire.parse_answer(message, REQUEST, UNFIT)

@@ -27,6 +27,7 @@ def one_thread() -> Iterator[None]:
 
 SIZES = {
     "small-cnn": 16,
+    "small-cnn-3d": 16,
     "filter-bank": 32,
     "efficientnet-lite0": 32,
     "resnet18": 32,
@@ -39,11 +40,13 @@ def test_every_entry_is_private_and_plain(name: str) -> None:
     entry = REGISTRY[name]
     assert entry.name == name
     assert entry.smallest == SIZES[name]
-    network = build(Network(name=name), 3, 1, size=entry.smallest, seed=5)
+    depth = 4 if entry.dimensions == 3 else None
+    network = build(Network(name=name), 3, 1, size=entry.smallest, seed=5, depth=depth)
     assert network.training
-    assert network(torch.zeros(2, 1, entry.smallest, entry.smallest)).shape == (2, 3)
+    places = (entry.smallest, entry.smallest) if depth is None else (depth, 16, 16)
+    assert network(torch.zeros(2, 1, *places)).shape == (2, 3)
     assert not list(network.named_buffers())
-    require_private(network, size=entry.smallest)
+    require_private(network, size=entry.smallest, depth=depth)
 
 
 def test_the_whole_registry_is_tested() -> None:
@@ -70,6 +73,40 @@ def test_default_of_the_small_network_is_small() -> None:
     assert 5_000 < sizes[0] < 30_000
     wide = Network(arguments={"width": 24})
     assert layout_of(build(wide, 2, 1, size=16, seed=0)).size > 3 * sizes[0]
+
+
+def test_the_network_of_volumes_has_about_as_many_weights_as_it_says() -> None:
+    network = build(Network(name="small-cnn-3d"), 2, 1, size=16, seed=0, depth=8)
+    # Kernels of 27 places, 12 to 24 to 48 to 48 channels; GroupNorm; a head on means and maxima.
+    kernels = 27 * (12 + 12 * 24 + 24 * 48 + 48 * 48)
+    assert layout_of(network).size == kernels + 2 * (12 + 24 + 48 + 48) + 2 * (2 * 48 + 1)
+    assert layout_of(network).size == 101_870
+
+
+def test_a_volume_is_no_image_and_an_image_no_volume() -> None:
+    with pytest.raises(NetworkUnfit, match="dimensions is 2") as flat:
+        resolve(Network(name="small-cnn-3d"), size=32)
+    assert "small-cnn, " in str(flat.value)
+    for name, entry in REGISTRY.items():
+        if entry.dimensions == 2 and name != "frozen-backbone":
+            with pytest.raises(NetworkUnfit, match="Choose one of: small-cnn-3d"):
+                resolve(Network(name=name), size=64, depth=8)
+    entry, arguments = resolve(Network(name="small-cnn-3d"), size=32, depth=8)
+    assert (entry.name, arguments) == ("small-cnn-3d", {"width": 12})
+
+
+def test_a_volume_that_hears_its_neighbour_is_refused() -> None:
+    class Whispering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build(Network(name="small-cnn-3d"), 2, 1, size=16, seed=0, depth=4)
+
+        def forward(self, volumes: Tensor) -> Tensor:
+            logits: Tensor = self.inner(volumes + 1e-4 * volumes.flip(0))
+            return logits
+
+    with pytest.raises(NetworkUnfit, match="depends on another image"):
+        require_private(Whispering(), size=16, depth=4)
 
 
 def test_arguments_reach_the_network() -> None:

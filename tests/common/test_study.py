@@ -84,6 +84,79 @@ def test_load_study_names_the_file_and_not_its_folder(tmp_path: Path) -> None:
     assert str(tmp_path) not in str(caught.value)
 
 
+VOLUMES = [
+    "[input]",
+    'modalities = ["CT"]',
+    "dimensions = 3",
+    "depth = 32",
+    "spacing = 2.5",
+]
+
+
+def test_a_study_of_volumes() -> None:
+    study = parse_study(with_lines(*VOLUMES, "[network]", 'name = "small-cnn-3d"'))
+    assert (study.input.dimensions, study.input.depth, study.input.spacing) == (3, 32, 2.5)
+    held = json.loads(study.canonical())["input"]
+    assert (held["dimensions"], held["depth"], held["spacing"]) == (3, 32, 2.5)
+    assert study_from_canonical(study.canonical()) == study
+    other = parse_study(
+        with_lines(*VOLUMES[:-1], "spacing = 2.0", "[network]", 'name = "small-cnn-3d"')
+    )
+    assert other.digest != study.digest
+    assert other.update_digest != study.update_digest
+
+
+def test_flat_studies_keep_their_hash() -> None:
+    lines = ["[input]", 'modalities = ["CT"]', 'windowing = "fixed"', "window = [40.0, 400.0]"]
+    flat = parse_study(with_lines(*lines))
+    assert parse_study(with_lines(*lines, "dimensions = 2")) == flat
+    assert not {"dimensions", "depth", "spacing"} & json.loads(flat.canonical())["input"].keys()
+    # Pinned as they were before there were volumes.
+    open_study = parse_study(with_lines(*lines, "[privacy]", "enabled = false"))
+    assert flat.digest == "40513ab9179daef223ba2428a1c766f8aeaf6cecd6049dda86eeb885bb0c343c"
+    assert flat.update_digest.hex() == flat.digest
+    assert open_study.update_digest.hex() == (
+        "41e43b6bf5546531e961f49173c02340db73298ef170f491d9fcee47c80e7ef8"
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        # Without a depth or a spacing; with one where images are flat.
+        ([*VOLUMES[:3], "spacing = 2.5"], ["input.depth"]),
+        (VOLUMES[:4], ["input.spacing"]),
+        (["[input]", "depth = 32"], ["input.depth"]),
+        (["[input]", "dimensions = 2", "spacing = 1.0"], ["input.spacing"]),
+        ([*VOLUMES[:3], "depth = 3", "spacing = 2.5"], ["input.depth"]),
+        ([*VOLUMES[:3], "depth = 257", "spacing = 0.0"], ["input.depth", "input.spacing"]),
+        (["[input]", "dimensions = 4"], ["input.dimensions"]),
+        (["[input]", *VOLUMES[2:]], ["input.modalities"]),
+        (["[input]", 'modalities = ["CT", "DX"]', *VOLUMES[2:]], ["input.modalities"]),
+        ([*VOLUMES, "size = 1024"], ["input.depth"]),
+    ],
+)
+def test_faults_of_volumes(lines: list[str], expected: list[str]) -> None:
+    # A fault of the input is no reason to find one in the network.
+    told = faults(with_lines(*lines, "[network]", 'name = "small-cnn-3d"'))
+    assert [key for _, key in told] == expected
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        VOLUMES,
+        [*VOLUMES, "[network]", 'name = "small-cnn"'],
+        [*VOLUMES, "[network]", 'name = "filter-bank"'],
+        ["[network]", 'name = "small-cnn-3d"'],
+    ],
+)
+def test_a_network_must_have_the_dimensions_of_the_input(lines: list[str]) -> None:
+    with pytest.raises(StudyInvalid, match="dimensions, and input") as caught:
+        parse_study(with_lines(*lines))
+    assert [fault.key for fault in caught.value.faults] == ["network.name"]
+
+
 # Faults
 
 
@@ -130,7 +203,7 @@ epsilon = -1.0
         (["[input]", 'windowing = "fixed"', "window = [40.0, 0.0]"], 9, "input.window"),
         (["[input]", "percentiles = [99.0, 1.0]"], 8, "input.percentiles"),
         (["[input]", "percentiles = [1.0, 101.0]"], 8, "input.percentiles"),
-        (["[input]", 'modalities = ["US"]'], 8, "input.modalities.0"),
+        (["[input]", 'modalities = ["XX"]'], 8, "input.modalities.0"),
         (["[input]", "modalities = []"], 8, "input.modalities"),
         (["[input]", "size = 8"], 8, "input.size"),
         (["[input]", "size = 128.0"], 8, "input.size"),
@@ -436,3 +509,13 @@ def test_the_learning_rate_over_the_rounds() -> None:
     training = training.model_copy(update={"schedule": "cosine"})
     rates = [training.rate_of(number) for number in (1, 2, 3, 4)]
     assert rates == pytest.approx([2.0, 1 + 0.5**0.5, 1.0, 1 - 0.5**0.5])
+
+
+def test_the_study_of_volumes_in_the_documents_is_one() -> None:
+    root = Path(__file__).parents[2] / "docs"
+    study = load_study(root / "studies" / "ct-volumes.toml")
+    assert (study.input.depth, study.input.spacing) == (32, 5.0)
+    shown = (root / "dicom.md").read_text("utf-8").split("## Volumes")[1].split("```")[1]
+    given = parse_study(TEN_LINES.split("[training]", maxsplit=1)[0] + shown)
+    assert given.input.model_copy(update={"window": study.input.window}) == study.input
+    assert given.network == study.network

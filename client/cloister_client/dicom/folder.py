@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloister_client.dicom.discover import discover
+from cloister_client.dicom.geometry import Place
 from cloister_client.dicom.pool import Reading, shared_pool
 from cloister_client.dicom.preprocess import spec_digest
 from cloister_client.dicom.reject import RejectedFile
@@ -107,7 +108,7 @@ class Accepted:
         short_id: 12 hexadecimal digits that stand for the file, keyed by the caller's key.
         keys: what it can be linked by.
         facts: all else that is known of it; the identifiers are not in its ``repr``.
-        image: shades of grey, uint16, shape (size, size).
+        image: shades of grey, uint16, shape (size, size); a volume has (depth, size, size).
         content: keyed hash of the file's content, 32 bytes; empty without a memory.
         damaged: whether what the cache held of it did not bear its seal. It was decoded anew.
     """
@@ -118,6 +119,11 @@ class Accepted:
     image: NDArray[np.uint16] = field(repr=False)
     content: bytes = b""
     damaged: bool = False
+
+    @property
+    def place(self) -> Place:
+        """Where a slice of CT or MR lies."""
+        return self.facts.place
 
 
 @dataclass(frozen=True)
@@ -162,11 +168,12 @@ def read_folder(
     """
     found: tuple[Item, ...] = (*discover(dicom), *also)
     instances: set[str] = set()
-    pixels: set[tuple[str, str, str]] = set()
+    pixels: set[tuple[str, ...]] = set()
+    stacks = spec.dimensions == 3
     with _Reader(spec, memory) as reader:
         for done, (waiting, reading) in enumerate(reader.read(found), start=1):
             name = short_id(key, waiting.found.name)
-            outcome = _judge(name, waiting, reading, instances, pixels)
+            outcome = _judge(name, waiting, reading, instances, pixels, stacks)
             if progress is not None:
                 progress(done, len(found))
             yield outcome
@@ -190,14 +197,20 @@ def _judge(
     waiting: _Waiting,
     reading: Reading | Reject,
     instances: set[str],
-    pixels: set[tuple[str, str, str]],
+    pixels: set[tuple[str, ...]],
+    stacks: bool,
 ) -> Accepted | Refused:
-    """Turn away what was there before; ``instances`` and ``pixels`` remember it."""
+    """Turn away what was there before; ``instances`` and ``pixels`` remember it.
+
+    In a stack of slices (``stacks``) two may look alike, such as air; not at one position.
+    """
     if isinstance(reading, Reject):
         return Refused(name, reading, content=waiting.content)
     facts, image = reading
     keys = Keys(facts.sop_instance, facts.accession, facts.patient_id, facts.issuer)
-    same = (keys.issuer, keys.patient_id, facts.pixels)
+    same: tuple[str, ...] = (keys.issuer, keys.patient_id, facts.pixels)
+    if stacks:
+        same += (facts.series, facts.position)
     if keys.sop_instance in instances or same in pixels:
         return Refused(name, Reject.DUPLICATE, keys, content=waiting.content)
     instances.add(keys.sop_instance)
@@ -278,9 +291,10 @@ class _Reader:
         if reason is not None and not (released and reason.held):
             return _Waiting(one, done=reason, content=content)
         found = memory.cache.get(memory.cache.name(content, self._digest, released=released))
-        if found is None:
+        facts = None if found is None else _facts(found[0])
+        if found is None or facts is None:
             return None
-        return _Waiting(one, done=(_facts(found[0]), found[1]), content=content)
+        return _Waiting(one, done=(facts, found[1]), content=content)
 
     def _end(self) -> tuple[_Waiting, Reading | Reject]:
         waiting = self._ahead[0]
@@ -301,8 +315,10 @@ class _Reader:
         return waiting, done
 
 
-def _facts(entry: Mapping[str, str | int]) -> Facts:
-    """Read what the cache holds; it was written here, and is sealed."""
+def _facts(entry: Mapping[str, str | int]) -> Facts | None:
+    """Read what the cache holds: written here, and sealed; None if before all was read."""
+    if not entry.keys() >= {"pixels", *TEXTS}:
+        return None
     texts = {name: str(entry[name]) for name in ("pixels", *TEXTS)}
     return Facts(rows=int(entry["rows"]), columns=int(entry["columns"]), **texts)
 

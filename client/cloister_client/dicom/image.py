@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 
 import numpy as np
@@ -47,5 +48,6 @@ def read_image(checked: Checked, recipe: Recipe) -> tuple[Facts, NDArray[np.uint
         patient_id=tags.patient_id,
         issuer=tags.issuer,
         person=checked.person,
+        **dataclasses.asdict(tags.place),
     )
     return facts, image

@@ -57,8 +57,12 @@ class Recipe(Protocol):
 
 
 def spec_digest(spec: Input) -> str:
-    """SHA-256 of everything that shapes a tensor, 64 hexadecimal digits."""
-    text = json.dumps(spec.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    """SHA-256 of everything that shapes an image, 64 hexadecimal digits."""
+    from cloister_common.study import VOLUME_KEYS
+
+    # A volume is made of images that are read as any other.
+    shape = spec.model_dump(mode="json", exclude=set(VOLUME_KEYS))
+    text = json.dumps(shape, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(SPEC_LABEL + text.encode()).hexdigest()
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
 
+from cloister_client.dicom import geometry
 from cloister_client.dicom.reject import RejectedFile
 from cloister_common.errors import Reject
 
@@ -61,6 +62,12 @@ WANTED = frozenset(
         0x00281056,  # VOI LUT Function
         0x00283000,  # Modality LUT Sequence
         0x00283010,  # VOI LUT Sequence
+        # Where a slice lies; see ``geometry``.
+        0x0020000E,  # Series Instance UID
+        0x00200032,  # Image Position (Patient)
+        0x00200037,  # Image Orientation (Patient)
+        0x00200052,  # Frame of Reference UID
+        0x00280030,  # Pixel Spacing
     )
 )
 _NAME, _BIRTH_DATE = 0x00100010, 0x00100030
@@ -128,6 +135,7 @@ class Tags:
 
     Attributes:
         year: of the study, four digits, or empty.
+        place: where a slice of CT or MR lies.
     """
 
     sop_class: str
@@ -144,6 +152,7 @@ class Tags:
     accession: str = field(repr=False)
     patient_id: str = field(repr=False)
     issuer: str = field(repr=False)
+    place: geometry.Place = field(default=geometry.Place(), repr=False)
 
 
 def person(aside: Mapping[int, bytes]) -> str:
@@ -216,7 +225,27 @@ def _read(data_set: Dataset) -> Tags:
         accession=_text(data_set, "AccessionNumber"),
         patient_id=_text(data_set, "PatientID"),
         issuer=_text(data_set, "IssuerOfPatientID"),
+        place=_place(data_set),
     )
+
+
+def _place(data_set: Dataset) -> geometry.Place:
+    if _text(data_set, "Modality") not in geometry.PLACED:
+        return geometry.Place()
+    return geometry.Place(
+        series=geometry.uid(_text(data_set, "SeriesInstanceUID")),
+        frame=geometry.uid(_text(data_set, "FrameOfReferenceUID")),
+        position=_decimals(data_set, "ImagePositionPatient", 3),
+        orientation=_decimals(data_set, "ImageOrientationPatient", 6),
+        pixel_spacing=_decimals(data_set, "PixelSpacing", 2),
+    )
+
+
+def _decimals(data_set: Dataset, keyword: str, count: int) -> str:
+    try:
+        return geometry.text_of([float(one) for one in data_set.get(keyword) or ()], count)
+    except (TypeError, ValueError, OverflowError):
+        return ""
 
 
 def _year(data_set: Dataset) -> str:

@@ -20,6 +20,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from cloister_client.dicom.bounds import MAX_FILE_BYTES, MAX_KEY_BYTES, MAX_PIXELS, MAX_SIDE
+from cloister_client.dicom.geometry import Place
 from cloister_client.dicom.reject import RejectedFile, unfit
 from cloister_common.errors import Reject
 
@@ -30,11 +31,21 @@ MAX_MESSAGE = 16 << 10
 _IMAGE, _REJECT, _UNFIT = 0, 1, 2
 _REQUEST = struct.Struct(">QQ")
 _ANSWER = struct.Struct(">QB")
-_FACTS = struct.Struct(">II32s8H")
+_FACTS = struct.Struct(">II32s13H")
 _UID = re.compile(r"[0-9.]{1,64}")  # PS3.5 section 9.1
 _YEAR = re.compile(r"([0-9]{4})?")
 _PERSON = re.compile(r"([0-9a-f]{64})?")
-_SAYABLE = frozenset(Reject) - {Reject.DUPLICATE, Reject.UNREADABLE, Reject.OUTSIDE_ROOT}
+_SAYABLE = frozenset(Reject) - {
+    Reject.DUPLICATE,
+    Reject.UNREADABLE,
+    Reject.OUTSIDE_ROOT,
+    Reject.VOLUME_INCOMPLETE,
+    Reject.VOLUME_UNPLACED,
+    Reject.VOLUME_MIXED,
+    Reject.VOLUME_DOUBLED,
+    Reject.VOLUME_TILTED,
+    Reject.VOLUME_UNEVEN,
+}
 """A worker sees no path and no second file, so it has no say in these."""
 
 
@@ -68,6 +79,7 @@ class Facts:
         manufacturer, year: of the device and of the study, as far as the file tells.
         sop_instance, accession, patient_id, issuer: what it can be linked by; not in ``repr``.
         person: see ``tags.person``.
+        series, frame, position, orientation, pixel_spacing: see ``geometry.Place``.
     """
 
     rows: int
@@ -81,6 +93,16 @@ class Facts:
     patient_id: str = field(repr=False)
     issuer: str = field(repr=False)
     person: str = field(repr=False)
+    series: str = field(default="", repr=False)
+    frame: str = field(default="", repr=False)
+    position: str = field(default="", repr=False)
+    orientation: str = field(default="", repr=False)
+    pixel_spacing: str = field(default="", repr=False)
+
+    @property
+    def place(self) -> Place:
+        """Where a slice of CT or MR lies."""
+        return Place(self.series, self.frame, self.position, self.orientation, self.pixel_spacing)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -97,6 +119,11 @@ TEXTS = (
     "patient_id",
     "issuer",
     "person",
+    "series",
+    "frame",
+    "position",
+    "orientation",
+    "pixel_spacing",
 )
 
 
@@ -213,6 +240,7 @@ def parse_answer(message: bytes, request: Request, unfit_decoders: Collection[st
         and _PERSON.fullmatch(facts.person)
         and _UID.fullmatch(facts.sop_instance)
         and facts.patient_id
+        and facts.place.sound
     )
     if not sound:
         raise InvalidMessage

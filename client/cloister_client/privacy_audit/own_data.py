@@ -117,12 +117,13 @@ def prepare(site: Site, study: Study, asked: Asked, *, progress: Progress | None
         study.network,
         outputs=study.outputs,
         size=study.input.size,
+        depth=study.input.depth,
         seed=study.training.seed,
         models=site.root / MODELS_FOLDER,
     )
     if isinstance(module, FrozenBackbone):
         module.require()
-    require_private(module, size=study.input.size)
+    require_private(module, size=study.input.size, depth=study.input.depth)
     # Before data are read, so that the log, whose head is shown to others, holds nothing of them.
     log_of(site).append("audited", on="own patients", study=study.digest)
     cohort = load_cohort(site, study, progress=progress)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +254,42 @@ def test_it_is_charged_before_data_are_read_and_stays_so(
     assert seen == [True]
     assert [one.released for one in _ledger(site).reservations()] == [True]
     assert _reason(_evaluate(site)) == "round-spent"
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("where", "name", "charged"),
+    [
+        (client, "require_private", False),
+        (Ledger, "start_release", False),
+        (client, "_parts", True),
+        (client, "exact_histogram", True),
+        (client, "noised", True),
+        (client, "_logged", True),
+    ],
+)
+def test_a_kill_during_a_release_gives_nothing_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: object, name: str, charged: bool
+) -> None:
+    site = _site(tmp_path)
+    assert callable(getattr(where, name))
+    pid = os.fork()
+    if pid == 0:
+        try:
+            monkeypatch.setattr(where, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+            _evaluate(site)
+        finally:
+            os._exit(7)  # Not reached: it is killed before.
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert [one.released for one in _ledger(site).reservations()] == [charged]
+    again = _evaluate(site)
+    if charged:
+        assert _reason(again) == "round-spent"
+    else:
+        assert isinstance(again, Evaluated)
+    assert [entry.kind for entry in _ledger(site).entries()].count("evaluated") == 1
 
 
 def test_a_second_release_is_refused(tmp_path: Path) -> None:

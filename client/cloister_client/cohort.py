@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloister_client import manifest as manifests
+from cloister_client.cohort_faults import class_faults, no_images
 from cloister_client.dicom.folder import Accepted, Refused, read_folder
 from cloister_client.dicom.wire import Facts
 from cloister_client.labels import Linked, join, read_labels
@@ -22,12 +23,9 @@ from cloister_client.site import Site, pseudonym
 from cloister_client.store import Store
 from cloister_client.volumes import as_images
 from cloister_common.errors import (
-    CohortTooSmall,
     DataError,
     LabelsInvalid,
-    OneClassOnly,
     Reject,
-    SiteEmpty,
 )
 from cloister_common.study import Study
 
@@ -233,7 +231,7 @@ def read_cohort(
         slices = [one for index, one in enumerate(slices) if index not in alone]
     faults: list[DataError] = []
     if not accepted:
-        faults.append(_empty(rejects))
+        faults.append(no_images(rejects))
     labels: list[int | None] = [UNLABELLED] * len(accepted)
     if require_labels:
         found, label_faults = _labels(site, study, linked)
@@ -255,7 +253,7 @@ def read_cohort(
     counted = dict(sorted(rejects.items(), key=lambda item: item[0].value))
     cohort = _assemble(accepted, labels, counted)
     if cohort is not None and require_labels and not faults:
-        faults += _class_faults(site, study, cohort)
+        faults += class_faults(site, study, Counter(one.label for one in cohort.patients))
     facts = tuple((_described(one), name) for one, name in accepted)
     return Reading(cohort, tuple(faults), files, counted, later, len(spoiled), items, facts)
 
@@ -370,43 +368,3 @@ def subset(cohort: Cohort, patients: Sequence[Patient]) -> Cohort:
         modalities=cohort.modalities,
         shapes=cohort.shapes,
     )
-
-
-def _empty(rejects: Counter[Reject]) -> SiteEmpty:
-    told = ", ".join(
-        f"{count} x {reason.title} ({reason.value})" for reason, count in rejects.most_common()
-    )
-    return SiteEmpty(
-        "The site's data folder holds no image that this study can use.",
-        why=f"Files turned away: {told}." if told else "It holds no file.",
-        remedy="Check 'data.dicom' in site.toml and the study's modalities; "
-        "'cloister client check' explains what was turned away.",
-    )
-
-
-def _class_faults(site: Site, study: Study, cohort: Cohort) -> list[DataError]:
-    counts = Counter(patient.label for patient in cohort.patients)
-    if len(counts) < 2:
-        only = study.target.classes[next(iter(counts))]
-        return [
-            OneClassOnly(
-                f"All patients of the site have the class '{only}'.",
-                why="Nothing can be learned, or measured, from one class.",
-                remedy="Check the labels file, or leave this study to other sites.",
-            )
-        ]
-    least = site.policy.min_patients_per_class
-    few = [
-        f"'{name}' has {counts[index]}"
-        for index, name in enumerate(study.target.classes)
-        if counts[index] < least
-    ]
-    if not few:
-        return []
-    return [
-        CohortTooSmall(
-            f"The site has too few patients of a class: {', '.join(few)}.",
-            why=f"Its policy asks for {least} (policy.min_patients_per_class).",
-            remedy="Add patients, or leave this study to other sites.",
-        )
-    ]

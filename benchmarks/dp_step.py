@@ -8,7 +8,8 @@ take turns, one batch each a round, and a speed is the median over the rounds of
 second of the contestant) over (images a CPU second of plain SGD in the same round), so that what
 else runs on the machine falls on all of them. Every process has the same environment: glibc keeps
 freed memory (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ at 16 GiB), which doubles the speed
-of plain SGD and of the hooks. A first batch of each is not counted.
+of plain SGD and of the hooks; with --plain-malloc none has it. A first batch of each is not
+counted.
 
 - plain: cross entropy, backward, SGD.
 - hooks, ghost: Opacus' DPOptimizer with GradSampleModule, and its fast gradient clipping; noise
@@ -205,14 +206,12 @@ class ContestantDiedError(Exception):
 class Child:
     """A contestant in its own process."""
 
-    def __init__(self, name: str, setting: Setting, threads: int) -> None:
+    def __init__(self, name: str, setting: Setting, threads: int, *, keep: bool) -> None:
         command = [sys.executable, __file__, "--child", name, setting.network]
         command += [str(setting.size), "--threads", str(threads)]
-        environment = os.environ | {
-            "MALLOC_MMAP_THRESHOLD_": KEEP,
-            "MALLOC_TRIM_THRESHOLD_": KEEP,
-            "OMP_NUM_THREADS": str(threads),
-        }
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        if keep:
+            environment |= {"MALLOC_MMAP_THRESHOLD_": KEEP, "MALLOC_TRIM_THRESHOLD_": KEEP}
         self.name = name
         self.speeds: list[float] = []
         self.seconds: list[float] = []
@@ -261,15 +260,15 @@ def race(pair: list[Child], rounds: int) -> tuple[list[float], list[float], list
 
 
 def compare(
-    setting: Setting, names: tuple[str, ...], rounds: int, threads: int
+    setting: Setting, names: tuple[str, ...], rounds: int, threads: int, *, keep: bool
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Speed of each contestant over plain, and its peak memory in GB."""
     speeds, peaks = {}, {}
     # Two at a time: all of them together would not fit into an ordinary machine's memory.
     for name in names:
-        pair = [Child("plain", setting, threads)]
+        pair = [Child("plain", setting, threads, keep=keep)]
         if name != "plain":
-            pair.append(Child(name, setting, threads))
+            pair.append(Child(name, setting, threads, keep=keep))
         try:
             ratios, walls, cpus, peak = race(pair, rounds)
         except ContestantDiedError as died:
@@ -294,6 +293,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=0, help="batches that count; 5, or 1")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--network", choices=[one.network for one in SETTINGS], help="this alone")
+    parser.add_argument("--plain-malloc", action="store_true", help="glibc as it comes, for all")
     parser.add_argument("--only", nargs="*", help="these contestants alone")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -311,7 +311,7 @@ def main() -> None:
         if given.network not in (None, setting.network):
             continue
         names = tuple(n for n in setting.contestants if not given.only or n in given.only)
-        speeds, peaks = compare(setting, names, rounds, given.threads)
+        speeds, peaks = compare(setting, names, rounds, given.threads, keep=not given.plain_malloc)
         if "loop" in speeds:
             last[f"{setting.network}_patient4"] = speeds["loop"]
         if setting.network == "resnet18":

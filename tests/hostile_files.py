@@ -196,7 +196,6 @@ def _headers() -> Iterator[Hostile]:
     yield given("BitsStored", 65535, Reject.PIXEL_FORMAT)
     yield given("Modality", "US", Reject.MODALITY)
     yield given("SOPClassUID", "1.2.840.10008.5.1.4.1.1.7", Reject.CAPTURE)
-    yield given("SOPClassUID", "1.2.840.10008.5.1.4.1.1.77.1.4", Reject.SOP_CLASS)
     yield given("SOPInstanceUID", "../../etc/passwd", Reject.TRUNCATED)
     yield given("PatientID", "x" * 60_000, Reject.TRUNCATED)
     yield given("AccessionNumber", "\n" * 3000, None)

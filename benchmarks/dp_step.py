@@ -10,8 +10,7 @@ else runs on the machine falls on all of them. A first batch of each is not coun
 
 Every process has the same environment, the one that programs start with. With --keep-memory glibc
 keeps freed memory for all of them (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ at 16 GiB): a
-setting for those who know of it, which speeds up Opacus' hooks by half, plain SGD less, and our
-steps hardly.
+setting for those who know of it, which speeds up Opacus' hooks most and our steps least.
 
 - plain: cross entropy, backward, SGD.
 - hooks, ghost: Opacus' DPOptimizer with GradSampleModule, and its fast gradient clipping; noise

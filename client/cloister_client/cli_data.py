@@ -148,11 +148,11 @@ def show(
 
     site, found = _held(folder)
     one = _named(found, name)
-    item = quarantine.item_of(site, name)
+    path, data = quarantine.look(site, one)
     typer.echo(quarantine.render([one]).splitlines()[0])
-    typer.echo(f"It lies at {item.path}")
+    typer.echo(f"It lies at {path}")
     if png is not None:
-        write_atomic(png, quarantine.picture(item))
+        write_atomic(png, quarantine.picture(data))
         typer.echo(f"Wrote its image to {png}. It may show a patient's name: keep it here.")
 
 

@@ -164,7 +164,7 @@ def freeze(
         OptionInvalid: it is frozen already, and ``again`` or a reason is missing.
         others: see ``load_frozen``.
     """
-    if manifests.path_of(site, study).exists() or again:
+    if again or manifests.is_frozen(site, study):
         manifests.require_reason(why if again else "")
     reading = read_cohort(site, study, progress=progress)
     _sound(reading)

@@ -139,7 +139,9 @@ def load(site: Site, study: Study) -> Manifest | None:
         raise _altered() from None
     if not sound or not verify(site.identity().public, signature, _LABEL, canonical):
         raise _altered()
-    if noted is not None and noted != hashlib.sha256(canonical).hexdigest():
+    if noted is None:
+        _note(site, manifest, "")
+    elif noted != hashlib.sha256(canonical).hexdigest():
         # An older one, put back.
         raise _altered()
     return manifest
@@ -156,7 +158,10 @@ def _noted(site: Site, study: Study) -> str | None:
 
 
 def freeze(site: Site, study: Study, items: Iterable[Item], *, why: str = "") -> Manifest:
-    """Sign and keep what a study is trained on from now on; the audit log says so first.
+    """Sign and keep what a study is trained on from now on, and say so in the audit log.
+
+    The log comes last: after a kill between the two the first manifest counts all the same
+    (``load`` notes it), and one that was to replace another does not.
 
     Args:
         site: the opened site.
@@ -170,19 +175,28 @@ def freeze(site: Site, study: Study, items: Iterable[Item], *, why: str = "") ->
     now = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = Manifest(study.digest, spec_digest(study.input), now, tuple(sorted(items)))
     body = manifest.body(site.name)
-    log_of(site).append(
-        "frozen",
-        study=study.digest,
-        images=len(manifest.items),
-        sha256=hashlib.sha256(body).hexdigest(),
-        why=why,
-    )
     path = path_of(site, study)
     make_private_dir(path.parent)
     signature = site.identity().sign(_LABEL, body).hex()
     text = json.dumps({"body": json.loads(body), "signature": signature}, indent=0)
     write_atomic(path, text.encode())
+    _note(site, manifest, why)
     return manifest
+
+
+def is_frozen(site: Site, study: Study) -> bool:
+    """Whether there is a manifest of the study, or the audit log says that there was one."""
+    return path_of(site, study).exists() or _noted(site, study) is not None
+
+
+def _note(site: Site, manifest: Manifest, why: str) -> None:
+    log_of(site).append(
+        "frozen",
+        study=manifest.study,
+        images=len(manifest.items),
+        sha256=hashlib.sha256(manifest.body(site.name)).hexdigest(),
+        why=why,
+    )
 
 
 def require_reason(why: str) -> None:

@@ -8,6 +8,7 @@ that was changed needs a new one. Each decision is also an entry of the audit lo
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import fcntl
 import json
@@ -21,8 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from cloister_client.audit import log_of
+from cloister_client.cache import Cache
 from cloister_client.dicom.discover import Found, discover
-from cloister_client.dicom.folder import Accepted, Item, Refused, read_folder, short_id
+from cloister_client.dicom.folder import Accepted, Refused, read_folder, short_id
 from cloister_client.dicom.pool import shared_pool
 from cloister_client.dicom.reject import RejectedFile
 from cloister_client.memory import memory_of
@@ -32,8 +34,10 @@ from cloister_common.errors import FileUnreadable, OptionInvalid, Reject
 from cloister_common.files import write_atomic
 from cloister_common.study import Input
 
-ANY = Input(modalities=("CR", "DX", "MG", "CT", "MR", "US"), size=512)
-"""What a steward looks at: every modality, large enough to read a name."""
+_LISTED = Input(modalities=("CR", "DX", "MG", "CT", "MR", "US"), size=16)
+"""For the list, which needs no image: small, since what is accepted is cached."""
+_SHOWN = _LISTED.model_copy(update={"size": 512})
+"""What a steward looks at: large enough to read a name."""
 
 _VERSION = 1
 
@@ -59,16 +63,23 @@ class Held:
     """A file that is held, or was.
 
     Attributes:
-        short_id: 12 hexadecimal digits that stand for it; see ``folder.short_id``.
+        short_id: 12 hexadecimal digits of ``content``. A release is of what was looked at: a file
+            that was changed since has another.
+        file: what stands for its path; see ``folder.short_id``.
         reason: why it is held; None for one that was released.
         judgement: what was decided, or None while it waits.
         content: keyed hash of its content, 32 bytes.
     """
 
-    short_id: str
+    file: str
     reason: Reject | None
     judgement: Judgement | None
     content: bytes = field(repr=False)
+
+    @property
+    def short_id(self) -> str:
+        """Its name for a person."""
+        return self.content.hex()[:12]
 
     def as_dict(self) -> dict[str, str | None]:
         """For a script."""
@@ -124,7 +135,7 @@ def held(site: Site, *, progress: Callable[[int, int], None] | None = None) -> S
     with memory_of(site, releases(site)) as memory:
         for one in read_folder(
             site.dicom,
-            ANY,
+            _LISTED,
             key=site.pseudonym_key(),
             memory=memory,
             also=Store(site.store, site.cache_key()).items(),
@@ -138,26 +149,30 @@ def held(site: Site, *, progress: Callable[[int, int], None] | None = None) -> S
     return found
 
 
-def item_of(site: Site, name: str) -> Found | Stored:
-    """The file that a short name stands for. Its path can name a patient: for the steward's eyes.
+def look(site: Site, one: Held) -> tuple[Path, bytes]:
+    """Where a held file lies, and its bytes. Both can name a patient: for the steward's eyes.
 
     Raises:
-        OptionInvalid: no file of the folder has this name.
+        OptionInvalid: it is no longer there as it was listed.
         FolderUnreadable: the folder cannot be listed.
     """
     key = site.pseudonym_key()
     items: list[Found | Stored] = [*discover(site.dicom)]
     items += Store(site.store, site.cache_key()).items()
-    for one in items:
-        if short_id(key, one.name) == name:
-            return one
+    cache = Cache(site.cache, site.cache_key())
+    for item in items:
+        if item.reason is None and short_id(key, item.name) == one.file:
+            with contextlib.suppress(RejectedFile):
+                data = item.read()
+                if cache.content(data) == one.content:
+                    return item.path, data
     raise OptionInvalid(
-        "No file of the site's folder has this name.",
-        remedy="Name one that 'cloister client quarantine list' shows.",
+        "The file changed while it was looked at.",
+        remedy="List the held files again: cloister client quarantine",
     )
 
 
-def picture(item: Item) -> bytes:
+def picture(data: bytes) -> bytes:
     """A held file as a PNG of 512 x 512, read as if it were released, by a worker.
 
     Raises:
@@ -166,7 +181,7 @@ def picture(item: Item) -> bytes:
     from PIL import Image
 
     try:
-        _, image = shared_pool().submit(item.read(), ANY, released=True).result()
+        _, image = shared_pool().submit(data, _SHOWN, released=True).result()
     except RejectedFile as rejected:
         raise OptionInvalid(
             "The file cannot be shown.",

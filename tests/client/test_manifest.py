@@ -190,6 +190,42 @@ def test_freezing_anew_needs_a_reason_and_is_logged(site: Site) -> None:
     assert noted[0]["sha256"] != noted[1]["sha256"]
 
 
+def test_a_manifest_that_is_gone_cannot_be_made_anew_without_a_word(site: Site) -> None:
+    manifests.path_of(site, STUDY).unlink()
+    with pytest.raises(OptionInvalid, match="frozen already"):
+        freeze(site, STUDY)
+    freeze(site, STUDY, again=True, why="restored without it")
+    load_frozen(site, STUDY)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_killed_between_manifest_and_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    write_site(tmp_path, 6, 1, key="PatientID")
+    site = init_site(tmp_path, name="site", policy=Policy(min_patients_per_class=1))
+    if again:
+        load_frozen(site, STUDY)
+        _flip_pixel(site)
+    with monkeypatch.context() as patched:
+        patched.setattr(manifests, "_note", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            freeze(site, STUDY, again=again, why="x" if again else "")
+    if again:
+        # The log knows of the first alone, so the second does not count.
+        with pytest.raises(DataChanged, match="not as this site signed it"):
+            load_frozen(site, STUDY)
+        freeze(site, STUDY, again=True, why="x")
+    load_frozen(site, STUDY)
+    frozen = [one for one in entries_of(site) if one.kind == "frozen"]
+    assert len(frozen) == 1 + again
+    load_frozen(site, STUDY)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_data_with_faults_are_not_frozen(tmp_path: Path) -> None:
     site = init_site(tmp_path / "empty", name="site")
     site.dicom.mkdir()

@@ -13,9 +13,8 @@ from PIL import Image
 from cloister_client import quarantine
 from cloister_client.audit import entries_of
 from cloister_client.cohort import read_cohort
-from cloister_client.dicom.discover import Found
 from cloister_client.policy import Policy
-from cloister_client.quarantine import Decision, Held, decide, held, item_of, picture
+from cloister_client.quarantine import Decision, Held, decide, held, look, picture
 from cloister_client.site import Site, init_site
 from cloister_common.errors import FileUnreadable, OptionInvalid, Reject
 from cloister_common.study import Study
@@ -120,16 +119,32 @@ def test_a_release_is_of_the_content_not_of_the_name(site: Site) -> None:
 
 def test_a_picture_of_what_is_held(site: Site) -> None:
     named = held(site)[0]
-    item = item_of(site, named.short_id)
-    assert item.path == site.dicom.resolve() / "a-named"
-    with Image.open(io.BytesIO(picture(item))) as image:
+    path, data = look(site, named)
+    assert path == site.dicom.resolve() / "a-named"
+    assert data == path.read_bytes()
+    with Image.open(io.BytesIO(picture(data))) as image:
         assert (image.size, image.mode, image.info) == ((512, 512), "L", {})
         pixels = np.asarray(image)
     assert int(pixels.max()) - int(pixels.min()) > 200
     with pytest.raises(OptionInvalid, match="CLO-218"):
-        picture(Found(site.dicom / "d-colour", b"d-colour"))
-    with pytest.raises(OptionInvalid, match="No file"):
-        item_of(site, "0" * 12)
+        picture((site.dicom / "d-colour").read_bytes())
+
+
+def test_a_file_that_is_swapped_after_the_look_is_not_released(site: Site) -> None:
+    """Who can write to the folder shows one image, and has another released."""
+    named = held(site)[0]
+    path, _ = look(site, named)
+    path.write_bytes(
+        make_dicom(
+            radiograph(61), bits_stored=12, patient_id="MRN00001",
+            elements={"BurnedInAnnotation": "YES"},
+        )
+    )  # fmt: skip
+    assert named.short_id not in {one.short_id for one in held(site)}
+    with pytest.raises(OptionInvalid, match="changed"):
+        look(site, named)
+    decide(site, named, Decision.RELEASED, why="what I saw is fine")
+    assert _images(site) == 4
 
 
 @pytest.mark.parametrize("why", ["", "   ", "two\nlines"])
@@ -158,7 +173,7 @@ def test_nothing_is_kept_that_names_a_patient(site: Site) -> None:
 
 
 def test_the_list_in_words() -> None:
-    waiting = Held("0123456789ab", Reject.BURNED_IN, None, b"")
+    waiting = Held("", Reject.BURNED_IN, None, bytes.fromhex("0123456789abcdef"))
     text = quarantine.render([waiting])
     assert "0123456789ab  waiting   CLO-223  text may be burned into the pixels" in text
     assert "1 of 1 wait." in text

@@ -28,6 +28,7 @@ from cloister_client.cohort import read_cohort
 from cloister_client.policy import Policy
 from cloister_client.site import Site, init_site, open_site
 from cloister_client.sources import dicomweb
+from cloister_client.sources import fetch as fetching
 from cloister_client.sources.fetch import Fetched, fetch, set_secret
 from cloister_client.sources.multipart import MAX_HEADER_BYTES, InvalidAnswer, single_part
 from cloister_client.store import Store
@@ -461,6 +462,15 @@ def test_over_tls_a_certificate_must_be_one_that_is_trusted(
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def test_a_list_without_end_has_one(
+    tmp_path: Path, archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "MAX_INSTANCES", 7)
+    with pytest.raises(OptionInvalid, match="Narrow"):
+        fetch(_site(tmp_path, archive.url))
+    assert not [path for path in archive.asked if path.count("/") > 8]
 
 
 def test_nobody_there(tmp_path: Path) -> None:

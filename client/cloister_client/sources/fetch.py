@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Protocol
 
 from cloister_client.audit import log_of
@@ -21,6 +22,8 @@ from cloister_common.errors import FileUnreadable, OptionInvalid
 from cloister_common.files import read_secret, write_atomic
 
 _MAX_SECRET = 4096
+MAX_INSTANCES = 1_000_000
+"""Most images of one query: a list without end must not fill the memory."""
 
 
 class _Archive(Protocol):
@@ -72,7 +75,12 @@ def fetch(site: Site, *, progress: Callable[[int, int], None] | None = None) -> 
     done = {"found": 0, "new": 0, "there": 0, "too_large": 0, "not_sent": 0}
     try:
         with _archive(site) as archive:
-            found = list(dict.fromkeys(archive.find(site.query)))
+            found = list(dict.fromkeys(islice(archive.find(site.query), MAX_INSTANCES + 1)))
+            if len(found) > MAX_INSTANCES:
+                raise OptionInvalid(
+                    f"More than {MAX_INSTANCES} images fit the query.",
+                    remedy="Narrow [data.query] in site.toml.",
+                )
             done["found"] = len(found)
             for number, (study, series, instance) in enumerate(found, start=1):
                 if instance in store:

@@ -78,14 +78,16 @@ def fetch(
         fetch.set_secret(site, secret)
     with progress_bar("Fetching images") as progress:
         done = fetch.fetch(site, progress=progress)
+    missing = done.too_large + done.not_sent
     if as_json:
         typer.echo(json.dumps(fetch.as_dict(done)))
-        raise typer.Exit(ArchiveAnswerInvalid.exit_status if done.not_sent else 0)
+        raise typer.Exit(ArchiveAnswerInvalid.exit_status if missing else 0)
     typer.echo(f"{done.found} images fit: {done.new} fetched, {done.there} were here already.")
     if done.too_large:
         typer.echo(f"Too large for a file, and left out: {done.too_large}.")
     if done.not_sent:
         typer.echo(f"The archive could not send: {done.not_sent}. Ask who runs it.", err=True)
+    if missing:
         raise typer.Exit(ArchiveAnswerInvalid.exit_status)
 
 

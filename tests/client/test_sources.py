@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gzip
 import http.server
 import json
 import logging
@@ -328,6 +329,39 @@ def _broken(handler: Handler) -> None:
     handler.send_error(500)
 
 
+def _coded(handler: Handler) -> None:
+    """Small on the wire, a thousand times as large when it is unpacked."""
+    body = gzip.compress(gzip.compress(bytes(64 << 20)))
+    assert len(body) < 1000
+    handler.send_response(200)
+    handler.send_header("Content-Type", KIND)
+    handler.send_header("Content-Encoding", "gzip, gzip")
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def _elsewhere(handler: Handler) -> None:
+    handler.send_response(307)
+    handler.send_header("Location", "http://127.0.0.1:1/")
+    handler.send_header("Content-Length", "0")
+    handler.end_headers()
+
+
+def _shut(handler: Handler) -> None:
+    handler.send_error(403)
+
+
+def _page(handler: Handler) -> None:
+    """A login page with the status of success."""
+    handler.answer(KIND, b"--b0\r\nX: y\r\n\r\n<html>\r\n--b0--\r\n")
+
+
+def _another(handler: Handler) -> None:
+    data = handler.archive.instances[min(handler.archive.instances)]
+    handler.answer(KIND, b"--b0\r\nX: y\r\n\r\n" + data + b"\r\n--b0--\r\n")
+
+
 def _last(archive: Archive) -> str:
     """The instance that is asked for last but two."""
     return sorted(archive.instances)[-3][2]
@@ -339,8 +373,9 @@ def _last(archive: Archive) -> str:
         (_cut, ArchiveAnswerInvalid),
         (_cut_quietly, ArchiveAnswerInvalid),
         (_die, ArchiveAnswerInvalid),
-        (_endless, ArchiveAnswerInvalid),
-        (_broken, ArchiveAnswerInvalid),
+        (_coded, ArchiveAnswerInvalid),
+        (_elsewhere, ArchiveAnswerInvalid),
+        (_shut, ArchiveRefused),
     ],
 )
 def test_an_archive_that_stumbles_is_told_and_the_next_fetch_goes_on(
@@ -361,6 +396,38 @@ def test_an_archive_that_stumbles_is_told_and_the_next_fetch_goes_on(
     assert [one.body["new"] for one in entries_of(site) if one.kind == "fetched"] == [kept]
     archive.misbehave.clear()
     assert fetch(site) == Fetched(8, 8 - kept, kept, 0)
+
+
+@pytest.mark.parametrize(
+    ("deed", "told"),
+    [
+        (_broken, Fetched(8, 7, 0, 0, 1)),
+        (_page, Fetched(8, 7, 0, 0, 1)),
+        (_another, Fetched(8, 7, 0, 0, 1)),
+        (_endless, Fetched(8, 7, 0, 1, 0)),
+    ],
+)
+def test_what_ails_one_instance_is_counted_and_the_rest_is_fetched(
+    tmp_path: Path,
+    archive: Archive,
+    deed: Callable[[Handler], None],
+    told: Fetched,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dicomweb, "MAX_FILE_BYTES", 8 << 20)
+    archive.misbehave[_last(archive)] = deed
+    site = _site(tmp_path, archive.url)
+    assert fetch(site) == told
+    done = CliRunner().invoke(cli.app, ["fetch", "--json", "--dir", str(site.root)])
+    assert done.exit_code == 3
+    archive.misbehave.clear()
+    assert fetch(site) == Fetched(8, 1, 7, 0, 0)
+
+
+@pytest.mark.parametrize("host", ["xn--", "a" * 64 + ".example", "\u2024"])
+def test_an_address_that_is_none(tmp_path: Path, host: str) -> None:
+    with pytest.raises(ArchiveUnreachable):
+        fetch(_site(tmp_path, f"https://{host}/x"))
 
 
 def test_what_the_archive_cannot_send_is_counted_and_the_rest_is_fetched(
@@ -429,7 +496,8 @@ def test_an_archive_without_paging_is_asked_no_more_than_twice(
     archive.misbehave["studies"] = lambda handler: handler.answer("application/json", whole)
     site = _site(tmp_path, archive.url)
     assert fetch(site).new == 8
-    assert sum(path.endswith("/studies") for path in archive.asked) == 2
+    # For each of two modalities.
+    assert sum(path.endswith("/studies") for path in archive.asked) == 2 * 2
 
 
 def test_pages_are_put_together(
@@ -479,7 +547,8 @@ def test_nobody_there(tmp_path: Path) -> None:
     site = _site(tmp_path, f"http://127.0.0.1:{port}/dicom-web")
     with pytest.raises(ArchiveUnreachable, match="does not answer"):
         fetch(site)
-    assert [one for one in entries_of(site) if one.kind == "fetched"] == []
+    (noted,) = [one.body for one in entries_of(site) if one.kind == "fetched"]
+    assert (noted["end"], noted["found"]) == ("CLO-250", 0)
 
 
 def test_a_stored_file_that_was_altered_is_turned_away(tmp_path: Path, archive: Archive) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,13 @@ from pydicom.dataset import Dataset
 from cloister_client.dicom.bounds import MAX_FILE_BYTES
 from cloister_client.dicom.precheck import SOP_CLASSES, TRANSFER_SYNTAXES
 from cloister_client.dicom.tags import silence
-from cloister_client.sources.dicomweb import invalid, tls_context, unreachable
+from cloister_client.sources.dicomweb import (
+    ANSWER_SECONDS,
+    MAX_RESULTS,
+    invalid,
+    tls_context,
+    unreachable,
+)
 from cloister_client.sources.settings import CGet, NotSent, Query
 from cloister_common.errors import ArchiveRefused, FileUnreadable
 from cloister_common.files import read_secret
@@ -32,8 +39,8 @@ _FIND = "1.2.840.10008.5.1.4.1.2.2.1"  # Study Root Query/Retrieve Information M
 _GET = "1.2.840.10008.5.1.4.1.2.2.3"
 _TIMEOUT_SECONDS = 60
 _PENDING = frozenset((0xFF00, 0xFF01))
-_NOT_SENT = frozenset((0xA702, 0xB000))
-"""Sub-operations could not be performed, or some failed; one was asked for (PS3.4 C.4.3.1.4)."""
+MAX_PDU_BYTES = 1 << 20
+"""Longest message unit that is taken; this site asks for 16 KB (PS3.8 section D.1)."""
 _UID = re.compile(r"[0-9.]{1,64}")
 
 _log = logging.getLogger("pynetdicom")
@@ -106,14 +113,19 @@ class GetArchive:
         )
         self._arrived.clear()
         self._received = 0
-        for status, _ in self._connected().send_c_get(asked, _GET):
-            code = status.get("Status")
-            if code is None:
-                raise self._ended()
-            if code in _NOT_SENT:
-                raise NotSent
-            if code not in _PENDING and code != 0:
-                raise invalid()
+        end = time.monotonic() + ANSWER_SECONDS
+        with silence():
+            for status, _ in self._connected().send_c_get(asked, _GET):
+                code = status.get("Status")
+                if code is None:
+                    raise self._ended()
+                if code not in _PENDING and code != 0:
+                    # The association stands, so it is this instance that cannot be sent.
+                    raise NotSent
+                if time.monotonic() > end:
+                    raise unreachable("It took too long.")
+        if not self._arrived:
+            raise NotSent
         if len(self._arrived) != 1:
             raise invalid()
         return self._arrived.pop()
@@ -121,6 +133,7 @@ class GetArchive:
     def _found(self, level: str, **keys: str) -> Iterator[Dataset]:
         results = []
         self._received = 0
+        end = time.monotonic() + ANSWER_SECONDS
         with silence():
             for status, result in self._connected().send_c_find(_identifier(level, **keys), _FIND):
                 code = status.get("Status")
@@ -130,6 +143,8 @@ class GetArchive:
                     if result is None:
                         raise invalid()
                     results.append(result)
+                    if len(results) > MAX_RESULTS or time.monotonic() > end:
+                        raise invalid()
                 elif code != 0:
                     raise invalid()
         # All at once: what is asked next must not come between the answers.
@@ -156,7 +171,11 @@ class GetArchive:
             ae_title=self._settings.called,
             ext_neg=[build_role(uid, scp_role=True) for uid in wanted],
             tls_args=None if self._tls is None else (self._tls, self._settings.host),
-            evt_handlers=[(evt.EVT_C_STORE, self._store), (evt.EVT_DATA_RECV, self._count)],
+            evt_handlers=[
+                (evt.EVT_CONN_OPEN, self._bound),
+                (evt.EVT_C_STORE, self._store),
+                (evt.EVT_DATA_RECV, self._count),
+            ],
         )
         if association.is_rejected:
             raise ArchiveRefused(
@@ -173,6 +192,21 @@ class GetArchive:
     def _store(self, event: Event) -> int:
         self._arrived.append(event.encoded_dataset())
         return 0x0000
+
+    def _bound(self, event: Event) -> None:
+        """Take no unit as long as the archive says that it is: up to 4 GB, before it is counted."""
+        socket = event.assoc.dul.socket
+        if socket is None:
+            return
+        take = socket.recv
+
+        def recv(count: int) -> bytearray:
+            if count > MAX_PDU_BYTES:
+                socket.close()
+                raise OSError("a unit longer than was agreed")
+            return take(count)
+
+        socket.recv = recv  # type: ignore[method-assign, assignment]
 
     def _count(self, event: Event) -> None:
         self._received += len(event.data)

@@ -7,6 +7,7 @@ another address. URLs hold identifiers, so httpx' own log is off.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import re
@@ -18,6 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from cloister_client.dicom.bounds import MAX_FILE_BYTES
+from cloister_client.dicom.reject import RejectedFile
 from cloister_client.sources.multipart import InvalidAnswer, single_part
 from cloister_client.sources.settings import DicomWeb, NotSent, Query
 from cloister_common.errors import (
@@ -25,6 +27,7 @@ from cloister_common.errors import (
     ArchiveRefused,
     ArchiveUnreachable,
     FileUnreadable,
+    Reject,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ _PAGE = 500
 """Most results that are asked for at a time."""
 _MAX_RESULTS_BYTES = 64 << 20
 _MAX_PAGES = 10_000
+MAX_RESULTS = 1_000_000
+"""Most results of one question."""
 _TIMEOUT_SECONDS = 60.0
 ANSWER_SECONDS = 600.0
 """How long one answer may take in all, however steadily it drips."""
@@ -46,6 +51,18 @@ for _name in ("httpx", "httpcore"):
     _log.addHandler(logging.NullHandler())
     _log.propagate = False
     _log.setLevel(logging.CRITICAL + 1)
+
+
+class _Status(Exception):
+    """An HTTP status other than 200."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class _TooMuch(Exception):
+    """An answer is longer than it may be."""
 
 
 class WebArchive:
@@ -64,7 +81,8 @@ class WebArchive:
         import httpx
 
         self._url = settings.url
-        headers = {}
+        # A coded answer could grow a thousandfold before anybody could count it.
+        headers = {"Accept-Encoding": "identity"}
         auth: httpx.BasicAuth | None = None
         if settings.auth == "token":
             headers["Authorization"] = f"Bearer {secret or ''}"
@@ -98,22 +116,25 @@ class WebArchive:
         Raises:
             ArchiveUnreachable, ArchiveRefused, ArchiveAnswerInvalid: see ``sources.fetch``.
         """
-        asked = {"ModalitiesInStudy": "\\".join(query.modality)}
-        if len(query.modality) > 1:
-            # Archives differ in what they make of a list; the series are looked at anyway.
-            asked = {}
+        asked = {}
         if query.study_date:
             asked["StudyDate"] = query.study_date
         if query.study_description:
             asked["StudyDescription"] = query.study_description
-        for study in self._results("studies", asked):
-            below = f"studies/{_uid(study, _STUDY)}/series"
+        # One by one: archives differ in what they make of a list of modalities.
+        studies = dict.fromkeys(
+            _uid(study, _STUDY)
+            for modality in query.modality
+            for study in self._results("studies", {**asked, "ModalitiesInStudy": modality})
+        )
+        for study in studies:
+            below = f"studies/{study}/series"
             for series in self._results(below, {}):
                 if _text(series, _MODALITY) not in query.modality:
                     continue
                 path = f"{below}/{_uid(series, _SERIES)}/instances"
                 for instance in self._results(path, {}):
-                    yield _uid(study, _STUDY), _uid(series, _SERIES), _uid(instance, _INSTANCE)
+                    yield study, _uid(series, _SERIES), _uid(instance, _INSTANCE)
 
     def get(self, study: str, series: str, instance: str) -> bytes:
         """Fetch one instance as it is stored, a DICOM file.
@@ -121,41 +142,51 @@ class WebArchive:
         Raises:
             ArchiveUnreachable, ArchiveRefused, ArchiveAnswerInvalid: see ``sources.fetch``.
             NotSent: the archive cannot send it.
+            RejectedFile: ``TOO_LARGE``.
         """
         path = f"studies/{study}/series/{series}/instances/{instance}"
-        # Such as a coding that it neither sends nor converts.
-        may_fail = frozenset((404, 406, 410, 415))
         accept = 'multipart/related; type="application/dicom"; transfer-syntax=*'
-        kind, body = self._ask(path, {}, accept, MAX_FILE_BYTES + (64 << 10), may_fail)
+        try:
+            kind, body = self._ask(path, {}, accept, MAX_FILE_BYTES + (64 << 10))
+        except _Status as status:
+            if status.code in {401, 403} or status.code < 400:
+                raise _refusal(status.code) from None
+            # Of this instance alone, such as a coding that it neither sends nor converts.
+            raise NotSent from None
+        except _TooMuch:
+            raise RejectedFile(Reject.TOO_LARGE) from None
         try:
             return single_part(kind, body)
         except InvalidAnswer:
             raise invalid() from None
 
     def _results(self, path: str, asked: dict[str, str]) -> Iterator[dict[str, object]]:
-        seen: set[str] = set()
+        seen: set[bytes] = set()
         for page in range(_MAX_PAGES):
             paging = {"limit": str(_PAGE), "offset": str(page * _PAGE)}
-            _, body = self._ask(
-                path, {**asked, **paging}, "application/dicom+json", _MAX_RESULTS_BYTES
-            )
+            try:
+                _, body = self._ask(
+                    path, {**asked, **paging}, "application/dicom+json", _MAX_RESULTS_BYTES
+                )
+            except _Status as status:
+                raise _refusal(status.code) from None
+            except _TooMuch:
+                raise invalid() from None
             results = _json(body)
             # An archive without paging gives everything each time.
-            fresh = [one for one in results if json.dumps(one) not in seen]
-            seen.update(json.dumps(one) for one in results)
-            yield from fresh
-            if len(results) < _PAGE or not fresh:
+            before = len(seen)
+            for one in results:
+                mark = hashlib.sha256(json.dumps(one).encode()).digest()
+                if mark not in seen:
+                    seen.add(mark)
+                    yield one
+            if len(results) < _PAGE or len(seen) == before:
                 return
+            if len(seen) > MAX_RESULTS:
+                break
         raise invalid()
 
-    def _ask(
-        self,
-        path: str,
-        asked: dict[str, str],
-        accept: str,
-        most: int,
-        may_fail: frozenset[int] = frozenset(),
-    ) -> tuple[str, bytes]:
+    def _ask(self, path: str, asked: dict[str, str], accept: str, most: int) -> tuple[str, bytes]:
         """Content-Type and body of an answer of at most ``most`` bytes."""
         import httpx
 
@@ -165,24 +196,24 @@ class WebArchive:
             ) as response:
                 if response.status_code == 204:
                     return "", b""
-                if response.status_code in may_fail:
-                    raise NotSent
                 if response.status_code != 200:
-                    raise _refusal(response.status_code)
+                    raise _Status(response.status_code)
+                if response.headers.get("Content-Encoding", "identity") != "identity":
+                    raise invalid()
                 body = bytearray()
                 end = time.monotonic() + ANSWER_SECONDS
-                for piece in response.iter_bytes():
+                for piece in response.iter_raw():
                     body += piece
                     if time.monotonic() > end:
                         raise _slow()
                     if len(body) > most:
-                        raise invalid()
+                        raise _TooMuch
                 return response.headers.get("Content-Type", ""), bytes(body)
         except httpx.RemoteProtocolError:
             # It ended in the middle of an answer.
             raise invalid() from None
-        except httpx.DecodingError:
-            raise invalid() from None
+        except (httpx.InvalidURL, UnicodeError):
+            raise unreachable("Its address is none.") from None
         except httpx.HTTPError as error:
             raise _unreachable(error) from None
 
@@ -198,7 +229,10 @@ def tls_context(ca: str, root: Path) -> ssl.SSLContext:
         FileUnreadable: it holds no certificate.
     """
     try:
-        return ssl.create_default_context(cafile=str(root / ca) if ca else None)
+        context = ssl.create_default_context(cafile=str(root / ca) if ca else None)
+        # Not even where the environment asks for the keys of the connection.
+        context.keylog_filename = None  # type: ignore[assignment]
+        return context
     except (OSError, ssl.SSLError):
         raise FileUnreadable(
             "The file of the archive's certificate authority cannot be used.",

@@ -14,14 +14,17 @@ from itertools import islice
 from typing import Protocol
 
 from cloister_client.audit import log_of
+from cloister_client.dicom.precheck import TRANSFER_SYNTAXES
 from cloister_client.dicom.reject import RejectedFile
+from cloister_client.dicom.structure import dissect
 from cloister_client.site import Site
 from cloister_client.sources.settings import SECRET, CGet, DicomWeb, NotSent, Query
 from cloister_client.store import Store
-from cloister_common.errors import FileUnreadable, OptionInvalid
+from cloister_common.errors import CloisterError, FileUnreadable, OptionInvalid
 from cloister_common.files import read_secret, write_atomic
 
 _MAX_SECRET = 4096
+_SOP_INSTANCE = 0x00080018
 MAX_INSTANCES = 1_000_000
 """Most images of one query: a list without end must not fill the memory."""
 
@@ -41,7 +44,8 @@ class Fetched:
         new: of them, fetched now.
         there: of them, in the store before.
         too_large: of them, larger than a file may be.
-        not_sent: of them, what the archive cannot send, such as a coding that it does not know.
+        not_sent: of them, what the archive cannot send, such as a coding that it does not know,
+            or what came was another file.
     """
 
     found: int = 0
@@ -72,6 +76,7 @@ def fetch(site: Site, *, progress: Callable[[int, int], None] | None = None) -> 
             remedy="Write a table [data.dicomweb] or [data.cget]; see docs/sources.md.",
         )
     store = Store(site.store, site.cache_key())
+    end = "InternalError"
     done = {"found": 0, "new": 0, "there": 0, "too_large": 0, "not_sent": 0}
     try:
         with _archive(site) as archive:
@@ -87,7 +92,10 @@ def fetch(site: Site, *, progress: Callable[[int, int], None] | None = None) -> 
                     done["there"] += 1
                 else:
                     try:
-                        store.put(instance, archive.get(study, series, instance))
+                        data = archive.get(study, series, instance)
+                        if _instance(data) != instance:
+                            raise NotSent
+                        store.put(instance, data)
                         done["new"] += 1
                     except RejectedFile:
                         done["too_large"] += 1
@@ -95,12 +103,24 @@ def fetch(site: Site, *, progress: Callable[[int, int], None] | None = None) -> 
                         done["not_sent"] += 1
                 if progress is not None:
                     progress(number, len(found))
+        end = "ok"
+    except CloisterError as error:
+        end = error.code
+        raise
     finally:
-        # Also of a fetch that failed: what it brought is here.
-        if done["found"]:
-            kind = "dicomweb" if isinstance(site.archive, DicomWeb) else "cget"
-            log_of(site).append("fetched", source=kind, **done)
+        # Also of a fetch that failed: what was asked, and what it brought.
+        kind = "dicomweb" if isinstance(site.archive, DicomWeb) else "cget"
+        log_of(site).append("fetched", source=kind, end=end, **done)
     return Fetched(**done)
+
+
+def _instance(data: bytes) -> str:
+    """The SOP Instance UID that a file says it has; empty for what is no file that is read here."""
+    try:
+        parts = dissect(data, frozenset(), TRANSFER_SYNTAXES, {_SOP_INSTANCE})
+    except RejectedFile:
+        return ""
+    return parts.aside.get(_SOP_INSTANCE, b"").strip(b"\0 ").decode("ascii", "replace")
 
 
 def as_dict(fetched: Fetched) -> dict[str, int]:

@@ -57,7 +57,7 @@ SETTINGS = (
         "resnet18", 128,
         ("plain", "hooks", "ghost", "loop", "loop-alone", "image", "image-alone"),
     ),
-    Setting("densenet121", 224, ("plain", "hooks", "ghost", "loop", "loop-alone")),
+    Setting("densenet121", 224, ("plain", "loop", "loop-alone", "hooks", "ghost")),
 )  # fmt: skip
 
 

@@ -239,14 +239,7 @@ def _exchange(site: Site, study: Study, context: Context, data: Octets) -> maske
 
 
 def _built(site: Site, study: Study) -> nn.Module:
-    return networks.build(
-        study.network,
-        outputs=study.outputs,
-        size=study.input.size,
-        depth=study.input.depth,
-        seed=study.training.seed,
-        models=site.root / MODELS_FOLDER,
-    )
+    return networks.build_for(study, models=site.root / MODELS_FOLDER)
 
 
 def _loaded(site: Site, study: Study, model: Vector) -> nn.Module:

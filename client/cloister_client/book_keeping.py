@@ -50,6 +50,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cloister_client.grid_sum import squares_at_most
+from cloister_common.objective import image_losses
 
 ETA = 2.0**-5
 """Excess of the sensitivity over the norm that patients are clipped to."""
@@ -99,18 +100,18 @@ class UnfitPass(Exception):
 
 
 def clipped_groups(
-    module: nn.Module, pixels: Tensor, labels: Tensor, sizes: Sequence[int], norm: float
+    module: nn.Module, pixels: Tensor, targets: Tensor, sizes: Sequence[int], norm: float
 ) -> Iterator[list[Tensor]]:
     """Yield sums of gradients, each patient's clipped to ``norm``, group by group.
 
-    A patient's gradient is that of the mean cross entropy over its images. A patient whose
+    A patient's gradient is that of the mean loss over its images. A patient whose
     gradient is not finite counts as zero.
 
     Args:
         module: a network that ``supported`` accepts.
         pixels: float32 (images, channels, S, S) or (images, channels, D, S, S), patient after
             patient.
-        labels: int64 (patients,).
+        targets: of each image; see ``objective.image_losses``.
         sizes: images of each patient, at least 1.
         norm: C', above 0.
 
@@ -121,7 +122,7 @@ def clipped_groups(
         UnfitPass: a layer ran more than once, or on an input that no rule covers.
     """
     owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    seen = _backward(module, pixels, labels, sizes, owner)
+    seen = _backward(module, pixels, targets, sizes, owner)
     squares = torch.zeros(len(sizes), dtype=torch.float64)
     masses = torch.zeros(len(sizes), dtype=torch.float64)
     kept: dict[nn.Parameter, Tensor] = {}
@@ -158,21 +159,21 @@ def clipped_groups(
 
 
 def unit_norms(
-    module: nn.Module, pixels: Tensor, labels: Tensor, sizes: Sequence[int]
+    module: nn.Module, pixels: Tensor, targets: Tensor, sizes: Sequence[int]
 ) -> list[Tensor]:
     """Sums of single patients, unclipped: what a trial compares with the loop."""
     found: list[Tensor] = []
     start = 0
-    for index, size in enumerate(sizes):
-        some = pixels[start : start + size]
-        (parts,) = clipped_groups(module, some, labels[index : index + 1], [size], 1e30)
+    for size in sizes:
+        some = slice(start, start + size)
+        (parts,) = clipped_groups(module, pixels[some], targets[some], [size], 1e30)
         found.append(torch.cat([part.reshape(-1) for part in parts]))
         start += size
     return found
 
 
 def _backward(
-    module: nn.Module, pixels: Tensor, labels: Tensor, sizes: Sequence[int], owner: Tensor
+    module: nn.Module, pixels: Tensor, targets: Tensor, sizes: Sequence[int], owner: Tensor
 ) -> list[_Seen]:
     layers: list[nn.Module] = []
     given: list[Tensor] = []
@@ -194,7 +195,7 @@ def _backward(
     trained = [m for m in trained if next(m.parameters(recurse=False)).requires_grad]
     handles = [layer.register_forward_hook(note) for layer in trained]
     try:
-        losses = F.cross_entropy(module(pixels), labels[owner], reduction="none")
+        losses = image_losses(module(pixels), targets)
     finally:
         for handle in handles:
             handle.remove()

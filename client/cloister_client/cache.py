@@ -68,7 +68,7 @@ class Cache:
         return hmac.new(self._name_key, message, hashlib.sha256).digest()
 
     def get(self, name: str) -> tuple[dict[str, str | int], NDArray[np.uint16]] | None:
-        """Return the facts and the image (size, size) of an entry, or None."""
+        """Return the facts and the image (rows, columns) of an entry, or None."""
         try:
             sealed = (self._folder / name).read_bytes()
         except OSError:
@@ -86,9 +86,9 @@ class Cache:
         end = 4 + int.from_bytes(plain[:4], "big")
         facts = json.loads(plain[4:end])
         image = np.frombuffer(plain[end:], dtype="<u2").astype(np.uint16)
-        side = int(facts.pop("side"))
+        rows = int(facts.pop("side"))
         self.hits += 1
-        return facts, image.reshape(side, side)
+        return facts, image.reshape(rows, -1)
 
     def put(self, name: str, facts: Mapping[str, str | int], image: NDArray[np.uint16]) -> None:
         """Write an entry whole. A disk that is full costs time later, never the run."""

@@ -13,12 +13,14 @@ from typing import Any
 
 from cloister_client import gate
 from cloister_client.budget import line, study_promised
-from cloister_client.cohort import UNLABELLED, Cohort, Reading, read_cohort
+from cloister_client.cohort import Cohort, Reading, read_cohort
 from cloister_client.labels import read_labels
 from cloister_client.policy import refusals
 from cloister_client.site import Site
+from cloister_client.targets import UNLABELLED
 from cloister_common.errors import DataError, DecoderUnfit, FolderUnreadable, LabelsInvalid, Reject
-from cloister_common.study import About, Input, Study, Target
+from cloister_common.study import About, Input, Study
+from cloister_common.target import Target
 
 _SIZES_SHOWN = 6
 _ANY_STUDY = Study(
@@ -198,7 +200,7 @@ def render(report: DataReport) -> str:
 
 
 def _labels_alone(site: Site, study: Study | None) -> list[DataError]:
-    if study is None:
+    if study is None or study.target.segment:
         return []
     try:
         read_labels(site.labels, study.target)

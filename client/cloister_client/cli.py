@@ -133,10 +133,16 @@ def audit(
 def predict(
     model: Annotated[Path, typer.Argument(help="A model that Cloister wrote.")],
     folder: Annotated[Path, typer.Argument(help="The images, DICOM, in any structure.")],
-    out: Annotated[Path, typer.Option(help="The CSV file to write.")] = Path("scores.csv"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The CSV file to write; for a model that segments, a new folder.",
+            show_default="scores.csv or outlines",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Score a folder of images with a finished model, on this machine."""
+    """Score or segment a folder of images with a finished model, on this machine."""
     require("client", "torch", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls")
     from cloister_client import predict as prediction
 
@@ -149,6 +155,7 @@ def predict(
                 why=error.why,
                 remedy="Name a folder with DICOM files, and check its permissions.",
             ) from None
-    typer.echo(f"Wrote the scores of {done.images} images to {out}.")
+    what = "outlines" if done.outlines else "scores"
+    typer.echo(f"Wrote the {what} of {done.images} images to {done.out}.")
     for reason, count in done.rejects.items():
         typer.echo(f"  turned away: {count} ({reason.value}, {reason.title})", err=True)

@@ -13,27 +13,27 @@ from numpy.typing import NDArray
 
 from cloister_client import manifest as manifests
 from cloister_client.cohort_faults import class_faults, no_images
-from cloister_client.dicom.folder import Accepted, Refused, read_folder
+from cloister_client.dicom.folder import Accepted, Refused, Segmented, read_folder
+from cloister_client.dicom.outlines import Mask
 from cloister_client.dicom.wire import Facts
-from cloister_client.labels import Linked, join, read_labels
+from cloister_client.labels import Linked
 from cloister_client.manifest import Item, Manifest, image_name, item_of
 from cloister_client.memory import memory_of
 from cloister_client.quarantine import releases
 from cloister_client.site import Site, pseudonym
 from cloister_client.store import Store
-from cloister_client.volumes import as_images
-from cloister_common.errors import (
-    DataError,
-    LabelsInvalid,
-    Reject,
+from cloister_client.targets import (
+    UNLABELLED,
+    Targets,
+    join_targets,
+    unlabelled,
 )
+from cloister_client.volumes import as_images
+from cloister_common.errors import DataError, Reject
 from cloister_common.study import Study
 
 if TYPE_CHECKING:
     import torch
-
-UNLABELLED = -1
-"""Label of a patient that was read with ``require_labels=False``."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,10 @@ class Cohort:
         rejects: how many files were turned away, by reason.
         modalities: how many images were accepted, by modality.
         shapes: how many images were accepted, by stored (rows, columns) of a slice.
+        masks: of a segmentation, uint8 (N, S, S), 1 where something is marked; else None.
 
-    The last three describe the folder as it was read; ``split`` hands them on unchanged.
+    Rejects, modalities and shapes describe the folder as it was read; ``split`` hands them on
+    unchanged.
     """
 
     images: NDArray[np.uint16] = field(repr=False)
@@ -75,6 +77,7 @@ class Cohort:
     rejects: Mapping[Reject, int]
     modalities: Mapping[str, int]
     shapes: Mapping[tuple[int, int], int]
+    masks: NDArray[np.uint8] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +202,7 @@ def read_cohort(
     key = site.pseudonym_key()
     accepted: list[tuple[Accepted, str]] = []
     linked: list[Linked] = []
+    segmented: list[tuple[Segmented, str]] = []
     rejects: Counter[Reject] = Counter()
     digest = study.digest
     known = None if frozen is None else {one.image for one in frozen.items}
@@ -210,8 +214,13 @@ def read_cohort(
             key=key,
             memory=memory,
             also=Store(site.store, site.cache_key()).items(),
+            segment=study.target.outlines if require_labels else "",
             progress=progress,
         ):
+            if isinstance(outcome, Segmented):
+                owner = pseudonym(key, digest, outcome.keys.issuer, outcome.keys.patient_id)
+                segmented.append((outcome, owner))
+                continue
             if isinstance(outcome, Refused):
                 rejects[outcome.reason] += 1
             if outcome.keys is None:
@@ -223,35 +232,35 @@ def read_cohort(
             linked.append(Linked(keys, name, duplicate=new or isinstance(outcome, Refused)))
             if isinstance(outcome, Accepted) and not new:
                 accepted.append((outcome, name))
-    files = len(accepted) + later + sum(rejects.values())
+    files = len(accepted) + len(segmented) + later + sum(rejects.values())
     slices = list(accepted)
     if study.input.dimensions == 3:
         accepted, linked, alone = as_images(accepted, linked, study.input)
         rejects.update(alone.values())
         slices = [one for index, one in enumerate(slices) if index not in alone]
-    faults: list[DataError] = []
-    if not accepted:
-        faults.append(no_images(rejects))
-    labels: list[int | None] = [UNLABELLED] * len(accepted)
+    faults: list[DataError] = [] if accepted else [no_images(rejects)]
+    targets = unlabelled(accepted)
     if require_labels:
-        found, label_faults = _labels(site, study, linked)
-        # Where no image could be used, that labels have no image is no news; a bad file is.
-        faults += [one for one in label_faults if accepted or isinstance(one, LabelsInvalid)]
-        labels = [value for value, one in zip(found, linked, strict=True) if not one.duplicate]
-    label_of = {name: label for (_, name), label in zip(accepted, labels, strict=True)}
+        targets = join_targets(site, study, accepted, linked, segmented)
+        faults += targets.faults
     items = tuple(
         item_of(
             key, digest, sop_instance=one.keys.sop_instance, patient=name,
-            content=one.content, pixels=one.facts.pixels, label=label_of[name],
+            content=one.content, pixels=one.facts.pixels, label=label,
         )
-        for one, name in slices
+        for (one, name), label in zip(slices, targets.frozen(accepted, slices), strict=True)
     )  # fmt: skip
-    spoiled = [item.image for item, (one, _) in zip(items, slices, strict=True) if one.damaged]
+    torn = {uid for one, _ in segmented if one.damaged for uid in one.masks}
+    spoiled = [
+        item.image
+        for item, (one, _) in zip(items, slices, strict=True)
+        if one.damaged or one.keys.sop_instance in torn
+    ]
     if frozen is not None:
         # First of all faults: what changed explains the others.
         faults[:0] = manifests.differences(frozen, items, spoiled)
     counted = dict(sorted(rejects.items(), key=lambda item: item[0].value))
-    cohort = _assemble(accepted, labels, counted)
+    cohort = _assemble(accepted, targets, counted)
     if cohort is not None and require_labels and not faults:
         faults += class_faults(site, study, Counter(one.label for one in cohort.patients))
     facts = tuple((_described(one), name) for one, name in accepted)
@@ -266,8 +275,13 @@ def _described(one: Accepted) -> Facts:
 
 
 def same(one: Cohort, other: Cohort) -> bool:
-    """Whether two cohorts are of the same patients with the same labels and pixels."""
-    return one.patients == other.patients and np.array_equal(one.images, other.images)
+    """Whether two cohorts are of the same patients with the same targets and pixels."""
+    if one.masks is not None and other.masks is not None:
+        outlined = np.array_equal(one.masks, other.masks)
+    else:
+        outlined = one.masks is other.masks
+    images = np.array_equal(one.images, other.images)
+    return one.patients == other.patients and images and outlined
 
 
 def split(cohort: Cohort, fraction: float) -> tuple[Cohort, Cohort]:
@@ -311,19 +325,9 @@ def tensor(cohort: Cohort, indices: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(chosen.astype(np.float32) / np.float32(65535)).unsqueeze(1)
 
 
-def _labels(
-    site: Site, study: Study, linked: Sequence[Linked]
-) -> tuple[list[int | None], list[DataError]]:
-    try:
-        labels = read_labels(site.labels, study.target)
-    except DataError as error:
-        return [None] * len(linked), [error]
-    return join(labels, linked)
-
-
 def _assemble(
     accepted: Sequence[tuple[Accepted, str]],
-    labels: Sequence[int | None],
+    targets: Targets,
     rejects: Mapping[Reject, int],
 ) -> Cohort | None:
     """Order the images by patient and instance, whatever the folder's structure."""
@@ -340,12 +344,13 @@ def _assemble(
     order: list[int] = []
     patients: list[Patient] = []
     for mark, name, indices in sorted(marked):
-        label = labels[indices[0]]
+        label = targets.labels[indices[0]]
         places = tuple(range(len(order), len(order) + len(indices)))
         patients.append(Patient(name, UNLABELLED if label is None else label, places, mark))
         order += indices
     return Cohort(
         images=np.stack([accepted[index][0].image for index in order]),
+        masks=_stacked([targets.masks[index] for index in order]) if targets.masks else None,
         patients=tuple(patients),
         rejects=rejects,
         modalities=dict(sorted(Counter(one.facts.modality for one, _ in accepted).items())),
@@ -355,12 +360,20 @@ def _assemble(
     )
 
 
+def _stacked(masks: Sequence[Mask | None]) -> NDArray[np.uint8]:
+    """One array; an image whose outline is missing, which is a fault, has an empty one."""
+    size = next((mask.shape for mask in masks if mask is not None), (1, 1))
+    return np.stack([np.zeros(size, np.uint8) if mask is None else mask for mask in masks])
+
+
 def subset(cohort: Cohort, patients: Sequence[Patient]) -> Cohort:
     """These patients of a cohort, in this order, with their images; possibly none."""
     kept = [index for patient in patients for index in patient.images]
     moved = {old: new for new, old in enumerate(kept)}
+    places = np.asarray(kept, dtype=np.int64)
     return Cohort(
-        images=cohort.images[np.asarray(kept, dtype=np.int64)],
+        images=cohort.images[places],
+        masks=None if cohort.masks is None else cohort.masks[places],
         patients=tuple(
             replace(one, images=tuple(moved[index] for index in one.images)) for one in patients
         ),

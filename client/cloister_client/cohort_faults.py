@@ -24,7 +24,11 @@ def no_images(rejects: Counter[Reject]) -> SiteEmpty:
 
 def class_faults(site: Site, study: Study, counts: Counter[int]) -> list[DataError]:
     """Say what is wrong with how many patients there are of each class."""
-    if len(counts) < 2:
+    least = site.policy.min_patients_per_class
+    if study.target.segment:
+        # Patients in whom nothing is marked are welcome, and nothing asks for them.
+        asked = [(1, study.target.segment)]
+    elif len(counts) < 2:
         only = study.target.classes[next(iter(counts))]
         return [
             OneClassOnly(
@@ -33,12 +37,9 @@ def class_faults(site: Site, study: Study, counts: Counter[int]) -> list[DataErr
                 remedy="Check the labels file, or leave this study to other sites.",
             )
         ]
-    least = site.policy.min_patients_per_class
-    few = [
-        f"'{name}' has {counts[index]}"
-        for index, name in enumerate(study.target.classes)
-        if counts[index] < least
-    ]
+    else:
+        asked = list(enumerate(study.target.classes))
+    few = [f"'{name}' has {counts[index]}" for index, name in asked if counts[index] < least]
     if not few:
         return []
     return [

@@ -16,12 +16,13 @@ SHEET_TILE = 128
 
 
 def contact_sheet(cohort: Cohort) -> tuple[int, bytes]:
-    """Preprocessed images, one a patient, as a grid; a volume is shown by its middle slice.
+    """Preprocessed images, one a patient, as a grid; a volume is shown by its middle slice, and the
+    edge of what is marked in white.
 
     Returns:
         How many images it shows, at most ``SHEET_IMAGES``; and a PNG without any text.
     """
-    from PIL import Image
+    from PIL import Image, ImageChops, ImageFilter
 
     chosen = [patient.images[0] for patient in cohort.patients[:SHEET_IMAGES]]
     columns = min(SHEET_COLUMNS, max(1, len(chosen)))
@@ -33,6 +34,11 @@ def contact_sheet(cohort: Cohort) -> tuple[int, bytes]:
             image = image[len(image) // 2]
         shades = (image >> 8).astype(np.uint8)
         tile = Image.fromarray(shades).resize((SHEET_TILE, SHEET_TILE), Image.Resampling.BOX)
+        if cohort.masks is not None:
+            mask = Image.fromarray(cohort.masks[index] * np.uint8(255))
+            mask = mask.resize((SHEET_TILE, SHEET_TILE), Image.Resampling.NEAREST)
+            edge = ImageChops.subtract(mask, mask.filter(ImageFilter.MinFilter(3)))
+            tile = ImageChops.lighter(tile, edge)
         row, column = divmod(place, columns)
         sheet.paste(tile, (column * SHEET_TILE, row * SHEET_TILE))
     out = io.BytesIO()

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from cloister_client.cohort import UNLABELLED, Cohort, Reading, read_cohort
+from cloister_client.cohort import Cohort, Reading, read_cohort
 from cloister_client.contact_sheet import contact_sheet
 from cloister_client.site import Site
+from cloister_client.targets import UNLABELLED
 from cloister_common.errors import DataError, Reject
 from cloister_common.files import make_private_dir, write_atomic
 from cloister_common.study import Study

@@ -1,6 +1,6 @@
 """One gradient a patient, by one of three engines behind Opacus' interface.
 
-A patient's gradient is that of the mean cross entropy over the patient's images.
+A patient's gradient is that of the mean loss (``objective``) over the patient's images.
 
 ``patients`` goes from patient to patient, one on each core. It takes any layer, needs the memory
 of a bag a core, and computes each gradient from nothing but that patient's images, so that the
@@ -26,10 +26,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from opacus.grad_sample import GradSampleModule
 from opacus.grad_sample.gsm_base import AbstractGradSampleModule
 from torch import Tensor, nn
@@ -38,8 +37,18 @@ from torch.func import functional_call, grad, vmap
 from cloister_client import book_keeping
 from cloister_client.cores import side_by_side
 from cloister_client.grid_sum import Block, Clipped
-from cloister_client.sampling import Bag, Cohort, FeatureCohort, chunks, images_at_once, pixels_of
+from cloister_client.sampling import (
+    Bag,
+    Cohort,
+    FeatureCohort,
+    chunks,
+    images_at_once,
+    masks_of,
+    pixels_of,
+    targets_of,
+)
 from cloister_common.errors import InternalError
+from cloister_common.objective import anything, image_losses, patient_loss
 
 Key: TypeAlias = tuple[object, ...]
 Engine: TypeAlias = Literal["patients", "opacus", "book-keeping"]
@@ -90,7 +99,7 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
 
         The patients come in any order.
         """
-        if self.engine == "book-keeping" and self._kept_books_agree(_one(cohort)):
+        if self.engine == "book-keeping" and self._kept_books_agree(_shape(cohort)):
             yield from self._by_book_keeping(cohort, bags)
             return
         for _, block in self._placed_blocks(cohort, bags):
@@ -115,7 +124,8 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         if self._hooked is not None:
             start = 0
             for run in chunks(bags, images_at_once(cohort, _IMAGES_AT_ONCE)):
-                block = self._by_hooks(self._hooked, pixels_of(cohort, run), run)
+                pixels, targets = pixels_of(cohort, run), targets_of(cohort, run)
+                block = self._by_hooks(self._hooked, pixels, targets, run)
                 yield list(range(start, start + len(run))), block
                 start += len(run)
             return
@@ -123,12 +133,12 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         for place, bag in enumerate(bags):
             by_images.setdefault(len(bag.images), []).append(place)
         for images, places in by_images.items():
-            if self._small and self._independent(images, _one(cohort)):
+            if self._small and self._independent(images, _shape(cohort)):
                 for start in range(0, len(places), _PLACES):
                     some = places[start : start + _PLACES]
-                    pixels = pixels_of(cohort, [bags[place] for place in some])
-                    labels = torch.tensor([bags[place].label for place in some])
-                    yield some, self._side_by_side(pixels, labels, images)
+                    run = [bags[place] for place in some]
+                    pixels, targets = pixels_of(cohort, run), targets_of(cohort, run)
+                    yield some, self._side_by_side(pixels, targets, images)
             else:
                 gradients = side_by_side(
                     lambda bag: self._of_bag(cohort, bag), (bags[place] for place in places)
@@ -136,26 +146,30 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
                 for place, gradient in zip(places, gradients, strict=True):
                     yield [place], gradient
 
-    def _side_by_side(self, pixels: Tensor, labels: Tensor, images: int) -> Tensor:
+    def _side_by_side(self, pixels: Tensor, targets: Tensor, images: int) -> Tensor:
         """Gradients of up to 16 patients who have ``images`` images each."""
-        count = len(labels)
-        padded = torch.zeros(_PLACES, images, *pixels.shape[1:], dtype=pixels.dtype)
-        padded[:count] = pixels.view(count, images, *pixels.shape[1:])
-        classes = torch.zeros(_PLACES, dtype=torch.int64)
-        classes[:count] = labels
+        count = len(pixels) // images
+
+        def filled_up(rows: Tensor) -> Tensor:
+            places = torch.zeros(_PLACES, images, *rows.shape[1:], dtype=rows.dtype)
+            places[:count] = rows.view(count, images, *rows.shape[1:])
+            return places
+
         names = [name for name, weight in self._module.named_parameters() if weight.requires_grad]
         weights = {name: weight.detach() for name, weight in self._module.named_parameters()}
         fixed = {name: weights.pop(name) for name in list(weights) if name not in names}
 
-        def loss(trained: dict[str, Tensor], bag: Tensor, label: Tensor) -> Tensor:
+        def loss(trained: dict[str, Tensor], bag: Tensor, target: Tensor) -> Tensor:
             logits = functional_call(self._module, {**trained, **fixed}, (bag,))
-            return F.cross_entropy(logits, label.expand(images))
+            return patient_loss(logits, target)
 
-        gradients = vmap(grad(loss), in_dims=(None, 0, 0))(weights, padded, classes)
+        gradients = vmap(grad(loss), in_dims=(None, 0, 0))(
+            weights, filled_up(pixels), filled_up(targets)
+        )
         flat = torch.cat([gradients[name].flatten(start_dim=1) for name in names], dim=1)
         return flat[:count]
 
-    def _independent(self, images: int, one: tuple[int, ...]) -> bool:
+    def _independent(self, images: int, one: _Shape) -> bool:
         """Whether side by side, a patient's gradient is the same whoever is there; tried once."""
         shapes = tuple((name, tuple(p.shape)) for name, p in self._module.named_parameters())
         key: Key = (type(self._module), shapes, images, one, torch.get_num_threads())
@@ -163,28 +177,28 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
             _tried[key] = self._try_places(images, one)
         return _tried[key]
 
-    def _try_places(self, images: int, one: tuple[int, ...]) -> bool:
+    def _try_places(self, images: int, one: _Shape) -> bool:
         # Public numbers, unlike anything that privacy rests on.
         generator = torch.Generator().manual_seed(0)
-        shape = (_PLACES, images, *one)
+        shape = (_PLACES, images, *one.places)
         crowd = torch.randn(shape, generator=generator).to(self.trained[0].dtype)
-        labels = torch.zeros(_PLACES, dtype=torch.int64)
+        targets = anything(crowd.flatten(0, 1), 1, outlines=one.outlined)
         seen: list[Tensor] = []
         for place, neighbours in (
             (0, 1.0), (0, 0.0), (7, 100.0), (7, float("nan")), (_PLACES - 1, 1.0)
         ):  # fmt: skip
             others = crowd * neighbours
             others[place] = crowd[0]
-            seen.append(self._side_by_side(others.flatten(0, 1), labels, images)[place])
+            mine = targets.clone()
+            mine[place * images : (place + 1) * images] = targets[:images]
+            seen.append(self._side_by_side(others.flatten(0, 1), mine, images)[place])
         return all(torch.equal(gradient, seen[0]) for gradient in seen)
 
-    def _of_patient(self, images: Tensor, label: int) -> Sequence[Tensor]:
-        logits = self._module(images)
-        loss = F.cross_entropy(logits, torch.full((len(images),), label))
-        return torch.autograd.grad(loss, self.trained)
+    def _of_patient(self, images: Tensor, targets: Tensor) -> Sequence[Tensor]:
+        return torch.autograd.grad(patient_loss(self._module(images), targets), self.trained)
 
     def _of_bag(self, cohort: Cohort | FeatureCohort, bag: Bag) -> Sequence[Tensor]:
-        return self._of_patient(pixels_of(cohort, [bag]), bag.label)
+        return self._of_patient(pixels_of(cohort, [bag]), targets_of(cohort, [bag]))
 
     def _by_book_keeping(
         self, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]
@@ -193,9 +207,9 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
             raise InternalError("Book-keeping needs the clipping norm.")
 
         def groups(run: Sequence[Bag]) -> list[Clipped]:
-            pixels, labels = pixels_of(cohort, run), torch.tensor([bag.label for bag in run])
+            pixels, targets = pixels_of(cohort, run), targets_of(cohort, run)
             sizes = [len(bag.images) for bag in run]
-            found = book_keeping.clipped_groups(self._module, pixels, labels, sizes, self._limit)
+            found = book_keeping.clipped_groups(self._module, pixels, targets, sizes, self._limit)
             return [Clipped(parts) for parts in found]
 
         # All cores together hold as many images as the other engines in one pass, or a group each.
@@ -204,14 +218,14 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
             yield from clipped
         for bag in bags[book_keeping.MOST :]:
             # To the same norm as the others: one patient more must not change another's clipping.
-            alone = self._of_patient(pixels_of(cohort, [bag]), bag.label)
+            alone = self._of_bag(cohort, bag)
             norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in alone]
             norm = math.hypot(*(float(each) for each in norms))
             if math.isfinite(norm):
                 factor = self._limit / max(norm, self._limit)
                 yield Clipped([part * factor for part in alone])
 
-    def _kept_books_agree(self, one: tuple[int, ...]) -> bool:
+    def _kept_books_agree(self, one: _Shape) -> bool:
         """Whether book-keeping gives single patients what the loop gives; tried once."""
         shapes = tuple((name, tuple(p.shape)) for name, p in self._module.named_parameters())
         key: Key = ("book-keeping", type(self._module), shapes, one)
@@ -219,30 +233,33 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
             _tried[key] = book_keeping.supported(self._module) and self._try_books(one)
         return _tried[key]
 
-    def _try_books(self, one: tuple[int, ...]) -> bool:
+    def _try_books(self, one: _Shape) -> bool:
         # Public numbers; one patient of one image, one of three, as others see the second alone.
-        pixels = torch.randn((4, *one), generator=torch.Generator().manual_seed(0))
+        pixels = torch.randn((4, *one.places), generator=torch.Generator().manual_seed(0))
         pixels = pixels.to(self.trained[0].dtype)
-        labels, sizes = torch.tensor([0, 1]), [1, 3]
+        targets, sizes = torch.tensor([0, 1, 1, 1]), [1, 3]
+        if one.outlined:
+            targets = anything(pixels, 1, outlines=True)
         try:
-            apart = book_keeping.unit_norms(self._module, pixels, labels, sizes)
-            (both,) = book_keeping.clipped_groups(self._module, pixels, labels, sizes, 1e30)
+            apart = book_keeping.unit_norms(self._module, pixels, targets, sizes)
+            (both,) = book_keeping.clipped_groups(self._module, pixels, targets, sizes, 1e30)
         except book_keeping.UnfitPass:
             return False
         exact = [
-            _flat(self._of_patient(part, int(label)))[0]
-            for part, label in zip(torch.split(pixels, sizes), labels, strict=True)
+            _flat(self._of_patient(*each))[0]
+            for each in zip(torch.split(pixels, sizes), torch.split(targets, sizes), strict=True)
         ]
         pairs = [*zip(apart, exact, strict=True), (_flat(both)[0], exact[0] + exact[1])]
         return all(float((a - b).norm()) <= _AGREE * float(b.norm()) for a, b in pairs)
 
-    def _by_hooks(self, hooked: GradSampleModule, images: Tensor, run: Sequence[Bag]) -> Tensor:
+    def _by_hooks(
+        self, hooked: GradSampleModule, images: Tensor, targets: Tensor, run: Sequence[Bag]
+    ) -> Tensor:
         sizes = torch.tensor([len(bag.images) for bag in run])
         owner = torch.repeat_interleave(torch.arange(len(run)), sizes)
-        labels = torch.tensor([bag.label for bag in run])[owner]
         hooked.set_grad_sample_to_none()
         try:
-            losses = F.cross_entropy(hooked(images), labels, reduction="none")
+            losses = image_losses(hooked(images), targets)
             with warnings.catch_warnings():
                 # torch remarks that no input of the first layer needs a gradient; none should.
                 warnings.filterwarnings("ignore", message="Full backward hook is firing")
@@ -271,7 +288,14 @@ def _flat(block: Block) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts]).unsqueeze(0)
 
 
-def _one(cohort: Cohort | FeatureCohort) -> tuple[int, ...]:
-    """Shape of one image as the network gets it."""
+class _Shape(NamedTuple):
+    """Shape of one image as the network gets it, and whether it comes with an outline."""
+
+    places: tuple[int, ...]
+    outlined: bool
+
+
+def _shape(cohort: Cohort | FeatureCohort) -> _Shape:
     shape = cohort.images.shape[1:]
-    return shape if isinstance(cohort, FeatureCohort) else (1, *shape)
+    places = shape if isinstance(cohort, FeatureCohort) else (1, *shape)
+    return _Shape(places, masks_of(cohort) is not None)

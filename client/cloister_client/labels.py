@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cloister_client.dicom.folder import Keys
 from cloister_common.errors import DataError, LabelMissing, LabelsInvalid, LabelWithoutImage
-from cloister_common.study import Target
+from cloister_common.target import Target
 
 KEY_COLUMNS = ("SOPInstanceUID", "AccessionNumber", "PatientID")
 MAX_BYTES = 64 << 20

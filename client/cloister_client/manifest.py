@@ -70,7 +70,7 @@ def item_of(
     patient: str,
     content: bytes,
     pixels: str,
-    label: int | None,
+    label: int | str | None,
 ) -> Item:
     """Describe one image.
 
@@ -81,7 +81,7 @@ def item_of(
         patient: the patient's pseudonym.
         content: keyed hash of the file's content.
         pixels: ``Facts.pixels``.
-        label: index of the class, or None.
+        label: index of the class, digest of the outline, or None.
     """
 
     image = image_name(key, study, sop_instance)
@@ -173,7 +173,8 @@ def freeze(site: Site, study: Study, items: Iterable[Item], *, why: str = "") ->
         OutputInTheWay, AuditLogDamaged: it cannot be kept.
     """
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    manifest = Manifest(study.digest, spec_digest(study.input), now, tuple(sorted(items)))
+    spec = spec_digest(study.input, study.target.outlines)
+    manifest = Manifest(study.digest, spec, now, tuple(sorted(items)))
     body = manifest.body(site.name)
     path = path_of(site, study)
     make_private_dir(path.parent)

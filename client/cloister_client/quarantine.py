@@ -24,7 +24,7 @@ import numpy as np
 from cloister_client.audit import log_of
 from cloister_client.cache import Cache
 from cloister_client.dicom.discover import Found, discover
-from cloister_client.dicom.folder import Accepted, Refused, read_folder, short_id
+from cloister_client.dicom.folder import Accepted, Refused, Segmented, read_folder, short_id
 from cloister_client.dicom.pool import shared_pool
 from cloister_client.dicom.reject import RejectedFile
 from cloister_client.memory import memory_of
@@ -141,6 +141,8 @@ def held(site: Site, *, progress: Callable[[int, int], None] | None = None) -> S
             also=Store(site.store, site.cache_key()).items(),
             progress=progress,
         ):
+            if isinstance(one, Segmented):
+                continue
             judgement = judged.get(one.content)
             if isinstance(one, Refused) and one.reason.held:
                 found.append(Held(one.short_id, one.reason, judgement, one.content))

@@ -25,8 +25,8 @@ def review(site: Site, judgement: Judgement) -> str:
         f"{study.training.steps_per_round} steps, each patient in a step with probability "
         f"{study.training.sampling_rate:g}",
         *_stands_on(study),
-        f"  on           {', '.join(study.input.modalities)} {what} of this site, their label "
-        f"'{study.target.column}' ({', '.join(study.target.classes)})",
+        f"  on           {', '.join(study.input.modalities)} {what} of this site, their "
+        f"{'' if study.target.segment else 'label '}{study.target.described}",
         *_cost(site, study),
         *_leaves(study),
     ]

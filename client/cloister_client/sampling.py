@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from cloister_client.randomness import Source, bernoulli_from
+
+PixelT = TypeVar("PixelT", np.uint8, np.uint16)
 
 _SHIFT = 16
 """An augmented image is moved by at most 1/16 of its side in each direction."""
@@ -139,12 +141,32 @@ def pixels_of(cohort: Cohort | FeatureCohort, bags: Sequence[Bag]) -> torch.Tens
     """
     if isinstance(cohort, FeatureCohort):
         return torch.from_numpy(np.concatenate([cohort.images[bag.images] for bag in bags]))
-    parts = [_moved(cohort.images[bag.images], bag.moves) for bag in bags]
+    parts = [moved(cohort.images[bag.images], bag.moves) for bag in bags]
     stack = np.concatenate(parts).astype(np.float32)
     return torch.from_numpy((stack / 65535.0 - 0.5) / 0.25).unsqueeze(1)
 
 
-def _moved(images: NDArray[np.uint16], moves: NDArray[np.int64] | None) -> NDArray[np.uint16]:
+def masks_of(cohort: Cohort | FeatureCohort) -> NDArray[np.uint8] | None:
+    """The outlines of a cohort that has some."""
+    masks: NDArray[np.uint8] | None = getattr(cohort, "masks", None)
+    return masks
+
+
+def targets_of(cohort: Cohort | FeatureCohort, bags: Sequence[Bag]) -> torch.Tensor:
+    """What the network should say of each image of some bags, one after the other.
+
+    Returns:
+        int64 (images,), the patients' classes; of a cohort with outlines, float32
+        (images, 1, S, S) of 0 and 1, moved as the images are.
+    """
+    masks = masks_of(cohort)
+    if masks is None:
+        return torch.tensor([bag.label for bag in bags for _ in bag.images], dtype=torch.int64)
+    parts = [moved(masks[bag.images], bag.moves) for bag in bags]
+    return torch.from_numpy(np.concatenate(parts).astype(np.float32)).unsqueeze(1)
+
+
+def moved(images: NDArray[PixelT], moves: NDArray[np.int64] | None) -> NDArray[PixelT]:
     """Mirror and move each image; what comes in from outside repeats the edge.
 
     All slices of a volume move alike, each in its plane.
@@ -156,10 +178,10 @@ def _moved(images: NDArray[np.uint16], moves: NDArray[np.int64] | None) -> NDArr
     rows = np.clip(places - moves[:, 1:2], 0, side - 1)
     columns = np.clip(places - moves[:, 2:3], 0, side - 1)
     columns = np.where(moves[:, :1] == 1, side - 1 - columns, columns)
-    moved = np.empty_like(images)
+    result = np.empty_like(images)
     for place, image in enumerate(images):
-        moved[place] = image[..., rows[place][:, None], columns[place][None, :]]
-    return moved
+        result[place] = image[..., rows[place][:, None], columns[place][None, :]]
+    return result
 
 
 def images_at_once(cohort: Cohort | FeatureCohort, most: int) -> int:

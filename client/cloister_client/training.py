@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
@@ -28,9 +27,11 @@ from cloister_client.sampling import (
     draw_bags,
     images_at_once,
     pixels_of,
+    targets_of,
 )
 from cloister_common.errors import InternalError, UpdateInvalid
 from cloister_common.frozen_backbone import FixedFeatures
+from cloister_common.objective import image_losses
 from cloister_common.study import Study, Training
 from cloister_common.vectors import Vector, check, flatten
 
@@ -140,9 +141,8 @@ def _train_open(
         total = sum(len(bag.images) for bag in bags)
         optimizer.zero_grad()
         for run in chunks(bags, images_at_once(cohort, _IMAGES_AT_ONCE)):
-            labels = torch.tensor([bag.label for bag in run for _ in bag.images])
-            loss = F.cross_entropy(module(pixels_of(cohort, run)), labels, reduction="sum")
-            torch.autograd.backward(loss / total)
+            losses = image_losses(module(pixels_of(cohort, run)), targets_of(cohort, run))
+            torch.autograd.backward(losses.sum() / total)
         pull.add()
         optimizer.step()
 

@@ -164,7 +164,7 @@ def _in_words(study: Study) -> str:
         (
             f"{study.study.name}: {study.study.question}",
             f"  input      {', '.join(given.modalities)}, {shape}",
-            f"  target     {study.target.column}: {', '.join(study.target.classes)}",
+            f"  target     {study.target.described}",
             f"  network    {study.network.name}",
             f"  training   {training.rounds} rounds of {training.steps_per_round} steps, "
             f"each patient in a step with probability {training.sampling_rate:g}",

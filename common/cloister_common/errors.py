@@ -670,6 +670,8 @@ class Reject(enum.Enum):
     VOLUME_TILTED = "CLO-232"
     VOLUME_UNEVEN = "CLO-233"
     CAPTURE = "CLO-234"
+    SEGMENT = "CLO-235"
+    SEGMENTATION = "CLO-236"
 
     @property
     def title(self) -> str:
@@ -709,6 +711,8 @@ _REJECT_TITLES = {
     Reject.VOLUME_TILTED: "slice of a series that is not stacked along its normal",
     Reject.VOLUME_UNEVEN: "slice of a series with uneven spacing",
     Reject.CAPTURE: "secondary capture or ultrasound, which may show a name",
+    Reject.SEGMENT: "segmentation without the segment that the study asks for",
+    Reject.SEGMENTATION: "segmentation that does not tell which images it marks",
 }
 
 

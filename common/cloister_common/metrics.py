@@ -70,6 +70,8 @@ class Metrics:
         balanced_accuracy: mean recall over the classes; ``None`` likewise.
         patients: number of patients measured.
         class_counts: patients of each class, in the order of the study's classes.
+        dice: mean Dice coefficient over the patients in whom something is marked; of a
+            segmentation, which has none of the figures above. ``None`` without such patients.
     """
 
     auroc: Estimate | None
@@ -77,10 +79,12 @@ class Metrics:
     balanced_accuracy: Estimate | None
     patients: int
     class_counts: tuple[int, ...]
+    dice: Estimate | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary ready for ``json.dumps``; undefined figures are ``None``."""
-        return {
+        outlined = {"dice": self.dice.to_json()} if self.dice else {}
+        return outlined | {
             "auroc": self.auroc.to_json() if self.auroc else None,
             "auprc": self.auprc.to_json() if self.auprc else None,
             "balanced_accuracy": (

@@ -36,13 +36,7 @@ def save_model(path: Path, study: Study, vector: Vector, facts: dict[str, object
 
     from cloister_common import networks, vectors
 
-    module = networks.build(
-        study.network,
-        outputs=study.outputs,
-        size=study.input.size,
-        depth=study.input.depth,
-        seed=study.training.seed,
-    )
+    module = networks.build_for(study)
     vectors.load(module, vector)
     metadata = {
         "format": FORMAT,
@@ -82,13 +76,7 @@ def load_model(path: Path, device: str = "cpu") -> tuple[nn.Module, Study]:
         raise ModelFileInvalid(f"{path.name} carries no study.", remedy=_NOT_OURS)
     try:
         study = study_from_canonical(metadata.get("study", ""))
-        module = networks.build(
-            study.network,
-            outputs=study.outputs,
-            size=study.input.size,
-            depth=study.input.depth,
-            seed=study.training.seed,
-        )
+        module = networks.build_for(study)
     except CloisterError:
         raise ModelFileInvalid(
             f"The study inside {path.name} is not valid in this version of Cloister.",

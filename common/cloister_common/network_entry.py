@@ -89,6 +89,7 @@ class Entry:
         arguments: arguments by name.
         builder: makes it from (outputs, input channels, arguments, folder of models).
         dimensions: 2 where it reads images, 3 where it reads volumes.
+        outlines: whether it gives a logit a pixel, and none an image.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Entry:
     builder: Builder = field(repr=False)
     arguments: Mapping[str, Argument | Word] = field(default_factory=dict)
     dimensions: int = 2
+    outlines: bool = False
 
 
 def missing_package(package: str) -> ExtraMissing:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cloister_common.errors import NetworkUnfit
 from cloister_common.network_entry import Argument, Entry, Value, Word, missing_package
 from cloister_common.pretrained import WIDTHS, Weights
-from cloister_common.study import PINNED, Network
+from cloister_common.study import PINNED, Network, Study
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,7 +49,8 @@ def build(
 
     Returns:
         A module in training mode: (batch, in_channels, size, size), of volumes (batch,
-        in_channels, depth, size, size), to (batch, outputs) logits.
+        in_channels, depth, size, size), to (batch, outputs) logits; of one that outlines, to
+        (batch, outputs, size, size).
 
     Raises:
         NetworkUnfit: the network or an argument is unknown, or the input is too small or has
@@ -63,6 +64,42 @@ def build(
         torch.manual_seed(seed)
         module = entry.builder(outputs, in_channels, arguments, models)
     return module.train()
+
+
+def build_for(study: Study, *, models: Path | None = None) -> nn.Module:
+    """Build a study's network for its input and its target; see ``build``.
+
+    Raises:
+        NetworkUnfit: also where the network does not do what the target asks for.
+        ExtraMissing: see ``build``.
+    """
+    resolve_for(study)
+    return build(
+        study.network,
+        outputs=study.outputs,
+        size=study.input.size,
+        depth=study.input.depth,
+        seed=study.training.seed,
+        models=models,
+    )
+
+
+def resolve_for(study: Study) -> tuple[Entry, dict[str, Value]]:
+    """Look a study's network up, and see that it fits its input and its target.
+
+    Raises:
+        NetworkUnfit: it does not.
+    """
+    entry, values = resolve(study.network, size=study.input.size, depth=study.input.depth)
+    if entry.outlines != bool(study.target.segment):
+        fit = [one.name for one in REGISTRY.values() if one.outlines != entry.outlines]
+        raise NetworkUnfit(
+            f"The network '{entry.name}' "
+            + ("outlines" if entry.outlines else "classifies")
+            + f" images, and target.kind is '{study.target.kind}'.",
+            remedy=f"Choose one of: {', '.join(fit)}.",
+        )
+    return entry, values
 
 
 def resolve(
@@ -148,6 +185,14 @@ def _small_cnn_3d(
     from cloister_common.small_cnn import SmallCNN3D
 
     return SmallCNN3D(outputs, in_channels, width=arguments["width"])
+
+
+def _unet(
+    outputs: int, in_channels: int, arguments: Mapping[str, Any], _: Path | None
+) -> nn.Module:
+    from cloister_common.unet import UNet
+
+    return UNet(outputs, in_channels, width=arguments["width"])
 
 
 def _filter_bank(
@@ -294,6 +339,17 @@ REGISTRY: Mapping[str, Entry] = {
             },
             builder=_small_cnn_3d,
             dimensions=3,
+        ),
+        Entry(
+            name="unet",
+            summary="U-Net of four levels, 122,000 weights at the default width: to segment.",
+            smallest=16,
+            needs="",
+            arguments={
+                "width": Argument(8, 4, 64, "Channels of the first level.", multiple=4),
+            },
+            builder=_unet,
+            outlines=True,
         ),
         Entry(
             name="filter-bank",

@@ -1,10 +1,10 @@
 """The study: what a federation trains, on what, under which privacy; and nothing else.
 
 A study is configuration only. Its canonical form is JSON of the validated model with every
-default filled in (but ``release_epsilon``, left out at 0, and what describes volumes, left out
-where images are flat), keys sorted, no white space; its hash is SHA-256 over a label and that
-form. Sites approve the hash, so two files that mean the same have the same hash, and no site can
-train with another preprocessing than its neighbour.
+default filled in (but ``release_epsilon``, left out at 0, and what describes volumes and
+segmentations, left out where there are none), keys sorted, no white space; its hash is SHA-256
+over a label and that form. Sites approve the hash, so two files that mean the same have the same
+hash, and no site can train with another preprocessing than its neighbour.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     Field,
     ValidationInfo,
     field_validator,
@@ -24,6 +23,7 @@ from pydantic import (
 )
 
 from cloister_common.errors import Fault, NetworkUnfit, StudyInvalid
+from cloister_common.target import Target
 from cloister_common.tomlfile import FileModel, KeyedValueError, key_lines, parse, read_text
 
 HASH_LABEL = b"cloister/study/v1\0"
@@ -31,14 +31,7 @@ UPDATE_LABEL = b"cloister/update/v1\0"
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Modality = Literal["CR", "DX", "MG", "CT", "MR", "US"]
-Words = Annotated[tuple[str, ...], Field(strict=False)]
 Pair = Annotated[tuple[float, float], Field(strict=False)]
-
-
-def _distinct(words: tuple[str, ...]) -> tuple[str, ...]:
-    if len(set(words)) != len(words):
-        raise ValueError("names one twice.")
-    return words
 
 
 VOLUME_KEYS = ("dimensions", "depth", "spacing")
@@ -103,14 +96,6 @@ class Input(FileModel):
                 "depth", f"times size times size must be at most {MAX_VOXELS} voxels."
             )
         return self
-
-
-class Target(FileModel):
-    """The column of the labels file that is predicted, and its classes in order."""
-
-    column: Annotated[str, Field(min_length=1, max_length=128)]
-    classes: Annotated[Words, Field(min_length=2, max_length=64), AfterValidator(_distinct)]
-    """The first class is the reference ("negative") of a binary target."""
 
 
 PINNED = {"efficientnet-lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"}
@@ -265,6 +250,14 @@ class Study(FileModel):
     aggregation: Aggregation = Aggregation()
     evaluation: Evaluation = Evaluation()
 
+    @field_validator("target")
+    @classmethod
+    def _flat(cls, target: Target, info: ValidationInfo) -> Target:
+        given = info.data.get("input")
+        if target.segment and given is not None and given.dimensions == 3:
+            raise KeyedValueError("kind", "cannot be 'segmentation' for input.dimensions = 3.")
+        return target
+
     @field_validator("evaluation")
     @classmethod
     def _release_fits(cls, evaluation: Evaluation, info: ValidationInfo) -> Evaluation:
@@ -280,11 +273,17 @@ class Study(FileModel):
             )
         if not evaluation.site_fraction:
             raise KeyedValueError("release_epsilon", "needs a site_fraction above 0.")
+        target = info.data.get("target")
+        if target is not None and target.segment:
+            raise KeyedValueError(
+                "release_epsilon", "must be 0 for a segmentation: no noised figure of it is made."
+            )
         return evaluation
 
     def canonical(self) -> str:
         """The canonical JSON that is hashed, approved and sent."""
         held = self.model_dump(mode="json")
+        held["target"] = self.target.canonical()
         if self.input.dimensions == 2:
             # As below: there were flat images before there were volumes.
             for key in VOLUME_KEYS:
@@ -321,13 +320,13 @@ class Study(FileModel):
 
     @property
     def outputs(self) -> int:
-        """Width of the network's last layer: one logit a class."""
-        return len(self.target.classes)
+        """Width of the network's last layer: one logit a class; of a segmentation, one a pixel."""
+        return 1 if self.target.segment else len(self.target.classes)
 
     @property
     def curves(self) -> int:
-        """Score curves that are measured: one for a binary target, else one a class."""
-        return 1 if self.outputs == 2 else self.outputs
+        """Score curves that are measured: one for a binary target or of Dice, else one a class."""
+        return 1 if self.outputs <= 2 else self.outputs
 
 
 class _StudyFile(Study):
@@ -358,19 +357,21 @@ def parse_study(text: str, name: str = "study.toml") -> Study:
     study, faults = parse(text, _StudyFile)
     if study is None:
         raise StudyInvalid.of(name, faults)
-    _refuse_dimensions(study, text, name)
+    _refuse_network(study, text, name)
     return study_from_canonical(study.canonical())
 
 
-def _refuse_dimensions(study: Study, text: str, name: str) -> None:
-    """Refuse a network, also the default one, of another number of dimensions than the input."""
-    from cloister_common.networks import resolve
+def _refuse_network(study: Study, text: str, name: str) -> None:
+    """Refuse a network, also the default one, that fits neither the input nor the target."""
+    from cloister_common.networks import resolve_for
 
     try:
-        resolve(study.network, size=study.input.size, depth=study.input.depth)
+        resolve_for(study)
     except NetworkUnfit as error:
         lines = key_lines(text)
-        line = lines.get(("network", "name"), lines.get(("input", "dimensions"), 0))
+        line = lines.get(("network", "name"), 0)
+        for key in (("input", "dimensions"), ("target", "kind")):
+            line = line or lines.get(key, 0)
         fault = Fault(line, "network.name", f"{error.what} {error.remedy}")
         raise StudyInvalid.of(name, (fault,)) from None
 

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from cloister_common import networks
 from cloister_common.frozen_backbone import FixedFeatures
+from cloister_common.objective import anything, patient_loss
 from cloister_common.planning import Pace
 from cloister_common.study import Study
 from cloister_common.vectors import layout_of
@@ -32,13 +32,7 @@ def measure(study: Study) -> tuple[Pace, int]:
     Raises:
         NetworkUnfit, ExtraMissing: see ``networks.build``.
     """
-    module = networks.build(
-        study.network,
-        study.outputs,
-        size=study.input.size,
-        depth=study.input.depth,
-        seed=study.training.seed,
-    )
+    module = networks.build_for(study)
     side, count = study.input.size, study.training.images_per_patient
     places = (side, side) if study.input.depth is None else (study.input.depth, side, side)
     images = torch.randn((count, 1, *places), generator=torch.Generator().manual_seed(0))
@@ -53,10 +47,10 @@ def measure(study: Study) -> tuple[Pace, int]:
             once = _median(lambda: fixed.features(images))
             images = fixed.features(images)
         part = fixed.head
-    labels = torch.zeros(count, dtype=torch.int64)
+    targets = anything(images, study.outputs, outlines=bool(study.target.segment))
 
     def gradient() -> None:
-        torch.autograd.grad(F.cross_entropy(part(images), labels), weights)
+        torch.autograd.grad(patient_loss(part(images), targets), weights)
 
     return Pace(_median(gradient), once), layout_of(module).size
 

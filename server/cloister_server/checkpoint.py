@@ -48,6 +48,9 @@ class Figures:
     balanced_accuracy: float | None = None
     balanced_accuracy_low: float | None = None
     balanced_accuracy_high: float | None = None
+    dice: float | None = None
+    dice_low: float | None = None
+    dice_high: float | None = None
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,8 @@ class Display:
         parts = []
         if figures.auroc is not None:
             parts.append(f"AUROC {figures.auroc:.3f}")
+        if figures.dice is not None:
+            parts.append(f"Dice {figures.dice:.3f}")
         if figures.epsilon is not None:
             parts.append(f"epsilon {figures.epsilon:.2f}")
         note = ", ".join(parts)

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from cloister_common.dice import measure_dice_histogram
 from cloister_common.metrics import Estimate, Metrics, measure_histogram
 from cloister_common.records import Counts
+from cloister_common.study import Study
 from cloister_server.checkpoint import Figures
 
 
@@ -23,6 +25,7 @@ def figures_of(figures: Figures, metrics: Metrics) -> Figures:
     auroc, auroc_low, auroc_high = three(metrics.auroc)
     auprc, auprc_low, auprc_high = three(metrics.auprc)
     balanced, balanced_low, balanced_high = three(metrics.balanced_accuracy)
+    dice, dice_low, dice_high = three(metrics.dice)
     return replace(
         figures,
         auroc=auroc,
@@ -34,15 +37,21 @@ def figures_of(figures: Figures, metrics: Metrics) -> Figures:
         balanced_accuracy=balanced,
         balanced_accuracy_low=balanced_low,
         balanced_accuracy_high=balanced_high,
+        dice=dice,
+        dice_low=dice_low,
+        dice_high=dice_high,
     )
 
 
-def measure_counts(total: Counts) -> Metrics:
+def measure_counts(total: Counts, study: Study) -> Metrics:
     """Metrics of the sites' summed score histograms, (curves, 2, bins).
 
-    A target of more than two classes is averaged over its one-against-rest curves; averaging
-    the ends of their intervals gives an interval that is at least as wide as the true one.
+    Those of a segmentation are of Dice coefficients. A target of more than two classes is averaged
+    over its one-against-rest curves; averaging the ends of their intervals gives an interval that
+    is at least as wide as the true one.
     """
+    if study.target.segment:
+        return measure_dice_histogram(total[0])
     measured = [measure_histogram(curve) for curve in total]
     if len(measured) == 1:
         return measured[0]

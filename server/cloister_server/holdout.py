@@ -36,11 +36,10 @@ def measure_on(study: Study, folder: Path, out: Path) -> Callable[[Vector], Metr
         DataError: the hold-out cannot be used.
     """
     from cloister_client.cohort import load_cohort
-    from cloister_client.evaluation import cohort_scores
+    from cloister_client.evaluation import measured
     from cloister_client.policy import Policy
     from cloister_client.site import init_site
     from cloister_common import networks, vectors
-    from cloister_common.metrics import measure
 
     folder = folder.absolute()
     site = init_site(
@@ -58,18 +57,11 @@ def measure_on(study: Study, folder: Path, out: Path) -> Callable[[Vector], Metr
             why=error.why,
             remedy=f"{error.remedy} The hold-out is what --holdout names.",
         ) from None
-    module = networks.build(
-        study.network,
-        outputs=study.outputs,
-        size=study.input.size,
-        depth=study.input.depth,
-        seed=study.training.seed,
-    )
+    module = networks.build_for(study)
 
     def evaluate(model: Vector) -> Metrics:
         vectors.load(module, model)
-        labels, scores = cohort_scores(module, cohort)
-        return measure(labels, scores)
+        return measured(module, cohort, study)
 
     return evaluate
 

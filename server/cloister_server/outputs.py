@@ -11,7 +11,7 @@ from cloister_common.files import write_atomic
 from cloister_common.modelfile import save_model
 from cloister_common.secagg.parameters import Parameters
 from cloister_common.study import Study
-from cloister_server.checkpoint import Released, RunState
+from cloister_server.checkpoint import Figures, Released, RunState
 from cloister_server.collection import REASONS
 from cloister_server.report import RoundRow, RunReport, SiteRow, write_report
 from cloister_server.rounds import Outcome, study_epsilon
@@ -74,6 +74,7 @@ def summarise(study: Study, outcome: Outcome, *, seconds: float) -> dict[str, ob
         "auroc_final_interval": None if last.auroc is None else [last.auroc_low, last.auroc_high],
         "auprc_final": last.auprc,
         "balanced_accuracy_final": last.balanced_accuracy,
+        **(_outlined(first, last) if study.target.segment else {}),
         "release": _release(study, state.release),
         "privacy": "patient-level differential privacy" if private else "off",
         "epsilon_max": max(known) if known else None,
@@ -88,6 +89,16 @@ def summarise(study: Study, outcome: Outcome, *, seconds: float) -> dict[str, ob
         "seconds": round(max(seconds, state.seconds), 2),
         "bytes_sent_per_site": dict(sorted(state.sent.items())),
         "warnings": list(warnings(study, outcome)),
+    }
+
+
+def _outlined(first: Figures, last: Figures) -> dict[str, object]:
+    """What a segmentation has in place of AUROC and its like."""
+    interval = None if last.dice is None else [last.dice_low, last.dice_high]
+    return {
+        "dice_initial": first.dice,
+        "dice_final": last.dice,
+        "dice_final_interval": interval,
     }
 
 
@@ -134,7 +145,7 @@ def warnings(study: Study, outcome: Outcome) -> tuple[str, ...]:
         auroc = None if release is None or release.metrics is None else release.metrics["auroc"]
         if auroc is not None and auroc["low"] <= 0.5:
             found.append(CHANCE)
-    elif last.auroc is None:
+    elif last.auroc is None and last.dice is None:
         found.append(NOT_MEASURED)
     elif last.auroc_low is not None and last.auroc_low <= 0.5:
         found.append(CHANCE)
@@ -164,9 +175,9 @@ def _report(study: Study, outcome: Outcome, summary: Mapping[str, object]) -> Ru
     rounds = [
         RoundRow(
             round=f.round,
-            auroc=f.auroc,
-            auroc_low=f.auroc_low,
-            auroc_high=f.auroc_high,
+            value=f.auroc if f.dice is None else f.dice,
+            low=f.auroc_low if f.dice is None else f.dice_low,
+            high=f.auroc_high if f.dice is None else f.dice_high,
             auprc=f.auprc,
             balanced_accuracy=f.balanced_accuracy,
             update_norm=f.update_norm,

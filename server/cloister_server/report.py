@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ _KNOWN = frozenset((
     "privacy", "epsilon_max", "epsilon_per_site", "delta", "sites", "site_names", "refused",
     "rounds", "rounds_lost", "seconds", "bytes_sent_per_site", "warnings", "auroc_initial",
     "auroc_final", "auroc_final_interval", "auprc_final", "balanced_accuracy_final", "release",
+    "dice_initial", "dice_final", "dice_final_interval",
 ))
 # fmt: on
 
@@ -42,7 +44,8 @@ class RoundRow:
 
     Attributes:
         round: number of the round whose result was measured.
-        auroc: 0 to 1, with its 95 % interval; ``None`` where it was not measured.
+        value: AUROC, of a segmentation the mean Dice coefficient, 0 to 1, with its 95 % interval
+            from ``low`` to ``high``; ``None`` where it was not measured.
         auprc: average precision, 0 to 1.
         balanced_accuracy: mean recall over the classes, 0 to 1.
         update_norm: L2 norm of the mean update.
@@ -52,9 +55,9 @@ class RoundRow:
     """
 
     round: int
-    auroc: float | None
-    auroc_low: float | None
-    auroc_high: float | None
+    value: float | None
+    low: float | None
+    high: float | None
     auprc: float | None
     balanced_accuracy: float | None
     update_norm: float
@@ -91,8 +94,9 @@ class RunReport:
         summary: facts about the run. Known keys, all optional: ``secure_aggregation`` (bool; off
             unless it says True), ``simulated`` (bool: all sites ran on one machine), ``model``
             (name of the model file), ``measured_on`` (words: on whom the figures were measured),
-            ``auroc_initial`` (where no row has round 0), ``seconds`` (of the whole run),
-            ``predict`` (command that uses the model), ``release`` (what ``outputs`` says of it).
+            ``auroc_initial`` or ``dice_initial`` (where no row has round 0), ``seconds`` (of the
+            whole run), ``predict`` (command that uses the model), ``release`` (what ``outputs``
+            says of it).
             Figures that the rows tell are left out; others are listed as they are.
         rounds: by rising round.
         sites: in any order; they are sorted by name.
@@ -140,7 +144,8 @@ def _context(report: RunReport) -> dict[str, Any]:
     return {
         "version": __version__,
         "study": study,
-        "settings": list(_flat(study.model_dump(mode="json"))),
+        "measure": _measure(study),
+        "settings": list(_flat(json.loads(study.canonical()))),
         "result": _result(report, rounds),
         "masked": summary.get("secure_aggregation") is True,
         "simulated": summary.get("simulated") is True,
@@ -149,7 +154,9 @@ def _context(report: RunReport) -> dict[str, Any]:
         "release_bins": RELEASE_BINS,
         "model": model,
         "predict": str(
-            summary.get("predict") or f"cloister predict {model} FOLDER --out scores.csv"
+            summary.get("predict")
+            or f"cloister predict {model} FOLDER --out "
+            + ("outlines" if study.target.segment else "scores.csv")
         ),
         "extra": [(key, value) for key, value in summary.items() if key not in _KNOWN],
         "rounds": rounds,
@@ -169,7 +176,7 @@ def _context(report: RunReport) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Result:
-    """The verdict: the first and the last AUROC that were measured."""
+    """The verdict: the first and the last figure that were measured."""
 
     before: float | None
     after: RoundRow | None
@@ -178,16 +185,22 @@ class _Result:
 
 
 def _result(report: RunReport, rounds: Sequence[RoundRow]) -> _Result:
-    measured = [row for row in rounds if row.auroc is not None]
-    before = next((row.auroc for row in measured if row.round == 0), None)
-    given = report.summary.get("auroc_initial")
+    measured = [row for row in rounds if row.value is not None]
+    before = next((row.value for row in measured if row.round == 0), None)
+    given = report.summary.get(f"{_measure(report.study).lower()}_initial")
     if before is None and isinstance(given, int | float):
         before = float(given)
     after = measured[-1] if measured and measured[-1].round > 0 else None
-    if after is None or after.auroc is None:
+    if after is None or after.value is None:
         return _Result(before, None, False, False)
-    low = after.auroc if after.auroc_low is None else after.auroc_low
-    return _Result(before, after, before is not None and low > before, low > 0.5)
+    low = after.value if after.low is None else after.low
+    # An outline that is met half is no chance.
+    above = bool(report.study.target.segment) or low > 0.5
+    return _Result(before, after, before is not None and low > before, above)
+
+
+def _measure(study: Study) -> str:
+    return "Dice" if study.target.segment else "AUROC"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Sequence[tuple[str, str]]:
@@ -281,17 +294,21 @@ _DARK = _Theme("#e6eef1", "#a3b4bd", "#33444e", "#5cc8cf", "#f0a271")
 
 def _plots(report: RunReport, rounds: Sequence[RoundRow]) -> list[_Plot]:
     plots = []
-    measured = [row for row in rounds if row.auroc is not None]
+    measured = [row for row in rounds if row.value is not None]
     if measured:
-        first, last = measured[0], measured[-1]
-        alt = f"Line chart of AUROC by round: {_figure(first.auroc)} at round {first.round}, "
-        alt += f"{_figure(last.auroc)} at round {last.round}"
-        if last.auroc_low is not None:
-            alt += f", 95 % interval {_figure(last.auroc_low)} to {_figure(last.auroc_high)}"
-        caption = "AUROC of the shared model after each round; the band is the 95 % interval."
+        first, last, name = measured[0], measured[-1], _measure(report.study)
+        alt = f"Line chart of {name} by round: {_figure(first.value)} at round {first.round}, "
+        alt += f"{_figure(last.value)} at round {last.round}"
+        if last.low is not None:
+            alt += f", 95 % interval {_figure(last.low)} to {_figure(last.high)}"
+        caption = f"{name} of the shared model after each round; the band is the 95 % interval."
         if report.lost_rounds:
             caption += " A dotted upright line is a round that never finished."
-        draw = partial(_draw_auroc, measured=measured, lost_rounds=report.lost_rounds)
+        chance = None if report.study.target.segment else 0.5
+        draw = partial(
+            _draw_measure,
+            name=name, chance=chance, measured=measured, lost_rounds=report.lost_rounds,
+        )  # fmt: skip
         plots.append(_both(draw, alt + ".", caption))
     charged = [row for row in rounds if row.epsilon is not None]
     if charged and report.study.privacy.enabled:
@@ -344,25 +361,32 @@ def _svg(draw: _Draw, theme: _Theme) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def _draw_auroc(
-    axes: Any, theme: _Theme, measured: Sequence[RoundRow], lost_rounds: Sequence[int]
+def _draw_measure(
+    axes: Any,
+    theme: _Theme,
+    name: str,
+    chance: float | None,
+    measured: Sequence[RoundRow],
+    lost_rounds: Sequence[int],
 ) -> None:
     banded = [
-        (row.round, row.auroc_low, row.auroc_high)
+        (row.round, row.low, row.high)
         for row in measured
-        if row.auroc_low is not None and row.auroc_high is not None
+        if row.low is not None and row.high is not None
     ]
     if banded:
         axes.fill_between(*zip(*banded, strict=True), color=theme.line, alpha=0.2, linewidth=0)
-    areas = [row.auroc for row in measured if row.auroc is not None]
-    _line(axes, theme, measured, areas)
-    axes.axhline(0.5, color=theme.faint, linewidth=1, linestyle=_DASHES)
-    _label(axes, "chance", (1, 0.5), theme.faint, ha="right", xytext=(0, 3))
+    values = [row.value for row in measured if row.value is not None]
+    _line(axes, theme, measured, values)
+    lowest = min([low for _, low, _ in banded] + values)
+    if chance is not None:
+        axes.axhline(chance, color=theme.faint, linewidth=1, linestyle=_DASHES)
+        _label(axes, "chance", (1, chance), theme.faint, ha="right", xytext=(0, 3))
+        lowest = min(lowest, chance)
     for lost in lost_rounds:
         axes.axvline(lost, color=theme.accent, linewidth=1, linestyle=":")
-    lowest = min([low for _, low, _ in banded] + areas)
-    axes.set_ylim(max(0.0, min(0.45, lowest - 0.05)), 1.0)
-    axes.set_ylabel("AUROC")
+    axes.set_ylim(max(0.0, lowest - 0.05), 1.0)
+    axes.set_ylabel(name)
 
 
 def _draw_epsilon(axes: Any, theme: _Theme, charged: Sequence[RoundRow], budget: float) -> None:

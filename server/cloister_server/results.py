@@ -29,13 +29,15 @@ def show(summary: Mapping[str, Any], out: Path) -> None:
 
 def _results(summary: Mapping[str, Any]) -> Table:
     table = Table(title=f"Study {summary['study']}", box=box.SIMPLE, show_header=False)
-    before, after = summary["auroc_initial"], summary["auroc_final"]
-    if after is not None:
-        low, high = summary["auroc_final_interval"]
-        table.add_row("AUROC before training", _figure(before))
-        table.add_row(
-            "AUROC after training", f"{after:.3f} (95 % interval {low:.3f} to {high:.3f})"
-        )
+    for measure in ("AUROC", "Dice"):
+        key = measure.lower()
+        before, after = summary.get(f"{key}_initial"), summary.get(f"{key}_final")
+        if after is not None:
+            low, high = summary[f"{key}_final_interval"]
+            table.add_row(f"{measure} before training", _figure(before))
+            table.add_row(
+                f"{measure} after training", f"{after:.3f} (95 % interval {low:.3f} to {high:.3f})"
+            )
     release = summary.get("release")
     if release is not None:
         auroc = release["auroc"]
@@ -76,7 +78,8 @@ def _sites(summary: Mapping[str, Any]) -> Table:
 def _in_words(summary: Mapping[str, Any]) -> str:
     private, masked = summary["epsilon_max"] is not None, summary["secure_aggregation"]
     kind = " and ".join(word for word, on in (("noised", private), ("masked", masked)) if on)
-    what = "model updates and score histograms; no image"
+    counts = "Dice" if "dice_final" in summary else "score"
+    what = f"model updates and {counts} histograms; no image"
     if private:
         what = "model updates; no image, count or score"
         if summary.get("release") is not None:

@@ -164,13 +164,7 @@ class Run:
 
     def _fresh(self) -> RunState:
         study = self._study
-        module = networks.build(
-            study.network,
-            outputs=study.outputs,
-            size=study.input.size,
-            depth=study.input.depth,
-            seed=study.training.seed,
-        )
+        module = networks.build_for(study)
         model = vectors.flatten(module)
         optimizer = OptimizerState.fresh(model.size, study.aggregation)
         return RunState(secrets.token_hex(16), 0, model, optimizer)
@@ -272,7 +266,7 @@ class Run:
         elif due and not self._study.privacy.enabled and self._study.evaluation.site_fraction:
             counts = self._histogram(collector, number, state.released)
             if counts is not None:
-                figures = figures_of(figures, measure_counts(counts))
+                figures = figures_of(figures, measure_counts(counts, self._study))
         self._hooks.notify(Measured(figures, self._study.training.rounds))
         return figures
 

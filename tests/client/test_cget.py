@@ -13,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import Dataset
@@ -20,6 +21,7 @@ from pynetdicom import AE, evt
 
 from certificates import self_signed
 from cloister_client.cohort import read_cohort
+from cloister_client.dicom.reject import SEGMENTATION
 from cloister_client.policy import Policy
 from cloister_client.site import Site, init_site, open_site
 from cloister_client.sources import cget
@@ -33,6 +35,7 @@ from cloister_common.errors import (
 )
 from cloister_common.study import Study
 from dicom_files import make_dicom, precheck, radiograph, uid
+from segmentations import segment
 
 CANARY = "CANARYNAME"
 STUDY = Study.model_validate(
@@ -66,7 +69,7 @@ class Archive:
         self.entity.require_called_aet = True
         for model in (cget._FIND, cget._GET):
             self.entity.add_supported_context(model)
-        for name in DX:
+        for name in (*DX, SEGMENTATION):
             self.entity.add_supported_context(
                 name, sorted(precheck.TRANSFER_SYNTAXES), scu_role=True, scp_role=True
             )
@@ -91,7 +94,8 @@ class Archive:
             for name, value in zip(names, key, strict=False):
                 setattr(result, name, value if self.deed != "nonsense" else "x/y")
             if level == 2:
-                result.Modality = "DX"
+                _, file = next(one for one in self.files.items() if one[0][:2] == key)
+                result.Modality = pydicom.dcmread(BytesIO(file), stop_before_pixels=True).Modality
             yield 0xFF00, result
 
     def _get(self, event: Any) -> Iterator[Any]:
@@ -175,6 +179,28 @@ def test_every_image_comes_as_it_is_stored(
     assert sorted(one.mark for one in plain.patients) == sorted(
         one.mark for one in reading.cohort.patients
     )
+
+
+def test_segmentations_come_with_their_images_where_they_are_asked_for(
+    tmp_path: Path, archive: Archive
+) -> None:
+    (key, source) = next(iter(archive.files.items()))
+    file = segment([source], np.ones((1, 48, 40), bool))
+    named = pydicom.dcmread(BytesIO(file), stop_before_pixels=True)
+    archive.files[key[0], named.SeriesInstanceUID, named.SOPInstanceUID] = file
+    site = _site(tmp_path, archive.port)
+    assert fetch(site) == Fetched(6, 6, 0, 0)
+    text = (site.root / "site.toml").read_text()
+    more = '[data.query]\nmodality = ["DX", "SEG"]\n\n[network]'
+    (site.root / "site.toml").write_text(text.replace("[network]", more))
+    site = open_site(site.root)
+    assert fetch(site) == Fetched(7, 1, 6, 0)
+    outlined = STUDY.model_dump() | {"target": {"kind": "segmentation", "segment": "lungs"}}
+    reading = read_cohort(site, Study.model_validate(outlined))
+    assert reading.rejects == {}
+    assert reading.cohort is not None
+    assert reading.cohort.masks is not None
+    assert reading.cohort.masks.any(axis=(1, 2)).sum() == 1
 
 
 @pytest.mark.parametrize(

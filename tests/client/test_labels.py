@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cloister_client.dicom.folder import Keys
 from cloister_client.labels import Labels, Linked, join, read_labels
 from cloister_common.errors import LabelMissing, LabelsInvalid, LabelWithoutImage
-from cloister_common.study import Target
+from cloister_common.target import Target
 
 TARGET = Target(column="finding", classes=("normal", "nodule", "mass"))
 

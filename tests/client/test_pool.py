@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -197,31 +198,36 @@ def test_there_are_as_many_workers_as_cores_and_memory_for_them(
         assert default_workers() == workers
 
 
-def test_a_worker_loads_what_decodes_and_nothing_of_the_site_or_of_training() -> None:
+@pytest.mark.parametrize("segmentations", [False, True])
+def test_a_worker_loads_what_decodes_and_nothing_of_the_site_or_of_training(
+    segmentations: bool,
+) -> None:
     # What it loads is what it costs to start, and what a hostile file could turn to use.
-    code = """if True:
+    code = f"""if True:
         import os, sys
         from cloister_client.dicom import worker
-        from cloister_client.dicom.bounds import MAX_SIDE
+        from cloister_client.dicom.bounds import MAX_OUT_BYTES
 
         def seal():
-            loaded = {name.split(".")[0] for name, module in sys.modules.items() if module}
+            loaded = {{name.split(".")[0] for name, module in sys.modules.items() if module}}
             print(*sorted(loaded), flush=True)
             print(*(name for name in sys.modules if name.startswith("cloister_")), flush=True)
             os._exit(0)
 
         worker.seal = seal
         memory = os.memfd_create("image")
-        os.ftruncate(memory, 2 * MAX_SIDE * MAX_SIDE)
-        worker.serve(None, 0, memory)
+        os.ftruncate(memory, MAX_OUT_BYTES)
+        worker.serve(None, 0, memory, segmentations={segmentations})
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     packages, ours = (set(line.split()) for line in done.stdout.splitlines())
     assert {"numpy", "pydicom"} <= packages
     assert not packages & {
         *("torch", "flwr", "opacus", "grpc", "scipy", "pandas", "sklearn", "matplotlib"),
-        *("cryptography", "sqlite3", "requests", "httpx", "pynetdicom", "rich", "typer"),
+        *("cryptography", "requests", "httpx", "pynetdicom", "rich", "typer"),
     }
+    # highdicom keeps the frames of a file in a database in memory.
+    assert (("highdicom" in packages), ("sqlite3" in packages)) == (segmentations, segmentations)
     assert {name for name in ours if name.count(".") == 1} == {
         *("cloister_client.dicom", "cloister_common.errors"),
     }
@@ -376,8 +382,8 @@ def test_a_reader_that_stops_early_leaves_the_pool_usable(
     futures: list[Future[Reading]] = []
     submit = Pool.submit
 
-    def noted(self: Pool, data: bytes, spec: Input) -> Future[Reading]:
-        futures.append(submit(self, data, spec))
+    def noted(self: Pool, data: bytes, spec: Input, **rest: Any) -> Future[Reading]:
+        futures.append(submit(self, data, spec, **rest))
         return futures[-1]
 
     monkeypatch.setattr(Pool, "submit", noted)

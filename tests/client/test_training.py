@@ -323,7 +323,7 @@ def test_a_network_that_mixes_patients_fails_the_trial(monkeypatch: pytest.Monke
     monkeypatch.setattr(
         patients, "_side_by_side", lambda p, c, i: honest(p, c, i) + 1e-7 * p[0].nan_to_num().mean()
     )
-    assert not patients._try_places(1, (1, 16, 16))
+    assert not patients._try_places(1, grad_sample._Shape((1, 16, 16), outlined=False))
 
 
 def step_of(engine: Engine, cohort: Patients, **training: object) -> NDArray[np.float32]:

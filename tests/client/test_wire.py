@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloister_client.dicom import wire
-from cloister_client.dicom.bounds import MAX_KEY_BYTES, MAX_PIXELS
+from cloister_client.dicom.bounds import MAX_KEY_BYTES, MAX_OUT_BYTES, MAX_PIXELS
 from cloister_client.dicom.reject import RejectedFile
 from cloister_common.errors import DecoderUnfit, Reject
 from cloister_common.study import VOLUME_KEYS, Input
@@ -34,22 +34,59 @@ PLACE = {
 
 def test_a_request_comes_back_as_it_was() -> None:
     fixed = wire.Request(2**40, 5, ("CT",), 64, "fixed", (0.1, 99.9), (40.1, 400.3))
-    for request in (REQUEST, fixed):
+    for request in (REQUEST, fixed, dataclasses.replace(fixed, segment="Lungs, left")):
         assert wire.parse_request(wire.pack_request(request)) == request
 
 
 def test_a_request_has_all_that_shapes_a_tensor() -> None:
     # A field that is new in a study's input must not get lost on the way to the worker.
     # How images become a volume is decided where all of them are.
-    asked = set(wire.Request.__dataclass_fields__) - {"serial", "length", "released"}
+    asked = set(wire.Request.__dataclass_fields__) - {"serial", "length", "released", "segment"}
     assert set(Input.model_fields) - set(VOLUME_KEYS) == asked
 
 
 def test_an_image_comes_back_as_it_was() -> None:
-    assert wire.parse_answer(wire.pack_facts(7, FACTS), REQUEST, UNFIT) == FACTS
+    assert wire.parse_answer(wire.pack_facts(7, FACTS), REQUEST, UNFIT) == (FACTS, 0)
     placed = dataclasses.replace(FACTS, **PLACE)
-    assert wire.parse_answer(wire.pack_facts(7, placed), REQUEST, UNFIT) == placed
+    assert wire.parse_answer(wire.pack_facts(7, placed), REQUEST, UNFIT) == (placed, 0)
     assert dataclasses.asdict(placed.place) == PLACE
+
+
+OUTLINED = dataclasses.replace(REQUEST, segment="lungs")
+MASKS = dataclasses.replace(FACTS, modality="SEG")
+
+
+def test_outlines_come_back_as_they_were_where_they_were_asked_for() -> None:
+    most = MAX_OUT_BYTES // (64 + 128 * 128 // 8)
+    for count in (1, most):
+        said = wire.pack_outlines(7, MASKS, count)
+        assert wire.parse_answer(said, OUTLINED, UNFIT) == (MASKS, count)
+        with pytest.raises(wire.InvalidMessage):
+            wire.parse_answer(said, REQUEST, UNFIT)
+    assert wire.parse_answer(wire.pack_facts(7, FACTS), OUTLINED, UNFIT) == (FACTS, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "count"),
+    [
+        ({}, 0),
+        ({}, 1 << 31),
+        ({}, MAX_OUT_BYTES // (64 + 128 * 128 // 8) + 1),
+        ({"modality": "DX"}, 1),
+        ({"rows": 0}, 1),
+        ({"rows": 1 << 20, "columns": 1 << 20}, 1),
+        ({"patient_id": ""}, 1),
+        ({"sop_instance": "1.2.CANARY"}, 1),
+        ({"sop_instance": "../../x"}, 1),
+    ],
+)
+def test_outlines_that_no_sound_worker_tells_of(change: dict[str, object], count: int) -> None:
+    said = wire.pack_outlines(7, dataclasses.replace(MASKS, **change), count)  # type: ignore[arg-type]
+    with pytest.raises(wire.InvalidMessage):
+        wire.parse_answer(said, OUTLINED, UNFIT)
+    for end in (9, 12):
+        with pytest.raises(wire.InvalidMessage):
+            wire.parse_answer(said[:end], OUTLINED, UNFIT)
 
 
 @pytest.mark.parametrize(

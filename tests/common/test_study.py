@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from cloister_common.errors import StudyInvalid
 from cloister_common.study import Network, Study, load_study, parse_study, study_from_canonical
+from cloister_common.target import Target
 
 TEN_LINES = """\
 [study]
@@ -509,6 +510,50 @@ def test_the_learning_rate_over_the_rounds() -> None:
     training = training.model_copy(update={"schedule": "cosine"})
     rates = [training.rate_of(number) for number in (1, 2, 3, 4)]
     assert rates == pytest.approx([2.0, 1 + 0.5**0.5, 1.0, 1 - 0.5**0.5])
+
+
+def test_the_study_of_a_segmentation_in_the_documents_is_one() -> None:
+    root = Path(__file__).parents[2] / "docs"
+    study = load_study(root / "studies" / "lungs.toml")
+    assert (study.target.segment, study.outputs, study.curves) == ("lungs", 1, 1)
+    shown = (root / "dicom.md").read_text("utf-8").split("## Segmentation")[1].split("```")[1]
+    about = TEN_LINES.split("[target]", maxsplit=1)[0].split("[input]", maxsplit=1)[0]
+    given = parse_study(about + shown)
+    assert given.target == study.target
+    assert given.network == study.network
+
+
+def test_a_segmentation_has_a_hash_of_its_own_and_others_keep_theirs() -> None:
+    plain = parse_study(TEN_LINES)
+    assert set(json.loads(plain.canonical())["target"]) == {"column", "classes"}
+    outlined = {"kind": "segmentation", "segment": "lungs"}
+    study = Study(
+        study=plain.study, target=Target.model_validate(outlined), network=Network(name="unet")
+    )
+    assert json.loads(study.canonical())["target"] == outlined
+    assert study_from_canonical(study.canonical()) == study
+    other = study.model_copy(update={"target": Target.model_validate({**outlined, "segment": "x"})})
+    assert other.digest != study.digest
+    assert Target.model_validate(study.target.model_dump()) == study.target
+
+
+@pytest.mark.parametrize(
+    ("target", "key"),
+    [
+        ('kind = "segmentation"', "segment"),
+        ('kind = "segmentation"\nsegment = " "', "segment"),
+        ('kind = "segmentation"\nsegment = "a"\ncolumn = "b"', "column"),
+        ('kind = "segmentation"\nsegment = "a"\nclasses = ["b", "c"]', "classes"),
+        ('column = "b"\nclasses = ["b", "c"]\nsegment = "a"', "segment"),
+        ('kind = "outline"\ncolumn = "b"\nclasses = ["b", "c"]', "kind"),
+    ],
+)
+def test_a_target_that_is_neither_is_told_by_its_key(target: str, key: str) -> None:
+    head = TEN_LINES.split("[target]", maxsplit=1)[0].split("[input]", maxsplit=1)[0]
+    text = f"{head}[target]\n{target}\n\n[network]\nname = 'unet'\n"
+    found = [one for one in faults(text) if one[1].startswith("target")]
+    assert [one[1] for one in found] == [f"target.{key}"]
+    assert found[0][0] > 0
 
 
 def test_the_study_of_volumes_in_the_documents_is_one() -> None:

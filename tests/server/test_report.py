@@ -50,9 +50,9 @@ def report(
     rounds = [
         RoundRow(
             round=number,
-            auroc=area,
-            auroc_low=None if area is None else area - 0.04,
-            auroc_high=None if area is None else area + 0.03,
+            value=area,
+            low=None if area is None else area - 0.04,
+            high=None if area is None else area + 0.03,
             auprc=None if area is None else area - 0.1,
             balanced_accuracy=None if area is None else area - 0.2,
             update_norm=0.25 * number,

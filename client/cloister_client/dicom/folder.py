@@ -22,6 +22,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cloister_client.dicom import outlines
 from cloister_client.dicom.discover import discover
 from cloister_client.dicom.geometry import Place
 from cloister_client.dicom.pool import Reading, shared_pool
@@ -126,6 +127,22 @@ class Accepted:
         return self.facts.place
 
 
+@dataclass(frozen=True, eq=False)
+class Segmented:
+    """A segmentation that may be used.
+
+    Attributes:
+        short_id, keys, facts, damaged: see ``Accepted``; rows and columns are the images'.
+        masks: uint8 (size, size) of 0 and 1, by SOP Instance UID of the image that is marked.
+    """
+
+    short_id: str
+    keys: Keys
+    facts: Facts
+    masks: Mapping[str, outlines.Mask] = field(repr=False)
+    damaged: bool = False
+
+
 @dataclass(frozen=True)
 class Refused:
     """A file that was turned away.
@@ -150,8 +167,9 @@ def read_folder(
     key: bytes,
     memory: Memory | None = None,
     also: Sequence[Item] = (),
+    segment: str = "",
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Accepted | Refused]:
+) -> Iterator[Accepted | Segmented | Refused]:
     """Yield the outcome of each file, in the order of the paths.
 
     Args:
@@ -160,6 +178,7 @@ def read_folder(
         key: keys the short names of files; the site's pseudonym key, or any secret.
         memory: what is known from before, and takes up what is new; or None.
         also: files from elsewhere, read after those of the folder.
+        segment: what is outlined in the segmentations of the folder; empty to turn them away.
         progress: called with (files done, files in all) after each file.
 
     Raises:
@@ -170,10 +189,15 @@ def read_folder(
     instances: set[str] = set()
     pixels: set[tuple[str, ...]] = set()
     stacks = spec.dimensions == 3
-    with _Reader(spec, memory) as reader:
+    with _Reader(spec, memory, segment) as reader:
         for done, (waiting, reading) in enumerate(reader.read(found), start=1):
             name = short_id(key, waiting.found.name)
-            outcome = _judge(name, waiting, reading, instances, pixels, stacks)
+            if not isinstance(reading, Reject) and reading[0].modality == outlines.MODALITY:
+                outcome: Accepted | Segmented | Refused = _segmented(
+                    name, waiting, reading, spec.size
+                )
+            else:
+                outcome = _judge(name, waiting, reading, instances, pixels, stacks)
             if progress is not None:
                 progress(done, len(found))
             yield outcome
@@ -207,7 +231,7 @@ def _judge(
     if isinstance(reading, Reject):
         return Refused(name, reading, content=waiting.content)
     facts, image = reading
-    keys = Keys(facts.sop_instance, facts.accession, facts.patient_id, facts.issuer)
+    keys = _keys(facts)
     same: tuple[str, ...] = (keys.issuer, keys.patient_id, facts.pixels)
     if stacks:
         same += (facts.series, facts.position)
@@ -218,14 +242,25 @@ def _judge(
     return Accepted(name, keys, facts, image, waiting.content, waiting.damaged)
 
 
+def _segmented(name: str, waiting: _Waiting, reading: Reading, size: int) -> Segmented:
+    facts, table = reading
+    masks = outlines.unpack(table, size)
+    return Segmented(name, _keys(facts), facts, masks, waiting.damaged)
+
+
+def _keys(facts: Facts) -> Keys:
+    return Keys(facts.sop_instance, facts.accession, facts.patient_id, facts.issuer)
+
+
 class _Reader:
     """Reads files ahead, as many as keep the workers busy, and gives them back in order."""
 
-    def __init__(self, spec: Input, memory: Memory | None) -> None:
+    def __init__(self, spec: Input, memory: Memory | None, segment: str) -> None:
         self._spec = spec
-        self._digest = spec_digest(spec)
+        self._segment = segment
+        self._digest = spec_digest(spec, segment)
         self._memory = memory
-        self._pool = shared_pool()
+        self._pool = shared_pool(segmentations=bool(segment))
         self._ahead: deque[_Waiting] = deque()
 
     def __enter__(self) -> _Reader:
@@ -254,7 +289,7 @@ class _Reader:
         try:
             if self._memory is None:
                 data = one.read()
-                return _Waiting(one, len(data), future=self._pool.submit(data, self._spec))
+                return _Waiting(one, len(data), future=self._submitted(data, released=False))
             return self._remembered(one, self._memory)
         except RejectedFile as rejected:
             return _Waiting(one, done=rejected.reason)
@@ -279,11 +314,14 @@ class _Reader:
         return _Waiting(
             one,
             len(data),
-            future=self._pool.submit(data, self._spec, released=released),
+            future=self._submitted(data, released=released),
             content=content,
             entry=memory.cache.name(content, self._digest, released=released),
             damaged=memory.cache.damaged > damaged,
         )
+
+    def _submitted(self, data: bytes, *, released: bool) -> Future[Reading]:
+        return self._pool.submit(data, self._spec, released=released, segment=self._segment)
 
     def _known(self, one: Item, content: bytes, memory: Memory) -> _Waiting | None:
         released = content in memory.releases

@@ -22,7 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloister_client.dicom.bounds import ADDRESS_SPACE_BYTES
-from cloister_client.dicom.process import WORKER, NotAsked, NotStarted, Worker
+from cloister_client.dicom.process import (
+    SEGMENTATION_WORKER,
+    WORKER,
+    NotAsked,
+    NotStarted,
+    Worker,
+)
 from cloister_client.dicom.wire import Facts
 from cloister_common.errors import DecoderUnfit
 from cloister_common.study import Input
@@ -39,6 +45,7 @@ class _Job:
     data: bytes = field(repr=False)
     spec: Input
     released: bool
+    segment: str
     future: Future[Reading]
 
 
@@ -61,8 +68,10 @@ class Pool:
         self._closed = False
         self._open = 0
 
-    def submit(self, data: bytes, spec: Input, *, released: bool = False) -> Future[Reading]:
-        """Queue one file; the future gives what is known of the image, and the image.
+    def submit(
+        self, data: bytes, spec: Input, *, released: bool = False, segment: str = ""
+    ) -> Future[Reading]:
+        """Queue one file; the future gives what ``Worker.ask`` returns.
 
         The future raises ``RejectedFile`` for a file that is turned away and ``DecoderUnfit``
         where a decoder fails its known-answer test or no worker can be started.
@@ -71,7 +80,7 @@ class Pool:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the pool is closed")
-            self._jobs.put(_Job(data, spec, released, future))
+            self._jobs.put(_Job(data, spec, released, segment, future))
             self._open += 1
             if len(self._threads) < min(self._open, self.workers):
                 thread = threading.Thread(target=self._keep, name="dicom-reader", daemon=True)
@@ -126,7 +135,8 @@ class Pool:
                     worker = self._start()
                 if worker is None:
                     raise NotStarted
-                job.future.set_result(worker.ask(job.data, job.spec, released=job.released))
+                read = worker.ask(job.data, job.spec, released=job.released, segment=job.segment)
+                job.future.set_result(read)
                 break
             except (NotStarted, NotAsked):
                 self._retire(worker)
@@ -178,36 +188,39 @@ def default_workers() -> int:
 
 
 _lock = threading.Lock()
-_shared: Pool | None = None
+_shared: dict[str, Pool] = {}
 _of_the_parent: list[Pool] = []
 
 
-def shared_pool() -> Pool:
-    """Return the pool of this process; it is closed when the process ends."""
-    global _shared  # noqa: PLW0603 - one a process
+def shared_pool(*, segmentations: bool = False) -> Pool:
+    """Return the pool of this process; it is closed when the process ends.
+
+    Args:
+        segmentations: whether its workers read segmentations, too.
+    """
+    module = SEGMENTATION_WORKER if segmentations else WORKER
     with _lock:
-        if _shared is None:
-            _shared = Pool()
-        return _shared
+        if module not in _shared:
+            _shared[module] = Pool(module=module)
+        return _shared[module]
 
 
 def close_shared_pool() -> None:
     """End the workers of ``shared_pool``; the next call of it starts anew."""
-    global _shared
     with _lock:
-        pool, _shared = _shared, None
-    if pool is not None:
+        pools = list(_shared.values())
+        _shared.clear()
+    for pool in pools:
         pool.close()
 
 
 def _after_fork() -> None:
     """A forked process has none of the threads; it gets a pool of its own."""
-    global _shared, _lock  # noqa: PLW0603
+    global _lock  # noqa: PLW0603 - one a process
     _lock = threading.Lock()
-    if _shared is not None:
-        # Kept, so that nothing of it is torn down here.
-        _of_the_parent.append(_shared)
-        _shared = None
+    # Kept, so that nothing of them is torn down here.
+    _of_the_parent.extend(_shared.values())
+    _shared.clear()
 
 
 atexit.register(close_shared_pool)

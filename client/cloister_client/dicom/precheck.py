@@ -103,7 +103,7 @@ def precheck(data: bytes, modalities: Collection[str], *, released: bool = False
     Raises:
         RejectedFile: with the first reason that applies.
     """
-    _preamble(data, released=released)
+    judge_preamble(data, released=released)
     parts = structure.dissect(data, WANTED, TRANSFER_SYNTAXES, ASIDE)
     if parts.pixels is None:
         # Before the header is read: reports and plans have no pixel description to be wrong.
@@ -127,7 +127,12 @@ def precheck(data: bytes, modalities: Collection[str], *, released: bool = False
     return Checked(tags, person(parts.aside), parts.transfer_syntax, parts.pixels)
 
 
-def _preamble(data: bytes, *, released: bool) -> None:
+def judge_preamble(data: bytes, *, released: bool) -> None:
+    """Refuse what is no DICOM file, and hold what might be another kind of file besides.
+
+    Raises:
+        RejectedFile: ``NOT_DICOM`` or ``PREAMBLE``.
+    """
     end = structure.PREAMBLE_BYTES
     if data[end : end + 4] != b"DICM":
         raise RejectedFile(Reject.NOT_DICOM)

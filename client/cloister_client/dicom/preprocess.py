@@ -56,13 +56,20 @@ class Recipe(Protocol):
     def window(self) -> tuple[float, float] | None: ...
 
 
-def spec_digest(spec: Input) -> str:
-    """SHA-256 of everything that shapes an image, 64 hexadecimal digits."""
+def spec_digest(spec: Input, segment: str = "") -> str:
+    """SHA-256 of everything that shapes an image or an outline, 64 hexadecimal digits.
+
+    Args:
+        spec: the study's input.
+        segment: what is outlined; empty where no segmentation is read.
+    """
     from cloister_common.study import VOLUME_KEYS
 
     # A volume is made of images that are read as any other.
     shape = spec.model_dump(mode="json", exclude=set(VOLUME_KEYS))
     text = json.dumps(shape, sort_keys=True, separators=(",", ":"))
+    if segment:
+        text += json.dumps({"segment": segment})
     return hashlib.sha256(SPEC_LABEL + text.encode()).hexdigest()
 
 

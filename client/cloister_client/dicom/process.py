@@ -17,13 +17,14 @@ import sys
 import numpy as np
 from numpy.typing import NDArray
 
-from cloister_client.dicom import wire
-from cloister_client.dicom.bounds import MAX_SIDE, WALL_SECONDS
+from cloister_client.dicom import outlines, wire
+from cloister_client.dicom.bounds import MAX_OUT_BYTES, WALL_SECONDS
 from cloister_client.dicom.reject import RejectedFile
 from cloister_common.errors import Reject
 from cloister_common.study import Input
 
 WORKER = "cloister_client.dicom.worker"
+SEGMENTATION_WORKER = "cloister_client.dicom.segmentation_worker"
 START_SECONDS = 60.0
 """How long a worker may take to load and prove its decoders; half a second where nothing else
 runs."""
@@ -76,7 +77,7 @@ class Worker:
         self._held = contextlib.ExitStack()
         try:
             self._inbox = self._memory("file", 0)
-            self._outbox = self._memory("image", 2 * MAX_SIDE * MAX_SIDE)
+            self._outbox = self._memory("image", MAX_OUT_BYTES)
             self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             self._held.enter_context(self._channel)
             with theirs:
@@ -97,9 +98,19 @@ class Worker:
         return self._serial >= MAX_FILES
 
     def ask(
-        self, data: bytes, spec: Input, *, released: bool = False
+        self, data: bytes, spec: Input, *, released: bool = False, segment: str = ""
     ) -> tuple[wire.Facts, NDArray[np.uint16]]:
-        """Have one file read, within ``WALL_SECONDS``; ``released`` as for ``precheck``.
+        """Have one file read, within ``WALL_SECONDS``.
+
+        Args:
+            data: the file.
+            spec: the study's input.
+            released: as for ``precheck``.
+            segment: what is asked of segmentations; empty where they are not read.
+
+        Returns:
+            What is known of the image, and its shades (size, size); or of a segmentation, and its
+            table (see ``outlines``).
 
         Afterwards ``alive`` tells whether the worker can be asked again.
 
@@ -118,6 +129,7 @@ class Worker:
             percentiles=spec.percentiles,
             window=spec.window,
             released=released,
+            segment=segment,
         )
         try:
             self._put(data)
@@ -138,19 +150,28 @@ class Worker:
         if not message:
             raise RejectedFile(self._epitaph())
         try:
-            facts = wire.parse_answer(message, request, self._unfit)
+            facts, count = wire.parse_answer(message, request, self._unfit)
+            if count:
+                return facts, self._table(count, spec.size)
         except RejectedFile as rejected:
             if rejected.reason is Reject.EXHAUSTED:
                 # What is left of its memory may be in shreds.
                 self.stop()
             raise
-        except wire.InvalidMessage:
+        except (wire.InvalidMessage, outlines.InvalidTable):
             self.stop()
             raise RejectedFile(Reject.DECODE_FAILED) from None
+        return facts, self._taken(spec.size, spec.size)
+
+    def _taken(self, rows: int, columns: int) -> NDArray[np.uint16]:
         # Read, not mapped: what it writes later changes nothing here.
-        shades = os.pread(self._outbox, 2 * spec.size * spec.size, 0)
-        image = np.frombuffer(shades, "<u2").astype(np.uint16)
-        return facts, image.reshape(spec.size, spec.size)
+        content = os.pread(self._outbox, 2 * rows * columns, 0)
+        return np.frombuffer(content, "<u2").astype(np.uint16).reshape(rows, columns)
+
+    def _table(self, count: int, size: int) -> outlines.Table:
+        table = self._taken(count, outlines.words(size))
+        outlines.unpack(table, size)
+        return table
 
     @property
     def alive(self) -> bool:

@@ -13,10 +13,19 @@ class RejectedFile(Exception):
         self.reason = reason
 
 
-def unfit(transfer_syntax: str) -> DecoderUnfit:
-    """The error of a decoder that fails its known-answer test."""
+SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
+"""SOP class of a DICOM Segmentation."""
+
+
+def unfit(uid: str) -> DecoderUnfit:
+    """The error of a reader that fails its known-answer test.
+
+    Args:
+        uid: of a transfer syntax, or ``SEGMENTATION``.
+    """
+    what = "DICOM Segmentations" if uid == SEGMENTATION else f"transfer syntax {uid}"
     return DecoderUnfit(
-        f"The decoder of transfer syntax {transfer_syntax} fails its known-answer test.",
+        f"The decoder of {what} fails its known-answer test.",
         why="What is installed differs from what Cloister was tested with.",
         remedy="Install Cloister's pinned versions: pip install -c constraints.txt "
         "'cloister[client]'.",

@@ -77,7 +77,12 @@ class _Element:
 
 
 def dissect(
-    data: bytes, wanted: Set[int], accepted: Set[str], aside: Set[int] = frozenset()
+    data: bytes,
+    wanted: Set[int],
+    accepted: Set[str],
+    aside: Set[int] = frozenset(),
+    *,
+    most_parsed: int = MAX_PARSED_ELEMENTS,
 ) -> Parts:
     """Walk a whole file and cut out the elements in ``wanted``.
 
@@ -86,6 +91,7 @@ def dissect(
         wanted: tags to keep, as ``0xGGGGEEEE``.
         accepted: UIDs of the transfer syntaxes that may be walked.
         aside: tags whose values are kept apart, none of them a sequence.
+        most_parsed: most elements and items in one sequence that is kept.
 
     Raises:
         RejectedFile: ``NOT_DICOM``, ``TRANSFER_SYNTAX``, or ``TRUNCATED`` for every structure
@@ -112,7 +118,7 @@ def dissect(
         elif element.tag in wanted:
             if element.tag in kept or end - element.start > MAX_KEPT_BYTES:
                 raise _damaged()
-            walk.descend(element, implicit)
+            walk.descend(element, implicit, most_parsed)
             kept[element.tag] = data[element.start : end]
         elif element.tag in aside:
             if element.tag in values or element.length > MAX_KEPT_BYTES:
@@ -162,12 +168,12 @@ class _Walk:
             yield element, end
             at = end
 
-    def descend(self, element: _Element, implicit: bool) -> None:
+    def descend(self, element: _Element, implicit: bool, most: int) -> None:
         """Check the inside of a sequence that a library is going to parse."""
         if element.vr == b"SQ" or (implicit and self._starts_item(element)):
             before = self._seen
             self._sequence(element, len(self._data), implicit, 0, inside=True)
-            if self._seen - before > MAX_PARSED_ELEMENTS:
+            if self._seen - before > most:
                 raise _damaged()
 
     def fragments(self, at: int) -> Iterator[bytes]:

@@ -8,6 +8,7 @@ one datagram. A file and an image do not travel in messages but in memory that b
     request  serial u64, bytes of the file u64, what the study reads as JSON
     answer   serial u64, kind u8, then
              image: rows u32, columns u32, SHA-256, lengths u16 and as many texts in UTF-8
+             outlines: their number u32, then as for an image
              reject: the code in ASCII        unfit: the transfer syntax in ASCII
 """
 
@@ -19,7 +20,14 @@ import struct
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from cloister_client.dicom.bounds import MAX_FILE_BYTES, MAX_KEY_BYTES, MAX_PIXELS, MAX_SIDE
+from cloister_client.dicom import outlines
+from cloister_client.dicom.bounds import (
+    MAX_FILE_BYTES,
+    MAX_KEY_BYTES,
+    MAX_OUT_BYTES,
+    MAX_PIXELS,
+    MAX_SIDE,
+)
 from cloister_client.dicom.geometry import Place
 from cloister_client.dicom.reject import RejectedFile, unfit
 from cloister_common.errors import Reject
@@ -28,9 +36,10 @@ HELLO = b"cloister/read/v1"
 MAX_MESSAGE = 16 << 10
 """Longest message, in bytes."""
 
-_IMAGE, _REJECT, _UNFIT = 0, 1, 2
+_IMAGE, _REJECT, _UNFIT, _OUTLINES = 0, 1, 2, 3
 _REQUEST = struct.Struct(">QQ")
 _ANSWER = struct.Struct(">QB")
+_COUNT = struct.Struct(">I")
 _FACTS = struct.Struct(">II32s13H")
 _UID = re.compile(r"[0-9.]{1,64}")  # PS3.5 section 9.1
 _YEAR = re.compile(r"([0-9]{4})?")
@@ -65,17 +74,18 @@ class Request:
     percentiles: tuple[float, float]
     window: tuple[float, float] | None
     released: bool = False
+    segment: str = ""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """All that is known of an image besides its shades.
+    """All that is known of an image besides its shades, or of a segmentation.
 
     Attributes:
         rows, columns: size of the image as it was stored.
         pixels: SHA-256 of the stored values and their meaning, 64 hexadecimal digits; two files
             of one image have the same.
-        modality: CR, DX, MG, CT or MR.
+        modality: CR, DX, MG, CT, MR or US; SEG for a segmentation.
         manufacturer, year: of the device and of the study, as far as the file tells.
         sop_instance, accession, patient_id, issuer: what it can be linked by; not in ``repr``.
         person: see ``tags.person``.
@@ -152,6 +162,7 @@ def pack_request(request: Request) -> bytes:
             "percentiles": request.percentiles,
             "window": request.window,
             "released": request.released,
+            "segment": request.segment,
         }
     )
     return _REQUEST.pack(request.serial, request.length) + text.encode()
@@ -173,6 +184,7 @@ def parse_request(message: bytes) -> Request:
         (low, high),
         None if window is None else (window[0], window[1]),
         asked["released"],
+        asked["segment"],
     )
 
 
@@ -182,6 +194,15 @@ def pack_facts(serial: int, facts: Facts) -> bytes:
     Raises:
         RejectedFile: ``TRUNCATED`` for an identifier that is too long or is no text.
     """
+    return _ANSWER.pack(serial, _IMAGE) + _told(facts)
+
+
+def pack_outlines(serial: int, facts: Facts, count: int) -> bytes:
+    """Say that a table of ``count`` outlines lies in the shared memory; see ``pack_facts``."""
+    return _ANSWER.pack(serial, _OUTLINES) + _COUNT.pack(count) + _told(facts)
+
+
+def _told(facts: Facts) -> bytes:
     try:
         texts = [text.encode() for text in facts.texts]
     except UnicodeEncodeError:
@@ -190,7 +211,7 @@ def pack_facts(serial: int, facts: Facts) -> bytes:
         raise RejectedFile(Reject.TRUNCATED)
     lengths = [len(text) for text in texts]
     head = _FACTS.pack(facts.rows, facts.columns, bytes.fromhex(facts.pixels), *lengths)
-    return _ANSWER.pack(serial, _IMAGE) + head + b"".join(texts)
+    return head + b"".join(texts)
 
 
 def pack_reject(serial: int, reason: Reject) -> bytes:
@@ -201,13 +222,18 @@ def pack_unfit(serial: int, transfer_syntax: str) -> bytes:
     return _ANSWER.pack(serial, _UNFIT) + transfer_syntax.encode("ascii")
 
 
-def parse_answer(message: bytes, request: Request, unfit_decoders: Collection[str]) -> Facts:
+def parse_answer(
+    message: bytes, request: Request, unfit_decoders: Collection[str]
+) -> tuple[Facts, int]:
     """Judge what a worker answers to a request.
 
     Args:
         message: its bytes.
         request: what it was asked.
         unfit_decoders: what it said in its hello, before it had met a file.
+
+    Returns:
+        What is known of an image, and 0; or of a segmentation, and how many outlines it has.
 
     Raises:
         RejectedFile: the file is turned away.
@@ -227,6 +253,8 @@ def parse_answer(message: bytes, request: Request, unfit_decoders: Collection[st
         if transfer_syntax not in unfit_decoders:
             raise InvalidMessage
         raise unfit(transfer_syntax)
+    if kind == _OUTLINES and request.segment:
+        return _outlined(rest, request)
     if kind != _IMAGE:
         raise InvalidMessage
     facts = _facts(rest)
@@ -236,15 +264,37 @@ def parse_answer(message: bytes, request: Request, unfit_decoders: Collection[st
         and facts.rows * facts.columns <= MAX_PIXELS
         and request.size <= MAX_SIDE
         and facts.modality in request.modalities
-        and _YEAR.fullmatch(facts.year)
+        and _plausible(facts)
+    )
+    if not sound:
+        raise InvalidMessage
+    return facts, 0
+
+
+def _outlined(rest: bytes, request: Request) -> tuple[Facts, int]:
+    if len(rest) < _COUNT.size:
+        raise InvalidMessage
+    (count,) = _COUNT.unpack_from(rest)
+    facts = _facts(rest[_COUNT.size :])
+    sound = (
+        1 <= count <= MAX_OUT_BYTES // (2 * outlines.words(request.size))
+        and 1 <= facts.rows * facts.columns <= MAX_PIXELS
+        and facts.modality == outlines.MODALITY
+        and _plausible(facts)
+    )
+    if not sound:
+        raise InvalidMessage
+    return facts, count
+
+
+def _plausible(facts: Facts) -> bool:
+    return bool(
+        _YEAR.fullmatch(facts.year)
         and _PERSON.fullmatch(facts.person)
         and _UID.fullmatch(facts.sop_instance)
         and facts.patient_id
         and facts.place.sound
     )
-    if not sound:
-        raise InvalidMessage
-    return facts
 
 
 def _facts(rest: bytes) -> Facts:

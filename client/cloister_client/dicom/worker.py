@@ -32,40 +32,60 @@ def enter() -> tuple[socket.socket, int, int]:
     return socket.socket(fileno=channel), inbox, outbox
 
 
-def serve(channel: socket.socket, inbox: int, outbox: int) -> NoReturn:
+def serve(
+    channel: socket.socket, inbox: int, outbox: int, *, segmentations: bool = False
+) -> NoReturn:
     """Load the decoders, prove them, close the doors, and answer requests.
 
     Args:
         channel: where requests come from and answers go.
         inbox: descriptor of the memory that holds the file of the request.
-        outbox: descriptor of the memory for the shades, two bytes each, little endian.
+        outbox: descriptor of the memory for the shades or the table of outlines, two bytes each,
+            little endian.
+        segmentations: whether to load what reads segmentations.
     """
     # pydicom would load a client for HTTP, which has no business here.
     sys.modules["requests"] = None  # type: ignore[assignment]
     import numpy as np
 
     from cloister_client.dicom import wire
-    from cloister_client.dicom.bounds import MAX_SIDE
+    from cloister_client.dicom.bounds import MAX_OUT_BYTES
     from cloister_client.dicom.decode import unfit_decoders
     from cloister_client.dicom.image import read_image
-    from cloister_client.dicom.precheck import precheck
-    from cloister_client.dicom.reject import RejectedFile
+    from cloister_client.dicom.precheck import judge_preamble, precheck
+    from cloister_client.dicom.reject import SEGMENTATION, RejectedFile
     from cloister_common.errors import Reject
 
     unfit = frozenset(unfit_decoders())
     _load_character_sets()
-    shades = np.frombuffer(mmap.mmap(outbox, 2 * MAX_SIDE * MAX_SIDE), "<u2")
+    if segmentations:
+        from cloister_client.dicom import segmentation
+
+        unfit |= frozenset() if segmentation.sound() else {SEGMENTATION}
+    out = np.frombuffer(mmap.mmap(outbox, MAX_OUT_BYTES), "<u2")
+
+    def outlined(request: wire.Request, data: bytes) -> bytes:
+        judge_preamble(data, released=request.released)
+        if SEGMENTATION in unfit:
+            return wire.pack_unfit(request.serial, SEGMENTATION)
+        facts, table = segmentation.read_segmentation(data, request)
+        out[: table.size] = table.ravel()
+        return wire.pack_outlines(request.serial, facts, len(table))
 
     def answer(request: wire.Request) -> bytes:
         try:
-            checked = precheck(
-                os.pread(inbox, request.length, 0), request.modalities, released=request.released
-            )
+            data = os.pread(inbox, request.length, 0)
+            try:
+                checked = precheck(data, request.modalities, released=request.released)
+            except RejectedFile as rejected:
+                if rejected.reason is not Reject.SOP_CLASS or not request.segment:
+                    raise
+                return outlined(request, data)
             if checked.transfer_syntax in unfit:
                 return wire.pack_unfit(request.serial, checked.transfer_syntax)
             facts, image = read_image(checked, request)
             said = wire.pack_facts(request.serial, facts)
-            shades[: image.size] = image.ravel()
+            out[: image.size] = image.ravel()
             return said
         except RejectedFile as rejected:
             return wire.pack_reject(request.serial, rejected.reason)

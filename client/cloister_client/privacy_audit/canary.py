@@ -34,7 +34,8 @@ from cloister_client import training
 from cloister_client.randomness import SecureRandom
 from cloister_client.sampling import Bag, pixels_of
 from cloister_common.privacy.accounting import epsilon_pld
-from cloister_common.study import About, Input, Privacy, Study, Target, Training
+from cloister_common.study import About, Input, Privacy, Study, Training
+from cloister_common.target import Target
 from cloister_common.vectors import flatten
 
 CANARY_IMAGES = 5

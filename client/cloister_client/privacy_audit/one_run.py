@@ -31,7 +31,7 @@ from cloister_client import training
 from cloister_client.grad_sample import PatientGradSampleModule
 from cloister_client.privacy_audit.binomial import epsilon_lower
 from cloister_client.randomness import SecureRandom
-from cloister_client.sampling import Bag, Cohort, FeatureCohort, Patient
+from cloister_client.sampling import Bag, Cohort, FeatureCohort, Patient, masks_of
 from cloister_common.privacy.accounting import epsilon_pld
 from cloister_common.study import Study
 from cloister_common.vectors import flatten, load
@@ -174,7 +174,8 @@ def audit_training(
     drawn, rest = order[:canaries], order[canaries:]
     coins = random.bernoulli(0.5, canaries)
     kept = [place for place, coin in zip(drawn, coins, strict=True) if coin]
-    present = _Patients(cohort.images, [cohort.patients[place] for place in sorted(kept + rest)])
+    here = [cohort.patients[place] for place in sorted(kept + rest)]
+    present = _Patients(cohort.images, here, masks_of(cohort))
     watch = _Adversary(cohort, drawn, rest, study)
     steps = rounds * study.training.steps_per_round
     plain = _plain(study)
@@ -235,6 +236,7 @@ class _Patients:
 
     images: NDArray[np.uint16]
     patients: Sequence[Patient]
+    masks: NDArray[np.uint8] | None
 
 
 class _Adversary:

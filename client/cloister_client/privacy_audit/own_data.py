@@ -113,14 +113,7 @@ def prepare(site: Site, study: Study, asked: Asked, *, progress: Progress | None
             f"The study has {study.training.rounds} rounds, and --rounds asks for {rounds}."
         )
     sigma = gate.mechanism(study).noise_multiplier
-    module = networks.build(
-        study.network,
-        outputs=study.outputs,
-        size=study.input.size,
-        depth=study.input.depth,
-        seed=study.training.seed,
-        models=site.root / MODELS_FOLDER,
-    )
+    module = networks.build_for(study, models=site.root / MODELS_FOLDER)
     if isinstance(module, FrozenBackbone):
         module.require()
     require_private(module, size=study.input.size, depth=study.input.depth)

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Self
 from pydicom.dataset import Dataset
 
 from cloister_client.dicom.bounds import MAX_FILE_BYTES
+from cloister_client.dicom.outlines import MODALITY
 from cloister_client.dicom.precheck import SOP_CLASSES, TRANSFER_SYNTAXES
+from cloister_client.dicom.reject import SEGMENTATION
 from cloister_client.dicom.tags import silence
 from cloister_client.sources.dicomweb import (
     ANSWER_SECONDS,
@@ -161,6 +163,7 @@ class GetArchive:
         entity.add_requested_context(_FIND)
         entity.add_requested_context(_GET)
         wanted = [uid for uid, kinds in SOP_CLASSES.items() if kinds & set(self._modalities)]
+        wanted += [SEGMENTATION] if MODALITY in self._modalities else []
         for uid in wanted:
             # A context for each syntax, so that every image comes as it is stored.
             for transfer_syntax in sorted(TRANSFER_SYNTAXES):

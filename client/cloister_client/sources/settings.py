@@ -46,7 +46,10 @@ def is_loopback(host: str) -> bool:
 class Query(FileModel):
     """Which studies are fetched; matching of PS3.4 section C.2.2.2."""
 
-    modality: Annotated[tuple[Modality, ...], Field(strict=False, min_length=1)] = ("CR", "DX")
+    modality: Annotated[
+        tuple[Modality | Literal["SEG"], ...], Field(strict=False, min_length=1)
+    ] = ("CR", "DX")
+    """``SEG`` gets the segmentations of images, for a study that segments."""
     study_date: Annotated[str, Field(max_length=17)] = ""
     """A day, or a range such as 20200101-20211231; either end may be left out."""
     study_description: Annotated[str, Field(max_length=64)] = ""

@@ -1,0 +1,207 @@
+"""DICOM Segmentations (PS3.3 A.51): which pixels of which images a segment marks.
+
+Runs in a worker process. highdicom reads the functional groups, which say what each frame belongs
+to; it is given only the elements named here, after the same walk over the bytes as any image.
+
+Of the images that a segmentation names, each gets a mask: an image without a frame is one in which
+nothing is marked, for writers leave empty frames out. The mask is brought to the study's size as
+the image is, by area, and holds a pixel that is marked by half or more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, Protocol
+
+import highdicom
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.filereader import read_dataset
+from pydicom.uid import UID
+
+from cloister_client.dicom import outlines, segmentation_vector, structure
+from cloister_client.dicom.bounds import MAX_OUT_BYTES, MAX_PIXELS
+from cloister_client.dicom.precheck import NATIVE
+from cloister_client.dicom.preprocess import WHITE, area_resize
+from cloister_client.dicom.reject import SEGMENTATION, RejectedFile
+from cloister_client.dicom.tags import WANTED, Tags, parse_tags, silence
+from cloister_client.dicom.wire import Facts
+from cloister_common.errors import Reject
+
+_ELEMENTS = WANTED | {
+    0x00081115,  # Referenced Series Sequence
+    0x00081200,  # Studies Containing Other Referenced Instances Sequence
+    0x0020000D,  # Study Instance UID
+    0x00209221,  # Dimension Organization Sequence
+    0x00209222,  # Dimension Index Sequence
+    0x00209311,  # Dimension Organization Type
+    0x00620001,  # Segmentation Type
+    0x00620002,  # Segment Sequence
+    0x00620013,  # Segments Overlap
+    0x52009229,  # Shared Functional Groups Sequence
+    0x52009230,  # Per-Frame Functional Groups Sequence
+}
+_MOST_PARSED = 60_000
+"""Most elements of one sequence; a frame's functional groups have about thirty."""
+_AT_ONCE = 16
+"""Frames that are read in one go, so that few of them are in memory unpacked."""
+_UID = re.compile(r"[0-9.]{1,64}")  # PS3.5 section 9.1
+
+
+class Asked(Protocol):
+    """What is read of a segmentation; see ``wire.Request``."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def segment(self) -> str: ...
+
+
+def read_segmentation(data: bytes, asked: Asked) -> tuple[Facts, outlines.Table]:
+    """Read one segmentation.
+
+    Args:
+        data: the whole file, whose preamble has been judged.
+        asked: the study's segment, and the side of its images.
+
+    Returns:
+        What is known of the file, under the modality ``SEG``; and its masks, see ``outlines``.
+
+    Raises:
+        RejectedFile: ``PIXEL_FORMAT`` for anything but one bit a pixel, ``SEGMENT`` where it does
+            not have the segment, ``SEGMENTATION`` where it does not tell which images it marks, and
+            as for an image.
+    """
+    parts = structure.dissect(data, _ELEMENTS, NATIVE, most_parsed=_MOST_PARSED)
+    if parts.pixels is None:
+        raise RejectedFile(Reject.NO_PIXELS)
+    tags = parse_tags(parts.header, parts.implicit)
+    if tags.sop_class != SEGMENTATION:
+        raise RejectedFile(Reject.SOP_CLASS)
+    if not tags.patient_id:
+        raise RejectedFile(Reject.NO_PATIENT)
+    if not _UID.fullmatch(tags.sop_instance):
+        raise RejectedFile(Reject.TRUNCATED)
+    _format(tags, len(parts.pixels))
+    try:
+        with silence():
+            found = _marked(_opened(parts), asked.segment)
+            masks = {uid: resized(frame, asked.size) for uid, frame in found.items()}
+    except RejectedFile:
+        raise
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException:
+        # highdicom raises what Python has where a sequence is not as it expects.
+        raise RejectedFile(Reject.SEGMENTATION) from None
+    if 2 * outlines.words(asked.size) * len(masks) > MAX_OUT_BYTES:
+        raise RejectedFile(Reject.TOO_LARGE)
+    table = outlines.pack(masks)
+    facts = Facts(
+        rows=tags.layout.rows,
+        columns=tags.layout.columns,
+        pixels=hashlib.sha256(table.tobytes()).hexdigest(),
+        modality=outlines.MODALITY,
+        manufacturer=tags.manufacturer,
+        year=tags.year,
+        sop_instance=tags.sop_instance,
+        accession=tags.accession,
+        patient_id=tags.patient_id,
+        issuer=tags.issuer,
+        person="",
+    )
+    return facts, table
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is asked of the known segmentation."""
+
+    size: int
+    segment: str
+
+
+def sound() -> bool:
+    """Whether the known segmentation is read as it should be, at its own size and at another."""
+    try:
+        opened = _opened(structure.dissect(segmentation_vector.file(), _ELEMENTS, NATIVE))
+        found = _marked(opened, segmentation_vector.SEGMENT)
+        known = segmentation_vector.masks()
+        read_segmentation(segmentation_vector.file(), _Known(16, segmentation_vector.SEGMENT))
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException:
+        return False
+    return found.keys() == known.keys() and all(
+        np.array_equal(found[uid], known[uid]) for uid in known
+    )
+
+
+def _format(tags: Tags, length: int) -> None:
+    layout = tags.layout
+    if tags.samples != 1 or layout.rows < 1 or layout.columns < 1 or tags.frames < 1:
+        raise RejectedFile(Reject.PIXEL_FORMAT)
+    pixels = layout.rows * layout.columns * tags.frames
+    if pixels > MAX_PIXELS:
+        raise RejectedFile(Reject.TOO_LARGE)
+    if (layout.bits_allocated, layout.bits_stored, layout.high_bit) != (1, 1, 0):
+        raise RejectedFile(Reject.PIXEL_FORMAT)
+    expected = -(-pixels // 8)
+    if length < expected:
+        raise RejectedFile(Reject.TRUNCATED)
+    if length > expected + expected % 2:
+        raise RejectedFile(Reject.PIXEL_FORMAT)
+
+
+def _opened(parts: structure.Parts) -> Any:
+    """Hand the elements to highdicom; it is not typed here, for what it gives was in the file."""
+    data_set: Dataset = read_dataset(BytesIO(parts.header), parts.implicit, True)
+    data_set.file_meta = FileMetaDataset()
+    data_set.file_meta.TransferSyntaxUID = UID(parts.transfer_syntax)
+    data_set.add_new(structure.PIXEL_DATA, "OB", parts.pixels)
+    return highdicom.seg.Segmentation.from_dataset(data_set, copy=False)
+
+
+def _marked(segmentation: Any, segment: str) -> dict[str, NDArray[np.bool_]]:
+    """What a segment marks, (rows, columns) by SOP Instance UID of the image."""
+    wanted = segment.strip().casefold()
+    numbers = [
+        int(one.SegmentNumber)
+        for one in segmentation.SegmentSequence
+        if wanted in (str(name).strip().casefold() for name in _names(one))
+    ]
+    if not numbers:
+        raise RejectedFile(Reject.SEGMENT)
+    named = dict.fromkeys(str(uid) for _, _, uid in segmentation.get_source_image_uids())
+    if not named or not all(_UID.fullmatch(uid) for uid in named):
+        raise RejectedFile(Reject.SEGMENTATION)
+    uids = list(named)
+    found: dict[str, NDArray[np.bool_]] = {}
+    for start in range(0, len(uids), _AT_ONCE):
+        some = uids[start : start + _AT_ONCE]
+        frames = segmentation.get_pixels_by_source_instance(
+            some,
+            segment_numbers=numbers,
+            ignore_spatial_locations=True,
+            assert_missing_frames_are_empty=True,
+            skip_overlap_checks=True,
+            dtype=np.uint8,
+        )
+        found.update(zip(some, frames.any(axis=3), strict=True))
+    return found
+
+
+def _names(segment: Dataset) -> list[object]:
+    kinds = segment.get("SegmentedPropertyTypeCodeSequence") or []
+    return [segment.get("SegmentLabel", ""), *(kind.get("CodeMeaning", "") for kind in kinds)]
+
+
+def resized(marked: NDArray[np.bool_], size: int) -> outlines.Mask:
+    """Bring a mask (rows, columns) to (size, size), uint8: 1 where half of it or more is marked."""
+    shares = area_resize(np.where(marked, WHITE, 0).astype(np.uint16), size)
+    return (shares > WHITE // 2).astype(np.uint8)

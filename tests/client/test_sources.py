@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -447,6 +448,26 @@ def test_an_answer_that_drips_has_an_end(
     monkeypatch.setattr(dicomweb, "ANSWER_SECONDS", -1.0)
     with pytest.raises(ArchiveUnreachable, match="too long"):
         fetch(_site(tmp_path, archive.url))
+
+
+def test_headers_that_drip_have_an_end(
+    tmp_path: Path, archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dicomweb, "ANSWER_SECONDS", 0.3)
+    sent: list[int] = []
+
+    def drip(handler: Handler) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        with contextlib.suppress(OSError):
+            for number in range(400):
+                handler.wfile.write(b"X-%d: y\r\n" % number)
+                sent.append(number)
+                time.sleep(0.05)
+
+    archive.misbehave["studies"] = drip
+    with pytest.raises(ArchiveUnreachable, match="too long"):
+        fetch(_site(tmp_path, archive.url))
+    assert len(sent) < 200
 
 
 def test_a_redirect_is_not_followed(tmp_path: Path, archive: Archive) -> None:

@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,7 @@ class WebArchive:
         import httpx
 
         self._url = settings.url
+        self._overdue = False
         # A coded answer could grow a thousandfold before anybody could count it.
         headers = {"Accept-Encoding": "identity"}
         auth: httpx.BasicAuth | None = None
@@ -191,7 +193,7 @@ class WebArchive:
         import httpx
 
         try:
-            with self._client.stream(
+            with self._limited(), self._client.stream(
                 "GET", f"{self._url}/{path}", params=asked, headers={"Accept": accept}
             ) as response:
                 if response.status_code == 204:
@@ -211,11 +213,31 @@ class WebArchive:
                 return response.headers.get("Content-Type", ""), bytes(body)
         except httpx.RemoteProtocolError:
             # It ended in the middle of an answer.
-            raise invalid() from None
+            raise (_slow() if self._overdue else invalid()) from None
         except (httpx.InvalidURL, UnicodeError):
             raise unreachable("Its address is none.") from None
-        except httpx.HTTPError as error:
-            raise _unreachable(error) from None
+        except (httpx.HTTPError, RuntimeError) as error:
+            # RuntimeError: closed for it.
+            raise (_slow() if self._overdue else _unreachable(error)) from None
+
+    @contextlib.contextmanager
+    def _limited(self) -> Iterator[None]:
+        """Close the connection where an answer does not end: headers that drip have no other end.
+
+        httpx limits the time between two bytes, and no more.
+        """
+
+        def close() -> None:
+            self._overdue = True
+            self._client.close()
+
+        timer = threading.Timer(ANSWER_SECONDS, close)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 def tls_context(ca: str, root: Path) -> ssl.SSLContext:

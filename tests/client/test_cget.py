@@ -302,11 +302,11 @@ def test_over_tls_a_certificate_must_be_one_that_is_trusted(tmp_path: Path) -> N
         site = _site(tmp_path, archive.port, f'ca = "{trusted}"')
         assert fetch(site).new == 6
         stranger = _site(tmp_path / "b", archive.port, f'ca = "{other}"')
-        with pytest.raises(ArchiveUnreachable):
+        with pytest.raises(ArchiveUnreachable, match="certificate is not one that this site"):
             fetch(stranger)
         assert _kept(stranger) == 0
         plain = _site(tmp_path / "c", archive.port, "tls = false")
-        with pytest.raises(ArchiveUnreachable):
+        with pytest.raises(ArchiveUnreachable, match="It does not answer"):
             fetch(plain)
         nothing = _site(tmp_path / "d", archive.port, 'ca = "missing.pem"')
         with pytest.raises(FileUnreadable, match="authority"):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import re
+import socket
+import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,9 +190,25 @@ class GetArchive:
                 "'called' in site.toml.",
             )
         if not association.is_established:
-            raise unreachable("It does not answer, or its certificate is not one to trust.")
+            raise unreachable(self._why_not())
         self._association = association
         return association
+
+    def _why_not(self) -> str:
+        """Tell a certificate that is not trusted from silence: pynetdicom says the same of both."""
+        if self._tls is not None:
+            address = (self._settings.host, self._settings.port)
+            try:
+                with (
+                    socket.create_connection(address, _TIMEOUT_SECONDS) as channel,
+                    self._tls.wrap_socket(channel, server_hostname=address[0]),
+                ):
+                    pass
+            except ssl.SSLCertVerificationError:
+                return "Its certificate is not one that this site trusts."
+            except OSError:
+                pass
+        return "It does not answer, or not as this site asks."
 
     def _store(self, event: Event) -> int:
         self._arrived.append(event.encoded_dataset())
@@ -198,26 +216,26 @@ class GetArchive:
 
     def _bound(self, event: Event) -> None:
         """Take no unit as long as the archive says that it is: up to 4 GB, before it is counted."""
-        socket = event.assoc.dul.socket
-        if socket is None:
+        channel = event.assoc.dul.socket
+        if channel is None:
             return
-        take = socket.recv
+        take = channel.recv
 
         def recv(count: int) -> bytearray:
             if count > MAX_PDU_BYTES:
-                socket.close()
+                channel.close()
                 raise OSError("a unit longer than was agreed")
             return take(count)
 
-        socket.recv = recv  # type: ignore[method-assign, assignment]
+        channel.recv = recv  # type: ignore[method-assign, assignment]
 
     def _count(self, event: Event) -> None:
         self._received += len(event.data)
         if self._received > MAX_FILE_BYTES + (64 << 10):
             # Nothing else would keep a server from filling the memory.
-            socket = event.assoc.dul.socket
-            if socket is not None:
-                socket.close()
+            channel = event.assoc.dul.socket
+            if channel is not None:
+                channel.close()
 
     def _ended(self) -> Exception:
         if self._received > MAX_FILE_BYTES:

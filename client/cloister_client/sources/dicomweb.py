@@ -193,9 +193,12 @@ class WebArchive:
         import httpx
 
         try:
-            with self._limited(), self._client.stream(
-                "GET", f"{self._url}/{path}", params=asked, headers={"Accept": accept}
-            ) as response:
+            with (
+                self._limited(),
+                self._client.stream(
+                    "GET", f"{self._url}/{path}", params=asked, headers={"Accept": accept}
+                ) as response,
+            ):
                 if response.status_code == 204:
                     return "", b""
                 if response.status_code != 200:

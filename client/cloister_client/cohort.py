@@ -250,7 +250,7 @@ def read_cohort(
         )
         for (one, name), label in zip(slices, targets.frozen(accepted, slices), strict=True)
     )  # fmt: skip
-    torn = {uid for one, _ in segmented if one.damaged for uid in one.masks}
+    torn = {uid for one, _ in segmented if one.damaged for uid in one.outlines.uids}
     spoiled = [
         item.image
         for item, (one, _) in zip(items, slices, strict=True)

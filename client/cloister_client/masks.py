@@ -37,10 +37,10 @@ def join(
     faults: dict[str, list[str]] = defaultdict(list)
     unused: list[str] = []
     for one, patient in segmentations:
-        if known.isdisjoint(one.masks):
+        if known.isdisjoint(one.outlines.uids):
             unused.append(one.short_id)
             continue
-        for uid, mask in one.masks.items():
+        for uid in one.outlines.uids:
             place = place_of.get(uid)
             if place is None:
                 continue
@@ -52,7 +52,7 @@ def join(
             elif masks[place] is not None:
                 faults["the second one for the same image"].append(one.short_id)
             else:
-                masks[place] = mask
+                masks[place] = one.outlines.mask(uid)
     missing = [owner for (_, owner), mask in zip(images, masks, strict=True) if mask is None]
     return masks, list(_errors(faults, missing, unused))
 

@@ -110,7 +110,12 @@ def uid_of(file: bytes) -> str:
 def read(pool: Pool, file: bytes, name: str = "lungs") -> dict[str, outlines.Mask]:
     facts, table = pool.submit(file, SPEC, segment=name).result(60)
     assert facts.modality == "SEG"
-    return outlines.unpack(table, SPEC.size)
+    return unpack(table, SPEC.size)
+
+
+def unpack(table: outlines.Table, size: int) -> dict[str, outlines.Mask]:
+    found = outlines.Outlines(table, size)
+    return {uid: found.mask(uid) for uid in found.uids}
 
 
 def refused(pool: Pool, file: bytes, name: str = "lungs") -> Reject:
@@ -235,7 +240,7 @@ def test_mutations_end_in_a_table_or_a_reason(pool: Pool) -> None:
             reasons.add(rejected.reason)
         else:
             assert facts.modality == "SEG"
-            assert len(outlines.unpack(table, SPEC.size)) == len(table)
+            assert len(unpack(table, SPEC.size)) == len(table)
     assert {Reject.TRUNCATED, Reject.SEGMENTATION} <= reasons <= set(Reject)
 
 
@@ -269,7 +274,7 @@ def test_a_table_comes_back_to_the_bit(seeds: dict[str, int], size: int) -> None
     }
     table = outlines.pack(masks)
     assert table.shape == (len(masks), outlines.words(size))
-    back = outlines.unpack(table, size)
+    back = unpack(table, size)
     assert back.keys() == masks.keys()
     assert all(np.array_equal(back[uid], masks[uid]) for uid in masks)
 
@@ -282,7 +287,7 @@ def test_a_table_that_a_captured_worker_made_up_is_refused() -> None:
     named[0, 0] = 0x4141
     for one in (twice, nameless, named, table[:, 1:], table[:0], table[0]):
         with pytest.raises(outlines.InvalidTable):
-            outlines.unpack(one, 16)
+            unpack(one, 16)
 
 
 # At a site
@@ -397,6 +402,14 @@ def _another_size(site: Site) -> None:
 def _two_for_one(site: Site) -> None:
     source = _one(site, "1-0.dcm").read_bytes()
     _one(site, "zz.dcm").write_bytes(segment([source], mask(3), name="another"))
+
+
+def test_a_copy_of_a_segmentation_is_a_duplicate(site: Site) -> None:
+    (site.dicom / "copy.dcm").write_bytes(_one(site, "1-0-seg.dcm").read_bytes())
+    reading = read_cohort(site, STUDY)
+    assert not reading.faults
+    assert dict(reading.rejects) == {Reject.DUPLICATE: 1}
+    assert reading.files == 25
 
 
 def _none(site: Site) -> None:

@@ -22,9 +22,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cloister_client.dicom import outlines
 from cloister_client.dicom.discover import discover
 from cloister_client.dicom.geometry import Place
+from cloister_client.dicom.outlines import MODALITY, Outlines
 from cloister_client.dicom.pool import Reading, shared_pool
 from cloister_client.dicom.preprocess import spec_digest
 from cloister_client.dicom.reject import RejectedFile
@@ -133,13 +133,13 @@ class Segmented:
 
     Attributes:
         short_id, keys, facts, damaged: see ``Accepted``; rows and columns are the images'.
-        masks: uint8 (size, size) of 0 and 1, by SOP Instance UID of the image that is marked.
+        outlines: what it marks.
     """
 
     short_id: str
     keys: Keys
     facts: Facts
-    masks: Mapping[str, outlines.Mask] = field(repr=False)
+    outlines: Outlines = field(repr=False)
     damaged: bool = False
 
 
@@ -192,10 +192,9 @@ def read_folder(
     with _Reader(spec, memory, segment) as reader:
         for done, (waiting, reading) in enumerate(reader.read(found), start=1):
             name = short_id(key, waiting.found.name)
-            if not isinstance(reading, Reject) and reading[0].modality == outlines.MODALITY:
-                outcome: Accepted | Segmented | Refused = _segmented(
-                    name, waiting, reading, spec.size
-                )
+            outcome: Accepted | Segmented | Refused
+            if not isinstance(reading, Reject) and reading[0].modality == MODALITY:
+                outcome = _segmented(name, waiting, reading, instances, spec.size)
             else:
                 outcome = _judge(name, waiting, reading, instances, pixels, stacks)
             if progress is not None:
@@ -242,10 +241,15 @@ def _judge(
     return Accepted(name, keys, facts, image, waiting.content, waiting.damaged)
 
 
-def _segmented(name: str, waiting: _Waiting, reading: Reading, size: int) -> Segmented:
+def _segmented(
+    name: str, waiting: _Waiting, reading: Reading, instances: set[str], size: int
+) -> Segmented | Refused:
+    """Turn away a copy of one that was there before."""
     facts, table = reading
-    masks = outlines.unpack(table, size)
-    return Segmented(name, _keys(facts), facts, masks, waiting.damaged)
+    if facts.sop_instance in instances:
+        return Refused(name, Reject.DUPLICATE, content=waiting.content)
+    instances.add(facts.sop_instance)
+    return Segmented(name, _keys(facts), facts, Outlines(table, size), waiting.damaged)
 
 
 def _keys(facts: Facts) -> Keys:

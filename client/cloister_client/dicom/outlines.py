@@ -8,7 +8,7 @@ is the one place that knows its form.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,25 +42,41 @@ def pack(masks: Mapping[str, Mask]) -> Table:
     return np.stack(rows).astype(np.uint16)
 
 
-def unpack(table: Table, size: int) -> dict[str, Mask]:
-    """Read a table of masks of side ``size``.
+class Outlines:
+    """A table that was judged. Masks stay bits until they are asked for: a small file can name a
+    thousand images that are not there.
+
+    Args:
+        table: what ``pack`` made.
+        size: side of the masks.
 
     Raises:
         InvalidTable: it has another shape, or its UIDs are none or not distinct.
     """
-    if table.ndim != 2 or table.shape[1] != words(size) or not len(table):
-        raise InvalidTable
-    masks = dict(_rows(table, size))
-    if len(masks) != len(table):
-        raise InvalidTable
-    return masks
 
-
-def _rows(table: Table, size: int) -> Iterator[tuple[str, Mask]]:
-    for row in table:
-        raw = row.astype("<u2").tobytes()
-        uid = raw[:_UID_BYTES].rstrip(b"\0")
-        if not _UID.fullmatch(uid):
+    def __init__(self, table: Table, size: int) -> None:
+        if table.ndim != 2 or table.shape[1] != words(size) or not len(table):
             raise InvalidTable
+        self._table = table
+        self._size = size
+        self._rows = {_uid(row): place for place, row in enumerate(table)}
+        if len(self._rows) != len(table):
+            raise InvalidTable
+
+    @property
+    def uids(self) -> Collection[str]:
+        """SOP Instance UIDs of the images."""
+        return self._rows.keys()
+
+    def mask(self, uid: str) -> Mask:
+        """The mask of an image, uint8 (size, size) of 0 and 1."""
+        raw = self._table[self._rows[uid]].astype("<u2").tobytes()
         bits = np.frombuffer(raw, np.uint8, offset=_UID_BYTES)
-        yield uid.decode("ascii"), np.unpackbits(bits, count=size * size).reshape(size, size)
+        return np.unpackbits(bits, count=self._size**2).reshape(self._size, self._size)
+
+
+def _uid(row: NDArray[np.uint16]) -> str:
+    uid = row[: _UID_BYTES // 2].astype("<u2").tobytes().rstrip(b"\0")
+    if not _UID.fullmatch(uid):
+        raise InvalidTable
+    return uid.decode("ascii")

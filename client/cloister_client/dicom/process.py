@@ -170,7 +170,7 @@ class Worker:
 
     def _table(self, count: int, size: int) -> outlines.Table:
         table = self._taken(count, outlines.words(size))
-        outlines.unpack(table, size)
+        outlines.Outlines(table, size)
         return table
 
     @property

@@ -8,6 +8,7 @@ import logging
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -64,6 +65,7 @@ class Archive:
                     elements={"SOPInstanceUID": instance, "PatientName": CANARY},
                 )
         self.deed = ""
+        self.over = threading.Event()
         self.got = 0
         self.entity = AE("ARCHIVE")
         self.entity.require_called_aet = True
@@ -93,13 +95,34 @@ class Archive:
             result.QueryRetrieveLevel = asked.QueryRetrieveLevel
             for name, value in zip(names, key, strict=False):
                 setattr(result, name, value if self.deed != "nonsense" else "x/y")
+            if self.deed == "long":
+                result.PatientComments = "x" * (1 << 20)
             if level == 2:
                 _, file = next(one for one in self.files.items() if one[0][:2] == key)
                 result.Modality = pydicom.dcmread(BytesIO(file), stop_before_pixels=True).Modality
             yield 0xFF00, result
 
+    def _slow_down(self, channel: Any) -> None:
+        """Rest before each unit, too shortly to be silent."""
+        send, rests = channel.send, [0.5] * 6
+
+        def slowly(data: bytes) -> None:
+            if rests:
+                time.sleep(rests.pop())
+            send(data)
+
+        channel.send = slowly
+
     def _get(self, event: Any) -> Iterator[Any]:
         self.got += 1
+        if self.deed in {"silent", "cut in a unit"}:
+            if self.deed != "silent":
+                event.assoc.dul.socket.socket.sendall(b"\x04\x00\x00\x00\x10\x00\x00")
+            self.over.wait(30)
+            yield 0
+            return
+        if self.deed == "slow" and self.got == 2:
+            self._slow_down(event.assoc.dul.socket)
         if self.deed == "die" and self.got > 2:
             event.assoc.dul.socket.close()
             yield 0
@@ -139,6 +162,7 @@ def collected() -> Iterator[None]:
 def archive() -> Iterator[Archive]:
     kept = Archive()
     yield kept
+    kept.over.set()
     kept.server.shutdown()
 
 
@@ -280,6 +304,47 @@ def test_an_archive_that_sends_without_end_is_cut_off(
     with pytest.raises(ArchiveAnswerInvalid):
         fetch(site)
     assert _kept(site) == 0
+
+
+@pytest.mark.parametrize("deed", ["cut in a unit", "silent"])
+def test_an_archive_that_stops_in_the_middle_is_left(
+    tmp_path: Path, archive: Archive, monkeypatch: pytest.MonkeyPatch, deed: str
+) -> None:
+    monkeypatch.setattr(cget, "_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(cget, "_GLANCE_SECONDS", 0.1)
+    archive.deed = deed
+    began = time.monotonic()
+    with pytest.raises(ArchiveUnreachable, match="took too long"):
+        fetch(_site(tmp_path, archive.port))
+    assert time.monotonic() - began < 20
+    assert threading.active_count() < 10
+
+
+def test_an_answer_to_a_question_has_a_length(
+    tmp_path: Path, archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive.deed = "long"
+    with pytest.raises(ArchiveAnswerInvalid):
+        fetch(_site(tmp_path, archive.port))
+    monkeypatch.setattr(cget, "_MOST_FOUND_BYTES", 8 << 20)
+    # Many of a sound length are no long one.
+    assert fetch(_site(tmp_path / "b", archive.port)).found == 6
+
+
+def test_a_slow_image_is_waited_for_as_long_as_it_comes(
+    tmp_path: Path, archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cget, "_TIMEOUT_SECONDS", 1.5)
+    monkeypatch.setattr(cget, "_GLANCE_SECONDS", 0.1)
+    archive.deed = "slow"
+    for number, key in enumerate(archive.files):
+        archive.files[key] = make_dicom(
+            radiograph(number, 200, 200), bits_stored=12, patient_id="MRN1",
+            elements={"SOPInstanceUID": key[2]},
+        )  # fmt: skip
+    began = time.monotonic()
+    assert fetch(_site(tmp_path, archive.port)).new == 6
+    assert time.monotonic() - began > 2.5
 
 
 def test_an_unknown_title_is_refused(tmp_path: Path, archive: Archive) -> None:

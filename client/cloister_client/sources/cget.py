@@ -7,10 +7,12 @@ in the confined workers. The answers to C-FIND, a few UIDs each, are read by pyd
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +34,7 @@ from cloister_client.sources.dicomweb import (
     unreachable,
 )
 from cloister_client.sources.settings import CGet, NotSent, Query
-from cloister_common.errors import ArchiveRefused, FileUnreadable
+from cloister_common.errors import ArchiveRefused, ArchiveUnreachable, FileUnreadable
 from cloister_common.files import read_secret
 
 if TYPE_CHECKING:
@@ -42,6 +44,10 @@ if TYPE_CHECKING:
 _FIND = "1.2.840.10008.5.1.4.1.2.2.1"  # Study Root Query/Retrieve Information Model - FIND
 _GET = "1.2.840.10008.5.1.4.1.2.2.3"
 _TIMEOUT_SECONDS = 60
+"""How long the archive may say nothing."""
+_GLANCE_SECONDS = 1.0
+_MOST_FOUND_BYTES = 64 << 10
+"""Longest answer to C-FIND; a few UIDs are asked for. pydicom makes forty times as much of it."""
 _PENDING = frozenset((0xFF00, 0xFF01))
 MAX_PDU_BYTES = 1 << 20
 """Longest message unit that is taken; this site asks for 16 KB (PS3.8 section D.1)."""
@@ -69,7 +75,12 @@ class GetArchive:
         self._tls = _tls(settings, root)
         self._association: Association | None = None
         self._arrived: list[bytes] = []
+        self._told = 0
         self._received = 0
+        self._most = 0
+        self._each = False
+        self._heard = 0.0
+        self._raw: socket.socket | None = None
         self._modalities: tuple[str, ...] = ()
 
     def __enter__(self) -> Self:
@@ -97,7 +108,7 @@ class GetArchive:
             for series in self._found(
                 "SERIES", StudyInstanceUID=one, SeriesInstanceUID="", Modality=""
             ):
-                if str(series.get("Modality", "")) not in query.modality:
+                if series["Modality"] not in query.modality:
                     continue
                 other = _uid(series, "SeriesInstanceUID")
                 for image in self._found(
@@ -116,9 +127,7 @@ class GetArchive:
             "IMAGE", StudyInstanceUID=study, SeriesInstanceUID=series, SOPInstanceUID=instance
         )
         self._arrived.clear()
-        self._received = 0
-        end = time.monotonic() + ANSWER_SECONDS
-        with silence():
+        with silence(), self._watched(MAX_FILE_BYTES + (64 << 10), each=False):
             for status, _ in self._connected().send_c_get(asked, _GET):
                 code = status.get("Status")
                 if code is None:
@@ -126,19 +135,15 @@ class GetArchive:
                 if code not in _PENDING and code != 0:
                     # The association stands, so it is this instance that cannot be sent.
                     raise NotSent
-                if time.monotonic() > end:
-                    raise unreachable("It took too long.")
         if not self._arrived:
             raise NotSent
         if len(self._arrived) != 1:
             raise invalid()
         return self._arrived.pop()
 
-    def _found(self, level: str, **keys: str) -> Iterator[Dataset]:
+    def _found(self, level: str, **keys: str) -> Iterator[dict[str, str]]:
         results = []
-        self._received = 0
-        end = time.monotonic() + ANSWER_SECONDS
-        with silence():
+        with silence(), self._watched(_MOST_FOUND_BYTES, each=True):
             for status, result in self._connected().send_c_find(_identifier(level, **keys), _FIND):
                 code = status.get("Status")
                 if code is None:
@@ -146,22 +151,73 @@ class GetArchive:
                 if code in _PENDING:
                     if result is None:
                         raise invalid()
-                    results.append(result)
-                    if len(results) > MAX_RESULTS or time.monotonic() > end:
+                    results.append({key: str(result.get(key, "")) for key in keys})
+                    self._told += 1
+                    if self._told > MAX_RESULTS:
                         raise invalid()
                 elif code != 0:
                     raise invalid()
         # All at once: what is asked next must not come between the answers.
         yield from results
 
+    @contextlib.contextmanager
+    def _watched(self, most: int, *, each: bool) -> Iterator[None]:
+        """Hang up on an archive that is silent for a minute, never ends, or says too much at once.
+
+        pynetdicom waits for whole messages, and without any limit for the rest of a unit.
+
+        Args:
+            most: bytes that the archive may say.
+            each: whether in each message, or in all.
+        """
+        association = self._connected()
+        self._received, self._most, self._each = 0, most, each
+        self._heard = time.monotonic()
+        end = time.monotonic() + ANSWER_SECONDS
+        over = threading.Event()
+        late = False
+
+        def watch() -> None:
+            nonlocal late
+            while not over.wait(_GLANCE_SECONDS):
+                now = time.monotonic()
+                if now > end or now - self._heard > _TIMEOUT_SECONDS:
+                    late = True
+                    self._hang_up()
+                    return
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        except (ArchiveUnreachable, NotSent):
+            if late:
+                raise unreachable("It took too long.") from None
+            raise
+        finally:
+            over.set()
+            watcher.join()
+            if late:
+                association.abort()
+
+    def _hang_up(self) -> None:
+        if self._raw is not None:
+            with contextlib.suppress(OSError):
+                # Not the method of a TLS socket, which would take the keys from under a reader.
+                socket.socket.shutdown(self._raw, socket.SHUT_RDWR)
+
     def _connected(self) -> Association:
         if self._association is not None and self._association.is_established:
             return self._association
-        from pynetdicom import AE, build_role, evt
+        from pynetdicom import AE, _config, build_role, evt
 
+        # It would write every answer out for a log that nobody keeps.
+        _config.LOG_RESPONSE_IDENTIFIERS = False
         entity = AE(ae_title=self._settings.calling)
-        for name in ("acse_timeout", "dimse_timeout", "network_timeout", "connection_timeout"):
+        for name in ("acse_timeout", "network_timeout", "connection_timeout"):
             setattr(entity, name, _TIMEOUT_SECONDS)
+        # A large image takes its time; silence is watched for.
+        entity.dimse_timeout = ANSWER_SECONDS
         entity.add_requested_context(_FIND)
         entity.add_requested_context(_GET)
         wanted = [uid for uid, kinds in SOP_CLASSES.items() if kinds & set(self._modalities)]
@@ -180,6 +236,7 @@ class GetArchive:
                 (evt.EVT_CONN_OPEN, self._bound),
                 (evt.EVT_C_STORE, self._store),
                 (evt.EVT_DATA_RECV, self._count),
+                (evt.EVT_DIMSE_RECV, self._whole),
             ],
         )
         if association.is_rejected:
@@ -217,8 +274,11 @@ class GetArchive:
     def _bound(self, event: Event) -> None:
         """Take no unit as long as the archive says that it is: up to 4 GB, before it is counted."""
         channel = event.assoc.dul.socket
-        if channel is None:
+        if channel is None or channel.socket is None:
             return
+        self._raw = channel.socket
+        # Also before there is an association to be watched.
+        self._raw.settimeout(_TIMEOUT_SECONDS)
         take = channel.recv
 
         def recv(count: int) -> bytearray:
@@ -230,15 +290,19 @@ class GetArchive:
         channel.recv = recv  # type: ignore[method-assign, assignment]
 
     def _count(self, event: Event) -> None:
+        self._heard = time.monotonic()
         self._received += len(event.data)
-        if self._received > MAX_FILE_BYTES + (64 << 10):
+        if self._most and self._received > self._most:
             # Nothing else would keep a server from filling the memory.
-            channel = event.assoc.dul.socket
-            if channel is not None:
-                channel.close()
+            self._hang_up()
+
+    def _whole(self, _: Event) -> None:
+        """A message has arrived whole; what comes now is of the next one."""
+        if self._each and self._received <= self._most:
+            self._received = 0
 
     def _ended(self) -> Exception:
-        if self._received > MAX_FILE_BYTES:
+        if self._received > self._most:
             return invalid()
         return unreachable("It ended the connection in the middle of an answer.")
 
@@ -251,11 +315,10 @@ def _identifier(level: str, **keys: str) -> Dataset:
     return asked
 
 
-def _uid(result: Dataset, keyword: str) -> str:
-    value: Any = result.get(keyword, "")
-    if not _UID.fullmatch(str(value)):
+def _uid(result: dict[str, str], keyword: str) -> str:
+    if not _UID.fullmatch(result[keyword]):
         raise invalid()
-    return str(value)
+    return result[keyword]
 
 
 def _tls(settings: CGet, root: Path) -> Any:

@@ -15,6 +15,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -36,10 +37,11 @@ if TYPE_CHECKING:
 
 _PAGE = 500
 """Most results that are asked for at a time."""
-_MAX_RESULTS_BYTES = 64 << 20
+_MAX_RESULTS_BYTES = 16 << 20
+"""Most bytes of a page of results; Python's objects take thirty times as much."""
 _MAX_PAGES = 10_000
-MAX_RESULTS = 1_000_000
-"""Most results of one question."""
+MAX_RESULTS = 4_000_000
+"""Most results of one fetch: studies, series and instances."""
 _TIMEOUT_SECONDS = 60.0
 ANSWER_SECONDS = 600.0
 """How long one answer may take in all, however steadily it drips."""
@@ -83,6 +85,7 @@ class WebArchive:
 
         self._url = settings.url
         self._overdue = False
+        self._told = 0
         # A coded answer could grow a thousandfold before anybody could count it.
         headers = {"Accept-Encoding": "identity"}
         auth: httpx.BasicAuth | None = None
@@ -100,6 +103,8 @@ class WebArchive:
             # The archive is in the house: no proxy, and nothing from the environment.
             trust_env=False,
         )
+        # Nobody asked for them, and there is no end to them.
+        self._client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
 
     def __enter__(self) -> Self:
         return self
@@ -175,6 +180,9 @@ class WebArchive:
             except _TooMuch:
                 raise invalid() from None
             results = _json(body)
+            self._told += len(results)
+            if self._told > MAX_RESULTS:
+                raise invalid()
             # An archive without paging gives everything each time.
             before = len(seen)
             for one in results:
@@ -184,8 +192,6 @@ class WebArchive:
                     yield one
             if len(results) < _PAGE or len(seen) == before:
                 return
-            if len(seen) > MAX_RESULTS:
-                break
         raise invalid()
 
     def _ask(self, path: str, asked: dict[str, str], accept: str, most: int) -> tuple[str, bytes]:

@@ -152,7 +152,8 @@ def show(
     one = _named(found, name)
     path, data = quarantine.look(site, one)
     typer.echo(quarantine.render([one]).splitlines()[0])
-    typer.echo(f"It lies at {path}")
+    # A path can hold what a terminal obeys.
+    typer.echo(f"It lies at {ascii(str(path))[1:-1]}")
     if png is not None:
         write_atomic(png, quarantine.picture(data))
         typer.echo(f"Wrote its image to {png}. It may show a patient's name: keep it here.")

@@ -3,7 +3,9 @@
 A file is held where its pixels may show a name, or where it may be a program at the same time
 (``Reject.held``). What is held follows from the folder each time it is read; kept are only the
 decisions, by the file's content: the same file under another name needs no second look, and a file
-that was changed needs a new one. Each decision is also an entry of the audit log.
+that was changed needs a new one. Each decision is also an entry of the audit log, and a release
+counts only where the log's last word on the file is that it was released: an older file of
+decisions, put back, releases nothing that was taken back since.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cloister_client.audit import log_of
+from cloister_client.audit import entries_of, log_of
 from cloister_client.cache import Cache
 from cloister_client.dicom.discover import Found, discover
 from cloister_client.dicom.folder import Accepted, Refused, Segmented, read_folder, short_id
@@ -79,7 +81,7 @@ class Held:
     @property
     def short_id(self) -> str:
         """Its name for a person."""
-        return self.content.hex()[:12]
+        return _short(self.content)
 
     def as_dict(self) -> dict[str, str | None]:
         """For a script."""
@@ -95,11 +97,30 @@ class Held:
 
 
 def judgements(site: Site) -> Mapping[bytes, Judgement]:
-    """All decisions, by content.
+    """All decisions that hold, by content.
 
     Raises:
         FileUnreadable: they were written and cannot be read.
+        AuditLogDamaged: a file was released, and the log cannot be read.
     """
+    told = _written(site)
+    if not any(one.decision is Decision.RELEASED for one in told.values()):
+        return told
+    last = {
+        entry.body.get("file"): entry.body.get("decision")
+        for entry in entries_of(site)
+        if entry.kind == "quarantine"
+    }
+    return {
+        content: one
+        for content, one in told.items()
+        if one.decision is not Decision.RELEASED
+        or last.get(_short(content)) == Decision.RELEASED.value
+    }
+
+
+def _written(site: Site) -> Mapping[bytes, Judgement]:
+    """The decisions as they lie in the site folder."""
     try:
         text = _path(site).read_text()
     except FileNotFoundError:
@@ -196,7 +217,8 @@ def picture(data: bytes) -> bytes:
 
 
 def decide(site: Site, one: Held, decision: Decision, *, why: str) -> None:
-    """Note a decision, in the audit log first: what is not in the log has not happened.
+    """Note a decision. A release is logged first, for what is not in the log has not happened; one
+    that is taken back is so before that is logged.
 
     Raises:
         OptionInvalid: no reason is given.
@@ -208,22 +230,29 @@ def decide(site: Site, one: Held, decision: Decision, *, why: str) -> None:
             remedy="Say why with --why; it stays in this site's records.",
         )
     with _alone(site):
-        told = dict(judgements(site))
+        told = dict(_written(site))
         now = datetime.now(UTC).isoformat(timespec="seconds")
         told[one.content] = Judgement(decision, why.strip(), now)
-        log_of(site).append(
-            "quarantine",
-            file=one.short_id,
-            decision=decision.value,
-            held_for="" if one.reason is None else one.reason.value,
-            why=why.strip(),
-        )
+
+        def note() -> None:
+            log_of(site).append(
+                "quarantine",
+                file=one.short_id,
+                decision=decision.value,
+                held_for="" if one.reason is None else one.reason.value,
+                why=why.strip(),
+            )
+
+        if decision is Decision.RELEASED:
+            note()
         decisions = {
             content.hex(): {"decision": each.decision.value, "why": each.why, "time": each.time}
             for content, each in sorted(told.items())
         }
         text = json.dumps({"version": _VERSION, "decisions": decisions}, indent=1)
         write_atomic(_path(site), text.encode())
+        if decision is not Decision.RELEASED:
+            note()
 
 
 def render(found: Sequence[Held]) -> str:
@@ -245,6 +274,10 @@ def render(found: Sequence[Held]) -> str:
             "  cloister client quarantine show ID --png FILE"
         )
     return "\n".join(lines)
+
+
+def _short(content: bytes) -> str:
+    return content.hex()[:12]
 
 
 def _path(site: Site) -> Path:

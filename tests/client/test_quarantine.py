@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
+from typer.testing import CliRunner
 
-from cloister_client import quarantine
+from cloister_client import cli_data, quarantine
 from cloister_client.audit import entries_of
 from cloister_client.cohort import read_cohort
 from cloister_client.policy import Policy
@@ -102,6 +104,68 @@ def test_a_release_can_be_taken_back(site: Site) -> None:
     # Its pixels lie in the cache from before; they are not used.
     assert _images(site) == 4
     assert held(site)[0].reason is Reject.BURNED_IN
+
+
+@pytest.mark.parametrize("how", ["older", "edited"])
+def test_a_release_that_the_log_took_back_does_not_come_back(site: Site, how: str) -> None:
+    named = held(site)[0]
+    path = site.root / "quarantine.json"
+    decide(site, named, Decision.RELEASED, why="looks fine")
+    before = path.read_text()
+    decide(site, named, Decision.KEPT, why="it does show a name")
+    path.write_text(before if how == "older" else path.read_text().replace("kept", "released"))
+    assert _images(site) == 4
+    assert held(site)[0].reason is Reject.BURNED_IN
+    assert held(site)[0].judgement is None
+    decide(site, named, Decision.RELEASED, why="looked again")
+    assert _images(site) == 5
+
+
+@pytest.mark.parametrize("decision", Decision)
+def test_killed_between_decision_and_log_nothing_is_released(
+    site: Site, monkeypatch: pytest.MonkeyPatch, decision: Decision
+) -> None:
+    named = held(site)[0]
+    if decision is Decision.KEPT:
+        decide(site, named, Decision.RELEASED, why="looks fine")
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    second = "write_atomic" if decision is Decision.RELEASED else "log_of"
+    with monkeypatch.context() as patched:
+        patched.setattr(quarantine, second, killed)
+        with pytest.raises(KeyboardInterrupt):
+            decide(site, named, decision, why="x")
+    assert _images(site) == 4
+
+
+def test_a_file_that_is_held_twice_is_listed_for_what_it_may_show(site: Site) -> None:
+    both = {
+        "e": {"elements": {"BurnedInAnnotation": "YES"}},
+        "f": {"elements": {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}},
+        "g": {"elements": {"PhotometricInterpretation": "RGB"}},
+    }
+    for number, (name, options) in enumerate(both.items()):
+        made = make_dicom(
+            radiograph(70 + number), bits_stored=12, preamble=bytes(127) + b"\1", **options
+        )  # type: ignore[arg-type]
+        (site.dicom / name).write_bytes(made)
+    assert _reasons(site)[3:] == [Reject.BURNED_IN, Reject.CAPTURE, Reject.PREAMBLE]
+
+
+def test_where_a_file_lies_is_said_without_what_a_terminal_obeys(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (site.dicom / "a-named").rename(site.dicom / "x\x1b]0;title\x07\nReleased at north: all\udcff")
+    app = typer.Typer()
+    app.command()(cli_data.show)
+    named = held(site)[-1]
+    result = CliRunner().invoke(app, [named.short_id, "--dir", str(site.root)])
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2
+    assert lines[1].endswith(r"x\x1b]0;title\x07\nReleased at north: all\udcff")
 
 
 def test_a_release_is_of_the_content_not_of_the_name(site: Site) -> None:

@@ -101,9 +101,29 @@ def precheck(data: bytes, modalities: Collection[str], *, released: bool = False
         released: whether a person has looked at it, so that it need not be held (``Reject.held``).
 
     Raises:
-        RejectedFile: with the first reason that applies.
+        RejectedFile: with the first reason that applies; of those for which a file is held, with
+            one that says that it may show a name.
     """
-    judge_preamble(data, released=released)
+    try:
+        judge_preamble(data, released=released)
+    except RejectedFile as held:
+        if held.reason is Reject.PREAMBLE:
+            _worse(data, modalities)
+        raise
+    return _judged(data, modalities, released=released)
+
+
+def _worse(data: bytes, modalities: Collection[str]) -> None:
+    """Raise what a person must know of a file that is held for its preamble: that it may show a
+    name, for a release is of the whole file."""
+    try:
+        _judged(data, modalities, released=False)
+    except RejectedFile as rejected:
+        if rejected.reason.held:
+            raise
+
+
+def _judged(data: bytes, modalities: Collection[str], *, released: bool) -> Checked:
     parts = structure.dissect(data, WANTED, TRANSFER_SYNTAXES, ASIDE)
     if parts.pixels is None:
         # Before the header is read: reports and plans have no pixel description to be wrong.

@@ -142,7 +142,13 @@ def load_frozen(
     reading = read_cohort(site, study, progress=progress, frozen=frozen)
     cohort = _sound(reading)
     if frozen is None:
-        manifests.freeze(site, study, reading.items)
+        with manifests.alone(site):
+            # Another run may have frozen the data while these were read.
+            frozen = manifests.load(site, study)
+            if frozen is None:
+                manifests.freeze(site, study, reading.items)
+        for fault in manifests.differences(frozen, reading.items) if frozen else ():
+            raise fault
     return cohort
 
 
@@ -171,7 +177,8 @@ def freeze(
         manifests.require_reason(why if again else "")
     reading = read_cohort(site, study, progress=progress)
     _sound(reading)
-    return manifests.freeze(site, study, reading.items, why=why.strip())
+    with manifests.alone(site):
+        return manifests.freeze(site, study, reading.items, why=why.strip())
 
 
 def _sound(reading: Reading) -> Cohort:
@@ -215,6 +222,7 @@ def read_cohort(
             memory=memory,
             also=Store(site.store, site.cache_key()).items(),
             segment=study.target.outlines if require_labels else "",
+            first=frozenset() if frozen is None else frozen.contents,
             progress=progress,
         ):
             if isinstance(outcome, Segmented):

@@ -8,10 +8,12 @@ manifest is a pseudonym or a keyed hash: it can be kept and shown, and tells of 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,6 +57,11 @@ class Manifest:
     spec: str
     time: str
     items: tuple[Item, ...]
+
+    @property
+    def contents(self) -> frozenset[bytes]:
+        """Keyed hashes of the files, 32 bytes each."""
+        return frozenset(bytes.fromhex(one.file) for one in self.items)
 
     def body(self, site: str) -> bytes:
         """The canonical JSON that is signed."""
@@ -144,7 +151,21 @@ def load(site: Site, study: Study) -> Manifest | None:
     elif noted != hashlib.sha256(canonical).hexdigest():
         # An older one, put back.
         raise _altered()
+    if manifest.spec != spec_digest(study.input, study.target.outlines):
+        raise DataChanged(
+            "The study was frozen by a version of Cloister that makes other tensors of the images.",
+            remedy="Go on with that version; or freeze the study anew: cloister client freeze "
+            "STUDY --again --why '...'",
+        )
     return manifest
+
+
+@contextmanager
+def alone(site: Site) -> Iterator[None]:
+    """One freezing at a time at a site, whoever else freezes."""
+    with (site.root / "manifests.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _noted(site: Site, study: Study) -> str | None:
@@ -198,6 +219,8 @@ def _note(site: Site, manifest: Manifest, why: str) -> None:
         sha256=hashlib.sha256(manifest.body(site.name)).hexdigest(),
         why=why,
     )
+    # At once: a line at the end that nothing signs could be cut off.
+    log_of(site).sign()
 
 
 def require_reason(why: str) -> None:

@@ -6,12 +6,16 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pydicom
 import pytest
 
+from cloister_client import cohort
 from cloister_client import manifest as manifests
 from cloister_client.audit import entries_of
 from cloister_client.cohort import freeze, load_frozen, read_cohort
+from cloister_client.dicom import preprocess
 from cloister_client.policy import Policy
 from cloister_client.site import Site, init_site, pseudonym
 from cloister_common.errors import DataChanged, OptionInvalid, SiteEmpty
@@ -134,6 +138,63 @@ def test_images_that_come_later_are_no_part_of_the_study(site: Site) -> None:
     reading = read_cohort(site, STUDY, frozen=manifests.load(site, STUDY))
     assert reading.later == 2
     assert load_frozen(site, STUDY).patients == before.patients
+
+
+@pytest.mark.parametrize("where", ["!first.dcm", "zz-last.dcm"])
+@pytest.mark.parametrize("what", ["another UID", "another header"])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_file_that_looks_like_a_frozen_one_does_not_take_its_place(
+    site: Site, where: str, what: str, indexed: bool
+) -> None:
+    """An archive sends an image again, under a name that comes before the first one's."""
+    before = load_frozen(site, STUDY)
+    stored = pydicom.dcmread(_file(site))
+    if what == "another UID":
+        stored.SOPInstanceUID = stored.file_meta.MediaStorageSOPInstanceUID = "2.25.777"
+    else:
+        stored.StationName = "CT2"
+    stored.save_as(site.dicom / where)
+    if not indexed:
+        (site.root / "index.sqlite").unlink()
+    assert load_frozen(site, STUDY).patients == before.patients
+
+
+def test_two_first_runs_at_once_freeze_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_site(tmp_path, 6, 1, key="PatientID")
+    site = init_site(tmp_path, name="site", policy=Policy(min_patients_per_class=1))
+    read, begun = cohort.read_cohort, []
+
+    def reading(*given: Any, **named: Any) -> Any:
+        found = read(*given, **named)
+        if not begun:
+            # While this one reads, another run freezes, of an image more.
+            begun.append(True)
+            write_dicom(site.dicom / "late.dcm", radiograph(70), bits_stored=12, patient_id=MRN)
+            load_frozen(site, STUDY)
+        return found
+
+    monkeypatch.setattr(cohort, "read_cohort", reading)
+    with pytest.raises(DataChanged, match="1 of 7 images"):
+        load_frozen(site, STUDY)
+    assert len([one for one in entries_of(site) if one.kind == "frozen"]) == 1
+    assert len(load_frozen(site, STUDY).images) == 7
+
+
+def test_a_study_frozen_by_another_preprocessing_is_refused(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocess, "SPEC_LABEL", b"cloister/preprocess/v2\0")
+    with pytest.raises(DataChanged, match="other tensors"):
+        load_frozen(site, STUDY)
+    freeze(site, STUDY, again=True, why="a new version")
+    load_frozen(site, STUDY)
+
+
+def test_the_line_that_names_a_manifest_is_signed(site: Site) -> None:
+    kinds = [one.kind for one in entries_of(site)]
+    assert kinds[kinds.index("frozen") + 1] == "signed"
 
 
 def test_a_manifest_tells_of_no_patient_and_is_private(site: Site) -> None:

@@ -168,6 +168,7 @@ def read_folder(
     memory: Memory | None = None,
     also: Sequence[Item] = (),
     segment: str = "",
+    first: Collection[bytes] = frozenset(),
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Accepted | Segmented | Refused]:
     """Yield the outcome of each file, in the order of the paths.
@@ -179,6 +180,8 @@ def read_folder(
         memory: what is known from before, and takes up what is new; or None.
         also: files from elsewhere, read after those of the folder.
         segment: what is outlined in the segmentations of the folder; empty to turn them away.
+        first: contents, as ``memory`` names them, that come before all others: of two files of one
+            image the first is used.
         progress: called with (files done, files in all) after each file.
 
     Raises:
@@ -189,17 +192,24 @@ def read_folder(
     instances: set[str] = set()
     pixels: set[tuple[str, ...]] = set()
     stacks = spec.dimensions == 3
+
+    def judged(waiting: _Waiting, reading: Reading | Reject) -> Accepted | Segmented | Refused:
+        name = short_id(key, waiting.found.name)
+        if not isinstance(reading, Reject) and reading[0].modality == MODALITY:
+            return _segmented(name, waiting, reading, instances, spec.size)
+        return _judge(name, waiting, reading, instances, pixels, stacks)
+
+    later: list[tuple[_Waiting, Reading | Reject]] = []
     with _Reader(spec, memory, segment) as reader:
         for done, (waiting, reading) in enumerate(reader.read(found), start=1):
-            name = short_id(key, waiting.found.name)
-            outcome: Accepted | Segmented | Refused
-            if not isinstance(reading, Reject) and reading[0].modality == MODALITY:
-                outcome = _segmented(name, waiting, reading, instances, spec.size)
-            else:
-                outcome = _judge(name, waiting, reading, instances, pixels, stacks)
             if progress is not None:
                 progress(done, len(found))
-            yield outcome
+            if first and waiting.content not in first:
+                later.append((waiting, reading))
+            else:
+                yield judged(waiting, reading)
+    for waiting, reading in later:
+        yield judged(waiting, reading)
 
 
 @dataclass(frozen=True, eq=False)

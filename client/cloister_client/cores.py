@@ -8,6 +8,7 @@ longer depends on how many cores there are.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,7 +31,7 @@ def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> Itera
         work: safe to call from several threads; it must not add to gradients that they share.
         items: what to work on.
     """
-    threads = torch.get_num_threads()
+    threads = _cores.enter()
     pool = ThreadPoolExecutor(threads, initializer=_one_core) if threads > 1 else None
     torch.set_num_threads(1)
     try:
@@ -41,7 +42,37 @@ def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> Itera
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+        _cores.leave(threads)
+
+
+class _Cores:
+    """How many threads torch had before anybody here changed it.
+
+    torch keeps a number for each thread, and one for threads to come, whoever sets it. A second
+    user, begun in a new thread while the first is at work, must not take the first's 1 for it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._threads = 1
+
+    def enter(self) -> int:
+        """Return how many threads the caller may have."""
+        with self._lock:
+            if not self._users:
+                self._threads = torch.get_num_threads()
+            self._users += 1
+            return self._threads
+
+    def leave(self, threads: int) -> None:
+        """Give the caller's thread its number back, and threads to come theirs."""
+        with self._lock:
+            self._users -= 1
+            torch.set_num_threads(threads)
+
+
+_cores = _Cores()
 
 
 def _ahead(

@@ -229,8 +229,10 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         """Whether book-keeping gives single patients what the loop gives; tried once."""
         shapes = tuple((name, tuple(p.shape)) for name, p in self._module.named_parameters())
         key: Key = ("book-keeping", type(self._module), shapes, one)
+        if not book_keeping.supported(self._module):
+            return False
         if key not in _tried:
-            _tried[key] = book_keeping.supported(self._module) and self._try_books(one)
+            _tried[key] = self._try_books(one)
         return _tried[key]
 
     def _try_books(self, one: _Shape) -> bool:

@@ -70,6 +70,33 @@ def test_a_caller_who_stops_early_gets_the_cores_back(threads: int) -> None:
     assert threading.active_count() == alive
 
 
+def test_a_second_user_leaves_all_cores_to_those_to_come(threads: int) -> None:
+    inside, over = threading.Event(), threading.Event()
+
+    def hold(_: int) -> None:
+        inside.set()
+        over.wait(30)
+
+    first = threading.Thread(target=lambda: list(side_by_side(hold, range(1))))
+    first.start()
+    inside.wait(30)
+    seen: list[int] = []
+
+    def second() -> None:
+        list(side_by_side(lambda item: item, range(4)))
+        seen.append(torch.get_num_threads())
+
+    other = threading.Thread(target=second)
+    other.start()
+    other.join()
+    over.set()
+    first.join()
+    fresh = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    fresh.start()
+    fresh.join()
+    assert seen == [threads, threads]
+
+
 def test_a_patients_gradient_does_not_depend_on_the_number_of_cores() -> None:
     module = build(Network(name="resnet18"), 2, 1, size=32, seed=0)
 

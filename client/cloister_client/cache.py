@@ -27,6 +27,9 @@ from cloister_common.files import make_private_dir, write_atomic
 
 _FORMAT = b"cloister/cache/v1\0"
 _NONCE_BYTES = 12
+_RULES = b"cloister/rules/v1\0"
+"""Changes whenever a file that was accepted would be turned away: what is cached is not judged
+again."""
 
 
 class Cache:
@@ -62,7 +65,7 @@ class Cache:
             released: whether the image is one that a person had to release.
         """
         kind = b"released\0" if released else b"image\0"
-        return self._keyed(kind + content + bytes.fromhex(spec)).hex()
+        return self._keyed(_RULES + kind + content + bytes.fromhex(spec)).hex()
 
     def _keyed(self, message: bytes) -> bytes:
         return hmac.new(self._name_key, message, hashlib.sha256).digest()

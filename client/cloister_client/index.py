@@ -72,7 +72,9 @@ class Index:
         for content, seal in self._ask(
             "SELECT content, seal FROM files WHERE name = ? AND stamp = ?", hidden, stamp
         ):
-            if hmac.compare_digest(seal, self._seal(b"file", hidden, stamp.encode(), content)):
+            if _bytes(content, seal) and hmac.compare_digest(
+                seal, self._seal(b"file", hidden, stamp.encode(), content)
+            ):
                 return bytes(content)
         return None
 
@@ -89,6 +91,8 @@ class Index:
         for reason, seal in self._ask(
             "SELECT reason, seal FROM rejects WHERE content = ? AND spec = ?", content, _of(spec)
         ):
+            if not _bytes(reason, seal):
+                continue
             right = self._seal(b"reject", content, _of(spec).encode(), reason)
             if hmac.compare_digest(seal, right):
                 return Reject(reason.decode())
@@ -125,6 +129,11 @@ class Index:
     def _seal(self, *words: bytes) -> bytes:
         message = b"".join(len(word).to_bytes(8, "big") + word for word in words)
         return hmac.new(self._key, message, hashlib.sha256).digest()
+
+
+def _bytes(*cells: object) -> bool:
+    """Whether cells are what was written: SQLite keeps any type in any column."""
+    return all(isinstance(cell, bytes) for cell in cells)
 
 
 def _of(spec: str) -> str:

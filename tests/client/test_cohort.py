@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -36,6 +37,7 @@ from cloister_client.dicom import pool as pools
 from cloister_client.dicom.image import read_image
 from cloister_client.dicom.pool import Pool
 from cloister_client.dicom.precheck import precheck
+from cloister_client.dicom.reject import RejectedFile
 from cloister_client.policy import Policy
 from cloister_client.site import Site, init_site, pseudonym
 from cloister_common.errors import (
@@ -261,9 +263,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     submitted = Pool.submit
 
-    def submit(pool: Pool, data: bytes, spec: Input, *, released: bool) -> Future[pools.Reading]:
+    def submit(pool: Pool, data: bytes, spec: Input, **rest: Any) -> Future[pools.Reading]:
         sizes.append(len(data))
-        return submitted(pool, data, spec, released=released)
+        return submitted(pool, data, spec, **rest)
 
     monkeypatch.setattr(Pool, "submit", submit)
     return sizes
@@ -295,7 +297,12 @@ def test_what_did_not_change_is_not_opened(
     first = read_cohort(site, STUDY)
     opened: list[str] = []
     read = discover.read_file
-    monkeypatch.setattr(discover, "read_file", lambda path: opened.append(path.name) or read(path))
+
+    def noted(path: Path, root: Path | None = None) -> bytes:
+        opened.append(path.name)
+        return read(path, root)
+
+    monkeypatch.setattr(discover, "read_file", noted)
     again = read_cohort(site, STUDY)
     assert opened == []
     assert again.rejects == first.rejects == {Reject.NOT_DICOM: 1}
@@ -335,6 +342,40 @@ def test_a_damaged_index_costs_time_only(tmp_path: Path, damage: bytes) -> None:
     (site.root / "index.sqlite").write_bytes(damage)
     assert same(load_cohort(site, STUDY), first)
     assert (site.root / "index.sqlite").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("cell", ["'é'", "NULL", "7", "0.5"])
+@pytest.mark.parametrize("column", ["content", "seal", "stamp"])
+def test_a_cell_of_another_type_costs_time_only(tmp_path: Path, cell: str, column: str) -> None:
+    site = _site(tmp_path)
+    (site.dicom / "broken").write_bytes(b"nothing")
+    _settle(site.dicom)
+    first = read_cohort(site, STUDY)
+    with contextlib.closing(sqlite3.connect(site.root / "index.sqlite")) as rows:
+        rows.execute(f"UPDATE files SET {column} = {cell}")
+        if column != "stamp":
+            other = "reason" if column == "content" else column
+            rows.execute(f"UPDATE rejects SET {other} = {cell}")
+        rows.commit()
+    again = read_cohort(site, STUDY)
+    assert again.rejects == first.rejects
+    assert first.cohort is not None
+    assert again.cohort is not None
+    assert same(again.cohort, first.cohort)
+
+
+def test_a_folder_that_became_a_link_is_not_followed(tmp_path: Path) -> None:
+    site = _site(tmp_path, 1)
+    inner, away = site.dicom / "inner", tmp_path / "away"
+    inner.mkdir()
+    (inner / "file").write_bytes(b"bytes")
+    (one,) = (found for found in discover.discover(site.dicom) if found.path.name == "file")
+    assert one.read() == b"bytes"
+    inner.rename(away)
+    inner.symlink_to(away)
+    with pytest.raises(RejectedFile) as caught:
+        one.read()
+    assert caught.value.reason is Reject.OUTSIDE_ROOT
 
 
 def test_an_index_that_points_to_another_file_is_not_believed(tmp_path: Path) -> None:

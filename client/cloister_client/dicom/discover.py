@@ -29,18 +29,20 @@ class Found:
         path: where it lies; kept out of ``repr``, for a path can name a patient.
         name: the path within the folder, so that moving the folder whole changes no name.
         reason: why it is turned away unopened, or None.
+        root: the folder, without links.
     """
 
     path: Path
     name: bytes
     reason: Reject | None = None
+    root: Path | None = None
 
     def __repr__(self) -> str:
         return f"Found(reason={self.reason})"
 
     def read(self) -> bytes:
         """Return the file's bytes; see ``read_file``."""
-        return read_file(self.path)
+        return read_file(self.path, self.root)
 
     def stamp(self) -> str:
         """What changes whenever the file does, but by those who can set a machine's clock.
@@ -93,15 +95,20 @@ def discover(root: Path) -> tuple[Found, ...]:
                 # A pipe or a device: opening it could block or act.
                 found.append(Found(path, name, Reject.UNREADABLE))
             elif entry.name.upper() != "DICOMDIR":
-                found.append(Found(path, name))
+                found.append(Found(path, name, root=real))
     return tuple(sorted(found, key=lambda one: os.fsencode(one.path)))
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path, root: Path | None = None) -> bytes:
     """Return the bytes of a found file.
 
+    Args:
+        path: where it lies; the last name is no link.
+        root: where the file must lie once it is open, for a folder on the way may have become a
+            link since it was listed.
+
     Raises:
-        RejectedFile: ``UNREADABLE`` or ``TOO_LARGE``.
+        RejectedFile: ``UNREADABLE``, ``OUTSIDE_ROOT`` or ``TOO_LARGE``.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -109,6 +116,8 @@ def read_file(path: Path) -> bytes:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
                 raise RejectedFile(Reject.UNREADABLE)
+            if root is not None and not _opened(handle).is_relative_to(root):
+                raise RejectedFile(Reject.OUTSIDE_ROOT)
             if about.st_size > MAX_FILE_BYTES:
                 raise RejectedFile(Reject.TOO_LARGE)
             data = file.read(MAX_FILE_BYTES + 1)
@@ -117,6 +126,11 @@ def read_file(path: Path) -> bytes:
     if len(data) > MAX_FILE_BYTES:
         raise RejectedFile(Reject.TOO_LARGE)
     return data
+
+
+def _opened(handle: int) -> Path:
+    """Where the file lies that a descriptor is of."""
+    return Path(os.readlink(f"/proc/self/fd/{handle}"))  # noqa: PTH115 - no path of ours
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -16,7 +16,8 @@ WHY: Mapping[str, str] = {
     "prepared": "it takes part; tells nothing of its data",
     "exchanged": "keys, sealed shares and masked vectors of secure aggregation",
     "update": "a model update; the site's policy allows it unmasked",
-    "evaluated": "score histograms; the site's policy allows them, charged or without privacy",
+    "evaluated": "counts of patients by score, or by Dice coefficient; the site's policy allows "
+    "them, charged or without privacy",
     "refusal": "a reason of the closed list",
 }
 """Why a message of each kind may leave; the list of what leaves is closed."""

@@ -73,7 +73,8 @@ def _leaves(study: Study) -> list[str]:
         lines = [f"  would leave  {noised}model updates, which the coordinator can read"]
     if not study.privacy.enabled and study.evaluation.site_fraction:
         masked = "masked " if study.aggregation.secure else ""
-        lines.append(f"               {masked}counts of patients by score")
+        by = "Dice coefficient" if study.target.segment else "score"
+        lines.append(f"               {masked}counts of patients by {by}")
     if study.releases:
         masked = "masked " if study.aggregation.secure else ""
         lines.append(

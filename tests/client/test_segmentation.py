@@ -365,6 +365,23 @@ def image_(path: Path) -> bytes:
     return read_image(precheck(path.read_bytes(), SPEC.modalities), SPEC)[1].tobytes()
 
 
+def test_nothing_plain_of_an_outline_lies_on_the_disk(site: Site) -> None:
+    load_frozen(site, STUDY)
+    cohort = load_cohort(site, STUDY)
+    assert cohort.masks is not None
+    plain = {np.packbits(mask).tobytes()[:40] for mask in cohort.masks if mask.any()}
+    plain |= {mask.tobytes()[200:300] for mask in cohort.masks if mask[9:12].any()}
+    plain |= {b"MRN0", b"2.25.", b"lungs"}
+    assert len(plain) > 10
+    files = [path for path in site.root.rglob("*") if path.is_file()]
+    # The folder of the images is the hospital's own.
+    ours = [path for path in files if not path.is_relative_to(site.dicom)]
+    assert len(ours) > 24
+    for path in ours:
+        content = path.read_bytes()
+        assert not any(each in content for each in plain), path.name
+
+
 def test_the_steward_sees_what_is_marked(site: Site) -> None:
     told = render(inspect(site, STUDY))
     assert "labels      nothing marked 1, lungs 5 (patients)" in told

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cloister_client.audit import entries_of, log_of
+from cloister_client.audit import log_of
 from cloister_client.dicom.preprocess import spec_digest
 from cloister_client.site import Site
 from cloister_common.errors import DataChanged, DataError, FileUnreadable, OptionInvalid
@@ -172,7 +172,7 @@ def _noted(site: Site, study: Study) -> str | None:
     """SHA-256 of the manifest that the audit log names last, or None."""
     named = [
         str(entry.body.get("sha256"))
-        for entry in entries_of(site)
+        for entry in log_of(site).entries()
         if entry.kind == "frozen" and entry.body.get("study") == study.digest
     ]
     return named[-1] if named else None

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cloister_client.audit import entries_of, log_of
+from cloister_client.audit import log_of
 from cloister_client.cache import Cache
 from cloister_client.dicom.discover import Found, discover
 from cloister_client.dicom.folder import Accepted, Refused, Segmented, read_folder, short_id
@@ -108,7 +108,7 @@ def judgements(site: Site) -> Mapping[bytes, Judgement]:
         return told
     last = {
         entry.body.get("file"): entry.body.get("decision")
-        for entry in entries_of(site)
+        for entry in log_of(site).entries()
         if entry.kind == "quarantine"
     }
     return {

@@ -13,7 +13,7 @@ import pytest
 
 from cloister_client import cohort
 from cloister_client import manifest as manifests
-from cloister_client.audit import entries_of
+from cloister_client.audit import entries_of, path_of
 from cloister_client.cohort import freeze, load_frozen, read_cohort
 from cloister_client.dicom import preprocess
 from cloister_client.policy import Policy
@@ -190,6 +190,14 @@ def test_a_study_frozen_by_another_preprocessing_is_refused(
         load_frozen(site, STUDY)
     freeze(site, STUDY, again=True, why="a new version")
     load_frozen(site, STUDY)
+
+
+def test_a_line_that_a_kill_cut_short_is_no_damage(site: Site) -> None:
+    with path_of(site).open("ab") as file:
+        file.write(b'{"kind": "fro')
+    load_frozen(site, STUDY)
+    freeze(site, STUDY, again=True, why="x")
+    assert "recovered" in [one.kind for one in entries_of(site)]
 
 
 def test_the_line_that_names_a_manifest_is_signed(site: Site) -> None:

@@ -1,7 +1,7 @@
 """Outlines joined to the images that they mark, and judged as a whole.
 
-An image has one outline, from a segmentation of the same patient and of the image's own size. A
-patient's label is whether anything is marked in any of the patient's images.
+An image has one outline, from a segmentation of the same patient and of the image's own size and
+orientation. A patient's label is whether anything is marked in any of the patient's images.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from cloister_client.dicom.folder import Accepted, Segmented
+from cloister_client.dicom.geometry import numbers
 from cloister_client.dicom.outlines import Mask
 from cloister_client.labels import SHOWN, Linked
 from cloister_common.errors import DataError, LabelMissing, LabelsInvalid, LabelWithoutImage
+
+_COSINES = 1e-3
+"""How far direction cosines may be off: rounding in the file, and no other orientation."""
 
 
 def join(
@@ -49,12 +53,20 @@ def join(
                 faults["of another patient than the images that it marks"].append(one.short_id)
             elif (image.facts.rows, image.facts.columns) != (one.facts.rows, one.facts.columns):
                 faults["of another size than the images that it marks"].append(one.short_id)
+            elif not _alike(image.facts.orientation, one.facts.orientation):
+                faults["of another orientation than the images that it marks"].append(one.short_id)
             elif masks[place] is not None:
                 faults["the second one for the same image"].append(one.short_id)
             else:
                 masks[place] = one.outlines.mask(uid)
     missing = [owner for (_, owner), mask in zip(images, masks, strict=True) if mask is None]
     return masks, list(_errors(faults, missing, unused))
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two texts of direction cosines are of one orientation, or one is not told."""
+    cosines = zip(numbers(one, 6), numbers(other, 6), strict=False)
+    return all(abs(a - b) <= _COSINES for a, b in cosines)
 
 
 def _errors(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import random
 from collections.abc import Callable, Iterator
@@ -145,6 +146,31 @@ def test_every_slice_of_a_series_has_a_mask_and_one_without_a_frame_an_empty_one
         assert np.array_equal(found[uid_of(source)], by_area(each, 24))
 
 
+def test_a_mask_of_another_orientation_than_its_image_is_a_fault(tmp_path: Path) -> None:
+    folder = tmp_path / "dicom"
+    folder.mkdir()
+    sources = slices(6)
+    for number, source in enumerate(sources):
+        (folder / f"{number}.dcm").write_bytes(source)
+    (folder / "seg.dcm").write_bytes(segment(sources, np.concatenate([mask(k) for k in range(6)])))
+    site = init_site(tmp_path, name="site", policy=Policy(min_patients_per_class=1))
+    assert read_cohort(site, STUDY).faults == ()
+    for number, source in enumerate(sources):
+        turned = dcmread(io.BytesIO(source))
+        turned.ImageOrientationPatient = [-1, 0, 0, 0, 1, 0]
+        turned.save_as(folder / f"{number}.dcm")
+    (fault, *_) = read_cohort(site, STUDY).faults
+    assert isinstance(fault, LabelsInvalid)
+    assert "of another orientation than the images" in str(fault)
+    odd = segmentation(sources, np.concatenate([mask(k) for k in range(6)]))
+    planes = odd.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
+    for frame in odd.PerFrameFunctionalGroupsSequence[:1]:
+        frame.PlaneOrientationSequence = copy.deepcopy(planes)
+        frame.PlaneOrientationSequence[0].ImageOrientationPatient = [0, 1, 0, 1, 0, 0]
+    (folder / "seg.dcm").write_bytes(saved(odd))
+    assert read_cohort(site, STUDY).rejects == {Reject.SEGMENTATION: 1}
+
+
 @pytest.mark.parametrize("transfer_syntax", ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1"])
 def test_a_segment_goes_by_its_label_or_its_kind(pool: Pool, transfer_syntax: str) -> None:
     source = image()
@@ -191,9 +217,11 @@ def _long(file: Dataset) -> None:
     file.PixelData += bytes(2)
 
 
-def _other_source(file: Dataset) -> None:
-    item = file.ReferencedSeriesSequence[0].ReferencedInstanceSequence[0]
-    item.ReferencedSOPInstanceUID = "2.25.9"
+def _moved(file: Dataset) -> None:
+    for frame in file.PerFrameFunctionalGroupsSequence:
+        source = frame.DerivationImageSequence[0].SourceImageSequence[0]
+        assert source.SpatialLocationsPreserved == "YES"
+        source.SpatialLocationsPreserved = "REORIENTED_ONLY"
 
 
 @pytest.mark.parametrize(
@@ -205,6 +233,7 @@ def _other_source(file: Dataset) -> None:
         (_without("PerFrameFunctionalGroupsSequence"), Reject.SEGMENTATION),
         (_without("ReferencedSeriesSequence"), Reject.SEGMENTATION),
         (_no_source, Reject.SEGMENTATION),
+        (_moved, Reject.SEGMENTATION),
         (_many_frames, Reject.TOO_LARGE),
         (_short, Reject.TRUNCATED),
         (_long, Reject.PIXEL_FORMAT),

@@ -23,7 +23,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filereader import read_dataset
 from pydicom.uid import UID
 
-from cloister_client.dicom import outlines, segmentation_vector, structure
+from cloister_client.dicom import geometry, outlines, segmentation_vector, structure
 from cloister_client.dicom.bounds import MAX_OUT_BYTES, MAX_PIXELS
 from cloister_client.dicom.precheck import NATIVE
 from cloister_client.dicom.preprocess import WHITE, area_resize
@@ -90,7 +90,9 @@ def read_segmentation(data: bytes, asked: Asked) -> tuple[Facts, outlines.Table]
     _format(tags, len(parts.pixels))
     try:
         with silence():
-            found = _marked(_opened(parts), asked.segment)
+            opened = _opened(parts)
+            orientation = _orientation(opened)
+            found = _marked(opened, asked.segment)
             masks = {uid: resized(frame, asked.size) for uid, frame in found.items()}
     except RejectedFile:
         raise
@@ -114,6 +116,7 @@ def read_segmentation(data: bytes, asked: Asked) -> tuple[Facts, outlines.Table]
         patient_id=tags.patient_id,
         issuer=tags.issuer,
         person="",
+        orientation=orientation,
     )
     return facts, table
 
@@ -194,6 +197,31 @@ def _marked(segmentation: Any, segment: str) -> dict[str, NDArray[np.bool_]]:
         )
         found.update(zip(some, frames.any(axis=3), strict=True))
     return found
+
+
+def _orientation(segmentation: Any) -> str:
+    """Direction cosines of its frames, as ``geometry.text_of``; empty where it does not tell them.
+
+    Raises:
+        RejectedFile: ``SEGMENTATION`` where frames differ, or do not lie as their images do
+            (Spatial Locations Preserved, PS3.3 C.7.6.16.2.6).
+    """
+    groups = [
+        *(segmentation.get("SharedFunctionalGroupsSequence") or []),
+        *(segmentation.get("PerFrameFunctionalGroupsSequence") or []),
+    ]
+    found: set[str] = set()
+    for group in groups:
+        for plane in group.get("PlaneOrientationSequence") or []:
+            cosines = [float(one) for one in plane.get("ImageOrientationPatient") or ()]
+            found.add(geometry.text_of(cosines, 6))
+        for derived in group.get("DerivationImageSequence") or []:
+            for source in derived.get("SourceImageSequence") or []:
+                if str(source.get("SpatialLocationsPreserved") or "YES") != "YES":
+                    raise RejectedFile(Reject.SEGMENTATION)
+    if len(found) > 1:
+        raise RejectedFile(Reject.SEGMENTATION)
+    return found.pop() if found else ""
 
 
 def _names(segment: Dataset) -> list[object]:

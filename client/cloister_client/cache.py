@@ -27,9 +27,6 @@ from cloister_common.files import make_private_dir, write_atomic
 
 _FORMAT = b"cloister/cache/v1\0"
 _NONCE_BYTES = 12
-_RULES = b"cloister/rules/v1\0"
-"""Changes whenever a file that was accepted would be turned away: what is cached is not judged
-again."""
 
 
 class Cache:
@@ -59,13 +56,15 @@ class Cache:
         return self._keyed(b"content\0" + hashlib.sha256(data).digest())
 
     def name(self, content: bytes, spec: str, *, released: bool = False) -> str:
-        """Name the entry of a file of this ``content`` under this ``spec_digest``.
+        """Name the entry of a file of this ``content``.
 
         Args:
+            content: see there.
+            spec: digest of what is made of the file, and by which rules, hexadecimal digits.
             released: whether the image is one that a person had to release.
         """
         kind = b"released\0" if released else b"image\0"
-        return self._keyed(_RULES + kind + content + bytes.fromhex(spec)).hex()
+        return self._keyed(kind + content + bytes.fromhex(spec)).hex()
 
     def _keyed(self, message: bytes) -> bytes:
         return hmac.new(self._name_key, message, hashlib.sha256).digest()

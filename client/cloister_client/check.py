@@ -52,6 +52,7 @@ class DataReport:
         lifetime: the most that they may.
         cohort: the images, or None; in no output but the contact sheet.
         volumes: whether an image is a volume of slices.
+        faded: how many images have something marked of which nothing is left at the study's size.
     """
 
     site: str
@@ -71,6 +72,7 @@ class DataReport:
     lifetime: float = 0.0
     cohort: Cohort | None = field(default=None, repr=False, compare=False)
     volumes: bool = False
+    faded: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return what JSON can say: counts and words, no image."""
@@ -88,6 +90,7 @@ class DataReport:
             "images_per_patient": {str(k): v for k, v in self.images_per_patient.items()},
             "labels": dict(self.labels),
             "modalities": dict(self.modalities),
+            "marked_too_small": self.faded,
             "sizes": {f"{rows}x{columns}": n for (rows, columns), n in self.sizes.items()},
             "rejects": [
                 {"code": reason.value, "reason": reason.title, "count": count}
@@ -146,6 +149,7 @@ def inspect(
         lifetime=site.policy.max_epsilon_lifetime,
         cohort=cohort,
         volumes=study is not None and study.input.dimensions == 3,
+        faded=reading.faded if reading is not None else 0,
     )
 
 
@@ -175,6 +179,11 @@ def render(report: DataReport) -> str:
     if report.labels:
         told = ", ".join(f"{name} {count}" for name, count in report.labels.items())
         lines.append(f"  labels      {told} (patients)")
+    if report.faded:
+        lines.append(
+            f"  too small   what is marked in {_count(report.faded, 'image')}: nothing of it is "
+            "left at the study's size"
+        )
     if report.rejects:
         lines.append("  turned away")
         lines += [

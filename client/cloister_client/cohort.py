@@ -13,15 +13,12 @@ from numpy.typing import NDArray
 
 from cloister_client import manifest as manifests
 from cloister_client.cohort_faults import class_faults, no_images
-from cloister_client.dicom.folder import Accepted, Refused, Segmented, read_folder
+from cloister_client.dicom.folder import Accepted
 from cloister_client.dicom.outlines import Mask
 from cloister_client.dicom.wire import Facts
-from cloister_client.labels import Linked
-from cloister_client.manifest import Item, Manifest, image_name, item_of
-from cloister_client.memory import memory_of
-from cloister_client.quarantine import releases
-from cloister_client.site import Site, pseudonym
-from cloister_client.store import Store
+from cloister_client.gathering import gather
+from cloister_client.manifest import Item, Manifest, item_of
+from cloister_client.site import Site
 from cloister_client.targets import (
     UNLABELLED,
     Targets,
@@ -89,9 +86,11 @@ class Reading:
         faults: what is wrong.
         files: how many files there are.
         rejects: how many were turned away, by reason.
-        later: how many images came after the study was frozen, and are no part of it.
+        later: how many images and segmentations came after the study was frozen.
         damaged: how many cached images did not bear their seal, and were decoded anew.
         items: the images as a manifest names them.
+        outlines: contents of the segmentations, as a manifest names them.
+        faded: how many images have something marked of which nothing is left at the study's size.
         facts: what the files say of each image, in no order; see ``data_report``.
     """
 
@@ -102,6 +101,8 @@ class Reading:
     later: int = 0
     damaged: int = 0
     items: tuple[Item, ...] = ()
+    outlines: tuple[bytes, ...] = ()
+    faded: int = 0
     facts: tuple[tuple[Facts, str], ...] = field(default=(), repr=False)
 
 
@@ -146,7 +147,7 @@ def load_frozen(
             # Another run may have frozen the data while these were read.
             frozen = manifests.load(site, study)
             if frozen is None:
-                manifests.freeze(site, study, reading.items)
+                manifests.freeze(site, study, reading.items, outlines=reading.outlines)
         for fault in manifests.differences(frozen, reading.items) if frozen else ():
             raise fault
     return cohort
@@ -178,7 +179,9 @@ def freeze(
     reading = read_cohort(site, study, progress=progress)
     _sound(reading)
     with manifests.alone(site):
-        return manifests.freeze(site, study, reading.items, why=why.strip())
+        return manifests.freeze(
+            site, study, reading.items, outlines=reading.outlines, why=why.strip()
+        )
 
 
 def _sound(reading: Reading) -> Cohort:
@@ -206,41 +209,10 @@ def read_cohort(
         FolderUnreadable, DecoderUnfit: nothing can be read at all.
         FileUnreadable: the decisions on held files cannot be read.
     """
-    key = site.pseudonym_key()
-    accepted: list[tuple[Accepted, str]] = []
-    linked: list[Linked] = []
-    segmented: list[tuple[Segmented, str]] = []
-    rejects: Counter[Reject] = Counter()
-    digest = study.digest
-    known = None if frozen is None else {one.image for one in frozen.items}
-    later = 0
-    with memory_of(site, releases(site)) as memory:
-        for outcome in read_folder(
-            site.dicom,
-            study.input,
-            key=key,
-            memory=memory,
-            also=Store(site.store, site.cache_key()).items(),
-            segment=study.target.outlines if require_labels else "",
-            first=frozenset() if frozen is None else frozen.contents,
-            progress=progress,
-        ):
-            if isinstance(outcome, Segmented):
-                owner = pseudonym(key, digest, outcome.keys.issuer, outcome.keys.patient_id)
-                segmented.append((outcome, owner))
-                continue
-            if isinstance(outcome, Refused):
-                rejects[outcome.reason] += 1
-            if outcome.keys is None:
-                continue
-            keys = outcome.keys
-            name = pseudonym(key, digest, keys.issuer, keys.patient_id)
-            new = known is not None and image_name(key, digest, keys.sop_instance) not in known
-            later += new and isinstance(outcome, Accepted)
-            linked.append(Linked(keys, name, duplicate=new or isinstance(outcome, Refused)))
-            if isinstance(outcome, Accepted) and not new:
-                accepted.append((outcome, name))
-    files = len(accepted) + len(segmented) + later + sum(rejects.values())
+    key, digest = site.pseudonym_key(), study.digest
+    found = gather(site, study, progress=progress, segmentations=require_labels, frozen=frozen)
+    accepted, linked, rejects = found.accepted, found.linked, found.rejects
+    joined, files = found.joined, found.files
     slices = list(accepted)
     if study.input.dimensions == 3:
         accepted, linked, alone = as_images(accepted, linked, study.input)
@@ -249,7 +221,7 @@ def read_cohort(
     faults: list[DataError] = [] if accepted else [no_images(rejects)]
     targets = unlabelled(accepted)
     if require_labels:
-        targets = join_targets(site, study, accepted, linked, segmented)
+        targets = join_targets(site, study, accepted, linked, joined)
         faults += targets.faults
     items = tuple(
         item_of(
@@ -258,21 +230,24 @@ def read_cohort(
         )
         for (one, name), label in zip(slices, targets.frozen(accepted, slices), strict=True)
     )  # fmt: skip
-    torn = {uid for one, _ in segmented if one.damaged for uid in one.outlines.uids}
+    torn = joined.torn if joined else set()
     spoiled = [
         item.image
-        for item, (one, _) in zip(items, slices, strict=True)
-        if one.damaged or one.keys.sop_instance in torn
+        for place, (item, (one, _)) in enumerate(zip(items, slices, strict=True))
+        if one.damaged or place in torn
     ]
     if frozen is not None:
         # First of all faults: what changed explains the others.
-        faults[:0] = manifests.differences(frozen, items, spoiled)
+        faults[:0] = manifests.differences(frozen, items, spoiled, found.elsewhere)
     counted = dict(sorted(rejects.items(), key=lambda item: item[0].value))
     cohort = _assemble(accepted, targets, counted)
     if cohort is not None and require_labels and not faults:
         faults += class_faults(site, study, Counter(one.label for one in cohort.patients))
     facts = tuple((_described(one), name) for one, name in accepted)
-    return Reading(cohort, tuple(faults), files, counted, later, len(spoiled), items, facts)
+    return Reading(
+        cohort, tuple(faults), files, counted, found.later, len(spoiled), items,
+        tuple(found.outlines), joined.faded if joined else 0, facts,
+    )  # fmt: skip
 
 
 def _described(one: Accepted) -> Facts:

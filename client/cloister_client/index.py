@@ -17,7 +17,6 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from cloister_common import __version__
 from cloister_common.errors import Reject
 
 _SCHEMA = """
@@ -89,11 +88,11 @@ class Index:
     def reason(self, content: bytes, spec: str) -> Reject | None:
         """Why a file of this content is turned away under this ``spec``, or None."""
         for reason, seal in self._ask(
-            "SELECT reason, seal FROM rejects WHERE content = ? AND spec = ?", content, _of(spec)
+            "SELECT reason, seal FROM rejects WHERE content = ? AND spec = ?", content, spec
         ):
             if not _bytes(reason, seal):
                 continue
-            right = self._seal(b"reject", content, _of(spec).encode(), reason)
+            right = self._seal(b"reject", content, spec.encode(), reason)
             if hmac.compare_digest(seal, right):
                 return Reject(reason.decode())
         return None
@@ -102,10 +101,10 @@ class Index:
         """Note why a file was turned away, where the same will happen again."""
         if reason in _PASSING:
             return
-        seal = self._seal(b"reject", content, _of(spec).encode(), reason.value.encode())
+        seal = self._seal(b"reject", content, spec.encode(), reason.value.encode())
         self._write(
             "INSERT OR REPLACE INTO rejects VALUES (?, ?, ?, ?)",
-            content, _of(spec), reason.value.encode(), seal,
+            content, spec, reason.value.encode(), seal,
         )  # fmt: skip
 
     def _ask(self, statement: str, *values: object) -> Iterator[tuple[bytes, bytes]]:
@@ -134,11 +133,6 @@ class Index:
 def _bytes(*cells: object) -> bool:
     """Whether cells are what was written: SQLite keeps any type in any column."""
     return all(isinstance(cell, bytes) for cell in cells)
-
-
-def _of(spec: str) -> str:
-    # Another version may read what this one turns away.
-    return f"{spec}/{__version__}"
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import hmac
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -51,21 +51,38 @@ class Item:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A frozen cohort: the study's digest, the preprocessing's, the time, and the images."""
+    """A frozen cohort.
+
+    Attributes:
+        study: ``Study.digest``.
+        spec: ``spec_digest`` of what is made of the files.
+        time: when it was frozen.
+        items: the images.
+        outlines: keyed hashes of the segmentations' files, of a study that segments.
+    """
 
     study: str
     spec: str
     time: str
     items: tuple[Item, ...]
+    outlines: tuple[str, ...] = ()
 
     @property
     def contents(self) -> frozenset[bytes]:
-        """Keyed hashes of the files, 32 bytes each."""
-        return frozenset(bytes.fromhex(one.file) for one in self.items)
+        """Keyed hashes of all files, 32 bytes each."""
+        return frozenset(map(bytes.fromhex, (*(one.file for one in self.items), *self.outlines)))
+
+    @property
+    def images(self) -> frozenset[tuple[str, str]]:
+        """Pseudonyms of the images and their patients: two patients may have an image each under
+        one UID."""
+        return frozenset((one.image, one.patient) for one in self.items)
 
     def body(self, site: str) -> bytes:
         """The canonical JSON that is signed."""
         told = {"version": 1, "site": site, **asdict(self)}
+        if not self.outlines:
+            del told["outlines"]
         return json.dumps(told, sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -139,7 +156,10 @@ def load(site: Site, study: Study) -> Manifest | None:
         signature = bytes.fromhex(told["signature"])
         body = told["body"]
         items = tuple(Item(**one) for one in body["items"])
-        manifest = Manifest(body["study"], body["spec"], body["time"], items)
+        outlines = tuple(str(one) for one in body.get("outlines", ()))
+        manifest = Manifest(body["study"], body["spec"], body["time"], items, outlines)
+        # Every hash has the form of one.
+        _ = manifest.contents
         canonical = manifest.body(site.name)
         sound = json.loads(canonical) == body and manifest.study == study.digest
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -178,7 +198,14 @@ def _noted(site: Site, study: Study) -> str | None:
     return named[-1] if named else None
 
 
-def freeze(site: Site, study: Study, items: Iterable[Item], *, why: str = "") -> Manifest:
+def freeze(
+    site: Site,
+    study: Study,
+    items: Iterable[Item],
+    *,
+    outlines: Iterable[bytes] = (),
+    why: str = "",
+) -> Manifest:
     """Sign and keep what a study is trained on from now on, and say so in the audit log.
 
     The log comes last: after a kill between the two the first manifest counts all the same
@@ -188,6 +215,7 @@ def freeze(site: Site, study: Study, items: Iterable[Item], *, why: str = "") ->
         site: the opened site.
         study: the study.
         items: its images.
+        outlines: contents of the segmentations that outline them.
         why: why another manifest is replaced; empty for the first.
 
     Raises:
@@ -195,7 +223,8 @@ def freeze(site: Site, study: Study, items: Iterable[Item], *, why: str = "") ->
     """
     now = datetime.now(UTC).isoformat(timespec="seconds")
     spec = spec_digest(study.input, study.target.outlines)
-    manifest = Manifest(study.digest, spec, now, tuple(sorted(items)))
+    files = tuple(sorted(one.hex() for one in outlines))
+    manifest = Manifest(study.digest, spec, now, tuple(sorted(items)), files)
     body = manifest.body(site.name)
     path = path_of(site, study)
     make_private_dir(path.parent)
@@ -238,7 +267,10 @@ def require_reason(why: str) -> None:
 
 
 def differences(
-    manifest: Manifest, items: Sequence[Item], damaged: Iterable[str] = ()
+    manifest: Manifest,
+    items: Sequence[Item],
+    damaged: Iterable[str] = (),
+    elsewhere: Collection[str] = (),
 ) -> list[DataError]:
     """See whether the frozen images are there, and unchanged.
 
@@ -246,16 +278,16 @@ def differences(
         manifest: what was frozen.
         items: what is there now; what was not frozen is of no concern.
         damaged: pseudonyms of images whose cached pixels did not bear their seal.
+        elsewhere: pseudonyms of frozen images that another patient has now.
 
     Returns:
         Nothing, or one ``DataChanged`` that names the images that differ, by pseudonym.
     """
-    now: Mapping[str, Item] = {one.image: one for one in items}
+    now: Mapping[tuple[str, str], Item] = {(one.image, one.patient): one for one in items}
     spoiled = set(damaged)
     found: list[str] = []
     for frozen in manifest.items:
-        one = now.get(frozen.image)
-        differs = _difference(frozen, one)
+        differs = _difference(frozen, now.get((frozen.image, frozen.patient)), elsewhere)
         if not differs and frozen.image in spoiled:
             differs = "its cached pixels were altered"
         if differs:
@@ -275,11 +307,11 @@ def differences(
     ]
 
 
-def _difference(frozen: Item, now: Item | None) -> str:
+def _difference(frozen: Item, now: Item | None, elsewhere: Collection[str]) -> str:
+    if now is None and frozen.image in elsewhere:
+        return "it belongs to another patient"
     if now is None:
         return "it is gone, or is turned away"
-    if now.patient != frozen.patient:
-        return "it belongs to another patient"
     if now.pixels != frozen.pixels:
         return "its pixels changed"
     if now.label != frozen.label:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from cloister_client.cache import Cache
-from cloister_client.dicom.folder import Memory
+from cloister_client.dicom.reader import Memory
 from cloister_client.index import Index
 from cloister_client.site import Site
 

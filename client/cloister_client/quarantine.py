@@ -165,7 +165,8 @@ def held(site: Site, *, progress: Callable[[int, int], None] | None = None) -> S
             if isinstance(one, Segmented):
                 continue
             judgement = judged.get(one.content)
-            if isinstance(one, Refused) and one.reason.held:
+            # Also one that is turned away although it was released: a decision can be taken back.
+            if isinstance(one, Refused) and (one.reason.held or judgement is not None):
                 found.append(Held(one.short_id, one.reason, judgement, one.content))
             elif isinstance(one, Accepted) and judgement is not None:
                 found.append(Held(one.short_id, None, judgement, one.content))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cloister_client import masks as outlined
-from cloister_client.dicom.folder import Accepted, Segmented
+from cloister_client.dicom.folder import Accepted
 from cloister_client.dicom.outlines import Mask
 from cloister_client.labels import Linked, join, read_labels
 from cloister_client.site import Site
@@ -52,7 +52,7 @@ def join_targets(
     study: Study,
     images: Sequence[Named],
     linked: Sequence[Linked],
-    segmentations: Sequence[tuple[Segmented, str]],
+    joined: outlined.Join | None,
 ) -> Targets:
     """Join what the study's target asks for to the images.
 
@@ -62,10 +62,11 @@ def join_targets(
         images: images or volumes, each with its patient.
         linked: what labels are joined to: one for each of ``images``, in its order, and between
             them one for each that was turned away as a duplicate or came later.
-        segmentations: each with its patient.
+        joined: the outlines, for a segmentation that has any.
     """
     if study.target.segment:
-        masks, faults = outlined.join(segmentations, images, linked)
+        joined = joined or outlined.Join(images, linked)
+        masks, faults = joined.masks, joined.faults()
         marked = {name for (_, name), one in zip(images, masks, strict=True)
                   if one is not None and one.any()}  # fmt: skip
         labels = [int(name in marked) for _, name in images]

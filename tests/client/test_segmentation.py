@@ -7,7 +7,6 @@ import io
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -39,21 +38,11 @@ from cloister_common.errors import (
     LabelWithoutImage,
     Reject,
 )
-from cloister_common.study import Input, Study
 from dicom_files import make_dicom, radiograph
+from outlined import SPEC, STUDY, Mask, image, mask, slices, uid_of, write, written
 from segmentations import saved, segment, segmentation
-from series import AXIAL, decimals, place
 
-SPEC = Input(modalities=("DX", "CT"), size=24)
-STUDY = Study.model_validate(
-    {
-        "study": {"name": "s", "question": "q"},
-        "input": SPEC.model_dump(),
-        "target": {"kind": "segmentation", "segment": "lungs"},
-        "network": {"name": "unet", "arguments": {"width": 4}},
-    }
-)
-Mask = NDArray[np.bool_]
+POSITIONS = ("", "1.0\\-2.5\\3.25", "0.0\\0.0\\0.0")
 
 
 @pytest.fixture(scope="module")
@@ -61,19 +50,6 @@ def pool() -> Iterator[Pool]:
     made = Pool(1, module=SEGMENTATION_WORKER)
     yield made
     made.close()
-
-
-def image(patient: str = "P1", seed: int = 0, **rest: Any) -> bytes:
-    return make_dicom(radiograph(seed), bits_stored=12, patient_id=patient, **rest)
-
-
-def mask(seed: int = 0, rows: int = 48, columns: int = 40) -> Mask:
-    """A box, another one for each seed."""
-    rng = np.random.default_rng(seed)
-    marked = np.zeros((1, rows, columns), bool)
-    top, left = int(rng.integers(2, rows // 2)), int(rng.integers(2, columns // 2))
-    marked[0, top : top + rows // 3, left : left + columns // 3] = True
-    return marked
 
 
 def by_area(marked: Mask, size: int) -> NDArray[np.uint8]:
@@ -84,30 +60,6 @@ def by_area(marked: Mask, size: int) -> NDArray[np.uint8]:
     return (share >= 0.5).astype(np.uint8)
 
 
-def slices(count: int) -> list[bytes]:
-    return [
-        make_dicom(
-            radiograph(k),
-            bits_stored=12,
-            modality="CT",
-            elements={
-                "SeriesInstanceUID": "2.25.7",
-                "StudyInstanceUID": "2.25.6",
-                "FrameOfReferenceUID": "2.25.8",
-                "ImagePositionPatient": decimals(place(k)),
-                "ImageOrientationPatient": decimals([*AXIAL[0], *AXIAL[1]]),
-                "PixelSpacing": ["1", "1"],
-                "SliceThickness": "1",
-            },
-        )
-        for k in range(count)
-    ]
-
-
-def uid_of(file: bytes) -> str:
-    return str(dcmread(io.BytesIO(file), stop_before_pixels=True).SOPInstanceUID)
-
-
 def read(pool: Pool, file: bytes, name: str = "lungs") -> dict[str, outlines.Mask]:
     facts, table = pool.submit(file, SPEC, segment=name).result(60)
     assert facts.modality == "SEG"
@@ -116,7 +68,7 @@ def read(pool: Pool, file: bytes, name: str = "lungs") -> dict[str, outlines.Mas
 
 def unpack(table: outlines.Table, size: int) -> dict[str, outlines.Mask]:
     found = outlines.Outlines(table, size)
-    return {uid: found.mask(uid) for uid in found.uids}
+    return {uid: found.whole(found.outline(uid)) for uid in found.uids}
 
 
 def refused(pool: Pool, file: bytes, name: str = "lungs") -> Reject:
@@ -146,31 +98,6 @@ def test_every_slice_of_a_series_has_a_mask_and_one_without_a_frame_an_empty_one
         assert np.array_equal(found[uid_of(source)], by_area(each, 24))
 
 
-def test_a_mask_of_another_orientation_than_its_image_is_a_fault(tmp_path: Path) -> None:
-    folder = tmp_path / "dicom"
-    folder.mkdir()
-    sources = slices(6)
-    for number, source in enumerate(sources):
-        (folder / f"{number}.dcm").write_bytes(source)
-    (folder / "seg.dcm").write_bytes(segment(sources, np.concatenate([mask(k) for k in range(6)])))
-    site = init_site(tmp_path, name="site", policy=Policy(min_patients_per_class=1))
-    assert read_cohort(site, STUDY).faults == ()
-    for number, source in enumerate(sources):
-        turned = dcmread(io.BytesIO(source))
-        turned.ImageOrientationPatient = [-1, 0, 0, 0, 1, 0]
-        turned.save_as(folder / f"{number}.dcm")
-    (fault, *_) = read_cohort(site, STUDY).faults
-    assert isinstance(fault, LabelsInvalid)
-    assert "of another orientation than the images" in str(fault)
-    odd = segmentation(sources, np.concatenate([mask(k) for k in range(6)]))
-    planes = odd.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
-    for frame in odd.PerFrameFunctionalGroupsSequence[:1]:
-        frame.PlaneOrientationSequence = copy.deepcopy(planes)
-        frame.PlaneOrientationSequence[0].ImageOrientationPatient = [0, 1, 0, 1, 0, 0]
-    (folder / "seg.dcm").write_bytes(saved(odd))
-    assert read_cohort(site, STUDY).rejects == {Reject.SEGMENTATION: 1}
-
-
 @pytest.mark.parametrize("transfer_syntax", ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1"])
 def test_a_segment_goes_by_its_label_or_its_kind(pool: Pool, transfer_syntax: str) -> None:
     source = image()
@@ -187,7 +114,7 @@ def test_a_segment_goes_by_its_label_or_its_kind(pool: Pool, transfer_syntax: st
 
 
 def _changed(change: Callable[[Dataset], None]) -> bytes:
-    file = segmentation([image()], mask())
+    file = segmentation(slices(2), np.concatenate([mask(), mask(1)]))
     change(file)
     return saved(file)
 
@@ -218,15 +145,65 @@ def _long(file: Dataset) -> None:
 
 
 def _moved(file: Dataset) -> None:
-    for frame in file.PerFrameFunctionalGroupsSequence:
+    for frame in file.PerFrameFunctionalGroupsSequence[1:]:
         source = frame.DerivationImageSequence[0].SourceImageSequence[0]
         assert source.SpatialLocationsPreserved == "YES"
         source.SpatialLocationsPreserved = "REORIENTED_ONLY"
 
 
+def _lost(uid: str | None) -> Callable[[Dataset], None]:
+    """What is drawn on one frame belongs to no image, or to one that is nowhere named."""
+
+    def change(file: Dataset) -> None:
+        frame = file.PerFrameFunctionalGroupsSequence[0]
+        if uid is None:
+            del frame.DerivationImageSequence
+        else:
+            source = frame.DerivationImageSequence[0].SourceImageSequence[0]
+            source.ReferencedSOPInstanceUID = uid
+
+    return change
+
+
+def _numbered(*numbers: int) -> Callable[[Dataset], None]:
+    """Segments have numbers that its frames do not use, or share one."""
+
+    def change(file: Dataset) -> None:
+        (one,) = file.SegmentSequence
+        file.SegmentSequence = [copy.deepcopy(one) for _ in numbers]
+        for segment_, number in zip(file.SegmentSequence, numbers, strict=True):
+            segment_.SegmentNumber = number
+
+    return change
+
+
+def _of_frame(number: int) -> Callable[[Dataset], None]:
+    def change(file: Dataset) -> None:
+        frame = file.PerFrameFunctionalGroupsSequence[0]
+        frame.DerivationImageSequence[0].SourceImageSequence[0].ReferencedFrameNumber = number
+
+    return change
+
+
+def _a_frame_too_few(file: Dataset) -> None:
+    file.PerFrameFunctionalGroupsSequence.pop()
+
+
+def _label_map(file: Dataset) -> None:
+    file.SegmentationType = "LABELMAP"
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        (_lost(None), Reject.SEGMENTATION),
+        (_lost("2.25.99"), Reject.SEGMENTATION),
+        (_numbered(5), Reject.SEGMENTATION),
+        (_numbered(0), Reject.SEGMENTATION),
+        (_numbered(1, 1), Reject.SEGMENTATION),
+        (_of_frame(7), Reject.SEGMENTATION),
+        (_a_frame_too_few, Reject.SEGMENTATION),
+        (_label_map, Reject.PIXEL_FORMAT),
         (_without("PatientID"), Reject.NO_PATIENT),
         (_without("PixelData"), Reject.NO_PIXELS),
         (_without("SegmentSequence"), Reject.SEGMENTATION),
@@ -269,7 +246,7 @@ def test_mutations_end_in_a_table_or_a_reason(pool: Pool) -> None:
             reasons.add(rejected.reason)
         else:
             assert facts.modality == "SEG"
-            assert len(unpack(table, SPEC.size)) == len(table)
+            assert unpack(table, SPEC.size)
     assert {Reject.TRUNCATED, Reject.SEGMENTATION} <= reasons <= set(Reject)
 
 
@@ -291,61 +268,52 @@ def test_an_unfit_library_stops_the_reading_and_says_what(pool: Pool) -> None:
 
 @given(
     st.dictionaries(
-        st.from_regex(r"[0-9.]{1,64}", fullmatch=True), st.integers(0, 2**32), min_size=1
+        st.from_regex(r"[0-9.]{1,64}", fullmatch=True),
+        st.none() | st.tuples(st.integers(0, 2**32), st.sampled_from(POSITIONS)),
+        min_size=1,
     ),
     st.integers(16, 40),
 )
 @settings(max_examples=30)
-def test_a_table_comes_back_to_the_bit(seeds: dict[str, int], size: int) -> None:
-    masks = {
-        uid: np.random.default_rng(seed).integers(0, 2, (size, size)).astype(np.uint8)
-        for uid, seed in seeds.items()
+def test_a_table_comes_back_to_the_bit(told: dict[str, tuple[int, str] | None], size: int) -> None:
+    given = {
+        uid: outlines.Outline()
+        if one is None
+        else outlines.Outline(
+            np.random.default_rng(one[0]).integers(0, 2, (size, size)).astype(np.uint8), one[1]
+        )
+        for uid, one in told.items()
     }
-    table = outlines.pack(masks)
-    assert table.shape == (len(masks), outlines.words(size))
-    back = unpack(table, size)
-    assert back.keys() == masks.keys()
-    assert all(np.array_equal(back[uid], masks[uid]) for uid in masks)
+    table = outlines.pack(given)
+    marked = sum(one is not None for one in told.values())
+    assert table.nbytes == outlines.longest(size, len(given), marked)
+    back = outlines.Outlines(table, size)
+    assert back.uids == given.keys()
+    for uid, one in given.items():
+        found = back.outline(uid)
+        assert found.position == one.position
+        assert (found.mask is None) == (one.mask is None)
+        assert one.mask is None or np.array_equal(found.mask, one.mask)
+        assert back.whole(found).shape == (size, size)
 
 
 def test_a_table_that_a_captured_worker_made_up_is_refused() -> None:
-    table = outlines.pack({"1.2": np.ones((16, 16), np.uint8), "1.3": np.ones((16, 16), np.uint8)})
-    twice, nameless, named = table.copy(), table.copy(), table.copy()
-    twice[1] = twice[0]
-    nameless[0, :32] = 0
-    named[0, 0] = 0x4141
-    for one in (twice, nameless, named, table[:, 1:], table[:0], table[0]):
+    whole = outlines.Outline(np.ones((16, 16), np.uint8), "1.0\\2.0\\3.0")
+    table = outlines.pack({"1.2": whole, "1.3": whole, "1.4": outlines.Outline()})
+    assert len(unpack(table, 16)) == 3
+    twice, nameless, named, many, none, more = (table.copy() for _ in range(6))
+    twice[0, 4:36] = twice[0, 36:68]
+    nameless[0, 4:36] = 0
+    named[0, 4] = 0x4141
+    many[0, 2] = 4
+    none[0, 0] = none[0, 2] = 0
+    more[0, 1] = 0xFFFF
+    for one in (twice, nameless, named, many, none, more, table[:, 1:], table[:, :3], table[:0]):
         with pytest.raises(outlines.InvalidTable):
             unpack(one, 16)
 
 
 # At a site
-
-
-def write(folder: Path, patients: int = 6, *, empty: int = 1) -> dict[str, Mask]:
-    """Two images a patient, with a segmentation each; nothing is marked in the last ``empty``."""
-    dicom = folder / "dicom"
-    dicom.mkdir(parents=True)
-    marked = {}
-    for number in range(patients):
-        for place_ in range(2):
-            seed = 10 * number + place_
-            name = f"MRN{number:05d}"
-            source = image(name, seed)
-            box = mask(seed) if number < patients - empty else np.zeros((1, 48, 40), bool)
-            (dicom / f"{number}-{place_}.dcm").write_bytes(source)
-            (dicom / f"{number}-{place_}-seg.dcm").write_bytes(written(source, box))
-            marked[uid_of(source)] = box[0]
-    return marked
-
-
-def written(source: bytes, box: Mask) -> bytes:
-    """highdicom drops empty frames, and then all: it keeps one if it is told to."""
-    if box.any():
-        return segment([source], box)
-    full = segmentation([source], np.ones_like(box))
-    full.PixelData = bytes(len(full.PixelData))
-    return saved(full)
 
 
 @pytest.fixture

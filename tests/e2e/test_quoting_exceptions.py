@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,8 @@ class Finder(importlib.abc.MetaPathFinder):
                 print("{CANARY} printed")
                 print("{CANARY} printed", file=sys.stderr)
                 raise ValueError("{CANARY} cannot be read")
+            # A name that is not there would be planted where nobody comes by.
+            getattr(module, os.environ["QUOTE_AT"])
             setattr(module, os.environ["QUOTE_AT"], quote)
         spec.loader.exec_module = exec_module
         return spec
@@ -74,7 +77,7 @@ if os.environ.get("TEE"):
         return await replay(app, scope, body, receive, both)
     gate._replay = tee
 """
-WHERE = {"eastfield": "load_cohort", "hillcrest": "train_round", "lakeview": "score_histogram"}
+WHERE = {"eastfield": "load_frozen", "hillcrest": "train_round", "lakeview": "score_histogram"}
 
 
 def _restart(hospital: deployment.Hospital) -> None:
@@ -82,10 +85,25 @@ def _restart(hospital: deployment.Hospital) -> None:
     hospital.start()
 
 
+@pytest.fixture
+def lent(federation: Deployment) -> Iterator[Deployment]:
+    """The federation, which is as it was when the test has ended, however it ends."""
+    yield federation
+    for hospital in federation.hospitals.values():
+        deployment.change_policy(hospital.folder, "metrics", "[]")
+    for name in WHERE:
+        _restart(federation.hospitals[name])
+    federation.server.stop()
+    federation.restart_server()
+    for hospital in federation.hospitals.values():
+        hospital.wait()
+
+
 @pytest.mark.slow
 def test_during_load_train_and_evaluate(
-    federation: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lent: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    federation = lent
     (tmp_path / "sitecustomize.py").write_text(PLANTED)
     for hospital in federation.hospitals.values():
         deployment.change_policy(hospital.folder, "metrics", '["score-histograms"]')
@@ -133,11 +151,3 @@ def test_during_load_train_and_evaluate(
         data = file.read_bytes()
         assert needle not in data, file
         assert b"7741903" not in data, file
-    for hospital in federation.hospitals.values():
-        deployment.change_policy(hospital.folder, "metrics", "[]")
-    for name in WHERE:
-        _restart(federation.hospitals[name])
-    federation.server.stop()
-    federation.restart_server()
-    for hospital in federation.hospitals.values():
-        hospital.wait()

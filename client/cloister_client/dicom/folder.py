@@ -12,12 +12,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import hmac
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,70 +22,11 @@ from numpy.typing import NDArray
 from cloister_client.dicom.discover import discover
 from cloister_client.dicom.geometry import Place
 from cloister_client.dicom.outlines import MODALITY, Outlines
-from cloister_client.dicom.pool import Reading, shared_pool
-from cloister_client.dicom.preprocess import spec_digest
-from cloister_client.dicom.reject import RejectedFile
-from cloister_client.dicom.wire import TEXTS, Facts
+from cloister_client.dicom.pool import Reading
+from cloister_client.dicom.reader import Item, Memory, Reader, Waiting
+from cloister_client.dicom.wire import Facts
 from cloister_common.errors import Reject
 from cloister_common.study import Input
-
-_AHEAD_BYTES = 128 << 20
-"""Most bytes of files that are read ahead, the one file at hand apart."""
-
-
-class Item(Protocol):
-    """Where the bytes of one file come from; see ``discover.Found``."""
-
-    @property
-    def name(self) -> bytes: ...
-
-    @property
-    def reason(self) -> Reject | None: ...
-
-    def read(self) -> bytes: ...
-
-    def stamp(self) -> str: ...
-
-
-class ImageCache(Protocol):
-    """What ``read_folder`` needs of a cache; see ``cloister_client.cache``."""
-
-    damaged: int
-
-    def content(self, data: bytes) -> bytes: ...
-
-    def name(self, content: bytes, spec: str, *, released: bool = False) -> str: ...
-
-    def get(self, name: str) -> tuple[dict[str, str | int], NDArray[np.uint16]] | None: ...
-
-    def put(self, name: str, facts: Mapping[str, str | int], image: NDArray[np.uint16]) -> None: ...
-
-
-class FileIndex(Protocol):
-    """What ``read_folder`` needs of an index; see ``cloister_client.index``."""
-
-    def content(self, name: bytes, stamp: str) -> bytes | None: ...
-
-    def saw(self, name: bytes, stamp: str, content: bytes) -> None: ...
-
-    def reason(self, content: bytes, spec: str) -> Reject | None: ...
-
-    def turned_away(self, content: bytes, spec: str, reason: Reject) -> None: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Memory:
-    """What a site remembers of its files.
-
-    Attributes:
-        cache: preprocessed images.
-        index: which file has which content; a file that did not change is not opened.
-        releases: contents of held files that a person has released.
-    """
-
-    cache: ImageCache
-    index: FileIndex
-    releases: Collection[bytes] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -132,7 +70,8 @@ class Segmented:
     """A segmentation that may be used.
 
     Attributes:
-        short_id, keys, facts, damaged: see ``Accepted``; rows and columns are the images'.
+        short_id, keys, facts, content, damaged: see ``Accepted``; rows and columns are the
+            images'.
         outlines: what it marks.
     """
 
@@ -140,6 +79,7 @@ class Segmented:
     keys: Keys
     facts: Facts
     outlines: Outlines = field(repr=False)
+    content: bytes = b""
     damaged: bool = False
 
 
@@ -171,7 +111,11 @@ def read_folder(
     first: Collection[bytes] = frozenset(),
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Accepted | Segmented | Refused]:
-    """Yield the outcome of each file, in the order of the paths.
+    """Yield the outcome of each file, in the order of the paths; segmentations after all others.
+
+    What one patient's files hold has no bearing on another's: only within a patient is a file a
+    duplicate. Else a patient who comes could take another's images out, and the sum over patients
+    would move by more than one patient's share.
 
     Args:
         dicom: the folder.
@@ -189,190 +133,85 @@ def read_folder(
         DecoderUnfit: a decoder fails its known-answer test, or no worker can be started.
     """
     found: tuple[Item, ...] = (*discover(dicom), *also)
-    instances: set[str] = set()
-    pixels: set[tuple[str, ...]] = set()
-    stacks = spec.dimensions == 3
-
-    def judged(waiting: _Waiting, reading: Reading | Reject) -> Accepted | Segmented | Refused:
-        name = short_id(key, waiting.found.name)
-        if not isinstance(reading, Reject) and reading[0].modality == MODALITY:
-            return _segmented(name, waiting, reading, instances, spec.size)
-        return _judge(name, waiting, reading, instances, pixels, stacks)
-
-    later: list[tuple[_Waiting, Reading | Reject]] = []
-    with _Reader(spec, memory, segment) as reader:
+    judge = _Judge(key, spec)
+    later: list[tuple[Waiting, Reading | Reject]] = []
+    segmentations: dict[Item, Waiting] = {}
+    with Reader(spec, memory, segment) as reader:
         for done, (waiting, reading) in enumerate(reader.read(found), start=1):
             if progress is not None:
                 progress(done, len(found))
-            if first and waiting.content not in first:
+            if not isinstance(reading, Reject) and reading[0].modality == MODALITY:
+                # Their tables can be many times as large as the files: one at a time, from the
+                # cache, when all images are known.
+                segmentations[waiting.found] = dataclasses.replace(waiting, done=None, future=None)
+            elif first and waiting.content not in first:
                 later.append((waiting, reading))
             else:
-                yield judged(waiting, reading)
-    for waiting, reading in later:
-        yield judged(waiting, reading)
+                yield judge.image(waiting, reading)
+        for waiting, reading in later:
+            yield judge.image(waiting, reading)
+        ordered = sorted(
+            segmentations, key=lambda one: bool(first) and segmentations[one].content not in first
+        )
+        for waiting, reading in reader.read(ordered, ahead=0):
+            damaged = waiting.damaged or segmentations[waiting.found].damaged
+            yield judge.segmentation(dataclasses.replace(waiting, damaged=damaged), reading)
 
 
-@dataclass(frozen=True, eq=False)
-class _Waiting:
-    """A file under way; ``done`` is what is known of it already, else ``future`` will tell."""
+class _Judge:
+    """Turns away what was there before.
 
-    found: Item
-    size: int = 0
-    done: Reading | Reject | None = None
-    future: Future[Reading] | None = None
-    content: bytes = b""
-    entry: str = ""
-    damaged: bool = False
-
-
-def _judge(
-    name: str,
-    waiting: _Waiting,
-    reading: Reading | Reject,
-    instances: set[str],
-    pixels: set[tuple[str, ...]],
-    stacks: bool,
-) -> Accepted | Refused:
-    """Turn away what was there before; ``instances`` and ``pixels`` remember it.
-
-    In a stack of slices (``stacks``) two may look alike, such as air; not at one position.
+    Args:
+        key: keys the short names of files.
+        spec: the study's input.
     """
-    if isinstance(reading, Reject):
-        return Refused(name, reading, content=waiting.content)
-    facts, image = reading
-    keys = _keys(facts)
-    same: tuple[str, ...] = (keys.issuer, keys.patient_id, facts.pixels)
-    if stacks:
-        same += (facts.series, facts.position)
-    if keys.sop_instance in instances or same in pixels:
-        return Refused(name, Reject.DUPLICATE, keys, content=waiting.content)
-    instances.add(keys.sop_instance)
-    pixels.add(same)
-    return Accepted(name, keys, facts, image, waiting.content, waiting.damaged)
 
+    def __init__(self, key: bytes, spec: Input) -> None:
+        self._key = key
+        self._spec = spec
+        self._seen: set[tuple[str, ...]] = set()
 
-def _segmented(
-    name: str, waiting: _Waiting, reading: Reading, instances: set[str], size: int
-) -> Segmented | Refused:
-    """Turn away a copy of one that was there before."""
-    facts, table = reading
-    if facts.sop_instance in instances:
-        return Refused(name, Reject.DUPLICATE, content=waiting.content)
-    instances.add(facts.sop_instance)
-    return Segmented(name, _keys(facts), facts, Outlines(table, size), waiting.damaged)
+    def image(self, waiting: Waiting, reading: Reading | Reject) -> Accepted | Refused:
+        """Judge an image.
+
+        In a stack of slices two may look alike, such as air; not at one position.
+        """
+        name = short_id(self._key, waiting.found.name)
+        if isinstance(reading, Reject):
+            return Refused(name, reading, content=waiting.content)
+        facts, image = reading
+        keys = _keys(facts)
+        place = (facts.series, facts.position) if self._spec.dimensions == 3 else ()
+        if self._again(keys, ("image", keys.sop_instance), ("pixels", facts.pixels, *place)):
+            return Refused(name, Reject.DUPLICATE, keys, content=waiting.content)
+        return Accepted(name, keys, facts, image, waiting.content, waiting.damaged)
+
+    def segmentation(self, waiting: Waiting, reading: Reading | Reject) -> Segmented | Refused:
+        """Judge a segmentation; a file that is none any more changed while it was read."""
+        name = short_id(self._key, waiting.found.name)
+        if isinstance(reading, Reject):
+            return Refused(name, reading, content=waiting.content)
+        facts, table = reading
+        if facts.modality != MODALITY:
+            return Refused(name, Reject.UNREADABLE, content=waiting.content)
+        keys = _keys(facts)
+        if self._again(keys, ("segmentation", keys.sop_instance)):
+            return Refused(name, Reject.DUPLICATE, content=waiting.content)
+        outlines = Outlines(table, self._spec.size)
+        return Segmented(name, keys, facts, outlines, waiting.content, waiting.damaged)
+
+    def _again(self, keys: Keys, *traits: tuple[str, ...]) -> bool:
+        """Whether the patient had one with one of these traits before; remembers them if not."""
+        patient = (keys.issuer.strip(), keys.patient_id.strip())
+        named = {(*patient, *trait) for trait in traits}
+        if not named.isdisjoint(self._seen):
+            return True
+        self._seen |= named
+        return False
 
 
 def _keys(facts: Facts) -> Keys:
     return Keys(facts.sop_instance, facts.accession, facts.patient_id, facts.issuer)
-
-
-class _Reader:
-    """Reads files ahead, as many as keep the workers busy, and gives them back in order."""
-
-    def __init__(self, spec: Input, memory: Memory | None, segment: str) -> None:
-        self._spec = spec
-        self._segment = segment
-        self._digest = spec_digest(spec, segment)
-        self._memory = memory
-        self._pool = shared_pool(segmentations=bool(segment))
-        self._ahead: deque[_Waiting] = deque()
-
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        # The caller may stop early, or be interrupted: what nobody waits for is not begun.
-        for waiting in self._ahead:
-            if waiting.future is not None:
-                waiting.future.cancel()
-
-    def read(self, found: Sequence[Item]) -> Iterator[tuple[_Waiting, Reading | Reject]]:
-        held = 0
-        for one in found:
-            self._ahead.append(waiting := self._begin(one))
-            held += waiting.size
-            while len(self._ahead) > 2 * self._pool.workers or held > _AHEAD_BYTES:
-                held -= self._ahead[0].size
-                yield self._end()
-        while self._ahead:
-            yield self._end()
-
-    def _begin(self, one: Item) -> _Waiting:
-        if one.reason is not None:
-            return _Waiting(one, done=one.reason)
-        try:
-            if self._memory is None:
-                data = one.read()
-                return _Waiting(one, len(data), future=self._submitted(data, released=False))
-            return self._remembered(one, self._memory)
-        except RejectedFile as rejected:
-            return _Waiting(one, done=rejected.reason)
-
-    def _remembered(self, one: Item, memory: Memory) -> _Waiting:
-        """Begin with what is known of the file; it is opened only where that is not enough."""
-        damaged = memory.cache.damaged
-        stamp = one.stamp()
-        content = memory.index.content(one.name, stamp) if stamp else None
-        if content is not None:
-            known = self._known(one, content, memory)
-            if known is not None:
-                return known
-        data = one.read()
-        content = memory.cache.content(data)
-        if stamp:
-            memory.index.saw(one.name, stamp, content)
-        known = self._known(one, content, memory)
-        if known is not None:
-            return known
-        released = content in memory.releases
-        return _Waiting(
-            one,
-            len(data),
-            future=self._submitted(data, released=released),
-            content=content,
-            entry=memory.cache.name(content, self._digest, released=released),
-            damaged=memory.cache.damaged > damaged,
-        )
-
-    def _submitted(self, data: bytes, *, released: bool) -> Future[Reading]:
-        return self._pool.submit(data, self._spec, released=released, segment=self._segment)
-
-    def _known(self, one: Item, content: bytes, memory: Memory) -> _Waiting | None:
-        released = content in memory.releases
-        reason = memory.index.reason(content, self._digest)
-        if reason is not None and not (released and reason.held):
-            return _Waiting(one, done=reason, content=content)
-        found = memory.cache.get(memory.cache.name(content, self._digest, released=released))
-        facts = None if found is None else _facts(found[0])
-        if found is None or facts is None:
-            return None
-        return _Waiting(one, done=(facts, found[1]), content=content)
-
-    def _end(self) -> tuple[_Waiting, Reading | Reject]:
-        waiting = self._ahead[0]
-        done = waiting.done
-        if waiting.future is not None:
-            try:
-                done = waiting.future.result()
-            except RejectedFile as rejected:
-                done = rejected.reason
-            if self._memory is not None and isinstance(done, Reject):
-                self._memory.index.turned_away(waiting.content, self._digest, done)
-            elif self._memory is not None:
-                assert done is not None
-                assert not isinstance(done, Reject)
-                self._memory.cache.put(waiting.entry, dataclasses.asdict(done[0]), done[1])
-        self._ahead.popleft()
-        assert done is not None
-        return waiting, done
-
-
-def _facts(entry: Mapping[str, str | int]) -> Facts | None:
-    """Read what the cache holds: written here, and sealed; None if before all was read."""
-    if not entry.keys() >= {"pixels", *TEXTS}:
-        return None
-    texts = {name: str(entry[name]) for name in ("pixels", *TEXTS)}
-    return Facts(rows=int(entry["rows"]), columns=int(entry["columns"]), **texts)
 
 
 def short_id(key: bytes, name: bytes) -> str:

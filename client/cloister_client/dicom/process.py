@@ -150,9 +150,9 @@ class Worker:
         if not message:
             raise RejectedFile(self._epitaph())
         try:
-            facts, count = wire.parse_answer(message, request, self._unfit)
-            if count:
-                return facts, self._table(count, spec.size)
+            facts, length = wire.parse_answer(message, request, self._unfit)
+            if length:
+                return facts, self._table(length, spec.size)
         except RejectedFile as rejected:
             if rejected.reason is Reject.EXHAUSTED:
                 # What is left of its memory may be in shreds.
@@ -168,8 +168,8 @@ class Worker:
         content = os.pread(self._outbox, 2 * rows * columns, 0)
         return np.frombuffer(content, "<u2").astype(np.uint16).reshape(rows, columns)
 
-    def _table(self, count: int, size: int) -> outlines.Table:
-        table = self._taken(count, outlines.words(size))
+    def _table(self, length: int, size: int) -> outlines.Table:
+        table = self._taken(1, length // 2)
         outlines.Outlines(table, size)
         return table
 

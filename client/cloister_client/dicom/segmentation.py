@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Protocol
@@ -70,7 +71,7 @@ def read_segmentation(data: bytes, asked: Asked) -> tuple[Facts, outlines.Table]
         asked: the study's segment, and the side of its images.
 
     Returns:
-        What is known of the file, under the modality ``SEG``; and its masks, see ``outlines``.
+        What is known of the file, under the modality ``SEG``; and its outlines, see there.
 
     Raises:
         RejectedFile: ``PIXEL_FORMAT`` for anything but one bit a pixel, ``SEGMENT`` where it does
@@ -91,9 +92,21 @@ def read_segmentation(data: bytes, asked: Asked) -> tuple[Facts, outlines.Table]
     try:
         with silence():
             opened = _opened(parts)
-            orientation = _orientation(opened)
+            if str(opened.get("SegmentationType")) != "BINARY":
+                raise RejectedFile(Reject.PIXEL_FORMAT)
+            place = _place(opened)
             found = _marked(opened, asked.segment)
-            masks = {uid: resized(frame, asked.size) for uid, frame in found.items()}
+            marked = sum(frame is not None for frame, _ in found.values())
+            if outlines.longest(asked.size, len(found), marked) > MAX_OUT_BYTES:
+                raise RejectedFile(Reject.TOO_LARGE)
+            table = outlines.pack(
+                {
+                    uid: outlines.Outline(
+                        None if frame is None else resized(frame, asked.size), position
+                    )
+                    for uid, (frame, position) in found.items()
+                }
+            )
     except RejectedFile:
         raise
     except (KeyboardInterrupt, SystemExit, MemoryError):
@@ -101,9 +114,6 @@ def read_segmentation(data: bytes, asked: Asked) -> tuple[Facts, outlines.Table]
     except BaseException:
         # highdicom raises what Python has where a sequence is not as it expects.
         raise RejectedFile(Reject.SEGMENTATION) from None
-    if 2 * outlines.words(asked.size) * len(masks) > MAX_OUT_BYTES:
-        raise RejectedFile(Reject.TOO_LARGE)
-    table = outlines.pack(masks)
     facts = Facts(
         rows=tags.layout.rows,
         columns=tags.layout.columns,
@@ -116,7 +126,9 @@ def read_segmentation(data: bytes, asked: Asked) -> tuple[Facts, outlines.Table]
         patient_id=tags.patient_id,
         issuer=tags.issuer,
         person="",
-        orientation=orientation,
+        frame=place.frame,
+        orientation=place.orientation,
+        pixel_spacing=place.pixel_spacing,
     )
     return facts, table
 
@@ -141,7 +153,7 @@ def sound() -> bool:
     except BaseException:
         return False
     return found.keys() == known.keys() and all(
-        np.array_equal(found[uid], known[uid]) for uid in known
+        frame is not None and np.array_equal(frame, known[uid]) for uid, (frame, _) in found.items()
     )
 
 
@@ -170,58 +182,135 @@ def _opened(parts: structure.Parts) -> Any:
     return highdicom.seg.Segmentation.from_dataset(data_set, copy=False)
 
 
-def _marked(segmentation: Any, segment: str) -> dict[str, NDArray[np.bool_]]:
-    """What a segment marks, (rows, columns) by SOP Instance UID of the image."""
-    wanted = segment.strip().casefold()
-    numbers = [
-        int(one.SegmentNumber)
-        for one in segmentation.SegmentSequence
-        if wanted in (str(name).strip().casefold() for name in _names(one))
-    ]
-    if not numbers:
-        raise RejectedFile(Reject.SEGMENT)
+@dataclass(frozen=True)
+class _Frame:
+    """What one frame of the wanted segments says of itself.
+
+    Attributes:
+        image: SOP Instance UID of the image that it marks.
+        position: Image Position (Patient), as ``geometry.text_of``.
+    """
+
+    image: str
+    position: str
+
+
+def _marked(segmentation: Any, segment: str) -> dict[str, tuple[NDArray[np.bool_] | None, str]]:
+    """What a segment marks, (rows, columns) by SOP Instance UID of the image, and the position.
+
+    None for an image that has no frame, or in whose frame nothing is marked.
+    """
+    wanted = _numbers(segmentation, segment)
     named = dict.fromkeys(str(uid) for _, _, uid in segmentation.get_source_image_uids())
     if not named or not all(_UID.fullmatch(uid) for uid in named):
         raise RejectedFile(Reject.SEGMENTATION)
-    uids = list(named)
-    found: dict[str, NDArray[np.bool_]] = {}
+    positions: dict[str, str] = {}
+    for frame in _frames(segmentation, wanted):
+        if frame.image not in named or positions.get(frame.image, frame.position) != frame.position:
+            raise RejectedFile(Reject.SEGMENTATION)
+        positions[frame.image] = frame.position
+    found: dict[str, tuple[NDArray[np.bool_] | None, str]] = dict.fromkeys(named, (None, ""))
+    uids = list(positions)
     for start in range(0, len(uids), _AT_ONCE):
         some = uids[start : start + _AT_ONCE]
         frames = segmentation.get_pixels_by_source_instance(
             some,
-            segment_numbers=numbers,
+            segment_numbers=sorted(wanted),
             ignore_spatial_locations=True,
             assert_missing_frames_are_empty=True,
             skip_overlap_checks=True,
             dtype=np.uint8,
-        )
-        found.update(zip(some, frames.any(axis=3), strict=True))
+        ).any(axis=3)
+        for uid, frame in zip(some, frames, strict=True):
+            if frame.any():
+                found[uid] = frame, positions[uid]
     return found
 
 
-def _orientation(segmentation: Any) -> str:
-    """Direction cosines of its frames, as ``geometry.text_of``; empty where it does not tell them.
+def _numbers(segmentation: Any, segment: str) -> frozenset[int]:
+    """The numbers of the segments that go by this name (Segment Number, PS3.3 C.8.20.4)."""
+    numbers = [int(one.SegmentNumber) for one in segmentation.SegmentSequence]
+    if len(set(numbers)) != len(numbers) or min(numbers) < 1:
+        raise RejectedFile(Reject.SEGMENTATION)
+    wanted = segment.strip().casefold()
+    found = frozenset(
+        number
+        for number, one in zip(numbers, segmentation.SegmentSequence, strict=True)
+        if wanted in (str(name).strip().casefold() for name in _names(one))
+    )
+    if not found:
+        raise RejectedFile(Reject.SEGMENT)
+    return found
+
+
+def _frames(segmentation: Any, wanted: frozenset[int]) -> Iterator[_Frame]:
+    """Read what the frames of the wanted segments belong to.
+
+    highdicom takes a frame that it cannot place for one of another image, and what was drawn on it
+    for nothing. So every frame has to say its segment, and one of a wanted segment its one image.
 
     Raises:
-        RejectedFile: ``SEGMENTATION`` where frames differ, or do not lie as their images do
-            (Spatial Locations Preserved, PS3.3 C.7.6.16.2.6).
+        RejectedFile: ``SEGMENTATION`` where one does not.
+    """
+    shared, *more = segmentation.get("SharedFunctionalGroupsSequence") or [Dataset()]
+    per_frame = segmentation.PerFrameFunctionalGroupsSequence
+    if more or len(per_frame) != int(segmentation.NumberOfFrames):
+        raise RejectedFile(Reject.SEGMENTATION)
+    described = {int(one.SegmentNumber) for one in segmentation.SegmentSequence}
+    for own in per_frame:
+        (identified,) = _items(shared, own, "SegmentIdentificationSequence")
+        number = int(identified.ReferencedSegmentNumber)
+        if number not in described:
+            raise RejectedFile(Reject.SEGMENTATION)
+        if number not in wanted:
+            continue
+        (source,) = (
+            source
+            for derived in _items(shared, own, "DerivationImageSequence")
+            for source in derived.get("SourceImageSequence") or []
+        )
+        laid = str(source.get("SpatialLocationsPreserved") or "YES") == "YES"
+        if not laid or source.get("ReferencedFrameNumber") not in (None, 1):
+            raise RejectedFile(Reject.SEGMENTATION)
+        planes = _items(shared, own, "PlanePositionSequence")
+        told = [_decimals(plane.get("ImagePositionPatient"), 3) for plane in planes]
+        yield _Frame(str(source.ReferencedSOPInstanceUID), told[0] if len(told) == 1 else "")
+
+
+def _place(segmentation: Any) -> geometry.Place:
+    """How all its frames lie, empty where it does not tell.
+
+    Raises:
+        RejectedFile: ``SEGMENTATION`` where frames differ.
     """
     groups = [
         *(segmentation.get("SharedFunctionalGroupsSequence") or []),
         *(segmentation.get("PerFrameFunctionalGroupsSequence") or []),
     ]
-    found: set[str] = set()
-    for group in groups:
-        for plane in group.get("PlaneOrientationSequence") or []:
-            cosines = [float(one) for one in plane.get("ImageOrientationPatient") or ()]
-            found.add(geometry.text_of(cosines, 6))
-        for derived in group.get("DerivationImageSequence") or []:
-            for source in derived.get("SourceImageSequence") or []:
-                if str(source.get("SpatialLocationsPreserved") or "YES") != "YES":
-                    raise RejectedFile(Reject.SEGMENTATION)
-    if len(found) > 1:
-        raise RejectedFile(Reject.SEGMENTATION)
-    return found.pop() if found else ""
+
+    def told(sequence: str, keyword: str, count: int) -> str:
+        found = {
+            _decimals(one.get(keyword), count)
+            for group in groups
+            for one in group.get(sequence) or []
+        }
+        if len(found) > 1:
+            raise RejectedFile(Reject.SEGMENTATION)
+        return found.pop() if found else ""
+
+    return geometry.Place(
+        frame=geometry.uid(str(segmentation.get("FrameOfReferenceUID") or "")),
+        orientation=told("PlaneOrientationSequence", "ImageOrientationPatient", 6),
+        pixel_spacing=told("PixelMeasuresSequence", "PixelSpacing", 2),
+    )
+
+
+def _items(shared: Dataset, own: Dataset, sequence: str) -> list[Dataset]:
+    return list(own.get(sequence) or shared.get(sequence) or [])
+
+
+def _decimals(values: Iterable[Any] | None, count: int) -> str:
+    return geometry.text_of([float(one) for one in values or ()], count)
 
 
 def _names(segment: Dataset) -> list[object]:

@@ -8,7 +8,7 @@ one datagram. A file and an image do not travel in messages but in memory that b
     request  serial u64, bytes of the file u64, what the study reads as JSON
     answer   serial u64, kind u8, then
              image: rows u32, columns u32, SHA-256, lengths u16 and as many texts in UTF-8
-             outlines: their number u32, then as for an image
+             outlines: bytes of their table u32, then as for an image
              reject: the code in ASCII        unfit: the transfer syntax in ASCII
 """
 
@@ -39,7 +39,7 @@ MAX_MESSAGE = 16 << 10
 _IMAGE, _REJECT, _UNFIT, _OUTLINES = 0, 1, 2, 3
 _REQUEST = struct.Struct(">QQ")
 _ANSWER = struct.Struct(">QB")
-_COUNT = struct.Struct(">I")
+_LENGTH = struct.Struct(">I")
 _FACTS = struct.Struct(">II32s13H")
 _UID = re.compile(r"[0-9.]{1,64}")  # PS3.5 section 9.1
 _YEAR = re.compile(r"([0-9]{4})?")
@@ -197,9 +197,9 @@ def pack_facts(serial: int, facts: Facts) -> bytes:
     return _ANSWER.pack(serial, _IMAGE) + _told(facts)
 
 
-def pack_outlines(serial: int, facts: Facts, count: int) -> bytes:
-    """Say that a table of ``count`` outlines lies in the shared memory; see ``pack_facts``."""
-    return _ANSWER.pack(serial, _OUTLINES) + _COUNT.pack(count) + _told(facts)
+def pack_outlines(serial: int, facts: Facts, length: int) -> bytes:
+    """Say that a table of ``length`` bytes lies in the shared memory; see ``pack_facts``."""
+    return _ANSWER.pack(serial, _OUTLINES) + _LENGTH.pack(length) + _told(facts)
 
 
 def _told(facts: Facts) -> bytes:
@@ -233,7 +233,7 @@ def parse_answer(
         unfit_decoders: what it said in its hello, before it had met a file.
 
     Returns:
-        What is known of an image, and 0; or of a segmentation, and how many outlines it has.
+        What is known of an image, and 0; or of a segmentation, and the bytes of its table.
 
     Raises:
         RejectedFile: the file is turned away.
@@ -272,19 +272,20 @@ def parse_answer(
 
 
 def _outlined(rest: bytes, request: Request) -> tuple[Facts, int]:
-    if len(rest) < _COUNT.size:
+    if len(rest) < _LENGTH.size:
         raise InvalidMessage
-    (count,) = _COUNT.unpack_from(rest)
-    facts = _facts(rest[_COUNT.size :])
+    (length,) = _LENGTH.unpack_from(rest)
+    facts = _facts(rest[_LENGTH.size :])
     sound = (
-        1 <= count <= MAX_OUT_BYTES // (2 * outlines.words(request.size))
+        0 < length <= MAX_OUT_BYTES
+        and length % 2 == 0
         and 1 <= facts.rows * facts.columns <= MAX_PIXELS
         and facts.modality == outlines.MODALITY
         and _plausible(facts)
     )
     if not sound:
         raise InvalidMessage
-    return facts, count
+    return facts, length
 
 
 def _plausible(facts: Facts) -> bool:

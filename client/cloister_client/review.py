@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from cloister_client import gate
 from cloister_client.approvals import Decision, Judgement
 from cloister_client.budget import line, study_promised
@@ -9,13 +11,15 @@ from cloister_client.policy import refusals
 from cloister_client.site import Site
 from cloister_common.study import Study
 
+_COLUMNS = 79
+
 
 def review(site: Site, judgement: Judgement) -> str:
     """Return the study in words, with what this site's policy and budget say of it."""
     study = judgement.study
     what = "images" if study.input.dimensions == 2 else "volumes"
     lines = [
-        f"{study.study.name}: {study.study.question}",
+        f"{study.study.name}: {_squeezed(study.study.question)}",
         f"  hash         {study.digest}",
         f"  decision     {judgement.decision.value}"
         + (" by the policy" if judgement.ground else "")
@@ -26,7 +30,7 @@ def review(site: Site, judgement: Judgement) -> str:
         f"{study.training.sampling_rate:g}",
         *_stands_on(study),
         f"  on           {', '.join(study.input.modalities)} {what} of this site, their "
-        f"{'' if study.target.segment else 'label '}{study.target.described}",
+        f"{'' if study.target.segment else 'label '}{_squeezed(study.target.described)}",
         *_cost(site, study),
         *_leaves(study),
     ]
@@ -38,7 +42,14 @@ def review(site: Site, judgement: Judgement) -> str:
         lines.append("  policy       allows it")
     if judgement.decision is Decision.PENDING:
         lines.append(f"To allow it: cloister client approve {study.digest[:16]}")
-    return "\n".join(lines)
+    # Broken here, not by the terminal: a study's own words never begin a line as these do.
+    return "\n".join(
+        part
+        for line in lines
+        for part in textwrap.wrap(
+            line, _COLUMNS, subsequent_indent="    | ", break_on_hyphens=False
+        )
+    )
 
 
 def listing(judgements: dict[str, Judgement]) -> str:
@@ -87,4 +98,10 @@ def _leaves(study: Study) -> list[str]:
 def _stands_on(study: Study) -> list[str]:
     given = study.network.arguments
     sha256 = given.get("weights", given.get("sha256"))
-    return [f"  stands on    pretrained weights with the SHA-256 {sha256}"] if sha256 else []
+    told = _squeezed(str(sha256))
+    return [f"  stands on    pretrained weights with the SHA-256 {told}"] if sha256 else []
+
+
+def _squeezed(text: str) -> str:
+    """Text of the coordinator's, without a space that could push what follows onto a new line."""
+    return " ".join(text.split())

@@ -18,13 +18,23 @@ UNMARKED = "nothing marked"
 _NO_COLUMN = "DICOM Segmentation"
 
 
+def segment_name(text: str) -> str:
+    """A segment's name in the one spelling that is compared and hashed."""
+    return " ".join(text.split()).casefold()
+
+
+def _segment(text: str | None) -> str | None:
+    return None if text is None else segment_name(text)
+
+
 def _distinct(words: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(words)) != len(words):
         raise ValueError("names one twice.")
     return words
 
 
-Words = Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_distinct)]
+_Word = Annotated[str, Field(min_length=1, max_length=128)]
+Words = Annotated[tuple[_Word, ...], Field(strict=False), AfterValidator(_distinct)]
 
 
 class Target(FileModel):
@@ -38,16 +48,20 @@ class Target(FileModel):
     """Column of the labels file; of a classification only."""
     classes: Annotated[Words, Field(min_length=2, max_length=64)]
     """The first class is the reference ("negative") of a binary target."""
-    segment: Annotated[str | None, Field(max_length=64)] = None
-    """What a segmentation outlines. A segment counts whose Segment Label (0062,0005) this is, or
-    the meaning of whose property type; case does not matter, and several in one file are united."""
+    segment: Annotated[str | None, Field(max_length=64), AfterValidator(_segment)] = None
+    """What a segmentation outlines, as ``segment_name``. A segment counts whose Segment Label
+    (0062,0005) this is, or the meaning of whose property type; case does not matter, and several
+    in one file are united."""
 
     @model_validator(mode="before")
     @classmethod
     def _filled(cls, given: Any) -> Any:
         if not isinstance(given, dict) or given.get("kind") != "segmentation":
             return given
-        filled = {"column": _NO_COLUMN, "classes": (UNMARKED, str(given.get("segment")))}
+        filled = {
+            "column": _NO_COLUMN,
+            "classes": (UNMARKED, segment_name(str(given.get("segment"))) or "?"),
+        }
         for key, value in filled.items():
             if key in given and given[key] != value:
                 raise KeyedValueError(key, "has no meaning for kind = 'segmentation'.")

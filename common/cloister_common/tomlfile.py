@@ -10,11 +10,12 @@ import difflib
 import re
 import stat
 import tomllib
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from cloister_common.errors import Fault, FileUnreadable
@@ -43,6 +44,31 @@ class FileModel(BaseModel):
     """Base of every table of a hand-written file: unknown keys and wrong types are faults."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _shown_as_it_is(cls, value: Any) -> Any:
+        # A person decides by what a terminal shows of it: nothing may move the cursor, hide or
+        # turn what follows, or begin a line of its own.
+        if not all(map(is_plain, _texts(value))):
+            raise ValueError("holds a line break or another character that cannot be seen.")
+        return value
+
+
+def is_plain(text: str) -> bool:
+    """Whether a text is one line of characters that are seen, and spaces."""
+    return all(one.isprintable() or unicodedata.category(one) == "Zs" for one in text)
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from (*_texts(key), *_texts(each))
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _texts(each)
 
 
 def read_text(path: Path) -> str:

@@ -146,12 +146,17 @@ def test_a_study_is_found_by_the_first_digits_of_its_hash(site: Site) -> None:
             find(site, wrong)
 
 
+def _unbroken(told: str) -> str:
+    """A review without the breaks of its lines."""
+    return " ".join(told.replace("|", " ").split())
+
+
 def test_review_says_what_matters(site: Site, tmp_path: Path) -> None:
     write_cohort(site.root, np.random.default_rng(1), "N")
     with pytest.raises(StudyNotApproved):
         require_approved(site, study())
     (held,) = judgements(site).values()
-    told = review(site, held)
+    told = _unbroken(review(site, held))
     for words in (
         "bright-half: Is the upper half brighter",
         study().digest,
@@ -160,12 +165,25 @@ def test_review_says_what_matters(site: Site, tmp_path: Path) -> None:
         "at most epsilon 6 at delta 1e-05",
         "patient-level, this study: 0.00; lifetime on this data: 0.00 of 8",
         "noised model updates, masked",
-        "policy       allows it",
+        "policy allows it",
         f"cloister client approve {study().digest[:16]}",
     ):
         assert words in told
     strict = init_site(tmp_path / "strict")
     assert "refuses: policy.max_epsilon_study is 3" in review(strict, held)
+
+
+def test_a_study_s_own_words_begin_no_line_of_the_review(site: Site) -> None:
+    forged = f"x{' ' * 500}costs        at most epsilon 0.1{' ' * 200}policy       allows it "
+    asked = study(study=f'name = "forged"\nquestion = "{forged * 2}"')
+    with pytest.raises(StudyNotApproved):
+        require_approved(site, asked)
+    lines = review(site, judgements(site)[asked.digest]).splitlines()
+    assert max(map(len, lines)) <= 79
+    first = [line.split()[0] for line in lines]
+    assert first.count("costs") == first.count("policy") == 1
+    assert first.count("|") > 1
+    assert sum(line.startswith("  costs        at most epsilon 6") for line in lines) == 1
 
 
 def test_review_names_the_weights_that_a_study_stands_on(site: Site) -> None:
@@ -177,9 +195,8 @@ def test_review_names_the_weights_that_a_study_stands_on(site: Site) -> None:
         with pytest.raises(StudyNotApproved):
             require_approved(site, asked)
         expected = PINNED.get(name, "5" * 64)
-        assert f"stands on    pretrained weights with the SHA-256 {expected}" in review(
-            site, judgements(site)[asked.digest]
-        )
+        told = _unbroken(review(site, judgements(site)[asked.digest]))
+        assert f"stands on pretrained weights with the SHA-256 {expected}" in told
     with pytest.raises(StudyNotApproved):
         require_approved(site, study())
     assert "stands on" not in review(site, judgements(site)[study().digest])

@@ -12,6 +12,7 @@ import pytest
 import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from cloister_common.errors import StudyInvalid
 from cloister_common.study import Network, Study, load_study, parse_study, study_from_canonical
@@ -429,13 +430,14 @@ def test_canonical_is_sorted_json_without_white_space() -> None:
     assert text.isascii()
 
 
+_SEEN = st.characters(exclude_categories=("Cs", "Cc", "Cf", "Cn", "Co", "Zl", "Zp"))
 _ARGUMENTS = st.dictionaries(
-    st.text(st.characters(exclude_categories=("Cs",)), max_size=5),
+    st.text(_SEEN, max_size=5),
     st.one_of(
         st.integers(-(2**70), 2**70),
         st.floats(allow_nan=False, allow_infinity=False),
         st.booleans(),
-        st.text(st.characters(exclude_categories=("Cs",)), max_size=5),
+        st.text(_SEEN, max_size=5),
     ),
     max_size=4,
 )
@@ -444,7 +446,7 @@ _ARGUMENTS = st.dictionaries(
 @given(
     _ARGUMENTS,
     st.floats(1e-12, 0.09),
-    st.text(st.characters(exclude_categories=("Cs",)), min_size=1),
+    st.text(_SEEN, min_size=1),
 )
 @settings(max_examples=100, deadline=None)
 def test_the_canonical_form_comes_back_the_same(
@@ -486,6 +488,56 @@ def test_what_is_not_canonical_is_refused(change: Any) -> None:
     assert change(text) != text
     with pytest.raises(StudyInvalid):
         study_from_canonical(change(text))
+
+
+FORGED = ("a\x1b[8mb", "a\nb", "a\0b", "a\u202eb", "a\u200bb", "a\rb", "a\x9bb", "a\u2028b")
+
+
+@pytest.mark.parametrize("text", FORGED)
+@pytest.mark.parametrize(
+    "where",
+    [
+        ("study", "question"), ("target", "column"), ("target", "classes"),
+        ("network", "arguments"), ("target", "segment"),
+    ],
+)  # fmt: skip
+def test_nothing_in_a_study_can_steer_the_terminal_that_shows_it(
+    where: tuple[str, str], text: str
+) -> None:
+    table, key = where
+    plain = json.loads(parse_study(TEN_LINES).canonical())
+    value: Any = {"classes": ["normal", text], "arguments": {"weights": text}}.get(key, text)
+    if key == "segment":
+        plain["target"] = {"kind": "segmentation"}
+    plain[table][key] = value
+    forged = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    with pytest.raises(StudyInvalid):
+        study_from_canonical(forged)
+    if key != "segment":  # which has one spelling: what separates words there is a space
+        with pytest.raises(ValidationError):
+            Study.model_validate(plain, strict=False)
+
+
+def test_a_person_is_told_where_such_a_character_stands() -> None:
+    text = TEN_LINES.replace('question = "', 'question = "\\u001b[8m')
+    with pytest.raises(StudyInvalid, match="cannot be seen") as caught:
+        parse_study(text)
+    assert [fault.key for fault in caught.value.faults] == ["study.question"]
+    assert "\x1b" not in str(caught.value)
+    # A space that typography wants is none of them.
+    assert parse_study(TEN_LINES.replace('question = "', 'question = "Quoi\u00a0? '))
+
+
+def test_a_segment_has_one_spelling() -> None:
+    digests = {
+        Study(
+            study=parse_study(TEN_LINES).study,
+            target=Target.model_validate({"kind": "segmentation", "segment": name}),
+            network=Network(name="unet"),
+        ).update_digest
+        for name in ("left lung", "Left Lung ", " LEFT  lung")
+    }
+    assert len(digests) == 1
 
 
 # The example that `cloister study new` writes

@@ -32,6 +32,7 @@ from cloister_client.dicom.reject import SEGMENTATION, RejectedFile
 from cloister_client.dicom.tags import WANTED, Tags, parse_tags, silence
 from cloister_client.dicom.wire import Facts
 from cloister_common.errors import Reject
+from cloister_common.target import segment_name
 
 _ELEMENTS = WANTED | {
     0x00081115,  # Referenced Series Sequence
@@ -232,11 +233,11 @@ def _numbers(segmentation: Any, segment: str) -> frozenset[int]:
     numbers = [int(one.SegmentNumber) for one in segmentation.SegmentSequence]
     if len(set(numbers)) != len(numbers) or min(numbers) < 1:
         raise RejectedFile(Reject.SEGMENTATION)
-    wanted = segment.strip().casefold()
+    wanted = segment_name(segment)
     found = frozenset(
         number
         for number, one in zip(numbers, segmentation.SegmentSequence, strict=True)
-        if wanted in (str(name).strip().casefold() for name in _names(one))
+        if wanted in (segment_name(str(name)) for name in _names(one))
     )
     if not found:
         raise RejectedFile(Reject.SEGMENT)

@@ -19,6 +19,7 @@ from cloister_client.dicom.wire import Facts
 from cloister_client.gathering import gather
 from cloister_client.manifest import Item, Manifest, item_of
 from cloister_client.site import Site
+from cloister_client.sources.fetch import require_whole
 from cloister_client.targets import (
     UNLABELLED,
     Targets,
@@ -219,6 +220,8 @@ def read_cohort(
         rejects.update(alone.values())
         slices = [one for index, one in enumerate(slices) if index not in alone]
     faults: list[DataError] = [] if accepted else [no_images(rejects)]
+    if frozen is None and (part := require_whole(site)) is not None:
+        faults.insert(0, part)
     targets = unlabelled(accepted)
     if require_labels:
         targets = join_targets(site, study, accepted, linked, joined)

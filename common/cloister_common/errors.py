@@ -22,7 +22,8 @@
     │   ├── DataChanged            CLO-209
     │   ├── ArchiveUnreachable     CLO-250
     │   ├── ArchiveRefused         CLO-251
-    │   └── ArchiveAnswerInvalid   CLO-252
+    │   ├── ArchiveAnswerInvalid   CLO-252
+    │   └── FetchUnfinished        CLO-253
     ├── PrivacyError               3xx, exit 4: the ledger, the budget, the site's policy
     │   ├── BudgetExhausted        CLO-301
     │   ├── LedgerDamaged          CLO-302
@@ -275,6 +276,11 @@ class ArchiveRefused(DataError):
 class ArchiveAnswerInvalid(DataError):
     code = "CLO-252"
     title = "The archive's answer cannot be used"
+
+
+class FetchUnfinished(DataError):
+    code = "CLO-253"
+    title = "A fetch from the archive has not ended"
 
 
 class PrivacyError(CloisterError):

@@ -49,6 +49,15 @@ STUDY = Study.model_validate(
 SYNTAXES = (precheck.EXPLICIT_LITTLE, precheck.JPEG_2000_LOSSLESS, precheck.RLE)
 
 
+ODD = {
+    "odd bytes": ("OB", b"1.2"),
+    "odd length": ("FD", [1.5, 2.5]),
+    "dot": ("UI", "."),
+    "no UID": ("UI", "1..2"),
+}
+"""What an archive may say in the place of a UID."""
+
+
 class Archive:
     """A C-FIND and C-GET provider on loopback."""
 
@@ -70,7 +79,8 @@ class Archive:
         self.entity = AE("ARCHIVE")
         self.entity.require_called_aet = True
         for model in (cget._FIND, cget._GET):
-            self.entity.add_supported_context(model)
+            # Explicit: what a value is, the archive says.
+            self.entity.add_supported_context(model, precheck.EXPLICIT_LITTLE)
         for name in (*DX, SEGMENTATION):
             self.entity.add_supported_context(
                 name, sorted(precheck.TRANSFER_SYNTAXES), scu_role=True, scp_role=True
@@ -95,6 +105,9 @@ class Archive:
             result.QueryRetrieveLevel = asked.QueryRetrieveLevel
             for name, value in zip(names, key, strict=False):
                 setattr(result, name, value if self.deed != "nonsense" else "x/y")
+            if self.deed in ODD:
+                del result.StudyInstanceUID
+                result.add_new("StudyInstanceUID", *ODD[self.deed])
             if self.deed == "long":
                 result.PatientComments = "x" * (1 << 20)
             if level == 2:
@@ -233,6 +246,7 @@ def test_segmentations_come_with_their_images_where_they_are_asked_for(
         ("die", ArchiveUnreachable),
         ("twice", ArchiveAnswerInvalid),
         ("nonsense", ArchiveAnswerInvalid),
+        *((odd, ArchiveAnswerInvalid) for odd in ODD),
     ],
 )
 def test_what_goes_wrong_is_told_and_the_next_fetch_goes_on(
@@ -247,6 +261,31 @@ def test_what_goes_wrong_is_told_and_the_next_fetch_goes_on(
     assert kept == (2 if deed == "die" else 0)
     archive.deed = ""
     assert fetch(site) == Fetched(6, 6 - kept, kept, 0)
+
+
+def test_an_answer_that_pydicom_cannot_read_is_invalid(
+    tmp_path: Path, archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quoting(*_: object, **__: object) -> None:
+        raise RecursionError(CANARY)
+
+    site = _site(tmp_path, archive.port)
+    with cget.GetArchive(site.archive, site.root) as asking, monkeypatch.context() as odd:
+        odd.setattr(Dataset, "get", quoting)
+        with pytest.raises(ArchiveAnswerInvalid) as caught:
+            list(asking.find(site.query))
+    assert CANARY not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+
+
+def test_no_answer_is_taken_deflated(tmp_path: Path, archive: Archive) -> None:
+    """A small one may hold any number of values, and is parsed in this process."""
+    with cget.GetArchive(_site(tmp_path, archive.port).archive, tmp_path) as asking:
+        contexts = asking._connected().accepted_contexts
+    asked = {str(one.abstract_syntax): set(one.transfer_syntax) for one in contexts}
+    assert asked[cget._FIND] <= precheck.NATIVE
+    assert asked[cget._GET] <= precheck.NATIVE
 
 
 def test_what_the_archive_cannot_send_is_counted_and_the_rest_is_fetched(

@@ -21,6 +21,8 @@ from cloister_client.site import Site, init_site
 from cloister_common.errors import FileUnreadable, OptionInvalid, Reject
 from cloister_common.study import Study
 from dicom_files import make_dicom, radiograph, write_site
+from outlined import STUDY as OUTLINED
+from segmentations import segment
 
 STUDY = Study.model_validate(
     {
@@ -94,6 +96,28 @@ def test_a_release_lets_one_file_in_and_is_logged(site: Site) -> None:
         ("kept", "CLO-234", "shows a name"),
     ]
     assert noted[0]["file"] == named.short_id
+
+
+def test_a_release_that_lets_nothing_in_can_be_taken_back(site: Site) -> None:
+    """A segmentation is read for no list and no picture, so a held one stays out."""
+    source = (site.dicom / "c-stray").read_bytes()
+    outlined = bytearray(segment([source], np.ones((1, 48, 40), bool)))
+    outlined[:2] = b"MZ"
+    (site.dicom / "e-outlined").write_bytes(outlined)
+    *_, last = held(site)
+    assert last.reason is Reject.PREAMBLE
+    decide(site, last, Decision.RELEASED, why="a tool of ours")
+    *_, last = held(site)
+    assert (last.reason, last.judgement and last.judgement.decision) == (
+        Reject.SOP_CLASS, Decision.RELEASED,
+    )  # fmt: skip
+    reading = read_cohort(site, OUTLINED)
+    assert reading.rejects[Reject.PREAMBLE] == 2
+    assert reading.outlines == ()
+    decide(site, last, Decision.KEPT, why="it is no use")
+    *_, last = held(site)
+    assert last.judgement is not None
+    assert last.judgement.decision is Decision.KEPT
 
 
 def test_a_release_can_be_taken_back(site: Site) -> None:

@@ -9,7 +9,10 @@ import http.server
 import json
 import logging
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +29,8 @@ from typer.testing import CliRunner
 from certificates import self_signed
 from cloister_client import cli
 from cloister_client.audit import entries_of
-from cloister_client.cohort import read_cohort
+from cloister_client.check import inspect, render
+from cloister_client.cohort import freeze, load_frozen, read_cohort
 from cloister_client.policy import Policy
 from cloister_client.site import Site, init_site, open_site
 from cloister_client.sources import dicomweb
@@ -39,6 +43,7 @@ from cloister_common.errors import (
     ArchiveRefused,
     ArchiveUnreachable,
     CloisterError,
+    FetchUnfinished,
     FileUnreadable,
     OptionInvalid,
     Reject,
@@ -247,6 +252,44 @@ def test_what_fits_is_fetched_once_and_read(tmp_path: Path, archive: Archive) ->
     assert [(one["source"], one["new"], one["there"]) for one in noted] == [
         ("dicomweb", 8, 0), ("dicomweb", 0, 8),
     ]  # fmt: skip
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from cloister_client.site import open_site
+from cloister_client.sources.fetch import fetch
+
+def die(done, _):
+    if done == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+fetch(open_site(Path(sys.argv[1])), progress=die)
+"""
+
+
+def test_a_part_of_what_fits_is_not_frozen(tmp_path: Path, archive: Archive) -> None:
+    """Killed in the middle: what is there is no data set, and a study would be held to it."""
+    site = _site(tmp_path, archive.url)
+    command = [sys.executable, "-c", KILLED, str(site.root)]
+    ended = subprocess.run(command, timeout=60, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert len(list(site.store.iterdir())) == 6
+    with pytest.raises(FetchUnfinished, match="has begun and not ended"):
+        load_frozen(site, STUDY)
+    with pytest.raises(FetchUnfinished):
+        freeze(site, STUDY)
+    assert "CLO-253" in render(inspect(site, STUDY))
+    assert not list(site.root.glob("manifests/*"))
+    assert fetch(site) == Fetched(8, 2, 6, 0)
+    assert len(load_frozen(site, STUDY).images) == 8
+    # What is frozen is not concerned by a later fetch that is cut off.
+    new = _instances(5)
+    archive.misbehave = {key[2]: _shut for key in new.keys() - archive.instances.keys()}
+    archive.instances.update(new)
+    with pytest.raises(ArchiveRefused):
+        fetch(site)
+    assert len(load_frozen(site, STUDY).images) == 8
 
 
 def test_nothing_plain_lies_on_the_disk(

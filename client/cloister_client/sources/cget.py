@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import socket
 import ssl
 import threading
@@ -23,7 +22,7 @@ from pydicom.dataset import Dataset
 
 from cloister_client.dicom.bounds import MAX_FILE_BYTES
 from cloister_client.dicom.outlines import MODALITY
-from cloister_client.dicom.precheck import SOP_CLASSES, TRANSFER_SYNTAXES
+from cloister_client.dicom.precheck import NATIVE, SOP_CLASSES, TRANSFER_SYNTAXES
 from cloister_client.dicom.reject import SEGMENTATION
 from cloister_client.dicom.tags import silence
 from cloister_client.sources.dicomweb import (
@@ -33,8 +32,13 @@ from cloister_client.sources.dicomweb import (
     tls_context,
     unreachable,
 )
-from cloister_client.sources.settings import CGet, NotSent, Query
-from cloister_common.errors import ArchiveRefused, ArchiveUnreachable, FileUnreadable
+from cloister_client.sources.settings import UID, CGet, NotSent, Query
+from cloister_common.errors import (
+    ArchiveRefused,
+    ArchiveUnreachable,
+    CloisterError,
+    FileUnreadable,
+)
 from cloister_common.files import read_secret
 
 if TYPE_CHECKING:
@@ -51,7 +55,6 @@ _MOST_FOUND_BYTES = 64 << 10
 _PENDING = frozenset((0xFF00, 0xFF01))
 MAX_PDU_BYTES = 1 << 20
 """Longest message unit that is taken; this site asks for 16 KB (PS3.8 section D.1)."""
-_UID = re.compile(r"[0-9.]{1,64}")
 
 _log = logging.getLogger("pynetdicom")
 _log.addHandler(logging.NullHandler())
@@ -142,9 +145,21 @@ class GetArchive:
         return self._arrived.pop()
 
     def _found(self, level: str, **keys: str) -> Iterator[dict[str, str]]:
-        results = []
+        results: list[dict[str, str]] = []
+        try:
+            self._ask_found(results, level, keys)
+        except (CloisterError, NotSent):
+            raise
+        except Exception:
+            # pydicom raises what Python has where a value is not of its representation.
+            raise invalid() from None
+        # All at once: what is asked next must not come between the answers.
+        yield from results
+
+    def _ask_found(self, results: list[dict[str, str]], level: str, keys: dict[str, str]) -> None:
+        asked = _identifier(level, **keys)
         with silence(), self._watched(_MOST_FOUND_BYTES, each=True):
-            for status, result in self._connected().send_c_find(_identifier(level, **keys), _FIND):
+            for status, result in self._connected().send_c_find(asked, _FIND):
                 code = status.get("Status")
                 if code is None:
                     raise self._ended()
@@ -157,8 +172,6 @@ class GetArchive:
                         raise invalid()
                 elif code != 0:
                     raise invalid()
-        # All at once: what is asked next must not come between the answers.
-        yield from results
 
     @contextlib.contextmanager
     def _watched(self, most: int, *, each: bool) -> Iterator[None]:
@@ -218,8 +231,9 @@ class GetArchive:
             setattr(entity, name, _TIMEOUT_SECONDS)
         # A large image takes its time; silence is watched for.
         entity.dimse_timeout = ANSWER_SECONDS
-        entity.add_requested_context(_FIND)
-        entity.add_requested_context(_GET)
+        for uid in (_FIND, _GET):
+            # pynetdicom would offer the deflated syntax, too: 9 KB of it are 600 MB of values.
+            entity.add_requested_context(uid, sorted(NATIVE))
         wanted = [uid for uid, kinds in SOP_CLASSES.items() if kinds & set(self._modalities)]
         wanted += [SEGMENTATION] if MODALITY in self._modalities else []
         for uid in wanted:
@@ -316,7 +330,7 @@ def _identifier(level: str, **keys: str) -> Dataset:
 
 
 def _uid(result: dict[str, str], keyword: str) -> str:
-    if not _UID.fullmatch(result[keyword]):
+    if not UID.fullmatch(result[keyword]):
         raise invalid()
     return result[keyword]
 

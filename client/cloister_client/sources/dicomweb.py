@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import re
 import ssl
 import threading
 import time
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Self
 from cloister_client.dicom.bounds import MAX_FILE_BYTES
 from cloister_client.dicom.reject import RejectedFile
 from cloister_client.sources.multipart import InvalidAnswer, single_part
-from cloister_client.sources.settings import DicomWeb, NotSent, Query
+from cloister_client.sources.settings import UID, DicomWeb, NotSent, Query
 from cloister_common.errors import (
     ArchiveAnswerInvalid,
     ArchiveRefused,
@@ -45,7 +44,6 @@ MAX_RESULTS = 4_000_000
 _TIMEOUT_SECONDS = 60.0
 ANSWER_SECONDS = 600.0
 """How long one answer may take in all, however steadily it drips."""
-_UID = re.compile(r"[0-9.]{1,64}")
 
 _STUDY, _SERIES, _INSTANCE, _MODALITY = "0020000D", "0020000E", "00080018", "00080060"
 
@@ -292,7 +290,7 @@ def _text(result: dict[str, object], tag: str) -> str:
 def _uid(result: dict[str, object], tag: str) -> str:
     uid = _text(result, tag)
     # It becomes a part of a path.
-    if not _UID.fullmatch(uid) or ".." in uid:
+    if not UID.fullmatch(uid):
         raise invalid()
     return uid
 

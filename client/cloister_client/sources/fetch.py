@@ -20,11 +20,13 @@ from cloister_client.dicom.structure import dissect
 from cloister_client.site import Site
 from cloister_client.sources.settings import SECRET, CGet, DicomWeb, NotSent, Query
 from cloister_client.store import Store
-from cloister_common.errors import CloisterError, FileUnreadable, OptionInvalid
+from cloister_common.errors import CloisterError, FetchUnfinished, FileUnreadable, OptionInvalid
 from cloister_common.files import read_secret, write_atomic
 
 _MAX_SECRET = 4096
 _SOP_INSTANCE = 0x00080018
+UNFINISHED = "fetch.unfinished"
+"""Lies in the site folder from a fetch's first file to its end."""
 MAX_INSTANCES = 1_000_000
 """Most images of one query: a list without end must not fill the memory."""
 
@@ -78,6 +80,7 @@ def fetch(site: Site, *, progress: Callable[[int, int], None] | None = None) -> 
     store = Store(site.store, site.cache_key())
     end = "InternalError"
     done = {"found": 0, "new": 0, "there": 0, "too_large": 0, "not_sent": 0}
+    unfinished = site.root / UNFINISHED
     try:
         with _archive(site) as archive:
             found = list(dict.fromkeys(islice(archive.find(site.query), MAX_INSTANCES + 1)))
@@ -87,6 +90,10 @@ def fetch(site: Site, *, progress: Callable[[int, int], None] | None = None) -> 
                     remedy="Narrow [data.query] in site.toml.",
                 )
             done["found"] = len(found)
+            if any(instance not in store for _, _, instance in found):
+                # Before the first file: what a kill leaves is a part, and a study that froze it
+                # would be held to it.
+                write_atomic(unfinished, b"")
             for number, (study, series, instance) in enumerate(found, start=1):
                 if instance in store:
                     done["there"] += 1
@@ -103,6 +110,7 @@ def fetch(site: Site, *, progress: Callable[[int, int], None] | None = None) -> 
                         done["not_sent"] += 1
                 if progress is not None:
                     progress(number, len(found))
+        unfinished.unlink(missing_ok=True)
         end = "ok"
     except CloisterError as error:
         end = error.code
@@ -112,6 +120,17 @@ def fetch(site: Site, *, progress: Callable[[int, int], None] | None = None) -> 
         kind = "dicomweb" if isinstance(site.archive, DicomWeb) else "cget"
         log_of(site).append("fetched", source=kind, end=end, **done)
     return Fetched(**done)
+
+
+def require_whole(site: Site) -> FetchUnfinished | None:
+    """What keeps a site's data from being frozen while a fetch has begun and not ended."""
+    if site.archive is None or not (site.root / UNFINISHED).exists():
+        return None
+    return FetchUnfinished(
+        "A fetch from the archive has begun and not ended.",
+        why="It was cut off or runs at this moment; the store holds a part of what fits the query.",
+        remedy="Run 'cloister client fetch' to its end; it goes on with what is missing.",
+    )
 
 
 def _instance(data: bytes) -> str:

@@ -26,6 +26,8 @@ from cloister_common.study import Modality
 from cloister_common.tomlfile import FileModel, KeyedValueError
 
 SECRET = "archive.secret"  # noqa: S105 - a file's name
+UID = re.compile(r"(?=.{1,64}$)[0-9]+(\.[0-9]+)*")
+"""A UID that an archive names (PS3.5 section 9.1). It becomes a part of a path: no dot alone."""
 _DATES = re.compile(r"(\d{8})?-(\d{8})?|\d{8}")
 _AE_TITLE = r"^[A-Za-z0-9_.-]{1,16}$"
 _Path = Annotated[str, Field(max_length=4096)]

@@ -146,12 +146,16 @@ def _write_outlines(folder: Path, accepted: Sequence[Accepted], shown: NDArray[n
             remedy="Name a folder that you may write to.",
         ) from None
     try:
+        written: Counter[str] = Counter()
         for one, outline in zip(accepted, shown, strict=True):
+            # Two patients may have an image each under one UID.
+            written[name := _instance(one)] += 1
+            name += f"-{written[name]}" if written[name] > 1 else ""
             image = Image.fromarray(outline.astype(np.uint8) * 255)
             size = (one.facts.columns, one.facts.rows)
             file = io.BytesIO()
             image.resize(size, Image.Resampling.NEAREST).save(file, "PNG")
-            write_atomic(building / f"{_instance(one)}.png", file.getvalue())
+            write_atomic(building / f"{name}.png", file.getvalue())
         building.replace(folder)
     except OSError:
         raise taken from None

@@ -116,13 +116,20 @@ def test_a_model_outlines_new_images_at_their_own_size(
     drawn = {}
     for number in range(6):
         pixels, marked = disc(rng, shown=True)
-        file = make_dicom(pixels, bits_stored=12, patient_id=f"n{number}")
+        # The last two are of two patients, and have one UID.
+        file = make_dicom(
+            pixels, bits_stored=12, patient_id=f"n{number}",
+            elements={"SOPInstanceUID": f"2.25.{min(number, 4)}"},
+        )  # fmt: skip
         (images / str(number)).write_bytes(file)
         drawn[number] = marked
     out = tmp_path / "found"
     result = CliRunner().invoke(app, [str(model), str(images), "--out", str(out)])
     assert result.exit_code == 0, result.output
     assert "Wrote the outlines of 6 images" in result.stdout
+    assert sorted(path.name for path in out.iterdir()) == [
+        *(f"2.25.{k}.png" for k in range(4)), "2.25.4-2.png", "2.25.4.png",
+    ]  # fmt: skip
     found = [np.asarray(Image.open(path)) for path in sorted(out.iterdir())]
     assert {(one.shape, one.dtype.name) for one in found} == {((48, 40), "uint8")}
     assert set(np.unique(found)) == {0, 255}

@@ -19,7 +19,7 @@ def review(site: Site, judgement: Judgement) -> str:
     study = judgement.study
     what = "images" if study.input.dimensions == 2 else "volumes"
     lines = [
-        f"{study.study.name}: {_squeezed(study.study.question)}",
+        *_told(f"{study.study.name}: ", study.study.question),
         f"  hash         {study.digest}",
         f"  decision     {judgement.decision.value}"
         + (" by the policy" if judgement.ground else "")
@@ -29,8 +29,11 @@ def review(site: Site, judgement: Judgement) -> str:
         f"{study.training.steps_per_round} steps, each patient in a step with probability "
         f"{study.training.sampling_rate:g}",
         *_stands_on(study),
-        f"  on           {', '.join(study.input.modalities)} {what} of this site, their "
-        f"{'' if study.target.segment else 'label '}{_squeezed(study.target.described)}",
+        *_told(
+            "  on           ",
+            f"{', '.join(study.input.modalities)} {what} of this site, their "
+            f"{'' if study.target.segment else 'label '}{study.target.described}",
+        ),
         *_cost(site, study),
         *_leaves(study),
     ]
@@ -42,14 +45,7 @@ def review(site: Site, judgement: Judgement) -> str:
         lines.append("  policy       allows it")
     if judgement.decision is Decision.PENDING:
         lines.append(f"To allow it: cloister client approve {study.digest[:16]}")
-    # Broken here, not by the terminal: a study's own words never begin a line as these do.
-    return "\n".join(
-        part
-        for line in lines
-        for part in textwrap.wrap(
-            line, _COLUMNS, subsequent_indent="    | ", break_on_hyphens=False
-        )
-    )
+    return "\n".join(lines)
 
 
 def listing(judgements: dict[str, Judgement]) -> str:
@@ -98,10 +94,19 @@ def _leaves(study: Study) -> list[str]:
 def _stands_on(study: Study) -> list[str]:
     given = study.network.arguments
     sha256 = given.get("weights", given.get("sha256"))
-    told = _squeezed(str(sha256))
-    return [f"  stands on    pretrained weights with the SHA-256 {told}"] if sha256 else []
+    told = _told("  stands on    ", f"pretrained weights with the SHA-256 {sha256}")
+    return told if sha256 else []
 
 
-def _squeezed(text: str) -> str:
-    """Text of the coordinator's, without a space that could push what follows onto a new line."""
-    return " ".join(text.split())
+def _told(label: str, words: str) -> list[str]:
+    """Words of the coordinator's, which never begin a line as this site's own do.
+
+    Broken here and not by the terminal, where spaces would push what follows onto a new line.
+    """
+    return textwrap.wrap(
+        " ".join(words.split()),
+        _COLUMNS,
+        initial_indent=label,
+        subsequent_indent="    | ",
+        break_on_hyphens=False,
+    )

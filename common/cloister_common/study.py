@@ -24,7 +24,7 @@ from pydantic import (
 
 from cloister_common.errors import Fault, NetworkUnfit, StudyInvalid
 from cloister_common.target import Target
-from cloister_common.tomlfile import FileModel, KeyedValueError, key_lines, parse, read_text
+from cloister_common.tomlfile import KeyedValueError, ShownModel, key_lines, parse, read_text
 
 HASH_LABEL = b"cloister/study/v1\0"
 UPDATE_LABEL = b"cloister/update/v1\0"
@@ -46,14 +46,14 @@ MAX_VOXELS = 1 << 24
 """Most voxels of a volume: 256 x 256 x 256, 32 MB in a site's memory."""
 
 
-class About(FileModel):
+class About(ShownModel):
     """What the study is called and what it asks."""
 
     name: Name
     question: Annotated[str, Field(min_length=1, max_length=2000)]
 
 
-class Input(FileModel):
+class Input(ShownModel):
     """Which images are read and how they become tensors; part of the hash."""
 
     modalities: Annotated[tuple[Modality, ...], Field(strict=False, min_length=1)] = ("CR", "DX")
@@ -102,7 +102,7 @@ PINNED = {"efficientnet-lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881
 """SHA-256 of the pretrained weights of a network that names none itself."""
 
 
-class Network(FileModel):
+class Network(ShownModel):
     """A network of the registry and its arguments."""
 
     name: Name = "small-cnn"
@@ -116,7 +116,7 @@ class Network(FileModel):
         return self
 
 
-class Training(FileModel):
+class Training(ShownModel):
     """Local training. Rate, steps and divisor are public constants, never a cohort's size."""
 
     rounds: Annotated[int, Field(ge=1, le=10_000)] = 20
@@ -177,7 +177,7 @@ class Training(FileModel):
         return self.rounds * self.steps_per_round
 
 
-class Privacy(FileModel):
+class Privacy(ShownModel):
     """The promise a site makes to its patients: (epsilon, delta), add or remove one patient."""
 
     enabled: bool = True
@@ -188,7 +188,7 @@ class Privacy(FileModel):
     """C: L2 bound of one patient's gradient."""
 
 
-class Aggregation(FileModel):
+class Aggregation(ShownModel):
     """How the server turns the sites' updates into the next model."""
 
     strategy: Literal["fedavg", "fedprox", "fedadam", "fedyogi"] = "fedavg"
@@ -225,7 +225,7 @@ class Aggregation(FileModel):
         return self
 
 
-class Evaluation(FileModel):
+class Evaluation(ShownModel):
     """When the global model is measured, and on whom."""
 
     every: Annotated[int, Field(ge=1)] = 1
@@ -238,7 +238,7 @@ class Evaluation(FileModel):
     last round; 0 for no release. Training gets the noise that keeps both within the whole."""
 
 
-class Study(FileModel):
+class Study(ShownModel):
     """A validated study; build it with ``load_study`` or ``parse_study``."""
 
     study: About

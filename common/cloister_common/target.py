@@ -10,17 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from cloister_common.tomlfile import FileModel, KeyedValueError
+from cloister_common.tomlfile import KeyedValueError, ShownModel
+from cloister_common.words import segment_name
 
 UNMARKED = "nothing marked"
 """The class of a patient in whom a segmentation marks nothing."""
 
 _NO_COLUMN = "DICOM Segmentation"
-
-
-def segment_name(text: str) -> str:
-    """A segment's name in the one spelling that is compared and hashed."""
-    return " ".join(text.split()).casefold()
 
 
 def _segment(text: str | None) -> str | None:
@@ -37,7 +33,7 @@ _Word = Annotated[str, Field(min_length=1, max_length=128)]
 Words = Annotated[tuple[_Word, ...], Field(strict=False), AfterValidator(_distinct)]
 
 
-class Target(FileModel):
+class Target(ShownModel):
     """What is predicted: a column of the labels file and its classes in order, or a segment.
 
     Of a segmentation, ``classes`` are whether anything is marked in a patient at all.

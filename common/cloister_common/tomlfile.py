@@ -10,7 +10,6 @@ import difflib
 import re
 import stat
 import tomllib
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from cloister_common.errors import Fault, FileUnreadable
+from cloister_common.words import is_plain
 
 MAX_BYTES = 1 << 20
 """Largest file that is read; a hand-written file is a thousand times smaller."""
@@ -45,6 +45,10 @@ class FileModel(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+
+class ShownModel(FileModel):
+    """A table that is judged by people elsewhere than where it was written."""
+
     @field_validator("*", mode="after")
     @classmethod
     def _shown_as_it_is(cls, value: Any) -> Any:
@@ -53,11 +57,6 @@ class FileModel(BaseModel):
         if not all(map(is_plain, _texts(value))):
             raise ValueError("holds a line break or another character that cannot be seen.")
         return value
-
-
-def is_plain(text: str) -> bool:
-    """Whether a text is one line of characters that are seen, and spaces."""
-    return all(one.isprintable() or unicodedata.category(one) == "Zs" for one in text)
 
 
 def _texts(value: object) -> Iterator[str]:

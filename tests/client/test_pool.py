@@ -230,6 +230,7 @@ def test_a_worker_loads_what_decodes_and_nothing_of_the_site_or_of_training(
     assert (("highdicom" in packages), ("sqlite3" in packages)) == (segmentations, segmentations)
     assert {name for name in ours if name.count(".") == 1} == {
         *("cloister_client.dicom", "cloister_common.errors"),
+        *(("cloister_common.words",) if segmentations else ()),
     }
 
 

@@ -96,6 +96,7 @@ def _margins(data: Path, out: Path) -> dict[str, float]:
     return margins
 
 
+@pytest.mark.slow
 def test_every_hospital_alone_is_worse_than_the_federation(drawn: Path, tmp_path: Path) -> None:
     margins = _margins(drawn, tmp_path)
     assert min(margins.values()) >= 0.03, margins

@@ -41,7 +41,9 @@ def _listening() -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("privacy", ["enabled = true", "enabled = false"])
+@pytest.mark.parametrize(
+    "privacy", ["enabled = true", pytest.param("enabled = false", marks=pytest.mark.slow)]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_ray_and_in_process_give_the_same_model(sites: Path, tmp_path: Path, privacy: str) -> None:
     asked = study(privacy=privacy)
@@ -66,6 +68,7 @@ def test_ray_and_in_process_give_the_same_model(sites: Path, tmp_path: Path, pri
         np.testing.assert_allclose(one[name], two[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_an_error_of_the_run_passes_through_ray(sites: Path, tmp_path: Path) -> None:
     write_federation(tmp_path / "sites")

@@ -32,7 +32,7 @@ from cloister_client.dicom.reject import SEGMENTATION, RejectedFile
 from cloister_client.dicom.tags import WANTED, Tags, parse_tags, silence
 from cloister_client.dicom.wire import Facts
 from cloister_common.errors import Reject
-from cloister_common.target import segment_name
+from cloister_common.words import segment_name
 
 _ELEMENTS = WANTED | {
     0x00081115,  # Referenced Series Sequence

@@ -190,6 +190,7 @@ def render(report: DataReport) -> str:
             f"    {count:>7}  {reason.value}  {reason.title}"
             for reason, count in report.rejects.items()
         ]
+        lines.append("    Which files: cloister client find CODE")
     study = None if report.study is None else report.promised_study
     lines.append(f"  budget      promised so far, {line(study, report.promised, report.lifetime)}")
     if report.study is None:
@@ -198,7 +199,7 @@ def render(report: DataReport) -> str:
     lines += [str(fault) for fault in report.faults]
     held = sum(count for reason, count in report.rejects.items() if reason.held)
     if held:
-        lines.append(f"Held until a person has looked: {held}. See: cloister client quarantine")
+        lines.append(f"Held: {held}. Which of them wait for a person: cloister client quarantine")
     if report.faults:
         lines.append("The data cannot be used as they are.")
     elif report.policy:

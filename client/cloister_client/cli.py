@@ -41,6 +41,7 @@ app.command(name="privacy-audit")(privacy_audit)
 app.command()(cli_data.fetch)
 app.command()(cli_data.freeze)
 app.command(name="data-report")(cli_data.data_report)
+app.command()(cli_data.find)
 app.add_typer(cli_data.app, name="quarantine")
 app.add_typer(cli_budget.app, name="budget")
 
@@ -54,8 +55,12 @@ def client() -> None:
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The site folder.")] = Path(),
     name: Annotated[str | None, typer.Option(help="The site's name; else the folder's.")] = None,
-    dicom: Annotated[str | None, typer.Option(help="Folder of the images.")] = None,
-    labels: Annotated[str | None, typer.Option(help="The labels file, CSV.")] = None,
+    dicom: Annotated[
+        str | None, typer.Option(help="Folder of the images, absolute or from the site folder.")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="The labels file, CSV, absolute or from the site folder.")
+    ] = None,
 ) -> None:
     """Create a site folder and its keys, or what one lacks. Nothing is replaced."""
     require("client", "numpy", "pydicom")

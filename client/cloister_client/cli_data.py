@@ -1,4 +1,4 @@
-"""`cloister client fetch`, `freeze`, `quarantine`, `data-report`: a data steward and the data.
+"""`cloister client fetch`, `freeze`, `quarantine`, `find`, `data-report`: a steward and the data.
 
 Everything heavy is imported inside the commands, so that ``--help`` is quick.
 """
@@ -91,6 +91,61 @@ def fetch(
         raise typer.Exit(ArchiveAnswerInvalid.exit_status)
 
 
+def find(
+    what: Annotated[
+        str,
+        typer.Argument(help="A short name of a file or a patient, or a code such as CLO-211."),
+    ],
+    study: Annotated[
+        Path | None, typer.Option(help="The study that was spoken of: pseudonyms hold for one.")
+    ] = None,
+    folder: Folder = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say which files and patients a name or a code in this site's messages stands for.
+
+    It names patients and stays here. The exit status is 0 where something was found.
+    """
+    require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls")
+    from cloister_client import finding
+    from cloister_client.site import open_site
+    from cloister_common.study import load_study
+
+    site = open_site(site_folder(folder))
+    judged_by = None if study is None else load_study(study)
+    with progress_bar("Reading images") as progress:
+        found = finding.find(site, what, judged_by, progress=progress)
+    if as_json:
+        told = [
+            {
+                "file": one.short_id,
+                "path": one.path,
+                "patient_id": one.patient,
+                "code": None if one.reason is None else one.reason.value,
+            }
+            for one in found
+        ]
+        typer.echo(json.dumps({"found": told}))
+        raise typer.Exit(0 if found else OptionInvalid.exit_status)
+    if not found:
+        raise OptionInvalid(
+            f"Nothing here is meant by {what}.",
+            why="Names of files and patients are this site's own; a patient's holds for one study.",
+            remedy="Give the study that was spoken of: --study STUDY.",
+        )
+    for one in found:
+        why = "" if one.reason is None else f"  {one.reason.value}  {one.reason.title}"
+        # A path and an identifier can hold what a terminal obeys.
+        whose = f"  PatientID {_seen(one.patient)}" if one.patient else ""
+        typer.echo(f"{one.short_id}{why}{whose}")
+        typer.echo(f"              {_seen(one.path)}")
+    typer.echo("This names patients: keep it here.", err=True)
+
+
+def _seen(text: str) -> str:
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
 def data_report(
     out: Annotated[Path, typer.Option(help="The folder to write to.")],
     study: Annotated[Path | None, typer.Option(help="Look at the data as this study does.")] = None,
@@ -153,7 +208,7 @@ def show(
     path, data = quarantine.look(site, one)
     typer.echo(quarantine.render([one]).splitlines()[0])
     # A path can hold what a terminal obeys.
-    typer.echo(f"It lies at {ascii(str(path))[1:-1]}")
+    typer.echo(f"It lies at {_seen(str(path))}")
     if png is not None:
         write_atomic(png, quarantine.picture(data))
         typer.echo(f"Wrote its image to {png}. It may show a patient's name: keep it here.")

@@ -37,10 +37,10 @@ def join(
     ] = None,
     folder: Folder = Path(),
     dicom: Annotated[
-        Path | None, typer.Option(help="Folder of the images, for a new site folder.")
+        Path | None, typer.Option(help="Folder of the images, from here; for a new site folder.")
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="The labels file, CSV, for a new site folder.")
+        Path | None, typer.Option(help="The labels file, CSV, from here; for a new site folder.")
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it is approved.")] = False,
     accept_roster: Accept = None,
@@ -71,6 +71,9 @@ def join(
             dicom=dicom.absolute() if dicom else None,
             labels=labels.absolute() if labels else None,
         )
+        for path, what in ((site.dicom, "folder of images"), (site.labels, "labels file")):
+            if not path.exists():
+                typer.echo(f"There is no {what} yet: {path}. site.toml says where it is.")
         joined = ask(site, read)
     typer.echo(f"Site {site.name}; its key's fingerprint, for the telephone:")
     typer.echo(f"  {fingerprint(site.identity().public)}")

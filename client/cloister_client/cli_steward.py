@@ -74,11 +74,10 @@ def approve(
 
     site = open_site(site_folder(folder))
     found = _only_one(site) if study is None else _proposed(site, study)
-    if study is None:
-        typer.echo(words.review(site, found))
-        if not typer.confirm("Let this site train it?"):
-            typer.echo("Not approved; it waits. To say no for good: cloister client deny")
-            raise typer.Exit(StudyNotApproved.exit_status)
+    typer.echo(words.review(site, found))
+    if study is None and not typer.confirm("Let this site train it?"):
+        typer.echo("Not approved; it waits. To say no for good: cloister client deny")
+        raise typer.Exit(StudyNotApproved.exit_status)
     _settle_roster(site, accept_roster)
     judge(site, found.study, Decision.APPROVED)
     typer.echo(f"Approved at {site.name}: {found.study.study.name}, {found.study.digest[:16]}.")

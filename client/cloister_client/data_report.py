@@ -94,7 +94,7 @@ def survey(
         FolderUnreadable, DecoderUnfit, FileUnreadable: nothing can be read.
     """
     reading = read_cohort(
-        site, study or _any_study(), progress=progress, require_labels=study is not None
+        site, study or any_study(), progress=progress, require_labels=study is not None
     )
     return count(site.name, study, reading)
 
@@ -184,7 +184,7 @@ def page(report: Report) -> str:
     return _PAGE.replace("TITLE", escape(title)).replace("BODY", "\n".join(parts))
 
 
-def _any_study() -> Study:
+def any_study() -> Study:
     return Study.model_validate(
         {
             "study": {"name": "any", "question": "any"},

@@ -133,7 +133,7 @@ def prepare(
         labels: the labels file, likewise.
 
     Raises:
-        OptionInvalid: there is a ``site.toml`` already, and its network is another one.
+        OptionInvalid: there is a ``site.toml`` already, and its network or a path is another one.
         InviteInvalid: the folder is another site's, or belongs to another federation.
     """
     fresh = not (root / "site.toml").exists()
@@ -147,6 +147,15 @@ def prepare(
             "site.toml is there already, and names another proxy or user.",
             remedy="Write them there, below [network], and leave the option out.",
         )
+    for given, written, key in (
+        (dicom, site.dicom, "dicom"),
+        (labels, site.labels, "labels"),
+    ):
+        if given is not None and given != written:
+            raise OptionInvalid(
+                f"site.toml is there already, and its {key} is another one.",
+                remedy=f"Write it there, at '{key}' below [data], and leave --{key} out.",
+            )
     if site.name != invite.site:
         raise InviteInvalid(
             f"The invite is for {invite.site}, and this folder is {site.name}'s.",

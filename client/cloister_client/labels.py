@@ -171,7 +171,8 @@ def _unmatched(
         yield LabelMissing(
             f"{_count(len(missing), 'image has', 'images have')} no label.",
             why=f"Their patients' short pseudonyms: {_listing(list(dict.fromkeys(missing)))}.",
-            remedy=f"Add a row for each {labels.column}, or take the images out of the folder.",
+            remedy=f"Add a row for each {labels.column}, or take the images out of the folder. Who "
+            "they are: cloister client find.",
         )
     unused = [str(label.line) for key, label in labels.rows.items() if key not in used]
     if unused:

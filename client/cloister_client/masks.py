@@ -132,8 +132,7 @@ def _errors(
             f"{_count(len(missing), 'image has', 'images have')} no outline.",
             why=f"Their patients' short pseudonyms: {_listing([name[:12] for name in missing])}.",
             remedy="Add a DICOM Segmentation for each, an empty one where there is nothing to "
-            "mark, or take the images out of the folder. 'cloister client check' says which files "
-            "are turned away.",
+            "mark, or take the images out of the folder. Who they are: cloister client find.",
         )
     if unused:
         yield LabelWithoutImage(

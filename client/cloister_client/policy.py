@@ -6,11 +6,12 @@ study that asks for more is refused with the key that refuses it.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from cloister_client.hours import is_span
 from cloister_common.identity import usable_public_key
@@ -88,6 +89,18 @@ class Policy(FileModel):
         tuple[Annotated[str, AfterValidator(_is_key)], ...], Field(strict=False, max_length=100)
     ] = ()
     """Ed25519 public keys, 64 digits; counted only where ``approve`` is "signed"."""
+
+    @field_validator("networks", mode="after")
+    @classmethod
+    def _are_networks(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        from cloister_common.networks import REGISTRY
+
+        for name in names:
+            if name not in REGISTRY:
+                near = difflib.get_close_matches(name, REGISTRY, 1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"names {name!r}, which is no network of this version.{hint}")
+        return names
 
     @model_validator(mode="after")
     def _has_grounds(self) -> Policy:

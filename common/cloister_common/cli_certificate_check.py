@@ -134,6 +134,6 @@ def _read(path: Path, most: int = _MOST) -> bytes:
     except OSError as error:
         raise FileUnreadable(
             f"{path} cannot be read.",
-            why=error.strerror or "",
+            why=(error.strerror or "The system gave no reason") + ".",
             remedy="Name a file that this user can read.",
         ) from None

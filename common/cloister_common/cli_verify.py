@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from cloister_common.audit import Verdict, examine
+from cloister_common.audit import MAX_LINE, Verdict, examine
 from cloister_common.cli_certificate_check import is_certificate, verify_certificate
-from cloister_common.errors import AuditLogDamaged, OptionInvalid
+from cloister_common.errors import AuditLogDamaged, FileUnreadable, OptionInvalid
 from cloister_common.identity import KEY_BYTES, fingerprint
 
 _SHOWN = 40
@@ -48,6 +48,9 @@ def verify(
             f"{file} is an audit log; a ledger says nothing of it.",
             remedy="Leave --ledger out, or name a certificate.",
         )
+    for each in (file, against):
+        if each is not None:
+            _require_log(each)
     verdict = examine(file, key=_key(key), peer=against)
     if as_json:
         typer.echo(json.dumps(_as_dict(verdict)))
@@ -55,6 +58,28 @@ def verify(
         typer.echo(_in_words(verdict, compared=against is not None))
     if verdict.findings:
         raise typer.Exit(AuditLogDamaged.exit_status)
+
+
+def _require_log(path: Path) -> None:
+    """Tell another file, or none, from a log that was changed: that would be an alarm."""
+    name = path.name or str(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(2 * MAX_LINE)
+    except OSError as error:
+        raise FileUnreadable(
+            f"{name} cannot be read.",
+            why=(error.strerror or "The system gave no reason") + ".",
+            remedy="Name an audit log or a certificate.",
+        ) from None
+    # A ledger's export is chained, too; its entries are one level down.
+    if start and (b'"previous":' not in start or start.startswith(b'{"body":')):
+        raise FileUnreadable(
+            f"{name} is no audit log and no certificate.",
+            why="Nothing in it is an entry of an audit log.",
+            remedy="Name an audit log (audit.jsonl) or a site's certificate. A ledger's export "
+            "goes with its certificate: --ledger.",
+        )
 
 
 def _key(text: str | None) -> bytes | None:

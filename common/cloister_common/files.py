@@ -36,6 +36,11 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600, *, durable: bool = 
         OutputInTheWay: it cannot be written (no folder, no permission, no space).
     """
     try:
+        if path.exists() and not path.is_file():
+            # A device or a pipe: a rename would put a file in its place for everybody.
+            raise OutputInTheWay(
+                f"{path.name} is there already and is no file.", remedy="Name another place."
+            )
         temporary = _temporary(path, data, mode, durable=durable)
         try:
             temporary.replace(path)

@@ -76,7 +76,7 @@ def read_text(path: Path) -> str:
     Raises:
         FileUnreadable: it is missing, too large, not a file, or not UTF-8.
     """
-    name = path.name
+    name = path.name or str(path)
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):

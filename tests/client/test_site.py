@@ -109,6 +109,33 @@ def test_open_lists_all_faults(tmp_path: Path) -> None:
     }
 
 
+def test_a_policy_names_networks_that_there_are(tmp_path: Path) -> None:
+    init_site(tmp_path)
+    path = tmp_path / "site.toml"
+    path.write_text(path.read_text().replace("networks = []", 'networks = ["unet", "unett"]'))
+    with pytest.raises(SiteFileInvalid, match="'unett', which is no network") as caught:
+        open_site(tmp_path)
+    assert "Did you mean 'unet'?" in str(caught.value)
+    assert [fault.key for fault in caught.value.faults] == ["policy.networks"]
+
+
+def test_nothing_but_a_file_is_replaced(tmp_path: Path) -> None:
+    """As root, a rename would put a file in the place of a device."""
+    pipe, folder = tmp_path / "pipe", tmp_path / "folder"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    for path in (pipe, folder):
+        before = path.stat()
+        with pytest.raises(OutputInTheWay):
+            write_atomic(path, b"x")
+        assert path.stat().st_mode == before.st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+    file = tmp_path / "file"
+    write_atomic(file, b"x")
+    write_atomic(file, b"y")
+    assert file.read_bytes() == b"y"
+
+
 def test_open_without_a_site(tmp_path: Path) -> None:
     with pytest.raises(FileUnreadable):
         open_site(tmp_path)

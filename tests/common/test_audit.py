@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cloister_common import cli
 from cloister_common.audit import EMPTY, AuditLog, Head, examine, parse_note, read
-from cloister_common.errors import AuditLogDamaged
+from cloister_common.errors import AuditLogDamaged, FileUnreadable
 from cloister_common.identity import Identity
 
 KEY = Identity.generate()
@@ -227,8 +227,27 @@ def test_verify_of_no_file_is_a_named_error(
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["verify", *arguments])
-    assert caught.value.code == 4
-    assert capsys.readouterr().err.startswith("CLO-306: ")
+    # No alarm: nothing was changed.
+    assert caught.value.code == FileUnreadable.exit_status
+    assert capsys.readouterr().err.startswith("CLO-103: ")
+
+
+@pytest.mark.parametrize(
+    "text", ["[study]\n", '{"body":{"seq":1},"hash":"0","previous":"0"}\n', "\0"]
+)
+def test_verify_of_another_file_is_no_alarm(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, _ = _pair(tmp_path)
+    other = tmp_path / "other"
+    other.write_text(text)
+    for arguments in ([str(other)], [str(one), "--against", str(other)]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["verify", *arguments])
+        assert caught.value.code == FileUnreadable.exit_status
+        told = capsys.readouterr().err
+        assert "other is no audit log and no certificate" in told
+        assert "changed" not in told
 
 
 def test_a_log_without_a_signature_says_that_the_key_is_needed(tmp_path: Path) -> None:

@@ -54,6 +54,17 @@ def on_roster(place: Coordinator) -> set[str]:
     return {entry.site for entry in place.federation().roster().entries}
 
 
+def test_a_path_that_join_would_not_use_is_told(tmp_path: Path, place: Coordinator) -> None:
+    name = NAMES[0]
+    invite = Invite.decode((place.root / "invites" / f"{name}.invite").read_text())
+    site = joining.prepare(tmp_path / "new", invite, dicom=tmp_path / "wrong")
+    for key in ("dicom", "labels"):
+        with pytest.raises(OptionInvalid, match=f"its {key} is another one"):
+            joining.prepare(tmp_path / "new", invite, **{key: tmp_path / "right"})
+    again = joining.prepare(tmp_path / "new", invite, dicom=tmp_path / "wrong")
+    assert again.dicom == site.dicom == tmp_path / "wrong"
+
+
 def test_init_invites_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "fed"
     invites = [word for name in NAMES for word in ("--invite", name)]

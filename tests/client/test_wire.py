@@ -183,9 +183,10 @@ def test_an_identifier_too_long_is_not_believed_either() -> None:
 
 def _judge(message: bytes) -> None:
     try:
-        facts = wire.parse_answer(message, REQUEST, UNFIT)
+        facts, length = wire.parse_answer(message, REQUEST, UNFIT)
     except (RejectedFile, DecoderUnfit, wire.InvalidMessage):
         return
+    assert length == 0
     assert facts.rows * facts.columns <= MAX_PIXELS
     assert facts.modality in REQUEST.modalities
 

@@ -24,6 +24,7 @@ from cloister_common.framing import u64
 from cloister_common.privacy.accounting import epsilon_of
 from cloister_common.privacy.filter import lifetime_epsilon
 from cloister_common.study import Study
+from cloister_common.words import counted
 
 EXPORT_LABEL = "cloister/ledger/export/v2"
 EXPORT_FORMAT = 2
@@ -241,8 +242,8 @@ def render(told: Statement) -> str:
             f"{one.name or 'study'} {one.study[:16]}{state}",
             f"  {line(one.epsilon_promised, told.lifetime_promised, told.lifetime_limit)}",
             f"  spent     epsilon {one.epsilon_spent:.2f} at delta {one.delta:g}, "
-            f"{one.steps_started} steps",
-            f"  reserved  {one.steps_reserved} steps, not started",
+            f"{counted(one.steps_started, 'step')}",
+            f"  reserved  {counted(one.steps_reserved, 'step')}, not started",
         ]
         if one.releases:
             made = ", made" if one.released else ", not made"

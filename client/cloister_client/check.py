@@ -21,6 +21,7 @@ from cloister_client.targets import UNLABELLED
 from cloister_common.errors import DataError, DecoderUnfit, FolderUnreadable, LabelsInvalid, Reject
 from cloister_common.study import About, Input, Study
 from cloister_common.target import Target
+from cloister_common.words import counted
 
 _SIZES_SHOWN = 6
 _ANY_STUDY = Study(
@@ -170,7 +171,7 @@ def render(report: DataReport) -> str:
     lines.append(f"  patients    {report.patients}")
     if report.images_per_patient:
         told = ", ".join(
-            f"{_count(patients, 'patient')} with {_count(images, word[:-1])}"
+            f"{counted(patients, 'patient')} with {counted(images, word[:-1])}"
             for images, patients in report.images_per_patient.items()
         )
         lines.append(f"  each        {told}")
@@ -181,7 +182,7 @@ def render(report: DataReport) -> str:
         lines.append(f"  labels      {told} (patients)")
     if report.faded:
         lines.append(
-            f"  too small   what is marked in {_count(report.faded, 'image')}: nothing of it is "
+            f"  too small   what is marked in {counted(report.faded, 'image')}: nothing of it is "
             "left at the study's size"
         )
     if report.rejects:
@@ -230,7 +231,3 @@ def _sizes(sizes: Mapping[tuple[int, int], int]) -> str:
     told = [f"{rows} x {columns} ({count})" for (rows, columns), count in ordered[:_SIZES_SHOWN]]
     rest = sum(count for _, count in ordered[_SIZES_SHOWN:])
     return ", ".join(told) + (f", others ({rest})" if rest else "")
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"

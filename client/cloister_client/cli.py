@@ -69,7 +69,10 @@ def init(
     new = not (folder / SITE_FILE).exists()
     site = init_site(folder, name=name, dicom=dicom, labels=labels)
     if new:
-        for path, what in ((site.dicom, "folder of images"), (site.labels, "labels file")):
+        for path, what in (
+            (site.dicom, "folder of images"),
+            (site.labels, "labels file, which a segmentation does without"),
+        ):
             if not path.exists():
                 typer.echo(f"There is no {what} yet: {path}")
         typer.echo(f"Site {site.name} is ready. Edit {folder / SITE_FILE}, then run:")

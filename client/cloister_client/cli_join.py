@@ -14,6 +14,7 @@ import typer
 
 from cloister_common.errors import InviteInvalid, OptionInvalid, RosterMismatch
 from cloister_common.extras import require
+from cloister_common.words import counted
 
 if TYPE_CHECKING:
     from cloister_client.joining import Joined
@@ -143,7 +144,9 @@ def offer(site: Site, joined: Joined, accepted: str | None) -> None:
     if change is not None and not any(
         (change.added, change.removed, change.rekeyed, change.reweighted)
     ):
-        typer.echo(f"The roster is the accepted one, with {len(offered.roster.entries)} sites.")
+        typer.echo(
+            f"The roster is the accepted one, with {counted(len(offered.roster.entries), 'site')}."
+        )
         return
     typer.echo(f"\nThe roster of {offered.roster.federation}, number {offered.roster.serial}:")
     for entry in offered.roster.entries:

@@ -27,6 +27,7 @@ from cloister_common.study import Study
 HTML, JSON = "data-report.html", "data-report.json"
 _SHOWN = 50
 _WORD = 64
+_UNTOLD = "not told"
 
 Counts = Mapping[str, int]
 
@@ -107,10 +108,10 @@ def count(site: str, study: Study | None, reading: Reading) -> Report:
     labels = Counter(one.label for one in patients if one.label != UNLABELLED)
     tables = {
         "Modality": _counted(one.modality for one in facts),
-        "Maker": _counted(one.manufacturer[:_WORD] or "not told" for one in facts),
-        "Year": _counted(one.year or "not told" for one in facts),
+        "Maker": _counted(one.manufacturer[:_WORD] or _UNTOLD for one in facts),
+        "Year": _in_order(one.year or _UNTOLD for one in facts),
         "Size": _counted(f"{one.rows} x {one.columns}" for one in facts),
-        "Images a patient": _counted(str(images) for images in each.values()),
+        "Images a patient": _in_order(str(images) for images in each.values()),
     }
     if study is not None and labels:
         tables["Class, patients"] = {
@@ -196,6 +197,16 @@ def any_study() -> Study:
 
 def _counted(words: Iterable[str]) -> Counts:
     return dict(sorted(Counter(words).items(), key=lambda item: (-item[1], item[0])))
+
+
+def _in_order(numbers: Iterable[str]) -> Counts:
+    """Counts of numbers, which are looked for by their order; what is none comes last."""
+    return dict(
+        sorted(
+            Counter(numbers).items(),
+            key=lambda item: (not item[0].isdecimal(), len(item[0]), item[0]),
+        )
+    )
 
 
 def _shared(pairs: Iterable[tuple[Hashable, str]]) -> tuple[tuple[str, ...], ...]:

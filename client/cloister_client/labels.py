@@ -16,6 +16,7 @@ from pathlib import Path
 from cloister_client.dicom.folder import Keys
 from cloister_common.errors import DataError, LabelMissing, LabelsInvalid, LabelWithoutImage
 from cloister_common.target import Target
+from cloister_common.words import counted, listed
 
 KEY_COLUMNS = ("SOPInstanceUID", "AccessionNumber", "PatientID")
 MAX_BYTES = 64 << 20
@@ -136,7 +137,7 @@ def join(labels: Labels, images: Sequence[Linked]) -> tuple[list[int | None], li
     for rows in rows_of.values():
         if len({row.value for row in rows}) > 1:
             ordered = sorted(row.line for row in rows)
-            also = _listing([str(line) for line in ordered[1:]])
+            also = listed(map(str, ordered[1:]), SHOWN)
             faults.append((ordered[0], f"contradicts line {also}: one patient, two classes."))
     errors: list[DataError] = []
     if faults:
@@ -169,16 +170,16 @@ def _unmatched(
     ]
     if missing:
         yield LabelMissing(
-            f"{_count(len(missing), 'image has', 'images have')} no label.",
-            why=f"Their patients' short pseudonyms: {_listing(list(dict.fromkeys(missing)))}.",
+            f"{counted(len(missing), 'image has', 'images have')} no label.",
+            why=f"Their patients' short pseudonyms: {listed(missing, SHOWN)}.",
             remedy=f"Add a row for each {labels.column}, or take the images out of the folder. Who "
             "they are: cloister client find.",
         )
     unused = [str(label.line) for key, label in labels.rows.items() if key not in used]
     if unused:
         yield LabelWithoutImage(
-            f"{_count(len(unused), 'label belongs', 'labels belong')} to no image.",
-            why=f"Lines of the labels file: {_listing(unused)}.",
+            f"{counted(len(unused), 'label belongs', 'labels belong')} to no image.",
+            why=f"Lines of the labels file: {listed(unused, SHOWN)}.",
             remedy="Add the images, or take the rows out. An image that was turned away counts as "
             "absent; 'cloister client check' says why images are turned away.",
         )
@@ -241,18 +242,9 @@ def _invalid(faults: list[tuple[int, str]], remedy: str) -> LabelsInvalid:
     for line, message in sorted(faults):
         lines_of[message].append(line)
     told = [
-        f"\n  line{'s' * (len(lines) > 1)} {_listing([str(line) for line in lines])} {message}"
+        f"\n  line{'s' * (len(lines) > 1)} {listed(map(str, lines), SHOWN)} {message}"
         for message, lines in list(lines_of.items())[:SHOWN]
     ]
     more = f"\n  and {len(lines_of) - SHOWN} more." if len(lines_of) > SHOWN else ""
-    count = _count(len(faults), "fault", "faults")
+    count = counted(len(faults), "fault", "faults")
     return LabelsInvalid(f"The labels file has {count}:{''.join(told)}{more}\n", remedy=remedy)
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
-
-
-def _listing(words: list[str]) -> str:
-    more = f" and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
-    return ", ".join(words[:SHOWN]) + more

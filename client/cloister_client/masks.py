@@ -15,6 +15,7 @@ from cloister_client.dicom.geometry import numbers
 from cloister_client.dicom.outlines import Mask, Outline
 from cloister_client.labels import SHOWN, Linked
 from cloister_common.errors import DataError, LabelMissing, LabelsInvalid, LabelWithoutImage
+from cloister_common.words import counted, listed
 
 _COSINES = 1e-3
 """How far direction cosines may be off: rounding in the file, and no other orientation."""
@@ -119,25 +120,26 @@ def _errors(
     faults: Mapping[str, Sequence[str]], missing: Sequence[str], unused: Sequence[str]
 ) -> Iterator[DataError]:
     if faults:
-        told = "".join(f"\n  {what}: {_listing(names)}" for what, names in faults.items())
+        told = "".join(f"\n  {what}: {listed(names, SHOWN)}" for what, names in faults.items())
         files = len({name for names in faults.values() for name in names})
         yield LabelsInvalid(
-            f"{_count(files, 'segmentation does', 'segmentations do')} not fit the images, by "
+            f"{counted(files, 'segmentation does', 'segmentations do')} not fit the images, by "
             f"the short names of the files:{told}\n",
             remedy="Take all but one for each image out of the folder, and export what does not "
             "fit anew.",
         )
     if missing:
         yield LabelMissing(
-            f"{_count(len(missing), 'image has', 'images have')} no outline.",
-            why=f"Their patients' short pseudonyms: {_listing([name[:12] for name in missing])}.",
+            f"{counted(len(missing), 'image has', 'images have')} no outline.",
+            why="Their patients' short pseudonyms: "
+            f"{listed((name[:12] for name in missing), SHOWN)}.",
             remedy="Add a DICOM Segmentation for each, an empty one where there is nothing to "
             "mark, or take the images out of the folder. Who they are: cloister client find.",
         )
     if unused:
         yield LabelWithoutImage(
-            f"{_count(len(unused), 'segmentation belongs', 'segmentations belong')} to no image.",
-            why=f"By the short names of the files: {_listing(unused)}.",
+            f"{counted(len(unused), 'segmentation belongs', 'segmentations belong')} to no image.",
+            why=f"By the short names of the files: {listed(unused, SHOWN)}.",
             remedy="Add the images, or take the segmentations out. An image that was turned away "
             "counts as absent; 'cloister client check' says why images are turned away.",
         )
@@ -146,13 +148,3 @@ def _errors(
 def digest(mask: Mask | None) -> str | None:
     """SHA-256 of an outline, 64 hexadecimal digits: what a manifest keeps, keyed, as its label."""
     return None if mask is None else hashlib.sha256(mask.tobytes()).hexdigest()
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
-
-
-def _listing(names: Sequence[str]) -> str:
-    distinct = list(dict.fromkeys(names))
-    more = f" and {len(distinct) - SHOWN} more" if len(distinct) > SHOWN else ""
-    return ", ".join(distinct[:SHOWN]) + more

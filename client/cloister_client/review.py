@@ -10,6 +10,7 @@ from cloister_client.budget import line, study_promised
 from cloister_client.policy import refusals
 from cloister_client.site import Site
 from cloister_common.study import Study
+from cloister_common.words import counted
 
 _COLUMNS = 79
 
@@ -25,9 +26,9 @@ def review(site: Site, judgement: Judgement) -> str:
         + (" by the policy" if judgement.ground else "")
         + (f", {judgement.time}" if judgement.time else "")
         + (f": {judgement.why}" if judgement.why else ""),
-        f"  trains       {study.network.name}, {study.training.rounds} rounds of "
-        f"{study.training.steps_per_round} steps, each patient in a step with probability "
-        f"{study.training.sampling_rate:g}",
+        f"  trains       {study.network.name}, {counted(study.training.rounds, 'round')} of "
+        f"{counted(study.training.steps_per_round, 'step')}, each patient in a step with "
+        f"probability {study.training.sampling_rate:g}",
         *_stands_on(study),
         *_told(
             "  on           ",

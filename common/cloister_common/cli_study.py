@@ -11,6 +11,7 @@ import typer
 
 from cloister_common.errors import OptionInvalid, OutputInTheWay, StudyInvalid
 from cloister_common.study import Study, load_study
+from cloister_common.words import counted
 
 app = typer.Typer(help="Write, check and plan study files.", no_args_is_help=True)
 
@@ -140,6 +141,14 @@ def sign(
     typer.echo(identity.public.hex())
 
 
+def _fewest_sites(study: Study) -> int:
+    """How few sites can train it: masked updates may need more than the study asks for."""
+    from cloister_common.secagg.parameters import fewest_sites
+
+    asked = study.aggregation
+    return max(asked.min_sites, fewest_sites(asked.colluders)) if asked.secure else asked.min_sites
+
+
 def _in_words(study: Study) -> str:
     training, privacy = study.training, study.privacy
     promise = (
@@ -166,10 +175,11 @@ def _in_words(study: Study) -> str:
             f"  input      {', '.join(given.modalities)}, {shape}",
             f"  target     {study.target.described}",
             f"  network    {study.network.name}",
-            f"  training   {training.rounds} rounds of {training.steps_per_round} steps, "
+            f"  training   {counted(training.rounds, 'round')} of "
+            f"{counted(training.steps_per_round, 'step')}, "
             f"each patient in a step with probability {training.sampling_rate:g}",
             f"  privacy    {promise}",
-            f"  sites      {study.aggregation.strategy}, at least {study.aggregation.min_sites}",
+            f"  sites      {study.aggregation.strategy}, at least {_fewest_sites(study)}",
             f"  updates    {masked}",
             f"  hash       {study.digest}",
         )

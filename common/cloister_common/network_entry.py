@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -100,6 +101,54 @@ class Entry:
     arguments: Mapping[str, Argument | Word] = field(default_factory=dict)
     dimensions: int = 2
     outlines: bool = False
+
+    def misfits(self, arguments: Mapping[str, object], size: int) -> Iterator[Misfit]:
+        """What keeps the network from being built so: all of it, not only the first.
+
+        Args:
+            arguments: what a study gives, by name.
+            size: side of the square input, in pixels.
+        """
+        for name, value in arguments.items():
+            known = self.arguments.get(name)
+            if known is None:
+                told = f"The network '{self.name}' has no argument '{name}'."
+                yield Misfit(f"arguments.{name}", told, nearest(name, self.arguments))
+            elif not known.accepts(value):
+                told = f"The argument '{name}' of '{self.name}' cannot be {value!r}."
+                yield Misfit(f"arguments.{name}", told, f"It is {known.range}.")
+        for name, one in self.arguments.items():
+            if one.default is None and name not in arguments:
+                told = f"The network '{self.name}' needs the argument '{name}'."
+                yield Misfit(f"arguments.{name}", told, f"It is {one.range}.")
+        if size < self.smallest:
+            yield Misfit(
+                "name",
+                f"Images of {size} pixels are too small for '{self.name}'.",
+                f"Set input.size to {self.smallest} or more, or choose another network.",
+            )
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Why a network cannot be built as a study asks.
+
+    Attributes:
+        key: the key of the study's table ``network`` that it is about.
+        what, remedy: sentences for the person who writes the study.
+    """
+
+    key: str
+    what: str
+    remedy: str
+
+
+def nearest(name: str, known: Mapping[str, object]) -> str:
+    """Name the known word that is most like ``name``; else all of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"Did you mean '{close[0]}'?"
+    return f"Known: {', '.join(known)}." if known else "It takes no arguments."
 
 
 def missing_package(package: str) -> ExtraMissing:

@@ -7,14 +7,20 @@ in-place operations and without buffers, from its seed alone;
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloister_common.errors import NetworkUnfit
-from cloister_common.network_entry import Argument, Entry, Value, Word, missing_package
+from cloister_common.network_entry import (
+    Argument,
+    Entry,
+    Value,
+    Word,
+    missing_package,
+    nearest,
+)
 from cloister_common.pretrained import WIDTHS, Weights
 from cloister_common.study import PINNED, Network, Study
 
@@ -110,23 +116,9 @@ def resolve(
     Raises:
         NetworkUnfit: as ``build``.
     """
-    entry = REGISTRY.get(network.name)
-    if entry is None:
-        raise NetworkUnfit(
-            f"There is no network '{network.name}'.", remedy=_nearest(network.name, REGISTRY)
-        )
-    for name, value in network.arguments.items():
-        argument = entry.arguments.get(name)
-        if argument is None:
-            raise NetworkUnfit(
-                f"The network '{entry.name}' has no argument '{name}'.",
-                remedy=_nearest(name, entry.arguments),
-            )
-        if not argument.accepts(value):
-            raise NetworkUnfit(
-                f"The argument '{name}' of '{entry.name}' cannot be {value!r}.",
-                remedy=f"It is {argument.range}.",
-            )
+    entry = registered(network.name)
+    for misfit in entry.misfits(network.arguments, size):
+        raise NetworkUnfit(misfit.what, remedy=misfit.remedy)
     if (depth is not None) != (entry.dimensions == 3):
         asked = 2 if depth is None else 3
         fit = [one.name for one in REGISTRY.values() if one.dimensions == asked]
@@ -135,29 +127,23 @@ def resolve(
             f"and input.dimensions is {asked}.",
             remedy=f"Choose one of: {', '.join(fit)}.",
         )
-    if size < entry.smallest:
-        raise NetworkUnfit(
-            f"Images of {size} pixels are too small for '{entry.name}'.",
-            remedy=f"Set input.size to {entry.smallest} or more, or choose another network.",
-        )
-    values: dict[str, Value] = {}
-    for name, argument in entry.arguments.items():
-        given = network.arguments.get(name, argument.default)
-        if given is None:
-            raise NetworkUnfit(
-                f"The network '{entry.name}' needs the argument '{name}'.",
-                remedy=f"It is {argument.range}.",
-            )
-        # What is given was accepted above, so it is a whole number or a word.
-        values[name] = given if isinstance(given, str) else int(given)
-    return entry, values
+    given = {name: one.default for name, one in entry.arguments.items()} | network.arguments
+    # What is given was accepted above, so it is a whole number or a word.
+    return entry, {
+        name: one if isinstance(one, str) else int(one or 0) for name, one in given.items()
+    }
 
 
-def _nearest(name: str, known: Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close:
-        return f"Did you mean '{close[0]}'?"
-    return f"Known: {', '.join(known)}." if known else "It takes no arguments."
+def registered(name: str) -> Entry:
+    """The registry's entry.
+
+    Raises:
+        NetworkUnfit: there is none, with the name most like it.
+    """
+    entry = REGISTRY.get(name)
+    if entry is None:
+        raise NetworkUnfit(f"There is no network '{name}'.", remedy=nearest(name, REGISTRY))
+    return entry
 
 
 def _monai_nets() -> Any:

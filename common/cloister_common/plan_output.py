@@ -9,6 +9,7 @@ from pathlib import Path
 from cloister_common.errors import OptionInvalid
 from cloister_common.files import write_atomic
 from cloister_common.planning import Plan, Setting
+from cloister_common.words import counted
 
 _INK, _FAINT, _GRID, _LINE, _ACCENT = "#1d2b33", "#52636d", "#d9e1e5", "#0b6e75", "#a8480f"
 _KINDS = ("png", "svg")
@@ -41,15 +42,18 @@ def render(plan: Plan) -> str:
     """The plan for a person, several lines."""
     study, setting = plan.study, plan.setting
     privacy = study.privacy
-    lines = [f"{study.study.name}: {study.training.rounds} rounds, {len(plan.sites)} sites"]
+    lines = [
+        f"{study.study.name}: {counted(study.training.rounds, 'round')}, "
+        + counted(len(plan.sites), "site")
+    ]
     if setting is None:
         lines.append("  privacy   NONE: no noise, no epsilon, nothing to choose")
     else:
         lines += [
             f"  privacy   patient-level, epsilon {privacy.epsilon:g} at delta {privacy.delta:g}",
             f"  noise     sigma {setting.noise_multiplier:.4f}, "
-            f"{setting.rounds * setting.steps_per_round} steps, each patient in a step with "
-            f"probability {setting.sampling_rate:g}",
+            f"{counted(setting.rounds * setting.steps_per_round, 'step')}, each patient in a "
+            f"step with probability {setting.sampling_rate:g}",
             f"  epsilon   {_by_round(plan)}",
         ]
         if plan.release is not None:
@@ -62,7 +66,7 @@ def render(plan: Plan) -> str:
         f"  bytes     {plan.bytes_each_way:,} to a site and {plan.bytes_each_way:,} from it, a "
         "round; keys and signatures come on top",
         f"  machine   {plan.pace.gradient:.4f} s for a patient of "
-        f"{study.training.images_per_patient} images, one after the other",
+        f"{counted(study.training.images_per_patient, 'image')}, one after the other",
         "",
         f"  {'patients':>8}  {'in a step':>9}  {'minutes a round':>15}  signal-to-noise of a step",
     ]

@@ -24,7 +24,14 @@ from pydantic import (
 
 from cloister_common.errors import Fault, NetworkUnfit, StudyInvalid
 from cloister_common.target import Target
-from cloister_common.tomlfile import KeyedValueError, ShownModel, key_lines, parse, read_text
+from cloister_common.tomlfile import (
+    KeyedValueError,
+    KeyedValueErrors,
+    ShownModel,
+    key_lines,
+    parse,
+    read_text,
+)
 
 HASH_LABEL = b"cloister/study/v1\0"
 UPDATE_LABEL = b"cloister/update/v1\0"
@@ -335,16 +342,20 @@ class _StudyFile(Study):
     @field_validator("network")
     @classmethod
     def _known_network(cls, network: Network, info: ValidationInfo) -> Network:
-        from cloister_common.networks import REGISTRY, resolve
+        from cloister_common.networks import registered
 
-        given = info.data.get("input", Input())
-        entry = REGISTRY.get(network.name)
-        # Whether it has the input's dimensions is asked where the input has no fault.
-        depth = None if entry is None or entry.dimensions == 2 else FEWEST_SLICES
         try:
-            resolve(network, size=given.size, depth=depth)
+            entry = registered(network.name)
         except NetworkUnfit as error:
             raise KeyedValueError("name", f"{error.what} {error.remedy}") from None
+        # Whether it has the input's dimensions is asked where the input has no fault.
+        size = info.data.get("input", Input()).size
+        faults = [
+            KeyedValueError(one.key, f"{one.what} {one.remedy}")
+            for one in entry.misfits(network.arguments, size)
+        ]
+        if faults:
+            raise KeyedValueErrors(faults)
         return network
 
 

@@ -76,7 +76,7 @@ def read_text(path: Path) -> str:
     Raises:
         FileUnreadable: it is missing, too large, not a file, or not UTF-8.
     """
-    name = path.name or str(path)
+    name = path.absolute().name or str(path)  # "." has no name of its own
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):
@@ -112,7 +112,7 @@ def parse(text: str, model: type[ModelT]) -> tuple[ModelT | None, tuple[Fault, .
         except ValidationError as error:
             # What was taken out is missing now, which is no fault of the file.
             details = [detail for detail in _told(error) if not {*_places(detail)} & taken]
-            faults |= {_fault(detail, data, model, lines) for detail in details}
+            faults |= {one for each in details for one in _faults(each, data, model, lines)}
             # A table with a faulty key is never asked how its keys fit together, so the faulty
             # ones are taken out and the rest is judged again.
             out = {_take_out(data, detail["loc"]) for detail in details} - {()}
@@ -235,33 +235,33 @@ def _syntax_fault(message: str, text: str) -> Fault:
     return Fault(len(_lines(text.rstrip())), "TOML", message + ".")
 
 
-def _fault(
+def _faults(
     detail: ErrorDetails,
     data: Mapping[str, Any],
     model: type[BaseModel],
     lines: Mapping[KeyPath, int],
-) -> Fault:
+) -> Iterator[Fault]:
     kind, location = detail["type"], detail["loc"]
     given = location if kind == "missing" else _written(location, data)
     path = tuple(str(part) for part in given)
     key = ".".join(path) or "file"
     line = _line([part for part in given if isinstance(part, str)], lines)
     if kind == "extra_forbidden":
-        return Fault(line, key, "is not a known key.", _nearest(path, model))
-    if kind == "missing":
-        return Fault(line, key, "is missing.")
-    if kind == "value_error":
+        yield Fault(line, key, "is not a known key.", _nearest(path, model))
+    elif kind == "missing":
+        yield Fault(line, key, "is missing.")
+    elif kind == "value_error":
         error = detail.get("ctx", {}).get("error")
-        located = getattr(error, "key", "")
-        if located:
-            path = (*path, *located.split("."))
-            key = ".".join(path)
-        return Fault(_line(path, lines), key, str(error))
-    if len(given) < len(location) and location[-1] != "[key]":
+        for each in error.errors if isinstance(error, KeyedValueErrors) else (error,):
+            located = getattr(each, "key", "")
+            full = (*path, *located.split(".")) if located else path
+            yield Fault(_line(full, lines), ".".join(full) or "file", str(each))
+    elif len(given) < len(location) and location[-1] != "[key]":
         # One error for each type that the key could have had.
-        return Fault(line, key, "has a value of a type that is not accepted.")
-    message = detail["msg"][:1].lower() + detail["msg"][1:] + "."
-    return Fault(line, key, message, _given(detail["input"]))
+        yield Fault(line, key, "has a value of a type that is not accepted.")
+    else:
+        message = detail["msg"][:1].lower() + detail["msg"][1:] + "."
+        yield Fault(line, key, message, _given(detail["input"]))
 
 
 def _written(location: Location, data: Mapping[str, Any]) -> Location:
@@ -281,6 +281,14 @@ class KeyedValueError(ValueError):
     def __init__(self, key: str, message: str) -> None:
         super().__init__(message)
         self.key = key
+
+
+class KeyedValueErrors(ValueError):
+    """Several such faults, found together."""
+
+    def __init__(self, errors: Sequence[KeyedValueError]) -> None:
+        super().__init__(" ".join(map(str, errors)))
+        self.errors = tuple(errors)
 
 
 def _given(value: Any) -> str:

@@ -1,13 +1,26 @@
-"""Words that one party writes and another reads: how they are shown, and when two are the same."""
+"""Words for people: how many of what, how another party's are shown, when two are the same."""
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 
 
 def is_plain(text: str) -> bool:
     """Whether a text is one line of characters that are seen, and spaces."""
     return all(one.isprintable() or unicodedata.category(one) == "Zs" for one in text)
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """``1 image``, ``2 images``; ``many`` where it is not ``one`` with an s."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def listed(words: Iterable[str], most: int) -> str:
+    """Different words with commas between, and how many there are beyond ``most``."""
+    distinct = list(dict.fromkeys(words))
+    more = f" and {len(distinct) - most} more" if len(distinct) > most else ""
+    return ", ".join(distinct[:most]) + more
 
 
 def segment_name(text: str) -> str:

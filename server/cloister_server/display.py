@@ -8,6 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from cloister_common.words import counted
 from cloister_server.checkpoint import Figures, Released
 from cloister_server.collection import REASONS
 from cloister_server.events import Began, Event, Lost, ReleaseMade, Waiting
@@ -18,7 +19,10 @@ def in_words(event: Waiting) -> str:
     reasons = "; ".join(
         f"{name}: {REASONS.get(reason, reason)}" for name, reason in sorted(event.refused.items())
     )
-    told = f"{event.present} sites take part so far, {event.needed} are needed"
+    told = (
+        f"{counted(event.present, 'site takes', 'sites take')} part so far, "
+        f"{event.needed} are needed"
+    )
     return f"{told} ({reasons})" if reasons else told
 
 
@@ -80,7 +84,8 @@ class Display:
             self._measured(event.figures, event.rounds)
 
     def _began(self, event: Began) -> None:
-        self.say(f"{len(event.sites)} sites take part: {', '.join(event.sites)}")
+        sites = counted(len(event.sites), "site takes", "sites take")
+        self.say(f"{sites} part: {', '.join(event.sites)}")
         for name, reason in sorted(event.refused.items()):
             self.say(f"{name} does not: {REASONS.get(reason, reason)}")
         for number in event.lost:
@@ -113,4 +118,4 @@ def _released(release: Released) -> str:
         return "The release of noised figures failed; what it cost is charged"
     auroc = release.metrics["auroc"]
     told = "no AUROC: a class has too few patients" if auroc is None else f"{auroc['value']:.3f}"
-    return f"noised AUROC on patients of {release.sites} sites: {told}"
+    return f"noised AUROC on patients of {counted(release.sites, 'site')}: {told}"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from cloister_common.errors import DataError, OptionInvalid
 from cloister_common.records import Vector
 from cloister_common.study import Study
+from cloister_common.words import counted
 
 if TYPE_CHECKING:
     from cloister_common.metrics import Metrics
@@ -89,7 +90,7 @@ def refuse_overlap(holdout: Path, sites: Mapping[str, Path]) -> None:
                 shared += _digest(path) in known[size]
         if shared:
             raise OptionInvalid(
-                f"The hold-out shares {shared} {'image' if shared == 1 else 'images'} with {site}.",
+                f"The hold-out shares {counted(shared, 'image')} with {site}.",
                 why="A model that is measured on patients it was trained on looks better than it "
                 "is, and with privacy on, such figures are not charged.",
                 remedy="Name a hold-out of patients of no site.",

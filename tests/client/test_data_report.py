@@ -62,6 +62,7 @@ def test_counts_and_leaks(site: Site) -> None:
     assert report.rejects == {Reject.NOT_DICOM: 1, Reject.BURNED_IN: 1}
     assert report.tables["Modality"] == {"DX": 12}
     assert report.tables["Year"] == {"not told": 10, "2019": 2}
+    assert list(report.tables["Year"]) == ["2019", "not told"]  # by year, not by count
     assert report.tables["Size"] == {"48 x 40": 10, "60 x 50": 2}
     assert report.tables["Images a patient"] == {"1": 4, "2": 4}
     assert report.tables["Class, patients"] == {"normal": 2, "nodule": 6}

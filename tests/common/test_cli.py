@@ -289,6 +289,28 @@ def test_check_says_loudly_that_privacy_is_off(
     assert "NO differential privacy" in out
 
 
+@pytest.mark.parametrize(
+    ("aggregation", "fewest"),
+    [
+        ("min_sites = 7", 7),
+        ("min_sites = 1", 4),
+        ("min_sites = 1\ncolluders = 0", 3),
+        ("min_sites = 1\ncolluders = 4", 7),
+        ("min_sites = 1\nsecure = false", 1),
+    ],
+)
+def test_check_says_how_few_sites_can_train_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, aggregation: str, fewest: int
+) -> None:
+    file = tmp_path / "study.toml"
+    end(capsys, "study", "new", str(file))
+    head = file.read_text().partition("[training]")[0]
+    file.write_text(f"{head}[training]\nrounds = 1\n[aggregation]\n{aggregation}\n")
+    _, out, _ = end(capsys, "study", "check", str(file))
+    assert f"at least {fewest}\n" in out
+    assert "1 round of 1 step, " in out
+
+
 def test_a_missing_file_is_103(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, _, err = end(capsys, "study", "check", str(tmp_path / "none.toml"))
     assert status == 2

@@ -392,19 +392,46 @@ def test_the_type_of_an_argument_is_part_of_its_meaning() -> None:
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (("[network]", 'name = "resnet50"'), "There is no network 'resnet50'. Did you mean"),
-        (("[network.arguments]", "widht = 8"), "has no argument 'widht'. Did you mean 'width'?"),
-        (("[network.arguments]", "width = 0"), "cannot be 0"),
-        (("[input]", "size = 16", "[network]", 'name = "densenet121"'), "too small"),
+        (
+            ("[network]", 'name = "resnet50"'),
+            {"name": "There is no network 'resnet50'. Did you mean"},
+        ),
+        (
+            ("[network.arguments]", "widht = 8"),
+            {"arguments.widht": "has no argument 'widht'. Did you mean 'width'?"},
+        ),
+        (("[network.arguments]", "width = 0"), {"arguments.width": "cannot be 0"}),
+        (("[input]", "size = 16", "[network]", 'name = "densenet121"'), {"name": "too small"}),
+        (
+            (
+                *("[input]", "size = 16", "[network]", 'name = "densenet121"'),
+                *("[network.arguments]", "groups = 3", "depth = 1"),
+            ),
+            {
+                "name": "too small",
+                "arguments.groups": "cannot be 3. It is a whole number from",
+                "arguments.depth": "has no argument 'depth'",
+            },
+        ),
+        (
+            ("[network]", 'name = "frozen-backbone"'),
+            {
+                "arguments.sha256": "needs the argument",
+                "arguments.architecture": "needs the argument",
+            },
+        ),
     ],
 )
-def test_a_network_is_judged_with_the_rest(lines: tuple[str, ...], words: str) -> None:
+def test_a_network_is_judged_with_the_rest(lines: tuple[str, ...], words: dict[str, str]) -> None:
+    text = with_lines(*lines, "[privacy]", "epsilon = 0")
     with pytest.raises(StudyInvalid) as caught:
-        parse_study(with_lines(*lines, "[privacy]", "epsilon = 0"))
+        parse_study(text)
     told = {fault.key: fault for fault in caught.value.faults}
-    assert set(told) == {"network.name", "privacy.epsilon"}
-    assert words in told["network.name"].message
-    assert told["network.name"].line > 0
+    assert set(told) == {"privacy.epsilon", *(f"network.{key}" for key in words)}
+    for key, said in words.items():
+        fault = told[f"network.{key}"]
+        assert said in fault.message
+        assert key.rpartition(".")[2] in text.splitlines()[fault.line - 1] or "needs" in said
 
 
 def test_a_study_from_elsewhere_may_name_a_network_that_is_not_here() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cloister_client.privacy_audit.one_run import OneRunAudit
+from cloister_common.words import counted
 
 
 def as_dict(found: OneRunAudit) -> dict[str, object]:
@@ -39,7 +40,7 @@ def verdict(found: OneRunAudit) -> str:
 def render(found: OneRunAudit) -> str:
     """An audit for a terminal."""
     guessed = ", ".join(f"{line.right} of {line.made}" for line in found.guesses)
-    steps = "1 step" if found.steps == 1 else f"{found.steps} steps"
+    steps = counted(found.steps, "step")
     lines = [
         f"claimed           epsilon {found.claimed_epsilon:.3f} at delta {found.delta:g}: {steps} "
         f"at noise multiplier {found.noise_multiplier:g}, rate {found.sampling_rate:g}",

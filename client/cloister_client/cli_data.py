@@ -25,14 +25,20 @@ app = typer.Typer(invoke_without_command=True)
 
 Folder = Annotated[Path, typer.Option("--dir", help="The site folder.")]
 Name = Annotated[str, typer.Argument(metavar="ID", help="A file's short name, as listed.")]
-Why = Annotated[str, typer.Option(help="For this site's own records; it is not sent.")]
+Why = Annotated[
+    str,
+    typer.Option(help="Stands in this site's audit log, so name no patient; it is not sent."),
+]
 
 
 def freeze(
     study: Annotated[Path, typer.Argument(help="The study file.")],
     folder: Folder = Path(),
     again: Annotated[bool, typer.Option("--again", help="Replace what was frozen.")] = False,
-    why: Annotated[str, typer.Option(help="Why it is frozen anew.")] = "",
+    why: Annotated[
+        str,
+        typer.Option(help="Why it is frozen anew; stands in the audit log, so name no patient."),
+    ] = "",
 ) -> None:
     """Sign what a study is trained on here: every image, patient and label; later runs check it.
 

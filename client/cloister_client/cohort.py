@@ -19,7 +19,7 @@ from cloister_client.dicom.wire import Facts
 from cloister_client.gathering import gather
 from cloister_client.manifest import Item, Manifest, item_of
 from cloister_client.site import Site
-from cloister_client.sources.fetch import require_whole
+from cloister_client.sources.fetch import names_stored, require_whole
 from cloister_client.targets import (
     UNLABELLED,
     Targets,
@@ -27,7 +27,7 @@ from cloister_client.targets import (
     unlabelled,
 )
 from cloister_client.volumes import as_images
-from cloister_common.errors import DataError, Reject
+from cloister_common.errors import DataError, LabelWithoutImage, Reject
 from cloister_common.study import Study
 
 if TYPE_CHECKING:
@@ -142,16 +142,16 @@ def load_frozen(
     """
     frozen = manifests.load(site, study)
     reading = read_cohort(site, study, progress=progress, frozen=frozen)
-    cohort = _sound(reading)
     if frozen is None:
+        cohort = _sound(reading)
         with manifests.alone(site):
-            # Another run may have frozen the data while these were read.
             frozen = manifests.load(site, study)
             if frozen is None:
                 manifests.freeze(site, study, reading.items, outlines=reading.outlines)
-        for fault in manifests.differences(frozen, reading.items) if frozen else ():
-            raise fault
-    return cohort
+                return cohort
+        # Another run froze the data while these were read, and more may have come since.
+        reading = read_cohort(site, study, progress=progress, frozen=frozen)
+    return _sound(reading)
 
 
 def freeze(
@@ -175,11 +175,17 @@ def freeze(
         OptionInvalid: it is frozen already, and ``again`` or a reason is missing.
         others: see ``load_frozen``.
     """
-    if again or manifests.is_frozen(site, study):
-        manifests.require_reason(why if again else "")
+
+    def require_reason() -> None:
+        if again or manifests.is_frozen(site, study):
+            manifests.require_reason(why if again else "")
+
+    require_reason()
     reading = read_cohort(site, study, progress=progress)
     _sound(reading)
     with manifests.alone(site):
+        # Another may have frozen it meanwhile.
+        require_reason()
         return manifests.freeze(
             site, study, reading.items, outlines=reading.outlines, why=why.strip()
         )
@@ -211,6 +217,8 @@ def read_cohort(
         FileUnreadable: the decisions on held files cannot be read.
     """
     key, digest = site.pseudonym_key(), study.digest
+    part = require_whole(site) if frozen is None else None
+    stored = names_stored(site) if frozen is None else None
     found = gather(site, study, progress=progress, segmentations=require_labels, frozen=frozen)
     accepted, linked, rejects = found.accepted, found.linked, found.rejects
     joined, files = found.joined, found.files
@@ -220,12 +228,19 @@ def read_cohort(
         rejects.update(alone.values())
         slices = [one for index, one in enumerate(slices) if index not in alone]
     faults: list[DataError] = [] if accepted else [no_images(rejects)]
-    if frozen is None and (part := require_whole(site)) is not None:
-        faults.insert(0, part)
+    if frozen is None:
+        # Nor may a fetch have begun, or ended, while the files were read.
+        part = part or require_whole(site, more=names_stored(site) != stored)
+        faults[:0] = [part] if part else []
     targets = unlabelled(accepted)
     if require_labels:
         targets = join_targets(site, study, accepted, linked, joined)
-        faults += targets.faults
+        # A row may speak of an image that is yet to come; what it says of frozen ones is theirs.
+        faults += (
+            fault
+            for fault in targets.faults
+            if frozen is None or not isinstance(fault, LabelWithoutImage)
+        )
     items = tuple(
         item_of(
             key, digest, sop_instance=one.keys.sop_instance, patient=name,

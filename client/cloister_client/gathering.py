@@ -71,6 +71,7 @@ def gather(
     key, digest = site.pseudonym_key(), study.digest
     contents = frozenset() if frozen is None else frozen.contents
     images = frozenset() if frozen is None else frozen.images
+    patients = {patient for _, patient in images}
     found = Gathered()
     with memory_of(site, releases(site)) as memory:
         for outcome in read_folder(
@@ -103,7 +104,10 @@ def gather(
             if new:
                 found.elsewhere.add(image)
             found.later += new and isinstance(outcome, Accepted)
-            found.linked.append(Linked(keys, name, duplicate=new or isinstance(outcome, Refused)))
+            refused = isinstance(outcome, Refused)
+            # What came later has no say, but for another copy of a frozen patient's image.
+            later = new and not (refused and name in patients)
+            found.linked.append(Linked(keys, name, duplicate=new or refused, later=later))
             if isinstance(outcome, Accepted) and not new:
                 found.accepted.append((outcome, name))
     return found

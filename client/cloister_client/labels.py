@@ -55,12 +55,14 @@ class Linked:
     Attributes:
         keys: what its header says.
         patient: the patient's pseudonym.
-        duplicate: whether the image itself was turned away as a duplicate.
+        duplicate: whether the image itself was turned away as a duplicate, or came later.
+        later: whether what the labels say of it is left aside: it came after a study was frozen.
     """
 
     keys: Keys
     patient: str
     duplicate: bool = False
+    later: bool = False
 
 
 def read_labels(path: Path, target: Target) -> Labels:
@@ -122,9 +124,14 @@ def join(labels: Labels, images: Sequence[Linked]) -> tuple[list[int | None], li
     patients_of: dict[str, set[str]] = defaultdict(set)
     rows_of: dict[str, set[Label]] = defaultdict(set)
     direct: list[Label | None] = []
+    used: set[str] = set()
     for image in images:
         key = getattr(image.keys, attribute)
         label = labels.rows.get(key)
+        if label is not None:
+            used.add(key)
+        if image.later:
+            label = None
         direct.append(label)
         if label is not None:
             patients_of[key].add(image.patient)
@@ -147,7 +154,7 @@ def join(labels: Labels, images: Sequence[Linked]) -> tuple[list[int | None], li
         label.value if label is not None else inherited.get(image.patient)
         for image, label in zip(images, direct, strict=True)
     ]
-    errors += _unmatched(labels, images, values, set(patients_of))
+    errors += _unmatched(labels, images, values, used)
     return values, errors
 
 

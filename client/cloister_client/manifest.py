@@ -25,6 +25,7 @@ from cloister_common.errors import DataChanged, DataError, FileUnreadable, Optio
 from cloister_common.files import make_private_dir, write_atomic
 from cloister_common.identity import verify
 from cloister_common.study import Study
+from cloister_common.words import is_reason
 
 _LABEL = "cloister/manifest/v1"
 _SHOWN = 20
@@ -256,13 +257,14 @@ def require_reason(why: str) -> None:
     """See that a person says why a manifest is replaced.
 
     Raises:
-        OptionInvalid: no reason is given, or it has several lines.
+        OptionInvalid: no reason is given, it has several lines, or more than 500 characters.
     """
-    if not why.strip() or not why.isprintable():
+    if not is_reason(why):
         raise OptionInvalid(
             "This study is frozen already.",
             why="Other data under the same study are another training set.",
-            remedy="Say in one line why it is to be frozen anew: --again --why '...'",
+            remedy="Say why it is to be frozen anew, in one line of at most 500 characters: "
+            "--again --why '...'. It stands in the audit log, so name no patient.",
         )
 
 

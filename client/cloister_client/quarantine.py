@@ -35,6 +35,7 @@ from cloister_client.store import Store, Stored
 from cloister_common.errors import FileUnreadable, OptionInvalid, Reject
 from cloister_common.files import write_atomic
 from cloister_common.study import Input
+from cloister_common.words import is_reason
 
 _LISTED = Input(modalities=("CR", "DX", "MG", "CT", "MR", "US"), size=16)
 """For the list, which needs no image: small, since what is accepted is cached."""
@@ -225,10 +226,10 @@ def decide(site: Site, one: Held, decision: Decision, *, why: str) -> None:
         OptionInvalid: no reason is given.
         OutputInTheWay, AuditLogDamaged, FileUnreadable: it cannot be noted.
     """
-    if not why.strip() or not why.isprintable():
+    if not is_reason(why):
         raise OptionInvalid(
-            "A decision needs a reason in one line.",
-            remedy="Say why with --why; it stays in this site's records.",
+            "A decision needs a reason in one line, of at most 500 characters.",
+            remedy="Say why with --why. It stands in this site's audit log, so name no patient.",
         )
     with _alone(site):
         told = dict(_written(site))

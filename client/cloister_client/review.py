@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from unicodedata import east_asian_width
 
 from cloister_client import gate
 from cloister_client.approvals import Decision, Judgement
@@ -12,7 +13,9 @@ from cloister_client.site import Site
 from cloister_common.study import Study
 from cloister_common.words import counted
 
-_COLUMNS = 79
+_COLUMNS = 78
+"""One less than may be filled: a line may end with the first half of a character."""
+_SECOND = "\0"
 
 
 def review(site: Site, judgement: Judgement) -> str:
@@ -104,10 +107,13 @@ def _told(label: str, words: str) -> list[str]:
 
     Broken here and not by the terminal, where spaces would push what follows onto a new line.
     """
-    return textwrap.wrap(
-        " ".join(words.split()),
+    # Some characters take two columns; textwrap counts characters.
+    spread = [one + _SECOND * (east_asian_width(one) in "WF") for one in " ".join(words.split())]
+    lines = textwrap.wrap(
+        "".join(spread),
         _COLUMNS,
         initial_indent=label,
         subsequent_indent="    | ",
         break_on_hyphens=False,
     )
+    return [line.replace(_SECOND, "") for line in lines]

@@ -206,6 +206,19 @@ def read(path: Path) -> Iterator[Entry]:
     yield from _read(_lines(path))
 
 
+def holds_entries(path: Path) -> bool:
+    """Whether any line of a file is an entry as it is written, sound or not.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        while line := file.readline(2 * MAX_LINE):
+            if _parse(line) is not None:
+                return True
+    return False
+
+
 def _read(lines: Iterable[bytes]) -> Iterator[Entry]:
     head = EMPTY
     for number, line in enumerate(lines, start=1):

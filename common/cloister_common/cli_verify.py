@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cloister_common.audit import MAX_LINE, Verdict, examine
+from cloister_common.audit import MAX_LINE, Verdict, examine, holds_entries
 from cloister_common.cli_certificate_check import is_certificate, verify_certificate
 from cloister_common.errors import AuditLogDamaged, FileUnreadable, OptionInvalid
 from cloister_common.identity import KEY_BYTES, fingerprint
@@ -66,14 +66,16 @@ def _require_log(path: Path) -> None:
     try:
         with path.open("rb") as file:
             start = file.read(2 * MAX_LINE)
+        # A ledger's export is chained, too; its entries are one level down.
+        sound = b'"previous":' in start and not start.startswith(b'{"body":')
+        sound = sound or not start or holds_entries(path)
     except OSError as error:
         raise FileUnreadable(
             f"{name} cannot be read.",
             why=(error.strerror or "The system gave no reason") + ".",
             remedy="Name an audit log or a certificate.",
         ) from None
-    # A ledger's export is chained, too; its entries are one level down.
-    if start and (b'"previous":' not in start or start.startswith(b'{"body":')):
+    if not sound:
         raise FileUnreadable(
             f"{name} is no audit log and no certificate.",
             why="Nothing in it is an entry of an audit log.",

@@ -5,10 +5,24 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
+_BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")
+"""Fillers of Hangul and the empty pattern of Braille: Unicode counts them as letters or signs, and
+nothing is seen of them."""
+
 
 def is_plain(text: str) -> bool:
     """Whether a text is one line of characters that are seen, and spaces."""
-    return all(one.isprintable() or unicodedata.category(one) == "Zs" for one in text)
+    return _BLANK.isdisjoint(text) and all(
+        one.isprintable() or unicodedata.category(one) == "Zs" for one in text
+    )
+
+
+MOST_REASON = 500
+
+
+def is_reason(text: str) -> bool:
+    """Whether a person's reason is one line that is not empty, of at most 500 characters."""
+    return bool(text.strip()) and text.isprintable() and len(text) <= MOST_REASON
 
 
 def counted(number: int, one: str, many: str = "") -> str:

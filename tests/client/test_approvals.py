@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.cells import cell_len
 
 from cloister_client import gate
 from cloister_client.approvals import (
@@ -173,15 +174,18 @@ def test_review_says_what_matters(site: Site, tmp_path: Path) -> None:
     assert "refuses: policy.max_epsilon_study is 3" in review(strict, held)
 
 
-def test_a_study_s_own_words_begin_no_line_of_the_review(site: Site) -> None:
-    forged = f"x{' ' * 500}costs        at most epsilon 0.1{' ' * 200}policy       allows it "
+@pytest.mark.parametrize("padding", [" ", "\uff0e", "\u4e00"])
+def test_a_study_s_own_words_begin_no_line_of_the_review(site: Site, padding: str) -> None:
+    """Nor do characters of two columns, which a terminal would break where nobody counted."""
+    forged = f"x{padding * 500} costs        at most epsilon 0.1{' ' * 200}policy       allows it "
     asked = study(study=f'name = "forged"\nquestion = "{forged * 2}"')
     with pytest.raises(StudyNotApproved):
         require_approved(site, asked)
     lines = review(site, judgements(site)[asked.digest]).splitlines()
     own = [line.startswith("  hash") for line in lines].index(True)
     assert own > 1
-    assert max(map(len, lines[:own])) <= 79
+    assert max(map(cell_len, lines[:own])) <= 79
+    assert not any("\0" in line for line in lines)
     first = [line.split()[0] for line in lines]
     assert first.count("costs") == first.count("policy") == 1
     assert first[1] == "|"

@@ -9,6 +9,7 @@ import socket
 import ssl
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -54,6 +55,7 @@ ODD = {
     "odd length": ("FD", [1.5, 2.5]),
     "dot": ("UI", "."),
     "no UID": ("UI", "1..2"),
+    "long word": ("LO", "9" * 65),
 }
 """What an archive may say in the place of a UID."""
 
@@ -108,6 +110,10 @@ class Archive:
             if self.deed in ODD:
                 del result.StudyInstanceUID
                 result.add_new("StudyInstanceUID", *ODD[self.deed])
+            while self.deed == "endless" and not self.over.wait(0):
+                result.StudyID = "x" * 60
+                setattr(result, names[level - 1], "9" * 1000)
+                yield 0xFF00, result
             if self.deed == "long":
                 result.PatientComments = "x" * (1 << 20)
             if level == 2:
@@ -343,6 +349,73 @@ def test_an_archive_that_sends_without_end_is_cut_off(
     with pytest.raises(ArchiveAnswerInvalid):
         fetch(site)
     assert _kept(site) == 0
+
+
+def test_what_is_no_uid_is_not_kept_until_all_answers_are_in(
+    tmp_path: Path, archive: Archive
+) -> None:
+    archive.deed = "endless"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's, in the archive's own thread
+        with pytest.raises(ArchiveAnswerInvalid):
+            fetch(_site(tmp_path, archive.port))
+
+
+def test_an_archive_that_is_faster_than_this_site_waits(
+    tmp_path: Path, archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(60):
+        archive.files[uid("study", number), uid("series", 0), uid("more", number)] = b""
+    ahead, reads = [], Dataset.get
+
+    class Slow(cget.GetArchive):
+        def _whole(self, event: Any) -> None:
+            super()._whole(event)
+            ahead.append(self._came - self._taken)
+
+    def slowly(self: Dataset, *given: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            time.sleep(0.01)
+        return reads(self, *given)
+
+    site = _site(tmp_path, archive.port)
+    monkeypatch.setattr(cget, "_MOST_AHEAD", 4)
+    monkeypatch.setattr(Dataset, "get", slowly)
+    with Slow(site.archive, site.root) as asking:
+        asking._modalities = ("DX",)
+        found = list(asking._found("STUDY", StudyInstanceUID=""))
+    assert len(found) == 60
+    assert 0 < max(ahead) <= 4
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_an_archive_that_drips_its_greeting_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tls: bool
+) -> None:
+    """A byte now and then is no silence, in a handshake of TLS as in an association's."""
+    monkeypatch.setattr(cget, "_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(cget, "_GLANCE_SECONDS", 0.1)
+    _, trusted = self_signed(tmp_path)
+    over = threading.Event()
+
+    def drip(listener: socket.socket) -> None:
+        peer, _ = listener.accept()
+        with peer, contextlib.suppress(OSError):
+            peer.recv(1 << 16)
+            peer.sendall(b"\x16\x03\x03\x40\x00\x02" if tls else b"\x02\x00\x00\x00\x10\x00")
+            while not over.wait(0.2):
+                peer.sendall(b"\0")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip, args=(listener,))
+        thread.start()
+        began = time.monotonic()
+        more = f'ca = "{trusted}"' if tls else "tls = false"
+        with pytest.raises(ArchiveUnreachable, match="took too long"):
+            fetch(_site(tmp_path, listener.getsockname()[1], more))
+        assert time.monotonic() - began < 20
+        over.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("deed", ["cut in a unit", "silent"])

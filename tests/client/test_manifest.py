@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from cloister_client.cohort import freeze, load_frozen, read_cohort
 from cloister_client.dicom import preprocess
 from cloister_client.policy import Policy
 from cloister_client.site import Site, init_site, pseudonym
-from cloister_common.errors import DataChanged, OptionInvalid, SiteEmpty
+from cloister_common.errors import DataChanged, LabelsInvalid, OptionInvalid, SiteEmpty
 from cloister_common.study import Study
 from dicom_files import radiograph, write_dicom, write_site
 
@@ -159,27 +160,98 @@ def test_a_file_that_looks_like_a_frozen_one_does_not_take_its_place(
     assert load_frozen(site, STUDY).patients == before.patients
 
 
+def _another_comes_first(
+    site: Site, monkeypatch: pytest.MonkeyPatch, *, before: bool, read: Any = cohort.read_cohort
+) -> None:
+    """While the first reading is under way another run freezes, and an image comes."""
+    begun = []
+
+    def reading(*given: Any, **named: Any) -> Any:
+        if begun:
+            return read(*given, **named)
+        begun.append(True)
+        found = read(*given, **named) if before else None
+        if not before:
+            load_frozen(site, STUDY)
+        write_dicom(site.dicom / "late.dcm", radiograph(70), bits_stored=12, patient_id=MRN)
+        if before:
+            load_frozen(site, STUDY)
+        return found or read(*given, **named)
+
+    monkeypatch.setattr(cohort, "read_cohort", reading)
+
+
+@pytest.mark.parametrize("more", [True, False])
 def test_two_first_runs_at_once_freeze_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: bool
+) -> None:
+    """Also where one saw an image that the other, who froze, had not seen: it trains on none."""
+    write_site(tmp_path, 6, 1, key="PatientID")
+    site = init_site(tmp_path, name="site", policy=Policy(min_patients_per_class=1))
+    _another_comes_first(site, monkeypatch, before=more)
+    assert len(load_frozen(site, STUDY).images) == 6 + more
+    assert len([one for one in entries_of(site) if one.kind == "frozen"]) == 1
+    assert len(load_frozen(site, STUDY).images) == 6 + more
+
+
+def test_freezing_beside_a_first_run_does_not_replace_what_that_froze(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_site(tmp_path, 6, 1, key="PatientID")
     site = init_site(tmp_path, name="site", policy=Policy(min_patients_per_class=1))
-    read, begun = cohort.read_cohort, []
-
-    def reading(*given: Any, **named: Any) -> Any:
-        found = read(*given, **named)
-        if not begun:
-            # While this one reads, another run freezes, of an image more.
-            begun.append(True)
-            write_dicom(site.dicom / "late.dcm", radiograph(70), bits_stored=12, patient_id=MRN)
-            load_frozen(site, STUDY)
-        return found
-
-    monkeypatch.setattr(cohort, "read_cohort", reading)
-    with pytest.raises(DataChanged, match="1 of 7 images"):
-        load_frozen(site, STUDY)
+    _another_comes_first(site, monkeypatch, before=False)
+    with pytest.raises(OptionInvalid, match="frozen already"):
+        freeze(site, STUDY)
+    assert len(load_frozen(site, STUDY).images) == 6
     assert len([one for one in entries_of(site) if one.kind == "frozen"]) == 1
-    assert len(load_frozen(site, STUDY).images) == 7
+
+
+def test_what_comes_later_stops_no_study(site: Site) -> None:
+    """Another issuer's patient of the same number, another's copy, a row before its image."""
+    before = load_frozen(site, STUDY)
+    stored = pydicom.dcmread(_file(site))
+    write_dicom(
+        site.dicom / "issuer.dcm", radiograph(70), bits_stored=12, patient_id=MRN,
+        elements={"IssuerOfPatientID": "elsewhere"},
+    )  # fmt: skip
+    stored.PatientID = "LATE"
+    stored.save_as(site.dicom / "copy.dcm")
+    with site.labels.open("a") as file:
+        file.write("LATE,nodule\nNOT-YET,nodule\n")
+    assert load_frozen(site, STUDY).patients == before.patients
+    other = STUDY.model_copy(update={"study": STUDY.study.model_copy(update={"name": "other"})})
+    with pytest.raises(LabelsInvalid, match="several patients share"):
+        load_frozen(site, other)
+
+
+def test_a_later_examination_does_not_contradict_an_earlier_one(tmp_path: Path) -> None:
+    write_site(tmp_path, 6, 1)
+    site = init_site(tmp_path, name="site", policy=Policy(min_patients_per_class=1))
+    before = load_frozen(site, STUDY)
+    later = write_dicom(site.dicom / "late.dcm", radiograph(70), bits_stored=12, patient_id=MRN)
+    with site.labels.open("a") as file:
+        file.write(f"{later},nodule\n")
+    assert load_frozen(site, STUDY).patients == before.patients
+
+
+def test_images_that_come_later_do_not_fill_the_memory(tmp_path: Path) -> None:
+    write_site(tmp_path, 4, 1, key="PatientID")
+    site = init_site(tmp_path, name="site", policy=Policy(min_patients_per_class=1))
+    large = STUDY.model_copy(update={"input": STUDY.input.model_copy(update={"size": 512})})
+    load_frozen(site, large)
+
+    def peak() -> int:
+        tracemalloc.start()
+        load_frozen(site, large)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    alone = peak()
+    for number in range(24):
+        write_dicom(site.dicom / f"{number}.dcm", radiograph(100 + number), bits_stored=12)
+    # Decoded, then from the cache; each is 1 MiB as a tensor.
+    assert max(peak(), peak()) < alone + (6 << 20)
 
 
 def test_a_study_frozen_by_another_preprocessing_is_refused(
@@ -247,7 +319,12 @@ def test_a_manifest_that_is_not_the_signed_one_is_refused(
 
 
 def test_freezing_anew_needs_a_reason_and_is_logged(site: Site) -> None:
-    for options in ({}, {"again": True}, {"again": True, "why": "two\nlines"}):
+    for options in (
+        {},
+        {"again": True},
+        {"again": True, "why": "two\nlines"},
+        {"again": True, "why": "\u00e9" * 501},
+    ):
         with pytest.raises(OptionInvalid):
             freeze(site, STUDY, **options)  # type: ignore[arg-type]
     _flip_pixel(site)

@@ -46,6 +46,7 @@ from cloister_common.errors import (
     FetchUnfinished,
     FileUnreadable,
     OptionInvalid,
+    OutputInTheWay,
     Reject,
     SiteFileInvalid,
 )
@@ -290,6 +291,72 @@ def test_a_part_of_what_fits_is_not_frozen(tmp_path: Path, archive: Archive) -> 
     with pytest.raises(ArchiveRefused):
         fetch(site)
     assert len(load_frozen(site, STUDY).images) == 8
+
+
+def test_the_end_of_another_query_makes_no_data_whole(tmp_path: Path, archive: Archive) -> None:
+    site = _site(tmp_path, archive.url)
+    command = [sys.executable, "-c", KILLED, str(site.root)]
+    assert subprocess.run(command, timeout=60, check=False).returncode == -signal.SIGKILL
+    text = (site.root / "site.toml").read_text()
+    query = '[data.query]\nmodality = ["CT"]\n\n[network]'
+    (site.root / "site.toml").write_text(text.replace("[network]", query))
+    assert fetch(open_site(site.root)).found == 0
+    with pytest.raises(FetchUnfinished, match="has begun and not ended"):
+        freeze(open_site(site.root), STUDY)
+    (site.root / "site.toml").write_text(text)
+    assert fetch(open_site(site.root)) == Fetched(8, 2, 6, 0)
+    assert len(freeze(open_site(site.root), STUDY).items) == 8
+
+
+def test_what_a_fetch_brings_while_files_are_read_is_not_left_out(
+    tmp_path: Path, archive: Archive
+) -> None:
+    site = _site(tmp_path, archive.url)
+    whole, archive.instances = archive.instances, dict(list(archive.instances.items())[:6])
+    fetch(site)
+    archive.instances = whole
+    site.labels.write_text("".join(site.labels.read_text().splitlines(keepends=True)[:4]))
+
+    def meanwhile(done: int, _: int) -> None:
+        if done == 6:
+            assert fetch(site).new == 2
+
+    with pytest.raises(FetchUnfinished):
+        freeze(site, STUDY, progress=meanwhile)
+    assert not list(site.root.glob("manifests/*"))
+
+
+def test_one_fetch_at_a_time(tmp_path: Path, archive: Archive) -> None:
+    site = _site(tmp_path, archive.url)
+    second: list[str] = []
+
+    def meanwhile(*_: int) -> None:
+        with pytest.raises(FetchUnfinished, match="Another fetch") as caught:
+            fetch(site)
+        second.append(caught.value.code)
+
+    assert fetch(site, progress=meanwhile).new == 8
+    assert second == ["CLO-253"] * 8
+
+
+def test_what_a_kill_left_in_the_store_is_removed(tmp_path: Path, archive: Archive) -> None:
+    site = _site(tmp_path, archive.url)
+    fetch(site)
+    torn = site.store / ".0123456789abcdef.tmp"
+    torn.write_bytes(bytes(1000))
+    assert fetch(site) == Fetched(8, 0, 8, 0)
+    assert not torn.exists()
+
+
+def test_a_fetch_leaves_room_for_the_ledger(
+    tmp_path: Path, archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = _site(tmp_path, archive.url)
+    with monkeypatch.context() as small:
+        small.setattr(fetching, "FREE_BYTES", 1 << 60)
+        with pytest.raises(OutputInTheWay, match="nearly full"):
+            fetch(site)
+    assert fetch(site) == Fetched(8, 8, 0, 0)
 
 
 def test_nothing_plain_lies_on_the_disk(

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,27 @@ def test_verify_of_another_file_is_no_alarm(
         told = capsys.readouterr().err
         assert "other is no audit log and no certificate" in told
         assert "changed" not in told
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace("{", '{"body":0,', 1),
+        lambda text: '{"body":1}\n' + text,
+        lambda text: "x" * (1 << 20) + "\n" + text,
+    ],
+)
+def test_a_log_whose_first_line_was_defaced_is_no_other_file(
+    damage: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, _ = _pair(tmp_path)
+    one.write_text(damage(one.read_text()))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["verify", str(one)])
+    assert caught.value.code == AuditLogDamaged.exit_status
+    told = capsys.readouterr().out
+    assert "  line 1: " in told
+    assert "The log was changed." in told
 
 
 def test_a_log_without_a_signature_says_that_the_key_is_needed(tmp_path: Path) -> None:

@@ -517,7 +517,10 @@ def test_what_is_not_canonical_is_refused(change: Any) -> None:
         study_from_canonical(change(text))
 
 
-FORGED = ("a\x1b[8mb", "a\nb", "a\0b", "a\u202eb", "a\u200bb", "a\rb", "a\x9bb", "a\u2028b")
+FORGED = (
+    *("a\x1b[8mb", "a\nb", "a\0b", "a\u202eb", "a\u200bb", "a\rb", "a\x9bb", "a\u2028b"),
+    *("a\u3164b", "a\u115fb", "a\u1160b", "a\uffa0b", "a\u2800b"),
+)
 
 
 @pytest.mark.parametrize("text", FORGED)

@@ -134,7 +134,7 @@ def read_folder(
     """
     found: tuple[Item, ...] = (*discover(dicom), *also)
     judge = _Judge(key, spec)
-    later: list[tuple[Waiting, Reading | Reject]] = []
+    later: dict[Item, Waiting] = {}
     segmentations: dict[Item, Waiting] = {}
     with Reader(spec, memory, segment) as reader:
         for done, (waiting, reading) in enumerate(reader.read(found), start=1):
@@ -144,12 +144,14 @@ def read_folder(
                 # Their tables can be many times as large as the files: one at a time, from the
                 # cache, when all images are known.
                 segmentations[waiting.found] = dataclasses.replace(waiting, done=None, future=None)
-            elif first and waiting.content not in first:
-                later.append((waiting, reading))
+            elif first and waiting.content not in first and not isinstance(reading, Reject):
+                # Their pixels, kept until all others are read, would fill the memory.
+                later[waiting.found] = dataclasses.replace(waiting, done=None, future=None)
             else:
                 yield judge.image(waiting, reading)
-        for waiting, reading in later:
-            yield judge.image(waiting, reading)
+        for waiting, reading in reader.read(list(later), ahead=0):
+            damaged = waiting.damaged or later[waiting.found].damaged
+            yield judge.image(dataclasses.replace(waiting, damaged=damaged), reading)
         ordered = sorted(
             segmentations, key=lambda one: bool(first) and segmentations[one].content not in first
         )

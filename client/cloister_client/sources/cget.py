@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -50,6 +50,12 @@ _GET = "1.2.840.10008.5.1.4.1.2.2.3"
 _TIMEOUT_SECONDS = 60
 """How long the archive may say nothing."""
 _GLANCE_SECONDS = 1.0
+_MOST_AHEAD = 64
+"""Most answers to C-FIND that wait to be read; the archive waits with the next."""
+_MOST_ANSWERS = 1_000_000
+"""Most answers to one question."""
+_MOST_WORD = 64
+"""Longest value that is kept of an answer: a UID (PS3.5 section 9.1)."""
 _MOST_FOUND_BYTES = 64 << 10
 """Longest answer to C-FIND; a few UIDs are asked for. pydicom makes forty times as much of it."""
 _PENDING = frozenset((0xFF00, 0xFF01))
@@ -60,6 +66,22 @@ _log = logging.getLogger("pynetdicom")
 _log.addHandler(logging.NullHandler())
 _log.propagate = False
 _log.setLevel(logging.CRITICAL + 1)
+
+
+_KEPT = frozenset(("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "Modality"))
+
+
+class _Held:
+    """A TLS context that shows each connection before its handshake, which may be endless, too."""
+
+    def __init__(self, context: ssl.SSLContext, show: Callable[[socket.socket], None]) -> None:
+        self._context = context
+        self._show = show
+
+    def wrap_socket(self, channel: socket.socket, **given: Any) -> ssl.SSLSocket:
+        wrapped = self._context.wrap_socket(channel, **given)
+        self._show(wrapped)
+        return wrapped
 
 
 class GetArchive:
@@ -83,6 +105,10 @@ class GetArchive:
         self._most = 0
         self._each = False
         self._heard = 0.0
+        # Answers to a question, each counted by one thread alone.
+        self._came = 0
+        self._taken = 0
+        self._over = threading.Event()
         self._raw: socket.socket | None = None
         self._modalities: tuple[str, ...] = ()
 
@@ -158,17 +184,23 @@ class GetArchive:
 
     def _ask_found(self, results: list[dict[str, str]], level: str, keys: dict[str, str]) -> None:
         asked = _identifier(level, **keys)
+        wanted = [key for key, value in keys.items() if not value and key in _KEPT]
         with silence(), self._watched(_MOST_FOUND_BYTES, each=True):
             for status, result in self._connected().send_c_find(asked, _FIND):
                 code = status.get("Status")
                 if code is None:
                     raise self._ended()
+                self._taken += 1
                 if code in _PENDING:
                     if result is None:
                         raise invalid()
-                    results.append({key: str(result.get(key, "")) for key in keys})
+                    # At once: what is no UID must not be kept until there are millions of them.
+                    found = {key: str(result.get(key, "")) for key in wanted}
+                    if any(len(value) > _MOST_WORD for value in found.values()):
+                        raise invalid()
+                    results.append(found)
                     self._told += 1
-                    if self._told > MAX_RESULTS:
+                    if self._told > MAX_RESULTS or len(results) > _MOST_ANSWERS:
                         raise invalid()
                 elif code != 0:
                     raise invalid()
@@ -183,11 +215,10 @@ class GetArchive:
             most: bytes that the archive may say.
             each: whether in each message, or in all.
         """
-        association = self._connected()
         self._received, self._most, self._each = 0, most, each
         self._heard = time.monotonic()
         end = time.monotonic() + ANSWER_SECONDS
-        over = threading.Event()
+        over = self._over = threading.Event()
         late = False
 
         def watch() -> None:
@@ -202,6 +233,10 @@ class GetArchive:
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
+            # Under watch, too: an archive may take its time with each byte of its answer.
+            self._connected()
+            self._received, self._came, self._taken = 0, 0, 0
+            self._heard = time.monotonic()
             yield
         except (ArchiveUnreachable, NotSent):
             if late:
@@ -210,8 +245,8 @@ class GetArchive:
         finally:
             over.set()
             watcher.join()
-            if late:
-                association.abort()
+            if late and self._association is not None:
+                self._association.abort()
 
     def _hang_up(self) -> None:
         if self._raw is not None:
@@ -240,12 +275,13 @@ class GetArchive:
             # A context for each syntax, so that every image comes as it is stored.
             for transfer_syntax in sorted(TRANSFER_SYNTAXES):
                 entity.add_requested_context(uid, transfer_syntax)
+        tls: Any = None if self._tls is None else _Held(self._tls, self._hold)
         association = entity.associate(
             self._settings.host,
             self._settings.port,
             ae_title=self._settings.called,
             ext_neg=[build_role(uid, scp_role=True) for uid in wanted],
-            tls_args=None if self._tls is None else (self._tls, self._settings.host),
+            tls_args=None if self._tls is None else (tls, self._settings.host),
             evt_handlers=[
                 (evt.EVT_CONN_OPEN, self._bound),
                 (evt.EVT_C_STORE, self._store),
@@ -314,6 +350,13 @@ class GetArchive:
         """A message has arrived whole; what comes now is of the next one."""
         if self._each and self._received <= self._most:
             self._received = 0
+            self._came += 1
+            # In the thread that reads: an archive that is faster than this site has to wait.
+            while self._came - self._taken > _MOST_AHEAD and not self._over.wait(0.01):
+                self._heard = time.monotonic()
+
+    def _hold(self, channel: socket.socket) -> None:
+        self._raw = channel
 
     def _ended(self) -> Exception:
         if self._received > self._most:

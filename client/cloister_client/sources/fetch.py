@@ -7,6 +7,10 @@ that says which.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,19 +18,30 @@ from itertools import islice
 from typing import Protocol
 
 from cloister_client.audit import log_of
+from cloister_client.dicom.bounds import MAX_FILE_BYTES
 from cloister_client.dicom.precheck import TRANSFER_SYNTAXES
 from cloister_client.dicom.reject import RejectedFile
 from cloister_client.dicom.structure import dissect
 from cloister_client.site import Site
 from cloister_client.sources.settings import SECRET, CGet, DicomWeb, NotSent, Query
 from cloister_client.store import Store
-from cloister_common.errors import CloisterError, FetchUnfinished, FileUnreadable, OptionInvalid
-from cloister_common.files import read_secret, write_atomic
+from cloister_common.errors import (
+    CloisterError,
+    FetchUnfinished,
+    FileUnreadable,
+    OptionInvalid,
+    OutputInTheWay,
+)
+from cloister_common.files import read_secret, sweep, write_atomic
 
 _MAX_SECRET = 4096
 _SOP_INSTANCE = 0x00080018
 UNFINISHED = "fetch.unfinished"
-"""Lies in the site folder from a fetch's first file to its end."""
+"""Lies in the site folder from a fetch's first file to its end, and names what was asked for, one
+hash a line: the end of another query's fetch makes nothing whole."""
+_LOCK = "fetch.lock"
+FREE_BYTES = 1 << 30
+"""What a fetch leaves free on the disk: the ledger and the audit log may lie on the same."""
 MAX_INSTANCES = 1_000_000
 """Most images of one query: a list without end must not fill the memory."""
 
@@ -66,21 +81,31 @@ def fetch(site: Site, *, progress: Callable[[int, int], None] | None = None) -> 
 
     Raises:
         OptionInvalid: site.toml names no archive.
+        FetchUnfinished: another fetch runs.
         FileUnreadable: the secret or the authority's file cannot be used.
         ArchiveUnreachable: it does not answer, or not in time.
         ArchiveRefused: it does not accept the password, the token or the AE title.
         ArchiveAnswerInvalid: an answer is cut short, too large or malformed.
-        OutputInTheWay: the store cannot be written.
+        OutputInTheWay: the store cannot be written, or the disk is nearly full.
     """
     if site.archive is None:
         raise OptionInvalid(
             "site.toml names no archive.",
             remedy="Write a table [data.dicomweb] or [data.cget]; see docs/sources.md.",
         )
+    with _alone(site):
+        # What earlier fetches were killed over.
+        sweep(site.store)
+        return _fetch(site, site.archive, progress)
+
+
+def _fetch(
+    site: Site, settings: DicomWeb | CGet, progress: Callable[[int, int], None] | None
+) -> Fetched:
     store = Store(site.store, site.cache_key())
     end = "InternalError"
     done = {"found": 0, "new": 0, "there": 0, "too_large": 0, "not_sent": 0}
-    unfinished = site.root / UNFINISHED
+    asked = _asked(settings, site.query)
     try:
         with _archive(site) as archive:
             found = list(dict.fromkeys(islice(archive.find(site.query), MAX_INSTANCES + 1)))
@@ -93,7 +118,7 @@ def fetch(site: Site, *, progress: Callable[[int, int], None] | None = None) -> 
             if any(instance not in store for _, _, instance in found):
                 # Before the first file: what a kill leaves is a part, and a study that froze it
                 # would be held to it.
-                write_atomic(unfinished, b"")
+                _mark(site, _marked(site) | {asked})
             for number, (study, series, instance) in enumerate(found, start=1):
                 if instance in store:
                     done["there"] += 1
@@ -102,6 +127,7 @@ def fetch(site: Site, *, progress: Callable[[int, int], None] | None = None) -> 
                         data = archive.get(study, series, instance)
                         if _instance(data) != instance:
                             raise NotSent
+                        _require_room(site)
                         store.put(instance, data)
                         done["new"] += 1
                     except RejectedFile:
@@ -110,27 +136,83 @@ def fetch(site: Site, *, progress: Callable[[int, int], None] | None = None) -> 
                         done["not_sent"] += 1
                 if progress is not None:
                     progress(number, len(found))
-        unfinished.unlink(missing_ok=True)
+        _mark(site, _marked(site) - {asked})
         end = "ok"
     except CloisterError as error:
         end = error.code
         raise
     finally:
         # Also of a fetch that failed: what was asked, and what it brought.
-        kind = "dicomweb" if isinstance(site.archive, DicomWeb) else "cget"
+        kind = "dicomweb" if isinstance(settings, DicomWeb) else "cget"
         log_of(site).append("fetched", source=kind, end=end, **done)
     return Fetched(**done)
 
 
-def require_whole(site: Site) -> FetchUnfinished | None:
-    """What keeps a site's data from being frozen while a fetch has begun and not ended."""
-    if site.archive is None or not (site.root / UNFINISHED).exists():
+def require_whole(site: Site, *, more: bool = False) -> FetchUnfinished | None:
+    """What keeps a site's data from being frozen while a fetch has begun and not ended.
+
+    Args:
+        site: the opened site.
+        more: whether the store is not what it was when the reading began.
+    """
+    if site.archive is None or not (more or (site.root / UNFINISHED).exists()):
         return None
     return FetchUnfinished(
         "A fetch from the archive has begun and not ended.",
         why="It was cut off or runs at this moment; the store holds a part of what fits the query.",
-        remedy="Run 'cloister client fetch' to its end; it goes on with what is missing.",
+        remedy="Run 'cloister client fetch' to its end, with the query that it began with; it goes "
+        "on with what is missing. To give that query up, remove the folder 'store' and the file "
+        f"'{UNFINISHED}' from the site folder, and fetch anew.",
     )
+
+
+def names_stored(site: Site) -> tuple[bytes, ...]:
+    """Names of what the store holds: more of them, and a fetch was at work."""
+    return tuple(one.name for one in Store(site.store, site.cache_key()).items())
+
+
+def _asked(settings: DicomWeb | CGet, query: Query) -> str:
+    """A name for what is asked of whom, 64 hexadecimal digits."""
+    archive = settings.url if isinstance(settings, DicomWeb) else f"{settings.host}:{settings.port}"
+    text = json.dumps([archive, query.model_dump(mode="json")], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _marked(site: Site) -> set[str]:
+    try:
+        return set((site.root / UNFINISHED).read_text("ascii", "replace").split())
+    except FileNotFoundError:
+        return set()
+
+
+def _mark(site: Site, unfinished: set[str]) -> None:
+    path = site.root / UNFINISHED
+    if unfinished:
+        write_atomic(path, "\n".join(sorted(unfinished)).encode())
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(site: Site) -> Iterator[None]:
+    with (site.root / _LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FetchUnfinished(
+                "Another fetch of this site runs.", remedy="Wait for its end, or stop it."
+            ) from None
+        yield
+
+
+def _require_room(site: Site) -> None:
+    free = shutil.disk_usage(site.root).free
+    if free < FREE_BYTES + MAX_FILE_BYTES:
+        raise OutputInTheWay(
+            "The disk of the site folder is nearly full.",
+            why=f"{free >> 20} MiB are free; the ledger and the audit log need room, too.",
+            remedy="Make room, or narrow [data.query] in site.toml; then fetch on.",
+        )
 
 
 def _instance(data: bytes) -> str:

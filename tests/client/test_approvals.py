@@ -106,6 +106,7 @@ def _propose_many(root: str, first: int) -> None:
             require_approved(open_site(Path(root)), _named(number))
 
 
+@pytest.mark.slow
 def test_proposals_from_other_processes_undo_no_decision(site: Site) -> None:
     context = multiprocessing.get_context("spawn")
     workers = [

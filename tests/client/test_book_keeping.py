@@ -120,7 +120,13 @@ def close(one: Tensor, other: Tensor, limit: float = 1e-6) -> bool:
 TRAINED = [name for name in REGISTRY if name not in {"efficientnet-lite0", "frozen-backbone"}]
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in {"resnet18", "densenet121"} else ())
+        for name in TRAINED
+    ],
+)
 def test_every_network_equals_the_float64_loop_in_each_mode(name: str) -> None:
     side = REGISTRY[name].smallest
     depth = (5,) if REGISTRY[name].dimensions == 3 else ()

@@ -78,6 +78,7 @@ def weaken(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     monkeypatch.setattr(SecureRandom, "normal", normal)
 
 
+@pytest.mark.slow
 def test_half_the_noise_is_accused(monkeypatch: pytest.MonkeyPatch) -> None:
     """800 draws; missed with a chance below 1e-4."""
     weaken(monkeypatch, 0.5)

@@ -227,7 +227,9 @@ def test_the_points_are_those_of_a_round(place: Place) -> None:
     assert places[3] < names.index("execute", places[3]) < places[4]
 
 
-@pytest.mark.parametrize("end", [abort, pytest.param(kill, marks=FORKS)])
+@pytest.mark.parametrize(
+    "end", [pytest.param(abort, marks=pytest.mark.slow), pytest.param(kill, marks=FORKS)]
+)
 def test_a_round_that_ends_anywhere_is_charged_before_it_is_trained(
     place: Place, end: Callable[[Place, int], bool]
 ) -> None:

@@ -122,6 +122,7 @@ def test_sound_training_passes_where_it_could_have_been_refuted() -> None:
     assert [line.made for line in found.guesses] == [200, 100, 50, 25]
 
 
+@pytest.mark.slow
 def test_the_audit_sees_something_of_a_study_that_shows_much() -> None:
     found = audited(study_of(epsilon=8.0), patients_of(200))
     # Half of the coins would be right by chance alone, give or take 7.
@@ -145,8 +146,10 @@ def test_what_is_told_follows_from_scores_and_coins() -> None:
     "training",
     [
         {},
-        {"sampling_rate": 0.25, "steps": 4},
-        {"optimizer": "adam", "learning_rate": 0.01, "steps": 2},
+        pytest.param({"sampling_rate": 0.25, "steps": 4}, marks=pytest.mark.slow),
+        pytest.param(
+            {"optimizer": "adam", "learning_rate": 0.01, "steps": 2}, marks=pytest.mark.slow
+        ),
         {"engine": "book-keeping", "schedule": "cosine", "momentum": 0.9},
     ],
 )

@@ -305,6 +305,7 @@ def test_area_resize_agrees_with_torch_where_the_ratio_is_whole() -> None:
     assert np.abs(found - pooled).max() <= 0.501
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "columns"), [(4096, 1024), (65535, 1), (1, 65535)])
 @pytest.mark.parametrize("size", [1, 17, 1024])
 def test_area_resize_keeps_the_extremes_of_the_largest_image(

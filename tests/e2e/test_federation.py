@@ -56,6 +56,7 @@ def _model(folder: Path) -> np.ndarray:
         return np.concatenate([file.get_tensor(name).reshape(-1) for name in sorted(file.keys())])
 
 
+@pytest.mark.slow
 def test_without_privacy_the_model_is_the_simulation_s(
     federation: Deployment, drawn: Path, tmp_path: Path
 ) -> None:

@@ -60,6 +60,7 @@ def _set_back(folder: Path) -> None:
         os.utime(path, (LONG_AGO, path.stat().st_mtime))
 
 
+@pytest.mark.slow
 def test_a_tighter_policy_refuses_before_an_image_is_read(federation: Deployment) -> None:
     text = STUDY.format(name="too-dear")
     study = parse_study(text)

@@ -81,6 +81,7 @@ def logged(place: Coordinator, name: str | None = None) -> list[str]:
     return [entry.kind for entry in read(log) if name in {None, entry.body.get("site")}]
 
 
+@pytest.mark.slow
 def test_init(tmp_path: Path) -> None:
     steps, killed = 0, True
     while killed:
@@ -130,6 +131,7 @@ def asked(place: Coordinator, tmp_path: Path, name: str) -> Request:
     return request
 
 
+@pytest.mark.slow
 def test_invite(place: Coordinator) -> None:
     steps, killed = 0, True
     while killed:

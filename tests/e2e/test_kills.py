@@ -406,6 +406,7 @@ def assert_sound(battered: Battered) -> None:
         assert audit.examine(coordinator, peer=theirs).findings == ()
 
 
+@pytest.mark.slow
 def test_a_run_outlives_kills(battered: Battered, tmp_path: Path) -> None:
     drawing = random.Random(3)
     victims = ("executor", "server", "node")

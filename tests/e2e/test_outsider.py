@@ -484,6 +484,7 @@ def test_a_body_of_a_gibibyte(running: Running, north: Hospital, port: str, said
     assert running.rss() - before < 300 << 20
 
 
+@pytest.mark.slow
 def test_many_who_connect_and_say_nothing(running: Running, north: Hospital) -> None:
     node = north.activate()
     with contextlib.ExitStack() as held:
@@ -503,6 +504,7 @@ def test_many_who_connect_and_say_nothing(running: Running, north: Hospital) -> 
         )
 
 
+@pytest.mark.slow
 def test_many_who_never_end_their_head(running: Running, north: Hospital) -> None:
     running.invite("door-opener")
     node = north.activate()

@@ -6,12 +6,15 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 import coordinators
 from cloister_client.joining import CERTIFICATE
 from coordinators import wait_for
 from deployment import Hospital, cloister
 
 
+@pytest.mark.slow
 def test_start_waits_for_the_approval_and_then_serves(tmp_path: Path) -> None:
     place = coordinators.new_coordinator(tmp_path / "fed")
     server = coordinators.start(place, tmp_path / "server.log")

@@ -41,9 +41,8 @@ def _listening() -> set[str]:
     return found
 
 
-@pytest.mark.parametrize(
-    "privacy", ["enabled = true", pytest.param("enabled = false", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("privacy", ["enabled = true", "enabled = false"])
 @pytest.mark.filterwarnings("ignore")
 def test_ray_and_in_process_give_the_same_model(sites: Path, tmp_path: Path, privacy: str) -> None:
     asked = study(privacy=privacy)
@@ -78,6 +77,7 @@ def test_an_error_of_the_run_passes_through_ray(sites: Path, tmp_path: Path) -> 
     gc.collect()
 
 
+@pytest.mark.slow
 def test_seeded_noise_repeats_only_under_the_tests_own_key_source(
     sites: Path, tmp_path: Path
 ) -> None:

@@ -53,9 +53,14 @@ def _model(folder: Path) -> np.ndarray:
     [
         "",
         "weights = { anker = 3.0, dorn = 0.25 }",
-        'strategy = "fedprox"\nproximal_mu = 0.1',
-        'strategy = "fedadam"\nserver_learning_rate = 0.01',
-        'strategy = "fedyogi"\nserver_learning_rate = 0.01',
+        *(
+            pytest.param(text, marks=pytest.mark.slow)
+            for text in (
+                'strategy = "fedprox"\nproximal_mu = 0.1',
+                'strategy = "fedadam"\nserver_learning_rate = 0.01',
+                'strategy = "fedyogi"\nserver_learning_rate = 0.01',
+            )
+        ),
     ],
     ids=["fedavg", "weights", "fedprox", "fedadam", "fedyogi"],
 )

@@ -146,9 +146,9 @@ def _weights(path: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     "aggregation",
     [
-        'strategy = "fedprox"\nproximal_mu = 0.1',
+        pytest.param('strategy = "fedprox"\nproximal_mu = 0.1', marks=pytest.mark.slow),
         'strategy = "fedadam"\nserver_learning_rate = 0.01',
-        'strategy = "fedyogi"\nserver_learning_rate = 0.01',
+        pytest.param('strategy = "fedyogi"\nserver_learning_rate = 0.01', marks=pytest.mark.slow),
     ],
     ids=["fedprox", "fedadam", "fedyogi"],
 )

@@ -355,10 +355,13 @@ def test_what_is_no_uid_is_not_kept_until_all_answers_are_in(
     tmp_path: Path, archive: Archive
 ) -> None:
     archive.deed = "endless"
+    began = time.monotonic()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's, in the archive's own thread
         with pytest.raises(ArchiveAnswerInvalid):
             fetch(_site(tmp_path, archive.port))
+    # Nor is it asked for its leave, which would come behind all that it still says.
+    assert time.monotonic() - began < 20
 
 
 def test_an_archive_that_is_faster_than_this_site_waits(

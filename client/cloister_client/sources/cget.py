@@ -121,8 +121,14 @@ class GetArchive:
         _error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        if self._association is not None and self._association.is_established:
+        if self._association is None or not self._association.is_established:
+            return
+        if _error is None:
             self._association.release()
+        else:
+            # Not asked for its leave, which might come behind answers without end.
+            self._hang_up()
+            self._association.abort()
 
     def find(self, query: Query) -> Iterator[tuple[str, str, str]]:
         """Yield the UIDs of the study, the series and the instance of each image that fits.

@@ -141,14 +141,6 @@ def sign(
     typer.echo(identity.public.hex())
 
 
-def _fewest_sites(study: Study) -> int:
-    """How few sites can train it: masked updates may need more than the study asks for."""
-    from cloister_common.secagg.parameters import fewest_sites
-
-    asked = study.aggregation
-    return max(asked.min_sites, fewest_sites(asked.colluders)) if asked.secure else asked.min_sites
-
-
 def _in_words(study: Study) -> str:
     training, privacy = study.training, study.privacy
     promise = (
@@ -179,7 +171,7 @@ def _in_words(study: Study) -> str:
             f"{counted(training.steps_per_round, 'step')}, "
             f"each patient in a step with probability {training.sampling_rate:g}",
             f"  privacy    {promise}",
-            f"  sites      {study.aggregation.strategy}, at least {_fewest_sites(study)}",
+            f"  sites      {study.aggregation.strategy}, at least {study.aggregation.fewest_sites}",
             f"  updates    {masked}",
             f"  hash       {study.digest}",
         )

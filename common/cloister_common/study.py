@@ -223,6 +223,11 @@ class Aggregation(ShownModel):
     proximal_mu: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Pull towards the global model in FedProx (Li et al. 2020)."""
 
+    @property
+    def fewest_sites(self) -> int:
+        """How few sites can train it: below c + 3, ``secagg.Parameters.derive`` refuses."""
+        return max(self.min_sites, self.colluders + 3) if self.secure else self.min_sites
+
     @model_validator(mode="after")
     def _proximal(self) -> Aggregation:
         if (self.strategy == "fedprox") != (self.proximal_mu > 0):

@@ -70,6 +70,19 @@ def test_help_imports_nothing_heavy_and_is_quick() -> None:
     assert time.monotonic() - start < 15  # under a second on an idle core
 
 
+def test_a_study_is_checked_where_only_the_base_is_installed(tmp_path: Path) -> None:
+    file = tmp_path / "study.toml"
+    code = (
+        "import sys; from cloister_common import cli\n"
+        "for what in ('new', 'check'):\n"
+        "    try: cli.main(['study', what, sys.argv[1]])\n"
+        "    except SystemExit as end: assert not end.code\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = run("-c", code, str(file))
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
 def test_help_as_a_process() -> None:
     done = run("-m", "cloister_common.cli", "--help")
     assert done.returncode == 0

@@ -83,14 +83,3 @@ class Parameters:
         if self.dropouts == 0:
             told.append("No site may drop out: every round needs all of them.")
         return tuple(told)
-
-
-def fewest_sites(c: int) -> int:
-    """Smallest n that bears ``c`` colluding: where n holds both ``t`` and ``m`` of ``derive``."""
-    n = 3
-    while n < MAX_SITES:
-        try:
-            return Parameters.derive(n, c).n
-        except ParameterRefused:
-            n += 1
-    return n

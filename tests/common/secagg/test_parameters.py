@@ -4,6 +4,7 @@ import pytest
 
 from cloister_common.errors import ParameterRefused
 from cloister_common.secagg.parameters import Parameters
+from cloister_common.study import Aggregation
 
 
 @pytest.mark.parametrize(
@@ -49,3 +50,11 @@ def test_cautions() -> None:
     assert len(Parameters.derive(3, 0).cautions) == 2
     assert len(Parameters.derive(4).cautions) == 1
     assert not Parameters.derive(5).cautions
+
+
+@pytest.mark.parametrize("c", range(101))
+def test_a_study_says_how_few_sites_are_enough(c: int) -> None:
+    fewest = Aggregation(min_sites=1, colluders=c).fewest_sites
+    assert Parameters.derive(fewest, c).n == fewest
+    with pytest.raises(ParameterRefused):
+        Parameters.derive(fewest - 1, c)

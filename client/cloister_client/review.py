@@ -16,6 +16,8 @@ from cloister_common.words import counted
 _COLUMNS = 78
 """One less than may be filled: a line may end with the first half of a character."""
 _SECOND = "\0"
+_MORE = "    | "
+"""How a line begins that goes on with the coordinator's words."""
 
 
 def review(site: Site, judgement: Judgement) -> str:
@@ -98,8 +100,10 @@ def _leaves(study: Study) -> list[str]:
 def _stands_on(study: Study) -> list[str]:
     given = study.network.arguments
     sha256 = given.get("weights", given.get("sha256"))
-    told = _told("  stands on    ", f"pretrained weights with the SHA-256 {sha256}")
-    return told if sha256 else []
+    if not sha256:
+        return []
+    # The hash has a line of its own, whole: a steward copies it to compare it.
+    return ["  stands on    pretrained weights with the SHA-256", *_told(_MORE, str(sha256))]
 
 
 def _told(label: str, words: str) -> list[str]:
@@ -113,7 +117,7 @@ def _told(label: str, words: str) -> list[str]:
         "".join(spread),
         _COLUMNS,
         initial_indent=label,
-        subsequent_indent="    | ",
+        subsequent_indent=_MORE,
         break_on_hyphens=False,
     )
     return [line.replace(_SECOND, "") for line in lines]

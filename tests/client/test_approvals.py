@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from rich.cells import cell_len
 
-from cloister_client import gate
+from cloister_client import approvals, gate
 from cloister_client.approvals import (
     FILE,
-    MAX_PENDING,
     Decision,
     find,
     judge,
@@ -77,16 +76,20 @@ def test_the_gate_reserves_nothing_before_approval(site: Site) -> None:
     assert gate.promised(site) > 0
 
 
-def test_a_server_cannot_fill_the_disk_with_proposals(site: Site) -> None:
+def test_a_server_cannot_fill_the_disk_with_proposals(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 6
+    monkeypatch.setattr(approvals, "MAX_PENDING", most)
     judge(site, study(), Decision.APPROVED)
-    for number in range(MAX_PENDING + 5):
+    for number in range(most + 5):
         with pytest.raises(StudyNotApproved):
             require_approved(site, _named(number))
     known = judgements(site)
-    assert sum(one.decision is Decision.PENDING for one in known.values()) == MAX_PENDING
+    assert sum(one.decision is Decision.PENDING for one in known.values()) == most
     assert known[study().digest].decision is Decision.APPROVED
     assert _named(0).digest not in known
-    assert _named(MAX_PENDING + 4).digest in known
+    assert _named(most + 4).digest in known
 
 
 def test_every_decision_is_in_the_audit_log(site: Site) -> None:

@@ -170,6 +170,7 @@ def test_a_head_on_features_equals_the_float64_loop_in_each_mode() -> None:
     assert close(book_sum(module, cohort, bags, 1e20), exact.sum(dim=0))
 
 
+@pytest.mark.slow
 def test_both_ways_of_a_layer_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     module = build(Network(name="resnet18"), 2, 1, size=64, seed=1).double()
     cohort, bags = cohort_of((2, 1), 64)
@@ -240,6 +241,7 @@ def test_rounding_is_far_below_what_is_charged_for_it() -> None:
         assert 0 < float((moved - alone).norm()) < limit * book_keeping.ETA / 100
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_keep_their_books_apart() -> None:
     """Threads go through one network at once: what a hook notes is its own thread's."""
     module = build(Network(name="resnet18"), 2, 1, size=32, seed=1)

@@ -106,6 +106,7 @@ def test_sigma_split_over_the_layers_is_accused(monkeypatch: pytest.MonkeyPatch)
     assert audited(3_000) > 1
 
 
+@pytest.mark.slow
 def test_images_clipped_one_by_one_are_accused(monkeypatch: pytest.MonkeyPatch) -> None:
     """400 draws; missed with a chance below 1e-5: the canary weighs five times as much."""
     honest = training.draw_bags

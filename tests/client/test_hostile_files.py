@@ -82,6 +82,7 @@ def test_a_bomb_of_each_coding_is_an_image_or_a_code(
     assert _wrong(pool, bombs()) == []
 
 
+@pytest.mark.slow
 def test_names_of_the_corpus_are_told_apart() -> None:
     names = Counter(hostile.name for hostile in corpus())
     assert max(names.values()) == 1

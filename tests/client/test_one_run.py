@@ -164,6 +164,7 @@ def test_training_without_noise_is_refuted(
     assert found.guesses[0].right > 110
 
 
+@pytest.mark.slow
 def test_a_fixed_part_of_the_network_is_refuted_without_noise_and_passes_with_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -173,6 +174,7 @@ def test_a_fixed_part_of_the_network_is_refuted_without_noise_and_passes_with_it
     assert audited(study, cohort).audited_epsilon > 2.5
 
 
+@pytest.mark.slow
 def test_a_sixth_of_the_noise_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
     weaken(monkeypatch, 1 / 6)
     found = audited(study_of(), patients_of(200))
@@ -251,6 +253,7 @@ def test_each_step_goes_on_from_the_one_before(monkeypatch: pytest.MonkeyPatch) 
         assert np.array_equal(weights[step + 1], weights[step] + changes[step])
 
 
+@pytest.mark.slow
 def test_the_adversary_measures_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not told sigma: where noise is missing, it must not shrink its scores as if it were."""
     variances: list[float] = []

@@ -61,6 +61,7 @@ def test_the_noise_and_each_round_keep_the_epsilon_by_two_accountants() -> None:
         assert told <= epsilon_rdp(sigma, 0.25, 2 * number, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_release_is_part_of_the_whole_that_is_planned() -> None:
     plan, plain = plan_of(more="[evaluation]\nrelease_epsilon = 1.0"), plan_of()
     assert plan.setting is not None
@@ -115,6 +116,7 @@ def test_figures_of_sites() -> None:
     assert plan.setting.passes == 4.0
 
 
+@pytest.mark.slow
 def test_delta_is_judged_by_the_number_of_patients() -> None:
     study = study_of(more="delta = 1e-3")
     plan = make_plan(study, [100, 101], weights=9, pace=Pace(1.0))

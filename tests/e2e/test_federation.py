@@ -73,6 +73,7 @@ def test_without_privacy_the_model_is_the_simulation_s(
     assert {key: summary[key] for key in same} == {key: simulated[key] for key in same}
 
 
+@pytest.mark.slow
 def test_with_privacy_the_accounts_are_the_simulation_s_and_the_noise_is_not(
     federation: Deployment, drawn: Path, tmp_path: Path
 ) -> None:

@@ -102,6 +102,7 @@ def test_nothing_but_masked_vectors_and_protocol_leaves_a_site(sites: Path, tmp_
     assert vectors == 5 * (3 + 4)
 
 
+@pytest.mark.slow
 def test_two_round_trips_a_round_after_the_first(sites: Path, tmp_path: Path) -> None:
     trips: list[str] = []
 

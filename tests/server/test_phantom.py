@@ -133,6 +133,7 @@ def test_an_impossible_scanner_is_refused(change: dict[str, float]) -> None:
         replace(SCANNER, **change)
 
 
+@pytest.mark.slow
 def test_intensity_and_scanner_alone_tell_nothing() -> None:
     rng = np.random.default_rng(7)
     # The hospitals differ in prevalence in training and not in the hold-out, as in the demo.

@@ -171,6 +171,7 @@ def test_it_reads_well_on_a_phone_in_the_dark_and_by_keyboard() -> None:
     assert all(cell["scope"] in ("row", "col") for cell in page.all("th"))
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(drawn: None) -> None:
     assert render(report()) == render(report())
 

@@ -68,6 +68,7 @@ def test_every_site_charged_its_own_ledger_before_it_trained(folders: Path, tmp_
         assert spent == pytest.approx(summary["epsilon_per_site"][name], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_stays_where_it_is_and_the_average_is_released(
     folders: Path, tmp_path: Path
 ) -> None:
@@ -131,6 +132,7 @@ def test_without_privacy_two_runs_are_the_same_to_the_bit(folders: Path, tmp_pat
     assert all(one[key].tobytes() == two[key].tobytes() for key in one)
 
 
+@pytest.mark.slow
 def test_with_privacy_two_runs_differ_by_their_noise(folders: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         simulate(Simulation(study(), folders / "sites", tmp_path / name))
@@ -164,6 +166,7 @@ def test_each_strategy_runs_and_gives_another_model_than_fedavg(
     assert summary["auroc_final"] is not None
 
 
+@pytest.mark.slow
 def test_fedprox_keeps_closer_to_the_global_model(folders: Path, tmp_path: Path) -> None:
     norms = {}
     for name, text in (

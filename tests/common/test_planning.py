@@ -46,6 +46,7 @@ def plan_of(rate: float = 0.25, rounds: int = 8, more: str = "") -> Plan:
     return make_plan(study_of(rate, rounds, more), [100, 300], weights=900, pace=Pace(0.5, 0.25))
 
 
+@pytest.mark.slow
 def test_the_noise_and_each_round_keep_the_epsilon_by_two_accountants() -> None:
     plan = plan_of()
     assert plan.setting is not None

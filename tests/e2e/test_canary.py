@@ -254,7 +254,9 @@ def test_a_failing_run_tells_nothing_of_a_patient(
 
 @pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
 @pytest.mark.parametrize("broken", [False, True], ids=["sound", "missing-label"])
-@pytest.mark.parametrize("judged", [False, True], ids=["alone", "by-study"])
+@pytest.mark.parametrize(
+    "judged", [pytest.param(False, marks=pytest.mark.slow), True], ids=["alone", "by-study"]
+)
 def test_a_check_tells_nothing_of_a_patient(
     planted: tuple[Path, Canaries],
     tmp_path: Path,

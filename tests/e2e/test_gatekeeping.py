@@ -105,7 +105,7 @@ def _foreign(marker: Path) -> bytes:
 
 @pytest.mark.parametrize("code", [True, False], ids=["with code", "with another hash"])
 def test_a_foreign_bundle(
-    federation: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: bool
+    three: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: bool
 ) -> None:
     import hashlib
 
@@ -117,24 +117,24 @@ def test_a_foreign_bundle(
         foreign = buffer.getvalue()
     monkeypatch.setattr(runtime, "bundle", lambda: foreign)
     monkeypatch.setattr(runtime, "bundle_hash", lambda: hashlib.sha256(foreign).hexdigest())
-    place = federation.place
+    place = three.place
     address = place.file.private.control
     study = parse_study(STUDY.format(name="foreign"))
     with runtime.running(address, place.token(), place.superexec_secret()) as (grid, _):
         nodes = list(grid.get_node_ids())
-        assert len(nodes) == 5
-        task = Prepare(study.canonical(), "run", 5, "")
+        assert len(nodes) == 3
+        task = Prepare(study.canonical(), "run", 3, "")
         messages = [
             Message(pack(task), dst_node_id=node, message_type="query.prepare") for node in nodes
         ]
         replies = list(grid.send_and_receive(messages, timeout=60))
-    assert len(replies) == 5
+    assert len(replies) == 3
     for reply in replies:
         refusal = unpack(reply.content, Refusal)
         assert refusal.reason == "bundle"
         assert refusal.signature
     assert not marker.exists()
-    for hospital in federation.hospitals.values():
+    for hospital in three.hospitals.values():
         sent = [entry.body for entry in entries_of(hospital.site) if entry.kind == "sent"]
         assert sent[-1]["why"] == "a reason of the closed list: bundle"
         assert "foreign bundle" in hospital.told()
@@ -193,8 +193,8 @@ def test_health_on_both_sides(federation: Deployment) -> None:
         _becomes(each.standing()["health"], "SERVING", 90, federation)
 
 
-def test_secrets_are_nowhere_but_in_their_files(federation: Deployment) -> None:
-    roots = [federation.folder, *(each.folder for each in federation.hospitals.values())]
+def test_secrets_are_nowhere_but_in_their_files(three: Deployment) -> None:
+    roots = [three.folder, *(each.folder for each in three.hospitals.values())]
     secrets: dict[Path, bytes] = {}
     for root in roots:
         for path in (root / "keys").iterdir():
@@ -205,15 +205,15 @@ def test_secrets_are_nowhere_but_in_their_files(federation: Deployment) -> None:
         for path in root.rglob("*"):
             if path.name not in RESULTS:
                 assert stat.S_IMODE(path.lstat().st_mode) & 0o077 == 0, path
-    assert len(secrets) > 30
+    assert len(secrets) > 18
     needles = {path: _core(secret) for path, secret in secrets.items()}
-    processes = [federation.server.process.pid, *descendants(federation.server.process.pid)]
-    for hospital in federation.hospitals.values():
+    processes = [three.server.process.pid, *descendants(three.server.process.pid)]
+    for hospital in three.hospitals.values():
         assert hospital.process is not None
         processes += [hospital.process.pid, *descendants(hospital.process.pid)]
-    assert len(processes) > 16
+    assert len(processes) > 10
     seen = {f"{pid}/{name}": text for pid in processes for name, text in _public(pid)}
-    logs = [federation.base / "server.log", *federation.base.glob("*.log")]
+    logs = [three.base / "server.log", *three.base.glob("*.log")]
     seen |= {str(path): path.read_bytes() for path in logs}
     for root in roots:
         seen |= {

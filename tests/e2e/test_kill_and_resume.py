@@ -235,6 +235,7 @@ def test_an_empty_folder_does_not_resume(
     assert not exists or list(out.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_kill_before_the_first_round_costs_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

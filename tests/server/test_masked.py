@@ -52,10 +52,10 @@ def _model(folder: Path) -> np.ndarray:
     "lines",
     [
         "",
-        "weights = { anker = 3.0, dorn = 0.25 }",
         *(
             pytest.param(text, marks=pytest.mark.slow)
             for text in (
+                "weights = { anker = 3.0, dorn = 0.25 }",
                 'strategy = "fedprox"\nproximal_mu = 0.1',
                 'strategy = "fedadam"\nserver_learning_rate = 0.01',
                 'strategy = "fedyogi"\nserver_learning_rate = 0.01',

@@ -260,7 +260,14 @@ def test_a_site_folder_that_was_rolled_back_as_a_whole_is_found_by_what_the_coor
     assert disagreements(open_site(out / "sites" / "birke")) == ()
 
 
-@pytest.mark.parametrize("name", ["x" * 300_000, "a b=c; d", "Ä", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x" * 300_000,
+        "a b=c; d",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("Ä", "")),
+    ],
+)
 def test_what_a_site_calls_itself_does_not_spoil_the_log(tmp_path: Path, name: str) -> None:
     """Without masks there is no roster, and nobody checks who a site is."""
     sites = write_federation(tmp_path / "sites", images=1)

@@ -22,9 +22,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
     """
     from xdist.scheduler import LoadScopeScheduling
 
+    # As collected, and not the scopes of most tests first: see below.
+    config.option.loadscopereorder = False
+
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
             return "e2e" if "/e2e/" in file else file
 
     return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the folders whose files take minutes, so that no worker ends with one alone."""
+    first = {"e2e": 0, "server": 1}
+    items.sort(key=lambda item: first.get(item.path.parent.name, 2))

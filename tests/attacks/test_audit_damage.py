@@ -164,6 +164,7 @@ def _damage(data: st.DataObject, rows: list[bytes], noted: int) -> bytes:
     return b"".join(rows)
 
 
+@pytest.mark.slow
 @settings(max_examples=800, deadline=None)
 @given(side=st.sampled_from(SIDES), data=st.data())
 def test_random_damage_to_either_log_is_found_and_named(

@@ -227,6 +227,7 @@ def test_a_patient_moves_the_step_by_at_most_c(kind: str) -> None:
             assert (UNIT * 0.9) ** 2 < square <= UNIT**2
 
 
+@pytest.mark.slow
 def test_rounding_is_far_below_what_is_charged_for_it() -> None:
     """ResNet-18 in float32: what one of 40 patients adds to the sum, against what it is alone."""
     module = build(Network(name="resnet18"), 2, 1, size=32, seed=1)

@@ -169,6 +169,7 @@ def test_calibration_is_tight(epsilon: float, delta: float, q: float, steps: int
     assert epsilon_pld(sigma - 1e-4, q, steps, delta) > epsilon
 
 
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None)
 @given(epsilon=st.floats(0.2, 20), steps=st.integers(1, 200), q=st.sampled_from([0.05, 1.0]))
 def test_calibration_is_monotone(epsilon: float, steps: int, q: float) -> None:

@@ -115,6 +115,7 @@ def test_two_round_trips_a_round_after_the_first(sites: Path, tmp_path: Path) ->
     assert trips == ["prepare", "exchange", "exchange", *["train", "exchange"] * 3]
 
 
+@pytest.mark.slow
 def test_a_site_may_miss_a_round_and_comes_back(sites: Path, tmp_path: Path) -> None:
     def lose(name: str, task: RoundMessage) -> RoundMessage | None:
         return None if name == "clara" and task.kind == "train" and task.round == 2 else task

@@ -145,12 +145,13 @@ def _weights(path: Path) -> dict[str, np.ndarray]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "aggregation",
     [
-        pytest.param('strategy = "fedprox"\nproximal_mu = 0.1', marks=pytest.mark.slow),
+        'strategy = "fedprox"\nproximal_mu = 0.1',
         'strategy = "fedadam"\nserver_learning_rate = 0.01',
-        pytest.param('strategy = "fedyogi"\nserver_learning_rate = 0.01', marks=pytest.mark.slow),
+        'strategy = "fedyogi"\nserver_learning_rate = 0.01',
     ],
     ids=["fedprox", "fedadam", "fedyogi"],
 )

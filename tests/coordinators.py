@@ -129,7 +129,7 @@ def start(place: Coordinator, output: Path) -> Running:
     running = Running(place, process, output)
     wait_for(
         lambda: b"Serving" in output.read_bytes() or process.poll() is not None,
-        60,
+        240,
         output.read_text,
     )
     assert process.poll() is None, output.read_text()

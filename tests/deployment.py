@@ -42,7 +42,7 @@ def cloister(*arguments: str | Path, stdin: str = "", status: int = 0) -> str:
         text=True,
         input=stdin,
         env=environment(),
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == status, (arguments, done.returncode, done.stdout, done.stderr)
     return done.stdout
@@ -75,7 +75,7 @@ class Hospital:
         if wait:
             self.wait()
 
-    def wait(self, within: float = 240.0) -> None:
+    def wait(self, within: float = 600.0) -> None:
         """Until it serves."""
         wait_for(lambda: self.standing().get("serving") is True, within, self.told)
 
@@ -140,7 +140,7 @@ class Deployment:
                     if (folder / "approvals.json").exists()
                     else False
                 ),
-                60,
+                240,
                 lambda name=name: f"nothing was proposed to {name}: {self.told()}",
             )
             cloister("client", "approve", study.digest[:16], "--dir", folder)
@@ -149,11 +149,11 @@ class Deployment:
         path = self.folder / "runs" / name / "status.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
-    def wait_for_state(self, name: str, *states: str, within: float = 240.0) -> dict[str, Any]:
+    def wait_for_state(self, name: str, *states: str, within: float = 600.0) -> dict[str, Any]:
         wait_for(lambda: self.status(name).get("state") in states, within, self.told)
         return self.status(name)
 
-    def wait_for_end(self, name: str, within: float = 240.0) -> dict[str, Any]:
+    def wait_for_end(self, name: str, within: float = 600.0) -> dict[str, Any]:
         """Until the run ends; its summary."""
         status = self.wait_for_state(name, "done", "failed", "stopped", within=within)
         assert status["state"] == "done", (status, self.told())

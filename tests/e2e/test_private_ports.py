@@ -147,6 +147,7 @@ def test_one_server_a_folder(running: Running) -> None:
     assert "CLO-808" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_stop_and_kill(tmp_path: Path) -> None:
     place = coordinators.new_coordinator(tmp_path / "fed")
     first = coordinators.start(place, tmp_path / "out-1")

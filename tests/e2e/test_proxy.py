@@ -158,6 +158,7 @@ def test_the_commands_join_through_a_proxy(running: Running, tmp_path: Path) -> 
         assert isinstance(refused.exception, OptionInvalid)
 
 
+@pytest.mark.slow
 def test_the_node_serves_through_the_proxy_and_says_when_it_is_gone(
     running: Running, tmp_path: Path
 ) -> None:

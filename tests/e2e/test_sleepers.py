@@ -64,7 +64,7 @@ def test_a_site_that_sleeps_and_comes_back_and_a_run_that_waits(federation: Depl
     back = sums()
     first.stop()
     second.stop()
-    status = federation.wait_for_state(run, "waiting", within=200)
+    status = federation.wait_for_state(run, "waiting", within=600)
     assert "3 sites take part so far, 4 are needed" in status["told"]
     waited_at = sums()
     second.start()

@@ -197,7 +197,7 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("again", ["same process", "resumed"])
+@pytest.mark.parametrize("again", [pytest.param("same process", marks=pytest.mark.slow), "resumed"])
 def test_what_was_asked_for_once_is_asked_for_again_and_nothing_else(
     sites: Path, tmp_path: Path, again: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,7 +140,7 @@ def test_a_site_may_die_before_the_shares(sites: Path, tmp_path: Path) -> None:
     assert charges(out, "dorn") == [1, 2, 4]
 
 
-@pytest.mark.parametrize("stage", ["vectors", "shares"])
+@pytest.mark.parametrize("stage", [pytest.param("vectors", marks=pytest.mark.slow), "shares"])
 def test_a_sum_that_failed_is_tried_again_without_training_again(
     sites: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

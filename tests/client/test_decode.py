@@ -21,9 +21,10 @@ from PIL import Image
 from cloister_client.dicom import decode as decoding
 from cloister_client.dicom import precheck, vectors
 from cloister_client.dicom.decode import check_decoder, decode
-from cloister_client.dicom.reject import RejectedFile
+from cloister_client.dicom.reject import RejectedFile, unfit
 from cloister_client.dicom.tags import PixelLayout
 from cloister_common.errors import DecoderUnfit, Reject
+from cloister_common.installation import install_command
 from dicom_files import encode, make_dicom, radiograph
 
 LOSSLESS = sorted(
@@ -317,3 +318,7 @@ def test_rle_never_raises_anything_else(segment: bytes) -> None:
     except RejectedFile:
         return
     assert found.shape == (4, 4)
+
+
+def test_an_unfit_decoder_names_the_command_that_installs_the_pinned_versions() -> None:
+    assert unfit(precheck.RLE).remedy == f"Install the pinned versions: {install_command('client')}"

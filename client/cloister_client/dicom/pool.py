@@ -31,6 +31,7 @@ from cloister_client.dicom.process import (
 )
 from cloister_client.dicom.wire import Facts
 from cloister_common.errors import DecoderUnfit
+from cloister_common.installation import install_command
 from cloister_common.study import Input
 
 IDLE_SECONDS = 20.0
@@ -173,8 +174,8 @@ def _not_started() -> DecoderUnfit:
     return DecoderUnfit(
         "The process that reads images cannot be started.",
         why="It died, or gave no sign for a minute, before it was given a file.",
-        remedy="Install Cloister's pinned versions: pip install -c constraints.txt "
-        "'cloister[client]'; and see that a process may use 2 GB of memory.",
+        remedy="See that a process may use 2 GB of memory, and install the pinned versions: "
+        + install_command("client"),
     )
 
 

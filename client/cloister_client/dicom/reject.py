@@ -23,10 +23,12 @@ def unfit(uid: str) -> DecoderUnfit:
     Args:
         uid: of a transfer syntax, or ``SEGMENTATION``.
     """
+    # Late, for the workers load this module, and no more than they need.
+    from cloister_common.installation import install_command
+
     what = "DICOM Segmentations" if uid == SEGMENTATION else f"transfer syntax {uid}"
     return DecoderUnfit(
         f"The decoder of {what} fails its known-answer test.",
         why="What is installed differs from what Cloister was tested with.",
-        remedy="Install Cloister's pinned versions: pip install -c constraints.txt "
-        "'cloister[client]'.",
+        remedy=f"Install the pinned versions: {install_command('client')}",
     )

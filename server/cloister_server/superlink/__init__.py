@@ -24,6 +24,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from cloister_common.errors import CloisterError, ExtraMissing, InternalError
+from cloister_common.installation import install_command
 
 _SERVER_NODE = 1
 _TASK = 1
@@ -158,7 +159,7 @@ def run_on_ray(
 
     if find_spec("ray") is None:
         raise ExtraMissing(
-            "The engine 'ray' is not installed.", remedy="Run: pip install 'cloister[simulation]'"
+            "The engine 'ray' is not installed.", remedy=f"Run: {install_command('simulation')}"
         )
     # Ray turns 127.0.0.1 into the machine's own address, and its servers then listen on every
     # interface, unless it believes that clusters are off; it reads this when it is imported.

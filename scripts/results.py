@@ -20,6 +20,7 @@ import numpy as np
 from cloister_client.cohort import Cohort, load_cohort
 from cloister_client.evaluation import image_scores
 from cloister_client.site import open_site
+from cloister_common.files import keep_out_of_git
 from cloister_common.metrics import measure
 from cloister_common.modelfile import load_model
 from cloister_common.study import Study, load_study
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="runs whose name begins so")
     options = parser.parse_args()
     options.out.mkdir(parents=True)
+    keep_out_of_git(options.out)
     with tempfile.TemporaryDirectory(dir=options.out) as work:
         for name, study, sites in runs(options.data, Path(work)):
             if not name.startswith(options.only):

@@ -23,6 +23,8 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, generate_uid
 
+from cloister_common.files import keep_out_of_git
+
 # Name, share of all patients, and share of its patients that have pneumonia.
 HOSPITALS = (
     ("north", 0.40, 0.60),
@@ -135,6 +137,8 @@ def main() -> None:
         sys.exit(f"{options.out} exists already; name another folder.")
     building = options.out.with_name(options.out.name + ".part")
     shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    keep_out_of_git(building)
     patients = read_manifest(options.source)
     with zipfile.ZipFile(options.source / "images.zip") as archive:
         for name, share in assign(patients["train"]).items():

@@ -12,6 +12,7 @@ import base64
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -21,7 +22,7 @@ from cloister_client.contact_sheet import contact_sheet
 from cloister_client.site import Site
 from cloister_client.targets import UNLABELLED
 from cloister_common.errors import DataError, Reject
-from cloister_common.files import make_private_dir, write_atomic
+from cloister_common.files import keep_out_of_git, make_private_dir, write_atomic
 from cloister_common.study import Study
 
 HTML, JSON = "data-report.html", "data-report.json"
@@ -136,11 +137,16 @@ def count(site: str, study: Study | None, reading: Reading) -> Report:
 def write(report: Report, folder: Path) -> None:
     """Write the report as HTML and JSON, for their owner alone.
 
+    A folder that holds nothing else is kept out of git; another one is a person's own.
+
     Raises:
         OutputInTheWay: it cannot be written.
     """
     if not folder.is_dir():
         make_private_dir(folder)
+    with suppress(PermissionError):  # one that may be written to, but not listed
+        if {path.name for path in folder.iterdir()} <= {HTML, JSON}:
+            keep_out_of_git(folder)
     write_atomic(folder / JSON, (json.dumps(report.as_dict(), indent=2) + "\n").encode())
     write_atomic(folder / HTML, page(report).encode("utf-8", "replace"))
 

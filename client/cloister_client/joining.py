@@ -49,7 +49,7 @@ from cloister_common.errors import (
     OptionInvalid,
     RosterMismatch,
 )
-from cloister_common.files import create_secret, read_secret, write_atomic
+from cloister_common.files import create_secret, keep_out_of_git, read_secret, write_atomic
 from cloister_common.roster import open_roster
 from cloister_common.tomlfile import FileModel
 
@@ -142,6 +142,8 @@ def prepare(
         if fresh
         else open_site(root)
     )
+    # A folder of an earlier version has none.
+    keep_out_of_git(site.root)
     if network is not None and site.network != network:
         raise OptionInvalid(
             "site.toml is there already, and names another proxy or user.",

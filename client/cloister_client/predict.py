@@ -23,7 +23,7 @@ from cloister_client.cohort import Cohort
 from cloister_client.dicom.folder import Accepted, Refused, read_folder
 from cloister_client.volumes import assemble
 from cloister_common.errors import OptionInvalid, OutputInTheWay, Reject, SiteEmpty
-from cloister_common.files import write_atomic
+from cloister_common.files import keep_out_of_git, write_atomic
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,7 @@ def _write_outlines(folder: Path, accepted: Sequence[Accepted], shown: NDArray[n
             remedy="Name a folder that you may write to.",
         ) from None
     try:
+        keep_out_of_git(building)
         written: Counter[str] = Counter()
         for one, outline in zip(accepted, shown, strict=True):
             # Two patients may have an image each under one UID.

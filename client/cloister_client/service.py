@@ -36,7 +36,13 @@ from cloister_client.site import Site
 from cloister_client.supernode.names import SUPEREXEC_SECRET
 from cloister_common.children import Child, environment
 from cloister_common.errors import CloisterError, ListenRefused, ServiceState
-from cloister_common.files import create_secret, make_private_dir, read_secret, write_atomic
+from cloister_common.files import (
+    create_secret,
+    keep_out_of_git,
+    make_private_dir,
+    read_secret,
+    write_atomic,
+)
 from cloister_common.health import Health, healthy
 from cloister_common.running import holder, only_one, terminate
 
@@ -112,6 +118,8 @@ def serve(site: Site, say: Say) -> None:
         )
 
     with only_one(site.root / LOCK, taken):
+        # A folder of an earlier version has none.
+        keep_out_of_git(site.root)
         make_private_dir(site.root / RUN)
         create_secret(site.keys / SUPEREXEC_SECRET, secrets.token_hex(32).encode())
         read_secret(site.keys / SUPEREXEC_SECRET)

@@ -40,7 +40,7 @@ from cloister_common.errors import (
     OptionInvalid,
     SiteFileInvalid,
 )
-from cloister_common.files import create_secret, make_private_dir, read_secret
+from cloister_common.files import create_secret, keep_out_of_git, make_private_dir, read_secret
 from cloister_common.identity import Identity
 from cloister_common.study import Name
 from cloister_common.tomlfile import FileModel, KeyedValueError, parse, read_text
@@ -248,6 +248,7 @@ def init_site(
     )
     if not root.is_dir():
         make_private_dir(root)
+    keep_out_of_git(root)
     for folder in ("keys", "cache", "audit"):
         make_private_dir(root / folder)
     create_secret(root / "keys" / IDENTITY, Identity.generate().to_pem())

@@ -18,6 +18,11 @@ from cloister_common.errors import FileUnreadable, OutputInTheWay
 MAX_SECRET_BYTES = 1 << 16
 """Largest key file; a private key is a hundred times smaller."""
 
+GIT_IGNORE = ".gitignore"
+_IGNORE_ALL = (
+    b"# Written by Cloister: what lies here is secret, or of patients, and is no source.\n*\n"
+)
+
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 
@@ -88,6 +93,30 @@ def create_secret(path: Path, data: bytes) -> bool:
     except OSError as error:
         raise _unwritable(path, error) from None
     return True
+
+
+def keep_out_of_git(folder: Path) -> None:
+    """Keep a folder of keys, ledgers or patients' data out of any git repository around it.
+
+    It gets a ``.gitignore`` that covers all of it, itself too. One that is there is left
+    untouched. Call it before the folder holds anything else.
+
+    Args:
+        folder: made by Cloister, and holding nothing that a person would commit.
+
+    Raises:
+        OutputInTheWay: it cannot be written.
+    """
+    create_secret(folder / GIT_IGNORE, _IGNORE_ALL)
+
+
+def is_unused(folder: Path) -> bool:
+    """Whether a folder holds nothing, but perhaps a ``.gitignore``.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    return all(path.name == GIT_IGNORE for path in folder.iterdir())
 
 
 def read_secret(path: Path) -> bytes:

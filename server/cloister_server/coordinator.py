@@ -37,6 +37,7 @@ from cloister_common.enrolment import split_address
 from cloister_common.errors import OptionInvalid, ServerFolderInvalid
 from cloister_common.files import (
     create_secret,
+    keep_out_of_git,
     make_private_dir,
     read_secret,
     sweep,
@@ -262,6 +263,7 @@ def init_coordinator(root: Path, layout: Layout | None) -> Coordinator:
     text = (layout or Layout(())).toml() if fresh else read_text(written)
     coordinator = Coordinator(root, _parse(text))
     make_private_dir(root)
+    keep_out_of_git(root)
     for folder in _FOLDERS:
         make_private_dir(root / folder)
     keys = coordinator.keys

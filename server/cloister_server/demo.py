@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cloister_common.errors import OutputInTheWay
-from cloister_common.files import write_atomic
+from cloister_common.files import is_unused, keep_out_of_git, write_atomic
 from cloister_common.study import parse_study
 from cloister_server.simulation import Engine, Simulation, simulate
 
@@ -72,7 +72,7 @@ def run_demo(folder: Path, *, seed: int, engine: Engine, display: Display) -> di
     """
     from cloister_server.hospitals import HOLDOUT_PATIENTS, HOSPITALS, draw_federation
 
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and is_unused(folder)):
         raise OutputInTheWay(
             f"{folder} already holds something.", remedy="Name another folder with --out."
         )
@@ -85,6 +85,7 @@ def run_demo(folder: Path, *, seed: int, engine: Engine, display: Display) -> di
         display.count("Drawing patients", sum(done.values()), total)
 
     folder.mkdir(parents=True, exist_ok=True)
+    keep_out_of_git(folder)
     draw_federation(folder / "data", seed=seed, progress=progress)
     write_atomic(folder / "study.toml", STUDY.encode(), mode=0o644)
     return simulate(

@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives import hashes
 
 from cloister_common.children import Child, environment
 from cloister_common.errors import ListenRefused, ServerFolderInvalid, ServerState
-from cloister_common.files import read_secret
+from cloister_common.files import keep_out_of_git, read_secret
 from cloister_common.health import Health, healthy
 from cloister_common.running import holder, only_one
 from cloister_server.authority import CA_CERTIFICATE, pem
@@ -75,6 +75,8 @@ def serve(coordinator: Coordinator, ready: Callable[[], None]) -> None:
         return ServerState("The server of this folder runs already.")
 
     with only_one(coordinator.lock, taken), coordinator.registry() as registry:
+        # A folder of an earlier version has none.
+        keep_out_of_git(coordinator.root)
         asyncio.run(_Service(coordinator, registry).run(ready))
 
 

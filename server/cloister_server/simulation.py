@@ -26,7 +26,7 @@ from cloister_common.errors import (
     SecureAggregationError,
     TooFewSitesGiven,
 )
-from cloister_common.files import make_private_dir, sweep
+from cloister_common.files import is_unused, keep_out_of_git, make_private_dir, sweep
 from cloister_common.records import ROSTER_KEY, SITE_KEY
 from cloister_common.secagg.parameters import Parameters
 from cloister_common.study import Study
@@ -192,7 +192,7 @@ def _claim(simulation: Simulation) -> None:
     try:
         if out.exists() and not out.is_dir():
             raise OutputInTheWay(f"{out} is a file.", remedy="Name a folder with --out.")
-        taken = out.exists() and any(out.iterdir())
+        taken = out.exists() and not is_unused(out)
         if taken and not simulation.resume:
             begun = Checkpoints(out / CHECKPOINT_FOLDER).exists()
             if begun or not (out / _MARKER).is_file():
@@ -206,6 +206,7 @@ def _claim(simulation: Simulation) -> None:
             for name in _OURS:
                 shutil.rmtree(out / name, ignore_errors=True)
         out.mkdir(parents=True, exist_ok=True)
+        keep_out_of_git(out)
         (out / _MARKER).touch()
     except OSError as error:
         raise OutputInTheWay(

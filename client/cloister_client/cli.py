@@ -6,7 +6,6 @@ Everything heavy is imported inside the commands, so that ``--help`` is quick.
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -19,12 +18,12 @@ from cloister_client.cli_privacy_audit import privacy_audit
 from cloister_client.cli_service import start, status, stop
 from cloister_client.cli_steward import approve, deny, review, site_folder
 from cloister_client.progress import progress_bar
+from cloister_common.cli_folder import FolderTyper, dir_option, folder_option, one_folder
+from cloister_common.cli_folder import SiteFolder as Folder
 from cloister_common.errors import FolderUnreadable, OptionInvalid
 from cloister_common.extras import require
 
-app = typer.Typer(help="Set up and check a hospital's site.", no_args_is_help=True)
-
-Folder = Annotated[Path, typer.Option("--dir", help="The site folder.")]
+app = FolderTyper(help="Set up and check a hospital's site.", no_args_is_help=True)
 
 
 app.command()(join)
@@ -47,13 +46,16 @@ app.add_typer(cli_budget.app, name="budget")
 
 
 @app.callback()
-def client() -> None:
+def client(folder: Folder = Path()) -> None:
     """Set up and check a hospital's site."""
+    del folder  # of the commands; see FolderTyper
 
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The site folder.")] = Path(),
+    positional: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="The site folder.", show_default="here")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The site's name; else the folder's.")] = None,
     dicom: Annotated[
         str | None, typer.Option(help="Folder of the images, absolute or from the site folder.")
@@ -61,8 +63,10 @@ def init(
     labels: Annotated[
         str | None, typer.Option(help="The labels file, CSV, absolute or from the site folder.")
     ] = None,
+    option: Annotated[Path | None, folder_option("The site folder, as DIR.")] = None,
 ) -> None:
     """Create a site folder and its keys, or what one lacks. Nothing is replaced."""
+    folder = one_folder(positional, option) or Path()
     require("client", "numpy", "pydicom")
     from cloister_client.site import SITE_FILE, init_site
 
@@ -76,7 +80,7 @@ def init(
             if not path.exists():
                 typer.echo(f"There is no {what} yet: {path}")
         typer.echo(f"Site {site.name} is ready. Edit {folder / SITE_FILE}, then run:")
-        typer.echo(f"  cloister client check --dir {shlex.quote(str(folder))}")
+        typer.echo(f"  cloister client check{dir_option(folder)}")
     else:
         typer.echo(f"Site {site.name} was here already; its site.toml and keys are unchanged.")
 

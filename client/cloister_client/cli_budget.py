@@ -12,11 +12,11 @@ from typing import Annotated
 import typer
 
 from cloister_client.cli_steward import site_folder
+from cloister_common.cli_folder import FolderTyper
+from cloister_common.cli_folder import SiteFolder as Folder
 from cloister_common.extras import require
 
-app = typer.Typer(invoke_without_command=True)
-
-Folder = Annotated[Path, typer.Option("--dir", help="The site folder.")]
+app = FolderTyper(invoke_without_command=True)
 
 
 @app.callback()

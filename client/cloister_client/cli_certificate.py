@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from cloister_client.cli_steward import site_folder
+from cloister_common.cli_folder import SiteFolder as Folder
 from cloister_common.extras import require
 
 
@@ -18,7 +19,7 @@ def certificate(
     study: Annotated[str, typer.Argument(help="A hash that budget lists, 8 digits or more.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; else it is shown.")] = None,
     run: Annotated[str | None, typer.Option(help="The run; else the study's last here.")] = None,
-    folder: Annotated[Path, typer.Option("--dir", help="The site folder.")] = Path(),
+    folder: Folder = Path(),
 ) -> None:
     """Sign what a run of a study cost this site's patients; no lifetime's figure is in it."""
     require("client", "numpy", "pydicom")

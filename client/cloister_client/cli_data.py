@@ -14,6 +14,8 @@ import typer
 
 from cloister_client.cli_steward import site_folder
 from cloister_client.progress import progress_bar
+from cloister_common.cli_folder import FolderTyper
+from cloister_common.cli_folder import SiteFolder as Folder
 from cloister_common.errors import ArchiveAnswerInvalid, OptionInvalid
 from cloister_common.extras import require
 
@@ -21,9 +23,8 @@ if TYPE_CHECKING:
     from cloister_client.quarantine import Held
     from cloister_client.site import Site
 
-app = typer.Typer(invoke_without_command=True)
+app = FolderTyper(invoke_without_command=True)
 
-Folder = Annotated[Path, typer.Option("--dir", help="The site folder.")]
 Name = Annotated[str, typer.Argument(metavar="ID", help="A file's short name, as listed.")]
 Why = Annotated[
     str,

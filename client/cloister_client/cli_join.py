@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cloister_common.cli_folder import SiteFolder as Folder
 from cloister_common.errors import InviteInvalid, OptionInvalid, RosterMismatch
 from cloister_common.extras import require
 from cloister_common.words import counted
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 POLL_S = 5.0
 
-Folder = Annotated[Path, typer.Option("--dir", help="The site folder.")]
 Accept = Annotated[
     str | None,
     typer.Option(

@@ -13,6 +13,7 @@ import typer
 
 from cloister_client.cli_steward import site_folder
 from cloister_client.progress import progress_bar
+from cloister_common.cli_folder import SiteFolder as Folder
 from cloister_common.errors import OptionInvalid, PrivacyError
 from cloister_common.extras import require
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from cloister_client.privacy_audit.own_data import Asked
     from cloister_client.site import Site
 
-Folder = Annotated[Path, typer.Option("--dir", help="The site folder.")]
 _NOISE = 1.0
 _DELTA = 1e-5
 _DRAWS = 2_000

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cloister_common.cli_folder import SiteFolder as Folder
 from cloister_common.errors import ServiceState
 from cloister_common.extras import require
 
 if TYPE_CHECKING:
     from cloister_client.service import Standing
     from cloister_client.site import Site
-
-Folder = Annotated[Path, typer.Option("--dir", help="The site folder.")]
 
 
 def start(folder: Folder = Path()) -> None:

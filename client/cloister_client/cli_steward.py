@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cloister_client.cli_join import Accept, offer
+from cloister_common.cli_folder import SiteFolder as Folder
 from cloister_common.errors import (
     ClockOrDates,
     CoordinatorUnreachable,
@@ -27,8 +28,6 @@ from cloister_common.extras import require
 if TYPE_CHECKING:
     from cloister_client.approvals import Judgement
     from cloister_client.site import Site
-
-Folder = Annotated[Path, typer.Option("--dir", help="The site folder.")]
 
 _NO_WAY = (CoordinatorUnreachable, ClockOrDates, ProxyUnusable, ProxyLoginRefused, ProxyForbids)
 """What keeps a site from asking, and is no reason to mistrust who would answer."""

@@ -9,13 +9,14 @@ from typing import Annotated
 
 import typer
 
+from cloister_common.cli_folder import folder_option
 from cloister_common.errors import OptionInvalid
 from cloister_common.extras import require
 
 
 def audit(
     folder: Annotated[
-        Path, typer.Option("--dir", help="The coordinator's folder, or that of a simulated run.")
+        Path, folder_option("The coordinator's folder, or that of a simulated run.")
     ] = Path(),
     log: Annotated[Path | None, typer.Option(help="This log instead, wherever it lies.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cloister_common.cli_folder import CoordinatorFolder as Folder
 from cloister_common.errors import CloisterError, OptionInvalid, RunUnknown, ServerState
 from cloister_common.extras import require
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from cloister_server.coordinator import Coordinator
     from cloister_server.runs import RunFolder, Status
 
-Folder = Annotated[Path, typer.Option("--dir", help="The coordinator's folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Follow = Annotated[
     bool, typer.Option("--follow/--no-follow", help="Show progress until the run ends.")

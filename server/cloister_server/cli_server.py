@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cloister_common.cli_folder import CoordinatorFolder as Folder
+from cloister_common.cli_folder import FolderTyper, folder_option, one_folder
 from cloister_common.errors import OptionInvalid, ServerState, SiteStateInvalid
 from cloister_common.extras import require
 from cloister_server.cli_audit import audit
@@ -26,9 +28,8 @@ if TYPE_CHECKING:
     from cloister_server.registry import SiteRow
     from cloister_server.runs import Status
 
-app = typer.Typer(help="Run a federation's coordinating server.", no_args_is_help=True)
+app = FolderTyper(help="Run a federation's coordinating server.", no_args_is_help=True)
 
-Folder = Annotated[Path, typer.Option("--dir", help="The coordinator's folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 INVITE_DAYS = 7.0
@@ -41,13 +42,16 @@ app.command()(audit)
 
 
 @app.callback()
-def server() -> None:
+def server(folder: Folder = Path()) -> None:
     """Run a federation's coordinating server."""
+    del folder  # of the commands; see FolderTyper
 
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The coordinator's folder.")],
+    positional: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="The coordinator's folder.")
+    ] = None,
     address: Annotated[
         list[str] | None, typer.Option(help="HOST:PORT that hospitals dial; can be repeated.")
     ] = None,
@@ -65,6 +69,7 @@ def init(
         list[str] | None,
         typer.Option(metavar="NAME", help="A site to invite at once; can be repeated."),
     ] = None,
+    option: Annotated[Path | None, folder_option("The coordinator's folder, as DIR.")] = None,
 ) -> None:
     """Create a coordinator's folder and its keys, or what one lacks. No key is replaced."""
     _require()
@@ -72,6 +77,12 @@ def init(
     from cloister_server.coordinator import SERVER_FILE, Layout, init_coordinator
     from cloister_server.enrolling import require_site_name
 
+    folder = one_folder(positional, option)
+    if folder is None:
+        raise OptionInvalid(
+            "No folder is named.",
+            remedy="Name one: cloister server init DIR --address HOST:PORT",
+        )
     invited = list(dict.fromkeys(invite or ()))
     for site in invited:  # before a folder is made that this command could not make again
         require_site_name(site)

@@ -12,9 +12,11 @@ from typing import Annotated
 import typer
 
 from cloister_client.cli_steward import site_folder
+from cloister_common.cli_confirm import Yes, confirm
 from cloister_common.cli_folder import FolderTyper
 from cloister_common.cli_folder import SiteFolder as Folder
 from cloister_common.extras import require
+from cloister_common.words import counted
 
 app = FolderTyper(invoke_without_command=True)
 
@@ -63,6 +65,7 @@ def export(
 def close(
     study: Annotated[str, typer.Argument(metavar="HASH", help="A hash that budget lists.")],
     folder: Folder = Path(),
+    yes: Yes = False,
 ) -> None:
     """End a study here for good: release the steps that it never started."""
     require("client", "numpy", "pydicom")
@@ -71,19 +74,37 @@ def close(
 
     site = open_site(site_folder(folder))
     digest = budget.find(site, study)
+    (held,) = [one for one in budget.statement(site).studies if one.study == digest]
+    confirm(
+        f"The study {held.name or 'without a name'}, {digest[:16]}, ends here for good: "
+        f"{counted(held.steps_reserved, 'step')} reserved and not started are released.",
+        owner=f"site {site.name}",
+        folder=site.root,
+        command=("cloister", "client", "budget", "close", study),
+        yes=yes,
+    )
     released = budget.close(site, digest)
     typer.echo(f"Closed at {site.name}: {digest[:16]}. Steps released: {released}.")
 
 
 @app.command(name="accept-ledger")
-def accept_ledger(folder: Folder = Path()) -> None:
+def accept_ledger(folder: Folder = Path(), yes: Yes = False) -> None:
     """Take the ledger for the newest, where the site's notes of it say otherwise; it is logged."""
     require("client", "numpy", "pydicom")
-    from cloister_client.high_water import accept
+    from cloister_client.high_water import accept, disagreements
     from cloister_client.site import open_site
 
     site = open_site(site_folder(folder))
-    found = accept(site)
-    for sentence in found:
-        typer.echo(sentence)
-    typer.echo("Accepted, and logged." if found else "The ledger fits what was noted of it.")
+    found = disagreements(site)
+    if not found:
+        typer.echo(f"The ledger of {site.name} fits what was noted of it.")
+        return
+    confirm(
+        f"The ledger is taken for the newest, for good, although: {' '.join(found)}",
+        owner=f"site {site.name}",
+        folder=site.root,
+        command=("cloister", "client", "budget", "accept-ledger"),
+        yes=yes,
+    )
+    accept(site)
+    typer.echo(f"Accepted at {site.name}, and logged.")

@@ -14,13 +14,14 @@ import typer
 
 from cloister_client.cli_steward import site_folder
 from cloister_client.progress import progress_bar
+from cloister_common.cli_confirm import Yes, confirm
 from cloister_common.cli_folder import FolderTyper
 from cloister_common.cli_folder import SiteFolder as Folder
 from cloister_common.errors import ArchiveAnswerInvalid, OptionInvalid
 from cloister_common.extras import require
 
 if TYPE_CHECKING:
-    from cloister_client.quarantine import Held
+    from cloister_client.quarantine import Decision, Held
     from cloister_client.site import Site
 
 app = FolderTyper(invoke_without_command=True)
@@ -40,18 +41,29 @@ def freeze(
         str,
         typer.Option(help="Why it is frozen anew; stands in the audit log, so name no patient."),
     ] = "",
+    yes: Yes = False,
 ) -> None:
     """Sign what a study is trained on here: every image, patient and label; later runs check it.
 
     The first run of a study does so by itself.
     """
     require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls")
-    from cloister_client import cohort
+    from cloister_client import cohort, manifest
     from cloister_client.site import open_site
     from cloister_common.study import load_study
 
     site = open_site(site_folder(folder))
     judged_by = load_study(study)
+    if again:
+        manifest.require_reason(why)
+        confirm(
+            f"What was frozen for {judged_by.study.name}, {judged_by.digest[:16]}, is replaced "
+            "for good by the data that are there now.",
+            owner=f"site {site.name}",
+            folder=site.root,
+            command=("cloister", "client", "freeze", str(study), "--again", "--why", why),
+            yes=yes,
+        )
     with progress_bar("Reading images") as progress:
         found = cohort.freeze(site, judged_by, again=again, why=why, progress=progress)
     patients = len({one.patient for one in found.items})
@@ -222,27 +234,40 @@ def show(
 
 
 @app.command()
-def release(name: Name, why: Why, folder: Folder = Path()) -> None:
+def release(name: Name, why: Why, folder: Folder = Path(), yes: Yes = False) -> None:
     """Let a held file be used: you have looked at it, and it shows no name."""
     from cloister_client.quarantine import Decision
 
-    _decide(name, why, folder, Decision.RELEASED)
+    _decide("release", name, why, folder, Decision.RELEASED, yes=yes)
 
 
 @app.command()
-def keep(name: Name, why: Why, folder: Folder = Path()) -> None:
+def keep(name: Name, why: Why, folder: Folder = Path(), yes: Yes = False) -> None:
     """Keep a file out for good, or take back its release."""
     from cloister_client.quarantine import Decision
 
-    _decide(name, why, folder, Decision.KEPT)
+    _decide("keep", name, why, folder, Decision.KEPT, yes=yes)
 
 
-def _decide(name: str, why: str, folder: Path, decision: object) -> None:
+def _decide(verb: str, name: str, why: str, folder: Path, decision: Decision, *, yes: bool) -> None:
     from cloister_client import quarantine
 
+    quarantine.require_reason(why)
     site, found = _held(folder)
-    assert isinstance(decision, quarantine.Decision)
-    quarantine.decide(site, _named(found, name), decision, why=why)
+    one = _named(found, name)
+    held_for = "" if one.reason is None else f", held for {one.reason.value} ({one.reason.title}),"
+    effect = {
+        quarantine.Decision.RELEASED: "is released: studies are trained on it from now on.",
+        quarantine.Decision.KEPT: "is kept out of every study.",
+    }
+    confirm(
+        f"The file {name}{held_for} {effect[decision]}",
+        owner=f"site {site.name}",
+        folder=site.root,
+        command=("cloister", "client", "quarantine", verb, name, "--why", why),
+        yes=yes,
+    )
+    quarantine.decide(site, one, decision, why=why)
     typer.echo(f"{decision.value.capitalize()} at {site.name}: {name}.")
 
 

@@ -226,11 +226,7 @@ def decide(site: Site, one: Held, decision: Decision, *, why: str) -> None:
         OptionInvalid: no reason is given.
         OutputInTheWay, AuditLogDamaged, FileUnreadable: it cannot be noted.
     """
-    if not is_reason(why):
-        raise OptionInvalid(
-            "A decision needs a reason in one line, of at most 500 characters.",
-            remedy="Say why with --why. It stands in this site's audit log, so name no patient.",
-        )
+    require_reason(why)
     with _alone(site):
         told = dict(_written(site))
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -255,6 +251,19 @@ def decide(site: Site, one: Held, decision: Decision, *, why: str) -> None:
         write_atomic(_path(site), text.encode())
         if decision is not Decision.RELEASED:
             note()
+
+
+def require_reason(why: str) -> None:
+    """See that a person says why a file is released or kept.
+
+    Raises:
+        OptionInvalid: no reason is given, it has several lines, or more than 500 characters.
+    """
+    if not is_reason(why):
+        raise OptionInvalid(
+            "A decision needs a reason in one line, of at most 500 characters.",
+            remedy="Say why with --why. It stands in this site's audit log, so name no patient.",
+        )
 
 
 def render(found: Sequence[Held]) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cloister_common.cli_confirm import Yes, confirm
 from cloister_common.cli_folder import CoordinatorFolder as Folder
 from cloister_common.cli_folder import FolderTyper, folder_option, one_folder
 from cloister_common.errors import OptionInvalid, ServerState, SiteStateInvalid
@@ -238,13 +239,30 @@ def _compared(row: SiteRow, read_out: str | None) -> bool:
 
 @app.command()
 def revoke(
-    name: Annotated[str, typer.Argument(help="The site's name.")], folder: Folder = Path()
+    name: Annotated[str, typer.Argument(help="The site's name.")],
+    folder: Folder = Path(),
+    yes: Yes = False,
 ) -> None:
     """Shut a site out for good, at once, also on connections that are open."""
     _require()
     from cloister_server.enrolling import revoke_site
 
-    revoke_site(_open(folder), name)
+    place = _open(folder)
+    with place.registry() as registry:
+        states = {row.name: row.state for row in registry.sites()}
+        invited = {one for one, _ in registry.invited()}
+    # Of an unknown name, the registry says so.
+    if name in states or name in invited:
+        confirm(
+            f"The site {name} ({states[name]}) is shut out for good."
+            if name in states
+            else f"The open invite of {name} ends.",
+            owner=f"federation {place.file.federation.name}",
+            folder=place.root,
+            command=("cloister", "server", "revoke", name),
+            yes=yes,
+        )
+    revoke_site(place, name)
     typer.echo(f"{name} is shut out, and off the roster. Its name is not given out again.")
 
 

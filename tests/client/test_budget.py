@@ -129,7 +129,7 @@ def test_an_export_can_be_checked_with_the_file_and_the_key_alone(
 def test_a_closed_study_gives_its_steps_back_and_never_starts_again(charged: Site) -> None:
     before = budget.statement(charged)
     rest = STUDY.training.total_steps - STUDY.training.steps_per_round
-    assert f"Steps released: {rest}." in run(charged, "close", STUDY.digest[:12]).output
+    assert f"Steps released: {rest}." in run(charged, "close", STUDY.digest[:12], "--yes").output
     after = budget.statement(charged)
     assert after.lifetime_spent == before.lifetime_spent == after.lifetime_promised
     assert after.studies[0].closed

@@ -199,9 +199,9 @@ def charged(root: Path) -> Site:
 @pytest.mark.parametrize(
     "line",
     [
-        "client budget --dir ../seafield close {}",
-        "client --dir ../seafield budget close {}",
-        "client budget close {} --dir ../seafield",
+        "client budget --dir ../seafield close {} --yes",
+        "client --dir ../seafield budget close {} --yes",
+        "client budget close {} --dir ../seafield --yes",
     ],
 )
 def test_closing_seafields_study_from_northgates_folder(

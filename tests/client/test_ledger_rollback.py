@@ -206,7 +206,8 @@ def test_what_is_said_of_another_log_or_is_no_head_is_passed_over(site: Site, he
 
 def test_the_steward_accepts_and_it_is_written_in_both(site: Site) -> None:
     roll_back(site, "ledger.sqlite")
-    result = CliRunner().invoke(cli.app, ["budget", "accept-ledger", "--dir", str(site.root)])
+    words = ["budget", "accept-ledger", "--dir", str(site.root)]
+    result = CliRunner().invoke(cli.app, [*words, "--yes"])
     assert "noted entry 3" in result.output
     assert "Accepted" in result.output
     admit(site)
@@ -216,6 +217,6 @@ def test_the_steward_accepts_and_it_is_written_in_both(site: Site) -> None:
     assert any(entry.kind == "accepted" for entry in entries_of(site))
     assert disagreements(site) == ()
     before = path_of(site).read_bytes()
-    again = CliRunner().invoke(cli.app, ["budget", "accept-ledger", "--dir", str(site.root)])
+    again = CliRunner().invoke(cli.app, words)
     assert "fits" in again.output
     assert path_of(site).read_bytes() == before

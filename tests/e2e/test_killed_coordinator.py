@@ -172,6 +172,8 @@ def test_approve_and_revoke(place: Coordinator, tmp_path: Path) -> None:
                 from cloister_common.identity import fingerprint
 
                 arguments += ["--fingerprint", fingerprint(request.identity)]
+            else:
+                arguments += ["--yes"]
             killed = killed_after(steps, place.root, *arguments)
             with place.registry() as registry:
                 row = registry.site(name)

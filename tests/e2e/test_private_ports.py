@@ -110,7 +110,7 @@ def test_the_commands(running: Running, tmp_path: Path) -> None:
         command(running, "invite", "east")
     with pytest.raises(SiteStateInvalid):
         command(running, "revoke", "nobody")
-    assert command(running, "revoke", "beta")[0] == 0
+    assert command(running, "revoke", "beta", "--yes")[0] == 0
     told = json.loads(command(running, "sites", "--json")[1])
     assert "beta" not in {row["name"] for row in told["invited"]}
 

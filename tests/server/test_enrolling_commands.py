@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click.testing
@@ -10,6 +11,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from cloister_client import joining
+from cloister_common.cli_confirm import DECLINED
 from cloister_common.enrolment import Invite, Request
 from cloister_common.errors import OptionInvalid, SiteStateInvalid
 from cloister_common.identity import fingerprint
@@ -127,3 +129,27 @@ def test_nobody_is_approved_unseen(place: Coordinator) -> None:
         command("approve", "birke", "--fingerprint", mark, "--dir", place.root)
     assert set(states(place).values()) == {"pending"}
     assert on_roster(place) == set()
+
+
+@pytest.mark.usefixtures("at_a_terminal")
+def test_revoke_names_the_federation_and_asks(place: Coordinator) -> None:
+    result = command("revoke", "birke", "--dir", place.root, said="n\n")
+    assert result.exit_code == DECLINED != 0
+    assert f"Federation federation, in {place.root.resolve()}\n" in result.output
+    assert "The site birke (pending) is shut out for good." in result.output
+    assert states(place)["birke"] == "pending"
+    assert command("revoke", "birke", "--dir", place.root, said="y\n").exit_code == 0
+    assert states(place)["birke"] == "revoked"
+
+
+def test_revoke_without_a_terminal_tells_the_command_to_paste(place: Coordinator) -> None:
+    with pytest.raises(OptionInvalid, match="Not a terminal: ") as error:
+        command("revoke", "birke", "--dir", place.root, said="y\n")
+    assert states(place)["birke"] == "pending"
+    words = shlex.split(error.value.remedy.partition("run: ")[2])
+    where = ["--dir", str(place.root.resolve()), "--yes"]
+    assert words == ["cloister", "server", "revoke", "birke", *where]
+    assert command(*words[2:]).exit_code == 0
+    assert states(place)["birke"] == "revoked"
+    with pytest.raises(SiteStateInvalid):
+        command("revoke", "nobody", "--dir", place.root)

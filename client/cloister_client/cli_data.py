@@ -15,7 +15,7 @@ import typer
 from cloister_client.cli_steward import site_folder
 from cloister_client.progress import progress_bar
 from cloister_common.cli_confirm import Yes, confirm
-from cloister_common.cli_folder import FolderTyper
+from cloister_common.cli_folder import FolderTyper, dir_option
 from cloister_common.cli_folder import SiteFolder as Folder
 from cloister_common.errors import ArchiveAnswerInvalid, OptionInvalid
 from cloister_common.extras import require
@@ -191,7 +191,8 @@ def data_report(
     if twice:
         typer.echo(f"Sets of patient identifiers that may be one patient's: {twice}; see there.")
     if report.held:
-        typer.echo(f"Held until a person has looked: {report.held}; cloister client quarantine")
+        command = f"cloister client quarantine{dir_option(folder)}"
+        typer.echo(f"Held until a person has looked: {report.held}; {command}")
 
 
 @app.callback()
@@ -223,7 +224,7 @@ def show(
     from cloister_common.files import write_atomic
 
     site, found = _held(folder)
-    one = _named(found, name)
+    one = _named(found, name, folder)
     path, data = quarantine.look(site, one)
     typer.echo(quarantine.render([one]).splitlines()[0])
     # A path can hold what a terminal obeys.
@@ -254,7 +255,7 @@ def _decide(verb: str, name: str, why: str, folder: Path, decision: Decision, *,
 
     quarantine.require_reason(why)
     site, found = _held(folder)
-    one = _named(found, name)
+    one = _named(found, name, folder)
     held_for = "" if one.reason is None else f", held for {one.reason.value} ({one.reason.title}),"
     effect = {
         quarantine.Decision.RELEASED: "is released: studies are trained on it from now on.",
@@ -281,10 +282,11 @@ def _held(folder: Path) -> tuple[Site, list[Held]]:
         return site, list(quarantine.held(site, progress=progress))
 
 
-def _named(found: list[Held], name: str) -> Held:
+def _named(found: list[Held], name: str, folder: Path) -> Held:
     for one in found:
         if one.short_id == name:
             return one
     raise OptionInvalid(
-        f"No held file is named {name!r}.", remedy="See: cloister client quarantine"
+        f"No held file is named {name!r}.",
+        remedy=f"List them: cloister client quarantine{dir_option(folder)}",
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cloister_common.cli_folder import SiteFolder as Folder
+from cloister_common.cli_folder import dir_option
 from cloister_common.errors import InviteInvalid, OptionInvalid, RosterMismatch
 from cloister_common.extras import require
 from cloister_common.words import counted
@@ -82,13 +83,13 @@ def join(
         time.sleep(POLL_S)
         joined = look(site)
     if joined.state == "pending":
-        typer.echo(
-            "The coordinator has not approved it yet. Call them and compare. 'cloister client"
-        )
-        typer.echo("start' waits for the approval; 'cloister client join' here again asks for it.")
+        where = dir_option(folder)
+        typer.echo("The coordinator has not approved it yet. Call them and compare. Then either")
+        typer.echo(f"  wait for the approval     cloister client start{where}")
+        typer.echo(f"  or ask for it again       cloister client join{where}")
         return
     typer.echo("The coordinator has approved this site; its certificate is stored.")
-    offer(site, joined, accept_roster)
+    offer(site, joined, accept_roster, folder)
 
 
 def roster(folder: Folder = Path(), accept_roster: Accept = None) -> None:
@@ -102,7 +103,7 @@ def roster(folder: Folder = Path(), accept_roster: Accept = None) -> None:
     if joined.state == "pending":
         typer.echo("The coordinator has not approved this site yet.")
         return
-    offer(site, joined, accept_roster)
+    offer(site, joined, accept_roster, folder)
 
 
 def proxy(folder: Folder = Path()) -> None:
@@ -119,16 +120,17 @@ def proxy(folder: Folder = Path()) -> None:
     else:
         text = sys.stdin.read(1 << 16)
     set_password(site, text)
-    typer.echo(f"The password is kept in keys/{FILE}, readable by its owner alone.")
+    typer.echo(f"The password is stored for site {site.name} in {site.keys / FILE}, mode 0600.")
 
 
-def offer(site: Site, joined: Joined, accepted: str | None) -> None:
+def offer(site: Site, joined: Joined, accepted: str | None, folder: Path) -> None:
     """Show a roster and how it differs from the pinned one; pin it if the steward says so.
 
     Args:
         site: the site.
         joined: with the roster offered.
         accepted: the digest that the steward compared, in hexadecimal; else it is asked for.
+        folder: the site's, as the command line named it, for the commands that are told.
 
     Raises:
         typer.Exit: the steward said no.
@@ -163,7 +165,7 @@ def offer(site: Site, joined: Joined, accepted: str | None) -> None:
                 typer.echo(f"  {word}: {', '.join(names)}")
     typer.echo(f"  digest  {_groups(digest)}")
     if accepted is not None:
-        confirmed = _digest(accepted)
+        confirmed = _digest(accepted, folder)
     elif sys.stdin.isatty():
         typer.echo("Compare the digest, and each fingerprint, with the other sites by telephone.")
         if not typer.confirm("Do all of them agree?"):
@@ -174,7 +176,7 @@ def offer(site: Site, joined: Joined, accepted: str | None) -> None:
         confirmed = digest
     else:
         typer.echo("Compare it with the other sites by telephone, then accept it:")
-        typer.echo("  cloister client roster --accept-roster DIGEST")
+        typer.echo(f"  cloister client roster --accept-roster DIGEST{dir_option(folder)}")
         return
     accept(site.roster, joined.signed_roster, root, confirmed=confirmed)
     typer.echo("Accepted: this site takes part with these sites and no others.")
@@ -200,12 +202,13 @@ def _read_invite(argument: str | None) -> str:
     return sys.stdin.read(1 << 16) if argument == "-" else read_text(Path(argument))
 
 
-def _digest(text: str) -> bytes:
+def _digest(text: str, folder: Path) -> bytes:
     try:
         return bytes.fromhex("".join(text.split()))
     except ValueError:
         raise OptionInvalid(
-            "The digest is not hexadecimal.", remedy="Copy it as 'cloister client roster' shows it."
+            "The digest is not hexadecimal.",
+            remedy=f"Copy it from what this shows: cloister client roster{dir_option(folder)}",
         ) from None
 
 

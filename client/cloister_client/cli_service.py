@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cloister_common.cli_folder import SiteFolder as Folder
+from cloister_common.cli_folder import dir_option
 from cloister_common.errors import ServiceState
 from cloister_common.extras import require
 
@@ -44,8 +45,9 @@ def stop(
     from cloister_client import service
     from cloister_client.site import open_site
 
-    service.stop(open_site(folder), wait)
-    typer.echo("The service has stopped.")
+    site = open_site(folder)
+    service.stop(site, wait)
+    typer.echo(f"The service of site {site.name} has stopped.")
 
 
 def status(
@@ -64,7 +66,7 @@ def status(
     if as_json:
         typer.echo(json.dumps(_as_dict(site, told, serving, waiting)))
     else:
-        _show(site, told, serving, waiting)
+        _show(site, folder, told, serving, waiting)
     if not serving:
         raise typer.Exit(ServiceState.exit_status)
 
@@ -102,12 +104,14 @@ def _as_dict(
     }
 
 
-def _show(site: Site, told: Standing | None, serving: bool, waiting: list[str]) -> None:
+def _show(
+    site: Site, folder: Path, told: Standing | None, serving: bool, waiting: list[str]
+) -> None:
     from cloister_client import budget
     from cloister_client.notices import read_notice
 
     if told is None:
-        typer.echo(f"{site.name}: not running. Start it: cloister client start")
+        typer.echo(f"{site.name}: not running. Start it: cloister client start{dir_option(folder)}")
     elif serving:
         typer.echo(f"{site.name}: serving; the coordinator answers")
     else:
@@ -124,4 +128,5 @@ def _show(site: Site, told: Standing | None, serving: bool, waiting: list[str]) 
     if notice is not None:
         typer.echo(f"last refused {notice.time}: {notice.message}")
     for digest in waiting:
-        typer.echo(f"a study waits for you: cloister client review {digest[:16]}")
+        command = f"cloister client review {digest[:16]}{dir_option(folder)}"
+        typer.echo(f"a study waits for you: {command}")

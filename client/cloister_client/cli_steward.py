@@ -14,6 +14,7 @@ import typer
 
 from cloister_client.cli_join import Accept, offer
 from cloister_common.cli_folder import SiteFolder as Folder
+from cloister_common.cli_folder import dir_option
 from cloister_common.errors import (
     ClockOrDates,
     CoordinatorUnreachable,
@@ -72,12 +73,13 @@ def approve(
     from cloister_client.site import open_site
 
     site = open_site(site_folder(folder))
-    found = _only_one(site) if study is None else _proposed(site, study)
+    found = _only_one(site, folder) if study is None else _proposed(site, study)
     typer.echo(words.review(site, found))
     if study is None and not typer.confirm("Let this site train it?"):
-        typer.echo("Not approved; it waits. To say no for good: cloister client deny")
+        command = f"cloister client deny {found.study.digest[:16]}{dir_option(folder)} --why '...'"
+        typer.echo(f"Not approved; it waits. To keep this site out of it: {command}")
         raise typer.Exit(StudyNotApproved.exit_status)
-    _settle_roster(site, accept_roster)
+    _settle_roster(site, accept_roster, folder)
     judge(site, found.study, Decision.APPROVED)
     typer.echo(f"Approved at {site.name}: {found.study.study.name}, {found.study.digest[:16]}.")
 
@@ -130,7 +132,7 @@ def _proposed(site: Site, name: str) -> Judgement:
     return find(site, name)
 
 
-def _only_one(site: Site) -> Judgement:
+def _only_one(site: Site, folder: Path) -> Judgement:
     """The study that waits for the steward, where a person can be asked about it."""
     from cloister_client.approvals import Decision, judgements
 
@@ -138,19 +140,20 @@ def _only_one(site: Site) -> Judgement:
     if len(waiting) != 1:
         raise OptionInvalid(
             f"{len(waiting) or 'No'} {'studies wait' if len(waiting) > 1 else 'study waits'} here.",
-            remedy="Name one that 'cloister client review' lists."
+            remedy=f"Name one that is listed: cloister client review{dir_option(folder)}"
             if waiting
             else "The coordinator proposes one: cloister server run STUDY",
         )
     if not sys.stdin.isatty():
         raise OptionInvalid(
-            "Nobody can be asked whether the study is approved.",
-            remedy=f"Read it, then: cloister client approve {waiting[0].study.digest[:16]}",
+            "Not a terminal: nobody can be asked whether the study is approved.",
+            remedy=f"Read it, then run: cloister client approve {waiting[0].study.digest[:16]}"
+            f"{dir_option(folder)}",
         )
     return waiting[0]
 
 
-def _settle_roster(site: Site, accept_roster: str | None) -> None:
+def _settle_roster(site: Site, accept_roster: str | None, folder: Path) -> None:
     """Offer the present roster to a site that is a member; it is shown where it differs."""
     from cloister_client.joining import MEMBERSHIP, look
 
@@ -162,9 +165,9 @@ def _settle_roster(site: Site, accept_roster: str | None) -> None:
         if accept_roster is not None:
             raise
         typer.echo(f"The list of sites was not looked at: {error.what}", err=True)
-        typer.echo("Do so later: cloister client roster", err=True)
+        typer.echo(f"Do so later: cloister client roster{dir_option(folder)}", err=True)
         return
     if joined.state == "pending":
         typer.echo("The coordinator has not approved this site yet, so there is no roster.")
         return
-    offer(site, joined, accept_roster)
+    offer(site, joined, accept_roster, folder)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cloister_common.cli_folder import CoordinatorFolder as Folder
+from cloister_common.cli_folder import dir_option
 from cloister_common.errors import CloisterError, OptionInvalid, RunUnknown, ServerState
 from cloister_common.extras import require
 
@@ -59,7 +60,7 @@ def run(
     place = open_coordinator(folder)
     checked = load_study(study)
     vouched = signing.load(study, checked)
-    _require_serving(place)
+    _require_serving(place, folder)
     _require_sites(place, checked.aggregation.min_sites)
     if holdout is not None and not (holdout / "dicom").is_dir():
         raise OptionInvalid(
@@ -76,7 +77,7 @@ def run(
     )
     if not as_json:
         typer.echo(f"Run {made.name}: study {checked.digest[:16]} is proposed to the sites.")
-    _after(made, follow=follow, as_json=as_json)
+    _after(made, folder, follow=follow, as_json=as_json)
 
 
 def resume(
@@ -95,9 +96,9 @@ def resume(
 
     place = open_coordinator(folder)
     found = find_run(place.root, name)
-    _require_serving(place)
+    _require_serving(place, folder)
     resume_run(found)
-    _after(found, follow=follow, as_json=as_json)
+    _after(found, folder, follow=follow, as_json=as_json)
 
 
 def report(
@@ -116,14 +117,14 @@ def report(
     _report(found, as_json=as_json)
 
 
-def _after(found: RunFolder, *, follow: bool, as_json: bool) -> None:
+def _after(found: RunFolder, folder: Path, *, follow: bool, as_json: bool) -> None:
     if not follow:
         if as_json:
             typer.echo(json.dumps({"run": found.name, "state": found.status().state}))
         return
     status = _followed(found, quiet=as_json)
     if status.state != "done":
-        raise _ended(found, status)
+        raise _ended(found, folder, status)
     _report(found, as_json=as_json)
 
 
@@ -143,14 +144,14 @@ def _followed(found: RunFolder, *, quiet: bool) -> Status:
         time.sleep(_LOOK_S)
 
 
-def _ended(found: RunFolder, status: Status) -> CloisterError:
+def _ended(found: RunFolder, folder: Path, status: Status) -> CloisterError:
     """The error that ended a run, as the process that executed it wrote it down."""
     from cloister_common.errors import RunStopped, all_errors
 
     kind = next((k for k in all_errors() if k.code == status.code), RunStopped)
     return kind(
         f"The run {found.name} ended: {status.told}",
-        remedy=f"Mend what it says, then: cloister server resume {found.name}",
+        remedy=f"Mend what it says, then: cloister server resume {found.name}{dir_option(folder)}",
     )
 
 
@@ -165,13 +166,13 @@ def _report(found: RunFolder, *, as_json: bool) -> None:
         show(summary, found.path)
 
 
-def _require_serving(place: Coordinator) -> None:
+def _require_serving(place: Coordinator, folder: Path) -> None:
     from cloister_server.service import running
 
     if running(place) is None:
         raise ServerState(
             "The server of this folder does not run.",
-            remedy="Start it: cloister server start",
+            remedy=f"Start it: cloister server start{dir_option(folder)}",
         )
 
 

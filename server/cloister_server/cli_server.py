@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -18,7 +17,7 @@ import typer
 
 from cloister_common.cli_confirm import Yes, confirm
 from cloister_common.cli_folder import CoordinatorFolder as Folder
-from cloister_common.cli_folder import FolderTyper, folder_option, one_folder
+from cloister_common.cli_folder import FolderTyper, dir_option, folder_option, one_folder
 from cloister_common.errors import OptionInvalid, ServerState, SiteStateInvalid
 from cloister_common.extras import require
 from cloister_server.cli_audit import audit
@@ -95,14 +94,15 @@ def init(
         )
     layout = Layout(tuple(address or ()), name, listen, enrolment_port, private_port)
     made = init_coordinator(folder, layout)
-    where = shlex.quote(str(folder))
-    typer.echo(f"The folder of {made.file.federation.name} is {'ready' if fresh else 'whole'}.")
+    where = dir_option(folder)
+    state = "ready" if fresh else "whole"
+    typer.echo(f"The folder of {made.file.federation.name} is {state}: {made.root}")
     typer.echo(f"  root key's fingerprint   {fingerprint(made.federation_root())}")
     typer.echo(f"  public ports             {made.file.fleet.listen}, {made.file.enrolment.listen}")
     _invite(made, invited, INVITE_DAYS)
-    typer.echo(f"Next: cloister server start --dir {where}")
+    typer.echo(f"Next: cloister server start{where}")
     if not invited:
-        typer.echo(f"      cloister server invite HOSPITAL --dir {where}")
+        typer.echo(f"      cloister server invite HOSPITAL{where}")
 
 
 @app.command()
@@ -161,7 +161,7 @@ def sites(folder: Folder = Path(), as_json: JsonOption = False) -> None:
     for name, expires in invited:
         typer.echo(f"{name:24} invited   until {_when(expires)}")
     if not rows and not invited:
-        typer.echo("Nobody was invited yet: cloister server invite HOSPITAL")
+        typer.echo(f"Nobody was invited yet: cloister server invite HOSPITAL{dir_option(folder)}")
 
 
 @app.command()
@@ -190,17 +190,17 @@ def approve(
     if not names and not waiting:
         raise SiteStateInvalid(
             "No site waits for approval.",
-            remedy="See how each site stands: cloister server sites",
+            remedy=f"See how each site stands: cloister server sites{dir_option(folder)}",
         )
     for name in names or ():
         if name not in known:
             raise SiteStateInvalid(
                 f"{name} has not asked to join.",
-                remedy="See how each site stands: cloister server sites",
+                remedy=f"See how each site stands: cloister server sites{dir_option(folder)}",
             )
     left_out = []
     for name in names or waiting:
-        if not _compared(known[name], fingerprint):
+        if not _compared(known[name], fingerprint, folder):
             left_out.append(name)
         elif approve_site(place, name):
             typer.echo(f"{name} takes part. Its 'start' or 'join' fetches its certificate.")
@@ -208,12 +208,12 @@ def approve(
             typer.echo(f"{name} was approved already.")
     for name in left_out:
         typer.echo(f"{name} is not approved. If its key is not the hospital's, run:")
-        typer.echo(f"  cloister server revoke {name} --dir {shlex.quote(str(folder))}")
+        typer.echo(f"  cloister server revoke {name}{dir_option(folder)}")
     if left_out:
         raise typer.Exit(SiteStateInvalid.exit_status)
 
 
-def _compared(row: SiteRow, read_out: str | None) -> bool:
+def _compared(row: SiteRow, read_out: str | None, folder: Path) -> bool:
     """Whether a site's fingerprint is the one that the hospital read out; asks where it can."""
     from cloister_common import identity
 
@@ -223,15 +223,17 @@ def _compared(row: SiteRow, read_out: str | None) -> bool:
             raise SiteStateInvalid(
                 f"The key of {row.name} does not have this fingerprint.",
                 why="Somebody else may have used the invite.",
-                remedy=f"Do not approve. Run: cloister server revoke {row.name}",
+                remedy="Do not approve. Run: "
+                f"cloister server revoke {row.name}{dir_option(folder)}",
             )
         return True
     if row.state != "pending":
         return True
     if not sys.stdin.isatty():
         raise OptionInvalid(
-            "The fingerprint was not compared.",
-            remedy="Give what the hospital read out: --fingerprint '...'",
+            "Not a terminal: the fingerprint was not compared.",
+            remedy=f"Give what the hospital read out: cloister server approve {row.name}"
+            f"{dir_option(folder)} --fingerprint '...'",
         )
     typer.echo(f"{row.name}'s key has the fingerprint\n  {shown}")
     return typer.confirm(f"Did {row.name} read out the same, by telephone?")
@@ -295,18 +297,19 @@ def stop(
         from cloister_server.runs import find_run, stop_run
 
         stop_run(find_run(place.root, only))
-        typer.echo(f"The run {only} is stopped. Go on: cloister server resume {only}")
+        command = f"cloister server resume {only}{dir_option(folder)}"
+        typer.echo(f"The run {only} is stopped. Go on: {command}")
         return
     from cloister_common.running import terminate
 
     ended = terminate(place.lock, wait)
     if ended is None:
-        raise ServerState("The server of this folder does not run.")
+        raise ServerState(f"The server of {place.root} does not run.")
     if not ended:
         raise ServerState(
             "The server has not ended yet.", remedy="Wait, or end its process yourself."
         )
-    typer.echo("The server has stopped.")
+    typer.echo(f"The server of {place.file.federation.name} has stopped.")
 
 
 @app.command()

@@ -6,6 +6,7 @@ typed in ``northgate/``, closed northgate's study.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -14,12 +15,12 @@ import pytest
 import typer.main
 
 from cloister_client import budget, gate
-from cloister_client.approvals import Decision, judge
+from cloister_client.approvals import Decision, judge, require_approved
 from cloister_client.policy import Policy
 from cloister_client.site import SITE_FILE, Site, init_site
 from cloister_common import cli
 from cloister_common.cli_folder import dir_option, one_folder
-from cloister_common.errors import OptionInvalid
+from cloister_common.errors import OptionInvalid, StudyNotApproved
 from federations import study
 
 STUDY = study()
@@ -216,3 +217,32 @@ def test_closing_seafields_study_from_northgates_folder(
     assert budget.statement(seafield).studies[0].closed
     assert not budget.statement(northgate).studies[0].closed
     assert northgate.ledger.read_bytes() == ledger
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("status", "Start it: cloister client start --dir ../seafield\n"),
+        ("status", f"cloister client review {STUDY.digest[:16]} --dir ../seafield\n"),
+        ("approve", f"run: cloister client approve {STUDY.digest[:16]} --dir ../seafield\n"),
+        ("quarantine show 0", "List them: cloister client quarantine --dir ../seafield\n"),
+    ],
+)
+def test_the_next_command_is_for_the_same_site(
+    words: str,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    site = init_site(tmp_path / "seafield", policy=Policy(max_epsilon_study=6))
+    with pytest.raises(StudyNotApproved):
+        require_approved(site, STUDY)
+    site.dicom.mkdir(exist_ok=True)
+    (tmp_path / "northgate").mkdir()
+    monkeypatch.chdir(tmp_path / "northgate")
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(SystemExit):
+        cli.main(["client", "--dir", "../seafield", *words.split()])
+    printed = capsys.readouterr()
+    assert told in printed.out + printed.err

@@ -118,7 +118,7 @@ def test_approve_takes_several_names_and_all_of_them_must_be_known(place: Coordi
 
 
 def test_nobody_is_approved_unseen(place: Coordinator) -> None:
-    with pytest.raises(OptionInvalid, match="was not compared"):
+    with pytest.raises(OptionInvalid, match="Not a terminal: the fingerprint was not compared"):
         command("approve", "--dir", place.root, said="y\ny\ny\n")
     with place.registry() as registry:
         mark = fingerprint(registry.sites()[0].identity)

@@ -16,7 +16,8 @@ setting for those who know of it, which speeds up Opacus' hooks most and our ste
 - hooks, ghost: Opacus' DPOptimizer with GradSampleModule, and its fast gradient clipping; noise
   from torch's generator in float32, as Opacus comes.
 - loop, image: a whole step of ours: gradient, clipping, integer grid, noise from AES-256-CTR,
-  division, SGD; patients of four images by the engine ``patients``, of one by ``book-keeping``.
+  division, SGD; patients of four images by the engine ``patients``, of one by ``book-keeping``,
+  which supports no privacy claim: studies with privacy may not name it.
 - gradient alone: the same without grid, noise and SGD; a float32 sum of clipped gradients.
 
 Memory is the peak of the resident set (VmHWM) less what the process held before the network was

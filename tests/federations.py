@@ -62,6 +62,12 @@ def study_text(**tables: str) -> str:
     return "\n\n".join("\n".join([f"[{head}]", *lines]) for head, lines in blocks.items()) + "\n"
 
 
+def with_engine(asked: Study, engine: str) -> Study:
+    """The study with another engine, also one that a study file may not name."""
+    training = asked.training.model_copy(update={"engine": engine})
+    return asked.model_copy(update={"training": training})
+
+
 def picture(rng: np.random.Generator, label: int) -> NDArray[np.uint16]:
     """A noisy 12-bit image whose upper half is brighter where ``label`` is 1."""
     pixels = rng.normal(2000, 200, (36, 32))

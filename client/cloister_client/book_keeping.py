@@ -36,6 +36,11 @@ Together 0.026 C', and 2^-5 = 0.031. What one of 40 patients adds to the sum of 
 measured to differ from what it is alone by less than a hundredth of ``ETA``; a test holds it there.
 
 This account is a model, not a proof, as for Opacus' hooks; the engine ``patients`` needs none.
+
+What the account leaves out: whether a layer is kept or taken as a ghost depends on the most images
+that a patient of the pass has, only ghosts bound M, and patients after the 512th are taken one by
+one. So one patient more or less can change how the others are clipped, and move the sum by many
+times C. ``cloister_common.engines`` therefore refuses studies with privacy that name this engine.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ batch; the proof of sensitivity starts after that rounding.
 ``book-keeping`` gives sums of clipped gradients from one backward pass, see ``book_keeping``.
 Before it is used for a network and a size of image, it is tried: single patients must come out as
 from the loop. Where they do not, or a layer has no rule, the loop is used, with the whole clipping
-norm.
+norm. It does not support a privacy claim (see there), and no study with privacy may name it.
 """
 
 from __future__ import annotations

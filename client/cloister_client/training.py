@@ -29,6 +29,7 @@ from cloister_client.sampling import (
     pixels_of,
     targets_of,
 )
+from cloister_common.engines import REMEDY, unsound_engine
 from cloister_common.errors import InternalError, UpdateInvalid
 from cloister_common.frozen_backbone import FixedFeatures
 from cloister_common.objective import image_losses
@@ -69,11 +70,20 @@ def train_round(
         New weights less old, float32, in the order of ``vectors``.
 
     Raises:
-        InternalError: privacy is on without noise or without a source of it.
+        InternalError: privacy is on without noise or without a source of it, or with an engine
+            that does not support its claim.
         UpdateInvalid: the new weights are not finite.
     """
     if steps < 1:
         raise InternalError("A round has 1 step or more.")
+    unsound = unsound_engine(study)
+    if unsound:
+        # The gate refuses such a study; this holds also where it was not asked.
+        raise InternalError(
+            "A study was to be trained whose privacy claim does not hold.",
+            why=unsound,
+            remedy=REMEDY,
+        )
     before = flatten(module)
     local = copy.deepcopy(module).train()
     trained, seen = trained_part(local, cohort, study.training)

@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from cloister_common.engines import ENGINE_KEY, engine_fault
 from cloister_common.errors import Fault, NetworkUnfit, StudyInvalid
 from cloister_common.target import Target
 from cloister_common.tomlfile import (
@@ -145,7 +146,8 @@ class Training(ShownModel):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     engine: Literal["patients", "opacus", "book-keeping"] = "patients"
     """``patients``: one gradient a patient; ``opacus``: through Opacus' own hooks;
-    ``book-keeping``: sums of clipped gradients from one backward pass (Bu et al. 2023)."""
+    ``book-keeping``: sums of clipped gradients from one backward pass (Bu et al. 2023), refused
+    where privacy is on (``engines``)."""
     augment: bool = False
     """Mirror and shift the images of a patient at random, inside the unit."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -362,6 +364,14 @@ class _StudyFile(Study):
         if faults:
             raise KeyedValueErrors(faults)
         return network
+
+    @model_validator(mode="after")
+    def _sound_engine(self) -> _StudyFile:
+        # Of a file alone: models and certificates of studies that were trained stay readable.
+        fault = engine_fault(self)
+        if fault is not None:
+            raise KeyedValueError(ENGINE_KEY, *fault)
+        return self
 
 
 def parse_study(text: str, name: str = "study.toml") -> Study:

@@ -255,7 +255,8 @@ def _faults(
         for each in error.errors if isinstance(error, KeyedValueErrors) else (error,):
             located = getattr(each, "key", "")
             full = (*path, *located.split(".")) if located else path
-            yield Fault(_line(full, lines), ".".join(full) or "file", str(each))
+            hint = getattr(each, "hint", "")
+            yield Fault(_line(full, lines), ".".join(full) or "file", str(each), hint)
     elif len(given) < len(location) and location[-1] != "[key]":
         # One error for each type that the key could have had.
         yield Fault(line, key, "has a value of a type that is not accepted.")
@@ -278,9 +279,10 @@ def _written(location: Location, data: Mapping[str, Any]) -> Location:
 class KeyedValueError(ValueError):
     """A fault that a validator of several keys pins on one of them."""
 
-    def __init__(self, key: str, message: str) -> None:
+    def __init__(self, key: str, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.key = key
+        self.hint = hint
 
 
 class KeyedValueErrors(ValueError):

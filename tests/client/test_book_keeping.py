@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -368,6 +369,34 @@ def test_patients_beyond_the_account_are_taken_one_by_one(monkeypatch: pytest.Mo
     monkeypatch.setattr(book_keeping, "MOST", 2)
     factors = (clip / (1 + book_keeping.ETA) / norms).clamp_max(1.0)
     assert close(book_sum(module, cohort, bags, clip), factors @ exact)
+
+
+def test_one_patient_can_move_the_sum_by_many_times_the_clipping_norm() -> None:
+    """Why a study with privacy may not name this engine (``cloister_common.engines``).
+
+    24 patients of two images whose gradients nearly cancel are scaled down where the layer's norm
+    is a ghost norm. One patient of 16 images, of gradient zero, has the layer kept for all of
+    them, and each of the 24 then counts with the whole clipping norm.
+    """
+    clip, each = 1e-5, np.random.default_rng(0).normal(size=100)
+    each /= np.linalg.norm(each)
+    rows = [np.zeros((16, 100)), *[[each, -each * (1 - 2e-3)] for _ in range(24)]]
+    features = np.concatenate(rows).astype(np.float32).reshape(-1, 100, 1, 1)
+    ends = np.cumsum([0, *(len(row) for row in rows)])
+    bags = [Bag(0, np.arange(start, end)) for start, end in pairwise(ends)]
+    cohort = FeatureCohort(features, [OnePatient(0, tuple(bag.images)) for bag in bags])
+    network = nn.Sequential(nn.Flatten(), nn.Linear(100, 2, bias=False)).train()
+    nn.init.zeros_(network[1].weight)
+    sums = []
+    for engine in ("book-keeping", "patients"):
+        patients = PatientGradSampleModule(network, engine=engine, clipping_norm=clip)
+        whole, rest = (
+            clipped_sum(patients.blocks(cohort, some), 200, clip) for some in (bags, bags[1:])
+        )
+        patients.to_standard_module()
+        sums.append(float((whole - rest).double().norm()) / UNIT)
+    assert sums[0] > 20
+    assert sums[1] <= 1
 
 
 def test_it_needs_the_clipping_norm() -> None:

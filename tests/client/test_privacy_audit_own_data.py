@@ -31,10 +31,12 @@ from cloister_common.errors import (
     LabelsInvalid,
     OptionInvalid,
     SiteEmpty,
+    StudyInvalid,
 )
 from cloister_common.privacy.accounting import calibrate, epsilon_pld
 from cloister_common.study import load_study
 from dicom_files import write_site
+from federations import with_engine
 
 STUDY = """
 [study]
@@ -207,6 +209,14 @@ def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_done(
 def test_options_of_a_study_need_one(stocked: Site, option: str) -> None:
     with pytest.raises(OptionInvalid, match=f"{option} is for the audit of a study"):
         run(stocked, option, 8)
+
+
+def test_book_keeping_is_not_audited(stocked: Site, study: Path) -> None:
+    before = len(entries_of(stocked))
+    asked = with_engine(load_study(study), "book-keeping")
+    with pytest.raises(StudyInvalid, match="can move its sum of clipped gradients"):
+        own_data.prepare(stocked, asked, own_data.Asked())
+    assert len(entries_of(stocked)) == before
 
 
 def test_a_study_without_privacy_claims_nothing(stocked: Site, study: Path) -> None:

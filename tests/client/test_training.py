@@ -34,6 +34,7 @@ from cloister_common.errors import InternalError, UpdateInvalid
 from cloister_common.networks import build
 from cloister_common.study import Network, Study, parse_study
 from cloister_common.vectors import flatten
+from federations import with_engine
 
 ENGINES: tuple[Engine, ...] = ("patients", "opacus")
 UNIT = 2**GRID_BITS
@@ -563,7 +564,7 @@ def round_of(
     )
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, "book-keeping"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_private_round_changes_only_what_it_returns(engine: Engine, optimizer: str) -> None:
     cohort = cohort_of([1, 2, 3, 4])
@@ -586,6 +587,22 @@ def test_a_private_round_changes_only_what_it_returns(engine: Engine, optimizer:
     assert torch.equal(torch.get_rng_state(), state)
     assert np.array_equal(flatten(module), before)
     assert not any(hasattr(weight, "grad_sample") for weight in module.parameters())
+
+
+def test_book_keeping_with_privacy_is_not_trained() -> None:
+    study = with_engine(study_of(), "book-keeping")
+    with pytest.raises(InternalError, match="can move its sum of clipped gradients"):
+        round_of(small(), cohort_of([1, 2]), study, random=SecureRandom())
+
+
+def test_without_privacy_the_engine_changes_nothing() -> None:
+    rounds = [
+        round_of(
+            small(), cohort_of([1, 2]), study_of(f'engine = "{engine}"', "enabled = false")
+        ).tobytes()
+        for engine in (*ENGINES, "book-keeping")
+    ]
+    assert len(set(rounds)) == 1
 
 
 def test_an_empty_sample_is_a_step_of_noise() -> None:

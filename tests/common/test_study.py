@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from cloister_common.errors import StudyInvalid
 from cloister_common.study import Network, Study, load_study, parse_study, study_from_canonical
 from cloister_common.target import Target
+from federations import with_engine
 
 TEN_LINES = """\
 [study]
@@ -50,6 +51,38 @@ def with_lines(*lines: str) -> str:
 
 
 # Valid studies
+
+
+def test_book_keeping_is_a_valid_engine_without_privacy() -> None:
+    off = ["[training]", 'engine = "book-keeping"', "[privacy]", "enabled = false"]
+    assert parse_study(with_lines(*off)).training.engine == "book-keeping"
+
+
+@pytest.mark.parametrize("on", [[], ["[privacy]", "enabled = true"]])
+def test_book_keeping_with_privacy_is_refused_with_its_line_and_a_hint(on: list[str]) -> None:
+    with pytest.raises(StudyInvalid) as caught:
+        parse_study(with_lines("[training]", "rounds = 3", 'engine = "book-keeping"', *on))
+    (fault,) = caught.value.faults
+    assert (fault.line, fault.key) == (9, "training.engine")
+    assert fault.message == (
+        "cannot be 'book-keeping' while privacy is on: one patient can move its sum of clipped "
+        "gradients by many times privacy.clipping_norm, so the study's epsilon does not hold."
+    )
+    assert fault.hint == 'Write engine = "patients" in [training].'
+
+
+def test_book_keeping_with_privacy_is_told_beside_other_faults() -> None:
+    given = ["[training]", 'engine = "book-keeping"', "rounds = 0", "[privacy]", "epsilon = -1.0"]
+    assert faults(with_lines(*given)) == [
+        (8, "training.engine"),
+        (9, "training.rounds"),
+        (11, "privacy.epsilon"),
+    ]
+
+
+def test_a_study_with_book_keeping_that_was_trained_can_still_be_read() -> None:
+    old = with_engine(parse_study(TEN_LINES), "book-keeping")
+    assert study_from_canonical(old.canonical()) == old
 
 
 def test_ten_lines_are_a_study() -> None:

@@ -75,12 +75,9 @@ def test_a_federation_learns_what_only_the_order_of_slices_tells(
     assert [row["round"] for row in rows] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(
-    "engine", ["patients", pytest.param("book-keeping", marks=pytest.mark.slow)]
-)
-def test_a_private_federation_of_volumes(folders: Path, tmp_path: Path, engine: str) -> None:
+def test_a_private_federation_of_volumes(folders: Path, tmp_path: Path) -> None:
     study = asked(
-        training=f'rounds = 1\nsteps = 1\nengine = "{engine}"\naugment = true',
+        training="rounds = 1\nsteps = 1\naugment = true",
         evaluation="release_epsilon = 1.0",
     )
     summary = simulate(Simulation(study, folders / "sites", tmp_path / "run"))

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from cloister_client import training
 from cloister_client.randomness import SecureRandom
 from cloister_client.sampling import Bag, pixels_of
+from cloister_common.engines import require_sound_engine
 from cloister_common.privacy.accounting import epsilon_pld
 from cloister_common.study import About, Input, Privacy, Study, Training
 from cloister_common.target import Target
@@ -113,16 +114,18 @@ def audit_step(
         noise_multiplier: sigma of the step, above 0; about 1 shows most.
         delta: above 0 and below 1.
         confidence: above 0 and below 1.
-        engine: as ``training.engine`` of a study.
+        engine: as ``training.engine`` of a study with privacy.
         progress: called with the number of draws done, after each.
 
     Raises:
         ValueError: an argument is outside its range.
+        StudyInvalid: the engine does not support a privacy claim.
     """
     if draws < 40 or draws % 2:
         raise ValueError("the draws are an even number, 40 or more")
     if not 0 < confidence < 1:
         raise ValueError("the confidence must be above 0 and below 1")
+    require_sound_engine(_study(1.0, engine))
     claimed = epsilon_pld(noise_multiplier, 1.0, _ROUNDS, delta)
     with_canary, canary = _patients()
     without = _Cohort(with_canary.images, with_canary.patients[:-1])

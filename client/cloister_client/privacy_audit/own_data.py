@@ -24,6 +24,7 @@ from cloister_client.privacy_audit.one_run import (
 from cloister_client.randomness import SecureRandom
 from cloister_client.site import Site
 from cloister_common import networks
+from cloister_common.engines import require_sound_engine
 from cloister_common.errors import CohortTooSmall, OptionInvalid
 from cloister_common.frozen_backbone import FrozenBackbone
 from cloister_common.network_checks import require_private
@@ -96,6 +97,7 @@ def prepare(site: Site, study: Study, asked: Asked, *, progress: Progress | None
         progress: called with (files done, files in all).
 
     Raises:
+        StudyInvalid: its engine does not support its privacy claim.
         OptionInvalid: the study has no privacy, or ``asked`` does not fit study or patients.
         CohortTooSmall: there are fewer patients than an audit can say anything of.
         DataError: the site's data cannot be used; see ``cohort.load_cohort``.
@@ -107,6 +109,7 @@ def prepare(site: Site, study: Study, asked: Asked, *, progress: Progress | None
             why="It claims no epsilon, so there is nothing to audit.",
             remedy="Name a study with privacy.enabled = true.",
         )
+    require_sound_engine(study)
     rounds = study.training.rounds if asked.rounds is None else asked.rounds
     if rounds > study.training.rounds:
         raise OptionInvalid(

@@ -16,6 +16,7 @@ from cloister_client.ledger import Ledger
 from cloister_client.policy import may_measure, refusals
 from cloister_client.site import Site
 from cloister_common.charges import charges
+from cloister_common.engines import REMEDY, unsound_engine
 from cloister_common.errors import BudgetExhausted, OutsideHours, PolicyRefused
 from cloister_common.privacy.events import Mechanism
 from cloister_common.study import Study
@@ -43,10 +44,18 @@ def consent(site: Site, study: Study, *, invited: int, signatures: bytes = b"") 
 
     Raises:
         MessageInvalid: the signatures are no signatures.
-        PolicyRefused: the study asks for more than the policy allows.
+        PolicyRefused: the study asks for more than the policy allows, or for an engine that
+            does not support its privacy claim, which no policy allows.
         StudyNotApproved: nobody here approved it, nor does the policy; it is kept for review.
         LedgerRolledBack: the ledger is not the newest one, see ``high_water``.
     """
+    unsound = unsound_engine(study)
+    if unsound:
+        raise PolicyRefused(
+            "The privacy claim of the study does not hold.",
+            why=unsound,
+            remedy=f"No policy allows it. {REMEDY} Then propose the study again.",
+        )
     reasons = refusals(site.policy, study, invited)
     if reasons:
         raise PolicyRefused(

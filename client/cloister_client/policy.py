@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from cloister_client.hours import is_span
+from cloister_common.engines import unsound_engine
 from cloister_common.identity import usable_public_key
 from cloister_common.study import Modality, Name, Study
 from cloister_common.tomlfile import FileModel, KeyedValueError
@@ -122,9 +123,11 @@ def refusals(policy: Policy, study: Study, invited_sites: int) -> tuple[str, ...
 
     Returns:
         One sentence for each refusal, with the policy's key and both values; empty if the study
-        is allowed. What the lifetime's budget has left is the ledger's to judge.
+        is allowed. What the lifetime's budget has left is the ledger's to judge. An engine that
+        does not support the study's privacy claim is refused under any policy.
     """
-    found: list[str] = []
+    unsound = unsound_engine(study)
+    found = [unsound] if unsound else []
     privacy, asked = study.privacy, study.input.modalities
     if not privacy.enabled:
         if not policy.allow_without_privacy:

@@ -31,7 +31,7 @@ from cloister_common.records import (
     octets,
 )
 from cloister_common.study import Study
-from federations import study
+from federations import study, with_engine
 from hospital import SPONSOR, WATCH, Watch, ask, fits, rounds_charged, write_hospital
 
 STRANGER = Identity.generate()
@@ -92,6 +92,25 @@ def _task(kind: str, asked: Study, roster: str) -> RoundMessage:
         return Exchange(text, "run", 1, 5, nothing)
     task = TrainTask if kind == "train" else EvaluateTask
     return task(text, "run", 1, 5, nothing, MODEL)
+
+
+def test_book_keeping_with_privacy_is_refused_under_any_policy_before_a_file_is_touched(
+    tmp_path: Path, watched: Watch
+) -> None:
+    asked = with_engine(study(), "book-keeping")
+    WATCH.folders, folders = (), WATCH.folders
+    site = write_hospital(tmp_path, fits(asked))
+    WATCH.folders = folders
+    for kind in ALL:
+        reply = _ask(site, kind, asked)
+        assert isinstance(reply, Refusal)
+        assert (reply.site, reply.reason) == ("anker", "policy"), kind
+    assert watched.seen == []
+    assert not site.ledger.exists()
+    notice = read_notice(site.root)
+    assert notice is not None
+    assert "training.engine is 'book-keeping'" in notice.message
+    assert 'engine = "patients"' in notice.message
 
 
 def _ask(site: Site, kind: str, asked: Study) -> RoundMessage:

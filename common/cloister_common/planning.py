@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cloister_common.charges import charges, release_mechanism
+from cloister_common.engines import require_sound_engine
 from cloister_common.privacy.accounting import calibrate, epsilon_trajectory
 from cloister_common.study import Study
 
@@ -133,8 +134,10 @@ def make_plan(study: Study, patients: Sequence[int], *, weights: int, pace: Pace
         pace: what a machine takes for one patient.
 
     Raises:
+        StudyInvalid: the study's engine does not support its privacy claim.
         EpsilonUnreachable: no noise gives the study's epsilon.
     """
+    require_sound_engine(study)
     training, privacy = study.training, study.privacy
     setting: Setting | None = None
     epsilons: tuple[float, ...] = ()

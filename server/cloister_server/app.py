@@ -13,6 +13,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from cloister_common.engines import require_sound_engine
 from cloister_common.study import study_from_canonical
 from cloister_server.checkpoint import CHECKPOINT_FOLDER, Checkpoints
 from cloister_server.events import Hooks
@@ -31,6 +32,8 @@ def build(hooks: Hooks | None = None) -> ServerApp:
     def main(grid: Grid, context: Context) -> None:
         config = context.run_config
         study = study_from_canonical(str(config["study"]))
+        # A study from a file was judged, but not that of a run which an earlier version began.
+        require_sound_engine(study)
         out = Path(str(config["out"]))
         began = time.monotonic()
         federation = Federation(Path(str(config["federation"])))

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from cloister_common.engines import require_sound_engine
 from cloister_common.errors import (
     CloisterError,
     FileUnreadable,
@@ -88,6 +89,7 @@ def simulate(
         client_app: in place of the product's ClientApp, for tests.
 
     Raises:
+        StudyInvalid: the study's engine does not support its privacy claim.
         OutputInTheWay: ``out`` holds something and ``resume`` is off.
         NothingToResume, ResumeMismatch: ``resume`` is on, and ``out`` holds no run of the study.
         TooFewSitesGiven: there are fewer site folders than the study asks for.
@@ -105,6 +107,7 @@ def simulate(
     from cloister_server.superlink import run_in_process, run_on_ray
 
     study = simulation.study
+    require_sound_engine(study)
     folders = find_sites(simulation.sites, study)
     if simulation.holdout is not None and not (simulation.holdout / "dicom").is_dir():
         raise OptionInvalid(

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from cloister_common import cli, networks, plan_output, timing, vectors
-from cloister_common.errors import EpsilonUnreachable
+from cloister_common.errors import EpsilonUnreachable, StudyInvalid
 from cloister_common.planning import Pace, Plan, make_plan, ratio
 from cloister_common.privacy.accounting import epsilon_of, epsilon_pld, epsilon_rdp
 from cloister_common.privacy.events import Mechanism, compose
 from cloister_common.study import Study, parse_study
+from federations import with_engine
 
 STUDY = """
 [study]
@@ -44,6 +45,12 @@ def study_of(rate: float = 0.25, rounds: int = 8, more: str = "") -> Study:
 
 def plan_of(rate: float = 0.25, rounds: int = 8, more: str = "") -> Plan:
     return make_plan(study_of(rate, rounds, more), [100, 300], weights=900, pace=Pace(0.5, 0.25))
+
+
+def test_book_keeping_with_privacy_is_not_planned() -> None:
+    asked = with_engine(study_of(), "book-keeping")
+    with pytest.raises(StudyInvalid, match="can move its sum of clipped gradients"):
+        make_plan(asked, [100], weights=900, pace=Pace(0.5))
 
 
 @pytest.mark.slow

@@ -8,17 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import Context, RecordDict
 from safetensors import safe_open
 
 from cloister_client.ledger import Ledger
 from cloister_client.site import open_site
-from cloister_common.errors import OptionInvalid, OutputInTheWay, TooFewSites
+from cloister_common.errors import OptionInvalid, OutputInTheWay, StudyInvalid, TooFewSites
 from cloister_common.modelfile import load_model
 from cloister_common.vectors import flatten
+from cloister_server.app import build
 from cloister_server.checkpoint import Checkpoints
 from cloister_server.outputs import CHANCE
 from cloister_server.simulation import Simulation, simulate, site_name
-from federations import NAMES, approve, study, write_cohort, write_federation
+from cloister_server.superlink import InProcessGrid
+from federations import NAMES, approve, study, with_engine, write_cohort, write_federation
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,27 @@ def test_a_site_without_the_studys_weights_says_so_and_reserves_nothing(
         site = open_site(tmp_path / "run" / "sites" / name)
         ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
         assert ledger.reservations() == ()
+
+
+def test_book_keeping_with_privacy_is_refused_before_anything_is_made(
+    folders: Path, tmp_path: Path
+) -> None:
+    asked = with_engine(study(), "book-keeping")
+    with pytest.raises(StudyInvalid, match="can move its sum of clipped gradients"):
+        simulate(Simulation(asked, folders / "sites", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_coordinator_asks_no_site_for_book_keeping_with_privacy(tmp_path: Path) -> None:
+    asked = with_engine(study(), "book-keeping")
+    config = {"study": asked.canonical(), "out": str(tmp_path / "run")}
+    sites: list[object] = []
+    config |= {"federation": str(tmp_path / "federation"), "expected": 0, "resume": False}
+    context = Context(0, 0, {}, RecordDict(), config)
+    with pytest.raises(StudyInvalid, match="can move its sum of clipped gradients"):
+        build()(InProcessGrid(lambda *asked: sites.append(asked), []), context)
+    assert sites == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

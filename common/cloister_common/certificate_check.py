@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from cloister_common.audit import Entry
 from cloister_common.certificate import Certificate
 from cloister_common.charges import sensitivity
+from cloister_common.engines import unsound_engine
 from cloister_common.errors import StudyInvalid
 from cloister_common.ledger_export import LedgerExport, Spent
 from cloister_common.privacy.accounting import epsilon_prv_of, epsilon_rdp_of
@@ -103,6 +104,9 @@ def _constants(certificate: Certificate) -> Iterator[str]:
         yield "The study is not the one of the hash."
     if not study.privacy.enabled:
         yield "The study trains without privacy."
+    unsound = unsound_engine(study)
+    if unsound:
+        yield f"The privacy claim of the study does not hold. {unsound}"
     for name, held, wanted in (
         ("sampling rate", certificate.sampling_rate, study.training.sampling_rate),
         ("clipping norm", certificate.clipping_norm, study.privacy.clipping_norm),

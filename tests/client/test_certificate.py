@@ -24,7 +24,7 @@ from cloister_common.cli_verify import verify as verify_command
 from cloister_common.errors import CertificateInvalid, OptionInvalid, OutputInTheWay
 from cloister_common.identity import Identity
 from cloister_common.privacy.accounting import epsilon_pld, epsilon_prv, epsilon_rdp
-from federations import study
+from federations import study, with_engine
 
 STUDY = study()
 SITES = max(5, STUDY.aggregation.min_sites)
@@ -105,6 +105,13 @@ def test_two_other_accountants_agree(charged: Site, data: bytes, exported: bytes
     ledger = Ledger.open(charged.ledger, delta=charged.policy.ledger_delta)
     assert told.lifetime is not None
     assert abs(told.lifetime - ledger.epsilon_lifetime()) <= 1e-6
+
+
+def test_a_study_whose_engine_does_not_keep_the_claim_is_a_fault(data: bytes) -> None:
+    asked = with_engine(STUDY, "book-keeping")
+    made = changed(data, Identity.generate(), study=asked.canonical(), study_hash=asked.digest)
+    (fault,) = check(made).faults
+    assert "training.engine is 'book-keeping'" in fault
 
 
 @settings(deadline=None, max_examples=400)

@@ -67,6 +67,11 @@ def run(
             f"The hold-out {holdout} has no folder dicom/.",
             remedy="Name a folder with dicom/ and labels.csv of patients of no site.",
         )
+    if holdout is not None:
+        from cloister_server.holdout import load_reader
+
+        # Here already: the sites are asked for nothing where the hold-out could not be read.
+        load_reader()
     made = new_run(
         place.root,
         checked,

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from cloister_common.errors import DataError, OptionInvalid
+from cloister_common.errors import ExtraMissing, InternalError, OptionInvalid
 from cloister_common.records import Vector
 from cloister_common.study import Study
 from cloister_common.words import counted
@@ -21,6 +22,10 @@ from cloister_common.words import counted
 if TYPE_CHECKING:
     from cloister_common.metrics import Metrics
 
+    Reader: TypeAlias = Callable[[Study, Path, Path], Callable[[Vector], Metrics]]
+
+GROUP = "cloister.holdout"
+NAME = "measure"
 _PREFIX = 128
 _MAGIC = b"DICM"
 
@@ -28,43 +33,53 @@ _MAGIC = b"DICM"
 def measure_on(study: Study, folder: Path, out: Path) -> Callable[[Vector], Metrics]:
     """Read a hold-out once, as a site would, and return what measures a flat model on it.
 
+    The client reads it; it is found as an entry point, for the server imports nothing of the
+    client.
+
     Args:
         study: what is trained.
         folder: holds ``dicom/`` and ``labels.csv``.
         out: the run's folder; a site folder ``holdout`` is made in it, with keys and a cache.
 
     Raises:
+        ExtraMissing: see ``load_reader``.
         DataError: the hold-out cannot be used.
     """
-    from cloister_client.cohort import load_cohort
-    from cloister_client.evaluation import measured
-    from cloister_client.policy import Policy
-    from cloister_client.site import init_site
-    from cloister_common import networks, vectors
+    return load_reader()(study, folder, out)
 
-    folder = folder.absolute()
-    site = init_site(
-        out / "holdout",
-        name="holdout",
-        dicom=folder / "dicom",
-        labels=folder / "labels.csv",
-        policy=Policy(min_patients_per_class=1),
-    )
+
+def load_reader() -> Reader:
+    """Import what reads a hold-out: the one entry point ``measure`` of ``cloister.holdout``.
+
+    A distribution that is found twice on the path counts once (``importlib.metadata``).
+
+    Raises:
+        ExtraMissing: no installed package reads hold-outs, or what it needs is not installed.
+        InternalError: several packages offer to read them.
+    """
+    found = entry_points(group=GROUP, name=NAME)
+    if not found:
+        raise _missing("the client of Cloister")
+    if len(found) > 1:
+        named = ", ".join(sorted(entry.value for entry in found))
+        raise InternalError(
+            "Several packages offer to read a hold-out.",
+            why=f"The entry point {NAME!r} of {GROUP} is {named}.",
+            remedy="Uninstall the package that is not Cloister.",
+        )
+    (entry,) = found
     try:
-        cohort = load_cohort(site, study)
-    except DataError as error:
-        raise type(error)(
-            f"In the hold-out: {error.what}",
-            why=error.why,
-            remedy=f"{error.remedy} The hold-out is what --holdout names.",
-        ) from None
-    module = networks.build_for(study)
+        reader: Reader = entry.load()
+    except ModuleNotFoundError as error:
+        raise _missing(error.name or "a package") from None
+    return reader
 
-    def evaluate(model: Vector) -> Metrics:
-        vectors.load(module, model)
-        return measured(module, cohort, study)
 
-    return evaluate
+def _missing(what: str) -> ExtraMissing:
+    return ExtraMissing(
+        f"Measuring on a hold-out needs {what}, which is not installed.",
+        remedy="Run: pip install 'cloister[client,server]'",
+    )
 
 
 def refuse_overlap(holdout: Path, sites: Mapping[str, Path]) -> None:

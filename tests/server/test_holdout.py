@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
+import sys
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cloister_common.errors import OptionInvalid
-from cloister_server.holdout import refuse_overlap
+from cloister_client.holdout import measure_on
+from cloister_common.errors import ExtraMissing, InternalError, OptionInvalid
+from cloister_server import holdout as of_server
+from cloister_server.holdout import GROUP, NAME, load_reader, refuse_overlap
 from cloister_server.simulation import Simulation, simulate
 from federations import study, write_cohort, write_federation
+
+PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +77,51 @@ def test_a_hold_out_that_is_not_there_is_told_before_anything_is_made(tmp_path: 
     with pytest.raises(OptionInvalid, match=r"nowhere has no folder dicom/"):
         simulate(run)
     assert not (tmp_path / "run").exists()
+
+
+# How the server comes by the client's reading.
+
+
+def offer(monkeypatch: pytest.MonkeyPatch, *values: str) -> None:
+    """Let these be all that is installed for reading hold-outs."""
+    found = [EntryPoint(NAME, value, GROUP) for value in values]
+    monkeypatch.setattr(of_server, "entry_points", lambda group, name: found)
+
+
+def test_the_client_s_reading_is_found_as_an_entry_point() -> None:
+    project = tomllib.loads(PYPROJECT.read_text("utf-8"))["project"]
+    assert project["entry-points"][GROUP] == {NAME: "cloister_client.holdout:measure_on"}
+    assert load_reader() is measure_on
+
+
+def test_a_distribution_that_is_found_twice_offers_one_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin = tmp_path / "cloister-0.1.0.dist-info"
+    twin.mkdir()
+    (twin / "METADATA").write_text("Metadata-Version: 2.1\nName: cloister\nVersion: 0.1.0\n")
+    (twin / "entry_points.txt").write_text(
+        f"[{GROUP}]\n{NAME} = cloister_client.holdout:measure_on\n"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    named = [one for one in importlib.metadata.distributions() if one.name == "cloister"]
+    assert len(named) > 1
+    assert load_reader() is measure_on
+
+
+def test_without_a_client_a_hold_out_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch)
+    with pytest.raises(ExtraMissing, match=r"pip install 'cloister\[client,server\]'"):
+        load_reader()
+
+
+def test_a_package_that_the_client_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, "cloister_client.not_there:measure_on")
+    with pytest.raises(ExtraMissing, match=r"needs cloister_client.not_there, which"):
+        load_reader()
+
+
+def test_two_packages_that_read_hold_outs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, "cloister_client.holdout:measure_on", "other.reading:measure")
+    with pytest.raises(InternalError, match=r"is cloister_client.holdout:measure_on, other"):
+        load_reader()

@@ -14,10 +14,12 @@ import pytest
 
 from cloister_client.holdout import measure_on
 from cloister_common.errors import ExtraMissing, InternalError, OptionInvalid
+from cloister_server import cli_runs
 from cloister_server import holdout as of_server
 from cloister_server.holdout import GROUP, NAME, load_reader, refuse_overlap
 from cloister_server.simulation import Simulation, simulate
-from federations import study, write_cohort, write_federation
+from coordinators import new_coordinator
+from federations import study, study_text, write_cohort, write_federation
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
@@ -125,3 +127,18 @@ def test_two_packages_that_read_hold_outs_are_refused(monkeypatch: pytest.Monkey
     offer(monkeypatch, "cloister_client.holdout:measure_on", "other.reading:measure")
     with pytest.raises(InternalError, match=r"is cloister_client.holdout:measure_on, other"):
         load_reader()
+
+
+def test_no_run_is_proposed_where_its_hold_out_cannot_be_read(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = new_coordinator(tmp_path / "fed")
+    before = {path for path in place.root.rglob("*") if path.is_dir()}
+    file = tmp_path / "study.toml"
+    file.write_text(study_text())
+    for check in ("_require_serving", "_require_sites"):
+        monkeypatch.setattr(cli_runs, check, lambda *given: None)
+    offer(monkeypatch)
+    with pytest.raises(ExtraMissing, match="hold-out"):
+        cli_runs.run(file, place.root, folders / "holdout", follow=False)
+    assert {path for path in place.root.rglob("*") if path.is_dir()} == before

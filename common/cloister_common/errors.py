@@ -97,7 +97,7 @@
 
 A message says what happened, why, and what to do. It never carries a patient's data, a path
 inside a site's data folder, or the text of a library's exception: such text quotes values.
-Files that are turned away one by one do not raise; they carry a ``Reject`` reason, which has a
+Files that are rejected one by one do not raise; they carry a ``Reject`` reason, which has a
 number and a page of its own.
 """
 
@@ -646,7 +646,7 @@ class InternalError(CloisterError):
 
 
 class Reject(enum.Enum):
-    """Why one file was turned away; the value is its stable code.
+    """Why one file was rejected; the value is its stable code.
 
     A reject is counted and listed for the steward at the site; it never stops an ingest.
     """
@@ -702,23 +702,23 @@ _REJECT_TITLES = {
     Reject.FRAMES: "multi-frame image",
     Reject.COLOUR: "colour image",
     Reject.PREAMBLE: "preamble is neither empty nor TIFF",
-    Reject.PIXEL_FORMAT: "pixel description is missing or contradicts itself",
+    Reject.PIXEL_FORMAT: "pixel description missing or inconsistent",
     Reject.DECODE_FAILED: "pixel data cannot be decoded",
-    Reject.NO_PATIENT: "no patient identifier to link by",
+    Reject.NO_PATIENT: "PatientID is missing",
     Reject.BURNED_IN: "text may be burned into the pixels",
-    Reject.DUPLICATE: "same image twice",
+    Reject.DUPLICATE: "duplicate image",
     Reject.UNREADABLE: "file cannot be opened",
     Reject.OUTSIDE_ROOT: "symbolic link out of the data folder",
-    Reject.EXHAUSTED: "reading takes too much memory or time",
+    Reject.EXHAUSTED: "reading exceeded the limit of memory or time",
     Reject.VOLUME_INCOMPLETE: "slice of a series too short for a volume",
-    Reject.VOLUME_UNPLACED: "slice of a series without sound positions",
+    Reject.VOLUME_UNPLACED: "slice of a series without valid position or orientation",
     Reject.VOLUME_MIXED: "slice of a series with several orientations or pixel grids",
     Reject.VOLUME_DOUBLED: "slice of a series with two slices at one position",
-    Reject.VOLUME_TILTED: "slice of a series that is not stacked along its normal",
-    Reject.VOLUME_UNEVEN: "slice of a series with uneven spacing",
+    Reject.VOLUME_TILTED: "slice of a series whose stack is tilted or sheared",
+    Reject.VOLUME_UNEVEN: "slice of a series with uneven slice spacing",
     Reject.CAPTURE: "secondary capture or ultrasound, which may show a name",
-    Reject.SEGMENT: "segmentation without the segment that the study asks for",
-    Reject.SEGMENTATION: "segmentation that does not tell which images it marks",
+    Reject.SEGMENT: "segmentation without the study's segment",
+    Reject.SEGMENTATION: "segmentation without usable references to its images",
 }
 
 

@@ -380,7 +380,7 @@ class TooFewSites(RunError):
 
 class MessageInvalid(RunError):
     code = "CLO-502"
-    title = "A message does not have the agreed form"
+    title = "A message is malformed"
 
 
 class ResumeMismatch(RunError):
@@ -395,12 +395,12 @@ class NothingToResume(RunError):
 
 class BundleRefused(RunError):
     code = "CLO-505"
-    title = "The coordinator named a foreign bundle"
+    title = "The site refused the run's application bundle"
 
 
 class RunUnknown(RunError):
     code = "CLO-506"
-    title = "There is no such run, or it does not stand so"
+    title = "No such run, or its state does not allow the command"
 
 
 class RunStopped(RunError):
@@ -436,17 +436,17 @@ class SecureAggregationError(CloisterError):
 
 class ParameterRefused(SecureAggregationError):
     code = "CLO-701"
-    title = "A parameter is not what the protocol allows"
+    title = "A parameter is outside what the site or the protocol allows"
 
 
 class RosterMismatch(SecureAggregationError):
     code = "CLO-702"
-    title = "A site is not on the pinned roster, or the roster is another one"
+    title = "A site is not on the trusted roster, or the roster differs"
 
 
 class SignatureInvalid(SecureAggregationError):
     code = "CLO-703"
-    title = "A signature is not that of the pinned key"
+    title = "A signature does not match the trusted roster's key"
 
 
 class EpochReused(SecureAggregationError):
@@ -466,17 +466,17 @@ class LowOrderKey(SecureAggregationError):
 
 class OwnRecordAltered(SecureAggregationError):
     code = "CLO-707"
-    title = "The site's own record came back altered or not at all"
+    title = "The site's own record came back altered or is missing"
 
 
 class BoxTampered(SecureAggregationError):
     code = "CLO-708"
-    title = "A box of shares is not what its dealer signed"
+    title = "Encrypted shares are not those that their dealer signed"
 
 
 class DealerBlamed(SecureAggregationError):
     code = "CLO-709"
-    title = "A dealer shared out something that is not its secret"
+    title = "A dealer sent shares that do not match its secret"
 
 
 class ShareMismatch(SecureAggregationError):
@@ -491,42 +491,42 @@ class SplitView(SecureAggregationError):
 
 class OverlapRefused(SecureAggregationError):
     code = "CLO-712"
-    title = "A set of survivors was refused"
+    title = "A set of surviving sites was refused"
 
 
 class UpdateReuse(SecureAggregationError):
     code = "CLO-713"
-    title = "A round was already answered for another set of sites"
+    title = "The round was already answered for another set of sites"
 
 
 class TooFewSurvivors(SecureAggregationError):
     code = "CLO-714"
-    title = "Too few sites are left to sum safely"
+    title = "Too few sites are left for secure aggregation"
 
 
 class StageRepeated(SecureAggregationError):
     code = "CLO-715"
-    title = "A stage was asked for again with other content"
+    title = "A stage was requested again with other content"
 
 
 class StageOutOfOrder(SecureAggregationError):
     code = "CLO-716"
-    title = "A stage was asked for before or after its time"
+    title = "A stage was requested out of order"
 
 
 class SessionUnknown(SecureAggregationError):
     code = "CLO-717"
-    title = "The site holds no such session"
+    title = "The site has no such key epoch or secure-aggregation session"
 
 
 class SessionMismatch(SecureAggregationError):
     code = "CLO-718"
-    title = "A session does not have the approved constants"
+    title = "A secure-aggregation session does not match the approved study"
 
 
 class EncodingOverflow(SecureAggregationError):
     code = "CLO-719"
-    title = "A value lies outside the agreed range"
+    title = "An update's value lies outside the agreed range"
 
 
 class NotFinite(SecureAggregationError):
@@ -536,22 +536,22 @@ class NotFinite(SecureAggregationError):
 
 class WeightAboveCap(SecureAggregationError):
     code = "CLO-721"
-    title = "A weight lies outside the agreed range"
+    title = "A weight lies outside the allowed range"
 
 
 class WireInvalid(SecureAggregationError):
     code = "CLO-722"
-    title = "Bytes do not have the form of a protocol message"
+    title = "A secure-aggregation message is malformed"
 
 
 class TranscriptMismatch(SecureAggregationError):
     code = "CLO-723"
-    title = "A transcript does not replay to what it says"
+    title = "A transcript does not replay to its stated result"
 
 
 class SiteAborted(SecureAggregationError):
     code = "CLO-724"
-    title = "A site aborted"
+    title = "A site aborted secure aggregation"
 
 
 class RosterInvalid(SecureAggregationError):
@@ -561,7 +561,7 @@ class RosterInvalid(SecureAggregationError):
 
 class IdentityInvalid(SecureAggregationError):
     code = "CLO-726"
-    title = "The identity key cannot be used"
+    title = "An identity key cannot be used"
 
 
 class DeploymentError(CloisterError):
@@ -591,22 +591,22 @@ class CoordinatorUnreachable(DeploymentError):
 
 class CoordinatorUnproven(DeploymentError):
     code = "CLO-805"
-    title = "The coordinator is not the one that was agreed"
+    title = "The coordinator's identity could not be verified"
 
 
 class SiteStateInvalid(DeploymentError):
     code = "CLO-806"
-    title = "The site's enrolment does not allow this"
+    title = "The site's enrolment state does not allow the command"
 
 
 class ListenRefused(DeploymentError):
     code = "CLO-807"
-    title = "An address cannot be listened on"
+    title = "The program cannot listen on an address"
 
 
 class ServerState(DeploymentError):
     code = "CLO-808"
-    title = "The server runs already, or does not run"
+    title = "The server is already running, or is not running"
 
 
 class ProxyUnusable(DeploymentError):
@@ -616,17 +616,17 @@ class ProxyUnusable(DeploymentError):
 
 class ProxyLoginRefused(DeploymentError):
     code = "CLO-812"
-    title = "The proxy wants a user and a password that it accepts"
+    title = "The proxy refused the login"
 
 
 class ProxyForbids(DeploymentError):
     code = "CLO-813"
-    title = "The proxy forbids the way to the coordinator"
+    title = "The proxy does not allow the connection to the coordinator"
 
 
 class ClockOrDates(DeploymentError):
     code = "CLO-814"
-    title = "A clock is wrong, or a certificate is outside its dates"
+    title = "A clock is wrong, or a certificate is not valid now"
 
 
 class VersionsDiffer(DeploymentError):
@@ -636,7 +636,7 @@ class VersionsDiffer(DeploymentError):
 
 class ServiceState(DeploymentError):
     code = "CLO-820"
-    title = "The site's service runs already, or does not run"
+    title = "The site's service is already running, or is not running"
 
 
 class InternalError(CloisterError):

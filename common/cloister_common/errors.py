@@ -185,12 +185,12 @@ class _FaultyFile(InputError):
 
 class StudyInvalid(_FaultyFile):
     code = "CLO-101"
-    title = "The study file has faults"
+    title = "The study file is not valid"
 
 
 class SiteFileInvalid(_FaultyFile):
     code = "CLO-102"
-    title = "The site file has faults"
+    title = "The site file is not valid"
 
 
 class FileUnreadable(InputError):
@@ -200,17 +200,17 @@ class FileUnreadable(InputError):
 
 class OutputInTheWay(InputError):
     code = "CLO-104"
-    title = "The output folder already holds something"
+    title = "The output exists already or cannot be written"
 
 
 class TooFewSitesGiven(InputError):
     code = "CLO-105"
-    title = "The study asks for more sites than there are"
+    title = "Fewer sites than the study requires"
 
 
 class OptionInvalid(InputError):
     code = "CLO-106"
-    title = "An option has a value that cannot be used"
+    title = "A value on the command line is not valid"
 
 
 class DataError(CloisterError):

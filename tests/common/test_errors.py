@@ -170,7 +170,8 @@ def test_each_code_has_a_page_with_its_title_and_advice(code: str) -> None:
         assert f"`Reject.{Reject(code).name}`" in text
     else:
         kind = next(kind for kind in KINDS if kind.code == code)
-        assert f"`{kind.__name__}`; the command ends with exit status {kind.exit_status}." in text
+        assert f"\n\nExit status: {kind.exit_status}.\n\n" in text
+        assert f"`{kind.__name__}`" not in text, "names of classes are of no use to a reader"
 
 
 def test_each_page_has_a_code() -> None:

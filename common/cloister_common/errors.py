@@ -225,7 +225,7 @@ class LabelMissing(DataError):
 
 class LabelWithoutImage(DataError):
     code = "CLO-202"
-    title = "Labels belong to no image"
+    title = "Labels without an image"
 
 
 class SiteEmpty(DataError):
@@ -235,7 +235,7 @@ class SiteEmpty(DataError):
 
 class OneClassOnly(DataError):
     code = "CLO-204"
-    title = "The site has patients of one class only"
+    title = "All patients of the site have the same class"
 
 
 class FolderUnreadable(DataError):
@@ -245,7 +245,7 @@ class FolderUnreadable(DataError):
 
 class LabelsInvalid(DataError):
     code = "CLO-206"
-    title = "The labels file cannot be used"
+    title = "The labels file is not valid"
 
 
 class CohortTooSmall(DataError):
@@ -255,12 +255,12 @@ class CohortTooSmall(DataError):
 
 class DecoderUnfit(DataError):
     code = "CLO-208"
-    title = "A decoder gave a wrong answer to its known-answer test"
+    title = "An image decoder failed its self-test"
 
 
 class DataChanged(DataError):
     code = "CLO-209"
-    title = "The site's data are not what the study was frozen with"
+    title = "The site's data changed after the study was frozen"
 
 
 class ArchiveUnreachable(DataError):
@@ -270,17 +270,17 @@ class ArchiveUnreachable(DataError):
 
 class ArchiveRefused(DataError):
     code = "CLO-251"
-    title = "The archive refuses this site"
+    title = "The archive refused access"
 
 
 class ArchiveAnswerInvalid(DataError):
     code = "CLO-252"
-    title = "The archive's answer cannot be used"
+    title = "The archive's response is not valid"
 
 
 class FetchUnfinished(DataError):
     code = "CLO-253"
-    title = "A fetch from the archive has not ended"
+    title = "A fetch from the archive is not complete"
 
 
 class PrivacyError(CloisterError):

@@ -290,7 +290,7 @@ class PrivacyError(CloisterError):
 
 class BudgetExhausted(PrivacyError):
     code = "CLO-301"
-    title = "The privacy budget does not suffice"
+    title = "The privacy budget is not sufficient"
 
 
 class LedgerDamaged(PrivacyError):
@@ -305,12 +305,12 @@ class PolicyRefused(PrivacyError):
 
 class EpsilonUnreachable(PrivacyError):
     code = "CLO-304"
-    title = "No noise gives the epsilon that was asked for"
+    title = "No noise level meets the requested epsilon"
 
 
 class RoundAlreadySpent(PrivacyError):
     code = "CLO-305"
-    title = "The round was already charged and is not trained again"
+    title = "The round was already charged"
 
 
 class AuditLogDamaged(PrivacyError):
@@ -320,27 +320,27 @@ class AuditLogDamaged(PrivacyError):
 
 class StudyNotApproved(PrivacyError):
     code = "CLO-307"
-    title = "Nobody at the site has approved the study"
+    title = "The study is not approved at this site"
 
 
 class OutsideHours(PrivacyError):
     code = "CLO-308"
-    title = "The site does not train at this hour"
+    title = "Outside the site's training window"
 
 
 class LedgerRolledBack(PrivacyError):
     code = "CLO-309"
-    title = "The privacy ledger is not the newest one"
+    title = "The privacy ledger may have been rolled back"
 
 
 class CertificateInvalid(PrivacyError):
     code = "CLO-310"
-    title = "A privacy certificate or a ledger's export cannot be believed"
+    title = "A privacy certificate or ledger export is not valid"
 
 
 class ReleaseAlreadySpent(PrivacyError):
     code = "CLO-311"
-    title = "The study's release was already charged and is not made again"
+    title = "The noised evaluation was already charged"
 
 
 class ModelError(CloisterError):

@@ -355,17 +355,17 @@ class NetworkUnfit(ModelError):
 
 class ModelFileInvalid(ModelError):
     code = "CLO-402"
-    title = "The model file is not one that Cloister wrote"
+    title = "The file is not a Cloister model"
 
 
 class UpdateInvalid(ModelError):
     code = "CLO-403"
-    title = "A vector has the wrong length or is not finite"
+    title = "A weight or update vector is not valid"
 
 
 class WeightsUnfit(ModelError):
     code = "CLO-404"
-    title = "Pretrained weights are missing, or are not those of the study"
+    title = "Pretrained weights are missing or do not match the study"
 
 
 class RunError(CloisterError):
@@ -415,7 +415,7 @@ class InstallError(CloisterError):
 
 class ExtraMissing(InstallError):
     code = "CLO-601"
-    title = "A part of Cloister is not installed"
+    title = "A component of Cloister is not installed"
 
 
 class SecureAggregationError(CloisterError):
@@ -641,7 +641,7 @@ class ServiceState(DeploymentError):
 
 class InternalError(CloisterError):
     code = "CLO-901"
-    title = "A fault of Cloister itself"
+    title = "Internal error"
     exit_status = 70
 
 

@@ -174,6 +174,58 @@ def test_each_code_has_a_page_with_its_title_and_advice(code: str) -> None:
         assert f"`{kind.__name__}`" not in text, "names of classes are of no use to a reader"
 
 
+COMMAND = re.compile(
+    r"`(?:\w+=\S+ )?(?:cloister|scripts/install|sudo|systemctl|chmod|sha256sum|mv|rm|cp|ls|df|date"
+    r"|openssl|curl|nc|pip|python3?) [^`]+`"
+)
+IMPERATIVE = re.compile(
+    r"(?:^|[,;:] (?:and |or )?(?:then )?)"
+    r"(?:Add|Agree|Approve|Ask|Change|Check|Choose|Compare|Contact|Continue|Copy|Correct|Create|"
+    r"Decode|Deny|Enter|Export|Find|Free|Get|Give|Install|Invite|Keep|Leave|List|Look|Lower|Make|"
+    r"Move|Name|Open|Raise|Read|Reduce|Remove|Rename|Repeat|Replace|Report|Request|Restart|"
+    r"Restore|Resume|Retry|Review|Run|Save|See|Send|Set|Start|Stop|Store|Tell|Treat|Try|Update|"
+    r"Upgrade|Use|Verify|Wait|Write) ",
+    re.IGNORECASE,
+)
+"""An imperative at the start of a sentence or of a clause."""
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_the_first_paragraph_says_what_happened_why_and_what_to_do(code: str) -> None:
+    """It is all that many readers read, so it must do without the rest of the page."""
+    first = (PAGES / f"{code}.md").read_text("utf-8").split("\n\n")[1]
+    assert 2 <= len(sentences(first)) <= 4
+    assert has_remedy(first)
+
+
+def sentences(paragraph: str) -> list[str]:
+    return re.split(r"(?<=[.!?]) +(?=[A-Z`])", paragraph)
+
+
+def has_remedy(paragraph: str) -> bool:
+    """Whether a sentence has a command to paste, or says what to do or that nothing is to do."""
+    return any(
+        COMMAND.search(one) or IMPERATIVE.search(one) or "no action is needed" in one.lower()
+        for one in sentences(paragraph)
+    )
+
+
+@pytest.mark.parametrize(
+    ("paragraph", "expected"),
+    [
+        ("It failed. Run the command again.", True),
+        ("It failed. If the disk is full, remove old files.", True),
+        ("It failed. The way out is `cloister client check --dir FOLDER`.", True),
+        ("It was left out. No action is needed.", True),
+        ("The archive, which `site.toml` names, does not answer. It is not in time.", False),
+        ("The `cloister` command failed. The use of it is unclear.", False),
+        ("The disk is full. Programs that open and read files may fail.", False),
+    ],
+)
+def test_a_remedy_is_told_from_a_statement(paragraph: str, expected: bool) -> None:
+    assert has_remedy(paragraph) is expected
+
+
 def test_each_page_has_a_code() -> None:
     assert {path.stem for path in PAGES.glob("*.md")} == {*CODES, "README"}
 

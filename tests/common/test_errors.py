@@ -181,8 +181,8 @@ COMMAND = re.compile(
 IMPERATIVE = re.compile(
     r"(?:^|[,;:] (?:and |or )?(?:then )?)"
     r"(?:Add|Agree|Approve|Ask|Change|Check|Choose|Compare|Contact|Continue|Copy|Correct|Create|"
-    r"Decode|Deny|Enter|Export|Find|Free|Get|Give|Install|Invite|Keep|Leave|List|Look|Lower|Make|"
-    r"Move|Name|Open|Raise|Read|Reduce|Remove|Rename|Repeat|Replace|Report|Request|Restart|"
+    r"Decode|Deny|Enter|Export|Fetch|Find|Free|Get|Give|Install|Invite|Keep|Leave|List|Look|Lower|Make|"
+    r"Move|Name|Open|Raise|Read|Reduce|Reformat|Remove|Rename|Repeat|Replace|Report|Request|Restart|"
     r"Restore|Resume|Retry|Review|Run|Save|See|Send|Set|Start|Stop|Store|Tell|Treat|Try|Update|"
     r"Upgrade|Use|Verify|Wait|Write) ",
     re.IGNORECASE,
@@ -202,10 +202,13 @@ def sentences(paragraph: str) -> list[str]:
     return re.split(r"(?<=[.!?]) +(?=[A-Z`])", paragraph)
 
 
+NOTHING_TO_DO = re.compile(r"no action is needed|nothing needs to be done", re.IGNORECASE)
+
+
 def has_remedy(paragraph: str) -> bool:
     """Whether a sentence has a command to paste, or says what to do or that nothing is to do."""
     return any(
-        COMMAND.search(one) or IMPERATIVE.search(one) or "no action is needed" in one.lower()
+        COMMAND.search(one) or IMPERATIVE.search(one) or NOTHING_TO_DO.search(one)
         for one in sentences(paragraph)
     )
 
@@ -217,6 +220,7 @@ def has_remedy(paragraph: str) -> bool:
         ("It failed. If the disk is full, remove old files.", True),
         ("It failed. The way out is `cloister client check --dir FOLDER`.", True),
         ("It was left out. No action is needed.", True),
+        ("It was left out. Nothing needs to be done.", True),
         ("The archive, which `site.toml` names, does not answer. It is not in time.", False),
         ("The `cloister` command failed. The use of it is unclear.", False),
         ("The disk is full. Programs that open and read files may fail.", False),

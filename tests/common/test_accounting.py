@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from accountants import epsilon_prv, epsilon_rdp
 from cloister_common.errors import EpsilonUnreachable
 from cloister_common.privacy import accounting
 from cloister_common.privacy import filter as lifetime
@@ -16,8 +17,6 @@ from cloister_common.privacy.accounting import (
     calibrate,
     epsilon_of,
     epsilon_pld,
-    epsilon_prv,
-    epsilon_rdp,
     epsilon_trajectory,
     rdp_of,
 )

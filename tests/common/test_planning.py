@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from accountants import epsilon_rdp
 from cloister_common import cli, networks, plan_output, timing, vectors
 from cloister_common.errors import EpsilonUnreachable, StudyInvalid
 from cloister_common.planning import Pace, Plan, make_plan, ratio
-from cloister_common.privacy.accounting import epsilon_of, epsilon_pld, epsilon_rdp
+from cloister_common.privacy.accounting import epsilon_of, epsilon_pld
 from cloister_common.privacy.events import Mechanism, compose
 from cloister_common.study import Study, parse_study
 from federations import with_engine

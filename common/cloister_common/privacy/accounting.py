@@ -63,28 +63,18 @@ def epsilon_of(composition: Composition, delta: float) -> float:
     return _pld(composition, delta)
 
 
-def epsilon_rdp(sigma: float, q: float, steps: int, delta: float) -> float:
-    """Epsilon by Renyi accounting; never below the true one, seldom below ``epsilon_pld``."""
-    return epsilon_rdp_of(_single(sigma, q, steps), delta)
-
-
 def epsilon_rdp_of(composition: Composition, delta: float) -> float:
-    """``epsilon_rdp`` for several mechanisms."""
+    """Epsilon by Renyi accounting; never below the true one, seldom below ``epsilon_of``."""
     _require_delta(delta)
     composition = compose(composition)
     return _rdp(composition, delta) if composition else 0.0
 
 
-def epsilon_prv(sigma: float, q: float, steps: int, delta: float) -> float:
+def epsilon_prv_of(composition: Composition, delta: float) -> float:
     """Epsilon by Opacus' PRV accountant, with an error of at most 0.01: a second opinion.
 
     Needs Opacus, which only sites have.
     """
-    return epsilon_prv_of(_single(sigma, q, steps), delta)
-
-
-def epsilon_prv_of(composition: Composition, delta: float) -> float:
-    """``epsilon_prv`` for several mechanisms."""
     import numpy as np
     from opacus.accountants import PRVAccountant
 

@@ -37,7 +37,6 @@ class Cache:
         key: the site's cache key, 32 bytes; the keys in use are derived from it.
 
     Attributes:
-        hits: entries found.
         misses: entries not found.
         damaged: entries found and refused; they count as misses too.
     """
@@ -47,7 +46,6 @@ class Cache:
         self._folder = folder
         self._cipher = AESGCM(_derive(key, b"entries"))
         self._name_key = _derive(key, b"names")
-        self.hits = 0
         self.misses = 0
         self.damaged = 0
 
@@ -89,7 +87,6 @@ class Cache:
         facts = json.loads(plain[4:end])
         image = np.frombuffer(plain[end:], dtype="<u2").astype(np.uint16)
         rows = int(facts.pop("side"))
-        self.hits += 1
         return facts, image.reshape(rows, -1)
 
     def put(self, name: str, facts: Mapping[str, str | int], image: NDArray[np.uint16]) -> None:

@@ -6,7 +6,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +28,6 @@ from cloister_client.targets import (
 from cloister_client.volumes import as_images
 from cloister_common.errors import DataError, LabelWithoutImage, Reject
 from cloister_common.study import Study
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -316,14 +312,6 @@ def split(cohort: Cohort, fraction: float) -> tuple[Cohort, Cohort]:
         subset(cohort, [one for one in cohort.patients if one.pseudonym not in apart]),
         subset(cohort, [one for one in cohort.patients if one.pseudonym in apart]),
     )
-
-
-def tensor(cohort: Cohort, indices: Sequence[int]) -> torch.Tensor:
-    """Return images as a float32 tensor, (n, 1, S, S) or (n, 1, D, S, S), values in [0, 1]."""
-    import torch
-
-    chosen = cohort.images[np.asarray(indices, dtype=np.int64)]
-    return torch.from_numpy(chosen.astype(np.float32) / np.float32(65535)).unsqueeze(1)
 
 
 def _assemble(

@@ -7,7 +7,6 @@ of its own until every other summand is known to it (a Sybil attack).
 
 from __future__ import annotations
 
-import hmac
 import math
 import re
 from collections.abc import Iterable
@@ -202,16 +201,3 @@ def compare(pinned: Roster, offered: Roster) -> RosterChange:
         reweighted=tuple(site for site in both if old[site].weight != new[site].weight),
         rolled_back=offered.digest != pinned.digest and offered.serial <= pinned.serial,
     )
-
-
-def require_pinned(pinned_digest: bytes, offered: Roster) -> None:
-    """Refuse any roster but the one whose digest the steward confirmed.
-
-    Raises:
-        RosterMismatch: the digests differ.
-    """
-    if not hmac.compare_digest(pinned_digest, offered.digest):
-        raise RosterMismatch(
-            "The roster offered is not the one pinned at this site.",
-            remedy="Compare fingerprints with the other sites, then accept it, or refuse.",
-        )

@@ -16,7 +16,6 @@ class Began:
 
     sites: tuple[str, ...]
     refused: Mapping[str, str]
-    first_round: int
     rounds: int
     lost: tuple[int, ...]
 

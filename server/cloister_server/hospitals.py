@@ -52,7 +52,6 @@ HOLDOUT = "holdout"
 HOLDOUT_PATIENTS = 240
 LABELS_HEADER = ("PatientID", "finding")
 FINDINGS = ("normal", "nodule")
-JUNK = ("README", "export-notes.txt", "empty.dcm", "truncated.dcm", "no-pixels.dcm")
 
 # Probabilities of 1, 2, ... 6 images of one patient: most come once, a few are followed up.
 _IMAGES_PER_PATIENT = (0.60, 0.24, 0.09, 0.04, 0.02, 0.01)

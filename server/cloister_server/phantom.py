@@ -95,11 +95,6 @@ class Mark:
     angle: float
     contrast: float
 
-    @property
-    def mass(self) -> float:
-        """Integrated density: what the mark adds to the image's sum, free of its shape."""
-        return 2.0 * math.pi * self.along * self.across * self.contrast
-
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
@@ -151,11 +146,6 @@ class PhantomPatient:
     vessels: tuple[Mark, ...]
     lesion: tuple[Mark, ...]
     mimics: tuple[Mark, ...]
-
-    @property
-    def positive(self) -> bool:
-        """Whether the patient carries a nodule."""
-        return bool(self.lesion)
 
 
 def draw_patient(

@@ -139,7 +139,7 @@ class Run:
         )
         rounds = self._study.training.rounds
         self._hooks.notify(
-            Began(self._gathering.sites, dict(self._gathering.refused), first, rounds, state.lost)
+            Began(self._gathering.sites, dict(self._gathering.refused), rounds, state.lost)
         )
         if not state.figures:
             # Measured here and not when it is drawn: the sites measure it where privacy is off.

@@ -30,7 +30,6 @@ from cloister_client.cohort import (
     read_cohort,
     same,
     split,
-    tensor,
 )
 from cloister_client.dicom import discover
 from cloister_client.dicom import pool as pools
@@ -39,6 +38,7 @@ from cloister_client.dicom.pool import Pool
 from cloister_client.dicom.precheck import precheck
 from cloister_client.dicom.reject import RejectedFile
 from cloister_client.policy import Policy
+from cloister_client.sampling import Bag, pixels_of
 from cloister_client.site import Site, init_site, pseudonym
 from cloister_common.errors import (
     CohortTooSmall,
@@ -503,15 +503,15 @@ def test_split_is_stable(tmp_path: Path) -> None:
         split(first[0], 1.0)
 
 
-def test_tensor() -> None:
+def test_pixels_run_from_minus_two_to_two() -> None:
     cohort = Cohort(
         np.array([[[0, 65535], [1, 32768]]], dtype=np.uint16).repeat(3, 0), (), {}, {}, {}
     )
-    found = tensor(cohort, [2, 0])
+    found = pixels_of(cohort, [Bag(0, np.array([2])), Bag(0, np.array([0]))])
     assert found.shape == (2, 1, 2, 2)
     assert str(found.dtype) == "torch.float32"
-    assert found[0].flatten().tolist() == pytest.approx([0, 1, 1 / 65535, 32768 / 65535])
-    assert tensor(cohort, []).shape == (0, 1, 2, 2)
+    expected = [-2, 2, (1 / 65535 - 0.5) / 0.25, (32768 / 65535 - 0.5) / 0.25]
+    assert found[0].flatten().tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_cohort_travels_between_processes(tmp_path: Path) -> None:

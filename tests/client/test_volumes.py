@@ -25,7 +25,6 @@ from cloister_client.cohort import (
     load_cohort,
     load_frozen,
     read_cohort,
-    tensor,
 )
 from cloister_client.contact_sheet import contact_sheet
 from cloister_client.dicom.folder import Accepted, Keys, read_folder
@@ -398,9 +397,10 @@ def test_a_cohort_of_volumes(tmp_path: Path, key: str) -> None:
         (index,) = [i for i in range(4) if np.array_equal(cohort.images[i], expected)]
         (patient,) = [one for one in cohort.patients if one.images == (index,)]
         assert patient.label == number % 2
-    seen = tensor(cohort, [2, 0])
+    seen = pixels_of(cohort, [Bag(0, np.array([2, 0]))])
     assert seen.shape == (2, 1, 9, 24, 24)
-    assert float(seen[0, 0, 3, 4, 5]) == pytest.approx(int(cohort.images[2, 3, 4, 5]) / 65535)
+    share = int(cohort.images[2, 3, 4, 5]) / 65535
+    assert float(seen[0, 0, 3, 4, 5]) == pytest.approx((share - 0.5) / 0.25, abs=1e-6)
     again = read_cohort(site, STUDY)
     assert (again.files, again.damaged) == (44, 0)
     assert again.cohort is not None

@@ -14,7 +14,6 @@ from pydicom.errors import InvalidDicomError
 from cloister_server import hospitals as module
 from cloister_server.hospitals import (
     HOSPITALS,
-    JUNK,
     DrawnCohort,
     DrawnFederation,
     draw_federation,
@@ -23,6 +22,7 @@ from cloister_server.phantom import CaseMix
 
 SMALL = tuple(replace(hospital, patients=20) for hospital in HOSPITALS)
 HOLDOUT = 25
+JUNK = ("README", "export-notes.txt", "empty.dcm", "truncated.dcm", "no-pixels.dcm")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
-KEY_BYTES = 32
 BLOCK_WORDS = 4
 CHUNK_WORDS = 1 << 15
 """Words of keystream made at a time: 128 KiB, so that keystream and accumulator stay in cache."""

@@ -8,12 +8,10 @@ itself (``automatic``), never what a person denied, and only for as long as it s
 from __future__ import annotations
 
 import enum
-import fcntl
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -23,6 +21,7 @@ from cloister_client.automatic import ground_of, in_words, stands
 from cloister_client.site import Site
 from cloister_common.errors import FileUnreadable, OptionInvalid, StudyInvalid, StudyNotApproved
 from cloister_common.files import write_atomic
+from cloister_common.locks import locked
 from cloister_common.study import Study, study_from_canonical
 
 FILE = "approvals.json"
@@ -190,16 +189,14 @@ def _settle(site: Site, study: Study, ground: str) -> Judgement:
 @contextmanager
 def _locked(site: Site) -> Iterator[None]:
     """Change the file alone: a proposal that arrives while a steward denies must not undo it."""
-    try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        handle = os.open(site.root / f".{FILE}.lock", flags, 0o600)
-    except OSError:
-        raise FileUnreadable(
-            f"{FILE} cannot be changed.",
-            remedy="Check that this user may write to the site folder.",
-        ) from None
-    with os.fdopen(handle) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(site.root / f".{FILE}.lock"))
+        except OSError:
+            raise FileUnreadable(
+                f"{FILE} cannot be changed.",
+                remedy="Check that this user may write to the site folder.",
+            ) from None
         yield
 
 

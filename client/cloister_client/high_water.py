@@ -9,9 +9,7 @@ hold a noted head was rolled back or replaced, and trains nothing until the stew
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator
 
 from cloister_client.audit import log_of, path_of
@@ -20,6 +18,7 @@ from cloister_client.site import Site
 from cloister_common.audit import HASH, Head, heads_told, name_of
 from cloister_common.errors import AuditLogDamaged, LedgerRolledBack
 from cloister_common.files import write_atomic
+from cloister_common.locks import locked
 
 FILE = "ledger.high"
 NOTE = "ledger"
@@ -96,10 +95,8 @@ def note(site: Site, ledger: Ledger) -> None:
         OutputInTheWay: the high-water file cannot be written.
         AuditLogDamaged: the log cannot be written.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    with os.fdopen(os.open(site.root / f".{FILE}.lock", flags, 0o600)) as lock:
+    with locked(site.root / f".{FILE}.lock"):
         # The head is read under the lock, so that a slower process never notes an older one last.
-        fcntl.flock(lock, fcntl.LOCK_EX)
         seq, digest = ledger.head()
         write_atomic(site.root / FILE, json.dumps({"seq": seq, "hash": digest}).encode())
         log_of(site).append(NOTE, ledger_seq=seq, ledger_hash=digest)

@@ -8,7 +8,6 @@ manifest is a pseudonym or a keyed hash: it can be kept and shown, and tells of 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import hmac
 import json
@@ -24,6 +23,7 @@ from cloister_client.site import Site
 from cloister_common.errors import DataChanged, DataError, FileUnreadable, OptionInvalid
 from cloister_common.files import make_private_dir, write_atomic
 from cloister_common.identity import verify
+from cloister_common.locks import locked
 from cloister_common.study import Study
 from cloister_common.words import is_reason
 
@@ -184,8 +184,7 @@ def load(site: Site, study: Study) -> Manifest | None:
 @contextmanager
 def alone(site: Site) -> Iterator[None]:
     """One freezing at a time at a site, whoever else freezes."""
-    with (site.root / "manifests.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(site.root / "manifests.lock"):
         yield
 
 

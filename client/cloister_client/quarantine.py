@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from cloister_client.site import Site
 from cloister_client.store import Store, Stored
 from cloister_common.errors import FileUnreadable, OptionInvalid, Reject
 from cloister_common.files import write_atomic
+from cloister_common.locks import locked
 from cloister_common.study import Input
 from cloister_common.words import is_reason
 
@@ -306,6 +306,5 @@ def _unreadable() -> FileUnreadable:
 @contextmanager
 def _alone(site: Site) -> Iterator[None]:
     """One decision at a time, whoever else decides."""
-    with (site.root / "quarantine.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(site.root / "quarantine.lock"):
         yield

@@ -12,7 +12,6 @@ library's text.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ from typing import BinaryIO
 from cloister_common.errors import AuditLogDamaged
 from cloister_common.framing import u64
 from cloister_common.identity import Identity, verify
+from cloister_common.locks import locked
 
 LABEL = b"cloister/audit/v1\0"
 SIGN_LABEL = "cloister/audit/head/v1"
@@ -153,9 +153,7 @@ class AuditLog:
     @contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            with os.fdopen(os.open(self._path, flags, 0o600), "r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+            with locked(self._path) as handle, os.fdopen(handle, "r+b", closefd=False) as file:
                 yield file
         except OSError as error:
             raise _damaged("it cannot be read or written") from error

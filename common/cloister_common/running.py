@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from cloister_common.locks import try_lock, unlock
 
 _AGAIN_S = 0.002
 
@@ -25,11 +26,11 @@ def only_one(lock: Path, taken: Callable[[], Exception]) -> Iterator[None]:
     """
     handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        while not _locked(handle, fcntl.LOCK_EX):
+        while not try_lock(handle):
             # Who only asks whether somebody holds it shares it for a moment.
-            if not _locked(handle, fcntl.LOCK_SH):
+            if not try_lock(handle, shared=True):
                 raise taken()
-            fcntl.flock(handle, fcntl.LOCK_UN)
+            unlock(handle)
             time.sleep(_AGAIN_S)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
@@ -45,20 +46,12 @@ def holder(lock: Path) -> int | None:
     except OSError:
         return None
     try:
-        if _locked(handle, fcntl.LOCK_SH):
+        if try_lock(handle, shared=True):
             return None
         text = os.pread(handle, 32, 0).decode().strip()
         return int(text) if text.isdigit() else None
     finally:
         os.close(handle)
-
-
-def _locked(handle: int, kind: int) -> bool:
-    try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def terminate(lock: Path, seconds: float) -> bool | None:

@@ -18,10 +18,8 @@ finished one, and ``init`` after a kill goes on where it ended.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import ipaddress
 import json
-import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,6 +41,7 @@ from cloister_common.files import (
     sweep,
     write_atomic,
 )
+from cloister_common.locks import locked
 from cloister_common.study import Name
 from cloister_common.tomlfile import FileModel, parse, read_text
 from cloister_server.authority import Authority, needs_renewal, pem
@@ -163,12 +162,8 @@ class Coordinator:
     @contextlib.contextmanager
     def deciding(self) -> Iterator[None]:
         """Keep other commands from writing here at the same time."""
-        handle = os.open(self.root / "decide.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with locked(self.root / "decide.lock"):
             yield
-        finally:
-            os.close(handle)
 
     def token(self) -> str:
         """What the private Control API asks for."""

@@ -7,7 +7,6 @@ that says which.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -33,6 +32,7 @@ from cloister_common.errors import (
     OutputInTheWay,
 )
 from cloister_common.files import read_secret, sweep, write_atomic
+from cloister_common.locks import locked
 
 _MAX_SECRET = 4096
 _SOP_INSTANCE = 0x00080018
@@ -195,13 +195,12 @@ def _mark(site: Site, unfinished: set[str]) -> None:
 
 @contextmanager
 def _alone(site: Site) -> Iterator[None]:
-    with (site.root / _LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FetchUnfinished(
-                "Another fetch of this site runs.", remedy="Wait for its end, or stop it."
-            ) from None
+    def taken() -> Exception:
+        return FetchUnfinished(
+            "Another fetch of this site runs.", remedy="Wait for its end, or stop it."
+        )
+
+    with locked(site.root / _LOCK, taken):
         yield
 
 

@@ -6,7 +6,6 @@ Nothing here leaves the site: what its patients have spent in a lifetime is show
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from cloister_client.high_water import note
 from cloister_client.ledger import Ledger, Quote
 from cloister_client.policy import refusals
 from cloister_client.site import Site
+from cloister_common.canonical import canonical_json
 from cloister_common.charges import charges
 from cloister_common.errors import OptionInvalid, OutputInTheWay
 from cloister_common.files import write_atomic
@@ -345,4 +345,4 @@ def find(site: Site, prefix: str) -> str:
 
 
 def _line(held: dict[str, object]) -> bytes:
-    return json.dumps(held, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    return canonical_json(held).encode() + b"\n"

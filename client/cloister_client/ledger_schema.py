@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cloister_common.canonical import canonical_json, parse_canonical
 from cloister_common.errors import LedgerDamaged
 
 LABEL = b"cloister/ledger/v1\0"
@@ -142,7 +142,7 @@ def append(connection: sqlite3.Connection, kind: str, body: Mapping[str, Any]) -
     # The time is for the reader; nothing is decided by it, for clocks are moved.
     now = datetime.now(UTC).isoformat(timespec="seconds")
     full = {**body, "kind": kind, "seq": seq, "time": now}
-    text = _canonical(full)
+    text = canonical_json(full)
     digest = _hash(previous, text)
     connection.execute("INSERT INTO entries VALUES (?, ?, ?)", (seq, text, digest))
     return Entry(seq, kind, full, previous, digest)
@@ -165,7 +165,7 @@ def read(connection: sqlite3.Connection) -> tuple[Entry, ...]:
             raise damaged(f"entry {expected} is missing")
         if not isinstance(text, str) or _hash(previous, text) != digest:
             raise damaged(f"entry {seq} does not carry the hash of its content and its predecessor")
-        body = _parse(text)
+        body = parse_canonical(text)
         if body is None or body.get("seq") != seq or not isinstance(body.get("kind"), str):
             raise damaged(f"entry {seq} is not in canonical form")
         entries.append(Entry(seq, body["kind"], body, previous, digest))
@@ -188,18 +188,6 @@ def _unusable() -> LedgerDamaged:
         "The privacy ledger cannot be read or written, so nothing is trained.",
         remedy="Check the file's permissions, free space on its disk, and that it is a ledger.",
     )
-
-
-def _canonical(body: Mapping[str, Any]) -> str:
-    return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _parse(text: str) -> dict[str, Any] | None:
-    try:
-        body = json.loads(text)
-    except ValueError:
-        return None
-    return body if isinstance(body, dict) and _canonical(body) == text else None
 
 
 def _hash(previous: str, text: str) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from cloister_client.audit import log_of
 from cloister_client.dicom.preprocess import spec_digest
 from cloister_client.site import Site
+from cloister_common.canonical import canonical_json
 from cloister_common.errors import DataChanged, DataError, FileUnreadable, OptionInvalid
 from cloister_common.files import make_private_dir, write_atomic
 from cloister_common.identity import verify
@@ -84,7 +85,7 @@ class Manifest:
         told = {"version": 1, "site": site, **asdict(self)}
         if not self.outlines:
             del told["outlines"]
-        return json.dumps(told, sort_keys=True, separators=(",", ":")).encode()
+        return canonical_json(told).encode()
 
 
 def item_of(

@@ -13,7 +13,6 @@ library's text.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
+from cloister_common.canonical import canonical_json, parse_canonical
 from cloister_common.errors import AuditLogDamaged
 from cloister_common.framing import u64
 from cloister_common.identity import Identity, verify
@@ -164,7 +164,7 @@ def _write(file: BinaryIO, head: Head, kind: str, body: Mapping[str, Value]) -> 
     full = {**body, "kind": kind, "previous": head.hash, "seq": head.seq + 1, "time": now}
     digest = _hash(full)
     file.seek(0, os.SEEK_END)
-    line = _canonical({**full, "hash": digest}).encode() + b"\n"
+    line = canonical_json({**full, "hash": digest}).encode() + b"\n"
     if len(line) > MAX_LINE:
         # It could never be read again, and nothing after it.
         raise ValueError("an entry is longer than a line may be")
@@ -364,11 +364,10 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _parse(line: bytes) -> Entry | None:
-    line = line.removesuffix(b"\n")
+    full = parse_canonical(line.removesuffix(b"\n"))
+    if full is None:
+        return None
     try:
-        full = json.loads(line)
-        if not isinstance(full, dict) or _canonical(full).encode() != line:
-            return None
         entry = Entry(
             full["seq"],
             full["kind"],
@@ -377,7 +376,7 @@ def _parse(line: bytes) -> Entry | None:
             full["previous"],
             full["hash"],
         )
-    except (ValueError, KeyError, RecursionError):
+    except KeyError:
         return None
     words = (entry.kind, entry.time, entry.previous, entry.hash)
     sound = type(entry.seq) is int and 0 < entry.seq < 2**63
@@ -395,11 +394,7 @@ def _full(entry: Entry) -> dict[str, Value]:
 
 
 def _hash(full: Mapping[str, Value]) -> str:
-    return hashlib.sha256(LABEL + _canonical(full).encode()).hexdigest()
-
-
-def _canonical(full: Mapping[str, Value]) -> str:
-    return json.dumps(full, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(LABEL + canonical_json(full).encode()).hexdigest()
 
 
 def _damaged(why: str) -> AuditLogDamaged:

@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from cloister_common.canonical import canonical_json
 from cloister_common.errors import CertificateInvalid
 from cloister_common.framing import u64
 from cloister_common.identity import usable_public_key, verify
@@ -115,7 +116,10 @@ def read(data: bytes) -> LedgerExport:
         body, previous = held.get("body"), hashes[-1] if hashes else GENESIS
         if not isinstance(body, dict) or held.get("previous") != previous:
             raise _invalid(f"line {number} does not follow the line before it")
-        text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        try:
+            text = canonical_json(body)
+        except ValueError:
+            raise _invalid(f"line {number} holds a number that is not finite") from None
         digest = hashlib.sha256(CHAIN_LABEL + previous.encode() + b"\0" + text.encode()).hexdigest()
         if held.get("hash") != digest or body.get("seq") != number:
             raise _invalid(f"line {number} does not carry the hash of its content")

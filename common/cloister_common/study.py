@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from cloister_common.canonical import canonical_json
 from cloister_common.engines import ENGINE_KEY, engine_fault
 from cloister_common.errors import Fault, NetworkUnfit, StudyInvalid
 from cloister_common.target import Target
@@ -305,7 +306,7 @@ class Study(ShownModel):
         if not self.evaluation.release_epsilon:
             # A study without a release keeps the hash it was approved under before there was one.
             del held["evaluation"]["release_epsilon"]
-        return json.dumps(held, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return canonical_json(held)
 
     @property
     def digest(self) -> str:
@@ -324,8 +325,7 @@ class Study(ShownModel):
             return bytes.fromhex(self.digest)
         parts = {"input", "target", "network", "training"}
         held = {key: value for key, value in json.loads(self.canonical()).items() if key in parts}
-        text = json.dumps(held, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(UPDATE_LABEL + text.encode()).digest()
+        return hashlib.sha256(UPDATE_LABEL + canonical_json(held).encode()).digest()
 
     @property
     def releases(self) -> bool:

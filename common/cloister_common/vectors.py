@@ -8,7 +8,6 @@ buffers is refused, because buffers hold statistics of the data outside the nois
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from cloister_common.canonical import canonical_json
 from cloister_common.errors import NetworkUnfit, UpdateInvalid
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Layout:
     @property
     def digest(self) -> str:
         """SHA-256 over names and shapes, 64 hexadecimal digits: both sides compare it."""
-        form = json.dumps([self.names, self.shapes], separators=(",", ":"))
+        form = canonical_json([self.names, self.shapes])
         return hashlib.sha256(_LABEL + form.encode()).hexdigest()
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from cloister_client.audit import path_of
 from cloister_client.site import open_site
 from cloister_common import cli
-from cloister_common.audit import _canonical, _hash, examine, name_of, parse_note, read
+from cloister_common.audit import _hash, examine, name_of, parse_note, read
+from cloister_common.canonical import canonical_json
 from cloister_common.identity import Identity
 from cloister_server.events import Event, Measured
 from cloister_server.federation import AUDIT, Federation
@@ -123,7 +124,7 @@ def _damage(data: st.DataObject, rows: list[bytes], noted: int) -> bytes:
     elif kind == "edit":
         body = json.loads(rows[place])
         body[data.draw(st.sampled_from(sorted(body)))] = data.draw(st.sampled_from([0, "", "x"]))
-        rows[place] = _canonical(body).encode() + b"\n"
+        rows[place] = canonical_json(body).encode() + b"\n"
     elif kind == "rehash":
         # Sound in itself, but the next entry follows another one; the newest has no next.
         place = min(place, len(rows) - 2)
@@ -131,7 +132,7 @@ def _damage(data: st.DataObject, rows: list[bytes], noted: int) -> bytes:
         del body["hash"]
         body["kind"] = "x"
         body["hash"] = _hash(body)
-        rows[place] = _canonical(body).encode() + b"\n"
+        rows[place] = canonical_json(body).encode() + b"\n"
     elif kind == "respace":
         rows[place] = json.dumps(json.loads(rows[place])).encode() + b"\n"
     elif kind == "forge":
@@ -146,7 +147,7 @@ def _damage(data: st.DataObject, rows: list[bytes], noted: int) -> bytes:
             "previous": before["hash"],
         }
         made["hash"] = _hash(made)
-        rows.insert(place + 1, _canonical(made).encode() + b"\n")
+        rows.insert(place + 1, canonical_json(made).encode() + b"\n")
     elif kind == "delete":
         many = data.draw(st.integers(1, 5))
         del rows[noted_place : noted_place + many]
@@ -215,7 +216,7 @@ def test_a_chain_that_is_made_anew_behind_an_edit_is_found(
         del row["hash"]
         row["hash"] = _hash(row)
     path = tmp_path_factory.getbasetemp() / "anew"
-    path.write_bytes(b"".join(_canonical(row).encode() + b"\n" for row in rows))
+    path.write_bytes(b"".join(canonical_json(row).encode() + b"\n" for row in rows))
     verdict = examine(path, key=log.key, peer=log.peer)
     assert verdict.findings
     assert verdict.findings[0].line > place or "its line" in verdict.findings[0].what

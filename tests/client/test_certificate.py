@@ -221,6 +221,14 @@ def test_an_export_whose_last_line_says_what_nobody_signed(exported: bytes, fiel
         ledger_export.read(b"".join(lines) + json.dumps(said).encode() + b"\n")
 
 
+def test_an_export_with_a_number_that_is_not_finite(exported: bytes) -> None:
+    first, *rest = exported.splitlines(keepends=True)
+    said = json.loads(first)
+    said["body"]["delta"] = float("nan")
+    with pytest.raises(CertificateInvalid, match="line 1 holds a number that is not finite"):
+        ledger_export.read(json.dumps(said).encode() + b"\n" + b"".join(rest))
+
+
 def test_an_export_that_lacks_a_line(exported: bytes) -> None:
     lines = exported.splitlines(keepends=True)
     for gone in (0, 2, len(lines) - 2, len(lines) - 1):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import math
 import os
 import signal
 import sqlite3
@@ -341,6 +343,20 @@ def test_tampering_is_named(filled: Ledger, path: Path, statement: str, says: st
     ):
         with pytest.raises(LedgerDamaged, match=says):
             use()
+
+
+def test_a_number_that_is_not_finite_is_named_though_its_hash_is_right(
+    filled: Ledger, path: Path
+) -> None:
+    *_, before, last = filled.entries()
+    text = json.dumps({**last.body, "steps": math.nan}, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(b"cloister/ledger/v1\0" + before.hash.encode() + b"\0" + text.encode())
+    rewrite(
+        path,
+        f"UPDATE entries SET body = '{text}', hash = '{digest.hexdigest()}' WHERE seq = {last.seq}",
+    )
+    with pytest.raises(LedgerDamaged, match=f"entry {last.seq} is not in canonical form"):
+        filled.verify()
 
 
 TERMS = {"noise_multiplier": 9.0, "sampling_rate": 1.0, "steps": 2, "delta": 0.1}

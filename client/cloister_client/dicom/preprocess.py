@@ -63,11 +63,13 @@ def spec_digest(spec: Input, segment: str = "") -> str:
         spec: the study's input.
         segment: what is outlined; empty where no segmentation is read.
     """
+    # Late: a worker loads this module, and has no use for these.
+    from cloister_common.canonical import canonical_json
     from cloister_common.study import VOLUME_KEYS
 
     # A volume is made of images that are read as any other.
     shape = spec.model_dump(mode="json", exclude=set(VOLUME_KEYS))
-    text = json.dumps(shape, sort_keys=True, separators=(",", ":"))
+    text = canonical_json(shape)
     if segment:
         text += json.dumps({"segment": segment})
     return hashlib.sha256(SPEC_LABEL + text.encode()).hexdigest()

@@ -13,12 +13,12 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from cloister_client.audit import log_of
 from cloister_client.automatic import ground_of, in_words, stands
 from cloister_client.site import Site
+from cloister_common import clock
 from cloister_common.errors import FileUnreadable, OptionInvalid, StudyInvalid, StudyNotApproved
 from cloister_common.files import write_atomic
 from cloister_common.locks import locked
@@ -122,7 +122,7 @@ def judge(site: Site, study: Study, decision: Decision, *, why: str = "") -> Non
     with _locked(site):
         known = judgements(site)
         known.pop(study.digest, None)
-        known[study.digest] = Judgement(study, decision, why, _now())
+        known[study.digest] = Judgement(study, decision, why, clock.timestamp())
         said = {"study": study.digest, "decision": decision.value, "by": "steward"}
         if decision is not Decision.APPROVED:
             _save(site, known)
@@ -167,10 +167,11 @@ def _settle(site: Site, study: Study, ground: str) -> Judgement:
             _settled(site, held) or (held.decision is Decision.PENDING and not ground)
         ):
             return held
+        now = clock.timestamp()
         if ground:
-            settled = Judgement(study, Decision.APPROVED, in_words(ground), _now(), ground)
+            settled = Judgement(study, Decision.APPROVED, in_words(ground), now, ground)
         else:
-            settled = Judgement(study, Decision.PENDING, time=_now())
+            settled = Judgement(study, Decision.PENDING, time=now)
             waiting = [d for d, one in known.items() if one.decision is Decision.PENDING]
             for oldest in waiting[: max(0, len(waiting) + 1 - MAX_PENDING)]:
                 del known[oldest]
@@ -221,7 +222,3 @@ def _save(site: Site, known: Mapping[str, Judgement]) -> None:
     }
     text = json.dumps({"format": FORMAT, "studies": rows}, indent=1)
     write_atomic(site.root / FILE, text.encode())
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from datetime import UTC, datetime
 
 from cloister_client.approvals import judgements
 from cloister_client.audit import entries_of, what_left
@@ -12,7 +11,7 @@ from cloister_client.high_water import require_newest
 from cloister_client.ledger import Ledger, Reservation
 from cloister_client.pinned import read_pin
 from cloister_client.site import Site
-from cloister_common import __version__
+from cloister_common import __version__, clock
 from cloister_common.audit import EMPTY
 from cloister_common.certificate import Certificate, Head, Left, Release, code_hash
 from cloister_common.charges import sensitivity
@@ -55,7 +54,7 @@ def certify(site: Site, study: str, *, run: str | None = None) -> Certificate:
     # A simulation keeps its list of sites elsewhere.
     pin = read_pin(site.roster) if site.roster.exists() else None
     return Certificate(
-        made=datetime.now(UTC).isoformat(timespec="seconds"),
+        made=clock.timestamp(),
         site=site.name,
         key=site.identity().public.hex(),
         roster="" if pin is None else pin.digest.hex(),

@@ -5,7 +5,6 @@ Everything heavy is imported inside the commands, so that ``--help`` is quick.
 
 from __future__ import annotations
 
-import datetime
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cloister_common import clock
 from cloister_common.cli_folder import SiteFolder as Folder
 from cloister_common.cli_folder import dir_option
 from cloister_common.errors import ServiceState
@@ -72,8 +72,7 @@ def status(
 
 
 def _say(line: str) -> None:
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
-    typer.echo(f"{now}  {line}")
+    typer.echo(f"{clock.to_second(clock.now())}  {line}")
 
 
 def _waiting(site: Site) -> list[str]:
@@ -121,8 +120,8 @@ def _show(
         why = f"the {' and the '.join(dead)} must start again" if restarting else told.why
         typer.echo(f"{site.name}: not serving; {why}")
     if told is not None and told.last_asked:
-        when = datetime.datetime.fromtimestamp(told.last_asked, datetime.UTC)
-        typer.echo(f"last asked {when:%Y-%m-%d %H:%M:%S} UTC, {sum(told.asked.values())} messages")
+        when = clock.to_second(clock.from_unix(told.last_asked))
+        typer.echo(f"last asked {when} UTC, {sum(told.asked.values())} messages")
     typer.echo(f"budget: {budget.summary(site)}")
     notice = read_notice(site.root)
     if notice is not None:

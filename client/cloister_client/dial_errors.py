@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Callable
 
 from cloister_client.dial import Cause, Failure, Step
+from cloister_common import clock
 from cloister_common.errors import (
     ClockOrDates,
     CloisterError,
@@ -157,7 +158,7 @@ def _refused(failure: Failure) -> EnrolmentRefused:
 
 
 def _dates(failure: Failure) -> ClockOrDates:
-    now = datetime.datetime.now(datetime.UTC)
+    now = clock.now()
     why = f"This machine's clock says {_minute(now)}"
     if failure.seen is not None:
         begins, ends = _minute(failure.seen.begins), _minute(failure.seen.ends)
@@ -194,7 +195,7 @@ def _broken_off(failure: Failure) -> CoordinatorUnreachable:
 
 
 def _minute(moment: datetime.datetime) -> str:
-    return moment.strftime("%Y-%m-%d %H:%M UTC")
+    return f"{clock.to_minute(moment)} UTC"
 
 
 _AT_TLS: dict[Cause, Callable[[Failure], CloisterError]] = {

@@ -19,10 +19,10 @@ import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cloister_common import clock
 from cloister_common.canonical import canonical_json, parse_canonical
 from cloister_common.errors import LedgerDamaged
 
@@ -140,7 +140,7 @@ def append(connection: sqlite3.Connection, kind: str, body: Mapping[str, Any]) -
     last = connection.execute("SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT 1").fetchone()
     seq, previous = (last[0] + 1, last[1]) if last else (1, GENESIS)
     # The time is for the reader; nothing is decided by it, for clocks are moved.
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now = clock.timestamp()
     full = {**body, "kind": kind, "seq": seq, "time": now}
     text = canonical_json(full)
     digest = _hash(previous, text)

@@ -14,12 +14,12 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from cloister_client.audit import log_of
 from cloister_client.dicom.preprocess import spec_digest
 from cloister_client.site import Site
+from cloister_common import clock
 from cloister_common.canonical import canonical_json
 from cloister_common.errors import DataChanged, DataError, FileUnreadable, OptionInvalid
 from cloister_common.files import make_private_dir, write_atomic
@@ -222,7 +222,7 @@ def freeze(
     Raises:
         OutputInTheWay, AuditLogDamaged: it cannot be kept.
     """
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now = clock.timestamp()
     spec = spec_digest(study.input, study.target.outlines)
     files = tuple(sorted(one.hex() for one in outlines))
     manifest = Manifest(study.digest, spec, now, tuple(sorted(items)), files)

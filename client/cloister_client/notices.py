@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
+from cloister_common import clock
 from cloister_common.errors import CloisterError, OutputInTheWay
 from cloister_common.files import write_atomic
 
@@ -28,7 +28,7 @@ def leave_notice(root: Path, error: CloisterError) -> None:
 
     It raises nothing: what a full disk does to the notice must not become the site's answer.
     """
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now = clock.timestamp()
     note = {"code": error.code, "message": str(error), "time": now}
     try:
         write_atomic(root / FILE, json.dumps(note, indent=1).encode())

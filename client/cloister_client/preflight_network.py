@@ -22,6 +22,7 @@ from cloister_client.preflight import Check, Finding, State, failed, found, skip
 from cloister_client.proxy import proxy_of
 from cloister_client.site import Site
 from cloister_common import PROTOCOL, __version__
+from cloister_common.clock import to_minute
 from cloister_common.enrolment import HEADER_PROTOCOL, HEADER_VERSION, PATH_ROSTER
 from cloister_common.errors import (
     ClockOrDates,
@@ -167,7 +168,7 @@ def dates(begins: datetime.datetime, ends: datetime.datetime, now: float) -> Fin
     anew = "Call the coordinator: the site is enrolled anew, in a new folder under a new name."
     if begins.timestamp() > now:
         early = ClockOrDates(
-            f"This site's certificate is valid from {begins:%Y-%m-%d %H:%M} UTC, which is not yet.",
+            f"This site's certificate is valid from {to_minute(begins)} UTC, which is not yet.",
             remedy="Set this machine's clock; it is wrong.",
         )
         return failed(Check.CERTIFICATE, early)

@@ -16,7 +16,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from cloister_client.dicom.reject import RejectedFile
 from cloister_client.memory import memory_of
 from cloister_client.site import Site
 from cloister_client.store import Store, Stored
+from cloister_common import clock
 from cloister_common.errors import FileUnreadable, OptionInvalid, Reject
 from cloister_common.files import write_atomic
 from cloister_common.locks import locked
@@ -229,7 +229,7 @@ def decide(site: Site, one: Held, decision: Decision, *, why: str) -> None:
     require_reason(why)
     with _alone(site):
         told = dict(_written(site))
-        now = datetime.now(UTC).isoformat(timespec="seconds")
+        now = clock.timestamp()
         told[one.content] = Judgement(decision, why.strip(), now)
 
         def note() -> None:

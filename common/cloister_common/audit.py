@@ -18,10 +18,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
+from cloister_common import clock
 from cloister_common.canonical import canonical_json, parse_canonical
 from cloister_common.errors import AuditLogDamaged
 from cloister_common.framing import u64
@@ -160,7 +160,7 @@ class AuditLog:
 
 
 def _write(file: BinaryIO, head: Head, kind: str, body: Mapping[str, Value]) -> Head:
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now = clock.timestamp()
     full = {**body, "kind": kind, "previous": head.hash, "seq": head.seq + 1, "time": now}
     digest = _hash(full)
     file.seek(0, os.SEEK_END)

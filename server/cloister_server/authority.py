@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from cloister_common import eckeys
+from cloister_common import clock, eckeys
 from cloister_common.eckeys import Purpose
 from cloister_common.files import create_secret, read_secret
 
@@ -110,7 +110,7 @@ def pem(certificate: x509.Certificate) -> bytes:
 
 def needs_renewal(certificate: x509.Certificate, hosts: Iterable[str]) -> bool:
     """True where a server's certificate ends soon or is for other hosts."""
-    left = certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
+    left = certificate.not_valid_after_utc - clock.now()
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return left < datetime.timedelta(days=RENEW_DAYS) or set(names) != {
         _general_name(host) for host in hosts
@@ -120,7 +120,7 @@ def needs_renewal(certificate: x509.Certificate, hosts: Iterable[str]) -> bool:
 def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, *, days: int
 ) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
+    now = clock.now()
     return (
         x509.CertificateBuilder()
         .subject_name(subject)

@@ -5,7 +5,6 @@ Everything heavy is imported inside the commands, so that ``--help`` is quick.
 
 from __future__ import annotations
 
-import datetime
 import json
 import sys
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cloister_common import clock
 from cloister_common.cli_confirm import Yes, confirm
 from cloister_common.cli_folder import CoordinatorFolder as Folder
 from cloister_common.cli_folder import FolderTyper, dir_option, folder_option, one_folder
@@ -368,5 +368,4 @@ def _digits(fingerprint: str) -> str:
 
 
 def _when(moment: int) -> str:
-    told = datetime.datetime.fromtimestamp(moment, datetime.UTC)
-    return told.strftime("%Y-%m-%d %H:%M UTC")
+    return f"{clock.to_minute(clock.from_unix(moment))} UTC"

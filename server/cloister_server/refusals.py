@@ -6,7 +6,6 @@ Nothing that the peer sent is in it: what an outsider may write to a log is no l
 
 from __future__ import annotations
 
-import datetime
 import enum
 import json
 import logging
@@ -17,6 +16,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
+
+from cloister_common import clock
 
 MAX_FILE_BYTES = 8 << 20
 KEPT_FILES = 5
@@ -112,7 +113,7 @@ class Refusals:
         if not bucket.take():
             return
         line: dict[str, str | int] = {
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+            "time": clock.timestamp("milliseconds"),
             "event": "refused",
             "listener": listener,
             "code": code.value,

@@ -17,11 +17,11 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from cloister_common import clock
 from cloister_common.errors import CloisterError, RunUnknown, StudyInvalid
 from cloister_common.files import make_private_dir, write_atomic
 from cloister_common.study import Study, study_from_canonical
@@ -130,7 +130,7 @@ class RunFolder:
 
     def tell(self, status: Status) -> None:
         """Replace how it stands."""
-        told = {**asdict(status), "updated": _now()}
+        told = {**asdict(status), "updated": clock.timestamp("microseconds")}
         write_atomic(self.path / STATUS, json.dumps(told).encode())
 
     @property
@@ -169,7 +169,7 @@ def new_run(
     run.ask(
         Asked(
             study=study.canonical(),
-            created=_now(),
+            created=clock.timestamp("microseconds"),
             wait=wait,
             timeout=timeout,
             holdout=str(holdout.absolute()) if holdout is not None else "",
@@ -268,7 +268,3 @@ def failure(error: CloisterError, status: Status) -> Status:
         told=told,
         code=error.code,
     )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from cloister_client import ledger_schema
 from cloister_client.ledger import Ledger, Reservation
 from cloister_client.ledger_state import accept_body, close_body
+from cloister_common import clock
 from cloister_common.errors import (
     BudgetExhausted,
     InternalError,
@@ -276,15 +278,8 @@ def test_arguments_that_cannot_be_are_refused(ledger: Ledger, terms: dict[str, o
 def test_a_clock_moved_back_changes_nothing(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Past:
-        @staticmethod
-        def now(_: object) -> object:
-            from datetime import UTC, datetime
-
-            return datetime(1970, 1, 1, tzinfo=UTC)
-
     reserve(ledger)
-    monkeypatch.setattr(ledger_schema, "datetime", Past)
+    monkeypatch.setattr(clock, "now", lambda: datetime(1970, 1, 1, tzinfo=UTC))
     ledger.start_round(STUDY, "run-1", 1, 1)
     with pytest.raises(RoundAlreadySpent):
         ledger.start_round(STUDY, "run-1", 1, 1)

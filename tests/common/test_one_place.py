@@ -28,3 +28,7 @@ def test_files_are_locked_in_one_module() -> None:
 
 def test_canonical_json_is_written_in_one_module() -> None:
     assert _files("dumps", keywords=frozenset({"separators"})) == {"canonical.py"}
+
+
+def test_times_are_taken_and_written_in_one_module() -> None:
+    assert _files("strftime", "isoformat", "fromtimestamp", "utcnow") == {"clock.py"}

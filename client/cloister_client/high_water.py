@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from cloister_client.audit import log_of, path_of
 from cloister_client.ledger import Ledger
 from cloister_client.site import Site
-from cloister_common.audit import HASH, Head, heads_told, name_of
+from cloister_common.audit import Head, heads_told, name_of
 from cloister_common.errors import AuditLogDamaged, LedgerRolledBack
 from cloister_common.files import write_atomic
+from cloister_common.hash_chain import HASH
 from cloister_common.locks import locked
 
 FILE = "ledger.high"

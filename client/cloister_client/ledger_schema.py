@@ -14,7 +14,6 @@ disk, directory included.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -25,13 +24,11 @@ from typing import Any
 from cloister_common import clock
 from cloister_common.canonical import canonical_json, parse_canonical
 from cloister_common.errors import LedgerDamaged
+from cloister_common.hash_chain import GENESIS, entry_hash
 
 LABEL = b"cloister/ledger/v1\0"
 PROTOCOL_KINDS = frozenset({"epoch", "round", "answered"})
 """Entries of ``round_memory``: they spend nothing, and share the chain."""
-
-GENESIS = "0" * 64
-"""What stands for the previous hash of the first entry."""
 
 _WAIT_SECONDS = 60.0
 
@@ -143,7 +140,7 @@ def append(connection: sqlite3.Connection, kind: str, body: Mapping[str, Any]) -
     now = clock.timestamp()
     full = {**body, "kind": kind, "seq": seq, "time": now}
     text = canonical_json(full)
-    digest = _hash(previous, text)
+    digest = entry_hash(LABEL, text, beside=previous)
     connection.execute("INSERT INTO entries VALUES (?, ?, ?)", (seq, text, digest))
     return Entry(seq, kind, full, previous, digest)
 
@@ -163,7 +160,7 @@ def read(connection: sqlite3.Connection) -> tuple[Entry, ...]:
     for expected, (seq, text, digest) in enumerate(rows, start=1):
         if seq != expected:
             raise damaged(f"entry {expected} is missing")
-        if not isinstance(text, str) or _hash(previous, text) != digest:
+        if not isinstance(text, str) or entry_hash(LABEL, text, beside=previous) != digest:
             raise damaged(f"entry {seq} does not carry the hash of its content and its predecessor")
         body = parse_canonical(text)
         if body is None or body.get("seq") != seq or not isinstance(body.get("kind"), str):
@@ -188,7 +185,3 @@ def _unusable() -> LedgerDamaged:
         "The privacy ledger cannot be read or written, so nothing is trained.",
         remedy="Check the file's permissions, free space on its disk, and that it is a ledger.",
     )
-
-
-def _hash(previous: str, text: str) -> str:
-    return hashlib.sha256(LABEL + previous.encode() + b"\0" + text.encode()).hexdigest()

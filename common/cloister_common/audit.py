@@ -25,16 +25,15 @@ from cloister_common import clock
 from cloister_common.canonical import canonical_json, parse_canonical
 from cloister_common.errors import AuditLogDamaged
 from cloister_common.framing import u64
+from cloister_common.hash_chain import GENESIS, HASH, entry_hash
 from cloister_common.identity import Identity, verify
 from cloister_common.locks import locked
 
 LABEL = b"cloister/audit/v1\0"
 SIGN_LABEL = "cloister/audit/head/v1"
-GENESIS = "0" * 64
 MAX_LINE = 1 << 17
 """Longest line that is written and read, in bytes: a thousand sites by name and node fit."""
 
-HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _NOTE = re.compile(r"([0-9a-f]{16}):([0-9]{1,18}):([0-9a-f]{64})", re.ASCII)
 _FIXED = {"hash", "kind", "previous", "seq", "time"}
 Value = str | int | bool | None
@@ -394,7 +393,7 @@ def _full(entry: Entry) -> dict[str, Value]:
 
 
 def _hash(full: Mapping[str, Value]) -> str:
-    return hashlib.sha256(LABEL + canonical_json(full).encode()).hexdigest()
+    return entry_hash(LABEL, canonical_json(full))
 
 
 def _damaged(why: str) -> AuditLogDamaged:

@@ -15,13 +15,13 @@ from typing import Any
 from cloister_common.canonical import canonical_json
 from cloister_common.errors import CertificateInvalid
 from cloister_common.framing import u64
+from cloister_common.hash_chain import GENESIS, entry_hash
 from cloister_common.identity import usable_public_key, verify
 from cloister_common.privacy.events import Composition, Mechanism, compose
 
 CHAIN_LABEL = b"cloister/ledger/v1\0"
 SIGN_LABEL = "cloister/ledger/export/v2"
 FORMAT = 2
-GENESIS = "0" * 64
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def read(data: bytes) -> LedgerExport:
             text = canonical_json(body)
         except ValueError:
             raise _invalid(f"line {number} holds a number that is not finite") from None
-        digest = hashlib.sha256(CHAIN_LABEL + previous.encode() + b"\0" + text.encode()).hexdigest()
+        digest = entry_hash(CHAIN_LABEL, text, beside=previous)
         if held.get("hash") != digest or body.get("seq") != number:
             raise _invalid(f"line {number} does not carry the hash of its content")
         bodies.append(body)

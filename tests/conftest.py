@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +14,20 @@ if TYPE_CHECKING:
 
 # Before torch is imported: the tests' networks are tiny, and two threads on them only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def silenced() -> Iterator[None]:
+    """Libraries' logs as in a process of ours, for tests that call what its ``main`` calls."""
+    from cloister_common.library_logs import LIBRARIES, silence_libraries
+
+    logs = [logging.getLogger(name) for name in LIBRARIES]
+    before = [(log.level, log.propagate, list(log.handlers)) for log in logs]
+    silence_libraries()
+    yield
+    for log, (level, propagate, handlers) in zip(logs, before, strict=True):
+        log.setLevel(level)
+        log.propagate, log.handlers = propagate, handlers
 
 
 @pytest.hookimpl(optionalhook=True)

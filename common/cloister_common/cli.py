@@ -19,6 +19,7 @@ import typer.core
 
 from cloister_common import __version__
 from cloister_common.errors import CloisterError, InternalError
+from cloister_common.library_logs import silence_libraries
 
 GROUP = "cloister.commands"
 INTERRUPTED = 130
@@ -79,6 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Before anything imports flwr: no telemetry, no call to its update server.
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    silence_libraries()
     try:
         status = build()(args=arguments, prog_name="cloister", standalone_mode=False)
     except CloisterError as error:

@@ -198,6 +198,7 @@ def _kept(site: Site) -> int:
     return len(list(site.store.iterdir())) if site.store.exists() else 0
 
 
+@pytest.mark.usefixtures("silenced")
 def test_every_image_comes_as_it_is_stored(
     tmp_path: Path, archive: Archive, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -235,6 +235,7 @@ def _plant(root: Path) -> Site:
     return site
 
 
+@pytest.mark.usefixtures("silenced")
 @pytest.mark.parametrize("labels", ["faulty", "sound"])
 def test_the_canary_is_nowhere(
     tmp_path: Path,

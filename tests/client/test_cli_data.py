@@ -109,6 +109,7 @@ def test_the_report_is_written(site: Site, tmp_path: Path) -> None:
     assert json.loads((out / "data-report.json").read_text())["images"] == 4
 
 
+@pytest.mark.usefixtures("silenced")
 def test_the_site_folder_holds_no_name_and_no_plain_pixel(
     site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -229,7 +229,7 @@ def test_a_worker_loads_what_decodes_and_nothing_of_the_site_or_of_training(
     # highdicom keeps the frames of a file in a database in memory.
     assert (("highdicom" in packages), ("sqlite3" in packages)) == (segmentations, segmentations)
     assert {name for name in ours if name.count(".") == 1} == {
-        *("cloister_client.dicom", "cloister_common.errors"),
+        *("cloister_client.dicom", "cloister_common.errors", "cloister_common.library_logs"),
         *(("cloister_common.words",) if segmentations else ()),
     }
 

@@ -359,6 +359,7 @@ def test_a_fetch_leaves_room_for_the_ledger(
     assert fetch(site) == Fetched(8, 8, 0, 0)
 
 
+@pytest.mark.usefixtures("silenced")
 def test_nothing_plain_lies_on_the_disk(
     tmp_path: Path, archive: Archive, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,7 +7,6 @@ neither a patient's name nor a private block can turn up in a warning or an exce
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 import re
 import warnings
@@ -25,12 +24,6 @@ from pydicom.filereader import read_dataset
 from cloister_client.dicom import geometry
 from cloister_client.dicom.reject import RejectedFile
 from cloister_common.errors import Reject
-
-# pydicom's messages quote values; none of them may reach a log, whatever the program's set-up.
-_pydicom_log = logging.getLogger("pydicom")
-_pydicom_log.addHandler(logging.NullHandler())
-_pydicom_log.propagate = False
-_pydicom_log.setLevel(logging.CRITICAL + 1)
 
 WANTED = frozenset(
     (

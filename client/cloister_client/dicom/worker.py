@@ -17,6 +17,7 @@ import sys
 from typing import NoReturn
 
 from cloister_client.dicom.limits import confine, renew_cpu, seal
+from cloister_common.library_logs import silence_libraries
 
 
 def main() -> NoReturn:
@@ -29,6 +30,7 @@ def enter() -> tuple[socket.socket, int, int]:
     channel, inbox, outbox, parent = (int(word) for word in sys.argv[1:5])
     # First: what is loaded counts towards the limits, and has no network.
     confine(parent)
+    silence_libraries()
     return socket.socket(fileno=channel), inbox, outbox
 
 

@@ -8,7 +8,6 @@ in the confined workers. The answers to C-FIND, a few UIDs each, are read by pyd
 from __future__ import annotations
 
 import contextlib
-import logging
 import socket
 import ssl
 import threading
@@ -61,12 +60,6 @@ _MOST_FOUND_BYTES = 64 << 10
 _PENDING = frozenset((0xFF00, 0xFF01))
 MAX_PDU_BYTES = 1 << 20
 """Longest message unit that is taken; this site asks for 16 KB (PS3.8 section D.1)."""
-
-_log = logging.getLogger("pynetdicom")
-_log.addHandler(logging.NullHandler())
-_log.propagate = False
-_log.setLevel(logging.CRITICAL + 1)
-
 
 _KEPT = frozenset(("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "Modality"))
 

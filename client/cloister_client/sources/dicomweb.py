@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import ssl
 import threading
 import time
@@ -46,12 +45,6 @@ ANSWER_SECONDS = 600.0
 """How long one answer may take in all, however steadily it drips."""
 
 _STUDY, _SERIES, _INSTANCE, _MODALITY = "0020000D", "0020000E", "00080018", "00080060"
-
-for _name in ("httpx", "httpcore"):
-    _log = logging.getLogger(_name)
-    _log.addHandler(logging.NullHandler())
-    _log.propagate = False
-    _log.setLevel(logging.CRITICAL + 1)
 
 
 class _Status(Exception):

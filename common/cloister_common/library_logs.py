@@ -1,0 +1,21 @@
+"""Libraries whose log records would quote what hospitals keep to themselves."""
+
+from __future__ import annotations
+
+import logging
+
+LIBRARIES = ("pydicom", "pynetdicom", "httpx", "httpcore")
+"""Their records quote values of elements, UIDs of studies, and addresses of archives."""
+
+
+def silence_libraries() -> None:
+    """Let no record of ``LIBRARIES`` reach a log, whatever the program's set-up.
+
+    For the ``main`` of a process of ours: a module that is imported leaves its host's logging
+    as it is. A program that reads an archive through our modules calls it itself.
+    """
+    for name in LIBRARIES:
+        log = logging.getLogger(name)
+        log.addHandler(logging.NullHandler())
+        log.propagate = False
+        log.setLevel(logging.CRITICAL + 1)

@@ -15,6 +15,7 @@ from cloister_client.cohort_faults import class_faults, no_images
 from cloister_client.dicom.folder import Accepted
 from cloister_client.dicom.outlines import Mask
 from cloister_client.dicom.wire import Facts
+from cloister_client.feature_store import Features
 from cloister_client.gathering import gather
 from cloister_client.manifest import Item, Manifest, item_of
 from cloister_client.site import Site
@@ -61,6 +62,7 @@ class Cohort:
         modalities: how many images were accepted, by modality.
         shapes: how many images were accepted, by stored (rows, columns) of a slice.
         masks: of a segmentation, uint8 (N, S, S), 1 where something is marked; else None.
+        features: what a network's fixed part made of the images.
 
     Rejects, modalities and shapes describe the folder as it was read; ``split`` hands them on
     unchanged.
@@ -72,6 +74,7 @@ class Cohort:
     modalities: Mapping[str, int]
     shapes: Mapping[tuple[int, int], int]
     masks: NDArray[np.uint8] | None = field(default=None, repr=False)
+    features: Features = field(default_factory=Features, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -369,4 +372,5 @@ def subset(cohort: Cohort, patients: Sequence[Patient]) -> Cohort:
         rejects=cohort.rejects,
         modalities=cohort.modalities,
         shapes=cohort.shapes,
+        features=cohort.features.part(),
     )

@@ -2,31 +2,22 @@
 
 Each image goes through by itself, so its features are the same whoever else is in the cohort: the
 exact sensitivity of a step begins at the pixels. (For a backbone on a CPU it is also the fastest.)
-They are kept by the hash of the pixels, in this process alone; no disk sees them.
+A cohort keeps its own, and those of single images by the hash of the pixels; see
+``feature_store``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import weakref
-from collections import OrderedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from cloister_client.feature_store import Features, Rows
 from cloister_client.sampling import Bag, Cohort, FeatureCohort, pixels_of
 from cloister_common.frozen_backbone import FixedFeatures
-
-_MOST_BYTES = 1 << 30
-"""Most that is kept beyond the cohorts in use; the least recently used goes first."""
-
-_whole: dict[int, dict[str, NDArray[np.float32]]] = {}
-"""Features of whole cohorts by identity of the images' array, and by what computed them."""
-
-_rows: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
-"""Features of single images, for cohorts that are read again or divided otherwise."""
 
 
 def features_of(module: FixedFeatures, cohort: Cohort) -> FeatureCohort:
@@ -39,29 +30,22 @@ def features_of(module: FixedFeatures, cohort: Cohort) -> FeatureCohort:
     Raises:
         ExtraMissing, WeightsUnfit: the network stands on weights that are not here.
     """
-    images = cohort.images
-    mine = _whole.get(id(images))
-    if mine is None:
-        mine = _whole[id(images)] = {}
-        # An identity is given to another object once this one is gone.
-        weakref.finalize(images, _whole.pop, id(images), None)
-    if module.fixed not in mine:
-        rows = [_row(module, cohort, place) for place in range(len(images))]
-        mine[module.fixed] = np.stack(rows) if rows else np.empty((0, 0), np.float32)
-    return FeatureCohort(mine[module.fixed], cohort.patients)
+    # A cohort that keeps nothing, as a made-up one, is computed each time.
+    kept: Features = getattr(cohort, "features", None) or Features()
+    if module.fixed not in kept.whole:
+        rows = [_row(module, cohort, place, kept.rows) for place in range(len(cohort.images))]
+        kept.whole[module.fixed] = np.stack(rows) if rows else np.empty((0, 0), np.float32)
+    return FeatureCohort(kept.whole[module.fixed], cohort.patients)
 
 
-def _row(module: FixedFeatures, cohort: Cohort, place: int) -> NDArray[np.float32]:
+def _row(module: FixedFeatures, cohort: Cohort, place: int, rows: Rows) -> NDArray[np.float32]:
     image = np.ascontiguousarray(cohort.images[place])
     form = f"{module.fixed}\0{image.shape}\0".encode()
     key = hashlib.sha256(form + image.tobytes()).digest()
-    row = _rows.get(key)
+    row = rows.get(key)
     if row is None:
-        row = _rows[key] = _compute(module, cohort, place)
-        while len(_rows) * row.nbytes > _MOST_BYTES:
-            _rows.popitem(last=False)
-    else:
-        _rows.move_to_end(key)
+        row = _compute(module, cohort, place)
+        rows.keep(key, row)
     return row
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from cloister_client import features
 from cloister_client.evaluation import image_scores
+from cloister_client.feature_store import Features, Rows
 from cloister_client.features import features_of
 from cloister_client.sampling import Bag, pixels_of
 from cloister_common.frozen_backbone import FrozenBackbone
@@ -23,6 +25,7 @@ from cloister_common.vectors import load
 @dataclass(frozen=True)
 class Some:
     images: NDArray[np.uint16]
+    features: Features = field(default_factory=Features)
     patients: tuple[()] = ()
 
 
@@ -40,13 +43,12 @@ def pretrained_network() -> FrozenBackbone:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Places that were computed; nothing is known at the start."""
+    """Places that were computed."""
     places: list[int] = []
     honest = features._compute
     monkeypatch.setattr(
         features, "_compute", lambda m, c, place: places.append(place) or honest(m, c, place)
     )
-    features._rows.clear()
     return places
 
 
@@ -55,7 +57,7 @@ def test_an_image_is_computed_once_however_the_cohort_is_divided(computed: list[
     first = features_of(module, whole).images
     assert first.shape == (5, 1280)
     assert features_of(pretrained_network(), whole).images is first
-    part = features_of(module, Some(whole.images[[4, 1]])).images
+    part = features_of(module, Some(whole.images[[4, 1]], whole.features.part())).images
     np.testing.assert_array_equal(part, first[[4, 1]])
     assert computed == [0, 1, 2, 3, 4]
 
@@ -63,7 +65,6 @@ def test_an_image_is_computed_once_however_the_cohort_is_divided(computed: list[
 def test_features_do_not_depend_on_who_else_is_there(computed: list[int]) -> None:
     module, whole = pretrained_network(), cohort(4)
     together = features_of(module, whole).images
-    features._rows.clear()
     alone = features_of(module, Some(whole.images[3:])).images
     assert alone.tobytes() == together[3:].tobytes()
     assert computed == [0, 1, 2, 3, 0]
@@ -78,16 +79,35 @@ def test_another_network_has_features_of_its_own(computed: list[int]) -> None:
     assert computed == [0, 0]
 
 
-def test_what_is_no_longer_used_goes(computed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "_MOST_BYTES", 2 * 1280 * 4)
-    module, whole = pretrained_network(), cohort(3)
-    features_of(module, whole)
-    assert len(features._rows) == 2
-    kept = id(whole.images)
-    assert kept in features._whole
+def test_what_is_no_longer_used_goes(computed: list[int]) -> None:
+    rows = Rows(2 * 1280 * 4)
+    module, whole = pretrained_network(), Some(cohort(3).images, Features(rows))
+    seen = weakref.ref(features_of(module, whole).images)
+    assert len(rows) == 2
+    assert seen() is not None
+    features_of(module, Some(whole.images[1:], Features(rows)))
+    assert computed == [0, 1, 2]
+    features_of(module, Some(whole.images[:1], Features(rows)))
+    assert computed == [0, 1, 2, 0]
     del whole
     gc.collect()
-    assert kept not in features._whole
+    assert seen() is None
+
+
+def test_the_least_recently_used_row_goes() -> None:
+    rows, row = Rows(8), np.zeros(1, np.float32)
+    rows.keep(b"a", row)
+    rows.keep(b"b", row)
+    assert rows.get(b"a") is row
+    rows.keep(b"c", row)
+    assert [rows.get(key) is row for key in (b"a", b"b", b"c")] == [True, False, True]
+
+
+def test_nothing_outlives_its_cohort_and_no_cohort_sees_anothers(computed: list[int]) -> None:
+    module, whole = pretrained_network(), cohort(2)
+    features_of(module, whole)
+    features_of(module, Some(whole.images))
+    assert computed == [0, 1, 0, 1]
 
 
 def test_scores_are_those_of_the_whole_network(computed: list[int]) -> None:

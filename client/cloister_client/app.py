@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,13 +20,14 @@ from numpy.typing import NDArray
 
 from cloister_client import gate, masked
 from cloister_client.audit import WHY, log_of
-from cloister_client.cohort import Cohort, load_frozen, same, split
+from cloister_client.cohort import load_frozen
 from cloister_client.evaluation import score_histogram
 from cloister_client.features import features_of
 from cloister_client.high_water import compare
+from cloister_client.kept import Kept
 from cloister_client.notices import clear_notice, leave_notice
 from cloister_client.randomness import SecureRandom
-from cloister_client.release import exact_histogram, noised, split_apart
+from cloister_client.release import exact_histogram, noised
 from cloister_client.site import Site, open_site
 from cloister_client.training import train_round
 from cloister_common import networks, sums, vectors
@@ -83,13 +83,6 @@ from cloister_common.study import Study, study_from_canonical
 if TYPE_CHECKING:
     from torch import nn
 
-_COHORTS_KEPT = 16
-_cohorts: OrderedDict[tuple[Path, str], Cohort] = OrderedDict()
-
-_SIGN_EVERY = 10
-"""Entries of the audit log between two signatures, at most."""
-_signed: dict[Path, int] = {}
-
 _REASONS: tuple[tuple[type[CloisterError], Refused], ...] = (
     (BundleRefused, Refused.BUNDLE),
     (PolicyRefused, Refused.POLICY),
@@ -106,11 +99,39 @@ _REASONS: tuple[tuple[type[CloisterError], Refused], ...] = (
 )
 """The first that fits; what is not here may depend on data and is declined without a reason."""
 
-app = ClientApp()
+
+class SiteApp(ClientApp):
+    """A ClientApp with what it keeps between messages.
+
+    Attributes:
+        kept: cohorts, key epochs and signatures; they go with the app.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = Kept()
+        for add, handler in (
+            (self.query("prepare"), prepare),
+            (self.query("exchange"), exchange),
+            (self.train(), train),
+            (self.evaluate(), evaluate),
+        ):
+            add(functools.partial(handler, self.kept))
+
+    def __reduce__(self) -> str:
+        # Ray hands the app to a process with each message: it finds there what was kept.
+        return "app"
+
+    def refuse(self, message: Message, context: Context, error: CloisterError) -> Message:
+        """Answer a message that is not read at all, as one of a run with a foreign bundle."""
+
+        def no(site: Site) -> RoundMessage:
+            raise error
+
+        return _respond(self.kept, message, context, no)
 
 
-@app.query("prepare")
-def prepare(message: Message, context: Context) -> Message:
+def prepare(kept: Kept, message: Message, context: Context) -> Message:
     """Judge a study, reserve its cost, then see that the site's data can serve it."""
 
     def answer(site: Site, task: Prepare) -> Prepared:
@@ -124,34 +145,33 @@ def prepare(message: Message, context: Context) -> Message:
         if isinstance(module, FrozenBackbone):
             module.require()
         gate.admit(site, study, run=task.run, invited=task.sites, signatures=task.signatures)
-        cohort = _cohort(site, study, anew=True)
+        kept.cohort(site, study, lambda: load_frozen(site, study), anew=True)
         if isinstance(module, FrozenBackbone) and not study.training.augment:
             # Now, where reading takes its time anyway, and not in the first round.
-            features_of(module, _parts(cohort, study)[0])
+            trained_on, _ = kept.parts(site, study, lambda: load_frozen(site, study))
+            features_of(module, trained_on)
         # Last: everything else is well, so the answer means "yes, but not now".
         gate.require_hours(site, datetime.datetime.now().time())
         said = signed_answer(site.name, context.node_id, f"{task.run} {study.digest}")
         return Prepared(site=site.name, signature=site.identity().sign(*said))
 
-    return _answer(message, context, Prepare, answer)
+    return _answer(kept, message, context, Prepare, answer)
 
 
-@app.query("exchange")
-def exchange(message: Message, context: Context) -> Message:
+def exchange(kept: Kept, message: Message, context: Context) -> Message:
     """Answer the stages of secure aggregation that need no data."""
 
     def answer(site: Site, task: Exchange) -> Exchanged:
         study = _admitted(site, task)
-        asked = _exchange(site, study, context, task.exchange)
+        asked = _exchange(kept, site, study, context, task.exchange)
         if asked.mask_request is not None:
             raise MessageInvalid("A vector was asked for without a model.")
         return Exchanged(site.name, task.round, octets(asked.answer_without_vector()))
 
-    return _answer(message, context, Exchange, answer)
+    return _answer(kept, message, context, Exchange, answer)
 
 
-@app.train()
-def train(message: Message, context: Context) -> Message:
+def train(kept: Kept, message: Message, context: Context) -> Message:
     """Charge the round, train it, and answer with the update, masked unless the study says not."""
 
     def answer(site: Site, task: TrainTask) -> Update | Exchanged:
@@ -162,11 +182,11 @@ def train(message: Message, context: Context) -> Message:
         gate.require_hours(site, datetime.datetime.now().time())
 
         def trained() -> Vector:
-            return _train(site, study, task)
+            return _train(kept, site, study, task)
 
         if not study.aggregation.secure:
             return Update(site=site.name, round=task.round, vector=trained())
-        asked = _exchange(site, study, context, task.exchange)
+        asked = _exchange(kept, site, study, context, task.exchange)
         if asked.mask_request is None:
             raise MessageInvalid("A model was sent, and no update is asked for.")
         claimed = asked.mask_request.session
@@ -181,11 +201,10 @@ def train(message: Message, context: Context) -> Message:
         answers = asked.answer(expected, trained, run=task.run, saturate=study.privacy.enabled)
         return Exchanged(site.name, task.round, octets(answers))
 
-    return _answer(message, context, TrainTask, answer)
+    return _answer(kept, message, context, TrainTask, answer)
 
 
-@app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
+def evaluate(kept: Kept, message: Message, context: Context) -> Message:
     """Measure a model on the site's own patients: where privacy is off, or in the release."""
 
     def answer(site: Site, task: EvaluateTask) -> Evaluated | Exchanged:
@@ -197,11 +216,11 @@ def evaluate(message: Message, context: Context) -> Message:
         if not (last if study.releases else 0) <= task.round <= last:
             raise MessageInvalid("A round was asked for that the study does not measure.")
         if not study.aggregation.secure:
-            counts = _histogram(site, study, task)
+            counts = _histogram(kept, site, study, task)
             return Evaluated(
                 site=site.name, round=task.round, bins=counts.shape[-1], counts=counts.reshape(-1)
             )
-        asked = _exchange(site, study, context, task.exchange)
+        asked = _exchange(kept, site, study, context, task.exchange)
         if asked.mask_request is None:
             raise MessageInvalid("A model was sent, and no histogram is asked for.")
         claimed = asked.mask_request.session
@@ -214,12 +233,12 @@ def evaluate(message: Message, context: Context) -> Message:
         )
 
         def counted() -> NDArray[np.float64]:
-            return _histogram(site, study, task).reshape(-1).astype(np.float64)
+            return _histogram(kept, site, study, task).reshape(-1).astype(np.float64)
 
         answers = asked.answer(expected, counted, run=task.run, saturate=study.releases)
         return Exchanged(site.name, task.round, octets(answers))
 
-    return _answer(message, context, EvaluateTask, answer)
+    return _answer(kept, message, context, EvaluateTask, answer)
 
 
 def _admitted(site: Site, task: TrainTask | EvaluateTask | Exchange) -> Study:
@@ -232,10 +251,12 @@ def _pin(site: Site, context: Context) -> Path:
     return Path(str(context.node_config.get(ROSTER_KEY, site.roster)))
 
 
-def _exchange(site: Site, study: Study, context: Context, data: Octets) -> masked.Exchange:
+def _exchange(
+    kept: Kept, site: Site, study: Study, context: Context, data: Octets
+) -> masked.Exchange:
     if not study.aggregation.secure:
         raise MessageInvalid("The study does not mask updates.")
-    return masked.Exchange(site, study, _pin(site, context), data)
+    return masked.Exchange(site, study, _pin(site, context), data, kept.members)
 
 
 def _built(site: Site, study: Study) -> nn.Module:
@@ -248,13 +269,13 @@ def _loaded(site: Site, study: Study, model: Vector) -> nn.Module:
     return module
 
 
-def _train(site: Site, study: Study, task: TrainTask) -> Vector:
+def _train(kept: Kept, site: Site, study: Study, task: TrainTask) -> Vector:
     module = _loaded(site, study, task.vector)
     if study.privacy.enabled:
         # Before the charge: a network that cannot keep the promise costs the patients nothing.
         require_private(module, size=study.input.size, depth=study.input.depth)
     gate.charge(site, study, run=task.run, round_number=task.round)
-    cohort, _ = _parts(_cohort(site, study), study)
+    cohort, _ = kept.parts(site, study, lambda: load_frozen(site, study))
     private = study.privacy.enabled
     return train_round(
         module,
@@ -268,29 +289,21 @@ def _train(site: Site, study: Study, task: TrainTask) -> Vector:
     )
 
 
-def _histogram(site: Site, study: Study, task: EvaluateTask) -> Counts:
+def _histogram(kept: Kept, site: Site, study: Study, task: EvaluateTask) -> Counts:
     module = _loaded(site, study, task.vector)
     release = release_mechanism(study)
     if release is None:
-        _, held_out = _parts(_cohort(site, study), study)
+        _, held_out = kept.parts(site, study, lambda: load_frozen(site, study))
         return score_histogram(module, held_out, study)
     # As for a round: a network that mixes patients would break the release's sensitivity, too.
     require_private(module, size=study.input.size, depth=study.input.depth)
     gate.charge_release(site, study, run=task.run)
-    _, held_out = _parts(_cohort(site, study), study)
+    _, held_out = kept.parts(site, study, lambda: load_frozen(site, study))
     return noised(exact_histogram(module, held_out, study), study, release, SecureRandom())
 
 
-def refuse(message: Message, context: Context, error: CloisterError) -> Message:
-    """Answer a message that is not read at all, such as one of a run with a foreign bundle."""
-
-    def no(site: Site) -> RoundMessage:
-        raise error
-
-    return _respond(message, context, no)
-
-
 def _answer(
+    kept: Kept,
     message: Message,
     context: Context,
     kind: type[MessageT],
@@ -304,10 +317,11 @@ def _answer(
         clear_notice(site.root)
         return handler(site, task)
 
-    return _respond(message, context, act, run)
+    return _respond(kept, message, context, act, run)
 
 
 def _respond(
+    kept: Kept,
     message: Message,
     context: Context,
     act: Callable[[Site], RoundMessage],
@@ -330,7 +344,7 @@ def _respond(
             remedy="Report it, with the version of Cloister and the study file.",
         )
         reply = _refuse(site, fault, context.node_id)
-    return Message(content=_logged(site, reply, context.node_id, run), reply_to=message)
+    return Message(content=_logged(kept, site, reply, context.node_id, run), reply_to=message)
 
 
 def _told(records: RecordDict) -> dict[str, str | int]:
@@ -343,7 +357,9 @@ def _told(records: RecordDict) -> dict[str, str | int]:
     }
 
 
-def _logged(site: Site | None, reply: RoundMessage, node: int, run: Sequence[str]) -> RecordDict:
+def _logged(
+    kept: Kept, site: Site | None, reply: RoundMessage, node: int, run: Sequence[str]
+) -> RecordDict:
     """Pack a reply once the log says that it leaves, and why it may."""
     if site is None:
         return pack(reply)
@@ -355,9 +371,9 @@ def _logged(site: Site | None, reply: RoundMessage, node: int, run: Sequence[str
         entry = {**_told(pack(reply)), "to": "coordinator", "why": why, "run": "".join(run)}
         del entry["peer_head"]
         head = log.append("sent", **entry)
-        if isinstance(reply, Prepared) or head.seq >= _signed.get(site.root, 0) + _SIGN_EVERY:
+        if isinstance(reply, Prepared) or kept.is_signature_due(site, head.seq):
             head = log.sign()
-            _signed[site.root] = head.seq
+            kept.signed(site, head.seq)
     except CloisterError as error:
         # What is not in the log does not leave.
         return pack(_refuse(site, error, node))
@@ -373,33 +389,4 @@ def _refuse(site: Site | None, error: CloisterError, node: int) -> Refusal:
     return Refusal(site.name, reason.value, site.identity().sign(*said))
 
 
-def _cohort(site: Site, study: Study, *, anew: bool = False) -> Cohort:
-    """The site's patients, kept in memory for as long as this process lives.
-
-    Args:
-        anew: check what is on disk, as at the start of every run.
-    """
-    key = (site.root, study.digest)
-    known = _cohorts.get(key)
-    if known is None or anew:
-        found = load_frozen(site, study)
-        # The same object while nothing changed: features are kept with it.
-        if known is None or not same(known, found):
-            _cohorts[key] = found
-    _cohorts.move_to_end(key)
-    while len(_cohorts) > _COHORTS_KEPT:
-        _cohorts.popitem(last=False)
-    return _cohorts[key]
-
-
-def _parts(cohort: Cohort, study: Study) -> tuple[Cohort, Cohort]:
-    """Who is trained on and who is kept apart; the same objects each time, as features are kept."""
-    if study.releases:
-        return _split_apart(cohort, study.evaluation.site_fraction)
-    if study.privacy.enabled or study.evaluation.site_fraction == 0:
-        return cohort, cohort
-    return _split(cohort, study.evaluation.site_fraction)
-
-
-_split_apart = functools.lru_cache(maxsize=_COHORTS_KEPT)(split_apart)
-_split = functools.lru_cache(maxsize=_COHORTS_KEPT)(split)
+app = SiteApp()

@@ -1,6 +1,6 @@
 """The site's part in secure aggregation, between Flower's messages and the protocol's core.
 
-One ``secagg.Site`` for each hospital and study lives in this process, and nowhere else: its
+One ``secagg.Site`` for each hospital and study lives in ``Members``, and nowhere else: its
 secrets are never written down, and a restart gives its key epochs up. The server's requests are
 input: which study, which sites, which model, how many survivors, all is checked against what this
 site has approved and pinned, before anything is charged or trained.
@@ -56,7 +56,54 @@ _MEMBERS_KEPT = 4
 _EPOCHS_A_SUM = 50
 """Key epochs that a sum may take on the average, over all attempts and repetitions of a study."""
 
-_members: dict[_Key, _Member] = {}
+
+class Members:
+    """Parts in secure aggregation, of all hospitals and studies of one app."""
+
+    def __init__(self) -> None:
+        self._members: dict[_Key, _Member] = {}
+
+    def count(self, site: Site) -> int:
+        """How many studies of a site have key epochs here."""
+        return sum(key[0] == site.root for key in self._members)
+
+    def forget(self, site: Site) -> None:
+        """Give up all key epochs of a site and overwrite their secrets."""
+        for key in [key for key in self._members if key[0] == site.root]:
+            self._members.pop(key).protocol.close()
+
+    def of(self, site: Site, study: Study, pin: Path) -> _Member:
+        """The site's part in a study, made where it is not there.
+
+        Raises:
+            RosterInvalid, FileUnreadable: the pin cannot be used.
+        """
+        roster = read_pin(pin)
+        policy = secagg.SitePolicy(
+            study=bytes.fromhex(study.digest),
+            colluders=study.aggregation.colluders,
+            minimum_sites=max(site.policy.min_sites, study.aggregation.min_sites),
+        )
+        key = (site.root, study.digest, roster.digest, policy)
+        if key not in self._members:
+            mine = [known for known in self._members if known[0] == site.root]
+            for oldest in mine[: max(0, len(mine) + 1 - _MEMBERS_KEPT)]:
+                self._members.pop(oldest).protocol.close()
+            protocol = secagg.Site(
+                identity=site.identity(),
+                name=site.name,
+                roster=roster,
+                policy=policy,
+                store=RoundMemory(
+                    site.ledger,
+                    delta=site.policy.ledger_delta,
+                    subject=study.update_digest,
+                    most_epochs=_EPOCHS_A_SUM * 2 * (study.training.rounds + 1),
+                ),
+                gave_up=lambda error: _note(site, error),
+            )
+            self._members[key] = _Member(protocol, roster)
+        return self._members[key]
 
 
 def require_roster(site: Site, pin: Path, digest: str) -> None:
@@ -87,13 +134,14 @@ class Exchange:
         study: the approved study.
         pin: file of the pinned roster.
         data: a ``Bundle``, encoded.
+        members: where the site's part in the study lives.
 
     Raises:
         WireInvalid: the bytes are no bundle of requests, or ask for two vectors.
         RosterMismatch, RosterInvalid, FileUnreadable: see ``require_roster``.
     """
 
-    def __init__(self, site: Site, study: Study, pin: Path, data: Octets) -> None:
+    def __init__(self, site: Site, study: Study, pin: Path, data: Octets, members: Members) -> None:
         message = secagg.decode(data.tobytes())
         if not isinstance(message, Bundle):
             raise WireInvalid("A bundle of requests was expected.")
@@ -103,7 +151,7 @@ class Exchange:
             raise WireInvalid("Two vectors are asked for in one message.")
         self.mask_request = masks[0] if masks else None
         self._site = site
-        self._member = _member(site, study, pin)
+        self._member = members.of(site, study, pin)
         self._masked: Message | None = None
 
     @property
@@ -181,41 +229,6 @@ class Exchange:
             else:
                 answers.append(self._member.protocol.respond(part))
         return Bundle(tuple(answers)).encode()
-
-
-def forget(site: Site) -> None:
-    """Give up all key epochs of a site and overwrite their secrets."""
-    for key in [key for key in _members if key[0] == site.root]:
-        _members.pop(key).protocol.close()
-
-
-def _member(site: Site, study: Study, pin: Path) -> _Member:
-    roster = read_pin(pin)
-    policy = secagg.SitePolicy(
-        study=bytes.fromhex(study.digest),
-        colluders=study.aggregation.colluders,
-        minimum_sites=max(site.policy.min_sites, study.aggregation.min_sites),
-    )
-    key = (site.root, study.digest, roster.digest, policy)
-    if key not in _members:
-        mine = [known for known in _members if known[0] == site.root]
-        for oldest in mine[: max(0, len(mine) + 1 - _MEMBERS_KEPT)]:
-            _members.pop(oldest).protocol.close()
-        protocol = secagg.Site(
-            identity=site.identity(),
-            name=site.name,
-            roster=roster,
-            policy=policy,
-            store=RoundMemory(
-                site.ledger,
-                delta=site.policy.ledger_delta,
-                subject=study.update_digest,
-                most_epochs=_EPOCHS_A_SUM * 2 * (study.training.rounds + 1),
-            ),
-            gave_up=lambda error: _note(site, error),
-        )
-        _members[key] = _Member(protocol, roster)
-    return _members[key]
 
 
 def _note(site: Site, error: Exception) -> None:

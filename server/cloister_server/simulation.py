@@ -100,7 +100,6 @@ def simulate(
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     from cloister_client.app import app as product_client_app
-    from cloister_client.masked import forget
     from cloister_server.app import build
     from cloister_server.checkpoint import CHECKPOINT_FOLDER, Checkpoints
     from cloister_server.outputs import SUMMARY
@@ -142,7 +141,7 @@ def simulate(
         raise _with_notices(error, sites) from None
     finally:
         for site in sites:
-            forget(site)
+            product_client_app.kept.members.forget(site)
     summary: dict[str, object] = json.loads((simulation.out / SUMMARY).read_text("utf-8"))
     return summary
 

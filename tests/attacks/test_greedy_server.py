@@ -61,7 +61,7 @@ class Greed:
 
     def restart(self) -> None:
         """What the site's process kept in memory is gone."""
-        client._cohorts.clear()
+        client.app.kept._cohorts.clear()
 
     def prepare(self, asked: Study = STUDY, run: str = "run") -> RoundMessage:
         return ask(self.site, Prepare(asked.canonical(), run, 5, "", b""))
@@ -81,7 +81,7 @@ class Greed:
 
 @pytest.fixture
 def greed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Greed]:
-    client._cohorts.clear()
+    client.app.kept._cohorts.clear()
     yield Greed(write_hospital(tmp_path, fits(STUDY)), monkeypatch)
     WATCH.folders = ()
 

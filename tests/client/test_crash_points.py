@@ -140,7 +140,7 @@ class Place:
 
     def copy(self) -> Site:
         """The hospital as it was before the round, in a folder of its own."""
-        client._cohorts.clear()
+        client.app.kept._cohorts.clear()
         self.witness.write_bytes(b"")
         folder = self.root / f"copy{self.copies}"
         self.copies += 1
@@ -181,9 +181,9 @@ class Place:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    client._cohorts.clear()
+    client.app.kept._cohorts.clear()
     yield Place(tmp_path, monkeypatch)
-    client._cohorts.clear()
+    client.app.kept._cohorts.clear()
 
 
 def abort(place: Place, at: int) -> bool:
@@ -210,7 +210,7 @@ def kill(place: Place, at: int) -> bool:
 def few(place: Place) -> list[int]:
     """Every second point from the charge to the look at the data, and some of all others."""
     names = place.points.names
-    around = range(names.index("charge"), names.index("_cohort") + 1)
+    around = range(names.index("charge"), names.index("Kept.cohort") + 1)
     return sorted({*around[::2], around[-1], *range(0, len(names), 30), len(names) - 1})
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cloister_client import masked
 from cloister_client.ledger import Ledger
-from cloister_client.masked import Exchange, forget, require_roster
+from cloister_client.masked import Exchange, Members, require_roster
 from cloister_client.pinned import accept
 from cloister_client.policy import Policy
 from cloister_client.site import Site, init_site
@@ -41,11 +40,12 @@ class Hospitals:
             signed = sign_roster(self.roster, key)
             accept(site.roster, signed, key.public, confirmed=self.roster.digest)
         self.epochs = 0
+        self.members = Members()
 
     def exchange(self, name: str, *parts: Message) -> Exchange:
         site = self.sites[name]
         data = octets(Bundle(parts).encode())
-        return Exchange(site, self.study, site.roster, data)
+        return Exchange(site, self.study, site.roster, data, self.members)
 
     def ask(self, name: str, *parts: Message) -> tuple[Message, ...]:
         return _parts(self.exchange(name, *parts).answer_without_vector())
@@ -110,7 +110,7 @@ def hospitals(tmp_path: Path) -> Iterator[Hospitals]:
     made = Hospitals(tmp_path, study(), Policy(max_epsilon_study=6))
     yield made
     for site in made.sites.values():
-        forget(site)
+        made.members.forget(site)
 
 
 def test_a_second_attempt_masks_the_very_update(hospitals: Hospitals) -> None:
@@ -216,7 +216,7 @@ def test_what_is_no_bundle_is_refused(hospitals: Hospitals) -> None:
     site = hospitals.sites["anker"]
     single = hospitals.epoch(session).mask_request("anker")
     with pytest.raises(WireInvalid, match="bundle"):
-        Exchange(site, hospitals.study, site.roster, octets(single.encode()))
+        Exchange(site, hospitals.study, site.roster, octets(single.encode()), hospitals.members)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_the_site_itself_counts_the_invited(tmp_path: Path, policy: Policy, line
     assert isinstance(reply, Abort)
     assert reply.code == "CLO-701"
     for site in made.sites.values():
-        forget(site)
+        made.members.forget(site)
 
 
 def test_another_key_than_the_roster_s_takes_no_part(hospitals: Hospitals, tmp_path: Path) -> None:
@@ -261,10 +261,11 @@ def test_few_studies_are_kept_alive_for_a_hospital(tmp_path: Path) -> None:
     for number in range(10):
         made.study = study(study=f'name = "study-{number}"')
         made.session()
-        masked.Exchange(site, made.study, site.roster, octets(Bundle(()).encode()))
-    assert sum(key[0] == site.root for key in masked._members) <= 4
-    forget(site)
-    assert not any(key[0] == site.root for key in masked._members)
+        made.exchange("anker")
+    assert made.members.count(site) == 4
+    assert Members().count(site) == 0
+    made.members.forget(site)
+    assert made.members.count(site) == 0
 
 
 def test_a_changed_policy_counts_at_once(hospitals: Hospitals) -> None:

@@ -19,6 +19,7 @@ from cloister_client import app as client
 from cloister_client import gate
 from cloister_client.approvals import Decision, judge, judgements
 from cloister_client.cohort import Cohort, Patient, subset
+from cloister_client.kept import Kept
 from cloister_client.ledger import Ledger
 from cloister_client.notices import read_notice
 from cloister_client.policy import Policy
@@ -245,7 +246,7 @@ def test_it_is_charged_before_data_are_read_and_stays_so(
         raise fault
 
     with monkeypatch.context() as patched:
-        patched.setattr(client, "_cohort", dies)
+        patched.setattr(Kept, "cohort", dies)
         if fault is RuntimeError:
             assert _reason(_evaluate(site)) == "declined"
         else:
@@ -262,7 +263,7 @@ def test_it_is_charged_before_data_are_read_and_stays_so(
     [
         (client, "require_private", False),
         (Ledger, "start_release", False),
-        (client, "_parts", True),
+        (Kept, "parts", True),
         (client, "exact_histogram", True),
         (client, "noised", True),
         (client, "_logged", True),
@@ -347,9 +348,13 @@ def test_the_policy_must_allow_it(tmp_path: Path) -> None:
 
 def test_nobody_kept_apart_is_trained_on(tmp_path: Path) -> None:
     cohort = _cohort(np.random.default_rng(3), [2] * 40, 2, wild=False)
-    train, held = client._parts(cohort, ASKED)
+    site = init_site(tmp_path / "anker", name="anker")
+    train, held = Kept().parts(site, ASKED, lambda: cohort)
     assert not {one.pseudonym for one in train.patients} & {one.pseudonym for one in held.patients}
     assert len(train.patients) + len(held.patients) == 40
     assert held.patients
     # Without a release all are trained on, as before.
-    assert client._parts(cohort, study())[0] is cohort
+    kept = Kept()
+    whole, _ = kept.parts(site, study(), lambda: cohort)
+    assert whole is kept.cohort(site, study(), lambda: cohort)
+    assert whole.patients == cohort.patients

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cloister_client import app, gate, training
 from cloister_client.dp_optimizer import PatientDPOptimizer
+from cloister_client.kept import Kept
 from cloister_client.ledger import Ledger
 from cloister_client.randomness import SecureRandom
 from cloister_client.sampling import Bag
@@ -157,7 +158,8 @@ def site_at(folder: Path, study: Study) -> Site:
 
 def round_one(site: Site, study: Study) -> None:
     model = flatten(networks.build(study.network, 2, 1, size=16, seed=0))
-    app._train(site, study, SimpleNamespace(vector=model, run="run", round=1))  # type: ignore[arg-type]
+    task: Any = SimpleNamespace(vector=model, run="run", round=1)
+    app._train(Kept(), site, study, task)
 
 
 def a_crash_is_not_refunded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
@@ -172,8 +174,7 @@ def a_crash_is_not_refunded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> bo
         raise Dies
 
     with monkeypatch.context() as patch:
-        patch.setattr(app, "_cohort", lambda *_: alike(4))
-        patch.setattr(app, "_parts", lambda cohort, _: (cohort, cohort))
+        patch.setattr(Kept, "parts", lambda *_: (alike(4), alike(4)))
         patch.setattr(app, "train_round", dying)
         with pytest.raises(Dies):
             round_one(site, study)
@@ -191,11 +192,11 @@ def test_a_refund_at_a_crash_is_noticed(tmp_path: Path, monkeypatch: pytest.Monk
     assert a_crash_is_not_refunded(tmp_path / "sound", monkeypatch)
     honest: Callable[..., Any] = app._train
 
-    def refunding(site: Any, study: Study, task: Any) -> Any:
+    def refunding(kept: Any, site: Any, study: Study, task: Any) -> Any:
         before = site.ledger.with_suffix(".before")
         shutil.copy(site.ledger, before)
         try:
-            return honest(site, study, task)
+            return honest(kept, site, study, task)
         except RoundAlreadySpent:
             raise
         except Exception:

@@ -15,7 +15,7 @@ import pytest
 from flwr.app import Context, Message
 from safetensors import safe_open
 
-from cloister_client.masked import forget
+from cloister_client.app import app
 from cloister_client.site import open_site
 from cloister_common import secagg
 from cloister_common.errors import (
@@ -195,7 +195,7 @@ def test_a_restart_gives_the_epoch_up_and_the_round_goes_on(sites: Path, tmp_pat
     def restart(name: str, task: RoundMessage) -> RoundMessage:
         if task.kind == "train" and task.round == 2 and not restarts:
             restarts.append(name)
-            forget(open_site(out / "sites" / name))
+            app.kept.members.forget(open_site(out / "sites" / name))
         return task
 
     wire = Between(restart)

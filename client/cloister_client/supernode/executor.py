@@ -169,9 +169,9 @@ def main(folder: Path, port: int) -> None:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     site = open_site(folder)
-    from cloister_client.app import app, refuse
+    from cloister_client.app import app
 
-    Executor(site, port, app, refuse).forever()
+    Executor(site, port, app, app.refuse).forever()
 
 
 if __name__ == "__main__":

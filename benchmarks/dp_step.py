@@ -99,10 +99,10 @@ def contestant(name: str, network: str, size: int) -> tuple[Callable[[], Any], i
     import torch
     import torch.nn.functional as F
 
-    from cloister_client import dp_optimizer, grad_sample, grid_sum, sampling
-    from cloister_client.randomness import SecureRandom
-    from cloister_common.networks import build
-    from cloister_common.study import Network
+    from cloister_fl.client.training import dp_optimizer, exact_sum, per_patient_gradients, sampling
+    from cloister_fl.client.training.csprng import SecureRandom
+    from cloister_fl.networks.registry import build
+    from cloister_fl.study.schema import Network
 
     pixels = np.random.default_rng(0).integers(0, 65536, (4 * UNITS, size, size), dtype=np.uint16)
     torch.nn.Conv2d(1, 1, 3)(torch.zeros(1, 1, 8, 8)).sum().backward()
@@ -135,7 +135,9 @@ def contestant(name: str, network: str, size: int) -> tuple[Callable[[], Any], i
         return opacus_step(name, module, sgd, lambda: sampling.pixels_of(cohort, bags), labels)
 
     engine = "patients" if each > 1 else "book-keeping"
-    patients = grad_sample.PatientGradSampleModule(module, engine=engine, clipping_norm=1.0)
+    patients = per_patient_gradients.PatientGradSampleModule(
+        module, engine=engine, clipping_norm=1.0
+    )
     optimizer = dp_optimizer.PatientDPOptimizer(
         sgd,
         noise_multiplier=1.0,
@@ -151,7 +153,7 @@ def contestant(name: str, network: str, size: int) -> tuple[Callable[[], Any], i
     def alone() -> torch.Tensor:
         total = torch.zeros(size_of_gradient)
         for block in patients.blocks(cohort, bags):
-            if isinstance(block, grid_sum.Clipped):
+            if isinstance(block, exact_sum.Clipped):
                 total.add_(torch.cat([part.reshape(-1) for part in block.parts]))
                 continue
             row = torch.cat([part.reshape(-1) for part in block])

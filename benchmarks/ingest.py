@@ -51,33 +51,33 @@ import numpy as np  # noqa: E402
 import pydicom  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
-from cloister_client.cache import Cache  # noqa: E402
-from cloister_client.dicom import precheck  # noqa: E402
-from cloister_client.dicom.discover import read_file  # noqa: E402
-from cloister_client.dicom.image import read_image  # noqa: E402
-from cloister_client.dicom.pool import Pool  # noqa: E402
-from cloister_client.dicom.preprocess import area_resize, preprocess  # noqa: E402
-from cloister_client.dicom.tags import Grayscale, PixelLayout  # noqa: E402
-from cloister_client.dicom.wire import TEXTS  # noqa: E402
-from cloister_common.study import Input  # noqa: E402
-from dicom_files import encode, make_dicom, uid  # noqa: E402
+from cloister_fl.client.data.image_cache import Cache  # noqa: E402
+from cloister_fl.client.dicom import acceptance  # noqa: E402
+from cloister_fl.client.dicom.file_finder import read_file  # noqa: E402
+from cloister_fl.client.dicom.header import Grayscale, PixelLayout  # noqa: E402
+from cloister_fl.client.dicom.image import read_image  # noqa: E402
+from cloister_fl.client.dicom.pixels.preprocess import area_resize, preprocess  # noqa: E402
+from cloister_fl.client.dicom.sandbox.ipc import TEXTS  # noqa: E402
+from cloister_fl.client.dicom.sandbox.pool import Pool  # noqa: E402
+from cloister_fl.study.schema import Input  # noqa: E402
+from support.dicom import encode, make_dicom, uid  # noqa: E402
 
 SPEC = Input(size=224, modalities=("DX",))
 NAMES = {
-    precheck.IMPLICIT_LITTLE: "implicit",
-    precheck.EXPLICIT_LITTLE: "explicit",
-    precheck.RLE: "RLE",
-    precheck.JPEG_BASELINE: "JPEG Baseline",
-    precheck.JPEG_EXTENDED: "JPEG Extended",
-    precheck.JPEG_LOSSLESS: "JPEG Lossless",
-    precheck.JPEG_LOSSLESS_SV1: "JPEG Lossl. SV1",
-    precheck.JPEG_LS_LOSSLESS: "JPEG-LS",
-    precheck.JPEG_LS_NEAR: "JPEG-LS near",
-    precheck.JPEG_2000_LOSSLESS: "JPEG 2000 lossl.",
-    precheck.JPEG_2000: "JPEG 2000",
-    precheck.HTJ2K_LOSSLESS: "HTJ2K lossless",
-    precheck.HTJ2K_LOSSLESS_RPCL: "HTJ2K RPCL",
-    precheck.HTJ2K: "HTJ2K",
+    acceptance.IMPLICIT_LITTLE: "implicit",
+    acceptance.EXPLICIT_LITTLE: "explicit",
+    acceptance.RLE: "RLE",
+    acceptance.JPEG_BASELINE: "JPEG Baseline",
+    acceptance.JPEG_EXTENDED: "JPEG Extended",
+    acceptance.JPEG_LOSSLESS: "JPEG Lossless",
+    acceptance.JPEG_LOSSLESS_SV1: "JPEG Lossl. SV1",
+    acceptance.JPEG_LS_LOSSLESS: "JPEG-LS",
+    acceptance.JPEG_LS_NEAR: "JPEG-LS near",
+    acceptance.JPEG_2000_LOSSLESS: "JPEG 2000 lossl.",
+    acceptance.JPEG_2000: "JPEG 2000",
+    acceptance.HTJ2K_LOSSLESS: "HTJ2K lossless",
+    acceptance.HTJ2K_LOSSLESS_RPCL: "HTJ2K RPCL",
+    acceptance.HTJ2K: "HTJ2K",
 }
 Contestant = Callable[[Path], object]
 
@@ -94,11 +94,11 @@ def draw(number: int, side: int, bits: int) -> NDArray[np.generic]:
 
 def write(folder: Path, syntax: str, images: int, side: int) -> list[Path]:
     """Write the files of one transfer syntax."""
-    bits = 8 if syntax == precheck.JPEG_BASELINE else 12
+    bits = 8 if syntax == acceptance.JPEG_BASELINE else 12
     paths = []
     for number in range(images):
         pixels = draw(number, side, bits)
-        frame = None if syntax in precheck.NATIVE else encode(pixels, syntax, bits)
+        frame = None if syntax in acceptance.NATIVE else encode(pixels, syntax, bits)
         data = make_dicom(
             pixels,
             bits_stored=bits,
@@ -131,7 +131,7 @@ def by_workers(pool: Pool) -> Contestant:
 
 
 def inside(path: Path) -> object:
-    return read_image(precheck.precheck(read_file(path), SPEC.modalities), SPEC)
+    return read_image(acceptance.precheck(read_file(path), SPEC.modalities), SPEC)
 
 
 def by_pydicom(path: Path) -> object:

@@ -33,10 +33,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-import deployment
-from cloister_common.study import parse_study
-from cloister_server.hospitals import HOSPITALS, draw_federation
-from coordinators import free_ports, reachable, wait_for
+from cloister_fl.simulation.synthetic_sites import HOSPITALS, draw_federation
+from cloister_fl.study.schema import parse_study
+from support import deployment
+from support.coordinator_process import free_ports, reachable, wait_for
 
 SITES = 5
 PARAMETERS = 11_200_000
@@ -202,8 +202,8 @@ def _deployed(base: Path, sites: dict[str, Path]) -> Iterator[deployment.Deploym
 
 def flowers(base: Path, rounds: int, arrays: int) -> Cost:
     """Cost of a round of Flower's own, the model in so many arrays."""
-    from cloister_common.eckeys import Purpose, generate_pem, load_private
-    from cloister_server.authority import Authority, pem
+    from cloister_fl.membership.ec_keys import Purpose, generate_pem, load_private
+    from cloister_fl.server.coordinator.certificate_authority import Authority, pem
 
     base.mkdir(parents=True)
     keys = base / "keys"

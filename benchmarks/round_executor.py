@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from cloister_client import app
-from cloister_client.supernode import executor
-from cloister_common.children import child
+from cloister_fl.client import app
+from cloister_fl.client.flower import executor
+from cloister_fl.system.child_process import child
 
 _updates: dict[int, Any] = {}
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cloister_client import service
-from cloister_client.site import open_site
+from cloister_fl.client import service
+from cloister_fl.client.site.folder import open_site
 
 _child = service.Child
 

@@ -36,6 +36,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
+import secagg_kit as kit
 from flwr.common import ndarrays_to_parameters
 from flwr.common.secure_aggregation.crypto import shamir as flower_shamir
 from flwr.common.secure_aggregation.ndarrays_arithmetic import (
@@ -46,8 +47,7 @@ from flwr.common.secure_aggregation.ndarrays_arithmetic import (
 from flwr.common.secure_aggregation.quantization import dequantize
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 
-import secagg_kit as kit
-from cloister_common.secagg.messages import Masked
+from cloister_fl.secagg.messages.codec import Masked
 
 flower = importlib.import_module("flwr.client.mod.secure_aggregation.secaggplus_mod")
 

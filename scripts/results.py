@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from cloister_client.cohort import Cohort, load_cohort
-from cloister_client.evaluation import image_scores
-from cloister_client.site import open_site
-from cloister_common.files import keep_out_of_git
-from cloister_common.metrics import measure
-from cloister_common.modelfile import load_model
-from cloister_common.study import Study, load_study
-from cloister_server.simulation import Simulation, simulate
+from cloister_fl.client.data.cohort import Cohort, load_cohort
+from cloister_fl.client.site.folder import open_site
+from cloister_fl.client.training.evaluation import image_scores
+from cloister_fl.metrics.classification import measure
+from cloister_fl.model_file import load_model
+from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.study.schema import Study, load_study
+from cloister_fl.system.files import keep_out_of_git
 
 STUDY = Path(__file__).parents[1] / "docs" / "studies" / "pneumonia-pretrained.toml"
 EPSILONS = (3.0, 1.0)

@@ -22,7 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PACKAGE = ROOT / "common"
-SECAGG = "cloister_common/secagg"
+SECAGG = "cloister_fl/secagg"
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloister_client.audit import path_of
-from cloister_client.site import open_site
-from cloister_common import cli
-from cloister_common.audit import _hash, examine, name_of, parse_note, read
-from cloister_common.canonical import canonical_json
-from cloister_common.identity import Identity
-from cloister_server.events import Event, Measured
-from cloister_server.federation import AUDIT, Federation
-from cloister_server.simulation import FEDERATION, Simulation, simulate
-from federations import NAMES, study, write_federation
+from cloister_fl.audit_log import _hash, examine, name_of, parse_note, read
+from cloister_fl.cli import main
+from cloister_fl.client.site.audit_log import path_of
+from cloister_fl.client.site.folder import open_site
+from cloister_fl.encoding.canonical_json import canonical_json
+from cloister_fl.membership.identity import Identity
+from cloister_fl.server.coordinator.federation import AUDIT, Federation
+from cloister_fl.server.rounds.events import Event, Measured
+from cloister_fl.simulation.simulate import FEDERATION, Simulation, simulate
+from support.federations import NAMES, study, write_federation
 
 SIDES = (*NAMES, "coordinator")
 FORGER = Identity.generate()
@@ -254,6 +254,6 @@ def test_verify_names_the_line_on_the_command_line(
         del rows[6]
         (tmp_path / side).write_bytes(b"".join(rows))
         with pytest.raises(SystemExit) as ended:
-            cli.main(["verify", str(tmp_path / side), "--against", str(log.peer)])
+            main.main(["verify", str(tmp_path / side), "--against", str(log.peer)])
         assert ended.value.code == 4
         assert "line 7: before entry 8, entry 7 is missing" in capsys.readouterr().out

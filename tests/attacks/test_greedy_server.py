@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cloister_client import app as client
-from cloister_client import high_water
-from cloister_client.approvals import Decision, judge
-from cloister_client.audit import path_of
-from cloister_client.ledger import Ledger
-from cloister_client.site import Site
-from cloister_common import networks
-from cloister_common.records import (
+from cloister_fl.client import app as client
+from cloister_fl.client.admission.approvals import Decision, judge
+from cloister_fl.client.ledger import rollback
+from cloister_fl.client.ledger.ledger import Ledger
+from cloister_fl.client.site.audit_log import path_of
+from cloister_fl.client.site.folder import Site
+from cloister_fl.networks import registry
+from cloister_fl.networks.flat_parameters import flatten
+from cloister_fl.protocol.round_messages import (
     EvaluateTask,
     Exchange,
     Prepare,
@@ -36,10 +37,9 @@ from cloister_common.records import (
     Vector,
     octets,
 )
-from cloister_common.study import Study
-from cloister_common.vectors import flatten
-from federations import study
-from hospital import WATCH, ask, fits, rounds_charged, write_hospital
+from cloister_fl.study.schema import Study
+from support.federations import study
+from support.hand_asked_site import WATCH, ask, fits, rounds_charged, write_hospital
 
 UNMASKED = {"aggregation": "secure = false"}
 STUDY = study(**UNMASKED)
@@ -74,7 +74,7 @@ class Greed:
     def task(
         self, number: int, asked: Study = STUDY, run: str = "run", shift: float = 0.0
     ) -> TrainTask:
-        module = networks.build(asked.network, 2, 1, size=asked.input.size, seed=0)
+        module = registry.build(asked.network, 2, 1, size=asked.input.size, seed=0)
         vector = (flatten(module) + shift).astype(np.float32)
         return TrainTask(asked.canonical(), run, number, 5, octets(), vector)
 
@@ -206,12 +206,12 @@ def no_ledger(greed: Greed) -> None:
 
 
 def forged_ahead(greed: Greed) -> None:
-    path = greed.site.root / high_water.FILE
+    path = greed.site.root / rollback.FILE
     path.write_text(json.dumps({"seq": 99, "hash": "0" * 64}))
 
 
 def forged_beside(greed: Greed) -> None:
-    path = greed.site.root / high_water.FILE
+    path = greed.site.root / rollback.FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), "hash": "0" * 64}))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from cloister_common.errors import (
+from cloister_fl.errors import (
     KeyReused,
     LowOrderKey,
     OverlapRefused,
@@ -21,17 +21,17 @@ from cloister_common.errors import (
     StageRepeated,
     TooFewSurvivors,
 )
-from cloister_common.roster import Roster, RosterEntry
-from cloister_common.secagg import keys, masks, wire
-from cloister_common.secagg.messages import (
+from cloister_fl.membership.roster import Roster, RosterEntry
+from cloister_fl.secagg.crypto import hashes, key_agreement, keystream
+from cloister_fl.secagg.messages.codec import (
     Advertisement,
     ConsistencyRequest,
     ShareRequest,
     UnmaskRequest,
 )
-from cloister_common.secagg.parameters import Parameters
-from cloister_common.secagg.server import ServerEpoch
-from secagg_kit import Federation, identity_of, over
+from cloister_fl.secagg.parameters import Parameters
+from cloister_fl.secagg.server import ServerEpoch
+from support.secagg import Federation, identity_of, over
 
 FIRST, SECOND, THIRD, FOURTH, LAST = (f"site-{number:02d}" for number in range(1, 6))
 
@@ -299,14 +299,14 @@ def test_seeds_of_few_bits() -> None:
     streams = []
     for key in (bytes(one), other):
         stream = np.zeros(64, np.uint32)
-        masks.apply(stream, [(key, 1)])
+        keystream.apply(stream, [(key, 1)])
         streams.append(stream)
     assert not np.array_equal(*streams)
     for place in range(32):
         changed = bytearray(one)
         changed[place] ^= 0x80
         stream = np.zeros(64, np.uint32)
-        masks.apply(stream, [(bytes(changed), 1)])
+        keystream.apply(stream, [(bytes(changed), 1)])
         assert not np.array_equal(stream, streams[0])
 
 
@@ -314,12 +314,14 @@ def test_views_that_differ_do_not_cancel() -> None:
     """Pair masks are keyed by session and U2, so no two different ones cancel."""
     shared, salt = bytes(32), bytes(range(32))
     pair = ("site-01", "site-02")
-    u2 = [wire.set_hash(names) for names in (("a", "b", "c"), ("a", "b"))]
+    u2 = [hashes.set_hash(names) for names in (("a", "b", "c"), ("a", "b"))]
     made = {
-        keys.pair_mask_key(shared, salt, pair, sid, u2_hash)
+        key_agreement.pair_mask_key(shared, salt, pair, sid, u2_hash)
         for sid in (bytes(32), b"\1" * 32)
         for u2_hash in u2
     }
     assert len(made) == 4
-    assert keys.pair_mask_key(shared, salt, pair[::-1], bytes(32), u2[0]) in made
-    assert len({keys.self_mask_key(shared, salt, bytes(32), u2_hash) for u2_hash in u2}) == 2
+    assert key_agreement.pair_mask_key(shared, salt, pair[::-1], bytes(32), u2[0]) in made
+    assert (
+        len({key_agreement.self_mask_key(shared, salt, bytes(32), u2_hash) for u2_hash in u2}) == 2
+    )

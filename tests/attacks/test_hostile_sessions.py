@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from cloister_common.errors import (
+from cloister_fl.errors import (
     BoxTampered,
     EpochReused,
     OwnRecordAltered,
@@ -18,15 +18,15 @@ from cloister_common.errors import (
     TooFewSurvivors,
     UpdateReuse,
 )
-from cloister_common.secagg import model_hash
-from cloister_common.secagg.messages import (
+from cloister_fl.secagg import model_hash
+from cloister_fl.secagg.messages.codec import (
     ConsistencyRequest,
     Parcel,
     ShareRequest,
     UnmaskRequest,
 )
-from cloister_common.secagg.server import ServerEpoch
-from secagg_kit import Federation, MemoryStore, over
+from cloister_fl.secagg.server import ServerEpoch
+from support.secagg import Federation, MemoryStore, over
 
 FIRST, SECOND, THIRD, FOURTH, LAST = (f"site-{number:02d}" for number in range(1, 6))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cloister_common.errors import (
+from cloister_fl.errors import (
     BoxTampered,
     DealerBlamed,
     KeyReused,
@@ -18,11 +18,12 @@ from cloister_common.errors import (
     SignatureInvalid,
     StageRepeated,
 )
-from cloister_common.identity import Identity
-from cloister_common.secagg import dealing, shamir, wire
-from cloister_common.secagg.messages import Dealing, Shares
-from cloister_common.secagg.server import ServerEpoch
-from secagg_kit import Federation, identity_of, over
+from cloister_fl.membership.identity import Identity
+from cloister_fl.secagg import share_keys
+from cloister_fl.secagg.crypto import hashes, shamir
+from cloister_fl.secagg.messages.codec import Dealing, Shares
+from cloister_fl.secagg.server import ServerEpoch
+from support.secagg import Federation, identity_of, over
 
 FIRST, SECOND, THIRD, FOURTH, LAST = (f"site-{number:02d}" for number in range(1, 6))
 
@@ -68,7 +69,7 @@ def test_shares_of_other_sites_as_holder() -> None:
 def dealt_wrong(monkeypatch: pytest.MonkeyPatch, which: int) -> tuple[Federation, ServerEpoch]:
     """A federation in which the second site deals shares of another secret than its own."""
     federation = Federation(5)
-    right = dealing.deal
+    right = share_keys.deal
 
     def wrong(dealer: str, identity: Identity, **rest: Any) -> Any:
         if dealer == SECOND:
@@ -77,7 +78,7 @@ def dealt_wrong(monkeypatch: pytest.MonkeyPatch, which: int) -> tuple[Federation
             rest["secrets"] = tuple(secrets)
         return right(dealer, identity, **rest)
 
-    monkeypatch.setattr("cloister_common.secagg.epoch.deal", wrong)
+    monkeypatch.setattr("cloister_fl.secagg.participant_epoch.deal", wrong)
     return federation, federation.prepared()
 
 
@@ -137,7 +138,7 @@ def test_box_that_does_not_open_as_dealer() -> None:
         if name == SECOND:
             box = bytes(len(shares.boxes[0][1]))
             entry = shares.dealing.dealt[0]
-            bad = replace(entry, box_hash=wire.box_hash(server._keys, SECOND, FIRST, box))
+            bad = replace(entry, box_hash=hashes.box_hash(server._keys, SECOND, FIRST, box))
             shares = resigned(
                 shares,
                 server._keys,

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from cloister_common.errors import StageRepeated, UpdateReuse
-from cloister_common.secagg.server import ServerEpoch
-from cloister_common.secagg.wire import model_hash
-from secagg_kit import Federation, over
+from cloister_fl.errors import StageRepeated, UpdateReuse
+from cloister_fl.secagg.crypto.hashes import model_hash
+from cloister_fl.secagg.server import ServerEpoch
+from support.secagg import Federation, over
 
 FIRST = "site-01"
 

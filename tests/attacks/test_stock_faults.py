@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cloister_common.errors import EncodingOverflow, NotFinite
-from cloister_common.secagg.messages import Abort, Masked, decode
-from cloister_common.secagg.site import Site
-from secagg_kit import Federation, over
+from cloister_fl.errors import EncodingOverflow, NotFinite
+from cloister_fl.secagg.messages.codec import Abort, Masked, decode
+from cloister_fl.secagg.participant import Site
+from support.secagg import Federation, over
 
 FIRST = "site-01"
 

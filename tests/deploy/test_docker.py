@@ -130,9 +130,9 @@ def test_the_wheel_can_be_made_of_what_docker_is_given(tmp_path: Path) -> None:
     (wheel,) = (tmp_path / "made").glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
-        "cloister_client/supernode/executor.py",
-        "cloister_server/superexec.py",
-        "cloister_common/errors_explained/CLO-101.md",
+        "cloister_fl/client/flower/executor.py",
+        "cloister_fl/server/service/run_executor.py",
+        "cloister_fl/cli/errors_explained/CLO-101.md",
     } <= names
 
 

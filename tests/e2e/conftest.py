@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cloister_server.hospitals import HOSPITALS, Hospital, draw_federation
-from deployment import Deployment, deployed
+from cloister_fl.simulation.synthetic_sites import HOSPITALS, Hospital, draw_federation
+from support.deployment import Deployment, deployed
 
 POLICY = {
     "max_epsilon_study": "8.0",

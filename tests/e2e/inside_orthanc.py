@@ -21,16 +21,16 @@ from typing import Any
 import httpx
 import torch
 
-from cloister_client.cohort import load_frozen
-from cloister_client.policy import Policy
-from cloister_client.site import Site, init_site, open_site
-from cloister_client.sources.fetch import fetch, set_secret
-from cloister_client.training import train_round
-from cloister_common.errors import CloisterError
-from cloister_common.networks import build
-from cloister_common.study import Study
-from cloister_common.vectors import flatten
-from dicom_files import make_dicom, precheck, radiograph, uid
+from cloister_fl.client.data.cohort import load_frozen
+from cloister_fl.client.pacs.fetch import fetch, set_secret
+from cloister_fl.client.site.folder import Site, init_site, open_site
+from cloister_fl.client.site.policy import Policy
+from cloister_fl.client.training.local_training import train_round
+from cloister_fl.errors import CloisterError
+from cloister_fl.networks.flat_parameters import flatten
+from cloister_fl.networks.registry import build
+from cloister_fl.study.schema import Study
+from support.dicom import make_dicom, precheck, radiograph, uid
 
 PASSWORD = "correct-horse"
 HTTP, DICOM, CUTTER = 8042, 4242, 8043

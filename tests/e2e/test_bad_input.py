@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from cloister_common.cli import main
-from federations import approve, study, study_text, write_cohort, write_federation
+from cloister_fl.cli.main import main
+from support.federations import approve, study, study_text, write_cohort, write_federation
 
 NAMES = ("anker", "birke")
 ASKED = {"aggregation": "secure = false\nmin_sites = 2", "training": "rounds = 1\nsteps = 1"}

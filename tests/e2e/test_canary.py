@@ -22,12 +22,12 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 
-from cloister_client.app import app
-from cloister_common.cli import main
-from cloister_common.errors import Reject
-from cloister_server.simulation import Simulation, simulate
-from dicom_files import uid, write_dicom
-from federations import picture, study, study_text
+from cloister_fl.cli.main import main
+from cloister_fl.client.app import app
+from cloister_fl.errors import Reject
+from cloister_fl.simulation.simulate import Simulation, simulate
+from support.dicom import uid, write_dicom
+from support.federations import picture, study, study_text
 
 NAMES = ("anker", "birke", "clara")
 PATIENTS = 24
@@ -175,7 +175,7 @@ def _run(*arguments: str) -> tuple[int, bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("CLOISTER_TRACEBACK", None)
     done = subprocess.run(
-        [sys.executable, "-m", "cloister_common.cli", *arguments],
+        [sys.executable, "-m", "cloister_fl.cli.main", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,

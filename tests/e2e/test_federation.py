@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from cloister_client.audit import entries_of
-from cloister_client.ledger_schema import PROTOCOL_KINDS
-from cloister_common.audit import read
-from cloister_common.study import parse_study
-from cloister_server.simulation import Simulation, simulate
-from deployment import Deployment, change_policy, cloister
+from cloister_fl.audit_log import read
+from cloister_fl.client.ledger.chain import PROTOCOL_KINDS
+from cloister_fl.client.site.audit_log import entries_of
+from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.study.schema import parse_study
+from support.deployment import Deployment, change_policy, cloister
 
 STUDY = """\
 [study]

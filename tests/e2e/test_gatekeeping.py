@@ -17,14 +17,14 @@ import pytest
 from flwr.app import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cloister_client.approvals import judgements
-from cloister_client.audit import entries_of
-from cloister_common import bundle as thin
-from cloister_common.records import Prepare, Refusal, pack, unpack
-from cloister_common.study import parse_study
-from cloister_server.superlink import runtime
-from coordinators import wait_for
-from deployment import Deployment, alive, change_policy, children_of, cloister, descendants
+from cloister_fl.client.admission.approvals import judgements
+from cloister_fl.client.site.audit_log import entries_of
+from cloister_fl.protocol import app_bundle as thin
+from cloister_fl.protocol.round_messages import Prepare, Refusal, pack, unpack
+from cloister_fl.server.flower import runtime
+from cloister_fl.study.schema import parse_study
+from support.coordinator_process import wait_for
+from support.deployment import Deployment, alive, change_policy, children_of, cloister, descendants
 
 STUDY = """\
 [study]
@@ -95,7 +95,7 @@ def _foreign(marker: Path) -> bytes:
     """A bundle whose client code would leave a mark."""
     with zipfile.ZipFile(io.BytesIO(thin.bundle())) as file:
         project = file.read("pyproject.toml").decode()
-    project = project.replace("cloister_client.app:app", "evil:app")
+    project = project.replace("cloister_fl.client.app:app", "evil:app")
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
         file.writestr("pyproject.toml", project)

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from cloister_client.ledger import Ledger
-from cloister_client.site import open_site
-from cloister_common.cli import main
-from federations import NAMES, approve, study, study_text, write_federation
+from cloister_fl.cli.main import main
+from cloister_fl.client.ledger.ledger import Ledger
+from cloister_fl.client.site.folder import open_site
+from support.federations import NAMES, approve, study, study_text, write_federation
 
 ROUNDS = 6
 STEPS = 12
@@ -46,7 +46,7 @@ def _start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     environment.pop("CLOISTER_TRACEBACK", None)
     with log.open("wb") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "cloister_common.cli", *arguments],
+            [sys.executable, "-m", "cloister_fl.cli.main", *arguments],
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 
-import coordinators
-from cloister_client import joining
-from cloister_common.audit import examine, read
-from cloister_common.enrolment import Invite, Request, secret_hash
-from cloister_common.identity import Identity
-from cloister_server.coordinator import Coordinator, init_coordinator, open_coordinator
-from cloister_server.enrolling import approve_site, invite_site, revoke_site
-from cloister_server.federation import AUDIT
+from cloister_fl.audit_log import examine, read
+from cloister_fl.client.network import join
+from cloister_fl.membership.enrolment import Invite, Request, secret_hash
+from cloister_fl.membership.identity import Identity
+from cloister_fl.server.coordinator.federation import AUDIT
+from cloister_fl.server.coordinator.folder import Coordinator, init_coordinator, open_coordinator
+from cloister_fl.server.coordinator.site_approval import approve_site, invite_site, revoke_site
+from support import coordinator_process
 
 KILLER = """
 import os, signal, sqlite3, sys
@@ -40,7 +40,7 @@ def count(event, arguments):
         if left < 0:
             os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(count)
-from cloister_server import registry
+from cloister_fl.server.coordinator import site_database as registry
 real = registry.Registry._change
 import contextlib
 @contextlib.contextmanager
@@ -50,7 +50,7 @@ def change(self):
         sys.audit("cloister.commit")
     sys.audit("cloister.commit")
 registry.Registry._change = change
-from cloister_server.cli_server import app
+from cloister_fl.server.cli.server_group import app
 app()
 """
 
@@ -116,15 +116,15 @@ def test_init(tmp_path: Path) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Coordinator:
-    return coordinators.new_coordinator(tmp_path / "fed")
+    return coordinator_process.new_coordinator(tmp_path / "fed")
 
 
 def asked(place: Coordinator, tmp_path: Path, name: str) -> Request:
     """A site that asked to join, without a server."""
     line, _ = invite_site(place, name, 600, to_file=False)
     invite = Invite.decode(line)
-    site = joining.prepare(tmp_path / name, invite)
-    pems = [(site.keys / key).read_bytes() for key in (joining.NODE_KEY, joining.TLS_KEY)]
+    site = join.prepare(tmp_path / name, invite)
+    pems = [(site.keys / key).read_bytes() for key in (join.NODE_KEY, join.TLS_KEY)]
     request = Request.make(invite, site.identity(), *pems)
     with place.registry() as registry:
         assert registry.use(request).state == "pending"
@@ -169,7 +169,7 @@ def test_approve_and_revoke(place: Coordinator, tmp_path: Path) -> None:
             request = asked(place, tmp_path, name)
             arguments = [verb, name, "--dir", str(place.root)]
             if verb == "approve":
-                from cloister_common.identity import fingerprint
+                from cloister_fl.membership.identity import fingerprint
 
                 arguments += ["--fingerprint", fingerprint(request.identity)]
             else:
@@ -204,8 +204,8 @@ def test_a_used_key_does_not_come_in_twice(place: Coordinator, tmp_path: Path) -
     assert request.identity != Identity.generate().public
     line, _ = invite_site(place, "second", 600, to_file=False)
     invite = Invite.decode(line)
-    site = joining.prepare(tmp_path / "first-again", invite)
+    site = join.prepare(tmp_path / "first-again", invite)
     first = tmp_path / "first" / "keys"
-    pems = [(first / key).read_bytes() for key in (joining.NODE_KEY, joining.TLS_KEY)]
+    pems = [(first / key).read_bytes() for key in (join.NODE_KEY, join.TLS_KEY)]
     with place.registry() as registry, pytest.raises(Exception, match="key-in-use"):
         registry.use(Request.make(invite, site.identity(), *pems))

@@ -21,19 +21,21 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from cloister_client.approvals import Decision, judge
-from cloister_client.audit import entries_of, path_of
-from cloister_client.cohort import load_cohort
-from cloister_client.ledger import Ledger
-from cloister_client.training import train_round
-from cloister_common import audit, networks, sums, vectors
-from cloister_common.secagg.encoding import decode
-from cloister_common.study import Study, parse_study
-from cloister_server.hospitals import HOSPITALS, draw_federation
-from cloister_server.optimizers import OptimizerState, step
-from cloister_server.simulation import Simulation, simulate
-from coordinators import wait_for
-from deployment import Deployment, alive, children_of, cloister, deployed, descendants
+from cloister_fl import audit_log
+from cloister_fl.client.admission.approvals import Decision, judge
+from cloister_fl.client.data.cohort import load_cohort
+from cloister_fl.client.ledger.ledger import Ledger
+from cloister_fl.client.site.audit_log import entries_of, path_of
+from cloister_fl.client.training.local_training import train_round
+from cloister_fl.networks import flat_parameters, registry
+from cloister_fl.protocol import sessions
+from cloister_fl.secagg.fixed_point import decode
+from cloister_fl.server.rounds.strategies import OptimizerState, step
+from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.synthetic_sites import HOSPITALS, draw_federation
+from cloister_fl.study.schema import Study, parse_study
+from support.coordinator_process import wait_for
+from support.deployment import Deployment, alive, children_of, cloister, deployed, descendants
 
 STUDY = """\
 [study]
@@ -286,7 +288,7 @@ def summed(battered: Battered, ended: Ended) -> dict[int, tuple[str, ...]]:
     A round that was summed and not saved is done again, or lost; its last note counts.
     """
     lost, found = set(ended.summary["rounds_lost"]), {}
-    for entry in audit.read(battered.log()):
+    for entry in audit_log.read(battered.log()):
         if entry.kind == "summed" and entry.body["run"] == ended.summary["run"]:
             found[int(str(entry.body["round"]))] = tuple(str(entry.body["sites"]).split())
     rounds = range(1, ended.study.training.rounds + 1)
@@ -308,17 +310,17 @@ def recomputed(battered: Battered, ended: Ended, kept: dict[int, tuple[str, ...]
     cohorts = {
         name: load_cohort(hospital.site, study) for name, hospital in federation.hospitals.items()
     }
-    module = networks.build(
+    module = registry.build(
         study.network, outputs=study.outputs, size=study.input.size, seed=study.training.seed
     )
-    model = vectors.flatten(module)
+    model = flat_parameters.flatten(module)
     state = OptimizerState.fresh(model.size, study.aggregation)
     for number, sites in sorted(kept.items()):
-        vectors.load(module, model)
-        session = sums.update_session(
+        flat_parameters.load(module, model)
+        session = sessions.update_session(
             study, roster, sorted(cohorts), round_number=number, attempt=0, model=model
         )
-        weights = {site: sums.weight_of(study, roster, site) for site in sites}
+        weights = {site: sessions.weight_of(study, roster, site) for site in sites}
         total = np.zeros(model.size, np.int64)
         for site in sites:
             update = train_round(
@@ -330,7 +332,7 @@ def recomputed(battered: Battered, ended: Ended, kept: dict[int, tuple[str, ...]
             total.astype(np.int32).view(np.uint32), divisor=session.scale * sum(weights.values())
         )
         model, state = step(model, mean, state, study.aggregation)
-    vectors.load(module, model)
+    flat_parameters.load(module, model)
     tensors = {name: value.detach().numpy() for name, value in module.state_dict().items()}
     return np.concatenate([tensors[name].reshape(-1) for name in sorted(tensors)])
 
@@ -377,7 +379,7 @@ def asked_rounds(battered: Battered, ended: Ended) -> dict[int, int]:
     """The coordinator's orders to train in this run: round by number of the log's entry."""
     began = 0
     found = {}
-    for entry in audit.read(battered.log()):
+    for entry in audit_log.read(battered.log()):
         if entry.kind == "sent" and entry.body["message"] == "train":
             found[entry.seq] = int(str(entry.body["round"]))
         if entry.kind == "began" and entry.body["run"] == ended.summary["run"]:
@@ -390,7 +392,7 @@ def answered_rounds(site: Any, asked: dict[int, int], size: int) -> set[int]:
     found, number = set(), 0
     for entry in entries_of(site):
         if entry.kind == "asked":
-            note = audit.parse_note(str(entry.body["peer_head"]))
+            note = audit_log.parse_note(str(entry.body["peer_head"]))
             number = asked.get(note[1].seq, 0) if note and entry.body["message"] == "train" else 0
         elif entry.kind == "sent" and number and int(str(entry.body["bytes"])) >= 4 * size:
             found.add(number)
@@ -402,8 +404,8 @@ def assert_sound(battered: Battered) -> None:
     coordinator = battered.log()
     for hospital in battered.federation.hospitals.values():
         theirs = path_of(hospital.site)
-        assert audit.examine(theirs, peer=coordinator).findings == ()
-        assert audit.examine(coordinator, peer=theirs).findings == ()
+        assert audit_log.examine(theirs, peer=coordinator).findings == ()
+        assert audit_log.examine(coordinator, peer=theirs).findings == ()
 
 
 @pytest.mark.slow

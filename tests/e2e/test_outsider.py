@@ -22,16 +22,16 @@ from flwr.proto.message_pb2 import Message as Reply
 from flwr.proto.message_pb2 import Metadata
 from flwr.proto.node_pb2 import Node
 
-import coordinators
-from cloister_client import joining
-from cloister_common import eckeys
-from cloister_common.eckeys import Purpose
-from cloister_common.enrolment import PATH_ENROL, PATH_ROSTER, Invite, Request
-from cloister_common.errors import CoordinatorUnproven, CoordinatorUnreachable, EnrolmentRefused
-from cloister_common.identity import Identity
-from cloister_server.authority import Authority, pem
-from cloister_server.enrolling import revoke_site
-from coordinators import Hospital, Running, tls, wait_for
+from cloister_fl.client.network import join
+from cloister_fl.errors import CoordinatorUnproven, CoordinatorUnreachable, EnrolmentRefused
+from cloister_fl.membership import ec_keys
+from cloister_fl.membership.ec_keys import Purpose
+from cloister_fl.membership.enrolment import PATH_ENROL, PATH_ROSTER, Invite, Request
+from cloister_fl.membership.identity import Identity
+from cloister_fl.server.coordinator.certificate_authority import Authority, pem
+from cloister_fl.server.coordinator.site_approval import revoke_site
+from support import coordinator_process
+from support.coordinator_process import Hospital, Running, tls, wait_for
 
 PULL = "/v1/fleet/pull-messages"
 PUSH = "/v1/fleet/push-messages"
@@ -41,19 +41,21 @@ GIB = 1 << 30
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("federation")
-    server = coordinators.start(coordinators.new_coordinator(folder / "fed"), folder / "output")
+    server = coordinator_process.start(
+        coordinator_process.new_coordinator(folder / "fed"), folder / "output"
+    )
     yield server
     server.stop()
 
 
 @pytest.fixture(scope="module")
 def north(running: Running, tmp_path_factory: pytest.TempPathFactory) -> Hospital:
-    return coordinators.join(running, tmp_path_factory.mktemp("north"), "north")
+    return coordinator_process.join(running, tmp_path_factory.mktemp("north"), "north")
 
 
 @pytest.fixture(scope="module")
 def south(running: Running, tmp_path_factory: pytest.TempPathFactory) -> Hospital:
-    return coordinators.join(running, tmp_path_factory.mktemp("south"), "south")
+    return coordinator_process.join(running, tmp_path_factory.mktemp("south"), "south")
 
 
 def pull(node: int) -> PullMessagesRequest:
@@ -64,7 +66,7 @@ def talk(address: tuple[str, int], context: ssl.SSLContext, path: str = PULL) ->
     """One request with any TLS context: its status; raises where the connection is refused."""
     line = HTTPSConnection(*address, context=context, timeout=20)
     try:
-        line.request("POST", path, b"", coordinators.PROTOBUF)
+        line.request("POST", path, b"", coordinator_process.PROTOBUF)
         return line.getresponse().status
     finally:
         line.close()
@@ -72,8 +74,8 @@ def talk(address: tuple[str, int], context: ssl.SSLContext, path: str = PULL) ->
 
 def own_certificate(folder: Path, authority: Authority, name: str, *, server: bool = False) -> Path:
     """A fresh key with a certificate of an authority, as one PEM file."""
-    key = eckeys.generate_pem(Purpose.TLS)
-    public = eckeys.load_private(key, Purpose.TLS).public_key()
+    key = ec_keys.generate_pem(Purpose.TLS)
+    public = ec_keys.load_private(key, Purpose.TLS).public_key()
     made = (
         authority.server_certificate(public, ["127.0.0.1"])
         if server
@@ -139,7 +141,7 @@ def test_a_certificate_that_the_database_does_not_know(running: Running, tmp_pat
 @pytest.mark.parametrize("port", ["fleet", "enrolment"])
 def test_older_tls(running: Running, north: Hospital, port: str) -> None:
     running.invite("door-opener")
-    context = joining.client_context(north.site)
+    context = join.client_context(north.site)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.maximum_version = ssl.TLSVersion.TLSv1_2
 
@@ -167,7 +169,7 @@ def test_no_tls_at_all(running: Running) -> None:
 
 
 def test_revoked_on_an_open_connection(running: Running, tmp_path: Path) -> None:
-    hospital = coordinators.join(running, tmp_path / "leaver", "leaver")
+    hospital = coordinator_process.join(running, tmp_path / "leaver", "leaver")
     node = hospital.activate()
     stack = contextlib.ExitStack()
     asking, silent = (stack.enter_context(contextlib.closing(hospital.connect())) for _ in range(2))
@@ -191,7 +193,7 @@ def test_revoked_on_an_open_connection(running: Running, tmp_path: Path) -> None
         b"certificate-revoked",
     )
     with pytest.raises(EnrolmentRefused):
-        joining.look(hospital.site)
+        join.look(hospital.site)
 
 
 # Invites
@@ -200,11 +202,11 @@ def test_revoked_on_an_open_connection(running: Running, tmp_path: Path) -> None
 def test_a_wrong_secret(running: Running, tmp_path: Path) -> None:
     invite = running.invite("guessed")
     wrong = replace(invite, secret=bytes(32))
-    site = joining.prepare(tmp_path / "guessed", wrong)
+    site = join.prepare(tmp_path / "guessed", wrong)
 
     def act() -> None:
         with pytest.raises(EnrolmentRefused, match="does not know the invite"):
-            joining.ask(site, wrong)
+            join.ask(site, wrong)
 
     running.refused(act, "invite-unknown")
     assert running.row("guessed") is None
@@ -212,11 +214,11 @@ def test_a_wrong_secret(running: Running, tmp_path: Path) -> None:
 
 def test_an_invite_of_another_site(running: Running, tmp_path: Path) -> None:
     wrong = replace(running.invite("meant"), site="other")
-    site = joining.prepare(tmp_path / "other", wrong)
+    site = join.prepare(tmp_path / "other", wrong)
 
     def act() -> None:
         with pytest.raises(EnrolmentRefused):
-            joining.ask(site, wrong)
+            join.ask(site, wrong)
 
     running.refused(act, "invite-unknown")
 
@@ -224,12 +226,12 @@ def test_an_invite_of_another_site(running: Running, tmp_path: Path) -> None:
 def test_an_expired_invite(running: Running, tmp_path: Path) -> None:
     running.invite("keeps-the-port-open")
     invite = running.invite("late", lifetime_s=1)
-    site = joining.prepare(tmp_path / "late", invite)
+    site = join.prepare(tmp_path / "late", invite)
     time.sleep(2.1)
 
     def act() -> None:
         with pytest.raises(EnrolmentRefused, match="expired"):
-            joining.ask(site, invite)
+            join.ask(site, invite)
 
     running.refused(act, "invite-expired")
     assert running.row("late") is None
@@ -237,15 +239,15 @@ def test_an_expired_invite(running: Running, tmp_path: Path) -> None:
 
 def test_a_used_invite(running: Running, tmp_path: Path) -> None:
     invite = running.invite("taken")
-    site = joining.prepare(tmp_path / "first", invite)
-    assert joining.ask(site, invite).state == "pending"
+    site = join.prepare(tmp_path / "first", invite)
+    assert join.ask(site, invite).state == "pending"
     # The same site again, after a lost answer: the same answer.
-    assert joining.ask(site, invite).state == "pending"
-    thief = joining.prepare(tmp_path / "thief", invite)
+    assert join.ask(site, invite).state == "pending"
+    thief = join.prepare(tmp_path / "thief", invite)
 
     def act() -> None:
         with pytest.raises(EnrolmentRefused, match="used already"):
-            joining.ask(thief, invite)
+            join.ask(thief, invite)
 
     running.refused(act, "invite-used")
     held = running.row("taken")
@@ -257,33 +259,33 @@ def test_a_used_invite(running: Running, tmp_path: Path) -> None:
 def test_a_key_that_the_asker_does_not_hold(running: Running, tmp_path: Path, missing: int) -> None:
     name = f"unproven-{missing}"
     invite = running.invite(name)
-    honest = joining.prepare(tmp_path / "honest", invite)
-    pems = [(honest.keys / key).read_bytes() for key in (joining.NODE_KEY, joining.TLS_KEY)]
+    honest = join.prepare(tmp_path / "honest", invite)
+    pems = [(honest.keys / key).read_bytes() for key in (join.NODE_KEY, join.TLS_KEY)]
     request = Request.make(invite, honest.identity(), *pems)
     other = Request.make(
         invite,
         Identity.generate(),
-        eckeys.generate_pem(Purpose.NODE),
-        eckeys.generate_pem(Purpose.TLS),
+        ec_keys.generate_pem(Purpose.NODE),
+        ec_keys.generate_pem(Purpose.TLS),
     )
     field = ("identity", "node_key", "tls_key")[missing]
     # Another's public key, and all three signatures made over a transcript that claims it.
     claimed = replace(request, **{field: getattr(other, field)})
     text = claimed.transcript(invite.authority, invite.root)
     node, tls_key = (
-        eckeys.load_private(key, purpose)
+        ec_keys.load_private(key, purpose)
         for key, purpose in zip(pems, (Purpose.NODE, Purpose.TLS), strict=True)
     )
     label = "cloister/enrol/v1"
     proofs = (
         honest.identity().sign(label, b"identity", text),
-        eckeys.sign(node, label, b"node", text),
-        eckeys.sign(tls_key, label, b"tls", text),
+        ec_keys.sign(node, label, b"node", text),
+        ec_keys.sign(tls_key, label, b"tls", text),
     )
     forged = replace(claimed, proofs=proofs)
 
     def act() -> int:
-        return coordinators.send(running.enrolment, PATH_ENROL, forged.encode())
+        return coordinator_process.send(running.enrolment, PATH_ENROL, forged.encode())
 
     assert running.refused(act, "proof-invalid") == 403
     assert running.row(name) is None
@@ -291,17 +293,17 @@ def test_a_key_that_the_asker_does_not_hold(running: Running, tmp_path: Path, mi
 
 def test_a_request_made_for_another_coordinator(running: Running, tmp_path: Path) -> None:
     invite = replace(running.invite("carried"), authority=bytes(32))
-    site = joining.prepare(tmp_path / "carried", invite)
+    site = join.prepare(tmp_path / "carried", invite)
     with pytest.raises(CoordinatorUnproven):
-        joining.ask(site, invite)
+        join.ask(site, invite)
     request = Request.make(
         invite,
         site.identity(),
-        *[(site.keys / key).read_bytes() for key in (joining.NODE_KEY, joining.TLS_KEY)],
+        *[(site.keys / key).read_bytes() for key in (join.NODE_KEY, join.TLS_KEY)],
     )
 
     def act() -> int:
-        return coordinators.send(running.enrolment, PATH_ENROL, request.encode())
+        return coordinator_process.send(running.enrolment, PATH_ENROL, request.encode())
 
     assert running.refused(act, "proof-invalid") == 403
 
@@ -310,24 +312,24 @@ def test_a_man_in_the_middle_gets_nothing(
     running: Running, tmp_path: Path, north: Hospital
 ) -> None:
     """A site goes to somebody who has a certificate, and a whole server, of their own."""
-    other = coordinators.new_coordinator(tmp_path / "other")
+    other = coordinator_process.new_coordinator(tmp_path / "other")
     invite = running.invite("lured")
-    server = coordinators.start(other, tmp_path / "output")
+    server = coordinator_process.start(other, tmp_path / "output")
     try:
         server.invite("anybody")
         host, port = server.enrolment
         lured = replace(invite, enrolment=f"{host}:{port}")
         with pytest.raises(CoordinatorUnproven):
-            joining.ask(joining.prepare(tmp_path / "lured", lured), lured)
-        member = joining.membership(north.site)
+            join.ask(join.prepare(tmp_path / "lured", lured), lured)
+        member = join.membership(north.site)
         away = f"{server.fleet[0]}:{server.fleet[1]}"
         text = member.model_copy(update={"fleet": away}).model_dump_json()
-        path = north.site.root / joining.MEMBERSHIP
+        path = north.site.root / join.MEMBERSHIP
         kept = path.read_bytes()
         path.write_text(text)
         try:
             with pytest.raises(CoordinatorUnproven):
-                joining.look(north.site)
+                join.look(north.site)
         finally:
             path.write_bytes(kept)
     finally:
@@ -335,14 +337,18 @@ def test_a_man_in_the_middle_gets_nothing(
 
 
 def test_the_enrolment_port_is_open_only_while_an_invite_is(tmp_path: Path) -> None:
-    server = coordinators.start(coordinators.new_coordinator(tmp_path / "fed"), tmp_path / "out")
+    server = coordinator_process.start(
+        coordinator_process.new_coordinator(tmp_path / "fed"), tmp_path / "out"
+    )
     try:
-        assert not coordinators.reachable(server.enrolment)
-        hospital = coordinators.join(server, tmp_path / "only", "only")
+        assert not coordinator_process.reachable(server.enrolment)
+        hospital = coordinator_process.join(server, tmp_path / "only", "only")
         hospital.activate()
-        wait_for(lambda: not coordinators.reachable(server.enrolment), 5, lambda: "stays open")
+        wait_for(
+            lambda: not coordinator_process.reachable(server.enrolment), 5, lambda: "stays open"
+        )
         with pytest.raises(CoordinatorUnreachable):
-            joining.ask(
+            join.ask(
                 hospital.site,
                 Invite(
                     f"{server.fleet[0]}:{server.fleet[1]}",
@@ -405,7 +411,7 @@ def test_a_header_of_another_hospital(running: Running, north: Hospital, south: 
 def test_no_header_or_two(running: Running, north: Hospital, south: Hospital) -> None:
     node = north.activate()
     assert running.refused(
-        lambda: south.post(PULL, pull(node), coordinators.PROTOBUF)[0], "other-node-key"
+        lambda: south.post(PULL, pull(node), coordinator_process.PROTOBUF)[0], "other-node-key"
     )
 
     def act() -> int:
@@ -512,7 +518,7 @@ def test_many_who_never_end_their_head(running: Running, north: Hospital) -> Non
         lines = []
         for address, context in (
             (running.enrolment, tls()),
-            (running.fleet, joining.client_context(north.site)),
+            (running.fleet, join.client_context(north.site)),
         ):
             for _ in range(8):
                 plain = held.enter_context(socket.create_connection(address, 5))
@@ -613,6 +619,6 @@ def test_the_log_holds_nothing_that_an_outsider_wrote(running: Running, north: H
 
 
 def test_the_roster_is_for_enrolled_sites(running: Running, north: Hospital) -> None:
-    assert joining.fetch_roster(north.site) == (running.place.keys / "roster").read_bytes()
+    assert join.fetch_roster(north.site) == (running.place.keys / "roster").read_bytes()
     with pytest.raises((ssl.SSLError, ConnectionError)):
         talk(running.fleet, tls(), PATH_ROSTER)

@@ -17,12 +17,12 @@ from flwr.proto.control_pb2 import ListNodesRequest, ListNodesResponse
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from typer.testing import CliRunner
 
-import coordinators
-from cloister_common.errors import ServerState, SiteStateInvalid
-from cloister_common.identity import fingerprint
-from cloister_server import cli_server
-from cloister_server.enrolling import revoke_site
-from coordinators import PROTOBUF, Running, wait_for
+from cloister_fl.errors import ServerState, SiteStateInvalid
+from cloister_fl.membership.identity import fingerprint
+from cloister_fl.server.cli import server_group
+from cloister_fl.server.coordinator.site_approval import revoke_site
+from support import coordinator_process
+from support.coordinator_process import PROTOBUF, Running, wait_for
 
 runner = CliRunner()
 
@@ -30,7 +30,9 @@ runner = CliRunner()
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("federation")
-    server = coordinators.start(coordinators.new_coordinator(folder / "fed"), folder / "output")
+    server = coordinator_process.start(
+        coordinator_process.new_coordinator(folder / "fed"), folder / "output"
+    )
     yield server
     server.stop()
 
@@ -46,7 +48,7 @@ def ask(running: Running, path: str, body: bytes, token: str | None = None) -> t
 
 def command(running: Running, *arguments: str) -> tuple[int, str]:
     words = [*arguments, "--dir", str(running.place.root)]
-    result = runner.invoke(cli_server.app, words)
+    result = runner.invoke(server_group.app, words)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output
@@ -84,7 +86,7 @@ def nodes(running: Running) -> set[str]:
 
 
 def test_flowers_nodes_are_the_approved_sites(running: Running, tmp_path: Path) -> None:
-    coordinators.join(running, tmp_path / "west", "west")
+    coordinator_process.join(running, tmp_path / "west", "west")
     wait_for(lambda: "west" in nodes(running), 5, lambda: str(nodes(running)))
     revoke_site(running.place, "west")
     wait_for(lambda: "west" not in nodes(running), 5, lambda: str(nodes(running)))
@@ -96,7 +98,7 @@ def test_the_commands(running: Running, tmp_path: Path) -> None:
     assert "cloister-invite" not in output  # a secret goes to a file, not to the screen
     told = json.loads(command(running, "sites", "--json")[1])
     assert {"alpha", "beta"} <= {row["name"] for row in told["invited"]}
-    east = coordinators.join(running, tmp_path / "east", "east")
+    east = coordinator_process.join(running, tmp_path / "east", "east")
     print_ = fingerprint(east.site.identity().public)
     east.activate()
     output = command(running, "sites")[1]
@@ -116,11 +118,11 @@ def test_the_commands(running: Running, tmp_path: Path) -> None:
 
 
 def test_a_wrong_fingerprint_is_not_approved(running: Running, tmp_path: Path) -> None:
-    from cloister_client import joining
+    from cloister_fl.client.network import join
 
     invite = running.invite("twin")
-    site = joining.prepare(tmp_path / "twin", invite)
-    joining.ask(site, invite)
+    site = join.prepare(tmp_path / "twin", invite)
+    join.ask(site, invite)
     print_ = fingerprint(site.identity().public)
     with pytest.raises(SiteStateInvalid):
         command(running, "approve", "twin", "--fingerprint", print_[:-1] + "x")
@@ -136,7 +138,14 @@ def test_a_wrong_fingerprint_is_not_approved(running: Running, tmp_path: Path) -
 
 def test_one_server_a_folder(running: Running) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", coordinators.SERVER, "start", "--dir", str(running.place.root)],
+        [
+            sys.executable,
+            "-c",
+            coordinator_process.SERVER,
+            "start",
+            "--dir",
+            str(running.place.root),
+        ],
         capture_output=True,
         text=True,
         timeout=60,
@@ -149,14 +158,14 @@ def test_one_server_a_folder(running: Running) -> None:
 
 @pytest.mark.slow
 def test_stop_and_kill(tmp_path: Path) -> None:
-    place = coordinators.new_coordinator(tmp_path / "fed")
-    first = coordinators.start(place, tmp_path / "out-1")
-    hospital = coordinators.join(first, tmp_path / "north", "north")
+    place = coordinator_process.new_coordinator(tmp_path / "fed")
+    first = coordinator_process.start(place, tmp_path / "out-1")
+    hospital = coordinator_process.join(first, tmp_path / "north", "north")
     node = hospital.activate()
     first.process.send_signal(signal.SIGKILL)
     first.process.wait(10)
     assert json.loads(command(first, "status", "--json")[1])["running"] is False
-    second = coordinators.start(place, tmp_path / "out-2")
+    second = coordinator_process.start(place, tmp_path / "out-2")
     try:
         # The same site, node and certificate: nothing was lost.
         from flwr.proto.fleet_pb2 import PullMessagesRequest

@@ -17,17 +17,13 @@ from threading import Thread
 import pytest
 from typer.testing import CliRunner
 
-import coordinators
-import deployment
-from cloister_client import cli, dial, joining
-from cloister_client.preflight import Check, Finding, State, exit_status
-from cloister_client.preflight_network import network
-from cloister_client.proxy import FILE, proxy_of, set_password
-from cloister_client.site import Site, network_of, open_site
-from cloister_common import eckeys
-from cloister_common.children import local_environment
-from cloister_common.eckeys import Purpose
-from cloister_common.errors import (
+from cloister_fl.client.cli import client_group
+from cloister_fl.client.network import http, join
+from cloister_fl.client.network.proxy import FILE, proxy_of, set_password
+from cloister_fl.client.preflight.findings import Check, Finding, State, exit_status
+from cloister_fl.client.preflight.network_check import network
+from cloister_fl.client.site.folder import Site, network_of, open_site
+from cloister_fl.errors import (
     ClockOrDates,
     CloisterError,
     CoordinatorUnproven,
@@ -38,11 +34,15 @@ from cloister_common.errors import (
     ProxyLoginRefused,
     ProxyUnusable,
 )
-from cloister_server import authority as authority_module
-from cloister_server.authority import Authority, pem
-from cloister_server.enrolling import approve_site, revoke_site
-from coordinators import Hospital, Running, wait_for
-from proxies import INSPECTOR, Mode, Proxy
+from cloister_fl.membership import ec_keys
+from cloister_fl.membership.ec_keys import Purpose
+from cloister_fl.server.coordinator import certificate_authority as authority_module
+from cloister_fl.server.coordinator.certificate_authority import Authority, pem
+from cloister_fl.server.coordinator.site_approval import approve_site, revoke_site
+from cloister_fl.system.child_process import local_environment
+from support import coordinator_process, deployment
+from support.coordinator_process import Hospital, Running, wait_for
+from support.proxies import INSPECTOR, Mode, Proxy
 
 LOGIN = ("fl-node", "s3cret:with colon ü")
 PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -58,7 +58,9 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("federation")
-    server = coordinators.start(coordinators.new_coordinator(folder / "fed"), folder / "output")
+    server = coordinator_process.start(
+        coordinator_process.new_coordinator(folder / "fed"), folder / "output"
+    )
     # The port for joining closes with the last open invite, and opens again with the next: a
     # second later, perhaps between a test's invite and its join.
     server.invite("keeps-the-port-open", 3600)
@@ -68,7 +70,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def north(running: Running, tmp_path_factory: pytest.TempPathFactory) -> Hospital:
-    return coordinators.join(running, tmp_path_factory.mktemp("north"), "north")
+    return coordinator_process.join(running, tmp_path_factory.mktemp("north"), "north")
 
 
 def behind(hospital: Hospital, proxy: Proxy | str, user: str = "") -> Site:
@@ -93,7 +95,7 @@ def at(findings: list[Finding], check: Check) -> Finding:
 def told(site: Site, check: Check, error: type[CloisterError], *words: str) -> None:
     """What ``look`` raises and what ``check`` finds is the same, and nothing after it is told."""
     with pytest.raises(error) as caught:
-        joining.look(site)
+        join.look(site)
     text = str(caught.value)
     for word in words:
         assert word in text
@@ -115,11 +117,11 @@ def told(site: Site, check: Check, error: type[CloisterError], *words: str) -> N
 def test_a_hospital_joins_through_a_proxy_that_asks_who(running: Running, tmp_path: Path) -> None:
     invite = running.invite("east")
     with Proxy(login=LOGIN) as proxy:
-        site = joining.prepare(tmp_path / "east", invite, network_of(proxy.url, LOGIN[0]))
+        site = join.prepare(tmp_path / "east", invite, network_of(proxy.url, LOGIN[0]))
         set_password(site, LOGIN[1] + "\n")
-        assert joining.ask(site, invite).state == "pending"
+        assert join.ask(site, invite).state == "pending"
         assert approve_site(running.place, "east")
-        assert joining.look(site).state == "approved"
+        assert join.look(site).state == "approved"
         enrolment = running.place.file.enrolment.addresses[0]
         # Authority, request, question; then, with the certificate, the roster.
         assert proxy.targets == [enrolment] * 3 + [fleet(running)]
@@ -143,18 +145,18 @@ def test_the_commands_join_through_a_proxy(running: Running, tmp_path: Path) -> 
     runner = CliRunner()
     with Proxy(login=LOGIN) as proxy:
         options = ["--dir", str(site), "--proxy", proxy.url, "--proxy-user", LOGIN[0]]
-        first = runner.invoke(cli.app, ["join", "-", *options], input=invite)
+        first = runner.invoke(client_group.app, ["join", "-", *options], input=invite)
         assert isinstance(first.exception, ProxyLoginRefused)
         assert "cloister client proxy" in str(first.exception)
-        kept = runner.invoke(cli.app, ["proxy", "--dir", str(site)], input=LOGIN[1])
+        kept = runner.invoke(client_group.app, ["proxy", "--dir", str(site)], input=LOGIN[1])
         assert kept.exit_code == 0
         assert LOGIN[1] not in kept.output
         # Given again, the same options do no harm; another proxy is not silently ignored.
-        again = runner.invoke(cli.app, ["join", "-", *options], input=invite)
+        again = runner.invoke(client_group.app, ["join", "-", *options], input=invite)
         assert again.exit_code == 0, again.output
         assert len(proxy.targets) == 2
         other = ["--dir", str(site), "--proxy", "http://127.0.0.1:1"]
-        refused = runner.invoke(cli.app, ["join", "-", *other], input=invite)
+        refused = runner.invoke(client_group.app, ["join", "-", *other], input=invite)
         assert isinstance(refused.exception, OptionInvalid)
 
 
@@ -166,11 +168,11 @@ def test_the_node_serves_through_the_proxy_and_says_when_it_is_gone(
     hospital = deployment.Hospital(tmp_path / "through")
     try:
         with Proxy(login=LOGIN) as proxy:
-            site = joining.prepare(hospital.folder, invite, network_of(proxy.url, LOGIN[0]))
+            site = join.prepare(hospital.folder, invite, network_of(proxy.url, LOGIN[0]))
             set_password(site, LOGIN[1] + "\n")
-            assert joining.ask(site, invite).state == "pending"
+            assert join.ask(site, invite).state == "pending"
             assert approve_site(running.place, "through")
-            assert joining.look(site).state == "approved"
+            assert join.look(site).state == "approved"
             asked = proxy.targets.count(fleet(running))
             hospital.start()
             assert proxy.targets.count(fleet(running)) > asked
@@ -188,15 +190,15 @@ def test_the_environment_names_the_proxy_where_the_site_does_not(
     site = behind(north, "")
     with Proxy(login=("env", "word")) as proxy, Proxy() as own:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url.replace("//", "//env:word@"))
-        assert joining.look(site).state == "approved"
+        assert join.look(site).state == "approved"
         assert proxy.targets == [fleet(running)]
         assert at(network(site), Check.PROXY).what == f"{proxy.address} opens the connection."
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        assert joining.look(site).state == "approved"
+        assert join.look(site).state == "approved"
         assert at(network(site), Check.PROXY).what == "None; the way is direct."
         assert len(proxy.targets) == 2
         # What the site says comes first.
-        assert joining.look(behind(north, own)).state == "approved"
+        assert join.look(behind(north, own)).state == "approved"
         assert len(own.targets) == 1
 
 
@@ -210,7 +212,7 @@ def test_a_wrong_password_and_none(north: Hospital) -> None:
         site = behind(north, proxy, LOGIN[0])
         (site.keys / FILE).unlink(missing_ok=True)
         with pytest.raises(ProxyLoginRefused, match="was not set"):
-            joining.look(site)
+            join.look(site)
         assert at(network(site), Check.PROXY).code == "CLO-812"
         set_password(site, "wrong")
         told(site, Check.PROXY, ProxyLoginRefused, "did not accept the user fl-node", proxy.address)
@@ -243,14 +245,14 @@ def test_a_proxy_that_inspects(
         # Already the first step of joining says it, and no secret went through.
         name = f"seen-{newest[-1]}"
         invite = running.invite(name)
-        site = joining.prepare(tmp_path / "site", invite, network_of(proxy.url))
+        site = join.prepare(tmp_path / "site", invite, network_of(proxy.url))
         with pytest.raises(CoordinatorUnproven, match=INSPECTOR):
-            joining.ask(site, invite)
+            join.ask(site, invite)
         assert running.row(name) is None
 
 
 def test_a_proxy_that_hangs(north: Hospital, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dial, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(http, "TIMEOUT_S", 0.5)
     with Proxy(Mode.HANG) as proxy:
         told(behind(north, proxy), Check.PROXY, ProxyUnusable, "did not answer in time")
 
@@ -290,9 +292,9 @@ def test_a_proxy_of_a_kind_that_is_not_spoken(
 def test_no_way_to_the_coordinator(north: Hospital, address: str, check: Check, words: str) -> None:
     with Proxy() as proxy:
         site = behind(north, proxy if "from" in words else "")
-        path = site.root / joining.MEMBERSHIP
+        path = site.root / join.MEMBERSHIP
         kept = path.read_bytes()
-        member = joining.membership(site).model_copy(update={"fleet": address})
+        member = join.membership(site).model_copy(update={"fleet": address})
         path.write_text(member.model_dump_json())
         try:
             told(site, check, CoordinatorUnreachable, words, address)
@@ -319,10 +321,10 @@ def posing(context: ssl.SSLContext, hospital: Hospital) -> Iterator[Site]:
     thread = Thread(target=serve)
     thread.start()
     site = behind(hospital, "")
-    path = site.root / joining.MEMBERSHIP
+    path = site.root / join.MEMBERSHIP
     kept = path.read_bytes()
     away = {"fleet": f"127.0.0.1:{bound.getsockname()[1]}"}
-    path.write_text(joining.membership(site).model_copy(update=away).model_dump_json())
+    path.write_text(join.membership(site).model_copy(update=away).model_dump_json())
     try:
         yield site
     finally:
@@ -334,8 +336,8 @@ def posing(context: ssl.SSLContext, hospital: Hospital) -> Iterator[Site]:
 
 def served(folder: Path, authority: Authority, host: str = "127.0.0.1") -> ssl.SSLContext:
     """A server's TLS with a certificate of this authority."""
-    key = eckeys.generate_pem(Purpose.TLS)
-    public = eckeys.load_private(key, Purpose.TLS).public_key()
+    key = ec_keys.generate_pem(Purpose.TLS)
+    public = ec_keys.load_private(key, Purpose.TLS).public_key()
     path = folder / "server.pem"
     path.write_bytes(key + pem(authority.server_certificate(public, [host])))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -372,15 +374,15 @@ def test_a_certificate_of_the_site_that_is_not_accepted(
 
 
 def test_revoked(running: Running, tmp_path: Path) -> None:
-    hospital = coordinators.join(running, tmp_path / "gone", "gone")
+    hospital = coordinator_process.join(running, tmp_path / "gone", "gone")
     revoke_site(running.place, "gone")
     told(hospital.site, Check.ADMISSION, EnrolmentRefused, "has revoked this site")
 
 
 def test_not_approved_yet(running: Running, tmp_path: Path) -> None:
     invite = running.invite("early")
-    site = joining.prepare(tmp_path / "early", invite)
-    joining.ask(site, invite)
+    site = join.prepare(tmp_path / "early", invite)
+    join.ask(site, invite)
     findings = network(site)
     assert exit_status(findings) == 0
     assert at(findings, Check.TLS).state is State.OK

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import deployment
-from cloister_common.study import parse_study
-from deployment import Deployment
+from cloister_fl.study.schema import parse_study
+from support import deployment
+from support.deployment import Deployment
 
 CANARY = "MRN-7741903-Sommer-Anna"
 STUDY = """\
@@ -40,7 +40,7 @@ import importlib.abc, os, sys
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "cloister_client.app":
+        if name != "cloister_fl.client.app":
             return None
         sys.meta_path.remove(self)
         import importlib.util
@@ -65,7 +65,7 @@ if os.environ.get("QUOTE_AT"):
     sys.meta_path.insert(0, Finder())
 
 if os.environ.get("TEE"):
-    from cloister_server import gate
+    from cloister_fl.server.network import fleet_gate as gate
     replay = gate._replay
     async def tee(app, scope, body, receive, send):
         async def both(event):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from cloister_common.audit import read
-from cloister_common.study import parse_study
-from coordinators import wait_for
-from deployment import Deployment
+from cloister_fl.audit_log import read
+from cloister_fl.study.schema import parse_study
+from support.coordinator_process import wait_for
+from support.deployment import Deployment
 
 STUDY = """\
 [study]

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-import coordinators
-from cloister_client.joining import CERTIFICATE
-from coordinators import wait_for
-from deployment import Hospital, cloister
+from cloister_fl.client.network.join import CERTIFICATE
+from support import coordinator_process
+from support.coordinator_process import wait_for
+from support.deployment import Hospital, cloister
 
 
 @pytest.mark.slow
 def test_start_waits_for_the_approval_and_then_serves(tmp_path: Path) -> None:
-    place = coordinators.new_coordinator(tmp_path / "fed")
-    server = coordinators.start(place, tmp_path / "server.log")
+    place = coordinator_process.new_coordinator(tmp_path / "fed")
+    server = coordinator_process.start(place, tmp_path / "server.log")
     hospital = Hospital(tmp_path / "north")
     where = ("--dir", hospital.folder)
     try:
@@ -42,7 +42,7 @@ def test_start_waits_for_the_approval_and_then_serves(tmp_path: Path) -> None:
         # The server's end is no reason to give up.
         server.stop()
         wait_for(lambda: "cannot be reached" in hospital.told(), 60, hospital.told)
-        server = coordinators.start(place, tmp_path / "server.log")
+        server = coordinator_process.start(place, tmp_path / "server.log")
         cloister("server", "approve", "north", "--fingerprint", mark[1], "--dir", place.root)
         hospital.wait()
         assert (hospital.folder / "keys" / CERTIFICATE).exists()

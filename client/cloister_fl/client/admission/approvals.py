@@ -1,0 +1,224 @@
+"""Which studies are approved at this hospital, by hash; nothing else is trained here.
+
+A study that is proposed and not yet judged is kept, so that the steward can read it; the answer
+is given once, and can be changed until the study has begun to cost. The policy can approve by
+itself (``automatic``), never what a person denied, and only for as long as it says so.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from cloister_fl.client.admission.auto_approval import ground_of, in_words, stands
+from cloister_fl.client.site.audit_log import log_of
+from cloister_fl.client.site.folder import Site
+from cloister_fl.errors import FileUnreadable, OptionInvalid, StudyInvalid, StudyNotApproved
+from cloister_fl.study.schema import Study, study_from_canonical
+from cloister_fl.system import utc
+from cloister_fl.system.file_lock import locked
+from cloister_fl.system.files import write_atomic
+
+FILE = "approvals.json"
+FORMAT = 1
+MAX_PENDING = 100
+"""Proposals that are kept; the oldest gives way, so that no server fills the disk."""
+
+_PREFIX = re.compile(r"[0-9a-f]{8,64}")
+
+
+class Decision(enum.StrEnum):
+    """What a person said of a study."""
+
+    PENDING = "pending"
+    APPROVED = "approved"
+    DENIED = "denied"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A study and what was decided.
+
+    Attributes:
+        study: the study.
+        decision: pending, approved or denied.
+        why: the steward's words; they stay here.
+        time: when it was proposed or judged last, ISO 8601.
+        ground: on what the policy approved it; empty where a person judged, see ``automatic``.
+    """
+
+    study: Study
+    decision: Decision
+    why: str = ""
+    time: str = ""
+    ground: str = ""
+
+
+def judgements(site: Site) -> dict[str, Judgement]:
+    """All studies that were proposed or judged here, by hash, oldest first.
+
+    Raises:
+        FileUnreadable: the file cannot be read, or is not Cloister's.
+    """
+    path = site.root / FILE
+    try:
+        text = path.read_text("utf-8") if path.exists() else '{"format": 1, "studies": {}}'
+        held = json.loads(text)
+        if held["format"] != FORMAT:
+            raise ValueError
+        return {digest: _judgement(digest, row) for digest, row in held["studies"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StudyInvalid):
+        raise FileUnreadable(
+            f"{FILE} cannot be read.",
+            why="No study is approved while that is so.",
+            remedy="Restore it from the site's backup, or move it away and judge again.",
+        ) from None
+
+
+def require_approved(site: Site, study: Study, signatures: bytes = b"") -> None:
+    """Refuse a study that neither a person nor the policy approved; a new one is kept for review.
+
+    Args:
+        site: the site.
+        study: the study that is asked for.
+        signatures: who vouches for it, see ``signing``.
+
+    Raises:
+        StudyNotApproved: it is new, waits, or was denied.
+        MessageInvalid: the policy asks for signatures, and these are none.
+        FileUnreadable, AuditLogDamaged: a file cannot be read or written.
+    """
+    held = judgements(site).get(study.digest)
+    if not _settled(site, held):
+        held = _settle(site, study, ground_of(site.policy, study, signatures))
+    if held is not None and held.decision is Decision.APPROVED:
+        return
+    denied = held is not None and held.decision is Decision.DENIED
+    raise StudyNotApproved(
+        "A steward here denied the study."
+        if denied
+        else "No steward here has approved the study yet.",
+        why=f"Its hash is {study.digest[:16]}.",
+        remedy="Propose another study."
+        if denied
+        else "Read it with 'cloister client review', then 'cloister client approve' or 'deny'.",
+    )
+
+
+def judge(site: Site, study: Study, decision: Decision, *, why: str = "") -> None:
+    """Note a steward's decision, and write it to the audit log.
+
+    An approval is in the log before it is in force; a denial is in force first, so that whatever
+    ends this process between the two, nothing trains that the steward has denied.
+
+    Raises:
+        FileUnreadable, AuditLogDamaged: a file cannot be read or written.
+    """
+    with _locked(site):
+        known = judgements(site)
+        known.pop(study.digest, None)
+        known[study.digest] = Judgement(study, decision, why, utc.timestamp())
+        said = {"study": study.digest, "decision": decision.value, "by": "steward"}
+        if decision is not Decision.APPROVED:
+            _save(site, known)
+        log_of(site).append("judged", **said)
+        if decision is Decision.APPROVED:
+            _save(site, known)
+
+
+def find(site: Site, prefix: str) -> Judgement:
+    """The study whose hash begins with ``prefix``, at least 8 digits.
+
+    Raises:
+        OptionInvalid: there is none, or more than one.
+        FileUnreadable: see ``judgements``.
+    """
+    known = judgements(site)
+    found = [one for digest, one in known.items() if digest.startswith(prefix.lower())]
+    if not _PREFIX.fullmatch(prefix.lower()) or len(found) != 1:
+        raise OptionInvalid(
+            f"{prefix!r} names {'no study' if not found else 'more than one study'} here.",
+            remedy="Give at least 8 digits of a hash that 'cloister client review' lists.",
+        )
+    return found[0]
+
+
+def _settled(site: Site, held: Judgement | None) -> bool:
+    """Whether a person judged, or the ground of the policy's own approval still stands."""
+    if held is None or held.decision is Decision.PENDING:
+        return False
+    return not held.ground or stands(site.policy, held.study, held.ground)
+
+
+def _settle(site: Site, study: Study, ground: str) -> Judgement:
+    """Let the policy approve a study, take its approval back, or keep the study for review.
+
+    What was judged in the meantime stays.
+    """
+    with _locked(site):
+        known = judgements(site)
+        held = known.get(study.digest)
+        if held is not None and (
+            _settled(site, held) or (held.decision is Decision.PENDING and not ground)
+        ):
+            return held
+        now = utc.timestamp()
+        if ground:
+            settled = Judgement(study, Decision.APPROVED, in_words(ground), now, ground)
+        else:
+            settled = Judgement(study, Decision.PENDING, time=now)
+            waiting = [d for d, one in known.items() if one.decision is Decision.PENDING]
+            for oldest in waiting[: max(0, len(waiting) + 1 - MAX_PENDING)]:
+                del known[oldest]
+        if ground or held is not None:
+            why = settled.why or "the policy approves it no more"
+            decision = settled.decision.value
+            log_of(site).append(
+                "judged", study=study.digest, decision=decision, by="policy", why=why
+            )
+        known.pop(study.digest, None)
+        known[study.digest] = settled
+        _save(site, known)
+        return settled
+
+
+@contextmanager
+def _locked(site: Site) -> Iterator[None]:
+    """Change the file alone: a proposal that arrives while a steward denies must not undo it."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(site.root / f".{FILE}.lock"))
+        except OSError:
+            raise FileUnreadable(
+                f"{FILE} cannot be changed.",
+                remedy="Check that this user may write to the site folder.",
+            ) from None
+        yield
+
+
+def _judgement(digest: str, row: Mapping[str, Any]) -> Judgement:
+    study = study_from_canonical(str(row["study"]))
+    if study.digest != digest:
+        raise ValueError("a hash is not its study's")
+    decision, ground = Decision(row["decision"]), str(row.get("ground", ""))
+    return Judgement(study, decision, str(row["why"]), str(row["time"]), ground)
+
+
+def _save(site: Site, known: Mapping[str, Judgement]) -> None:
+    rows = {
+        digest: {
+            "study": one.study.canonical(),
+            "decision": one.decision.value,
+            "why": one.why,
+            "time": one.time,
+            "ground": one.ground,
+        }
+        for digest, one in known.items()
+    }
+    text = json.dumps({"format": FORMAT, "studies": rows}, indent=1)
+    write_atomic(site.root / FILE, text.encode())

@@ -1,0 +1,394 @@
+"""The ClientApp: the one that a deployment, the simulation and the tests all run.
+
+Every answer is a message of ``records.py``. An error becomes a refusal with a reason of the
+closed list; its text stays at the site, as a notice for its operator. Flower is never handed an
+exception: it would send the text to the server.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
+
+from cloister_fl.client.admission import gate
+from cloister_fl.client.app_state import Kept
+from cloister_fl.client.data.cohort import load_frozen
+from cloister_fl.client.ledger.rollback import compare
+from cloister_fl.client.secure_aggregation import exchange as masked
+from cloister_fl.client.site.audit_log import WHY, log_of
+from cloister_fl.client.site.folder import Site, open_site
+from cloister_fl.client.site.last_refusal import clear_notice, leave_notice
+from cloister_fl.client.training.csprng import SecureRandom
+from cloister_fl.client.training.evaluation import score_histogram
+from cloister_fl.client.training.feature_cache import features_of
+from cloister_fl.client.training.local_training import train_round
+from cloister_fl.client.training.noisy_histogram import exact_histogram, noised
+from cloister_fl.errors import (
+    BudgetExhausted,
+    BundleRefused,
+    CloisterError,
+    InternalError,
+    MessageInvalid,
+    OutsideHours,
+    PolicyRefused,
+    ReleaseAlreadySpent,
+    RosterInvalid,
+    RosterMismatch,
+    RoundAlreadySpent,
+    SecureAggregationError,
+    StudyNotApproved,
+    WireInvalid,
+)
+from cloister_fl.networks import flat_parameters, registry
+from cloister_fl.networks.batch_independence import require_private
+from cloister_fl.networks.frozen_backbone import FrozenBackbone
+from cloister_fl.networks.pretrained import MODELS_FOLDER
+from cloister_fl.protocol import sessions
+from cloister_fl.protocol.round_messages import (
+    ROSTER_KEY,
+    SITE_KEY,
+    Counts,
+    Evaluated,
+    EvaluateTask,
+    Exchange,
+    Exchanged,
+    MessageT,
+    Octets,
+    Prepare,
+    Prepared,
+    Refusal,
+    Refused,
+    RoundMessage,
+    TrainTask,
+    Update,
+    Vector,
+    head_of,
+    kind_of,
+    octets,
+    pack,
+    payload_bytes,
+    payload_hash,
+    signed_answer,
+    unpack,
+)
+from cloister_fl.study.cost import release_mechanism
+from cloister_fl.study.schema import Study, study_from_canonical
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_REASONS: tuple[tuple[type[CloisterError], Refused], ...] = (
+    (BundleRefused, Refused.BUNDLE),
+    (PolicyRefused, Refused.POLICY),
+    (StudyNotApproved, Refused.APPROVAL),
+    (OutsideHours, Refused.HOURS),
+    (BudgetExhausted, Refused.BUDGET),
+    (RoundAlreadySpent, Refused.SPENT),
+    (ReleaseAlreadySpent, Refused.SPENT),
+    (MessageInvalid, Refused.MESSAGE),
+    (WireInvalid, Refused.MESSAGE),
+    (RosterMismatch, Refused.ROSTER),
+    (RosterInvalid, Refused.ROSTER),
+    (SecureAggregationError, Refused.PROTOCOL),
+)
+"""The first that fits; what is not here may depend on data and is declined without a reason."""
+
+
+class SiteApp(ClientApp):
+    """A ClientApp with what it keeps between messages.
+
+    Attributes:
+        kept: cohorts, key epochs and signatures; they go with the app.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = Kept()
+        for add, handler in (
+            (self.query("prepare"), prepare),
+            (self.query("exchange"), exchange),
+            (self.train(), train),
+            (self.evaluate(), evaluate),
+        ):
+            add(functools.partial(handler, self.kept))
+
+    def __reduce__(self) -> str:
+        # Ray hands the app to a process with each message: it finds there what was kept.
+        return "app"
+
+    def refuse(self, message: Message, context: Context, error: CloisterError) -> Message:
+        """Answer a message that is not read at all, as one of a run with a foreign bundle."""
+
+        def no(site: Site) -> RoundMessage:
+            raise error
+
+        return _respond(self.kept, message, context, no)
+
+
+def prepare(kept: Kept, message: Message, context: Context) -> Message:
+    """Judge a study, reserve its cost, then see that the site's data can serve it."""
+
+    def answer(site: Site, task: Prepare) -> Prepared:
+        study = study_from_canonical(task.study)
+        compare(site, task.heads)
+        # Before the roster: a steward is shown both together, and accepts both or neither.
+        gate.consent(site, study, invited=task.sites, signatures=task.signatures)
+        if study.aggregation.secure:
+            masked.require_roster(site, _pin(site, context), task.roster)
+        module = _built(site, study)
+        if isinstance(module, FrozenBackbone):
+            module.require()
+        gate.admit(site, study, run=task.run, invited=task.sites, signatures=task.signatures)
+        kept.cohort(site, study, lambda: load_frozen(site, study), anew=True)
+        if isinstance(module, FrozenBackbone) and not study.training.augment:
+            # Now, where reading takes its time anyway, and not in the first round.
+            trained_on, _ = kept.parts(site, study, lambda: load_frozen(site, study))
+            features_of(module, trained_on)
+        # Last: everything else is well, so the answer means "yes, but not now".
+        gate.require_hours(site, datetime.datetime.now().time())
+        said = signed_answer(site.name, context.node_id, f"{task.run} {study.digest}")
+        return Prepared(site=site.name, signature=site.identity().sign(*said))
+
+    return _answer(kept, message, context, Prepare, answer)
+
+
+def exchange(kept: Kept, message: Message, context: Context) -> Message:
+    """Answer the stages of secure aggregation that need no data."""
+
+    def answer(site: Site, task: Exchange) -> Exchanged:
+        study = _admitted(site, task)
+        asked = _exchange(kept, site, study, context, task.exchange)
+        if asked.mask_request is not None:
+            raise MessageInvalid("A vector was asked for without a model.")
+        return Exchanged(site.name, task.round, octets(asked.answer_without_vector()))
+
+    return _answer(kept, message, context, Exchange, answer)
+
+
+def train(kept: Kept, message: Message, context: Context) -> Message:
+    """Charge the round, train it, and answer with the update, masked unless the study says not."""
+
+    def answer(site: Site, task: TrainTask) -> Update | Exchanged:
+        study = _admitted(site, task)
+        if not 1 <= task.round <= study.training.rounds:
+            raise MessageInvalid("A round was asked for that the study does not have.")
+        # Before the masks: a site that sits a round out keeps its keys, and can help unmask it.
+        gate.require_hours(site, datetime.datetime.now().time())
+
+        def trained() -> Vector:
+            return _train(kept, site, study, task)
+
+        if not study.aggregation.secure:
+            return Update(site=site.name, round=task.round, vector=trained())
+        asked = _exchange(kept, site, study, context, task.exchange)
+        if asked.mask_request is None:
+            raise MessageInvalid("A model was sent, and no update is asked for.")
+        claimed = asked.mask_request.session
+        expected = sessions.update_session(
+            study,
+            asked.roster,
+            [name for name, _ in claimed.weights],
+            round_number=task.round,
+            attempt=claimed.attempt,
+            model=task.vector,
+        )
+        answers = asked.answer(expected, trained, run=task.run, saturate=study.privacy.enabled)
+        return Exchanged(site.name, task.round, octets(answers))
+
+    return _answer(kept, message, context, TrainTask, answer)
+
+
+def evaluate(kept: Kept, message: Message, context: Context) -> Message:
+    """Measure a model on the site's own patients: where privacy is off, or in the release."""
+
+    def answer(site: Site, task: EvaluateTask) -> Evaluated | Exchanged:
+        study = _admitted(site, task)
+        gate.require_metric(site, study)
+        if study.evaluation.site_fraction == 0:
+            raise MessageInvalid("Nobody is kept apart to be measured on in this study.")
+        last = study.training.rounds
+        if not (last if study.releases else 0) <= task.round <= last:
+            raise MessageInvalid("A round was asked for that the study does not measure.")
+        if not study.aggregation.secure:
+            counts = _histogram(kept, site, study, task)
+            return Evaluated(
+                site=site.name, round=task.round, bins=counts.shape[-1], counts=counts.reshape(-1)
+            )
+        asked = _exchange(kept, site, study, context, task.exchange)
+        if asked.mask_request is None:
+            raise MessageInvalid("A model was sent, and no histogram is asked for.")
+        claimed = asked.mask_request.session
+        expected = sessions.histogram_session(
+            study,
+            [name for name, _ in claimed.weights],
+            round_number=task.round,
+            attempt=claimed.attempt,
+            model=task.vector,
+        )
+
+        def counted() -> NDArray[np.float64]:
+            return _histogram(kept, site, study, task).reshape(-1).astype(np.float64)
+
+        answers = asked.answer(expected, counted, run=task.run, saturate=study.releases)
+        return Exchanged(site.name, task.round, octets(answers))
+
+    return _answer(kept, message, context, EvaluateTask, answer)
+
+
+def _admitted(site: Site, task: TrainTask | EvaluateTask | Exchange) -> Study:
+    study = study_from_canonical(task.study)
+    gate.admit(site, study, run=task.run, invited=task.sites)
+    return study
+
+
+def _pin(site: Site, context: Context) -> Path:
+    return Path(str(context.node_config.get(ROSTER_KEY, site.roster)))
+
+
+def _exchange(
+    kept: Kept, site: Site, study: Study, context: Context, data: Octets
+) -> masked.Exchange:
+    if not study.aggregation.secure:
+        raise MessageInvalid("The study does not mask updates.")
+    return masked.Exchange(site, study, _pin(site, context), data, kept.members)
+
+
+def _built(site: Site, study: Study) -> nn.Module:
+    return registry.build_for(study, models=site.root / MODELS_FOLDER)
+
+
+def _loaded(site: Site, study: Study, model: Vector) -> nn.Module:
+    module = _built(site, study)
+    flat_parameters.load(module, model)
+    return module
+
+
+def _train(kept: Kept, site: Site, study: Study, task: TrainTask) -> Vector:
+    module = _loaded(site, study, task.vector)
+    if study.privacy.enabled:
+        # Before the charge: a network that cannot keep the promise costs the patients nothing.
+        require_private(module, size=study.input.size, depth=study.input.depth)
+    gate.charge(site, study, run=task.run, round_number=task.round)
+    cohort, _ = kept.parts(site, study, lambda: load_frozen(site, study))
+    private = study.privacy.enabled
+    return train_round(
+        module,
+        cohort,
+        study,
+        noise_multiplier=gate.mechanism(study).noise_multiplier if private else 0.0,
+        random=SecureRandom() if private else None,
+        round_number=task.round,
+        steps=study.training.steps_per_round,
+        site=site.name,
+    )
+
+
+def _histogram(kept: Kept, site: Site, study: Study, task: EvaluateTask) -> Counts:
+    module = _loaded(site, study, task.vector)
+    release = release_mechanism(study)
+    if release is None:
+        _, held_out = kept.parts(site, study, lambda: load_frozen(site, study))
+        return score_histogram(module, held_out, study)
+    # As for a round: a network that mixes patients would break the release's sensitivity, too.
+    require_private(module, size=study.input.size, depth=study.input.depth)
+    gate.charge_release(site, study, run=task.run)
+    _, held_out = kept.parts(site, study, lambda: load_frozen(site, study))
+    return noised(exact_histogram(module, held_out, study), study, release, SecureRandom())
+
+
+def _answer(
+    kept: Kept,
+    message: Message,
+    context: Context,
+    kind: type[MessageT],
+    handler: Callable[[Site, MessageT], RoundMessage],
+) -> Message:
+    run: list[str] = []
+
+    def act(site: Site) -> RoundMessage:
+        task = unpack(message.content, kind)
+        run.append(str(getattr(task, "run", "")))
+        clear_notice(site.root)
+        return handler(site, task)
+
+    return _respond(kept, message, context, act, run)
+
+
+def _respond(
+    kept: Kept,
+    message: Message,
+    context: Context,
+    act: Callable[[Site], RoundMessage],
+    run: Sequence[str] = (),
+) -> Message:
+    """Act, and log what leaves; ``act`` tells in ``run`` which run it is for, once it knows."""
+    site: Site | None = None
+    reply: RoundMessage
+    try:
+        site = open_site(Path(str(context.node_config[SITE_KEY])))
+        # First, so that a site whose log cannot be written answers nothing.
+        log_of(site).append("asked", **_told(message.content))
+        reply = act(site)
+    except CloisterError as error:
+        reply = _refuse(site, error, context.node_id)
+    except Exception as error:
+        # The type alone: the text of a library's exception can quote what it was given.
+        fault = InternalError(
+            f"Cloister met a fault of its own ({type(error).__name__}).",
+            remedy="Report it, with the version of Cloister and the study file.",
+        )
+        reply = _refuse(site, fault, context.node_id)
+    return Message(content=_logged(kept, site, reply, context.node_id, run), reply_to=message)
+
+
+def _told(records: RecordDict) -> dict[str, str | int]:
+    """What the log says of a message: its kind, size and hash, and the other side's head."""
+    return {
+        "message": kind_of(records),
+        "bytes": payload_bytes(records),
+        "sha256": payload_hash(records),
+        "peer_head": head_of(records),
+    }
+
+
+def _logged(
+    kept: Kept, site: Site | None, reply: RoundMessage, node: int, run: Sequence[str]
+) -> RecordDict:
+    """Pack a reply once the log says that it leaves, and why it may."""
+    if site is None:
+        return pack(reply)
+    try:
+        log = log_of(site)
+        why = WHY[reply.kind]
+        if isinstance(reply, Refusal):
+            why = f"{why}: {reply.reason}"
+        entry = {**_told(pack(reply)), "to": "coordinator", "why": why, "run": "".join(run)}
+        del entry["peer_head"]
+        head = log.append("sent", **entry)
+        if isinstance(reply, Prepared) or kept.is_signature_due(site, head.seq):
+            head = log.sign()
+            kept.signed(site, head.seq)
+    except CloisterError as error:
+        # What is not in the log does not leave.
+        return pack(_refuse(site, error, node))
+    return pack(reply, log_head=log.note(head))
+
+
+def _refuse(site: Site | None, error: CloisterError, node: int) -> Refusal:
+    reason = next((r for kind, r in _REASONS if isinstance(error, kind)), Refused.DECLINED)
+    if site is None:
+        return Refusal(site="", reason=reason.value)
+    leave_notice(site.root, error)
+    said = signed_answer(site.name, node, reason.value)
+    return Refusal(site.name, reason.value, site.identity().sign(*said))
+
+
+app = SiteApp()

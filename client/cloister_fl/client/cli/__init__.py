@@ -1,0 +1,1 @@
+"""`cloister client` and `cloister predict`: what a hospital's own people type."""

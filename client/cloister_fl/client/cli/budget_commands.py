@@ -1,0 +1,110 @@
+"""`cloister client budget`: what this site's patients have spent, and what is left.
+
+Everything heavy is imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cloister_fl.cli.confirm import Yes, confirm
+from cloister_fl.cli.folder_option import FolderTyper
+from cloister_fl.cli.folder_option import SiteFolder as Folder
+from cloister_fl.client.cli.steward_commands import site_folder
+from cloister_fl.system.optional import require
+from cloister_fl.system.text import counted
+
+app = FolderTyper(invoke_without_command=True)
+
+
+@app.callback()
+def budget(
+    context: typer.Context,
+    study: Annotated[Path | None, typer.Option(help="Say what this study would cost.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    folder: Folder = Path(),
+) -> None:
+    """Show what was spent, by which study, what is reserved and what is left."""
+    if context.invoked_subcommand is not None:
+        return
+    require("client", "numpy", "pydicom")
+    from cloister_fl.client.site.folder import open_site
+    from cloister_fl.client.steward import budget
+    from cloister_fl.study.schema import load_study
+
+    site = open_site(site_folder(folder))
+    asked = budget.proposal(site, load_study(study)) if study is not None else None
+    told = budget.statement(site)
+    if as_json:
+        typer.echo(json.dumps(budget.as_dict(told, asked)))
+        return
+    typer.echo(budget.render(told))
+    if asked is not None:
+        typer.echo(budget.render_proposal(asked))
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option(help="The file to write, JSON Lines.")],
+    folder: Folder = Path(),
+) -> None:
+    """Write the ledger's entries to a file, with its head signed by this site."""
+    require("client", "numpy", "pydicom")
+    from cloister_fl.client.site.folder import open_site
+    from cloister_fl.client.steward import budget
+
+    count = budget.export(open_site(site_folder(folder)), out)
+    typer.echo(f"Wrote {count} entries and the signed head to {out}.")
+
+
+@app.command()
+def close(
+    study: Annotated[str, typer.Argument(metavar="HASH", help="A hash that budget lists.")],
+    folder: Folder = Path(),
+    yes: Yes = False,
+) -> None:
+    """End a study here for good: release the steps that it never started."""
+    require("client", "numpy", "pydicom")
+    from cloister_fl.client.site.folder import open_site
+    from cloister_fl.client.steward import budget
+
+    site = open_site(site_folder(folder))
+    digest = budget.find(site, study)
+    (held,) = [one for one in budget.statement(site).studies if one.study == digest]
+    confirm(
+        f"The study {held.name or 'without a name'}, {digest[:16]}, ends here for good: "
+        f"{counted(held.steps_reserved, 'step')} reserved and not started are released.",
+        owner=f"site {site.name}",
+        folder=site.root,
+        command=("cloister", "client", "budget", "close", study),
+        yes=yes,
+    )
+    released = budget.close(site, digest)
+    typer.echo(f"Closed at {site.name}: {digest[:16]}. Steps released: {released}.")
+
+
+@app.command(name="accept-ledger")
+def accept_ledger(folder: Folder = Path(), yes: Yes = False) -> None:
+    """Take the ledger for the newest, where the site's notes of it say otherwise; it is logged."""
+    require("client", "numpy", "pydicom")
+    from cloister_fl.client.ledger.rollback import accept, disagreements
+    from cloister_fl.client.site.folder import open_site
+
+    site = open_site(site_folder(folder))
+    found = disagreements(site)
+    if not found:
+        typer.echo(f"The ledger of {site.name} fits what was noted of it.")
+        return
+    confirm(
+        f"The ledger is taken for the newest, for good, although: {' '.join(found)}",
+        owner=f"site {site.name}",
+        folder=site.root,
+        command=("cloister", "client", "budget", "accept-ledger"),
+        yes=yes,
+    )
+    accept(site)
+    typer.echo(f"Accepted at {site.name}, and logged.")

@@ -1,0 +1,173 @@
+"""`cloister client` and `cloister predict`: what a hospital's own people run.
+
+Everything heavy is imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cloister_fl.cli.folder_option import FolderTyper, dir_option, folder_option, one_folder
+from cloister_fl.cli.folder_option import SiteFolder as Folder
+from cloister_fl.client.cli import budget_commands, data_commands
+from cloister_fl.client.cli.certificate_commands import certificate
+from cloister_fl.client.cli.join_commands import join, proxy, roster
+from cloister_fl.client.cli.privacy_audit_commands import privacy_audit
+from cloister_fl.client.cli.progress_bar import progress_bar
+from cloister_fl.client.cli.service_commands import start, status, stop
+from cloister_fl.client.cli.steward_commands import approve, deny, review, site_folder
+from cloister_fl.errors import FolderUnreadable, OptionInvalid
+from cloister_fl.system.optional import require
+
+app = FolderTyper(help="Set up and check a hospital's site.", no_args_is_help=True)
+
+
+app.command()(join)
+app.command()(roster)
+app.command()(proxy)
+app.command()(start)
+app.command()(stop)
+app.command()(status)
+app.command()(review)
+app.command()(approve)
+app.command()(deny)
+app.command()(certificate)
+app.command(name="privacy-audit")(privacy_audit)
+app.command()(data_commands.fetch)
+app.command()(data_commands.freeze)
+app.command(name="data-report")(data_commands.data_report)
+app.command()(data_commands.find)
+app.add_typer(data_commands.app, name="quarantine")
+app.add_typer(budget_commands.app, name="budget")
+
+
+@app.callback()
+def client(folder: Folder = Path()) -> None:
+    """Set up and check a hospital's site."""
+    del folder  # of the commands; see FolderTyper
+
+
+@app.command()
+def init(
+    positional: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="The site folder.", show_default="here")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The site's name; else the folder's.")] = None,
+    dicom: Annotated[
+        str | None, typer.Option(help="Folder of the images, absolute or from the site folder.")
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="The labels file, CSV, absolute or from the site folder.")
+    ] = None,
+    option: Annotated[Path | None, folder_option("The site folder, as DIR.")] = None,
+) -> None:
+    """Create a site folder and its keys, or what one lacks. Nothing is replaced."""
+    folder = one_folder(positional, option) or Path()
+    require("client", "numpy", "pydicom")
+    from cloister_fl.client.site.folder import SITE_FILE, init_site
+
+    new = not (folder / SITE_FILE).exists()
+    site = init_site(folder, name=name, dicom=dicom, labels=labels)
+    if new:
+        for path, what in (
+            (site.dicom, "folder of images"),
+            (site.labels, "labels file, which a segmentation does without"),
+        ):
+            if not path.exists():
+                typer.echo(f"There is no {what} yet: {path}")
+        typer.echo(f"Site {site.name} is ready. Edit {folder / SITE_FILE}, then run:")
+        typer.echo(f"  cloister client check{dir_option(folder)}")
+    else:
+        typer.echo(f"Site {site.name} was here already; its site.toml and keys are unchanged.")
+
+
+@app.command()
+def check(
+    folder: Folder = Path(),
+    study: Annotated[Path | None, typer.Option(help="Judge the data by this study.")] = None,
+    offline: Annotated[bool, typer.Option(help="Leave the network alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    sheet: Annotated[
+        Path | None,
+        typer.Option("--contact-sheet", help="Write the images as training sees them, as PNG."),
+    ] = None,
+) -> None:
+    """Look at the way to the coordinator, this machine and the site's data: all that is wrong.
+
+    The exit status is 0 where nothing failed, else that of the first failure.
+    """
+    require("client", "httpx", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls", "PIL")
+    from cloister_fl.client.preflight import findings as preflight
+    from cloister_fl.client.preflight.data_check import inspect, render
+    from cloister_fl.client.preflight.network_check import network
+    from cloister_fl.client.site.folder import open_site
+    from cloister_fl.client.steward.contact_sheet import contact_sheet
+    from cloister_fl.study.schema import load_study
+    from cloister_fl.system.files import write_atomic
+
+    site = open_site(site_folder(folder))
+    judged_by = load_study(study) if study is not None else None
+    findings = [*network(site, offline=offline), *preflight.machine(site)]
+    with progress_bar("Reading images") as progress:
+        report = inspect(site, judged_by, progress=progress)
+    findings += preflight.data(report)
+    if as_json:
+        told = [finding.as_dict() for finding in findings]
+        typer.echo(json.dumps({**report.as_dict(), "findings": told}))
+    else:
+        typer.echo(f"{preflight.render(findings)}\n\n{render(report)}")
+    if sheet is not None and report.cohort is not None:
+        shown, png = contact_sheet(report.cohort)
+        write_atomic(sheet, png)
+        typer.echo(f"Wrote {shown} images to {sheet}. They show patients: keep it here.", err=True)
+    raise typer.Exit(preflight.exit_status(findings))
+
+
+@app.command()
+def audit(
+    folder: Folder = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what left this site, to whom and why, from its audit log."""
+    require("client", "numpy", "pydicom")
+    from cloister_fl.client.site.audit_log import as_dict, entries_of, render
+    from cloister_fl.client.site.folder import open_site
+
+    site = open_site(site_folder(folder))
+    entries = entries_of(site)
+    typer.echo(json.dumps(as_dict(site, entries)) if as_json else render(site, entries))
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(help="A model that Cloister wrote.")],
+    folder: Annotated[Path, typer.Argument(help="The images, DICOM, in any structure.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The CSV file to write; for a model that segments, a new folder.",
+            show_default="scores.csv or outlines",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Score or segment a folder of images with a finished model, on this machine."""
+    require("client", "torch", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls")
+    from cloister_fl.client import predict as prediction
+
+    with progress_bar("Reading images") as progress:
+        try:
+            done = prediction.predict(model, folder, out, device=device, progress=progress)
+        except FolderUnreadable as error:
+            raise OptionInvalid(
+                f"The images in {folder} cannot be read.",
+                why=error.why,
+                remedy="Name a folder with DICOM files, and check its permissions.",
+            ) from None
+    what = "outlines" if done.outlines else "scores"
+    typer.echo(f"Wrote the {what} of {done.images} images to {done.out}.")
+    for reason, count in done.rejects.items():
+        typer.echo(f"  turned away: {count} ({reason.value}, {reason.title})", err=True)

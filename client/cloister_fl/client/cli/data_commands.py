@@ -1,0 +1,292 @@
+"""`cloister client fetch`, `freeze`, `quarantine`, `find`, `data-report`: a steward and the data.
+
+Everything heavy is imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cloister_fl.cli.confirm import Yes, confirm
+from cloister_fl.cli.folder_option import FolderTyper, dir_option
+from cloister_fl.cli.folder_option import SiteFolder as Folder
+from cloister_fl.client.cli.progress_bar import progress_bar
+from cloister_fl.client.cli.steward_commands import site_folder
+from cloister_fl.errors import ArchiveAnswerInvalid, OptionInvalid
+from cloister_fl.system.optional import require
+
+if TYPE_CHECKING:
+    from cloister_fl.client.data.quarantine import Decision, Held
+    from cloister_fl.client.site.folder import Site
+
+app = FolderTyper(invoke_without_command=True)
+
+Name = Annotated[str, typer.Argument(metavar="ID", help="A file's short name, as listed.")]
+Why = Annotated[
+    str,
+    typer.Option(help="Stands in this site's audit log, so name no patient; it is not sent."),
+]
+
+
+def freeze(
+    study: Annotated[Path, typer.Argument(help="The study file.")],
+    folder: Folder = Path(),
+    again: Annotated[bool, typer.Option("--again", help="Replace what was frozen.")] = False,
+    why: Annotated[
+        str,
+        typer.Option(help="Why it is frozen anew; stands in the audit log, so name no patient."),
+    ] = "",
+    yes: Yes = False,
+) -> None:
+    """Sign what a study is trained on here: every image, patient and label; later runs check it.
+
+    The first run of a study does so by itself.
+    """
+    require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls")
+    from cloister_fl.client.data import cohort, frozen_dataset
+    from cloister_fl.client.site.folder import open_site
+    from cloister_fl.study.schema import load_study
+
+    site = open_site(site_folder(folder))
+    judged_by = load_study(study)
+    if again:
+        frozen_dataset.require_reason(why)
+        confirm(
+            f"What was frozen for {judged_by.study.name}, {judged_by.digest[:16]}, is replaced "
+            "for good by the data that are there now.",
+            owner=f"site {site.name}",
+            folder=site.root,
+            command=("cloister", "client", "freeze", str(study), "--again", "--why", why),
+            yes=yes,
+        )
+    with progress_bar("Reading images") as progress:
+        found = cohort.freeze(site, judged_by, again=again, why=why, progress=progress)
+    patients = len({one.patient for one in found.items})
+    typer.echo(
+        f"Frozen at {site.name}: {judged_by.study.name}, {judged_by.digest[:16]}, "
+        f"{len(found.items)} images of {patients} patients."
+    )
+
+
+def fetch(
+    folder: Folder = Path(),
+    ask_secret: Annotated[
+        bool, typer.Option("--ask-secret", help="Set the archive's password or token first.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Fetch what is missing from the archive that site.toml names; each file is kept sealed.
+
+    The exit status is 0 where all that fits is here.
+    """
+    require("client", "httpx", "numpy", "pydicom", "pynetdicom")
+    from cloister_fl.client.pacs import fetch
+    from cloister_fl.client.site.folder import open_site
+
+    site = open_site(site_folder(folder))
+    if ask_secret:
+        if sys.stdin.isatty():
+            secret = typer.prompt("Password or token", hide_input=True, err=True)
+        else:
+            secret = sys.stdin.read(8192)
+        fetch.set_secret(site, secret)
+    with progress_bar("Fetching images") as progress:
+        done = fetch.fetch(site, progress=progress)
+    missing = done.too_large + done.not_sent
+    if as_json:
+        typer.echo(json.dumps(fetch.as_dict(done)))
+        raise typer.Exit(ArchiveAnswerInvalid.exit_status if missing else 0)
+    typer.echo(f"{done.found} images fit: {done.new} fetched, {done.there} were here already.")
+    if done.too_large:
+        typer.echo(f"Too large for a file, and left out: {done.too_large}.")
+    if done.not_sent:
+        typer.echo(f"The archive could not send: {done.not_sent}. Ask who runs it.", err=True)
+    if missing:
+        raise typer.Exit(ArchiveAnswerInvalid.exit_status)
+
+
+def find(
+    what: Annotated[
+        str,
+        typer.Argument(help="A short name of a file or a patient, or a code such as CLO-211."),
+    ],
+    study: Annotated[
+        Path | None, typer.Option(help="The study that was spoken of: pseudonyms hold for one.")
+    ] = None,
+    folder: Folder = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say which files and patients a name or a code in this site's messages stands for.
+
+    It names patients and stays here. The exit status is 0 where something was found.
+    """
+    require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls")
+    from cloister_fl.client.site.folder import open_site
+    from cloister_fl.client.steward import reidentify
+    from cloister_fl.study.schema import load_study
+
+    site = open_site(site_folder(folder))
+    judged_by = None if study is None else load_study(study)
+    with progress_bar("Reading images") as progress:
+        found = reidentify.find(site, what, judged_by, progress=progress)
+    if as_json:
+        told = [
+            {
+                "file": one.short_id,
+                "path": one.path,
+                "patient_id": one.patient,
+                "code": None if one.reason is None else one.reason.value,
+            }
+            for one in found
+        ]
+        typer.echo(json.dumps({"found": told}))
+        raise typer.Exit(0 if found else OptionInvalid.exit_status)
+    if not found:
+        raise OptionInvalid(
+            f"Nothing here is meant by {what}.",
+            why="Names of files and patients are this site's own; a patient's holds for one study.",
+            remedy="Give the study that was spoken of: --study STUDY.",
+        )
+    for one in found:
+        why = "" if one.reason is None else f"  {one.reason.value}  {one.reason.title}"
+        # A path and an identifier can hold what a terminal obeys.
+        whose = f"  PatientID {_seen(one.patient)}" if one.patient else ""
+        typer.echo(f"{one.short_id}{why}{whose}")
+        typer.echo(f"              {_seen(one.path)}")
+    typer.echo("This names patients: keep it here.", err=True)
+
+
+def _seen(text: str) -> str:
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
+def data_report(
+    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    study: Annotated[Path | None, typer.Option(help="Look at the data as this study does.")] = None,
+    folder: Folder = Path(),
+) -> None:
+    """Write what the site's data look like, as HTML and JSON: counts, images, patients twice.
+
+    It shows patients and stays here.
+    """
+    require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls", "PIL")
+    from cloister_fl.client.site.folder import open_site
+    from cloister_fl.client.steward import data_report as reports
+    from cloister_fl.study.schema import load_study
+
+    site = open_site(site_folder(folder))
+    judged_by = None if study is None else load_study(study)
+    with progress_bar("Reading images") as progress:
+        report = reports.survey(site, judged_by, progress=progress)
+    reports.write(report, out)
+    typer.echo(
+        f"Wrote {out / reports.HTML} and {reports.JSON}. They show patients: keep them here."
+    )
+    twice = len(report.same_pixels) + len(report.same_person)
+    if twice:
+        typer.echo(f"Sets of patient identifiers that may be one patient's: {twice}; see there.")
+    if report.held:
+        command = f"cloister client quarantine{dir_option(folder)}"
+        typer.echo(f"Held until a person has looked: {report.held}; {command}")
+
+
+@app.callback()
+def quarantine(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    folder: Folder = Path(),
+) -> None:
+    """List the files that are held until a person has looked at them, and why."""
+    if context.invoked_subcommand is not None:
+        return
+    from cloister_fl.client.data import quarantine
+
+    _, found = _held(folder)
+    if as_json:
+        typer.echo(json.dumps({"held": [one.as_dict() for one in found]}))
+        return
+    typer.echo(quarantine.render(found))
+
+
+@app.command()
+def show(
+    name: Name,
+    png: Annotated[Path | None, typer.Option(help="Write the image here, as PNG.")] = None,
+    folder: Folder = Path(),
+) -> None:
+    """Say where a held file lies, and show its image. Both can name a patient."""
+    from cloister_fl.client.data import quarantine
+    from cloister_fl.system.files import write_atomic
+
+    site, found = _held(folder)
+    one = _named(found, name, folder)
+    path, data = quarantine.look(site, one)
+    typer.echo(quarantine.render([one]).splitlines()[0])
+    # A path can hold what a terminal obeys.
+    typer.echo(f"It lies at {_seen(str(path))}")
+    if png is not None:
+        write_atomic(png, quarantine.picture(data))
+        typer.echo(f"Wrote its image to {png}. It may show a patient's name: keep it here.")
+
+
+@app.command()
+def release(name: Name, why: Why, folder: Folder = Path(), yes: Yes = False) -> None:
+    """Let a held file be used: you have looked at it, and it shows no name."""
+    from cloister_fl.client.data.quarantine import Decision
+
+    _decide("release", name, why, folder, Decision.RELEASED, yes=yes)
+
+
+@app.command()
+def keep(name: Name, why: Why, folder: Folder = Path(), yes: Yes = False) -> None:
+    """Keep a file out for good, or take back its release."""
+    from cloister_fl.client.data.quarantine import Decision
+
+    _decide("keep", name, why, folder, Decision.KEPT, yes=yes)
+
+
+def _decide(verb: str, name: str, why: str, folder: Path, decision: Decision, *, yes: bool) -> None:
+    from cloister_fl.client.data import quarantine
+
+    quarantine.require_reason(why)
+    site, found = _held(folder)
+    one = _named(found, name, folder)
+    held_for = "" if one.reason is None else f", held for {one.reason.value} ({one.reason.title}),"
+    effect = {
+        quarantine.Decision.RELEASED: "is released: studies are trained on it from now on.",
+        quarantine.Decision.KEPT: "is kept out of every study.",
+    }
+    confirm(
+        f"The file {name}{held_for} {effect[decision]}",
+        owner=f"site {site.name}",
+        folder=site.root,
+        command=("cloister", "client", "quarantine", verb, name, "--why", why),
+        yes=yes,
+    )
+    quarantine.decide(site, one, decision, why=why)
+    typer.echo(f"{decision.value.capitalize()} at {site.name}: {name}.")
+
+
+def _held(folder: Path) -> tuple[Site, list[Held]]:
+    require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls", "PIL")
+    from cloister_fl.client.data import quarantine
+    from cloister_fl.client.site.folder import open_site
+
+    site = open_site(site_folder(folder))
+    with progress_bar("Reading images") as progress:
+        return site, list(quarantine.held(site, progress=progress))
+
+
+def _named(found: list[Held], name: str, folder: Path) -> Held:
+    for one in found:
+        if one.short_id == name:
+            return one
+    raise OptionInvalid(
+        f"No held file is named {name!r}.",
+        remedy=f"List them: cloister client quarantine{dir_option(folder)}",
+    )

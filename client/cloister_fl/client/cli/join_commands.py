@@ -1,0 +1,217 @@
+"""`cloister client join`, `roster` and `proxy`: a site's way into a federation.
+
+Everything heavy is imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cloister_fl.cli.folder_option import SiteFolder as Folder
+from cloister_fl.cli.folder_option import dir_option
+from cloister_fl.errors import InviteInvalid, OptionInvalid, RosterMismatch
+from cloister_fl.system.optional import require
+from cloister_fl.system.text import counted
+
+if TYPE_CHECKING:
+    from cloister_fl.client.network.join import Joined
+    from cloister_fl.client.site.folder import Site
+
+POLL_S = 5.0
+
+Accept = Annotated[
+    str | None,
+    typer.Option(
+        "--accept-roster", metavar="DIGEST", help="The digest that was compared by telephone."
+    ),
+]
+
+
+def join(
+    invite: Annotated[
+        str | None,
+        typer.Argument(help="File with the invite, or - for standard input; else it is asked for."),
+    ] = None,
+    folder: Folder = Path(),
+    dicom: Annotated[
+        Path | None, typer.Option(help="Folder of the images, from here; for a new site folder.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="The labels file, CSV, from here; for a new site folder.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until it is approved.")] = False,
+    accept_roster: Accept = None,
+    proxy: Annotated[
+        str | None,
+        typer.Option(help="http://HOST:PORT of the outbound proxy, for a site.toml made now."),
+    ] = None,
+    proxy_user: Annotated[str, typer.Option(help="The user, where the proxy asks for one.")] = "",
+) -> None:
+    """Join a federation: make keys, ask for a place, and pick up the approval. Repeat at will."""
+    require("client", "httpx")
+    from cloister_fl.client.network.join import MEMBERSHIP, ask, look, prepare
+    from cloister_fl.client.site.folder import network_of, open_site
+    from cloister_fl.membership.enrolment import Invite
+    from cloister_fl.membership.identity import fingerprint
+
+    named = proxy is not None or bool(proxy_user)
+    network = network_of(proxy or "", proxy_user) if named else None
+    if invite is None and (folder / MEMBERSHIP).exists():
+        site = open_site(folder)
+        joined = look(site)
+    else:
+        read = Invite.decode(_read_invite(invite))
+        site = prepare(
+            folder,
+            read,
+            network,
+            dicom=dicom.absolute() if dicom else None,
+            labels=labels.absolute() if labels else None,
+        )
+        for path, what in ((site.dicom, "folder of images"), (site.labels, "labels file")):
+            if not path.exists():
+                typer.echo(f"There is no {what} yet: {path}. site.toml says where it is.")
+        joined = ask(site, read)
+    typer.echo(f"Site {site.name}; its key's fingerprint, for the telephone:")
+    typer.echo(f"  {fingerprint(site.identity().public)}")
+    while wait and joined.state == "pending":
+        time.sleep(POLL_S)
+        joined = look(site)
+    if joined.state == "pending":
+        where = dir_option(folder)
+        typer.echo("The coordinator has not approved it yet. Call them and compare. Then either")
+        typer.echo(f"  wait for the approval     cloister client start{where}")
+        typer.echo(f"  or ask for it again       cloister client join{where}")
+        return
+    typer.echo("The coordinator has approved this site; its certificate is stored.")
+    offer(site, joined, accept_roster, folder)
+
+
+def roster(folder: Folder = Path(), accept_roster: Accept = None) -> None:
+    """Look at the federation's roster again, and accept a changed one."""
+    require("client", "httpx")
+    from cloister_fl.client.network.join import look
+    from cloister_fl.client.site.folder import open_site
+
+    site = open_site(folder)
+    joined = look(site)
+    if joined.state == "pending":
+        typer.echo("The coordinator has not approved this site yet.")
+        return
+    offer(site, joined, accept_roster, folder)
+
+
+def proxy(folder: Folder = Path()) -> None:
+    """Keep the outbound proxy's password, asked for or read from standard input."""
+    require("client", "httpx")
+    from cloister_fl.client.network.proxy import FILE, set_password, user_of
+    from cloister_fl.client.site.folder import open_site
+
+    site = open_site(folder)
+    user = user_of(site)
+    if sys.stdin.isatty():
+        asked = f"Password of {user} at the proxy (it is not shown)"
+        text = str(typer.prompt(asked, hide_input=True))
+    else:
+        text = sys.stdin.read(1 << 16)
+    set_password(site, text)
+    typer.echo(f"The password is stored for site {site.name} in {site.keys / FILE}, mode 0600.")
+
+
+def offer(site: Site, joined: Joined, accepted: str | None, folder: Path) -> None:
+    """Show a roster and how it differs from the pinned one; pin it if the steward says so.
+
+    Args:
+        site: the site.
+        joined: with the roster offered.
+        accepted: the digest that the steward compared, in hexadecimal; else it is asked for.
+        folder: the site's, as the command line named it, for the commands that are told.
+
+    Raises:
+        typer.Exit: the steward said no.
+        OptionInvalid, RosterInvalid, RosterMismatch: see ``pinned.accept``.
+    """
+    from cloister_fl.client.network.join import membership
+    from cloister_fl.client.site.trusted_roster import accept, examine
+    from cloister_fl.membership.identity import fingerprint
+
+    root = bytes.fromhex(membership(site).root)
+    offered = examine(site.roster, joined.signed_roster, root)
+    digest, change = offered.roster.digest, offered.change
+    if change is not None and not any(
+        (change.added, change.removed, change.rekeyed, change.reweighted)
+    ):
+        typer.echo(
+            f"The roster is the accepted one, with {counted(len(offered.roster.entries), 'site')}."
+        )
+        return
+    typer.echo(f"\nThe roster of {offered.roster.federation}, number {offered.roster.serial}:")
+    for entry in offered.roster.entries:
+        own = "  (this site)" if entry.site == site.name else ""
+        typer.echo(f"  {entry.site:24} {fingerprint(entry.public_key)}{own}")
+    if change is not None:
+        for word, names in (
+            ("new", change.added),
+            ("gone", change.removed),
+            ("with another key", change.rekeyed),
+            ("with another weight", change.reweighted),
+        ):
+            if names:
+                typer.echo(f"  {word}: {', '.join(names)}")
+    typer.echo(f"  digest  {_groups(digest)}")
+    if accepted is not None:
+        confirmed = _digest(accepted, folder)
+    elif sys.stdin.isatty():
+        typer.echo("Compare the digest, and each fingerprint, with the other sites by telephone.")
+        if not typer.confirm("Do all of them agree?"):
+            typer.echo(
+                "Not accepted: this site takes part with the roster accepted before, if any."
+            )
+            raise typer.Exit(RosterMismatch.exit_status)
+        confirmed = digest
+    else:
+        typer.echo("Compare it with the other sites by telephone, then accept it:")
+        typer.echo(f"  cloister client roster --accept-roster DIGEST{dir_option(folder)}")
+        return
+    accept(site.roster, joined.signed_roster, root, confirmed=confirmed)
+    typer.echo("Accepted: this site takes part with these sites and no others.")
+
+
+def _read_invite(argument: str | None) -> str:
+    """The invite's text, from a file, standard input or a prompt; never from the command line."""
+    from cloister_fl.membership.enrolment import looks_like_invite
+    from cloister_fl.system.toml import read_text
+
+    if argument is None:
+        if not sys.stdin.isatty():
+            raise OptionInvalid(
+                "No invite was given.", remedy="Name its file, or - to read standard input."
+            )
+        return str(typer.prompt("Paste the invite (it is not shown)", hide_input=True))
+    if looks_like_invite(argument):
+        raise InviteInvalid(
+            "The invite stood on the command line.",
+            why="Other users of this machine can read a command line while it runs.",
+            remedy="Save it to a file, or run 'cloister client join' and paste it when asked.",
+        )
+    return sys.stdin.read(1 << 16) if argument == "-" else read_text(Path(argument))
+
+
+def _digest(text: str, folder: Path) -> bytes:
+    try:
+        return bytes.fromhex("".join(text.split()))
+    except ValueError:
+        raise OptionInvalid(
+            "The digest is not hexadecimal.",
+            remedy=f"Copy it from what this shows: cloister client roster{dir_option(folder)}",
+        ) from None
+
+
+def _groups(digest: bytes) -> str:
+    text = digest.hex()
+    return " ".join(text[start : start + 4] for start in range(0, len(text), 4))

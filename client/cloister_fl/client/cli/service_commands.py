@@ -1,0 +1,131 @@
+"""`cloister client start`, `stop` and `status`: the site's service.
+
+Everything heavy is imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cloister_fl.cli.folder_option import SiteFolder as Folder
+from cloister_fl.cli.folder_option import dir_option
+from cloister_fl.errors import ServiceState
+from cloister_fl.system import utc
+from cloister_fl.system.optional import require
+
+if TYPE_CHECKING:
+    from cloister_fl.client.service import Standing
+    from cloister_fl.client.site.folder import Site
+
+
+def start(folder: Folder = Path()) -> None:
+    """Serve this site to its federation, in the foreground, until SIGTERM or 'client stop'.
+
+    A site that the coordinator has not approved yet waits for that here.
+    """
+    require("client", "flwr", "torch", "grpc", "grpc_health", "httpx", "uvicorn")
+    from cloister_fl.client.service import serve
+    from cloister_fl.client.site.folder import open_site
+
+    site = open_site(folder)
+    serve(site, _say)
+
+
+def stop(
+    folder: Folder = Path(),
+    wait: Annotated[float, typer.Option(help="Seconds to wait for its end.")] = 30.0,
+) -> None:
+    """Stop this site's service; what it was asked in a round is a dropout there."""
+    require("client", "grpc")
+    from cloister_fl.client import service
+    from cloister_fl.client.site.folder import open_site
+
+    site = open_site(folder)
+    service.stop(site, wait)
+    typer.echo(f"The service of site {site.name} has stopped.")
+
+
+def status(
+    folder: Folder = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show whether this site is served, why it last said no, and its budget. Exit 9 where not."""
+    require("client", "grpc", "grpc_health")
+    from cloister_fl.client import service
+    from cloister_fl.client.site.folder import open_site
+
+    site = open_site(folder)
+    told = service.standing(site)
+    serving = told is not None and service.is_serving(told)
+    waiting = _waiting(site)
+    if as_json:
+        typer.echo(json.dumps(_as_dict(site, told, serving, waiting)))
+    else:
+        _show(site, folder, told, serving, waiting)
+    if not serving:
+        raise typer.Exit(ServiceState.exit_status)
+
+
+def _say(line: str) -> None:
+    typer.echo(f"{utc.to_second(utc.now())}  {line}")
+
+
+def _waiting(site: Site) -> list[str]:
+    from cloister_fl.client.admission.approvals import Decision, judgements
+
+    return [d for d, one in judgements(site).items() if one.decision is Decision.PENDING]
+
+
+def _as_dict(
+    site: Site, told: Standing | None, serving: bool, waiting: list[str]
+) -> dict[str, object]:
+    from cloister_fl.client.admission import gate
+    from cloister_fl.client.site.last_refusal import read_notice
+
+    notice = read_notice(site.root)
+    return {
+        "site": site.name,
+        "running": told is not None,
+        "serving": serving,
+        "online": told is not None and told.online,
+        "why": told.why if told else "",
+        "health": told.health if told else "",
+        "asked": told.asked if told else {},
+        "waiting_for_approval": waiting,
+        "last_refusal": asdict(notice) if notice else None,
+        "epsilon_promised": gate.promised(site),
+        "epsilon_lifetime": site.policy.max_epsilon_lifetime,
+    }
+
+
+def _show(
+    site: Site, folder: Path, told: Standing | None, serving: bool, waiting: list[str]
+) -> None:
+    from cloister_fl.client.site.last_refusal import read_notice
+    from cloister_fl.client.steward import budget
+
+    if told is None:
+        typer.echo(f"{site.name}: not running. Start it: cloister client start{dir_option(folder)}")
+    elif serving:
+        typer.echo(f"{site.name}: serving; the coordinator answers")
+    else:
+        parts = {"node": told.node, "executor": told.executor}
+        dead = [name for name, alive in parts.items() if not alive]
+        restarting = told.approved and dead
+        why = f"the {' and the '.join(dead)} must start again" if restarting else told.why
+        typer.echo(f"{site.name}: not serving; {why}")
+    if told is not None and told.last_asked:
+        when = utc.to_second(utc.from_unix(told.last_asked))
+        typer.echo(f"last asked {when} UTC, {sum(told.asked.values())} messages")
+    typer.echo(f"budget: {budget.summary(site)}")
+    notice = read_notice(site.root)
+    if notice is not None:
+        typer.echo(f"last refused {notice.time}: {notice.message}")
+    for digest in waiting:
+        command = f"cloister client review {digest[:16]}{dir_option(folder)}"
+        typer.echo(f"a study waits for you: {command}")

@@ -1,0 +1,174 @@
+"""`cloister client review`, `approve` and `deny`: what a hospital's data steward decides.
+
+Everything heavy is imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cloister_fl.cli.folder_option import SiteFolder as Folder
+from cloister_fl.cli.folder_option import dir_option
+from cloister_fl.client.cli.join_commands import Accept, offer
+from cloister_fl.errors import (
+    ClockOrDates,
+    CoordinatorUnreachable,
+    OptionInvalid,
+    ProxyForbids,
+    ProxyLoginRefused,
+    ProxyUnusable,
+    StudyNotApproved,
+)
+from cloister_fl.system.optional import require
+
+if TYPE_CHECKING:
+    from cloister_fl.client.admission.approvals import Judgement
+    from cloister_fl.client.site.folder import Site
+
+_NO_WAY = (CoordinatorUnreachable, ClockOrDates, ProxyUnusable, ProxyLoginRefused, ProxyForbids)
+"""What keeps a site from asking, and is no reason to mistrust who would answer."""
+
+
+def review(
+    study: Annotated[
+        str | None, typer.Argument(help="A study file, or a hash from the list; else the list.")
+    ] = None,
+    folder: Folder = Path(),
+) -> None:
+    """List the studies that were proposed, or show one as a human reads it."""
+    require("client", "numpy", "pydicom")
+    from cloister_fl.client.admission import approvals
+    from cloister_fl.client.site.folder import open_site
+    from cloister_fl.client.steward import review
+
+    site = open_site(site_folder(folder))
+    if study is None:
+        typer.echo(review.listing(approvals.judgements(site)))
+        return
+    typer.echo(review.review(site, _proposed(site, study)))
+
+
+def approve(
+    study: Annotated[
+        str | None,
+        typer.Argument(
+            help="A study file, or a hash that review lists; else the one that waits is shown."
+        ),
+    ] = None,
+    folder: Folder = Path(),
+    accept_roster: Accept = None,
+) -> None:
+    """Let this site train a study, and no other: its hash covers everything in it.
+
+    Where the list of sites has changed since it was accepted, it is shown too: a study is trained
+    with the sites on the accepted list alone.
+    """
+    require("client", "numpy", "pydicom", "httpx")
+    from cloister_fl.client.admission.approvals import Decision, judge
+    from cloister_fl.client.site.folder import open_site
+    from cloister_fl.client.steward import review as words
+
+    site = open_site(site_folder(folder))
+    found = _only_one(site, folder) if study is None else _proposed(site, study)
+    typer.echo(words.review(site, found))
+    if study is None and not typer.confirm("Let this site train it?"):
+        command = f"cloister client deny {found.study.digest[:16]}{dir_option(folder)} --why '...'"
+        typer.echo(f"Not approved; it waits. To keep this site out of it: {command}")
+        raise typer.Exit(StudyNotApproved.exit_status)
+    _settle_roster(site, accept_roster, folder)
+    judge(site, found.study, Decision.APPROVED)
+    typer.echo(f"Approved at {site.name}: {found.study.study.name}, {found.study.digest[:16]}.")
+
+
+def deny(
+    study: Annotated[str, typer.Argument(help="A study file, or a hash that review lists.")],
+    why: Annotated[str, typer.Option(help="For this site's own records; it is not sent.")],
+    folder: Folder = Path(),
+) -> None:
+    """Keep this site out of a study; it can be approved later."""
+    require("client", "numpy", "pydicom")
+    from cloister_fl.client.admission.approvals import Decision, judge
+    from cloister_fl.client.site.folder import open_site
+
+    site = open_site(site_folder(folder))
+    found = _proposed(site, study)
+    judge(site, found.study, Decision.DENIED, why=why)
+    typer.echo(f"Denied at {site.name}: {found.study.study.name}, {found.study.digest[:16]}.")
+
+
+def site_folder(folder: Path) -> Path:
+    """The folder, if it is a site's.
+
+    Raises:
+        OptionInvalid: it is none.
+    """
+    from cloister_fl.client.site.folder import SITE_FILE
+
+    if not (folder / SITE_FILE).exists():
+        raise OptionInvalid(
+            f"{folder} is no site folder.",
+            remedy=f"Make it one: cloister client init {shlex.quote(str(folder))}",
+        )
+    return folder
+
+
+def _proposed(site: Site, name: str) -> Judgement:
+    """A study by its file, or by the hash of one that was proposed.
+
+    Raises:
+        OptionInvalid: no study, or more than one, has this hash.
+        FileUnreadable, StudyInvalid: the file cannot be used.
+    """
+    from cloister_fl.client.admission.approvals import Decision, Judgement, find, judgements
+    from cloister_fl.study.schema import load_study
+
+    if Path(name).suffix or Path(name).exists():
+        study = load_study(Path(name))
+        return judgements(site).get(study.digest, Judgement(study, Decision.PENDING))
+    return find(site, name)
+
+
+def _only_one(site: Site, folder: Path) -> Judgement:
+    """The study that waits for the steward, where a person can be asked about it."""
+    from cloister_fl.client.admission.approvals import Decision, judgements
+
+    waiting = [one for one in judgements(site).values() if one.decision is Decision.PENDING]
+    if len(waiting) != 1:
+        raise OptionInvalid(
+            f"{len(waiting) or 'No'} {'studies wait' if len(waiting) > 1 else 'study waits'} here.",
+            remedy=f"Name one that is listed: cloister client review{dir_option(folder)}"
+            if waiting
+            else "The coordinator proposes one: cloister server run STUDY",
+        )
+    if not sys.stdin.isatty():
+        raise OptionInvalid(
+            "Not a terminal: nobody can be asked whether the study is approved.",
+            remedy=f"Read it, then run: cloister client approve {waiting[0].study.digest[:16]}"
+            f"{dir_option(folder)}",
+        )
+    return waiting[0]
+
+
+def _settle_roster(site: Site, accept_roster: str | None, folder: Path) -> None:
+    """Offer the present roster to a site that is a member; it is shown where it differs."""
+    from cloister_fl.client.network.join import MEMBERSHIP, look
+
+    if not (site.root / MEMBERSHIP).exists() and accept_roster is None:
+        return
+    try:
+        joined = look(site)
+    except _NO_WAY as error:
+        if accept_roster is not None:
+            raise
+        typer.echo(f"The list of sites was not looked at: {error.what}", err=True)
+        typer.echo(f"Do so later: cloister client roster{dir_option(folder)}", err=True)
+        return
+    if joined.state == "pending":
+        typer.echo("The coordinator has not approved this site yet, so there is no roster.")
+        return
+    offer(site, joined, accept_roster, folder)

@@ -1,0 +1,1 @@
+"""The data set of a site: files, labels, masks, cohort, quarantine, what is frozen."""

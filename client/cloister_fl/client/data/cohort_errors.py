@@ -1,0 +1,51 @@
+"""What keeps a site's images from being a cohort, in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from cloister_fl.client.site.folder import Site
+from cloister_fl.errors import CohortTooSmall, DataError, OneClassOnly, Reject, SiteEmpty
+from cloister_fl.study.schema import Study
+
+
+def no_images(rejects: Counter[Reject]) -> SiteEmpty:
+    """The error of a folder with nothing that can be used, and what was turned away."""
+    told = ", ".join(
+        f"{count} x {reason.title} ({reason.value})" for reason, count in rejects.most_common()
+    )
+    return SiteEmpty(
+        "The site's data folder holds no image that this study can use.",
+        why=f"Files turned away: {told}." if told else "It holds no file.",
+        remedy="Check 'data.dicom' in site.toml and the study's modalities; "
+        "'cloister client check' explains what was turned away.",
+    )
+
+
+def class_faults(site: Site, study: Study, counts: Counter[int]) -> list[DataError]:
+    """Say what is wrong with how many patients there are of each class."""
+    least = site.policy.min_patients_per_class
+    if study.target.segment:
+        # Patients in whom nothing is marked are welcome, and nothing asks for them.
+        asked = [(1, study.target.segment)]
+    elif len(counts) < 2:
+        only = study.target.classes[next(iter(counts))]
+        return [
+            OneClassOnly(
+                f"All patients of the site have the class '{only}'.",
+                why="Nothing can be learned, or measured, from one class.",
+                remedy="Check the labels file, or leave this study to other sites.",
+            )
+        ]
+    else:
+        asked = list(enumerate(study.target.classes))
+    few = [f"'{name}' has {counts[index]}" for index, name in asked if counts[index] < least]
+    if not few:
+        return []
+    return [
+        CohortTooSmall(
+            f"The site has too few patients of a class: {', '.join(few)}.",
+            why=f"Its policy asks for {least} (policy.min_patients_per_class).",
+            remedy="Add patients, or leave this study to other sites.",
+        )
+    ]

@@ -1,0 +1,336 @@
+"""What a study is frozen with at a site: every image, its patient and its label, signed.
+
+The first run of a study freezes the site's data as they are; each later run checks that every
+image is still there, from the same bytes, with the same pixels and the same label. Images that
+came later are left out of the study, so a folder that grows disturbs nobody. Everything in a
+manifest is a pseudonym or a keyed hash: it can be kept and shown, and tells of no patient.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cloister_fl.client.dicom.pixels.preprocess import spec_digest
+from cloister_fl.client.site.audit_log import log_of
+from cloister_fl.client.site.folder import Site
+from cloister_fl.encoding.canonical_json import canonical_json
+from cloister_fl.errors import DataChanged, DataError, FileUnreadable, OptionInvalid
+from cloister_fl.membership.identity import verify
+from cloister_fl.study.schema import Study
+from cloister_fl.system import utc
+from cloister_fl.system.file_lock import locked
+from cloister_fl.system.files import make_private_dir, write_atomic
+from cloister_fl.system.text import is_reason
+
+_LABEL = "cloister/manifest/v1"
+_SHOWN = 20
+
+
+@dataclass(frozen=True, order=True)
+class Item:
+    """One image; hexadecimal digits throughout.
+
+    Attributes:
+        image: its pseudonym within the study, 32 digits.
+        patient: the patient's pseudonym within the study, 64 digits.
+        file: keyed hash of the file's content.
+        pixels: keyed hash of the stored pixels and their meaning.
+        label: keyed hash of the label.
+    """
+
+    image: str
+    patient: str
+    file: str
+    pixels: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A frozen cohort.
+
+    Attributes:
+        study: ``Study.digest``.
+        spec: ``spec_digest`` of what is made of the files.
+        time: when it was frozen.
+        items: the images.
+        outlines: keyed hashes of the segmentations' files, of a study that segments.
+    """
+
+    study: str
+    spec: str
+    time: str
+    items: tuple[Item, ...]
+    outlines: tuple[str, ...] = ()
+
+    @property
+    def contents(self) -> frozenset[bytes]:
+        """Keyed hashes of all files, 32 bytes each."""
+        return frozenset(map(bytes.fromhex, (*(one.file for one in self.items), *self.outlines)))
+
+    @property
+    def images(self) -> frozenset[tuple[str, str]]:
+        """Pseudonyms of the images and their patients: two patients may have an image each under
+        one UID."""
+        return frozenset((one.image, one.patient) for one in self.items)
+
+    def body(self, site: str) -> bytes:
+        """The canonical JSON that is signed."""
+        told = {"version": 1, "site": site, **asdict(self)}
+        if not self.outlines:
+            del told["outlines"]
+        return canonical_json(told).encode()
+
+
+def item_of(
+    key: bytes,
+    study: str,
+    *,
+    sop_instance: str,
+    patient: str,
+    content: bytes,
+    pixels: str,
+    label: int | str | None,
+) -> Item:
+    """Describe one image.
+
+    Args:
+        key: the site's pseudonym key.
+        study: ``Study.digest``.
+        sop_instance: SOP Instance UID.
+        patient: the patient's pseudonym.
+        content: keyed hash of the file's content.
+        pixels: ``Facts.pixels``.
+        label: index of the class, digest of the outline, or None.
+    """
+
+    image = image_name(key, study, sop_instance)
+    # With the image: equal labels of two images must not have equal hashes.
+    return Item(
+        image,
+        patient,
+        content.hex(),
+        _keyed(key, "pixels", study, pixels),
+        _keyed(key, "label", study, image, str(label)),
+    )
+
+
+def image_name(key: bytes, study: str, sop_instance: str) -> str:
+    """An image's pseudonym within a study, 32 hexadecimal digits."""
+    return _keyed(key, "image", study, sop_instance)[:32]
+
+
+def _keyed(key: bytes, *words: str) -> str:
+    message = bytearray()
+    for word in (_LABEL, *words):
+        data = word.encode("utf-8", "surrogatepass")
+        message += len(data).to_bytes(8, "big") + data
+    return hmac.new(key, bytes(message), hashlib.sha256).hexdigest()
+
+
+def load(site: Site, study: Study) -> Manifest | None:
+    """The site's manifest of a study, or None where it is not frozen.
+
+    Raises:
+        DataChanged: it is not this site's, not of this study, was altered, or is not the one that
+            the audit log names.
+        FileUnreadable: it cannot be read.
+    """
+    noted = _noted(site, study)
+    try:
+        text = path_of(site, study).read_bytes()
+    except FileNotFoundError:
+        if noted is not None:
+            raise _altered() from None
+        return None
+    except OSError:
+        raise FileUnreadable(
+            "The study's manifest cannot be read.", remedy="Check the permissions of 'manifests'."
+        ) from None
+    try:
+        told = json.loads(text)
+        signature = bytes.fromhex(told["signature"])
+        body = told["body"]
+        items = tuple(Item(**one) for one in body["items"])
+        outlines = tuple(str(one) for one in body.get("outlines", ()))
+        manifest = Manifest(body["study"], body["spec"], body["time"], items, outlines)
+        # Every hash has the form of one.
+        _ = manifest.contents
+        canonical = manifest.body(site.name)
+        sound = json.loads(canonical) == body and manifest.study == study.digest
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _altered() from None
+    if not sound or not verify(site.identity().public, signature, _LABEL, canonical):
+        raise _altered()
+    if noted is None:
+        _note(site, manifest, "")
+    elif noted != hashlib.sha256(canonical).hexdigest():
+        # An older one, put back.
+        raise _altered()
+    if manifest.spec != spec_digest(study.input, study.target.outlines):
+        raise DataChanged(
+            "The study was frozen by a version of Cloister that makes other tensors of the images.",
+            remedy="Go on with that version; or freeze the study anew: cloister client freeze "
+            "STUDY --again --why '...'",
+        )
+    return manifest
+
+
+@contextmanager
+def alone(site: Site) -> Iterator[None]:
+    """One freezing at a time at a site, whoever else freezes."""
+    with locked(site.root / "manifests.lock"):
+        yield
+
+
+def _noted(site: Site, study: Study) -> str | None:
+    """SHA-256 of the manifest that the audit log names last, or None."""
+    named = [
+        str(entry.body.get("sha256"))
+        for entry in log_of(site).entries()
+        if entry.kind == "frozen" and entry.body.get("study") == study.digest
+    ]
+    return named[-1] if named else None
+
+
+def freeze(
+    site: Site,
+    study: Study,
+    items: Iterable[Item],
+    *,
+    outlines: Iterable[bytes] = (),
+    why: str = "",
+) -> Manifest:
+    """Sign and keep what a study is trained on from now on, and say so in the audit log.
+
+    The log comes last: after a kill between the two the first manifest counts all the same
+    (``load`` notes it), and one that was to replace another does not.
+
+    Args:
+        site: the opened site.
+        study: the study.
+        items: its images.
+        outlines: contents of the segmentations that outline them.
+        why: why another manifest is replaced; empty for the first.
+
+    Raises:
+        OutputInTheWay, AuditLogDamaged: it cannot be kept.
+    """
+    now = utc.timestamp()
+    spec = spec_digest(study.input, study.target.outlines)
+    files = tuple(sorted(one.hex() for one in outlines))
+    manifest = Manifest(study.digest, spec, now, tuple(sorted(items)), files)
+    body = manifest.body(site.name)
+    path = path_of(site, study)
+    make_private_dir(path.parent)
+    signature = site.identity().sign(_LABEL, body).hex()
+    text = json.dumps({"body": json.loads(body), "signature": signature}, indent=0)
+    write_atomic(path, text.encode())
+    _note(site, manifest, why)
+    return manifest
+
+
+def is_frozen(site: Site, study: Study) -> bool:
+    """Whether there is a manifest of the study, or the audit log says that there was one."""
+    return path_of(site, study).exists() or _noted(site, study) is not None
+
+
+def _note(site: Site, manifest: Manifest, why: str) -> None:
+    log_of(site).append(
+        "frozen",
+        study=manifest.study,
+        images=len(manifest.items),
+        sha256=hashlib.sha256(manifest.body(site.name)).hexdigest(),
+        why=why,
+    )
+    # At once: a line at the end that nothing signs could be cut off.
+    log_of(site).sign()
+
+
+def require_reason(why: str) -> None:
+    """See that a person says why a manifest is replaced.
+
+    Raises:
+        OptionInvalid: no reason is given, it has several lines, or more than 500 characters.
+    """
+    if not is_reason(why):
+        raise OptionInvalid(
+            "This study is frozen already.",
+            why="Other data under the same study are another training set.",
+            remedy="Say why it is to be frozen anew, in one line of at most 500 characters: "
+            "--again --why '...'. It stands in the audit log, so name no patient.",
+        )
+
+
+def differences(
+    manifest: Manifest,
+    items: Sequence[Item],
+    damaged: Iterable[str] = (),
+    elsewhere: Collection[str] = (),
+) -> list[DataError]:
+    """See whether the frozen images are there, and unchanged.
+
+    Args:
+        manifest: what was frozen.
+        items: what is there now; what was not frozen is of no concern.
+        damaged: pseudonyms of images whose cached pixels did not bear their seal.
+        elsewhere: pseudonyms of frozen images that another patient has now.
+
+    Returns:
+        Nothing, or one ``DataChanged`` that names the images that differ, by pseudonym.
+    """
+    now: Mapping[tuple[str, str], Item] = {(one.image, one.patient): one for one in items}
+    spoiled = set(damaged)
+    found: list[str] = []
+    for frozen in manifest.items:
+        differs = _difference(frozen, now.get((frozen.image, frozen.patient)), elsewhere)
+        if not differs and frozen.image in spoiled:
+            differs = "its cached pixels were altered"
+        if differs:
+            found.append(
+                f"\n  image {frozen.image[:12]} of patient {frozen.patient[:12]}: {differs}"
+            )
+    if not found:
+        return []
+    more = f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return [
+        DataChanged(
+            f"{len(found)} of {len(manifest.items)} images are not what the study was frozen "
+            f"with:{''.join(found[:_SHOWN])}{more}\n",
+            remedy="Restore the files or the labels. Cached pixels were decoded anew: run again. "
+            "If the change is meant: cloister client freeze STUDY --again --why '...'",
+        )
+    ]
+
+
+def _difference(frozen: Item, now: Item | None, elsewhere: Collection[str]) -> str:
+    if now is None and frozen.image in elsewhere:
+        return "it belongs to another patient"
+    if now is None:
+        return "it is gone, or is turned away"
+    if now.pixels != frozen.pixels:
+        return "its pixels changed"
+    if now.label != frozen.label:
+        return "its label changed"
+    if now.file != frozen.file:
+        return "its file changed, its pixels did not"
+    return ""
+
+
+def path_of(site: Site, study: Study) -> Path:
+    """Where the manifest lies."""
+    return site.root / "manifests" / f"{study.digest}.json"
+
+
+def _altered() -> DataChanged:
+    return DataChanged(
+        "The study's manifest is not as this site signed it.",
+        remedy="Restore it from the site's backup. 'cloister client audit' tells when the study "
+        "was frozen; to freeze it anew: cloister client freeze STUDY --again --why '...'",
+    )

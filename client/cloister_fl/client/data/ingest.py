@@ -1,0 +1,113 @@
+"""What a site's files come to before they are a cohort: images and outlines by patient, counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cloister_fl.client.data.file_memory import memory_of
+from cloister_fl.client.data.frozen_dataset import Manifest, image_name
+from cloister_fl.client.data.labels import Linked
+from cloister_fl.client.data.mask_matching import Join
+from cloister_fl.client.data.quarantine import releases
+from cloister_fl.client.dicom.folder_reader import Accepted, Refused, Segmented, read_folder
+from cloister_fl.client.pacs.sealed_store import Store
+from cloister_fl.client.site.folder import Site, pseudonym
+from cloister_fl.errors import Reject
+from cloister_fl.study.schema import Study
+
+
+@dataclass(eq=False)
+class Gathered:
+    """What was found.
+
+    Attributes:
+        accepted: images, each with its patient's pseudonym.
+        linked: what labels are joined to: one for each of ``accepted``, in its order, and between
+            them one for each that was turned away as a duplicate or came later.
+        rejects: how many files were turned away, by reason.
+        outlines: contents of the segmentations.
+        joined: what they outline, or None where there are none.
+        later: how many images and segmentations came after the study was frozen.
+        elsewhere: pseudonyms of images that are there under patients who were not frozen with them.
+    """
+
+    accepted: list[tuple[Accepted, str]] = field(default_factory=list)
+    linked: list[Linked] = field(default_factory=list)
+    rejects: Counter[Reject] = field(default_factory=Counter)
+    outlines: list[bytes] = field(default_factory=list)
+    joined: Join | None = None
+    later: int = 0
+    elsewhere: set[str] = field(default_factory=set)
+
+    @property
+    def files(self) -> int:
+        """How many files there are."""
+        return len(self.accepted) + len(self.outlines) + self.later + sum(self.rejects.values())
+
+
+def gather(
+    site: Site,
+    study: Study,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    segmentations: bool = True,
+    frozen: Manifest | None = None,
+) -> Gathered:
+    """Read a site's folder and its store.
+
+    Args:
+        site: the opened site.
+        study: what is read of the files.
+        progress: called with (files done, files in all).
+        segmentations: whether a study that segments reads its outlines.
+        frozen: what the study was frozen with; files that came later are counted and left out.
+
+    Raises:
+        FolderUnreadable, DecoderUnfit: nothing can be read at all.
+        FileUnreadable: the decisions on held files cannot be read.
+    """
+    key, digest = site.pseudonym_key(), study.digest
+    contents = frozenset() if frozen is None else frozen.contents
+    images = frozenset() if frozen is None else frozen.images
+    patients = {patient for _, patient in images}
+    found = Gathered()
+    with memory_of(site, releases(site)) as memory:
+        for outcome in read_folder(
+            site.dicom,
+            study.input,
+            key=key,
+            memory=memory,
+            also=Store(site.store, site.cache_key()).items(),
+            segment=study.target.outlines if segmentations else "",
+            first=contents,
+            progress=progress,
+        ):
+            if isinstance(outcome, Refused):
+                found.rejects[outcome.reason] += 1
+            if outcome.keys is None:
+                continue
+            keys = outcome.keys
+            name = pseudonym(key, digest, keys.issuer, keys.patient_id)
+            if isinstance(outcome, Segmented):
+                if frozen is not None and outcome.content not in contents:
+                    found.later += 1
+                    continue
+                found.outlines.append(outcome.content)
+                # All images are known by now: segmentations come last.
+                found.joined = found.joined or Join(found.accepted, found.linked)
+                found.joined.add(outcome, name)
+                continue
+            image = image_name(key, digest, keys.sop_instance)
+            new = frozen is not None and (image, name) not in images
+            if new:
+                found.elsewhere.add(image)
+            found.later += new and isinstance(outcome, Accepted)
+            refused = isinstance(outcome, Refused)
+            # What came later has no say, but for another copy of a frozen patient's image.
+            later = new and not (refused and name in patients)
+            found.linked.append(Linked(keys, name, duplicate=new or refused, later=later))
+            if isinstance(outcome, Accepted) and not new:
+                found.accepted.append((outcome, name))
+    return found

@@ -1,0 +1,257 @@
+"""The labels file: a CSV that a person keeps, joined to the images and judged as a whole.
+
+Rows are keyed by SOPInstanceUID, else AccessionNumber, else PatientID: the first of these columns
+that the file has. Faults name lines, never values, for a key is a patient's.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cloister_fl.client.dicom.folder_reader import Keys
+from cloister_fl.errors import DataError, LabelMissing, LabelsInvalid, LabelWithoutImage
+from cloister_fl.study.target import Target
+from cloister_fl.system.text import counted, listed
+
+KEY_COLUMNS = ("SOPInstanceUID", "AccessionNumber", "PatientID")
+MAX_BYTES = 64 << 20
+"""Largest labels file; a million rows fit."""
+SHOWN = 20
+"""Most lines or images that one message lists."""
+
+_DELIMITERS = (",", ";", "\t")
+
+
+@dataclass(frozen=True)
+class Label:
+    """One row of the file: its 1-based line and the index of its class."""
+
+    line: int
+    value: int
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A labels file without faults of its own.
+
+    Attributes:
+        column: the key column, one of ``KEY_COLUMNS``.
+        rows: from key to label, in the order of the file.
+    """
+
+    column: str
+    rows: dict[str, Label] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Linked:
+    """An image as the join sees it.
+
+    Attributes:
+        keys: what its header says.
+        patient: the patient's pseudonym.
+        duplicate: whether the image itself was turned away as a duplicate, or came later.
+        later: whether what the labels say of it is left aside: it came after a study was frozen.
+    """
+
+    keys: Keys
+    patient: str
+    duplicate: bool = False
+    later: bool = False
+
+
+def read_labels(path: Path, target: Target) -> Labels:
+    """Read and judge a labels file.
+
+    Raises:
+        LabelsInvalid: with every faulty line.
+    """
+    text = _read_text(path)
+    header, delimiter = _header(text, target.column)
+    column = next((name for name in KEY_COLUMNS if name in header), None)
+    if column is None or header.count(column) > 1 or header.count(target.column) != 1:
+        wanted = " or ".join(KEY_COLUMNS)
+        raise LabelsInvalid(
+            "The labels file lacks a column that it needs, or has it twice.",
+            why=f"It needs {wanted}, and the study's column '{target.column}', in its first line.",
+            remedy="Mend the first line; names must match to the letter.",
+        )
+    classes = {name.strip(): index for index, name in enumerate(target.classes)}
+    at_key, at_value = header.index(column), header.index(target.column)
+    rows: dict[str, Label] = {}
+    faults: list[tuple[int, str]] = []
+    for line, cells in _rows(text, delimiter, faults):
+        if line == 1 or not any(cells):
+            continue
+        if len(cells) != len(header):
+            faults.append((line, "has another number of cells than the first line."))
+        elif not cells[at_key]:
+            faults.append((line, f"has no {column}."))
+        elif not cells[at_value]:
+            faults.append((line, f"has no {target.column}."))
+        elif cells[at_value] not in classes:
+            faults.append((line, "has a class that the study does not name."))
+        elif cells[at_key] in rows:
+            first = rows[cells[at_key]].line
+            faults.append((line, f"has the same {column} as line {first}."))
+        else:
+            rows[cells[at_key]] = Label(line, classes[cells[at_value]])
+    if faults:
+        raise _invalid(faults, f"Classes are: {', '.join(target.classes)}.")
+    return Labels(column, rows)
+
+
+def join(labels: Labels, images: Sequence[Linked]) -> tuple[list[int | None], list[DataError]]:
+    """Give each image its label, and say all that does not fit.
+
+    A row may speak for several images, never for several patients; a patient has one label. A
+    duplicate takes no label of its own, but a row that names it belongs to its patient.
+
+    Returns:
+        The class index of each image, None where there is none; and the faults found, as errors
+        that the caller may raise or list.
+    """
+    attribute = {
+        "SOPInstanceUID": "sop_instance",
+        "AccessionNumber": "accession",
+        "PatientID": "patient_id",
+    }[labels.column]
+    patients_of: dict[str, set[str]] = defaultdict(set)
+    rows_of: dict[str, set[Label]] = defaultdict(set)
+    direct: list[Label | None] = []
+    used: set[str] = set()
+    for image in images:
+        key = getattr(image.keys, attribute)
+        label = labels.rows.get(key)
+        if label is not None:
+            used.add(key)
+        if image.later:
+            label = None
+        direct.append(label)
+        if label is not None:
+            patients_of[key].add(image.patient)
+            rows_of[image.patient].add(label)
+    faults = [
+        (labels.rows[key].line, f"has a {labels.column} that several patients share.")
+        for key, patients in patients_of.items()
+        if len(patients) > 1
+    ]
+    for rows in rows_of.values():
+        if len({row.value for row in rows}) > 1:
+            ordered = sorted(row.line for row in rows)
+            also = listed(map(str, ordered[1:]), SHOWN)
+            faults.append((ordered[0], f"contradicts line {also}: one patient, two classes."))
+    errors: list[DataError] = []
+    if faults:
+        errors.append(_invalid(faults, "A patient has one label; a row names one patient."))
+    inherited = _from_duplicates(images, direct)
+    values = [
+        label.value if label is not None else inherited.get(image.patient)
+        for image, label in zip(images, direct, strict=True)
+    ]
+    errors += _unmatched(labels, images, values, used)
+    return values, errors
+
+
+def _from_duplicates(images: Sequence[Linked], direct: Sequence[Label | None]) -> dict[str, int]:
+    """Return what rows for duplicates say of their patients; the kept twin may have no row."""
+    return {
+        image.patient: label.value
+        for image, label in zip(images, direct, strict=True)
+        if image.duplicate and label is not None
+    }
+
+
+def _unmatched(
+    labels: Labels, images: Sequence[Linked], values: Sequence[int | None], used: set[str]
+) -> Iterator[DataError]:
+    missing = [
+        image.patient[:12]
+        for image, value in zip(images, values, strict=True)
+        if value is None and not image.duplicate
+    ]
+    if missing:
+        yield LabelMissing(
+            f"{counted(len(missing), 'image has', 'images have')} no label.",
+            why=f"Their patients' short pseudonyms: {listed(missing, SHOWN)}.",
+            remedy=f"Add a row for each {labels.column}, or take the images out of the folder. Who "
+            "they are: cloister client find.",
+        )
+    unused = [str(label.line) for key, label in labels.rows.items() if key not in used]
+    if unused:
+        yield LabelWithoutImage(
+            f"{counted(len(unused), 'label belongs', 'labels belong')} to no image.",
+            why=f"Lines of the labels file: {listed(unused, SHOWN)}.",
+            remedy="Add the images, or take the rows out. An image that was turned away counts as "
+            "absent; 'cloister client check' says why images are turned away.",
+        )
+
+
+def _read_text(path: Path) -> str:
+    remedy = "Check 'data.labels' in site.toml, and that this user may read the file."
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise LabelsInvalid("The labels file is larger than 64 MiB.", remedy=remedy)
+        data = path.read_bytes()
+    except OSError as error:
+        why = (error.strerror or "The system gave no reason") + "."
+        raise LabelsInvalid("The labels file cannot be read.", why=why, remedy=remedy) from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise LabelsInvalid(
+            f"The labels file is not UTF-8 text: see line {line}.", remedy="Save it as UTF-8."
+        ) from None
+
+
+def _header(text: str, wanted: str) -> tuple[list[str], str]:
+    """Return the first line's cells and what separates them: comma, semicolon or tab."""
+    first = text.splitlines()[0] if text.strip() else ""
+    parsed: list[list[str]] = []
+    for delimiter in _DELIMITERS:
+        try:
+            cells = next(csv.reader([first], delimiter=delimiter, strict=True), [])
+        except csv.Error:
+            cells = []
+        parsed.append([cell.strip() for cell in cells])
+        if wanted in parsed[-1] and any(name in parsed[-1] for name in KEY_COLUMNS):
+            return parsed[-1], delimiter
+    return parsed[0], _DELIMITERS[0]
+
+
+def _rows(
+    text: str, delimiter: str, faults: list[tuple[int, str]]
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield each row's first line and its stripped cells; a broken row ends the reading."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    line = 1
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            faults.append((line, "is not CSV; a quotation mark may be missing."))
+            return
+        yield line, [cell.strip() for cell in cells]
+        line = reader.line_num + 1
+
+
+def _invalid(faults: list[tuple[int, str]], remedy: str) -> LabelsInvalid:
+    # The same fault in many rows is one fault with many lines.
+    lines_of: dict[str, list[int]] = defaultdict(list)
+    for line, message in sorted(faults):
+        lines_of[message].append(line)
+    told = [
+        f"\n  line{'s' * (len(lines) > 1)} {listed(map(str, lines), SHOWN)} {message}"
+        for message, lines in list(lines_of.items())[:SHOWN]
+    ]
+    more = f"\n  and {len(lines_of) - SHOWN} more." if len(lines_of) > SHOWN else ""
+    count = counted(len(faults), "fault", "faults")
+    return LabelsInvalid(f"The labels file has {count}:{''.join(told)}{more}\n", remedy=remedy)

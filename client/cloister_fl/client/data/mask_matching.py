@@ -1,0 +1,150 @@
+"""Outlines joined to the images that they mark, and judged as a whole.
+
+An image has one outline, from a segmentation of the same patient that lies where the image lies. A
+patient's label is whether anything is marked in any of the patient's images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+from cloister_fl.client.data.labels import SHOWN, Linked
+from cloister_fl.client.dicom.folder_reader import Accepted, Segmented
+from cloister_fl.client.dicom.geometry import numbers
+from cloister_fl.client.dicom.mask_table import Mask, Outline
+from cloister_fl.errors import DataError, LabelMissing, LabelsInvalid, LabelWithoutImage
+from cloister_fl.system.text import counted, listed
+
+_COSINES = 1e-3
+"""How far direction cosines may be off: rounding in the file, and no other orientation."""
+_SPACING = 1e-3
+"""How far pixel spacings may differ, as a share."""
+_SAME_PLACE = 0.01
+"""How far positions may be apart, in mm."""
+
+
+class Join:
+    """Gives each image its outline. Segmentations come one at a time, and are not kept.
+
+    Args:
+        images: each with its patient's pseudonym.
+        linked: all images, also those that were turned away as duplicates or came later.
+
+    Attributes:
+        masks: the outline of each image, None where there is none.
+        torn: places of the images whose outline was cached, and did not bear its seal.
+        faded: how many images have something marked of which nothing is left at the study's size.
+    """
+
+    def __init__(self, images: Sequence[tuple[Accepted, str]], linked: Sequence[Linked]) -> None:
+        self._images = images
+        self._place_of = {
+            (patient, one.keys.sop_instance): place for place, (one, patient) in enumerate(images)
+        }
+        self._used = {one.keys.sop_instance for one, _ in images}
+        self._known = {one.keys.sop_instance for one in linked}
+        self._faults: dict[str, dict[str, None]] = defaultdict(dict)
+        self._unused: list[str] = []
+        self.masks: list[Mask | None] = [None] * len(images)
+        self.torn: set[int] = set()
+        self.faded = 0
+
+    def add(self, one: Segmented, patient: str) -> None:
+        """Lay a segmentation of a patient over the images that it names."""
+        if self._known.isdisjoint(one.outlines.uids):
+            self._unused.append(one.short_id)
+        for uid in one.outlines.uids:
+            place = self._place_of.get((patient, uid))
+            if place is None:
+                if uid in self._used:
+                    self._fault(one, "of another patient than the images that it marks")
+                continue
+            outline = one.outlines.outline(uid)
+            misfit = _misfit(self._images[place][0], one, outline)
+            if misfit:
+                self._fault(one, misfit)
+            elif self.masks[place] is not None:
+                self._fault(one, "the second one for the same image")
+            else:
+                self.masks[place] = one.outlines.whole(outline)
+                self.faded += outline.mask is not None and not outline.mask.any()
+                if one.damaged:
+                    self.torn.add(place)
+
+    def _fault(self, one: Segmented, what: str) -> None:
+        self._faults[what][one.short_id] = None
+
+    def faults(self) -> list[DataError]:
+        """All that does not fit, when all segmentations were added."""
+        missing = [
+            owner for (_, owner), mask in zip(self._images, self.masks, strict=True) if mask is None
+        ]
+        found = {what: list(names) for what, names in sorted(self._faults.items())}
+        return list(_errors(found, missing, self._unused))
+
+
+def _misfit(image: Accepted, one: Segmented, outline: Outline) -> str:
+    """What keeps an outline from being laid over an image of the same patient, or nothing.
+
+    What an image says of where it lies (a slice of CT or MR does), the segmentation has to say too
+    (PS3.3 C.8.20.2, A.51.3): rows and columns alone fit many images.
+    """
+    facts, place = image.facts, image.place
+    if (facts.rows, facts.columns) != (one.facts.rows, one.facts.columns):
+        return "of another size than the images that it marks"
+    if not _near(place.orientation, one.facts.orientation, 6, _COSINES):
+        return "of another orientation than the images that it marks"
+    spacing = numbers(place.pixel_spacing, 2)
+    if not _near(
+        place.pixel_spacing, one.facts.pixel_spacing, 2, _SPACING * max(spacing, default=1)
+    ):
+        return "of another pixel spacing than the images that it marks"
+    if place.frame != one.facts.frame and place.frame:
+        return "of another frame of reference than the images that it marks"
+    if outline.mask is not None and not _near(place.position, outline.position, 3, _SAME_PLACE):
+        return "at another position than the images that it marks"
+    return ""
+
+
+def _near(wanted: str, told: str, count: int, most: float) -> bool:
+    """Whether each number is told within ``most``; anything will do where none is wanted."""
+    if not wanted:
+        return True
+    pairs = zip(numbers(wanted, count), numbers(told, count) or (None,) * count, strict=True)
+    return all(other is not None and abs(one - other) <= most for one, other in pairs)
+
+
+def _errors(
+    faults: Mapping[str, Sequence[str]], missing: Sequence[str], unused: Sequence[str]
+) -> Iterator[DataError]:
+    if faults:
+        told = "".join(f"\n  {what}: {listed(names, SHOWN)}" for what, names in faults.items())
+        files = len({name for names in faults.values() for name in names})
+        yield LabelsInvalid(
+            f"{counted(files, 'segmentation does', 'segmentations do')} not fit the images, by "
+            f"the short names of the files:{told}\n",
+            remedy="Take all but one for each image out of the folder, and export what does not "
+            "fit anew.",
+        )
+    if missing:
+        yield LabelMissing(
+            f"{counted(len(missing), 'image has', 'images have')} no outline.",
+            why="Their patients' short pseudonyms: "
+            f"{listed((name[:12] for name in missing), SHOWN)}.",
+            remedy="Add a DICOM Segmentation for each, an empty one where there is nothing to "
+            "mark, or take the images out of the folder. Who they are: cloister client find.",
+        )
+    if unused:
+        yield LabelWithoutImage(
+            f"{counted(len(unused), 'segmentation belongs', 'segmentations belong')} to no image.",
+            why=f"By the short names of the files: {listed(unused, SHOWN)}.",
+            remedy="Add the images, or take the segmentations out. An image that was turned away "
+            "counts as absent; 'cloister client check' says why images are turned away.",
+        )
+
+
+def digest(mask: Mask | None) -> str | None:
+    """SHA-256 of an outline, 64 hexadecimal digits: what a manifest keeps, keyed, as its label."""
+    return None if mask is None else hashlib.sha256(mask.tobytes()).hexdigest()

@@ -1,0 +1,1 @@
+"""Segmentation masks: DICOM Segmentations and their known answer."""

@@ -1,0 +1,1 @@
+"""Pixels of a DICOM file: decoders with known answers, and preprocessing."""

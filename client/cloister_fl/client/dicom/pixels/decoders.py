@@ -1,0 +1,253 @@
+"""Pixel bytes in, stored values out: the one door through which hostile bytes reach a decoder.
+
+Runs in a worker process (``worker``), which a decoder may crash or exhaust.
+
+One decoder a transfer syntax and no fallback: two decoders that disagree would make a site's
+images depend on what is installed. libjpeg-turbo (through imagecodecs) reads the JPEG family,
+CharLS (pyjpegls) JPEG-LS, OpenJPEG (pylibjpeg-openjpeg) JPEG 2000 and HTJ2K. They are called by
+name rather than through pydicom's registry, which logs what a decoder says. RLE's segments are
+unpacked by imagecodecs' PackBits and put together here: compiled decoders of whole RLE frames
+panic to the terminal or crash on damaged ones.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import struct
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cloister_fl.client.dicom import acceptance as syntax
+from cloister_fl.client.dicom.codestream import read_frame
+from cloister_fl.client.dicom.header import PixelLayout, silence
+from cloister_fl.client.dicom.pixels.known_answers import (
+    COLUMNS,
+    ENCODED,
+    ROWS,
+    TOLERANCE,
+    original,
+)
+from cloister_fl.client.dicom.rejection import RejectedFile, unfit
+from cloister_fl.errors import DecoderUnfit, Reject
+
+Stored = NDArray[np.int32]
+
+
+def decode(data: bytes, transfer_syntax: str, layout: PixelLayout) -> Stored:
+    """Decode one frame of a file that passed ``precheck``.
+
+    Args:
+        data: native pixel bytes, or one encoded frame.
+        transfer_syntax: its UID, one of ``precheck.TRANSFER_SYNTAXES``.
+        layout: the pixel description of the header.
+
+    Returns:
+        Stored values, shape (rows, columns), with the sign that the header tells, within
+        ``bits_stored`` bits.
+
+    Raises:
+        RejectedFile: ``DECODE_FAILED``.
+        DecoderUnfit: the decoder fails its known-answer test.
+    """
+    if transfer_syntax in syntax.NATIVE:
+        return _native(data, layout)
+    check_decoder(transfer_syntax)
+    if transfer_syntax == syntax.RLE:
+        return _keep_bits(_rle(data, layout), layout, layout.bits_stored)
+    frame = read_frame(data, transfer_syntax)
+    values = _run(transfer_syntax, data)
+    if values.shape != (layout.rows, layout.columns):
+        raise RejectedFile(Reject.DECODE_FAILED)
+    if transfer_syntax in _LOSSY and frame.precision > layout.bits_stored:
+        # The error of a lossy coding can step over the top; dropping its bit would make it black.
+        return _clip(_keep_bits(values, layout, frame.precision), layout)
+    return _keep_bits(values, layout, min(frame.precision, layout.bits_stored))
+
+
+@functools.cache
+def check_decoder(transfer_syntax: str) -> None:
+    """Decode a known image once a process, before the first image of a syntax is trusted.
+
+    Raises:
+        DecoderUnfit: the answer is wrong, or the decoder is not installed.
+    """
+    name = _VECTOR.get(transfer_syntax)
+    if name is None:
+        return
+    try:
+        frame = base64.b64decode(ENCODED[name])
+        ours = transfer_syntax == syntax.RLE
+        values = _rle(frame, _RLE_VECTOR) if ours else _run(transfer_syntax, frame)
+    except RejectedFile:
+        values = np.zeros((0, 0), dtype=np.int32)
+    known = original(8 if transfer_syntax == syntax.JPEG_BASELINE else 12)
+    if values.shape == known.shape and int(np.abs(values - known).max()) <= TOLERANCE[name]:
+        return
+    raise unfit(transfer_syntax)
+
+
+def unfit_decoders() -> tuple[str, ...]:
+    """Check every decoder; return the transfer syntaxes of those that fail, sorted."""
+    failed = []
+    for transfer_syntax in sorted(_VECTOR):
+        try:
+            check_decoder(transfer_syntax)
+        except DecoderUnfit:
+            failed.append(transfer_syntax)
+    return tuple(failed)
+
+
+def _run(transfer_syntax: str, data: bytes) -> Stored:
+    """Call the pinned decoder; nothing but an array of shape (rows, columns) comes out."""
+    try:
+        with silence():
+            values = np.asarray(_DECODERS[transfer_syntax](data))
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException:
+        # BaseException: extensions written in Rust raise panics outside of Exception.
+        raise RejectedFile(Reject.DECODE_FAILED) from None
+    if values.ndim != 2 or values.dtype.kind not in "iu" or values.dtype.itemsize > 2:
+        raise RejectedFile(Reject.DECODE_FAILED)
+    return values.astype(np.int32)
+
+
+def _jpeg(data: bytes) -> Any:
+    import imagecodecs
+
+    return imagecodecs.jpeg8_decode(data)
+
+
+def _jpeg_ls(data: bytes) -> Any:
+    import jpeg_ls
+
+    buffer, info = jpeg_ls.decode_pixel_data(data)
+    dtype = "<u1" if info["bits_per_sample"] <= 8 else "<u2"
+    return np.frombuffer(buffer, dtype).reshape(info["height"], info["width"])
+
+
+def _jpeg_2000(data: bytes) -> Any:
+    import openjpeg
+
+    frame = read_frame(data, syntax.JPEG_2000)
+    dtype = ("<i" if frame.signed else "<u") + ("1" if frame.precision <= 8 else "2")
+    buffer = openjpeg.decode_pixel_data(data, version=2)
+    return np.frombuffer(buffer, dtype).reshape(frame.rows, frame.columns)
+
+
+_DECODERS: dict[str, Callable[[bytes], Any]] = {
+    syntax.JPEG_BASELINE: _jpeg,
+    syntax.JPEG_EXTENDED: _jpeg,
+    syntax.JPEG_LOSSLESS: _jpeg,
+    syntax.JPEG_LOSSLESS_SV1: _jpeg,
+    syntax.JPEG_LS_LOSSLESS: _jpeg_ls,
+    syntax.JPEG_LS_NEAR: _jpeg_ls,
+    syntax.JPEG_2000_LOSSLESS: _jpeg_2000,
+    syntax.JPEG_2000: _jpeg_2000,
+    syntax.HTJ2K_LOSSLESS: _jpeg_2000,
+    syntax.HTJ2K_LOSSLESS_RPCL: _jpeg_2000,
+    syntax.HTJ2K: _jpeg_2000,
+}
+_LOSSY = frozenset(
+    (
+        syntax.JPEG_BASELINE,
+        syntax.JPEG_EXTENDED,
+        syntax.JPEG_LS_NEAR,
+        syntax.JPEG_2000,
+        syntax.HTJ2K,
+    )
+)
+_VECTOR = {
+    syntax.JPEG_BASELINE: "JPEG_BASELINE",
+    syntax.JPEG_EXTENDED: "JPEG_EXTENDED",
+    syntax.JPEG_LOSSLESS: "JPEG_LOSSLESS",
+    syntax.JPEG_LOSSLESS_SV1: "JPEG_LOSSLESS_SV1",
+    syntax.JPEG_LS_LOSSLESS: "JPEG_LS_LOSSLESS",
+    syntax.JPEG_LS_NEAR: "JPEG_LS_NEAR",
+    syntax.JPEG_2000_LOSSLESS: "JPEG_2000_LOSSLESS",
+    syntax.JPEG_2000: "JPEG_2000",
+    syntax.HTJ2K_LOSSLESS: "HTJ2K_LOSSLESS",
+    syntax.HTJ2K_LOSSLESS_RPCL: "HTJ2K_LOSSLESS",
+    syntax.HTJ2K: "HTJ2K",
+    syntax.RLE: "RLE",
+}
+_RLE_VECTOR = PixelLayout(ROWS, COLUMNS, 16, 12, 11, False)
+
+
+def _native(data: bytes, layout: PixelLayout) -> Stored:
+    count = layout.rows * layout.columns
+    dtype = "<u1" if layout.bits_allocated == 8 else "<u2"
+    if len(data) < count * layout.bits_allocated // 8:
+        raise RejectedFile(Reject.DECODE_FAILED)
+    values = np.frombuffer(data, dtype, count=count).astype(np.int32)
+    return _keep_bits(values.reshape(layout.rows, layout.columns), layout, layout.bits_stored)
+
+
+def _keep_bits(values: Stored, layout: PixelLayout, bits: int) -> Stored:
+    """Drop what stands above the lowest ``bits``, then read the sign (PS3.5 section 8.1.1)."""
+    kept = values & ((1 << bits) - 1)
+    if layout.signed:
+        half = 1 << (bits - 1)
+        kept = (kept ^ half) - half
+    return kept
+
+
+def _clip(values: Stored, layout: PixelLayout) -> Stored:
+    span = 1 << layout.bits_stored
+    low = -span // 2 if layout.signed else 0
+    return np.clip(values, low, low + span - 1)
+
+
+def _rle(data: bytes, layout: PixelLayout) -> Stored:
+    """Decode an RLE frame (PS3.5 annex G): one segment a byte of the pixel, the high one first."""
+    size = layout.rows * layout.columns
+    count, *offsets = struct.unpack_from("<16I", data)
+    bounds = [*offsets[:count], len(data)]
+    planes = [_plane(data, start, end, size) for start, end in pairwise(bounds)]
+    values = np.empty((size, len(planes)), dtype=np.uint8)
+    for place, plane in enumerate(reversed(planes)):
+        values[:, place] = np.frombuffer(plane, np.uint8)
+    pixels = values.view("<u1" if len(planes) == 1 else "<u2")
+    return pixels.reshape(layout.rows, layout.columns).astype(np.int32)
+
+
+def _plane(data: bytes, start: int, end: int, size: int) -> bytes | bytearray:
+    """One byte of each pixel. What the compiled decoder will not have is read by our own rules.
+
+    It refuses bytes after the last pixel, which archives leave there; where it answers, it answers
+    the same.
+    """
+    import imagecodecs
+
+    try:
+        plane = imagecodecs.packbits_decode(data[start:end], out=bytearray(size))
+    except RuntimeError:
+        plane = b""
+    return plane if len(plane) == size else _unpack_bits(data, start, end, size)
+
+
+def _unpack_bits(data: bytes, at: int, end: int, size: int) -> bytes:
+    """Undo PackBits (PS3.5 section G.3.2) until ``size`` bytes are there, and not one more."""
+    out = bytearray()
+    while len(out) < size:
+        if at + 1 >= end:
+            raise RejectedFile(Reject.DECODE_FAILED)
+        control = data[at]
+        if control < 128:
+            if at + 2 + control > end:
+                raise RejectedFile(Reject.DECODE_FAILED)
+            out += data[at + 1 : at + 2 + control]
+            at += 2 + control
+        elif control > 128:
+            out += data[at + 1 : at + 2] * (257 - control)
+            at += 2
+        else:
+            at += 1
+    if len(out) != size:
+        raise RejectedFile(Reject.DECODE_FAILED)
+    return bytes(out)

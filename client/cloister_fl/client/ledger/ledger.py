@@ -1,0 +1,378 @@
+"""The hospital's privacy ledger: what its patients have been promised, and what is used up.
+
+Privacy is spent before it is used. Approval of a study reserves all its steps, atomically, against
+two gates: the study's epsilon (privacy-loss distribution, parameters fixed beforehand) and the
+lifetime's (Renyi filter, valid for studies chosen after earlier results). Each round then marks its
+steps as started, on disk, before data are read. Started is spent: a crash never refunds, and the
+same round is not trained twice. Nothing here knows a patient.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cloister_fl.client.ledger.chain import Entry, append, create_file, install, read, transaction
+from cloister_fl.client.ledger.limits import (
+    account_of,
+    make_room,
+    require_gates,
+    require_open,
+    require_same,
+)
+from cloister_fl.client.ledger.replay import (
+    Account,
+    Reservation,
+    State,
+    accept_body,
+    close_body,
+    replay,
+)
+from cloister_fl.errors import (
+    BudgetExhausted,
+    InternalError,
+    PolicyRefused,
+    ReleaseAlreadySpent,
+    RoundAlreadySpent,
+)
+from cloister_fl.membership.identity import Identity
+from cloister_fl.privacy.accounting import epsilon_of
+from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
+from cloister_fl.privacy.renyi_filter import ORDERS, lifetime_epsilon
+
+__all__ = ["Entry", "Ledger", "Quote", "Reservation"]
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_RUN = re.compile(r"[!-~]{1,128}")
+
+
+@dataclass(frozen=True)
+class Quote:
+    """What one more run of a study would bring the accounts to, everything reserved counted.
+
+    Attributes:
+        study: epsilon of all runs of the study, at the study's delta.
+        lifetime: epsilon of everything, at the ledger's delta.
+    """
+
+    study: float
+    lifetime: float
+
+
+class Ledger:
+    """A hospital's ledger; make it with ``open``.
+
+    Every call reads and checks the whole file, so no other process and no kill makes it forget.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @classmethod
+    def open(cls, path: Path, *, delta: float) -> Ledger:
+        """Open the ledger at ``path``, or make it; and check it.
+
+        Args:
+            path: its file; the folder must exist.
+            delta: of the lifetime's promise. A new ledger fixes it, and the filter's orders, for
+                good.
+
+        Raises:
+            LedgerDamaged: the file is no sound ledger.
+            PolicyRefused: the ledger was made for another delta.
+        """
+        if not 0 < delta < 1:
+            raise InternalError("A ledger's delta lies between 0 and 1.")
+        create_file(path)
+        ledger = cls(path)
+        with transaction(path, write=True) as connection:
+            if install(connection):
+                append(
+                    connection, "created", {"version": 1, "delta": delta, "orders": list(ORDERS)}
+                )
+            state = replay(read(connection))
+        if state.delta != delta:
+            raise PolicyRefused(
+                f"The ledger was made for delta {state.delta:g}, the policy says {delta:g}.",
+                why="A lifetime's delta cannot change while it lasts.",
+                remedy=f"Set the lifetime delta in the site's policy to {state.delta:g}.",
+            )
+        return ledger
+
+    def reserve(
+        self,
+        study_digest: str,
+        run_id: str,
+        mechanism: Mechanism,
+        steps: int,
+        delta: float,
+        epsilon_limit_study: float,
+        epsilon_limit_lifetime: float,
+        *,
+        release: Mechanism | None = None,
+    ) -> Reservation:
+        """Reserve a study's steps against both gates, or refuse; nothing in between.
+
+        Asking again for the same study and run gives the same reservation. A reservation that an
+        older run of the study never started is taken over by the new run, so that a run which died
+        before its first round costs nothing; the older run can then start nothing.
+
+        Args:
+            study_digest: hash of the study.
+            run_id: 1 to 128 printable characters without space.
+            mechanism: noise multiplier and sampling rate of each step.
+            steps: all steps of the study, 1 or more.
+            delta: the study's delta.
+            epsilon_limit_study: the most that all runs of this study together may cost.
+            epsilon_limit_lifetime: the most that everything together may cost, at the ledger's
+                delta.
+            release: of the study's release, sampling rate 1; reserved with the steps.
+
+        Raises:
+            BudgetExhausted: a gate is closed; says what was asked, what is left, and the limit.
+            LedgerDamaged: the file is no sound ledger, or cannot be written.
+        """
+        _require(_DIGEST.fullmatch(study_digest), "a study's hash")
+        _require(_RUN.fullmatch(run_id), "a run's name")
+        _require(steps >= 1, "a number of steps")
+        _require(0 < delta < 1, "a delta")
+        _require(epsilon_limit_study >= 0 and epsilon_limit_lifetime >= 0, "a limit")
+        _require(release is None or release.sampling_rate == 1, "a release")
+        wanted = Account(study_digest, run_id, mechanism, steps, delta, release)
+        with transaction(self._path, write=True) as connection:
+            state = replay(read(connection))
+            require_open(state, study_digest)
+            held = state.accounts.get((study_digest, run_id))
+            if held is not None:
+                require_same(held, wanted)
+                return held.frozen()
+            idle = make_room(state, wanted)
+            require_gates(state, wanted, epsilon_limit_study, epsilon_limit_lifetime)
+            body: dict[str, Any] = {"study": study_digest, "run": run_id}
+            if idle is not None:
+                append(connection, "adopted", {**body, "from": idle.run})
+            else:
+                terms = {
+                    "noise_multiplier": mechanism.noise_multiplier,
+                    "sampling_rate": mechanism.sampling_rate,
+                    "steps": steps,
+                    "delta": delta,
+                    "limit_study": epsilon_limit_study,
+                    "limit_lifetime": epsilon_limit_lifetime,
+                }
+                if release is not None:
+                    terms["release_noise_multiplier"] = release.noise_multiplier
+                append(connection, "reserved", {**body, **terms})
+        return wanted.frozen()
+
+    def refusal(
+        self,
+        study_digest: str,
+        mechanism: Mechanism,
+        steps: int,
+        delta: float,
+        epsilon_limit_study: float,
+        epsilon_limit_lifetime: float,
+        *,
+        release: Mechanism | None = None,
+    ) -> BudgetExhausted | None:
+        """What ``reserve`` would say to another run of this study, without reserving; or None."""
+        wanted = Account(study_digest, "?", mechanism, steps, delta, release)
+        state = self._state()
+        make_room(state, wanted)
+        try:
+            require_open(state, study_digest)
+            require_gates(state, wanted, epsilon_limit_study, epsilon_limit_lifetime)
+        except BudgetExhausted as error:
+            return error
+        return None
+
+    def quote(
+        self,
+        study_digest: str,
+        mechanism: Mechanism,
+        steps: int,
+        delta: float,
+        *,
+        release: Mechanism | None = None,
+    ) -> Quote:
+        """What another run of this study would bring the accounts to; nothing is reserved."""
+        wanted = Account(study_digest, "?", mechanism, steps, delta, release)
+        state = self._state()
+        make_room(state, wanted)
+        asked = wanted.composition(reserved=True)
+        study = compose(state.composition(reserved=True, study=study_digest), asked)
+        lifetime = compose(state.composition(reserved=True), asked)
+        return Quote(
+            epsilon_of(study, delta), lifetime_epsilon(lifetime, state.delta, orders=state.orders)
+        )
+
+    def close(self, study_digest: str, steward: Identity) -> int:
+        """End a study here: release what it reserved and never started, and start no more of it.
+
+        What was started stays spent. Closing again changes nothing.
+
+        Args:
+            study_digest: hash of a study that has reserved something here.
+            steward: signs the entry.
+
+        Returns:
+            The steps that were released; the release of its figures is one.
+
+        Raises:
+            PolicyRefused: the study has no reservation.
+            LedgerDamaged: the file is no sound ledger, or cannot be written.
+        """
+        with transaction(self._path, write=True) as connection:
+            entries = read(connection)
+            state = replay(entries)
+            if study_digest in state.closed:
+                return 0
+            if not state.of(study_digest):
+                raise PolicyRefused(
+                    "The study has reserved nothing in this ledger.",
+                    remedy="To keep the site out of it: cloister client deny",
+                )
+            body = close_body(
+                study_digest, state.unstarted(study_digest), entries[-1].hash, steward
+            )
+            append(connection, "closed", body)
+        return int(body["released"])
+
+    def accept(self, missed: int, steward: Identity) -> None:
+        """Write that the steward takes this ledger for the newest; see ``high_water``."""
+        with transaction(self._path, write=True) as connection:
+            entries = read(connection)
+            replay(entries)
+            append(connection, "accepted", accept_body(missed, entries[-1].hash, steward))
+
+    def closed(self) -> frozenset[str]:
+        """Hashes of the studies that the steward closed."""
+        return frozenset(self._state().closed)
+
+    def start_round(
+        self, study_digest: str, run_id: str, round_number: int, steps: int
+    ) -> Reservation:
+        """Spend a round's steps, durably; call it before data are read.
+
+        Args:
+            study_digest: hash of the study.
+            run_id: the run that holds the reservation.
+            round_number: 1, 2, ...; each once, in any order.
+            steps: the round's steps, 1 or more.
+
+        Returns:
+            The reservation after the round.
+
+        Raises:
+            RoundAlreadySpent: the round was started before, perhaps by a process that died.
+            BudgetExhausted: the run has no reservation, or not so many steps left.
+            LedgerDamaged: the file is no sound ledger, or cannot be written.
+        """
+        _require(round_number >= 1, "a round")
+        _require(steps >= 1, "a number of steps")
+        with transaction(self._path, write=True) as connection:
+            account = account_of(replay(read(connection)), study_digest, run_id)
+            if round_number in account.rounds:
+                raise RoundAlreadySpent(
+                    f"Round {round_number} of this run was already started and is spent.",
+                    why="A process that dies in a round never gets its budget back.",
+                    remedy="Go on with the next round.",
+                )
+            left = account.steps - account.started
+            if steps > left:
+                raise BudgetExhausted(
+                    f"The round asks for {steps} steps; {left} of {account.steps} are left.",
+                    remedy="The study's budget is used up; approve another study to go on.",
+                )
+            body = {"study": study_digest, "run": run_id, "round": round_number, "steps": steps}
+            append(connection, "started", body)
+            account.rounds[round_number] = steps
+        return account.frozen()
+
+    def start_release(self, study_digest: str, run_id: str) -> Reservation:
+        """Spend the study's one release, durably; call it before data are read.
+
+        Args:
+            study_digest: hash of the study.
+            run_id: the run that holds the reservation.
+
+        Returns:
+            The reservation after it.
+
+        Raises:
+            ReleaseAlreadySpent: a run of this study charged it before.
+            BudgetExhausted: the run has no reservation, or none for a release.
+            LedgerDamaged: the file is no sound ledger, or cannot be written.
+        """
+        with transaction(self._path, write=True) as connection:
+            state = replay(read(connection))
+            account = account_of(state, study_digest, run_id)
+            if state.released(study_digest):
+                raise ReleaseAlreadySpent(
+                    "The study's release was already charged and is not made again.",
+                    why="A study releases its score histograms once, whatever the run; a process "
+                    "that dies in it never gets its budget back.",
+                    remedy="Use the figures of the first release, or propose another study.",
+                )
+            if account.release is None:
+                raise BudgetExhausted(
+                    "The run reserved nothing for a release.",
+                    remedy="Propose a study with an evaluation.release_epsilon above 0.",
+                )
+            append(connection, "evaluated", {"study": study_digest, "run": run_id})
+            account.released = True
+        return account.frozen()
+
+    def entries(self) -> tuple[Entry, ...]:
+        """Return all entries, oldest first, after checking them as ``verify`` does."""
+        with transaction(self._path, write=False) as connection:
+            entries = read(connection)
+        replay(entries)
+        return entries
+
+    def verify(self) -> None:
+        """Check protection, chain and sums.
+
+        Raises:
+            LedgerDamaged: naming the first entry that is wrong.
+        """
+        self.entries()
+
+    def head(self) -> tuple[int, str]:
+        """Return number and hash of the last entry: what the site notes elsewhere."""
+        last = self.entries()[-1]
+        return last.seq, last.hash
+
+    def reservations(self) -> tuple[Reservation, ...]:
+        """Return all reservations in force, oldest first."""
+        return tuple(account.frozen() for account in self._state().accounts.values())
+
+    def spent(self, study_digest: str | None = None, *, reserved: bool = False) -> Composition:
+        """Return the steps started so far, of one study or of all.
+
+        Args:
+            study_digest: only this study.
+            reserved: count reserved steps too, as the gates do.
+        """
+        return self._state().composition(reserved=reserved, study=study_digest)
+
+    def epsilon_study(self, study_digest: str, delta: float, *, reserved: bool = False) -> float:
+        """Epsilon of all runs of a study so far, by privacy-loss distribution."""
+        return epsilon_of(self.spent(study_digest, reserved=reserved), delta)
+
+    def epsilon_lifetime(self, *, reserved: bool = False) -> float:
+        """Epsilon of everything so far, by the Renyi filter, at the ledger's delta and orders."""
+        state = self._state()
+        spent = state.composition(reserved=reserved)
+        return lifetime_epsilon(spent, state.delta, orders=state.orders)
+
+    def _state(self) -> State:
+        return replay(self.entries())
+
+
+def _require(holds: object, what: str) -> None:
+    if not holds:
+        raise InternalError(f"The ledger was given {what} that cannot be.")

@@ -1,0 +1,121 @@
+"""The rules by which the ledger lets a study in: both limits, fixed terms, no closed study.
+
+No file is touched here; the ledger asks inside its transaction.
+"""
+
+from __future__ import annotations
+
+from cloister_fl.client.ledger.replay import Account, State
+from cloister_fl.errors import BudgetExhausted, PolicyRefused
+from cloister_fl.privacy.accounting import epsilon_of
+from cloister_fl.privacy.dp_events import compose
+from cloister_fl.privacy.renyi_filter import lifetime_epsilon, would_fit
+
+
+def require_gates(state: State, wanted: Account, study_limit: float, lifetime_limit: float) -> None:
+    """Refuse what would pass the study's limit or the lifetime's; all that is reserved counts.
+
+    Raises:
+        BudgetExhausted: says what was asked, what is left, and the limit.
+    """
+    before = state.composition(reserved=True, study=wanted.study)
+    asked = wanted.composition(reserved=True)
+    cost = epsilon_of(compose(before, asked), wanted.delta)
+    if not cost <= study_limit:
+        raise _exhausted(
+            "study",
+            asked=epsilon_of(asked, wanted.delta),
+            left=study_limit - epsilon_of(before, wanted.delta),
+            limit=study_limit,
+        )
+    before = state.composition(reserved=True)
+    if not would_fit(before, asked, lifetime_limit, state.delta, orders=state.orders):
+        raise _exhausted(
+            "lifetime",
+            asked=lifetime_epsilon(asked, state.delta, orders=state.orders),
+            left=lifetime_limit - lifetime_epsilon(before, state.delta, orders=state.orders),
+            limit=lifetime_limit,
+        )
+
+
+def account_of(state: State, study_digest: str, run_id: str) -> Account:
+    """The reservation of a run in force.
+
+    Raises:
+        BudgetExhausted: it has none, or the study is closed.
+    """
+    require_open(state, study_digest)
+    account = state.accounts.get((study_digest, run_id))
+    if account is None:
+        raise BudgetExhausted(
+            "The run has no reservation in the privacy ledger.",
+            remedy="Approve the study; a run that another one replaced cannot go on.",
+        )
+    return account
+
+
+def require_open(state: State, study_digest: str) -> None:
+    """Refuse a study that the steward closed.
+
+    Raises:
+        BudgetExhausted: it is closed.
+    """
+    if study_digest in state.closed:
+        raise BudgetExhausted(
+            "The study is closed at this site.",
+            why="The steward closed it, and the steps that it never started were released.",
+            remedy="Propose another study; a closed one cannot be opened again.",
+        )
+
+
+def _exhausted(gate: str, *, asked: float, left: float, limit: float) -> BudgetExhausted:
+    again = gate == "study" and asked <= limit
+    return BudgetExhausted(
+        f"The {gate} budget does not suffice: the study asks for epsilon {asked:.3f}, "
+        f"{max(0.0, left):.3f} of {limit:.3f} is left.",
+        why="This very study was run here before. " * again
+        + "Everything reserved or started counts, and nothing is refunded.",
+        remedy="A trial belongs on a copy of the site folder. Another study has a budget of its "
+        "own, within the lifetime's; only the site's steward can raise a limit."
+        if again
+        else "Ask for a study with a smaller epsilon; only the site's steward can raise a limit.",
+    )
+
+
+def make_room(state: State, wanted: Account) -> Account | None:
+    """Take the reservation out that ``wanted`` would take over, and return it."""
+    idle = _idle(state, wanted)
+    if idle is not None:
+        del state.accounts[idle.study, idle.run]
+    return idle
+
+
+def _idle(state: State, wanted: Account) -> Account | None:
+    """The oldest reservation of the same study, on the same terms, of which nothing was started."""
+    for account in state.accounts.values():
+        if account.study == wanted.study and account.idle and _same(account, wanted):
+            return account
+    return None
+
+
+def _same(one: Account, other: Account) -> bool:
+    return (one.mechanism, one.steps, one.delta, one.release) == (
+        other.mechanism,
+        other.steps,
+        other.delta,
+        other.release,
+    )
+
+
+def require_same(held: Account, wanted: Account) -> None:
+    """Hold a run to the terms that it reserved on.
+
+    Raises:
+        PolicyRefused: they are others.
+    """
+    if not _same(held, wanted):
+        raise PolicyRefused(
+            "The run asks for other terms than it reserved.",
+            why="Noise, sampling rate, steps and delta of a study never change.",
+            remedy="Start a new run.",
+        )

@@ -1,0 +1,187 @@
+"""Use a finished model on a folder of images, on the machine where the images are.
+
+The result is the user's own: scores, one row an image, named by its SOP Instance UID, or a volume,
+named by its Series Instance UID; or outlines, one PNG an image. Nothing is sent.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import secrets
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cloister_fl.client.data.cohort import Cohort
+from cloister_fl.client.data.volumes import assemble
+from cloister_fl.client.dicom.folder_reader import Accepted, Refused, read_folder
+from cloister_fl.errors import OptionInvalid, OutputInTheWay, Reject, SiteEmpty
+from cloister_fl.system.files import keep_out_of_git, write_atomic
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was written.
+
+    Attributes:
+        images: how many images were scored or outlined.
+        rejects: how many files were turned away, by reason.
+        out: the file or the folder.
+        outlines: whether it is a folder of outlines.
+    """
+
+    images: int
+    rejects: Mapping[Reject, int]
+    out: Path
+    outlines: bool
+
+
+def predict(
+    model_path: Path,
+    folder: Path,
+    out: Path | None,
+    *,
+    device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Prediction:
+    """Write the scores of all usable images of a folder as CSV, or their outlines, whole or not.
+
+    The columns are ``SOPInstanceUID``, for volumes ``SeriesInstanceUID``, and ``score_<class>`` for
+    each class of the model's study, probabilities that sum to 1; the rows are sorted by the first.
+    Outlines are PNG files ``<SOPInstanceUID>.png``, of the size that the image is stored with: 255
+    where the model outlines what its study asks for, else 0. Images are preprocessed as the study
+    inside the model says.
+
+    Args:
+        model_path: a model that Cloister wrote.
+        folder: the images, in any structure.
+        out: the file to write; one that is there is replaced. For outlines, a folder that is not
+            there. None for ``scores.csv`` or ``outlines``.
+        device: ``auto``, or what torch calls a device.
+        progress: called with (files done, files in all).
+
+    Raises:
+        FileUnreadable, ModelFileInvalid: the model cannot be used.
+        ExtraMissing, WeightsUnfit: it stands on pretrained weights that are not here.
+        OptionInvalid: there is no such device.
+        FolderUnreadable, SiteEmpty: there is nothing to score.
+        OutputInTheWay: the scores cannot be written, or the folder holds something.
+    """
+    from cloister_fl.client.training.evaluation import image_outlines, image_scores
+    from cloister_fl.model_file import load_model
+    from cloister_fl.networks.frozen_backbone import FrozenBackbone
+
+    module, study = load_model(model_path, _device(device))
+    if isinstance(module, FrozenBackbone):
+        module.require()
+    rejects: Counter[Reject] = Counter()
+    accepted: list[Accepted] = []
+    key = secrets.token_bytes(32)
+    for outcome in read_folder(folder, study.input, key=key, progress=progress):
+        if isinstance(outcome, Accepted):
+            accepted.append(outcome)
+        elif isinstance(outcome, Refused):
+            rejects[outcome.reason] += 1
+    if study.input.dimensions == 3:
+        volumes, alone = assemble(accepted, study.input)
+        accepted = [replace(accepted[one.slices[0]], image=one.image) for one in volumes]
+        rejects.update(alone.values())
+    if not accepted:
+        raise SiteEmpty(
+            "The folder holds no image that this model can score.",
+            why=f"It reads {', '.join(study.input.modalities)}; "
+            f"{sum(rejects.values())} files were turned away.",
+            remedy="Name a folder with images of these modalities.",
+        )
+    column, name = "SOPInstanceUID", _instance
+    if study.input.dimensions == 3:
+        column, name = "SeriesInstanceUID", _series
+    accepted.sort(key=name)
+    told = dict(sorted(rejects.items(), key=lambda item: item[0].value))
+    # The same forward pass as in training's evaluation, so a score here is the score there.
+    images = Cohort(
+        images=np.stack([one.image for one in accepted]),
+        patients=(),
+        rejects={},
+        modalities={},
+        shapes={},
+    )
+    if study.target.segment:
+        folder = Path("outlines") if out is None else out
+        _write_outlines(folder, accepted, image_outlines(module, images))
+        return Prediction(len(accepted), told, folder, True)
+    scores = image_scores(module, images)
+    path = Path("scores.csv") if out is None else out
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow([column, *(f"score_{name}" for name in study.target.classes)])
+    for one, row in zip(accepted, scores, strict=True):
+        writer.writerow([name(one), *(f"{score:.6f}" for score in row)])
+    write_atomic(path, text.getvalue().encode())
+    return Prediction(len(accepted), told, path, False)
+
+
+def _write_outlines(folder: Path, accepted: Sequence[Accepted], shown: NDArray[np.bool_]) -> None:
+    """Write the outlines into a folder of their own, which appears when it is complete."""
+    from PIL import Image
+
+    taken = OutputInTheWay(
+        f"{folder} already holds something.", remedy="Name another folder with --out."
+    )
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise taken
+        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.absolute().parent))
+    except OSError as error:
+        raise OutputInTheWay(
+            f"{folder} cannot be written.",
+            why=(error.strerror or "The system gave no reason") + ".",
+            remedy="Name a folder that you may write to.",
+        ) from None
+    try:
+        keep_out_of_git(building)
+        written: Counter[str] = Counter()
+        for one, outline in zip(accepted, shown, strict=True):
+            # Two patients may have an image each under one UID.
+            written[name := _instance(one)] += 1
+            name += f"-{written[name]}" if written[name] > 1 else ""
+            image = Image.fromarray(outline.astype(np.uint8) * 255)
+            size = (one.facts.columns, one.facts.rows)
+            file = io.BytesIO()
+            image.resize(size, Image.Resampling.NEAREST).save(file, "PNG")
+            write_atomic(building / f"{name}.png", file.getvalue())
+        building.replace(folder)
+    except OSError:
+        raise taken from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _instance(one: Accepted) -> str:
+    return one.keys.sop_instance
+
+
+def _series(one: Accepted) -> str:
+    return one.place.series
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise OptionInvalid(
+            f"There is no device {name!r} here.",
+            remedy="Use auto, cpu, or cuda where there is one.",
+        ) from None
+    return name

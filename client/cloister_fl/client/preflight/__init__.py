@@ -1,0 +1,1 @@
+"""Checks before a run: machine, network, data; numbered findings with remedies."""

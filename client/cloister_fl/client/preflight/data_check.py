@@ -1,0 +1,233 @@
+"""Look at a site's data before a study does: what is there, and all that is wrong with it.
+
+The report speaks in counts. It names no patient, file or path, so that it can be shown to
+whoever helps to mend the data; pseudonyms in it are cut short and hold for one study only.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cloister_fl.client.admission import gate
+from cloister_fl.client.data.cohort import Cohort, Reading, read_cohort
+from cloister_fl.client.data.labels import read_labels
+from cloister_fl.client.data.targets import UNLABELLED
+from cloister_fl.client.site.folder import Site
+from cloister_fl.client.site.policy import refusals
+from cloister_fl.client.steward.budget import line, study_promised
+from cloister_fl.errors import DataError, DecoderUnfit, FolderUnreadable, LabelsInvalid, Reject
+from cloister_fl.study.schema import About, Input, Study
+from cloister_fl.study.target import Target
+from cloister_fl.system.text import counted
+
+_SIZES_SHOWN = 6
+_ANY_STUDY = Study(
+    study=About(name="check", question="What is there?"),
+    input=Input(modalities=("CR", "DX", "MG", "CT", "MR", "US")),
+    target=Target(column="none", classes=("none", "other")),
+)
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What ``inspect`` found.
+
+    Attributes:
+        site: the site's name.
+        study: the study's name, or None where the data were looked at without one.
+        files: files found, DICOMDIR files and links within the folder left out.
+        accepted: images that can be used.
+        patients: patients with such an image.
+        images_per_patient: how many patients have so many images.
+        labels: patients by class; empty without a study or without usable labels.
+        modalities: images by modality.
+        sizes: images by stored (rows, columns).
+        rejects: files turned away, by reason.
+        faults: all that keeps the site from taking part, in the order in which to mend it.
+        policy: why the site's policy or budget does not allow the study, in words.
+        promised_study: epsilon that all runs of the study have reserved or spent here.
+        promised: epsilon that all studies together have reserved or spent here.
+        lifetime: the most that they may.
+        cohort: the images, or None; in no output but the contact sheet.
+        volumes: whether an image is a volume of slices.
+        faded: how many images have something marked of which nothing is left at the study's size.
+    """
+
+    site: str
+    study: str | None
+    files: int
+    accepted: int
+    patients: int
+    images_per_patient: Mapping[int, int]
+    labels: Mapping[str, int]
+    modalities: Mapping[str, int]
+    sizes: Mapping[tuple[int, int], int]
+    rejects: Mapping[Reject, int]
+    faults: tuple[DataError, ...]
+    policy: tuple[str, ...]
+    promised_study: float = 0.0
+    promised: float = 0.0
+    lifetime: float = 0.0
+    cohort: Cohort | None = field(default=None, repr=False, compare=False)
+    volumes: bool = False
+    faded: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what JSON can say: counts and words, no image."""
+        return {
+            "site": self.site,
+            "study": self.study,
+            "usable": not self.faults,
+            "would_take_part": not self.faults and not self.policy,
+            "epsilon_study": None if self.study is None else self.promised_study,
+            "epsilon_promised": self.promised,
+            "epsilon_lifetime": self.lifetime,
+            "files": self.files,
+            "accepted": self.accepted,
+            "patients": self.patients,
+            "images_per_patient": {str(k): v for k, v in self.images_per_patient.items()},
+            "labels": dict(self.labels),
+            "modalities": dict(self.modalities),
+            "marked_too_small": self.faded,
+            "sizes": {f"{rows}x{columns}": n for (rows, columns), n in self.sizes.items()},
+            "rejects": [
+                {"code": reason.value, "reason": reason.title, "count": count}
+                for reason, count in self.rejects.items()
+            ],
+            "faults": [
+                {"code": fault.code, "title": fault.title, "message": str(fault)}
+                for fault in self.faults
+            ],
+            "policy": list(self.policy),
+        }
+
+
+def inspect(
+    site: Site, study: Study | None, *, progress: Callable[[int, int], None] | None = None
+) -> DataReport:
+    """Read a site's data as a study would, and report instead of raising at the first fault.
+
+    Args:
+        site: the opened site.
+        study: the study to judge by; without one, every modality is read and labels are not.
+        progress: called with (files done, files in all).
+    """
+    faults: list[DataError] = []
+    reading: Reading | None = None
+    try:
+        reading = read_cohort(
+            site, study or _ANY_STUDY, progress=progress, require_labels=study is not None
+        )
+        faults += reading.faults
+    except (FolderUnreadable, DecoderUnfit) as error:
+        faults.append(error)
+        faults += _labels_alone(site, study)
+    cohort = reading.cohort if reading is not None else None
+    patients = cohort.patients if cohort is not None else ()
+    labels = Counter(patient.label for patient in patients if patient.label != UNLABELLED)
+    # How many sites are invited is the coordinator's to say; the check does not judge it.
+    allowed = () if study is None else _refusals(site, study)
+    return DataReport(
+        site=site.name,
+        study=study.study.name if study is not None else None,
+        files=reading.files if reading is not None else 0,
+        accepted=len(cohort.images) if cohort is not None else 0,
+        patients=len(patients),
+        images_per_patient=dict(sorted(Counter(len(one.images) for one in patients).items())),
+        labels={}
+        if study is None or not labels
+        else {name: labels[index] for index, name in enumerate(study.target.classes)},
+        modalities=cohort.modalities if cohort is not None else {},
+        sizes=cohort.shapes if cohort is not None else {},
+        rejects=reading.rejects if reading is not None else {},
+        faults=tuple(faults),
+        policy=allowed,
+        promised_study=0.0 if study is None else study_promised(site, study),
+        promised=gate.promised(site),
+        lifetime=site.policy.max_epsilon_lifetime,
+        cohort=cohort,
+        volumes=study is not None and study.input.dimensions == 3,
+        faded=reading.faded if reading is not None else 0,
+    )
+
+
+def _refusals(site: Site, study: Study) -> tuple[str, ...]:
+    told = refusals(site.policy, study, site.policy.min_sites)
+    if told:
+        return told
+    short = gate.shortfall(site, study)
+    return () if short is None else (f"{short.what} {short.why}",)
+
+
+def render(report: DataReport) -> str:
+    """Return the report as text for a terminal."""
+    lines = [f"Site {report.site}" + (f", study {report.study}" if report.study else "")]
+    lines.append(f"  files       {report.files}")
+    word = "volumes" if report.volumes else "images"
+    lines.append(f"  {word:<10}  {report.accepted}{_brackets(report.modalities)}")
+    lines.append(f"  patients    {report.patients}")
+    if report.images_per_patient:
+        told = ", ".join(
+            f"{counted(patients, 'patient')} with {counted(images, word[:-1])}"
+            for images, patients in report.images_per_patient.items()
+        )
+        lines.append(f"  each        {told}")
+    if report.sizes:
+        lines.append(f"  sizes       {_sizes(report.sizes)}")
+    if report.labels:
+        told = ", ".join(f"{name} {count}" for name, count in report.labels.items())
+        lines.append(f"  labels      {told} (patients)")
+    if report.faded:
+        lines.append(
+            f"  too small   what is marked in {counted(report.faded, 'image')}: nothing of it is "
+            "left at the study's size"
+        )
+    if report.rejects:
+        lines.append("  turned away")
+        lines += [
+            f"    {count:>7}  {reason.value}  {reason.title}"
+            for reason, count in report.rejects.items()
+        ]
+        lines.append("    Which files: cloister client find CODE")
+    study = None if report.study is None else report.promised_study
+    lines.append(f"  budget      promised so far, {line(study, report.promised, report.lifetime)}")
+    if report.study is None:
+        lines.append("Labels were not checked: give a study with --study.")
+    lines += [f"This site would refuse the study: {sentence}" for sentence in report.policy]
+    lines += [str(fault) for fault in report.faults]
+    held = sum(count for reason, count in report.rejects.items() if reason.held)
+    if held:
+        lines.append(f"Held: {held}. Which of them wait for a person: cloister client quarantine")
+    if report.faults:
+        lines.append("The data cannot be used as they are.")
+    elif report.policy:
+        lines.append("The data can be used, but the site would not take part in this study.")
+    else:
+        lines.append("The data can be used.")
+    return "\n".join(lines)
+
+
+def _labels_alone(site: Site, study: Study | None) -> list[DataError]:
+    if study is None or study.target.segment:
+        return []
+    try:
+        read_labels(site.labels, study.target)
+    except LabelsInvalid as error:
+        return [error]
+    return []
+
+
+def _brackets(counts: Mapping[str, int]) -> str:
+    if not counts:
+        return ""
+    return " (" + ", ".join(f"{name} {count}" for name, count in counts.items()) + ")"
+
+
+def _sizes(sizes: Mapping[tuple[int, int], int]) -> str:
+    ordered = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
+    told = [f"{rows} x {columns} ({count})" for (rows, columns), count in ordered[:_SIZES_SHOWN]]
+    rest = sum(count for _, count in ordered[_SIZES_SHOWN:])
+    return ", ".join(told) + (f", others ({rest})" if rest else "")

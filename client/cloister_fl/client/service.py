@@ -1,0 +1,295 @@
+"""The site's service: the node and the executor, kept running, and how the site stands.
+
+::
+
+    cloister client start        this module; holds no data, speaks with nobody
+      |- supernode.node          talks with the coordinator; sees no data
+      `- supernode.executor      reads the data; talks with the node alone, over loopback
+
+Until the coordinator has approved the site, it asks for the certificate and does nothing else.
+What dies is started again. The executor is one warm process for as long as it lives, so a round
+costs no start; what it keeps in memory alone is what a restart must lose (secure aggregation).
+
+Files, below the site folder::
+
+    service.lock          held while it runs; the process id
+    run/service.json      where health is served, and how the site stands
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import queue
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cloister_fl.client.flower.names import SUPEREXEC_SECRET
+from cloister_fl.client.network.join import CERTIFICATE, look, membership
+from cloister_fl.client.site.folder import Site
+from cloister_fl.errors import CloisterError, ListenRefused, ServiceState
+from cloister_fl.system.child_process import Child, environment
+from cloister_fl.system.files import (
+    create_secret,
+    keep_out_of_git,
+    make_private_dir,
+    read_secret,
+    write_atomic,
+)
+from cloister_fl.system.health import Health, healthy
+from cloister_fl.system.pid_lock import holder, only_one, terminate
+
+LOCK = "service.lock"
+RUN = "run"
+STATE = "service.json"
+TICK_S = 0.2
+ASK_S = 10.0
+"""Seconds between two questions whether the coordinator has approved this site."""
+
+Say = Callable[[str], None]
+
+_WHY = {
+    "status 401": "the coordinator does not know this site's node key",
+    "status 403": "the coordinator has shut this site out, or its certificate has expired",
+    "status 503": "the coordinator is busy",
+    "ConnectError": "the coordinator does not answer",
+    "ConnectTimeout": "the coordinator does not answer",
+    "ProxyError": "the proxy does not let the connection through",
+}
+
+
+@dataclass
+class Standing:
+    """How the service stands; written to ``run/service.json``.
+
+    Attributes:
+        health: address of grpc.health.v1.
+        node: whether the node runs.
+        executor: whether the executor runs and has reached the node.
+        online: whether the coordinator answers.
+        why: why not, in words.
+        approved: whether the coordinator has approved the site; before, nothing else happens.
+        asked: messages that came, by kind.
+        last_asked: when the last one came, seconds since 1970.
+    """
+
+    health: str
+    node: bool = False
+    executor: bool = False
+    online: bool = False
+    why: str = "the service starts"
+    approved: bool = False
+    asked: dict[str, int] = field(default_factory=dict)
+    last_asked: float = 0.0
+
+    @property
+    def serving(self) -> bool:
+        """Whether a study could be trained now."""
+        return self.node and self.executor and self.online
+
+
+def serve(site: Site, say: Say) -> None:
+    """Run until SIGTERM or SIGINT.
+
+    Args:
+        site: a site that has joined a federation.
+        say: is given a line for the operator; none of them tells of a patient.
+
+    Raises:
+        ServiceState: the service of this site runs already.
+        InviteInvalid: the site has joined no federation.
+        FileUnreadable: a key is missing, or can be read by others.
+        ListenRefused: the health port cannot be had.
+    """
+    os.umask(0o077)
+    membership(site)
+
+    def taken() -> Exception:
+        return ServiceState(
+            "The service of this site runs already.",
+            remedy="See how it stands: cloister client status",
+        )
+
+    with only_one(site.root / LOCK, taken):
+        # A folder of an earlier version has none.
+        keep_out_of_git(site.root)
+        make_private_dir(site.root / RUN)
+        create_secret(site.keys / SUPEREXEC_SECRET, secrets.token_hex(32).encode())
+        read_secret(site.keys / SUPEREXEC_SECRET)
+        _Service(site, say).run()
+
+
+def running(site: Site) -> int | None:
+    """The service's process id, or ``None`` where it does not run."""
+    return holder(site.root / LOCK)
+
+
+def stop(site: Site, seconds: float) -> None:
+    """End the service.
+
+    Raises:
+        ServiceState: it does not run, or has not ended in time.
+    """
+    ended = terminate(site.root / LOCK, seconds)
+    if ended is None:
+        raise ServiceState("The service of this site does not run.")
+    if not ended:
+        raise ServiceState(
+            "The service has not ended yet.", remedy="Wait, or end its process yourself."
+        )
+
+
+def standing(site: Site) -> Standing | None:
+    """How the service stands, or ``None`` where it does not run."""
+    if running(site) is None:
+        return None
+    try:
+        return Standing(**json.loads((site.root / RUN / STATE).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def is_serving(told: Standing) -> bool:
+    """Ask the health service itself."""
+    return healthy(told.health)
+
+
+class _Service:
+    def __init__(self, site: Site, say: Say) -> None:
+        self._site = site
+        self._say = say
+        self._stop = False
+        self._events: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
+        self._children: dict[str, Child] = {}
+        try:
+            self._health = Health(site.health)
+        except OSError:
+            raise ListenRefused(
+                f"{site.health} cannot be listened on.",
+                why="Another process has the port, or it is not this machine's.",
+                remedy="Change service.health in site.toml.",
+            ) from None
+        host = site.health.rpartition(":")[0]
+        self._now = Standing(health=f"{host}:{self._health.port}")
+
+    def run(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._asked_to_stop)
+        self._keep()
+        try:
+            self._await_approval()
+            self._children = self._parts()
+            while not self._stop:
+                for child in self._children.values():
+                    child.tend()
+                self._hear()
+                time.sleep(TICK_S)
+        finally:
+            self._health.serving(False)
+            # The executor first: what it answers now must not be taken for a dropout's.
+            for name in ("executor", "node"):
+                if name in self._children:
+                    self._children[name].stop()
+            self._health.close()
+            with contextlib.suppress(OSError):
+                (self._site.root / RUN / STATE).unlink()
+
+    def _parts(self) -> dict[str, Child]:
+        port = str(_free_port())
+        env = environment({"FLWR_HOME": str(self._site.root / RUN / "flower")})
+        package = "cloister_fl.client.flower"
+        return {
+            name: Child(
+                name, ("-m", f"{package}.{name}", str(self._site.root), port), env, self._events
+            )
+            for name in ("node", "executor")
+        }
+
+    def _await_approval(self) -> None:
+        """Until this site has its certificate: ask for it, now and then."""
+        asked = -math.inf
+        while not self._stop and not (self._site.keys / CERTIFICATE).exists():
+            if time.monotonic() - asked >= ASK_S:
+                asked = time.monotonic()
+                self._ask_for_approval()
+            else:
+                time.sleep(TICK_S)
+        self._now.approved = True
+
+    def _ask_for_approval(self) -> None:
+        try:
+            if look(self._site).state == "approved":
+                self._say("The coordinator has approved this site.")
+                return
+            told = "the coordinator has not approved this site yet"
+        except CloisterError as error:
+            # A network that is down now may be up later; what was refused, a person mends.
+            told = " ".join(part for part in (error.what, error.why) if part).rstrip(".")
+        if told != self._now.why:
+            self._now.why = told
+            self._say(f"Waiting: {told}.")
+            self._keep()
+
+    def _asked_to_stop(self, *_: object) -> None:
+        self._stop = True
+
+    def _hear(self) -> None:
+        changed = False
+        while True:
+            try:
+                name, told = self._events.get_nowait()
+            except queue.Empty:
+                break
+            self._take(name, told)
+            changed = True
+        if changed:
+            self._health.serving(self._now.serving)
+            self._keep()
+
+    def _take(self, name: str, told: dict[str, Any]) -> None:
+        now = self._now
+        match told.get("event"):
+            case "ready":
+                setattr(now, name, True)
+                if name == "executor":
+                    self._say("Ready: this site's own code waits for studies that you approved.")
+            case "ended":
+                setattr(now, name, False)
+                if name == "node":
+                    now.online, now.why = False, "the node is being started again"
+                self._say(f"The {name} ended; it is started again.")
+            case "online":
+                now.online, now.why = True, ""
+                self._say("The coordinator answers.")
+            case "offline":
+                why = str(told.get("why"))
+                now.online, now.why = False, _WHY.get(why, f"the connection failed ({why})")
+                self._say(f"Offline: {now.why}.")
+            case "asked":
+                kind = str(told.get("message")) or "unknown"
+                now.asked[kind] = now.asked.get(kind, 0) + 1
+                now.last_asked = time.time()
+            case "foreign-bundle":
+                self._say("Refused: the coordinator sent a foreign bundle (CLO-505).")
+            case "failed":
+                self._say(f"The {name} cannot start: {told.get('code')} {told.get('what')}")
+            case "crashed" | "task-lost":
+                self._say(f"The {name} met a fault ({told.get('type')}); it goes on.")
+
+    def _keep(self) -> None:
+        text = json.dumps(asdict(self._now))
+        write_atomic(self._site.root / RUN / STATE, text.encode(), durable=False)
+
+
+def _free_port() -> int:
+    """A port of loopback that nobody has; the node binds it in a moment, and keeps it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,1 @@
+"""The site folder: settings, policy, keys, audit log, trusted roster."""

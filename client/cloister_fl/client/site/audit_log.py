@@ -1,0 +1,144 @@
+"""What left this hospital, and what was asked of it: the site's audit log, in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cloister_fl.audit_log import AuditLog, Entry, read
+from cloister_fl.client.site.folder import Site
+
+FILE = "audit.jsonl"
+
+WHY: Mapping[str, str] = {
+    "prepared": "it takes part; tells nothing of its data",
+    "exchanged": "keys, sealed shares and masked vectors of secure aggregation",
+    "update": "a model update; the site's policy allows it unmasked",
+    "evaluated": "counts of patients by score, or by Dice coefficient; the site's policy allows "
+    "them, charged or without privacy",
+    "refusal": "a reason of the closed list",
+}
+"""Why a message of each kind may leave; the list of what leaves is closed."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """What left the site under one kind of message.
+
+    Attributes:
+        message: the kind.
+        count: how many messages.
+        bytes: their payload.
+        why: why it may leave.
+    """
+
+    message: str
+    count: int
+    bytes: int
+    why: str
+
+
+def log_of(site: Site) -> AuditLog:
+    """The site's log, signed with its identity."""
+    return AuditLog(path_of(site), site.identity())
+
+
+def path_of(site: Site) -> Path:
+    """The log's file."""
+    return site.audit / FILE
+
+
+def entries_of(site: Site) -> tuple[Entry, ...]:
+    """All entries; none where nothing was ever asked.
+
+    Raises:
+        AuditLogDamaged: the log is not sound.
+    """
+    path = path_of(site)
+    return tuple(read(path)) if path.exists() else ()
+
+
+def what_left(entries: tuple[Entry, ...], *, run: str | None = None) -> tuple[Left, ...]:
+    """Sum up what was sent, by kind of message and reason; in one run, or in all."""
+    counts: Counter[tuple[str, str]] = Counter()
+    sizes: Counter[tuple[str, str]] = Counter()
+    for entry in entries:
+        if entry.kind == "sent" and run in {None, entry.body.get("run")}:
+            key = (str(entry.body.get("message")), str(entry.body.get("why")))
+            counts[key] += 1
+            size = entry.body.get("bytes")
+            sizes[key] += size if isinstance(size, int) else 0
+    return tuple(Left(key[0], counts[key], sizes[key], key[1]) for key in sorted(counts))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A decision on a study.
+
+    Attributes:
+        time: when, ISO 8601.
+        study: its hash.
+        decision: approved, denied, or pending where an approval was taken back.
+        by: ``steward`` or ``policy``.
+        why: on what ground the policy did; a steward's words are not in the log.
+    """
+
+    time: str
+    study: str
+    decision: str
+    by: str
+    why: str
+
+
+def judged(entries: tuple[Entry, ...]) -> tuple[Judged, ...]:
+    """All decisions, oldest first."""
+
+    def word(entry: Entry, key: str) -> str:
+        return str(entry.body.get(key, ""))
+
+    return tuple(
+        Judged(one.time, *(word(one, key) for key in ("study", "decision", "by", "why")))
+        for one in entries
+        if one.kind == "judged"
+    )
+
+
+def as_dict(site: Site, entries: tuple[Entry, ...]) -> dict[str, object]:
+    """What ``render`` says, ready for JSON."""
+    return {
+        "site": site.name,
+        "entries": len(entries),
+        "first": entries[0].time if entries else "",
+        "last": entries[-1].time if entries else "",
+        "asked": sum(entry.kind == "asked" for entry in entries),
+        "left": [asdict(left) for left in what_left(entries)],
+        "judged": [asdict(one) for one in judged(entries)],
+    }
+
+
+def render(site: Site, entries: tuple[Entry, ...]) -> str:
+    """The log in words, for a terminal."""
+    if not entries:
+        return f"Site {site.name}: nothing was asked of it yet, and nothing left."
+    asked = sum(entry.kind == "asked" for entry in entries)
+    lines = [
+        f"Site {site.name}: what left it",
+        f"  from {entries[0].time} to {entries[-1].time}, {asked} requests",
+    ]
+    lines += [
+        f"  {left.count:>6} x {left.message:<10} {left.bytes:>14,} bytes  {left.why}"
+        for left in what_left(entries)
+    ]
+    decisions = judged(entries)
+    if decisions:
+        lines.append("What was decided on studies here")
+    lines += [
+        f"  {one.time}  {one.study[:16]} {one.decision} by the {one.by or 'steward'}"
+        + (f": {one.why}" if one.why else "")
+        for one in decisions
+    ]
+    lines.append("Nothing else left through Cloister. The log is sound within itself; to see")
+    lines.append("whether its end was cut off, hold it against the coordinator's: cloister verify.")
+    return "\n".join(lines)

@@ -1,0 +1,355 @@
+"""A hospital's site folder: its file, its keys, and where its data and records lie.
+
+::
+
+    site.toml        what a person wrote: name, data, policy
+    keys/            identity.pem (Ed25519), pseudonym.key, cache.key; mode 0700 and 0600
+    cache/           preprocessed images, encrypted
+    store/           files that were fetched from an archive, encrypted
+    index.sqlite     which files did not change; can be lost
+    quarantine.json  which held files a person has released, or not
+    manifests/       what each study was frozen with, signed
+    audit/           the signed log of what left the site
+    ledger.sqlite    what privacy was spent
+
+Keys are made once and never replaced: another pseudonym key would make other patients of the
+same people, another identity another site.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import ipaddress
+import re
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from cloister_fl.client.site.archive_settings import CGet, DicomWeb, Query
+from cloister_fl.client.site.policy import Policy
+from cloister_fl.client.site.template import site_text
+from cloister_fl.errors import FileUnreadable, IdentityInvalid, OptionInvalid, SiteFileInvalid
+from cloister_fl.membership.enrolment import split_address
+from cloister_fl.membership.identity import Identity
+from cloister_fl.study.schema import Name
+from cloister_fl.system.files import create_secret, keep_out_of_git, make_private_dir, read_secret
+from cloister_fl.system.toml import FileModel, KeyedValueError, parse, read_text
+
+SITE_FILE = "site.toml"
+IDENTITY = "identity.pem"
+PSEUDONYM_KEY = "pseudonym.key"
+CACHE_KEY = "cache.key"
+KEY_BYTES = 32
+
+_PSEUDONYM_LABEL = b"cloister/pseudonym/v1\0"
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_FilePath = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+def _is_loopback(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    try:
+        fits = ipaddress.ip_address(host.strip("[]")).is_loopback and 0 <= int(port) < 2**16
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError("is not a loopback address and port such as 127.0.0.1:9090")
+    return value
+
+
+class _About(FileModel):
+    name: Name
+
+
+class _Data(FileModel):
+    dicom: _FilePath = "dicom"
+    labels: _FilePath = "labels.csv"
+    query: Query = Query()
+    dicomweb: DicomWeb | None = None
+    cget: CGet | None = None
+
+    @model_validator(mode="after")
+    def _one_archive(self) -> _Data:
+        if self.dicomweb is not None and self.cget is not None:
+            raise KeyedValueError("cget", "stands beside 'dicomweb'; name one archive.")
+        return self
+
+
+class _Service(FileModel):
+    health: Annotated[str, Field(max_length=64), AfterValidator(_is_loopback)] = "127.0.0.1:0"
+    """Where grpc.health.v1 is served; port 0 takes a free one."""
+
+
+class Network(FileModel):
+    """The table ``[network]`` of a site file: how the hospital's network is left."""
+
+    proxy: str = ""
+    """``http://HOST:PORT`` of the outbound proxy, which must pass CONNECT on; empty for none."""
+    proxy_user: Annotated[str, Field(max_length=256)] = ""
+    """Who the proxy is told that this is; empty where it asks nobody. See ``proxy``."""
+
+    @field_validator("proxy")
+    @classmethod
+    def _is_proxy(cls, value: str) -> str:
+        if value and (
+            not value.startswith("http://")
+            or split_address(value.removeprefix("http://").removesuffix("/")) is None
+        ):
+            # No password here: people copy, mail and back up this file.
+            raise ValueError("must be http://HOST:PORT, without a user or password.")
+        return value
+
+    @field_validator("proxy_user")
+    @classmethod
+    def _is_user(cls, value: str) -> str:
+        if ":" in value or not value.isprintable():
+            raise ValueError("must be one line without a colon.")
+        return value
+
+
+def network_of(proxy: str, user: str = "") -> Network:
+    """The table ``[network]`` from a command's options.
+
+    Raises:
+        OptionInvalid: the proxy or the user cannot be used.
+    """
+    if proxy:
+        with contextlib.suppress(ValueError):
+            return Network(proxy=proxy, proxy_user=user)
+    raise OptionInvalid(
+        "The proxy or its user cannot be used.",
+        remedy="Write --proxy http://HOST:PORT, and --proxy-user NAME where it asks for one.",
+    )
+
+
+class SiteFile(FileModel):
+    """The file ``site.toml``; paths are relative to its folder, or absolute."""
+
+    site: _About
+    data: _Data = _Data()
+    service: _Service = _Service()
+    network: Network = Network()
+    policy: Policy = Policy()
+
+
+@dataclass(frozen=True)
+class Site:
+    """An opened site.
+
+    Attributes:
+        root: the site folder, absolute.
+        name: the site's name in the federation.
+        dicom: folder of the images; need not exist yet.
+        labels: the labels file; need not exist yet.
+        policy: what the hospital allows.
+        network: the way out of the hospital; see ``proxy``.
+        health: HOST:PORT on loopback of the service's health; port 0 takes a free one.
+        archive: where images are fetched from, or None; see ``sources``.
+        query: which of them.
+    """
+
+    root: Path
+    name: str
+    dicom: Path
+    labels: Path
+    policy: Policy
+    network: Network
+    health: str = "127.0.0.1:0"
+    archive: DicomWeb | CGet | None = None
+    query: Query = field(default_factory=Query)
+
+    @property
+    def store(self) -> Path:
+        """Folder of the files that were fetched from the archive, sealed."""
+        return self.root / "store"
+
+    @property
+    def ledger(self) -> Path:
+        """The privacy ledger."""
+        return self.root / "ledger.sqlite"
+
+    @property
+    def cache(self) -> Path:
+        """Folder of the encrypted, preprocessed images."""
+        return self.root / "cache"
+
+    @property
+    def audit(self) -> Path:
+        """Folder of the signed logs."""
+        return self.root / "audit"
+
+    @property
+    def roster(self) -> Path:
+        """The roster that the steward accepted; see ``pinned``."""
+        return self.root / "roster.pin"
+
+    @property
+    def keys(self) -> Path:
+        """Folder of the site's secrets."""
+        return self.root / "keys"
+
+    def pseudonym_key(self) -> bytes:
+        """Return the 32 bytes that pseudonyms are made with; see ``read_secret``."""
+        return _raw_key(self.keys / PSEUDONYM_KEY)
+
+    def cache_key(self) -> bytes:
+        """Return the 32 bytes that the cache is encrypted with; see ``read_secret``."""
+        return _raw_key(self.keys / CACHE_KEY)
+
+    def identity(self) -> Identity:
+        """Return the key that the site signs with; see ``read_secret``."""
+        return _identity(self.keys / IDENTITY)
+
+
+def init_site(
+    root: Path,
+    *,
+    name: str | None = None,
+    dicom: Path | str | None = None,
+    labels: Path | str | None = None,
+    policy: Policy | None = None,
+    network: Network | None = None,
+) -> Site:
+    """Create what a site folder lacks, and open it.
+
+    Nothing that is there is replaced, so it can be repeated and can mend an interrupted one. The
+    arguments only shape a ``site.toml`` that is created now.
+
+    Args:
+        root: the site folder; created with mode 0700 if it is missing.
+        name: the site's name; else made from the folder's.
+        dicom: folder of the images, relative to ``root`` or absolute.
+        labels: labels file, relative to ``root`` or absolute.
+        policy: what to write as the policy; else the defaults.
+        network: what to write as the way out of the hospital; else a direct one.
+
+    Raises:
+        OptionInvalid: the name or a path cannot be written to a site file.
+        OutputInTheWay: the folder or a file cannot be created.
+        SiteFileInvalid, FileUnreadable: what was there cannot be used; see ``open_site``.
+    """
+    root = root.absolute()
+    text = _site_toml(
+        name if name is not None else _name_from(root),
+        str(dicom) if dicom is not None else "dicom",
+        str(labels) if labels is not None else "labels.csv",
+        policy or Policy(),
+        network or Network(),
+    )
+    if not root.is_dir():
+        make_private_dir(root)
+    keep_out_of_git(root)
+    for folder in ("keys", "cache", "audit"):
+        make_private_dir(root / folder)
+    create_secret(root / "keys" / IDENTITY, Identity.generate().to_pem())
+    create_secret(root / "keys" / PSEUDONYM_KEY, secrets.token_bytes(KEY_BYTES))
+    create_secret(root / "keys" / CACHE_KEY, secrets.token_bytes(KEY_BYTES))
+    # Last: a folder with a site file is a finished one.
+    create_secret(root / SITE_FILE, text.encode())
+    return open_site(root)
+
+
+def open_site(root: Path) -> Site:
+    """Read a site folder and check its keys.
+
+    Raises:
+        SiteFileInvalid: ``site.toml`` has faults; all of them are listed.
+        FileUnreadable: ``site.toml`` or a key is missing, cannot be read, or is no secret.
+    """
+    root = root.absolute()
+    file = _parse_site(read_text(root / SITE_FILE))
+    site = Site(
+        root=root,
+        name=file.site.name,
+        dicom=root / file.data.dicom,
+        labels=root / file.data.labels,
+        policy=file.policy,
+        network=file.network,
+        health=file.service.health,
+        archive=file.data.dicomweb or file.data.cget,
+        query=file.data.query,
+    )
+    site.pseudonym_key()
+    site.cache_key()
+    site.identity()
+    return site
+
+
+def pseudonym(key: bytes, study_digest: str, issuer: str, patient_id: str) -> str:
+    """Name a patient within one study at one site.
+
+    HMAC-SHA-256 over a label and the fields, each behind its length in 8 bytes, so that no two
+    triples share an encoding. Without the site's key it can be neither reversed nor recomputed;
+    another study gives another name to the same patient.
+
+    Args:
+        key: the site's pseudonym key, 32 bytes.
+        study_digest: ``Study.digest``.
+        issuer: Issuer of Patient ID (0010,0021); may be empty.
+        patient_id: Patient ID (0010,0020).
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    message = bytearray(_PSEUDONYM_LABEL)
+    for word in (study_digest, issuer.strip(), patient_id.strip()):
+        data = word.encode("utf-8", "surrogatepass")
+        message += len(data).to_bytes(8, "big") + data
+    return hmac.new(key, bytes(message), hashlib.sha256).hexdigest()
+
+
+def _parse_site(text: str) -> SiteFile:
+    file, faults = parse(text, SiteFile)
+    if file is None:
+        raise SiteFileInvalid.of(SITE_FILE, faults)
+    return file
+
+
+def _raw_key(path: Path) -> bytes:
+    key = read_secret(path)
+    if len(key) != KEY_BYTES:
+        raise FileUnreadable(
+            f"{path.name} does not hold {KEY_BYTES} bytes.",
+            remedy="Restore it from the site's backup.",
+        )
+    return key
+
+
+def _identity(path: Path) -> Identity:
+    try:
+        return Identity.from_pem(read_secret(path))
+    except IdentityInvalid:
+        raise FileUnreadable(
+            f"{path.name} is not an Ed25519 private key.",
+            remedy="Restore it from the site's backup.",
+        ) from None
+
+
+def _name_from(root: Path) -> str:
+    """Make a valid site name from a folder's."""
+    words = re.findall(r"[a-z0-9]+", root.name.lower())
+    return "-".join(words)[:63].strip("-") or "site"
+
+
+def _site_toml(name: str, dicom: str, labels: str, policy: Policy, network: Network) -> str:
+    if not _NAME.fullmatch(name):
+        raise OptionInvalid(
+            f"The site name {name!r} cannot be used.",
+            remedy="Use lower-case letters, digits and hyphens, at most 63.",
+        )
+
+    text = site_text(name, dicom, labels, policy, network)
+    try:
+        text.encode()
+        _parse_site(text)
+    except (UnicodeEncodeError, SiteFileInvalid):
+        raise OptionInvalid(
+            "The data paths cannot be written to a site file.",
+            remedy="Use paths of at most 4096 characters that are valid UTF-8.",
+        ) from None
+    return text

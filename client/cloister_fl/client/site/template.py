@@ -1,0 +1,78 @@
+"""The text of a new ``site.toml``, with what a person should know beside each key."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cloister_fl.client.site.folder import Network
+    from cloister_fl.client.site.policy import Policy
+
+
+def site_text(name: str, dicom: str, labels: str, policy: Policy, network: Network) -> str:
+    """Write a site file; who calls reads it back, and so sees whether the words fit."""
+
+    def words(values: tuple[str, ...]) -> str:
+        return "[" + ", ".join(_quote(value) for value in values) + "]"
+
+    return f"""\
+# This site: where its data lie and what it allows. Nothing in this file leaves the hospital,
+# except the name. The policy binds every study; a study can ask for less, never for more.
+
+[site]
+name = {_quote(name)}
+
+[data]
+# Relative to this file's folder, or absolute.
+dicom = {_quote(dicom)}
+labels = {_quote(labels)}
+
+[network]
+# The hospital's outbound proxy, http://HOST:PORT; empty: HTTPS_PROXY holds, if it is set.
+proxy = {_quote(network.proxy)}
+# Where the proxy asks for a user; set the password with: cloister client proxy
+proxy_user = {_quote(network.proxy_user)}
+
+[policy]
+# What one study, and all studies together, may cost a patient (epsilon).
+max_epsilon_study = {policy.max_epsilon_study!r}
+max_epsilon_lifetime = {policy.max_epsilon_lifetime!r}
+# Delta of the lifetime's account; at most 1 / (10 x the number of patients).
+ledger_delta = {policy.ledger_delta!r}
+# A public upper bound on this site's patients; a study's delta is at most 1 / (10 x this). 0: none.
+patients_at_most = {policy.patients_at_most}
+# Fewest patients of each class before this site trains.
+min_patients_per_class = {policy.min_patients_per_class}
+# true: an update leaves only masked, and the coordinator can read nothing but the sum.
+require_secure_aggregation = {_bool(policy.require_secure_aggregation)}
+# Sites that may work with the coordinator without its learning this site's update.
+colluders = {policy.colluders}
+# Fewest sites that must take part.
+min_sites = {policy.min_sites}
+max_rounds = {policy.max_rounds}
+# true only where the data are public: what leaves then may tell of single patients.
+allow_without_privacy = {_bool(policy.allow_without_privacy)}
+# Empty lists allow all that Cloister knows.
+networks = {words(policy.networks)}
+modalities = {words(policy.modalities)}
+# Metrics that may leave; empty allows none. "score-histograms": how many patients have which
+# score; exact in a study without privacy, noised, charged and once in a study with it.
+metrics = {words(policy.metrics)}
+# When a round may begin, local time, such as ["20:00-06:00"]; empty allows any time.
+hours = {words(policy.hours)}
+# What is approved without a person here: "none"; "listed", the studies of approved_hashes;
+# "signed", those that a key of trusted_signers has signed (cloister study sign).
+approve = {_quote(policy.approve)}
+approved_hashes = {words(policy.approved_hashes)}
+trusted_signers = {words(policy.trusted_signers)}
+"""
+
+
+def _quote(text: str) -> str:
+    """Write a TOML basic string; JSON's escapes are a subset of TOML's, but for DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _bool(value: bool) -> str:
+    return "true" if value else "false"

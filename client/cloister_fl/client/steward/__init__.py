@@ -1,0 +1,1 @@
+"""What a data steward reads and signs: reviews, budgets, reports, certificates."""

@@ -1,0 +1,348 @@
+"""The site's budget as its steward reads it: spent, reserved, left, and what a study would cost.
+
+Nothing here leaves the site: what its patients have spent in a lifetime is shown here only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cloister_fl.client.admission import gate
+from cloister_fl.client.admission.approvals import judgements
+from cloister_fl.client.ledger.ledger import Ledger, Quote
+from cloister_fl.client.ledger.rollback import note
+from cloister_fl.client.site.audit_log import log_of
+from cloister_fl.client.site.folder import Site
+from cloister_fl.client.site.policy import refusals
+from cloister_fl.encoding.canonical_json import canonical_json
+from cloister_fl.encoding.framing import u64
+from cloister_fl.errors import OptionInvalid, OutputInTheWay
+from cloister_fl.privacy.accounting import epsilon_of
+from cloister_fl.privacy.renyi_filter import lifetime_epsilon
+from cloister_fl.study.cost import charges
+from cloister_fl.study.schema import Study
+from cloister_fl.system.files import write_atomic
+from cloister_fl.system.text import counted
+
+EXPORT_LABEL = "cloister/ledger/export/v2"
+EXPORT_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class StudyAccount:
+    """What one study holds of the budget, all its runs together.
+
+    Attributes:
+        study: its hash.
+        name: its name, where a proposal of it is kept here; else empty.
+        delta: the study's.
+        steps_started: spent, for good.
+        steps_reserved: not started, and still held for it.
+        releases: whether a release of score histograms is part of it.
+        released: whether that was charged.
+        epsilon_spent: of the steps started, at ``delta``, by privacy-loss distribution.
+        epsilon_promised: of these and the reserved ones.
+        closed: whether the steward closed it.
+    """
+
+    study: str
+    name: str
+    delta: float
+    steps_started: int
+    steps_reserved: int
+    releases: bool
+    released: bool
+    epsilon_spent: float
+    epsilon_promised: float
+    closed: bool
+
+
+@dataclass(frozen=True)
+class Statement:
+    """The account of a site's data.
+
+    Attributes:
+        site: the site's name.
+        lifetime_spent: epsilon of all that was started, at ``lifetime_delta``, by Renyi filter.
+        lifetime_promised: epsilon of all that was started or is reserved; the gate counts this.
+        lifetime_limit: the policy's.
+        lifetime_delta: the ledger's.
+        studies: those that hold something, oldest first.
+    """
+
+    site: str
+    lifetime_spent: float
+    lifetime_promised: float
+    lifetime_limit: float
+    lifetime_delta: float
+    studies: tuple[StudyAccount, ...]
+
+    @property
+    def left(self) -> float:
+        """Lifetime limit less what is promised, at least 0; epsilons do not add exactly."""
+        return max(0.0, self.lifetime_limit - self.lifetime_promised)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a run of a study would cost here.
+
+    Attributes:
+        study: its hash.
+        name: its name.
+        delta: the study's.
+        noise_multiplier: of each step.
+        study_epsilon: of all runs of it here, this one included.
+        study_limit: the policy's.
+        lifetime_epsilon: of everything, this run included.
+        lifetime_limit: the policy's.
+        objections: what policy and ledger say against it, in words; empty where it would pass.
+    """
+
+    study: str
+    name: str
+    delta: float
+    noise_multiplier: float
+    study_epsilon: float
+    study_limit: float
+    lifetime_epsilon: float
+    lifetime_limit: float
+    objections: tuple[str, ...]
+
+    @property
+    def study_gate(self) -> bool:
+        """Whether the study's gate would let it pass."""
+        return self.study_epsilon <= self.study_limit
+
+    @property
+    def lifetime_gate(self) -> bool:
+        """Whether the lifetime's gate would let it pass."""
+        return self.lifetime_epsilon <= self.lifetime_limit
+
+
+def statement(site: Site) -> Statement:
+    """Add up the ledger; a site without one has spent nothing.
+
+    Raises:
+        LedgerDamaged, PolicyRefused: see ``Ledger.open``.
+        FileUnreadable: see ``judgements``.
+    """
+    policy = site.policy
+    if not site.ledger.exists():
+        return Statement(site.name, 0.0, 0.0, policy.max_epsilon_lifetime, policy.ledger_delta, ())
+    ledger = Ledger.open(site.ledger, delta=policy.ledger_delta)
+    known, closed = judgements(site), ledger.closed()
+    held = ledger.reservations()
+    accounts = []
+    for digest in dict.fromkeys(one.study_digest for one in held):
+        own = [one for one in held if one.study_digest == digest]
+        accounts.append(
+            StudyAccount(
+                study=digest,
+                name=known[digest].study.study.name if digest in known else "",
+                delta=own[0].delta,
+                steps_started=sum(one.started for one in own),
+                steps_reserved=sum(one.left for one in own),
+                releases=any(one.release is not None for one in own),
+                released=any(one.released for one in own),
+                epsilon_spent=ledger.epsilon_study(digest, own[0].delta),
+                epsilon_promised=ledger.epsilon_study(digest, own[0].delta, reserved=True),
+                closed=digest in closed,
+            )
+        )
+    return Statement(
+        site.name,
+        ledger.epsilon_lifetime(),
+        ledger.epsilon_lifetime(reserved=True),
+        policy.max_epsilon_lifetime,
+        policy.ledger_delta,
+        tuple(accounts),
+    )
+
+
+def proposal(site: Site, study: Study) -> Proposal:
+    """What a run of ``study`` would cost, and what would stand against it; nothing is reserved.
+
+    Raises:
+        OptionInvalid: the study trains without privacy, so that no budget speaks of it.
+        EpsilonUnreachable: no noise gives the study's epsilon.
+        LedgerDamaged, PolicyRefused: see ``Ledger.open``.
+    """
+    if not study.privacy.enabled:
+        raise OptionInvalid(
+            "The study trains without differential privacy, so it has no cost in epsilon.",
+            remedy="See what it asks for: cloister client review",
+        )
+    policy, used = site.policy, charges(study)
+    delta = used.delta
+    if site.ledger.exists():
+        ledger = Ledger.open(site.ledger, delta=policy.ledger_delta)
+        quote = ledger.quote(study.digest, used.step, used.steps, delta, release=used.release)
+    else:
+        asked = used.composition()
+        quote = Quote(epsilon_of(asked, delta), lifetime_epsilon(asked, policy.ledger_delta))
+    short = gate.shortfall(site, study)
+    invited = max(policy.min_sites, study.aggregation.min_sites)
+    against = [*refusals(policy, study, invited), *([f"{short.what} {short.why}"] if short else [])]
+    return Proposal(
+        study=study.digest,
+        name=study.study.name,
+        delta=delta,
+        noise_multiplier=used.step.noise_multiplier,
+        study_epsilon=quote.study,
+        study_limit=policy.max_epsilon_study,
+        lifetime_epsilon=quote.lifetime,
+        lifetime_limit=policy.max_epsilon_lifetime,
+        objections=tuple(against),
+    )
+
+
+def line(study: float | None, lifetime: float, limit: float) -> str:
+    """The two epsilons beside each other, always in these words; without a study the second."""
+    account = f"lifetime on this data: {lifetime:.2f} of {limit:g}"
+    if study is None:
+        return f"patient-level, {account}"
+    return f"patient-level, this study: {study:.2f}; {account}"
+
+
+def study_promised(site: Site, study: Study) -> float:
+    """Epsilon that all runs of one study here have reserved or spent, at the study's delta."""
+    if not site.ledger.exists():
+        return 0.0
+    ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
+    return ledger.epsilon_study(study.digest, study.privacy.delta, reserved=True)
+
+
+def summary(site: Site) -> str:
+    """``line`` for the study that reserved last; for none, the lifetime alone.
+
+    Raises:
+        LedgerDamaged, PolicyRefused, FileUnreadable: see ``statement``.
+    """
+    told = statement(site)
+    if not told.studies:
+        return f"patient-level, lifetime on this data: 0 of {told.lifetime_limit:g}"
+    last = told.studies[-1].epsilon_promised
+    return line(last, told.lifetime_promised, told.lifetime_limit)
+
+
+def render(told: Statement) -> str:
+    """The account in words, for a terminal."""
+    lines = [
+        f"Site {told.site}: privacy budget, patient-level (add or remove one patient)",
+        f"  lifetime on this data  epsilon {told.lifetime_promised:.2f} of "
+        f"{told.lifetime_limit:g} at delta {told.lifetime_delta:g}; {told.left:.2f} left",
+        f"  of this, spent         epsilon {told.lifetime_spent:.2f}; the rest is reserved",
+    ]
+    for one in told.studies:
+        state = ", closed" if one.closed else ""
+        lines += [
+            f"{one.name or 'study'} {one.study[:16]}{state}",
+            f"  {line(one.epsilon_promised, told.lifetime_promised, told.lifetime_limit)}",
+            f"  spent     epsilon {one.epsilon_spent:.2f} at delta {one.delta:g}, "
+            f"{counted(one.steps_started, 'step')}",
+            f"  reserved  {counted(one.steps_reserved, 'step')}, not started",
+        ]
+        if one.releases:
+            made = ", made" if one.released else ", not made"
+            lines.append(f"  release   one of noised score histograms{made}")
+    if not told.studies:
+        lines.append("No study has reserved anything here.")
+    return "\n".join(lines)
+
+
+def render_proposal(told: Proposal) -> str:
+    """What a study would cost, in words."""
+
+    def passes(yes: bool) -> str:
+        return "passes" if yes else "closed"
+
+    lines = [
+        f"If it ran now: {told.name} {told.study[:16]}, noise multiplier "
+        f"{told.noise_multiplier:.4g}",
+        f"  {line(told.study_epsilon, told.lifetime_epsilon, told.lifetime_limit)}",
+        f"  study gate     {passes(told.study_gate)}: {told.study_epsilon:.2f} of "
+        f"{told.study_limit:g} at delta {told.delta:g}",
+        f"  lifetime gate  {passes(told.lifetime_gate)}: {told.lifetime_epsilon:.2f} of "
+        f"{told.lifetime_limit:g}",
+    ]
+    lines += [f"  refused        {sentence}" for sentence in told.objections]
+    return "\n".join(lines)
+
+
+def as_dict(told: Statement, asked: Proposal | None) -> dict[str, object]:
+    """What both ``render`` say, ready for JSON."""
+    held: dict[str, object] = {**asdict(told), "lifetime_left": told.left}
+    if asked is not None:
+        gates = {"study_gate": asked.study_gate, "lifetime_gate": asked.lifetime_gate}
+        held["proposal"] = {**asdict(asked), **gates}
+    return held
+
+
+def export(site: Site, out: Path) -> int:
+    """Write the ledger's entries to a file, one a line, and a last line that signs its head.
+
+    Each line holds ``body``, ``previous`` and ``hash``; the hash is that of ``ledger_schema``, so
+    that whoever has the file can check the chain. The last line's signature, by the site's
+    identity, is over the label, the site's name, the number and hash of the last entry, and the
+    SHA-256 of all lines before it.
+
+    Returns:
+        The number of entries.
+
+    Raises:
+        OptionInvalid: there is no ledger.
+        OutputInTheWay: ``out`` exists, or cannot be written.
+        LedgerDamaged, PolicyRefused: see ``Ledger.open``.
+    """
+    if not site.ledger.exists():
+        raise OptionInvalid("The site has no ledger yet.", remedy="Nothing was reserved here.")
+    if out.exists():
+        raise OutputInTheWay(f"{out} exists already.", remedy="Name another file.")
+    entries = Ledger.open(site.ledger, delta=site.policy.ledger_delta).entries()
+    lines = [_line({"body": e.body, "previous": e.previous, "hash": e.hash}) for e in entries]
+    content, last, identity = b"".join(lines), entries[-1], site.identity()
+    digest = hashlib.sha256(content).digest()
+    fields = (site.name.encode(), u64(last.seq), last.hash.encode(), digest)
+    signature = identity.sign(EXPORT_LABEL, *fields)
+    head = {"seq": last.seq, "hash": last.hash}
+    signed = {"format": EXPORT_FORMAT, "site": site.name, "head": head}
+    signed |= {"key": identity.public.hex(), "signature": signature.hex()}
+    write_atomic(out, content + _line(signed))
+    return len(entries)
+
+
+def close(site: Site, digest: str) -> int:
+    """End a study here, in the ledger and the audit log; see ``Ledger.close``.
+
+    Raises:
+        LedgerDamaged, PolicyRefused: see ``Ledger.close``.
+        AuditLogDamaged: the log cannot be written.
+    """
+    ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
+    released = ledger.close(digest, site.identity())
+    log_of(site).append("closed", study=digest, released=released, by="steward")
+    note(site, ledger)
+    return released
+
+
+def find(site: Site, prefix: str) -> str:
+    """The hash of the study in the ledger that begins with ``prefix``, at least 8 digits.
+
+    Raises:
+        OptionInvalid: there is none, or more than one.
+    """
+    found = [one.study for one in statement(site).studies if one.study.startswith(prefix.lower())]
+    if len(prefix) < 8 or len(found) != 1:
+        raise OptionInvalid(
+            f"{prefix!r} names {'more than one study' if len(found) > 1 else 'no study'} that "
+            "holds something of the budget.",
+            remedy="Give at least 8 digits of a hash that 'cloister client budget' lists.",
+        )
+    return found[0]
+
+
+def _line(held: dict[str, object]) -> bytes:
+    return canonical_json(held).encode() + b"\n"

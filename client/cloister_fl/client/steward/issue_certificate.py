@@ -1,0 +1,98 @@
+"""A site's certificate for a run: what its ledger, its audit log and its code say, signed by it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from cloister_fl.audit_log import EMPTY
+from cloister_fl.client.admission.approvals import judgements
+from cloister_fl.client.ledger.ledger import Ledger, Reservation
+from cloister_fl.client.ledger.rollback import require_newest
+from cloister_fl.client.site.audit_log import entries_of, what_left
+from cloister_fl.client.site.folder import Site
+from cloister_fl.client.site.trusted_roster import read_pin
+from cloister_fl.errors import OptionInvalid
+from cloister_fl.privacy.accounting import epsilon_of
+from cloister_fl.privacy.certificate import Certificate, Head, Left, Release, code_hash
+from cloister_fl.study.cost import sensitivity
+from cloister_fl.study.schema import Study
+from cloister_fl.system import utc
+from cloister_fl.version import __version__
+
+
+def certify(site: Site, study: str, *, run: str | None = None) -> Certificate:
+    """Say what a run of a study cost this site's patients.
+
+    Args:
+        site: the site.
+        study: the study's hash.
+        run: the run; else the one that reserved last.
+
+    Raises:
+        OptionInvalid: the site knows no such study or run, or reserved nothing for it.
+        LedgerRolledBack: the ledger is not the newest one.
+        LedgerDamaged, PolicyRefused, AuditLogDamaged, FileUnreadable: a file is not sound.
+    """
+    known = judgements(site)
+    if study not in known or not site.ledger.exists():
+        raise _unknown("study")
+    require_newest(site)
+    ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
+    held = [one for one in ledger.reservations() if one.study_digest == study]
+    own = [one for one in held if run in {None, one.run_id}]
+    if not own:
+        raise _unknown("run")
+    one, asked = own[-1], known[study].study
+    entries = entries_of(site)
+    head = entries[-1] if entries else EMPTY
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for left in what_left(entries, run=one.run_id):
+        counts[left.message] += left.count
+        sizes[left.message] += left.bytes
+    seq, digest = ledger.head()
+    # A simulation keeps its list of sites elsewhere.
+    pin = read_pin(site.roster) if site.roster.exists() else None
+    return Certificate(
+        made=utc.timestamp(),
+        site=site.name,
+        key=site.identity().public.hex(),
+        roster="" if pin is None else pin.digest.hex(),
+        study=asked.canonical(),
+        study_hash=study,
+        run=one.run_id,
+        noise_multiplier=one.mechanism.noise_multiplier,
+        sampling_rate=one.mechanism.sampling_rate,
+        clipping_norm=asked.privacy.clipping_norm,
+        steps_reserved=asked.training.total_steps,
+        steps_started=one.started,
+        steps_of_study=sum(each.started for each in held),
+        release=_release(one, held, asked),
+        delta=one.delta,
+        epsilon_run=epsilon_of(one.spent, one.delta),
+        epsilon_study=ledger.epsilon_study(study, one.delta),
+        ledger=Head(seq=seq, hash=digest),
+        log=Head(seq=head.seq, hash=head.hash),
+        left=[Left(message=kind, count=counts[kind], bytes=sizes[kind]) for kind in sorted(counts)],
+        version=__version__,
+        code=code_hash(),
+    )
+
+
+def _release(one: Reservation, held: Sequence[Reservation], study: Study) -> Release | None:
+    if one.release is None:
+        return None
+    return Release(
+        noise_multiplier=one.release.noise_multiplier,
+        sensitivity=sensitivity(study),
+        charged=one.released,
+        charged_of_study=any(each.released for each in held),
+    )
+
+
+def _unknown(what: str) -> OptionInvalid:
+    return OptionInvalid(
+        f"This site charged no such {what}.",
+        remedy="'cloister client budget' lists the studies that hold something of the budget.",
+    )

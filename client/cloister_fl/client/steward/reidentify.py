@@ -1,0 +1,98 @@
+"""Whom and what a short name or a code in a site's own messages stands for.
+
+Messages name files and patients by pseudonyms, so that they can be sent to whoever helps. Who mends
+the data has to know which they are: this says it, at the site, and writes it down nowhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cloister_fl.client.data.file_memory import memory_of
+from cloister_fl.client.data.quarantine import releases
+from cloister_fl.client.dicom.file_finder import discover
+from cloister_fl.client.dicom.folder_reader import Refused, read_folder, short_id
+from cloister_fl.client.pacs.sealed_store import Store
+from cloister_fl.client.site.folder import Site, pseudonym
+from cloister_fl.client.steward.data_report import any_study
+from cloister_fl.errors import OptionInvalid, Reject
+from cloister_fl.study.schema import Study
+
+_NAME = re.compile(r"[0-9a-f]{12,64}")
+
+
+@dataclass(frozen=True)
+class Named:
+    """One file that was meant.
+
+    Attributes:
+        short_id: its short name.
+        path: where it lies; for the steward's eyes, as the next.
+        patient: Patient ID; empty where it was turned away.
+        reason: why it was turned away, or None.
+    """
+
+    short_id: str
+    path: str = field(repr=False)
+    patient: str = field(repr=False)
+    reason: Reject | None
+
+
+def find(
+    site: Site,
+    what: str,
+    study: Study | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Named]:
+    """Find the files that a name or a code stands for, in the order of the paths.
+
+    Args:
+        site: the opened site.
+        what: the short name of a file; a patient's pseudonym, or 12 digits of it or more; or the
+            code of a reason to turn files away.
+        study: the study that was spoken of; pseudonyms hold for one study. Without one, those of
+            a data report without a study.
+        progress: called with (files done, files in all).
+
+    Raises:
+        OptionInvalid: it is none of these.
+        FolderUnreadable, DecoderUnfit, FileUnreadable: nothing can be read.
+    """
+    wanted = what.strip()
+    codes = {one.value: one for one in Reject}
+    code = codes.get(wanted.upper())
+    if code is None and not _NAME.fullmatch(wanted.lower()):
+        raise OptionInvalid(
+            f"{what!r} is no name of a file or a patient, and no code of a reason.",
+            remedy="Give 12 hexadecimal digits or more as a message shows them, or CLO-210 to "
+            "CLO-236.",
+        )
+    name = wanted.lower()
+    key, judged_by = site.pseudonym_key(), study or any_study()
+    stored = Store(site.store, site.cache_key()).items()
+    paths = {short_id(key, one.name): one.path for one in discover(site.dicom)}
+    paths |= {short_id(key, each.name): each.path for each in stored}
+    found = []
+    with memory_of(site, releases(site)) as memory:
+        for one in read_folder(
+            site.dicom,
+            judged_by.input,
+            key=key,
+            memory=memory,
+            also=stored,
+            segment=judged_by.target.outlines,
+            progress=progress,
+        ):
+            reason = one.reason if isinstance(one, Refused) else None
+            meant = reason is code if code is not None else one.short_id == name
+            if code is None and not meant and one.keys is not None:
+                keys = one.keys
+                owner = pseudonym(key, judged_by.digest, keys.issuer, keys.patient_id)
+                meant = owner.startswith(name)
+            if meant:
+                patient = "" if one.keys is None else one.keys.patient_id
+                found.append(Named(one.short_id, str(paths.get(one.short_id, "")), patient, reason))
+    return found

@@ -1,0 +1,123 @@
+"""A proposed study as a human reads it: what it asks, what it costs, what would leave."""
+
+from __future__ import annotations
+
+import textwrap
+from unicodedata import east_asian_width
+
+from cloister_fl.client.admission import gate
+from cloister_fl.client.admission.approvals import Decision, Judgement
+from cloister_fl.client.site.folder import Site
+from cloister_fl.client.site.policy import refusals
+from cloister_fl.client.steward.budget import line, study_promised
+from cloister_fl.study.schema import Study
+from cloister_fl.system.text import counted
+
+_COLUMNS = 78
+"""One less than may be filled: a line may end with the first half of a character."""
+_SECOND = "\0"
+_MORE = "    | "
+"""How a line begins that goes on with the coordinator's words."""
+
+
+def review(site: Site, judgement: Judgement) -> str:
+    """Return the study in words, with what this site's policy and budget say of it."""
+    study = judgement.study
+    what = "images" if study.input.dimensions == 2 else "volumes"
+    lines = [
+        *_told(f"{study.study.name}: ", study.study.question),
+        f"  hash         {study.digest}",
+        f"  decision     {judgement.decision.value}"
+        + (" by the policy" if judgement.ground else "")
+        + (f", {judgement.time}" if judgement.time else "")
+        + (f": {judgement.why}" if judgement.why else ""),
+        f"  trains       {study.network.name}, {counted(study.training.rounds, 'round')} of "
+        f"{counted(study.training.steps_per_round, 'step')}, each patient in a step with "
+        f"probability {study.training.sampling_rate:g}",
+        *_stands_on(study),
+        *_told(
+            "  on           ",
+            f"{', '.join(study.input.modalities)} {what} of this site, their "
+            f"{'' if study.target.segment else 'label '}{study.target.described}",
+        ),
+        *_cost(site, study),
+        *_leaves(study),
+    ]
+    told = refusals(site.policy, study, max(site.policy.min_sites, study.aggregation.min_sites))
+    short = None if told else gate.shortfall(site, study)
+    objections = [*told, *([f"{short.what} {short.why}"] if short else [])]
+    lines += [f"  policy       refuses: {sentence}" for sentence in objections]
+    if not objections:
+        lines.append("  policy       allows it")
+    if judgement.decision is Decision.PENDING:
+        lines.append(f"To allow it: cloister client approve {study.digest[:16]}")
+    return "\n".join(lines)
+
+
+def listing(judgements: dict[str, Judgement]) -> str:
+    """All studies, one line each."""
+    if not judgements:
+        return "No study was proposed to this site yet."
+    return "\n".join(
+        f"{digest[:16]}  {one.decision.value:<8}  {one.study.study.name}"
+        for digest, one in judgements.items()
+    )
+
+
+def _cost(site: Site, study: Study) -> list[str]:
+    privacy = study.privacy
+    if not privacy.enabled:
+        return ["  costs        NO differential privacy: what leaves may tell of single patients"]
+    return [
+        f"  costs        at most epsilon {privacy.epsilon:g} at delta {privacy.delta:g}, a patient",
+        "  budget       promised so far, "
+        + line(study_promised(site, study), gate.promised(site), site.policy.max_epsilon_lifetime),
+    ]
+
+
+def _leaves(study: Study) -> list[str]:
+    noised = "noised " if study.privacy.enabled else ""
+    if study.aggregation.secure:
+        lines = [
+            f"  would leave  {noised}model updates, masked: the coordinator reads their sum over "
+            f"{study.aggregation.min_sites} sites or more"
+        ]
+    else:
+        lines = [f"  would leave  {noised}model updates, which the coordinator can read"]
+    if not study.privacy.enabled and study.evaluation.site_fraction:
+        masked = "masked " if study.aggregation.secure else ""
+        by = "Dice coefficient" if study.target.segment else "score"
+        lines.append(f"               {masked}counts of patients by {by}")
+    if study.releases:
+        masked = "masked " if study.aggregation.secure else ""
+        lines.append(
+            f"               once, at the end, {masked}noised counts of patients by score: epsilon "
+            f"{study.evaluation.release_epsilon:g}, which the whole above holds"
+        )
+    return lines
+
+
+def _stands_on(study: Study) -> list[str]:
+    given = study.network.arguments
+    sha256 = given.get("weights", given.get("sha256"))
+    if not sha256:
+        return []
+    # The hash has a line of its own, whole: a steward copies it to compare it.
+    return ["  stands on    pretrained weights with the SHA-256", *_told(_MORE, str(sha256))]
+
+
+def _told(label: str, words: str) -> list[str]:
+    """Words of the coordinator's, which never begin a line as this site's own do.
+
+    Broken here and not by the terminal, where spaces would push what follows onto a new line.
+    """
+    # Some characters take two columns; textwrap counts characters.
+    spread = [one + _SECOND * (east_asian_width(one) in "WF") for one in " ".join(words.split())]
+    lines = textwrap.wrap(
+        "".join(spread),
+        _COLUMNS,
+        initial_indent=label,
+        subsequent_indent=_MORE,
+        break_on_hyphens=False,
+    )
+    return [line.replace(_SECOND, "") for line in lines]

@@ -1,0 +1,1 @@
+"""Local training of one round with patient-level differential privacy."""

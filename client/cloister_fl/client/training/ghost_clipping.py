@@ -1,0 +1,367 @@
+"""Clipped sums of patients' gradients from one backward pass over many patients (Bu et al. 2023).
+
+The backward pass computes what each layer's output has to answer for, and no weight gradients. From
+that and the layer's input follows each patient's gradient norm, layer by layer in the cheaper of
+two ways:
+
+- kept: the patient's gradient of this layer is computed and held. Nothing is computed twice.
+- ghost: the norm alone, from inner products of inputs and of output gradients between the places
+  of a patient's images (Goodfellow 2015; Li et al. 2022), in float64. A second product, weighted
+  by the clipping factors, then gives the clipped sum of a group of patients.
+
+A ghost norm is taken where 2 T^2 < P (T places, P weights; section 4 of the paper) and T is at most
+128: with more places the kept gradient costs less time, whatever its size.
+
+What is charged. A group's sum is at hand, a patient's gradient is not, so rounding cannot be made
+to point inwards patient by patient. The sum moves by at most C' (1 + eta) where C' is the norm that
+patients are clipped to, and this module clips to C' = C / (1 + eta), so that sensitivity is C as
+everywhere else. ``ETA`` is 2^-5 by the following account. Let u = 2^-24, G = 16 patients a group,
+N = 2,048 places a group at most, and M = sum over places of |input| |output gradient| of a patient;
+clipping also bounds M by R = 16 C' (a patient whose terms cancel more than that is scaled down).
+
+1. Norms: inner products in float64 err by less than 2^-40 M^2, which is added to each square;
+   the squares of kept layers are taken from above (``grid_sum.squares_at_most``).
+2. The second product in float32 errs, in the probabilistic model of rounding (Higham and Mary 2019,
+   lambda = 4), by at most lambda sqrt(N) u G R = 4 * 45.3 * 2^-24 * 16 * 16 C' = 0.0028 C' a group.
+   Kept layers, products of 16 terms, lie far below.
+3. Groups round independently: over at most 32 groups (512 patients a step; the caller takes further
+   patients one by one) errors add by squares to sqrt(32) * 0.0028 C' = 0.0156 C'. With one patient
+   more or less the groups are others and round anew: two such errors, 0.0221 C'. Smaller groups
+   err less, by the power 3/2 of their size, so that more of them stay below this.
+4. Truncation to the grid moves a group's sum by at most sqrt(size) 2^-30 C: 512 groups of 11
+   million values at the very most, twice, 3e-3 C. Activations whose rounding depends on the
+   batch change a patient's gradient by about 1e-6 of it; 512 patients in one direction, 5e-4 C'.
+
+Together 0.026 C', and 2^-5 = 0.031. What one of 40 patients adds to the sum of ResNet-18 was
+measured to differ from what it is alone by less than a hundredth of ``ETA``; a test holds it there.
+
+This account is a model, not a proof, as for Opacus' hooks; the engine ``patients`` needs none.
+
+What the account leaves out: whether a layer is kept or taken as a ghost depends on the most images
+that a patient of the pass has, only ghosts bound M, and patients after the 512th are taken one by
+one. So one patient more or less can change how the others are clipped, and move the sum by many
+times C. ``cloister_fl.study.engines`` therefore refuses studies with privacy that name this engine.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cloister_fl.client.training.exact_sum import squares_at_most
+from cloister_fl.networks.losses import image_losses
+
+ETA = 2.0**-5
+"""Excess of the sensitivity over the norm that patients are clipped to."""
+
+GROUP = 16
+"""Patients whose gradients are summed in float32 before they go to the grid."""
+
+MOST = 512
+"""Most patients of a step that the account of ``ETA`` covers."""
+
+_PLACES = 128
+_THIN = 64
+"""Most weights of an output for which a convolution's gradient is a product of matrices."""
+
+_GHOSTS = 4
+"""Patients whose inner products are worked out at a time: they stay in the processor's cache."""
+_CANCELLING = 16.0
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A layer in one pass: its input and the gradient of the loss by its output."""
+
+    layer: nn.Module
+    given: Tensor
+    answer: Tensor
+
+
+def supported(module: nn.Module) -> bool:
+    """Whether there is a rule for every layer that holds weights to be trained."""
+    for layer in module.modules():
+        own = [weight for weight in layer.parameters(recurse=False) if weight.requires_grad]
+        if not own:
+            continue
+        if not all(weight.requires_grad for weight in layer.parameters(recurse=False)):
+            return False
+        if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
+            if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+                return False
+        elif type(layer) not in {nn.Linear, nn.GroupNorm}:
+            return False
+    return True
+
+
+class UnfitPass(Exception):
+    """The network did in a pass what no rule covers; the caller goes from patient to patient."""
+
+
+def clipped_groups(
+    module: nn.Module, pixels: Tensor, targets: Tensor, sizes: Sequence[int], norm: float
+) -> Iterator[list[Tensor]]:
+    """Yield sums of gradients, each patient's clipped to ``norm``, group by group.
+
+    A patient's gradient is that of the mean loss over its images. A patient whose
+    gradient is not finite counts as zero.
+
+    Args:
+        module: a network that ``supported`` accepts.
+        pixels: float32 (images, channels, S, S) or (images, channels, D, S, S), patient after
+            patient.
+        targets: of each image; see ``objective.image_losses``.
+        sizes: images of each patient, at least 1.
+        norm: C', above 0.
+
+    Yields:
+        One float32 tensor for each trained parameter, in its shape and their order.
+
+    Raises:
+        UnfitPass: a layer ran more than once, or on an input that no rule covers.
+    """
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    seen = _backward(module, pixels, targets, sizes, owner)
+    squares = torch.zeros(len(sizes), dtype=torch.float64)
+    masses = torch.zeros(len(sizes), dtype=torch.float64)
+    kept: dict[nn.Parameter, Tensor] = {}
+    second: list[_Seen] = []
+    for each in seen:
+        kept.update(_small(each, owner, len(sizes)))
+        if not isinstance(each.layer, nn.GroupNorm):
+            if _by_ghost(each, max(sizes)):
+                square, mass = _ghost(each, sizes)
+                squares += square
+                masses += mass.square()
+                second.append(each)
+            else:
+                kept[_weight(each.layer)] = _unit_weights(each, sizes)
+    for rows in kept.values():
+        square = squares_at_most(rows.flatten(1))
+        squares += square
+        masses += square
+    squares += masses * 2.0**-40
+    alive = torch.isfinite(squares) & torch.isfinite(masses)
+    # Smaller numbers are scaled as this one is; it keeps the division defined.
+    tiny = torch.finfo(torch.float64).tiny
+    factors = (norm / squares.sqrt().clamp_min(tiny)).clamp_max(1.0)
+    factors = torch.minimum(factors, _CANCELLING * norm / masses.sqrt().clamp_min(tiny))
+    weights = torch.where(alive, factors, 0.0).to(pixels.dtype)
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    for start in range(0, len(sizes), GROUP):
+        units = slice(start, start + GROUP)
+        sums = {p: _weighted(rows[units], weights[units], alive[units]) for p, rows in kept.items()}
+        images = slice(sum(sizes[:start]), sum(sizes[: start + GROUP]))
+        for each in second:
+            sums[_weight(each.layer)] = _second(each, images, weights[owner], alive[owner])
+        yield [sums[weight] for weight in trained]
+
+
+def unit_norms(
+    module: nn.Module, pixels: Tensor, targets: Tensor, sizes: Sequence[int]
+) -> list[Tensor]:
+    """Sums of single patients, unclipped: what a trial compares with the loop."""
+    found: list[Tensor] = []
+    start = 0
+    for size in sizes:
+        some = slice(start, start + size)
+        (parts,) = clipped_groups(module, pixels[some], targets[some], [size], 1e30)
+        found.append(torch.cat([part.reshape(-1) for part in parts]))
+        start += size
+    return found
+
+
+def _backward(
+    module: nn.Module, pixels: Tensor, targets: Tensor, sizes: Sequence[int], owner: Tensor
+) -> list[_Seen]:
+    layers: list[nn.Module] = []
+    given: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    me = threading.get_ident()
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if threading.get_ident() != me:
+            # Another thread's patients go through the same network at the same time.
+            return
+        if len(inputs) != 1 or (isinstance(layer, nn.Linear) and inputs[0].ndim != 2):
+            raise UnfitPass
+        layers.append(layer)
+        given.append(inputs[0].detach())
+        outputs.append(output)
+
+    trained = [m for m in module.modules() if any(True for _ in m.parameters(recurse=False))]
+    trained = [m for m in trained if next(m.parameters(recurse=False)).requires_grad]
+    handles = [layer.register_forward_hook(note) for layer in trained]
+    try:
+        losses = image_losses(module(pixels), targets)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(set(map(id, layers))) != len(layers) or len(layers) != len(trained):
+        raise UnfitPass
+    if any(len(output) != len(pixels) for output in outputs):
+        raise UnfitPass
+    shares = torch.tensor(sizes, dtype=losses.dtype)[owner]
+    # Asked for outputs only, autograd computes no gradient of a weight.
+    answers = torch.autograd.grad((losses / shares).sum(), outputs)
+    return [_Seen(*each) for each in zip(layers, given, answers, strict=True)]
+
+
+def _weight(layer: nn.Module) -> nn.Parameter:
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def _small(each: _Seen, owner: Tensor, count: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Biases, and the weights of GroupNorm: one number a channel, always kept."""
+    layer, answer = each.layer, each.answer
+
+    def by_unit(values: Tensor) -> Tensor:
+        rows = values.flatten(2).sum(dim=2) if values.ndim > 2 else values
+        return torch.zeros(count, rows.shape[1], dtype=rows.dtype).index_add_(0, owner, rows)
+
+    if isinstance(layer, nn.GroupNorm):
+        normal = F.group_norm(each.given, layer.num_groups, eps=layer.eps)
+        yield _weight(layer), by_unit(answer * normal)
+    bias = layer.bias
+    if isinstance(bias, nn.Parameter):
+        yield bias, by_unit(answer)
+
+
+def _by_ghost(each: _Seen, images: int) -> bool:
+    if isinstance(each.layer, nn.Conv3d):
+        return False
+    if isinstance(each.layer, nn.Conv2d) and each.layer.groups != 1:
+        return False
+    places = images * (each.answer[0, 0].numel() if each.answer.ndim > 2 else 1)
+    return places <= _PLACES and 2 * places**2 < _weight(each.layer).numel()
+
+
+def _ghost(each: _Seen, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Squared norms of the patients' gradients, and their masses, float64 (patients,)."""
+    squares = torch.zeros(len(sizes), dtype=torch.float64)
+    masses = torch.zeros(len(sizes), dtype=torch.float64)
+    starts = [0, *accumulate(sizes)]
+
+    def measure(units: Sequence[int]) -> None:
+        size = sizes[units[0]]
+        places = torch.tensor([starts[unit] + image for unit in units for image in range(size)])
+        one = _input_products(each.layer, each.given[places], size)
+        other = _products(each.answer[places], size)
+        squares[units] = (one * other).sum(dim=(1, 2)).clamp_min(0)
+        lengths = one.diagonal(dim1=1, dim2=2) * other.diagonal(dim1=1, dim2=2)
+        masses[units] = lengths.sqrt().sum(dim=1)
+
+    alike = [
+        [unit for unit, images in enumerate(sizes) if images == size] for size in sorted(set(sizes))
+    ]
+    for units in alike:
+        for at in range(0, len(units), _GHOSTS):
+            measure(units[at : at + _GHOSTS])
+    return squares, masses
+
+
+def _products(values: Tensor, size: int) -> Tensor:
+    """Inner products between the places of each patient, float64 (patients, places, places).
+
+    Args:
+        values: (images, channels, ...), ``size`` images after each other for each patient.
+    """
+    wide = values.double().flatten(2) if values.ndim > 2 else values.double().unsqueeze(2)
+    rows = wide.transpose(1, 2).reshape(len(values) // size, -1, values.shape[1])
+    return torch.bmm(rows, rows.transpose(1, 2))
+
+
+def _input_products(layer: nn.Module, given: Tensor, size: int) -> Tensor:
+    """The same for what the layer multiplies its weights with at each place of its output.
+
+    A convolution's is the sum over the kernel of the products between pixels, shifted. That is
+    less work than to lay the kernel's pixels side by side, but where the stride skips most.
+    """
+    if not isinstance(layer, nn.Conv2d):
+        return _products(given, size)
+    assert not isinstance(layer.padding, str)
+    (up, left), (high, wide) = layer.padding, layer.kernel_size
+    padded = F.pad(given, (left, left, up, up))
+    starts = [
+        (slice(y, padded.shape[2] - (high - 1) * layer.dilation[0] + y, layer.stride[0]),
+         slice(x, padded.shape[3] - (wide - 1) * layer.dilation[1] + x, layer.stride[1]))
+        for y in range(0, high * layer.dilation[0], layer.dilation[0])
+        for x in range(0, wide * layer.dilation[1], layer.dilation[1])
+    ]  # fmt: skip
+    one = padded[:, :, starts[0][0], starts[0][1]]
+    if padded[0, 0].numel() ** 2 > one[0, 0].numel() ** 2 * len(starts):
+        columns = torch.cat([padded[:, :, y, x] for y, x in starts], dim=1)
+        return _products(columns, size)
+    units, places = len(given) // size, size * one[0, 0].numel()
+    pixels = _products(padded, size).view(units, *(size, *padded.shape[2:]) * 2)
+    total = torch.zeros(units, *(size, *one.shape[2:]) * 2, dtype=torch.float64)
+    for y, x in starts:
+        total += pixels[:, :, y, x, :, y, x]
+    return total.view(units, places, places)
+
+
+def _conv_weight(layer: nn.Conv2d | nn.Conv3d, given: Tensor, answer: Tensor) -> Tensor:
+    _, gradient, _ = torch.ops.aten.convolution_backward(
+        answer, given, layer.weight.detach(), None, layer.stride, layer.padding, layer.dilation,
+        False, [0] * (given.ndim - 2), layer.groups, [False, True, False],
+    )  # fmt: skip
+    result: Tensor = gradient
+    return result
+
+
+def _thin_weight(layer: nn.Conv2d, given: Tensor, answer: Tensor) -> Tensor:
+    """As ``_conv_weight``, for few weights an output: a product of matrices is faster there."""
+    assert not isinstance(layer.padding, str)
+    columns = F.unfold(given, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    flat = answer.flatten(2)
+    total: Tensor = torch.bmm(flat, columns.transpose(1, 2)).sum(dim=0)
+    return total.view_as(layer.weight)
+
+
+def _unit_weights(each: _Seen, sizes: Sequence[int]) -> Tensor:
+    """A layer's gradients, (patients, *weight)."""
+    rows = torch.empty(len(sizes), *_weight(each.layer).shape, dtype=each.answer.dtype)
+    given = torch.split(each.given, list(sizes))
+    answers = torch.split(each.answer, list(sizes))
+
+    for row, one, answer in zip(rows, given, answers, strict=True):
+        if not isinstance(each.layer, (nn.Conv2d, nn.Conv3d)):
+            torch.mm(answer.t(), one, out=row)
+        elif (
+            isinstance(each.layer, nn.Conv2d) and each.layer.groups == 1 and row[0].numel() <= _THIN
+        ):
+            row.copy_(_thin_weight(each.layer, one, answer))
+        else:
+            row.copy_(_conv_weight(each.layer, one, answer))
+    return rows
+
+
+def _weighted(rows: Tensor, weights: Tensor, alive: Tensor) -> Tensor:
+    if not bool(alive.all()):
+        # Zero times infinity is not zero.
+        rows, weights = rows[alive], weights[alive]
+    total: Tensor = torch.tensordot(weights.to(rows.dtype), rows, dims=1)
+    return total
+
+
+def _second(each: _Seen, images: slice, weights: Tensor, alive: Tensor) -> Tensor:
+    given, answer, there = each.given[images], each.answer[images], alive[images]
+    weights = weights[images].to(answer.dtype)
+    if not bool(there.all()):
+        given, answer, weights = given[there], answer[there], weights[there]
+    answer = answer * weights.view(-1, *[1] * (answer.ndim - 1))
+    if isinstance(each.layer, nn.Conv2d):
+        if not len(given):
+            return torch.zeros_like(each.layer.weight.detach())
+        return _conv_weight(each.layer, given, answer)
+    product: Tensor = torch.mm(answer.t(), given)
+    return product

@@ -1,0 +1,1 @@
+"""The command `cloister`, and the groups that need neither side."""

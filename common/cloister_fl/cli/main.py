@@ -1,0 +1,115 @@
+"""The one command, `cloister`: finds its groups through entry points and reports errors.
+
+A group is an entry point of ``cloister.commands`` that names a typer application or a function.
+Their modules import torch, flwr and opacus inside functions only, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Annotated, Any
+
+import click
+import typer
+import typer.core
+
+from cloister_fl.errors import CloisterError, InternalError
+from cloister_fl.system.library_logs import silence_libraries
+from cloister_fl.version import __version__
+
+GROUP = "cloister.commands"
+INTERRUPTED = 130
+_ORDER = ("demo", "simulate", "predict", "study", "client", "server", "verify", "explain")
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"cloister {__version__}")
+        raise typer.Exit
+
+
+def build() -> typer.Typer:
+    """Assemble the root command from what is installed."""
+    # Typer escapes square brackets for rich wherever rich is installed, also where it is not used.
+    typer.core.HAS_RICH = False
+    app = typer.Typer(
+        name="cloister",
+        help="Federated learning for radiology in which no image leaves its hospital.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+
+    @app.callback()
+    def root(
+        version: Annotated[
+            bool,
+            typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+        ] = False,
+    ) -> None:
+        del version
+
+    for entry in sorted(entry_points(group=GROUP), key=_position):
+        _attach(app, entry.name, entry.load())
+    return app
+
+
+def _position(entry: EntryPoint) -> tuple[int, str]:
+    known = _ORDER.index(entry.name) if entry.name in _ORDER else len(_ORDER)
+    return known, entry.name
+
+
+def _attach(app: typer.Typer, name: str, found: typer.Typer | Callable[..., Any]) -> None:
+    if isinstance(found, typer.Typer):
+        app.add_typer(found, name=name)
+    else:
+        app.command(name)(found)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and end the process with a status that means something.
+
+    Intended errors print their message; anything else prints ``CLO-901`` without its text,
+    which could quote a patient's data. ``CLOISTER_TRACEBACK=1`` shows it to a developer.
+    """
+    # Before anything imports flwr: no telemetry, no call to its update server.
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    silence_libraries()
+    try:
+        status = build()(args=arguments, prog_name="cloister", standalone_mode=False)
+    except CloisterError as error:
+        _say(str(error), error.code)
+        sys.exit(error.exit_status)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        status = INTERRUPTED
+    except Exception as error:
+        if os.environ.get("CLOISTER_TRACEBACK") == "1":
+            traceback.print_exc()
+        fault = InternalError(
+            f"Cloister met a fault of its own ({type(error).__name__}).",
+            remedy="Repeat it with CLOISTER_TRACEBACK=1 on data without patients and report it.",
+        )
+        _say(str(fault), fault.code)
+        sys.exit(fault.exit_status)
+    if status == INTERRUPTED:
+        _say("Stopped. A run that had begun goes on with the same command and --resume.", None)
+    sys.exit(status or 0)
+
+
+def _say(text: str, code: str | None) -> None:
+    print(text, file=sys.stderr)  # noqa: T201
+    if code:
+        print(f"More: cloister explain {code}", file=sys.stderr)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

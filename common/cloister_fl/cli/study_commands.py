@@ -1,0 +1,178 @@
+"""`cloister study`: write, check, plan and sign study files."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cloister_fl.errors import OptionInvalid, OutputInTheWay, StudyInvalid
+from cloister_fl.study.schema import Study, load_study
+from cloister_fl.system.text import counted
+
+app = typer.Typer(help="Write, check and plan study files.", no_args_is_help=True)
+
+
+@app.command()
+def new(
+    file: Annotated[Path, typer.Argument(help="The file to write.")] = Path("study.toml"),
+) -> None:
+    """Write a commented example of a study."""
+    example = files("cloister_fl.study").joinpath("example_study.toml").read_text("utf-8")
+    try:
+        with file.open("x", encoding="utf-8") as out:
+            out.write(example)
+    except FileExistsError:
+        raise OutputInTheWay(
+            f"{file} exists already.", remedy="Name another file, or move that one away."
+        ) from None
+    except OSError as error:
+        raise OutputInTheWay(
+            f"{file} cannot be written.",
+            why=(error.strerror or "The system gave no reason") + ".",
+            remedy="Name a file in a folder that exists and that you may write to.",
+        ) from None
+    typer.echo(f"Wrote {file}. Edit it, then run: cloister study check {file}")
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(help="The study file.")] = Path("study.toml"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check a study file: all faults at once, or its hash and what it means."""
+    try:
+        study = load_study(file)
+    except StudyInvalid as error:
+        if as_json:
+            faults = [
+                {"line": f.line, "key": f.key, "message": f.message, "hint": f.hint}
+                for f in error.faults
+            ]
+            typer.echo(json.dumps({"valid": False, "code": error.code, "faults": faults}))
+            raise typer.Exit(error.exit_status) from None
+        raise
+    if as_json:
+        typer.echo(json.dumps({"valid": True, "hash": study.digest, "study": study.model_dump()}))
+        return
+    typer.echo(_in_words(study))
+
+
+@app.command()
+def plan(
+    file: Annotated[Path, typer.Argument(help="The study file.")] = Path("study.toml"),
+    patients: Annotated[
+        str, typer.Option(metavar="N[,N...]", help="Patients of each site; guesses will do.")
+    ] = ...,  # type: ignore[assignment]  # typer's mark for an option that must be given
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw epsilon over rounds; a .png or .svg.")
+    ] = None,
+) -> None:
+    """Say what a study will cost and can learn: noise, epsilon by round, time, bytes."""
+    from cloister_fl.system.optional import require
+
+    require("client", "torch", "dp_accounting", "matplotlib")
+    from cloister_fl.planning import plan_output, timing
+    from cloister_fl.planning.plan import make_plan
+
+    study, counts = load_study(file), _counts(patients)
+    if plot is not None:
+        plan_output.kind_of_plot(plot)
+    pace, weights = timing.measure(study)
+    made = make_plan(study, counts, weights=weights, pace=pace)
+    if plot is not None:
+        plan_output.write_plot(made, plot)
+    typer.echo(json.dumps(plan_output.as_dict(made)) if as_json else plan_output.render(made))
+    if plot is not None and not as_json:
+        typer.echo(f"Wrote {plot}.")
+
+
+def _counts(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    # Ten digits hold every hospital; more would only lead arithmetic astray.
+    if not all(word.isascii() and word.isdigit() and len(word) <= 10 for word in words):
+        counts = []
+    else:
+        counts = [int(word) for word in words]
+    if not counts or min(counts) < 1:
+        raise OptionInvalid(
+            "The numbers of patients cannot be read.",
+            remedy="Write whole numbers above 0 with commas between, such as --patients 400,250.",
+        )
+    return counts
+
+
+@app.command()
+def key(
+    file: Annotated[Path, typer.Argument(help="The file to write; for the signer's eyes only.")],
+) -> None:
+    """Make a key to sign studies with. A key that is there is not replaced."""
+    from cloister_fl.membership.identity import Identity
+    from cloister_fl.system.files import create_secret
+
+    made = Identity.generate()
+    if not create_secret(file, made.to_pem()):
+        raise OutputInTheWay(
+            f"{file} exists already.", remedy="Name another file; a key is never replaced."
+        )
+    typer.echo(f"Wrote {file}. Keep it to yourself. Its public key, for trusted_signers:")
+    typer.echo(made.public.hex())
+
+
+@app.command()
+def sign(
+    file: Annotated[Path, typer.Argument(help="The study file.")],
+    key: Annotated[Path, typer.Option(help="The signer's key: cloister study key FILE.")],
+) -> None:
+    """Vouch for a study to hospitals that trust your key; the signature lies beside the study."""
+    from cloister_fl.membership.identity import Identity
+    from cloister_fl.study import signatures
+    from cloister_fl.system.files import read_secret
+
+    study = load_study(file)
+    identity = Identity.from_pem(read_secret(key))
+    count = signatures.add(file, study, identity)
+    typer.echo(_in_words(study))
+    typer.echo(f"Signed: {signatures.path_of(file)} holds {count}. Your public key:")
+    typer.echo(identity.public.hex())
+
+
+def _in_words(study: Study) -> str:
+    training, privacy = study.training, study.privacy
+    promise = (
+        f"patient-level differential privacy, epsilon {privacy.epsilon:g} at delta "
+        f"{privacy.delta:g}, clipping norm {privacy.clipping_norm:g}"
+        if privacy.enabled
+        else "NO differential privacy: what leaves a site may tell of single patients"
+    )
+    if study.releases:
+        promise += f"; {study.evaluation.release_epsilon:g} of it for one release of noised figures"
+    masked = (
+        "masked: only their sum can be read"
+        if study.aggregation.secure
+        else "NOT masked: the coordinator can read each site's"
+    )
+    given = study.input
+    shape = f"{given.size} x {given.size} pixels"
+    if given.depth is not None:
+        shape = f"volumes of {given.depth} x {given.size} x {given.size} voxels, slices "
+        shape += f"{given.spacing:g} mm apart"
+    return "\n".join(
+        (
+            f"{study.study.name}: {study.study.question}",
+            f"  input      {', '.join(given.modalities)}, {shape}",
+            f"  target     {study.target.described}",
+            f"  network    {study.network.name}",
+            f"  training   {counted(training.rounds, 'round')} of "
+            f"{counted(training.steps_per_round, 'step')}, "
+            f"each patient in a step with probability {training.sampling_rate:g}",
+            f"  privacy    {promise}",
+            f"  sites      {study.aggregation.strategy}, at least {study.aggregation.fewest_sites}",
+            f"  updates    {masked}",
+            f"  hash       {study.digest}",
+        )
+    )

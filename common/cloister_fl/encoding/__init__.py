@@ -1,0 +1,1 @@
+"""Canonical bytes: frames, JSON, and chains of hashes over them."""

@@ -1,0 +1,1 @@
+"""Who belongs to a federation: identities, enrolment, the roster."""

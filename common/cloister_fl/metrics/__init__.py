@@ -1,0 +1,1 @@
+"""Figures of a model: AUROC, average precision, Dice, and their intervals."""

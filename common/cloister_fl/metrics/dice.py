@@ -1,0 +1,70 @@
+"""How well outlines agree: the Dice coefficient (Dice 1945), by patient.
+
+A patient's coefficient is 2 |A and B| / (|A| + |B|) over the pixels of all the patient's images,
+A what is marked and B what the model outlines. Where nothing is marked it tells only whether the
+model kept silent, 1 or 0; such patients are counted and stay out of the mean.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cloister_fl.metrics.classification import RESAMPLES, Estimate, Metrics, MetricsInputInvalid
+
+_SEED = 20_240_229
+_TAIL = 0.025
+
+
+def coefficient(marked: NDArray[np.bool_], outlined: NDArray[np.bool_]) -> float:
+    """Dice coefficient of two masks of one shape, 0 to 1; 1 where both are empty."""
+    total = int(marked.sum()) + int(outlined.sum())
+    return 2 * int((marked & outlined).sum()) / total if total else 1.0
+
+
+def measure_dice(labels: ArrayLike, coefficients: ArrayLike) -> Metrics:
+    """Mean over the patients in whom something is marked, with a 95 % bootstrap interval.
+
+    Args:
+        labels: (P,) 1 where something is marked, else 0.
+        coefficients: (P,) from 0 to 1.
+
+    Raises:
+        MetricsInputInvalid: wrong shapes or values.
+    """
+    truth, values = np.asarray(labels), np.asarray(coefficients, dtype=np.float64)
+    if truth.ndim != 1 or truth.shape != values.shape or not np.isin(truth, (0, 1)).all():
+        raise MetricsInputInvalid("labels are 0 or 1, one for each coefficient.")
+    if not np.all((values >= 0) & (values <= 1)):
+        raise MetricsInputInvalid("a coefficient is not a number from 0 to 1.")
+    counts = (int((truth == 0).sum()), int((truth == 1).sum()))
+    # Sorted, so that the order of patients has no say in the interval.
+    shown = np.sort(values[truth == 1])
+    if not len(shown):
+        return Metrics(None, None, None, len(truth), counts)
+    rng = np.random.default_rng(_SEED)
+    drawn = [float(rng.choice(shown, len(shown)).mean()) for _ in range(RESAMPLES)]
+    value = float(shown.mean())
+    low, high = (float(end) for end in np.quantile(drawn, [_TAIL, 1 - _TAIL]))
+    dice = Estimate(value, min(low, value), max(high, value))
+    return Metrics(None, None, None, len(truth), counts, dice)
+
+
+def measure_dice_histogram(counts: ArrayLike) -> Metrics:
+    """The same from counts, (2, bins): patients without and with something marked, by coefficient.
+
+    Each counts as the middle of its bin, so the mean is off by half a bin at most.
+
+    Raises:
+        MetricsInputInvalid: another shape, or not counts.
+    """
+    table = np.asarray(counts)
+    if table.ndim != 2 or table.shape[0] != 2 or not np.issubdtype(table.dtype, np.integer):
+        raise MetricsInputInvalid("counts must be whole numbers of shape (2, bins).")
+    if np.any(table < 0):
+        raise MetricsInputInvalid("counts must be at least 0.")
+    bins = table.shape[1]
+    middles = np.tile((np.arange(bins) + 0.5) / bins, 2)
+    labels = np.repeat([0, 1], bins)
+    cells = table.reshape(-1)
+    return measure_dice(np.repeat(labels, cells), np.repeat(middles, cells))

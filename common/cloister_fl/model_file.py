@@ -1,0 +1,95 @@
+"""The trained model as one safetensors file that says how it is to be used.
+
+The metadata carry the study in canonical form, so preprocessing, classes and network travel
+with the weights, and a model is used as it was trained. No pickle is read or written.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cloister_fl.errors import CloisterError, FileUnreadable, ModelFileInvalid
+from cloister_fl.protocol.round_messages import Vector
+from cloister_fl.study.schema import Study, study_from_canonical
+from cloister_fl.system.files import write_atomic
+from cloister_fl.version import __version__
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FORMAT = "cloister/model/v1"
+_NOT_OURS = "Give the model.safetensors that a Cloister run wrote."
+
+
+def save_model(path: Path, study: Study, vector: Vector, facts: dict[str, object]) -> None:
+    """Write the model atomically.
+
+    Args:
+        path: the file, replaced as a whole.
+        study: what it was trained by.
+        vector: the flat model, (D,).
+        facts: figures to keep beside it, such as epsilon; JSON values.
+    """
+    from safetensors.torch import save
+
+    from cloister_fl.networks import flat_parameters, registry
+
+    module = registry.build_for(study)
+    flat_parameters.load(module, vector)
+    metadata = {
+        "format": FORMAT,
+        "study": study.canonical(),
+        "study_hash": study.digest,
+        "cloister": __version__,
+        "facts": json.dumps(facts, sort_keys=True),
+    }
+    tensors = {name: value.contiguous() for name, value in module.state_dict().items()}
+    write_atomic(path, save(tensors, metadata=metadata), mode=0o644)
+
+
+def load_model(path: Path, device: str = "cpu") -> tuple[nn.Module, Study]:
+    """Read a model that ``save_model`` wrote, ready to predict.
+
+    Raises:
+        FileUnreadable: there is no such file.
+        ModelFileInvalid: it is no model of ours, or a weight is missing, of another shape or
+            not finite.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    from cloister_fl.networks import registry
+
+    if not path.is_file():
+        raise FileUnreadable(f"{path.name} cannot be read.", remedy=_NOT_OURS)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError):
+        raise ModelFileInvalid(
+            f"{path.name} is not a safetensors file.", remedy=_NOT_OURS
+        ) from None
+    if metadata.get("format") != FORMAT:
+        raise ModelFileInvalid(f"{path.name} carries no study.", remedy=_NOT_OURS)
+    try:
+        study = study_from_canonical(metadata.get("study", ""))
+        module = registry.build_for(study)
+    except CloisterError:
+        raise ModelFileInvalid(
+            f"The study inside {path.name} is not valid in this version of Cloister.",
+            remedy=_NOT_OURS,
+        ) from None
+    expected = module.state_dict()
+    fits = set(expected) == set(tensors) and all(
+        tensors[name].shape == value.shape and tensors[name].dtype == value.dtype
+        for name, value in expected.items()
+    )
+    if not fits or not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
+        raise ModelFileInvalid(
+            f"The weights in {path.name} do not fit the network of its study.", remedy=_NOT_OURS
+        )
+    module.load_state_dict(tensors)
+    return module.to(device).eval(), study

@@ -1,0 +1,1 @@
+"""Networks that a study may name, and what makes one fit for differential privacy."""

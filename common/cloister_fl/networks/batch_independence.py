@@ -1,0 +1,112 @@
+"""Proves for a given network that no patient's output depends on another patient's image."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import TYPE_CHECKING
+
+from cloister_fl.errors import NetworkUnfit
+from cloister_fl.networks.spec import missing_package
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def require_private(
+    module: nn.Module, *, size: int = 64, depth: int | None = None, in_channels: int = 1
+) -> None:
+    """Refuse a module whose output for one image depends on another image or on earlier data.
+
+    Opacus' validator looks at the types of trainable layers, so it passes a module that mixes a
+    batch by arithmetic, and batch norm without weights. Here every layer is looked at, and the
+    gradient of each image's output by every other image must be exactly zero. A site calls this
+    before it charges a round; what has passed in this process is not looked at again.
+
+    Args:
+        module: in training mode.
+        size: side of the input in pixels.
+        depth: slices of a volume; None for images.
+        in_channels: channels of the input.
+
+    Raises:
+        NetworkUnfit: naming the layer, or the leak.
+        ExtraMissing: Opacus is not installed.
+    """
+    key = (type(module), repr(module), module.training, size, depth, in_channels)
+    if key in _proved:
+        return
+    _refuse_layers(module)
+    with warnings.catch_warnings():
+        # Opacus' dependencies announce deprecations on import; none of them is about our module.
+        warnings.simplefilter("ignore")
+        try:
+            from opacus.validators import ModuleValidator
+        except ImportError:
+            raise missing_package("opacus") from None
+    faults = ModuleValidator.validate(module, strict=False)
+    if faults:
+        names = ", ".join(sorted({type(fault).__name__ for fault in faults}))
+        raise NetworkUnfit(
+            "Opacus refuses the network.",
+            why=f"Its validator reports: {names}.",
+            remedy="Use layers that treat each image by itself, and training mode.",
+        )
+    places = (size, size) if depth is None else (depth, size, size)
+    _refuse_leak(module, (in_channels, *places))
+    _proved.add(key)
+
+
+_proved: set[tuple[object, ...]] = set()
+
+
+def _refuse_layers(module: nn.Module) -> None:
+    from torch.nn.modules.batchnorm import _BatchNorm
+    from torch.nn.modules.instancenorm import _InstanceNorm
+
+    for name, layer in module.named_modules():
+        where = f"The layer '{name or 'network'}' ({type(layer).__name__})"
+        # Instance norm is sound without running statistics.
+        if isinstance(layer, _InstanceNorm):
+            if layer.track_running_stats:
+                raise NetworkUnfit(
+                    f"{where} keeps running statistics of the images.",
+                    remedy="Use GroupNorm, or InstanceNorm with track_running_stats=False.",
+                )
+        elif isinstance(layer, _BatchNorm):
+            raise NetworkUnfit(f"{where} mixes the images of a batch.", remedy="Use GroupNorm.")
+        if getattr(layer, "inplace", False):
+            raise NetworkUnfit(
+                f"{where} works in place, which hides activations from Opacus.",
+                remedy="Set inplace=False.",
+            )
+    for name, _ in module.named_buffers():
+        raise NetworkUnfit(
+            f"The network has a buffer, '{name}'.",
+            why="Buffers are updated outside the clipped and noised gradient.",
+            remedy="Use layers without buffers.",
+        )
+
+
+def _refuse_leak(module: nn.Module, one: tuple[int, ...]) -> None:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn((2, *one), generator=generator).requires_grad_()
+    # Behind a weight that begins at zero, every gradient is zero, and proves nothing.
+    module = copy.deepcopy(module)
+    for weight in module.parameters():
+        if not weight.detach().any():
+            weight.data.normal_(generator=generator)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        outputs: Tensor = module(images)
+        if outputs.shape[:1] != images.shape[:1]:
+            raise NetworkUnfit("The network does not give one row of outputs for each image.")
+        for index in range(len(images)):
+            (gradient,) = torch.autograd.grad(outputs[index].sum(), images, retain_graph=True)
+            if bool((gradient[1 - index] != 0).any()) or not bool(torch.isfinite(gradient).all()):
+                raise NetworkUnfit(
+                    "The network's output for one image depends on another image.",
+                    why="Clipping bounds one patient's gradient only where patients do not mix.",
+                    remedy="Use a network of the registry.",
+                )

@@ -1,0 +1,94 @@
+"""What is summed in secret, and under which constants: the same at every site and the server.
+
+A study's round has two sums at most: the updates, and the score histograms of the sites' own
+patients: where privacy is off and no hold-out is used, or, noised, in the study's release. Each is
+a session of its own, with a number of its own, so that one hospital's absence from one says nothing
+about the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cloister_fl.membership.roster import Roster
+from cloister_fl.metrics.classification import BINS
+from cloister_fl.protocol.round_messages import Vector
+from cloister_fl.secagg import Session, model_hash
+from cloister_fl.study.cost import RELEASE_BINS
+from cloister_fl.study.schema import Study
+
+COUNT_BOUND = 2.0**19
+"""Most patients in one bin of a site's histogram; whole numbers up to it are summed exactly."""
+
+
+def weight_of(study: Study, roster: Roster, site: str) -> float:
+    """A site's public weight: the study's, else the roster's."""
+    return study.aggregation.weights.get(site, roster.weight(site))
+
+
+def update_session(
+    study: Study,
+    roster: Roster,
+    invited: Sequence[str],
+    *,
+    round_number: int,
+    attempt: int,
+    model: Vector,
+) -> Session:
+    """The sum of a round's updates.
+
+    Args:
+        study: the approved study.
+        roster: the pinned roster.
+        invited: ids of the invited sites, rising.
+        round_number: 1-based.
+        attempt: number of the attempt at this sum, from 0.
+        model: the global model as it was received, (D,).
+    """
+    return Session(
+        round=2 * round_number,
+        attempt=attempt,
+        model=model_hash(_bytes(model)),
+        dimension=model.size,
+        clip=study.aggregation.clip,
+        weights=tuple((site, weight_of(study, roster, site)) for site in invited),
+    )
+
+
+def histogram_session(
+    study: Study, invited: Sequence[str], *, round_number: int, attempt: int, model: Vector
+) -> Session:
+    """The sum of the score histograms of the model after a round; patients count alike.
+
+    A noised histogram is in units of ``charges.UNITS`` to a patient, and cut to the bound.
+    """
+    return Session(
+        round=2 * round_number + 1,
+        attempt=attempt,
+        model=model_hash(_bytes(model)),
+        dimension=histogram_size(study),
+        clip=COUNT_BOUND,
+        weights=tuple((site, 1.0) for site in invited),
+    )
+
+
+def curves(study: Study) -> int:
+    """Curves of a histogram: one for a binary target, else one a class."""
+    return study.curves
+
+
+def histogram_size(study: Study) -> int:
+    """Numbers in a histogram: curves, without and with the class, bins."""
+    return curves(study) * 2 * bins(study)
+
+
+def bins(study: Study) -> int:
+    """Bins of a score: few where they are noised."""
+    return RELEASE_BINS if study.privacy.enabled else BINS
+
+
+def _bytes(model: Vector) -> memoryview:
+    """The model's bytes; a view, for a copy would double a large model for one hash."""
+    return np.ascontiguousarray(model, "<f4").data.cast("B")

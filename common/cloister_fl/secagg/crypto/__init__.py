@@ -1,0 +1,1 @@
+"""Primitives of secure aggregation: key agreement, keystreams, secret sharing, hashes."""

@@ -1,0 +1,15 @@
+"""The closed list of codes by which a site may say that it gave an epoch up."""
+
+from __future__ import annotations
+
+from cloister_fl.errors import EncodingOverflow, NotFinite, SecureAggregationError, all_errors
+
+LOCAL_FAULTS = (EncodingOverflow, NotFinite)
+"""Errors whose cause may depend on the site's data: they leave it under one common code."""
+
+ABORT_CODES = frozenset(
+    kind.code
+    for kind in all_errors()
+    if issubclass(kind, SecureAggregationError) and not issubclass(kind, LOCAL_FAULTS)
+)
+"""The closed list of codes that an abort may carry."""

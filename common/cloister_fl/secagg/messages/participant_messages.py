@@ -1,0 +1,313 @@
+"""Messages from a site to the server: each is signed by the site, over the epoch or session."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from cloister_fl.encoding.framing import Buffer, FrameError, Reader, frame, listed, names
+from cloister_fl.membership.identity import SIGNATURE_BYTES, Identity, verify
+from cloister_fl.membership.roster import MAX_SITES
+from cloister_fl.secagg.crypto import hashes, shamir
+from cloister_fl.secagg.messages.message_base import HASH, Message, named, rising, sites
+
+BOX_BYTES = 2 * shamir.SHARE_BYTES + 16
+"""A sealed box: the shares of b and of mask_sk, and the tag."""
+
+
+@dataclass(frozen=True)
+class Advertisement(Message):
+    """Stage 0, site to server: the signed record of its fresh keys."""
+
+    NAME: ClassVar[str] = "advertise"
+    kid: bytes
+    site: str
+    enc_pk: bytes
+    mask_pk: bytes
+    commitment: bytes
+    signature: bytes = b""
+
+    def _body(self) -> tuple[bytes, ...]:
+        return (self.kid, self.site.encode(), self.enc_pk, self.mask_pk, self.commitment)
+
+    def signed_by(self, identity: Identity) -> Advertisement:
+        """The same record with the site's signature."""
+        signature = identity.sign(hashes.ADVERTISE, *self._body())
+        return Advertisement(
+            self.kid, self.site, self.enc_pk, self.mask_pk, self.commitment, signature
+        )
+
+    def verified(self, public: bytes) -> bool:
+        """True where the signature is that of ``public``."""
+        return verify(public, self.signature, hashes.ADVERTISE, *self._body())
+
+    @property
+    def record(self) -> bytes:
+        """The complete signed record, as ``T`` hashes it."""
+        return frame(*self._body(), self.signature)
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        """Read what ``record`` gave."""
+        return cls(
+            reader.field(HASH),
+            reader.text(),
+            reader.field(HASH),
+            reader.field(HASH),
+            reader.field(HASH),
+            reader.field(SIGNATURE_BYTES),
+        )
+
+    def _fields(self) -> tuple[Buffer, ...]:
+        return (*self._body(), self.signature)
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        return cls.read(reader)
+
+
+@dataclass(frozen=True)
+class DealtTo:
+    """What a dealer signs for one holder: hashes of the box and of both shares."""
+
+    holder: str
+    box_hash: bytes
+    b_hash: bytes
+    mask_key_hash: bytes
+
+    def encode(self) -> bytes:
+        return frame(self.holder.encode(), self.box_hash, self.b_hash, self.mask_key_hash)
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        dealt = cls(reader.text(), reader.field(HASH), reader.field(HASH), reader.field(HASH))
+        reader.end()
+        return dealt
+
+
+@dataclass(frozen=True)
+class Dealing:
+    """A dealer's signed list of what it dealt to every site of U1, itself included."""
+
+    dealer: str
+    dealt: tuple[DealtTo, ...]
+    signature: bytes = b""
+
+    def _body(self, keys: bytes) -> tuple[bytes, ...]:
+        return (keys, self.dealer.encode(), listed(item.encode() for item in self.dealt))
+
+    def signed_by(self, identity: Identity, keys: bytes) -> Dealing:
+        """The same list signed over ``T``."""
+        return Dealing(self.dealer, self.dealt, identity.sign(hashes.SHARE, *self._body(keys)))
+
+    def verified(self, public: bytes, keys: bytes) -> bool:
+        """True where the signature is that of ``public`` over this ``T``."""
+        return verify(public, self.signature, hashes.SHARE, *self._body(keys))
+
+    def to(self, holder: str) -> DealtTo | None:
+        """The entry of one holder."""
+        return next((item for item in self.dealt if item.holder == holder), None)
+
+    def encode(self) -> bytes:
+        """Canonical bytes, without the message's head."""
+        dealt = listed(item.encode() for item in self.dealt)
+        return frame(self.dealer.encode(), dealt, self.signature)
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        dealing = cls(
+            reader.text(),
+            tuple(DealtTo.read(item) for item in reader.items(MAX_SITES)),
+            reader.field(SIGNATURE_BYTES),
+        )
+        rising(tuple(item.holder for item in dealing.dealt))
+        reader.end()
+        return dealing
+
+
+@dataclass(frozen=True)
+class Shares(Message):
+    """Stage 1, site to server: the signed dealing, and a sealed box for each peer of U1."""
+
+    NAME: ClassVar[str] = "share"
+    kid: bytes
+    dealing: Dealing
+    boxes: tuple[tuple[str, bytes], ...]
+
+    def box_for(self, holder: str) -> bytes:
+        """The box of one holder; empty where there is none."""
+        return dict(self.boxes).get(holder, b"")
+
+    def _fields(self) -> tuple[Buffer, ...]:
+        boxes = listed(frame(holder.encode(), box) for holder, box in self.boxes)
+        return (self.kid, self.dealing.encode(), boxes)
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        kid = reader.field(HASH)
+        dealing = Dealing.read(Reader(reader.view()))
+        boxes = tuple(named(item, BOX_BYTES) for item in reader.items(MAX_SITES))
+        rising(tuple(holder for holder, _ in boxes))
+        return cls(kid, dealing, boxes)
+
+
+@dataclass(frozen=True)
+class Masked(Message):
+    """Stage 2, site to server: y, and at once the consistency signature for U3 = U2.
+
+    ``vector`` is y as little-endian uint32, 4 D bytes. ``consent`` is empty where the site has
+    answered this round for another U3 before.
+    """
+
+    NAME: ClassVar[str] = "mask"
+    sid: bytes
+    site: str
+    u2_hash: bytes
+    vector: Buffer
+    signature: bytes
+    consent: bytes
+
+    @staticmethod
+    def body(sid: bytes, site: str, u2_hash: bytes, vector_hash: bytes) -> tuple[bytes, ...]:
+        """What the site signs for y."""
+        return (sid, site.encode(), u2_hash, vector_hash)
+
+    def verified(self, public: bytes) -> bool:
+        """True where the signature is that of ``public``; hashes the vector."""
+        hashed = hashes.vector_hash(self.vector)
+        body = self.body(self.sid, self.site, self.u2_hash, hashed)
+        return verify(public, self.signature, hashes.MASKED, *body)
+
+    def _fields(self) -> tuple[Buffer, ...]:
+        return (
+            self.sid,
+            self.site.encode(),
+            self.u2_hash,
+            self.vector,
+            self.signature,
+            self.consent,
+        )
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        masked = cls(
+            reader.field(HASH),
+            reader.text(),
+            reader.field(HASH),
+            reader.view(),
+            reader.field(SIGNATURE_BYTES),
+            reader.field(),
+        )
+        if len(masked.consent) not in (0, SIGNATURE_BYTES):
+            raise FrameError("a signature has another length")
+        return masked
+
+
+def consent_body(
+    sid: bytes, site: str, u2: tuple[str, ...], u3: tuple[str, ...]
+) -> tuple[bytes, ...]:
+    """What ``site`` signs to consent to the sum over U3."""
+    return (sid, site.encode(), names(u2), names(u3))
+
+
+@dataclass(frozen=True)
+class Consistent(Message):
+    """Stage 3, site to server: the site's signature over (sid, U2, U3)."""
+
+    NAME: ClassVar[str] = "consistent"
+    sid: bytes
+    site: str
+    u3: tuple[str, ...]
+    signature: bytes
+
+    def _fields(self) -> tuple[Buffer, ...]:
+        return (self.sid, self.site.encode(), names(self.u3), self.signature)
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        return cls(reader.field(HASH), reader.text(), sites(reader), reader.field(SIGNATURE_BYTES))
+
+
+@dataclass(frozen=True)
+class Unmasked(Message):
+    """Stage 4, site to server: its shares of b for U3, of mask_sk for U2 minus U3."""
+
+    NAME: ClassVar[str] = "unmask"
+    sid: bytes
+    site: str
+    u3: tuple[str, ...]
+    b_shares: tuple[tuple[str, bytes], ...]
+    mask_key_shares: tuple[tuple[str, bytes], ...]
+    signature: bytes = b""
+
+    def _body(self) -> tuple[bytes, ...]:
+        return (
+            self.sid,
+            self.site.encode(),
+            names(self.u3),
+            listed(frame(dealer.encode(), share) for dealer, share in self.b_shares),
+            listed(frame(dealer.encode(), share) for dealer, share in self.mask_key_shares),
+        )
+
+    def signed_by(self, identity: Identity) -> Unmasked:
+        """The same reply with the site's signature."""
+        signature = identity.sign(hashes.UNMASK, *self._body())
+        return Unmasked(
+            self.sid, self.site, self.u3, self.b_shares, self.mask_key_shares, signature
+        )
+
+    def verified(self, public: bytes) -> bool:
+        """True where the signature is that of ``public``."""
+        return verify(public, self.signature, hashes.UNMASK, *self._body())
+
+    def _fields(self) -> tuple[Buffer, ...]:
+        return (*self._body(), self.signature)
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        sid, site, u3 = reader.field(HASH), reader.text(), sites(reader)
+        b_shares = tuple(named(item, shamir.SHARE_BYTES) for item in reader.items(MAX_SITES))
+        mask = tuple(named(item, shamir.SHARE_BYTES) for item in reader.items(MAX_SITES))
+        rising(tuple(dealer for dealer, _ in b_shares))
+        rising(tuple(dealer for dealer, _ in mask))
+        return cls(sid, site, u3, b_shares, mask, reader.field(SIGNATURE_BYTES))
+
+
+@dataclass(frozen=True)
+class Abort(Message):
+    """Any stage, site to server: a code from the closed list, and no word more.
+
+    ``blamed`` is a site id, or empty. ``kid`` names the epoch that the site has given up.
+    """
+
+    NAME: ClassVar[str] = "abort"
+    kid: bytes
+    site: str
+    code: str
+    blamed: str
+    signature: bytes = b""
+
+    def _body(self) -> tuple[bytes, ...]:
+        return (self.kid, self.site.encode(), self.code.encode(), self.blamed.encode())
+
+    def signed_by(self, identity: Identity) -> Abort:
+        """The same abort with the site's signature."""
+        signature = identity.sign(hashes.ABORT, *self._body())
+        return Abort(self.kid, self.site, self.code, self.blamed, signature)
+
+    def verified(self, public: bytes) -> bool:
+        """True where the signature is that of ``public``."""
+        return verify(public, self.signature, hashes.ABORT, *self._body())
+
+    def _fields(self) -> tuple[Buffer, ...]:
+        return (*self._body(), self.signature)
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        return cls(
+            reader.field(HASH),
+            reader.text(),
+            reader.text(),
+            reader.text(),
+            reader.field(SIGNATURE_BYTES),
+        )

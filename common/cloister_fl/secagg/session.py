@@ -1,0 +1,163 @@
+"""What a key epoch and a session are bound to, and the ids made of it.
+
+``kid`` names a key epoch before any key exists; ``T`` fixes its complete signed keys; ``sid``
+adds the model and the constants of one sum. All three are hashes of complete contents, so a
+site that recomputes one agrees with its peers on everything inside or its masks do not cancel.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from cloister_fl.encoding.framing import digest, f64, frame, is_sorted_set, listed, names, u32, u64
+from cloister_fl.errors import ParameterRefused, WeightAboveCap
+from cloister_fl.membership.roster import MAX_WEIGHT
+from cloister_fl.secagg.fixed_point import scale_for
+from cloister_fl.secagg.parameters import VERSION, Parameters
+
+MAX_DIMENSION = 1 << 32
+MAX_CLIP = 1e6
+
+
+@dataclass(frozen=True)
+class EpochTerms:
+    """What a key epoch is for.
+
+    Attributes:
+        federation: name of the federation.
+        study: hash of the approved study, 32 bytes.
+        roster: digest of the pinned roster, 32 bytes.
+        run: id of the run; a resumed run has another.
+        epoch: number of the key epoch within the run.
+        invited: ids of the invited sites, rising.
+        colluders: c, as the study and the site's policy state it.
+
+    Raises:
+        ParameterRefused: a field out of range, ids that do not rise, or see
+            ``Parameters.derive``.
+    """
+
+    federation: str
+    study: bytes
+    roster: bytes
+    run: str
+    epoch: int
+    invited: tuple[str, ...]
+    colluders: int
+
+    def __post_init__(self) -> None:
+        if len(self.study) != 32 or len(self.roster) != 32:
+            raise ParameterRefused("A study or roster hash is not 32 bytes.")
+        if not 0 <= self.epoch < 2**64:
+            raise ParameterRefused("The epoch number is out of range.")
+        if not is_sorted_set(self.invited):
+            raise ParameterRefused("The invited sites are not sorted, or one stands there twice.")
+        Parameters.derive(len(self.invited), self.colluders)
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        """n, t, m, c; of the invited sites, whoever answers."""
+        return Parameters.derive(len(self.invited), self.colluders)
+
+    @cached_property
+    def kid(self) -> bytes:
+        """Id of the key epoch, 32 bytes."""
+        return digest(
+            "secagg/v1/kid",
+            VERSION.encode(),
+            self.federation.encode(),
+            self.study,
+            self.roster,
+            self.run.encode(),
+            u64(self.epoch),
+            names(self.invited),
+            u32(self.parameters.c),
+            u32(self.parameters.t),
+            u32(self.parameters.m),
+        )
+
+
+@dataclass(frozen=True)
+class Session:
+    """The constants of one sum, public and the same at every site.
+
+    A site builds its own from the approved study and from the model bytes that it received, and
+    takes part only where the server's says the same.
+
+    Attributes:
+        round: number of the round in the study, from 0.
+        attempt: number of the attempt at that round, from 0.
+        model: hash of the global model's bytes, 32 bytes.
+        dimension: D, length of the vector.
+        clip: bound of the absolute value of a coordinate before the weight is applied.
+        weights: (site id, public weight) of every invited site, by rising id.
+
+    Raises:
+        ParameterRefused: a field out of range.
+        WeightAboveCap: a weight that is not above 0 and at most 1000.
+    """
+
+    round: int
+    attempt: int
+    model: bytes
+    dimension: int
+    clip: float
+    weights: tuple[tuple[str, float], ...]
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.round < 2**64 and 0 <= self.attempt < 2**32):
+            raise ParameterRefused("The round or attempt number is out of range.")
+        if len(self.model) != 32:
+            raise ParameterRefused("The model's hash is not 32 bytes.")
+        if not 1 <= self.dimension <= MAX_DIMENSION:
+            raise ParameterRefused("The vector's length is out of range.")
+        if not (math.isfinite(self.clip) and 0 < self.clip <= MAX_CLIP):
+            raise ParameterRefused("The clip of a coordinate is out of range.")
+        if not self.weights or not is_sorted_set([site for site, _ in self.weights]):
+            raise ParameterRefused("The weights do not name each site once, in order.")
+        for site, weight in self.weights:
+            if not (math.isfinite(weight) and 0 < weight <= MAX_WEIGHT):
+                raise WeightAboveCap(
+                    f"The weight of {site} is not above 0 and at most {MAX_WEIGHT:g}.",
+                    remedy="Correct the study or the roster; a weight is a public constant.",
+                )
+
+    @cached_property
+    def scale(self) -> float:
+        """Units to one, a power of two; see ``encoding.scale_for``."""
+        return scale_for(len(self.weights), max(weight for _, weight in self.weights), self.clip)
+
+    def weight(self, site: str) -> float:
+        """The public weight of an invited site."""
+        return dict(self.weights)[site]
+
+    def constants(self, threshold: int) -> bytes:
+        """What every attempt at a round must share: 32 bytes over sites, t, D, scale and weights.
+
+        Two sums of the same updates under other weights would tell as much as two over other
+        sites.
+        """
+        return digest(
+            "secagg/v1/round",
+            u32(threshold),
+            u64(self.dimension),
+            f64(self.scale),
+            f64(self.clip),
+            listed(frame(site.encode(), f64(weight)) for site, weight in self.weights),
+        )
+
+    def sid(self, keys: bytes) -> bytes:
+        """Id of the session over the epoch's keys ``T``; 32 bytes."""
+        return digest(
+            "secagg/v1/sid",
+            keys,
+            u64(self.round),
+            u32(self.attempt),
+            self.model,
+            u64(self.dimension),
+            f64(self.scale),
+            f64(self.clip),
+            listed(frame(site.encode(), f64(weight)) for site, weight in self.weights),
+        )

@@ -1,0 +1,1 @@
+"""The study: its file, its target, its signatures, and what it costs."""

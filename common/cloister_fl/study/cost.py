@@ -1,0 +1,94 @@
+"""What a study charges a patient: its training steps, and its release where it has one.
+
+The release is one Gaussian on the sites' score histograms, after the last round. Its noise comes
+from ``evaluation.release_epsilon`` alone, and the noise of training from what is left: both
+together, composed as privacy-loss distributions, stay within ``privacy.epsilon``. The patients of
+the release are others than those of training, so a patient pays for one of the two only; the whole
+is charged to all, for it needs no argument about who is where.
+
+Everything that tells a study's epsilon asks here, so that gate, plan, report and certificate speak
+of the same whole. All of it is a public function of the study's constants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cloister_fl.privacy.accounting import calibrate, epsilon_of
+from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
+from cloister_fl.study.schema import Study
+
+RELEASE_BINS = 16
+"""Bins of a score histogram that is noised: each cell gets the same noise, so few are better."""
+
+UNITS = 16
+"""Whole numbers to one patient in one curve of a noised histogram; a finer grid for the noise."""
+
+
+@dataclass(frozen=True)
+class Charges:
+    """The mechanisms of a study.
+
+    Attributes:
+        step: of each training step.
+        steps: T, over the whole study.
+        release: of the release, sampling rate 1; None where the study has none.
+        delta: the study's.
+    """
+
+    step: Mechanism
+    steps: int
+    release: Mechanism | None
+    delta: float
+
+    def composition(self, steps: int | None = None, *, released: bool = True) -> Composition:
+        """So many training steps (all where None), and the release where it was made."""
+        release = ((self.release, 1),) if self.release is not None and released else ()
+        return compose(((self.step, self.steps if steps is None else steps),), release)
+
+    def epsilon(self, steps: int | None = None, *, released: bool = True) -> float:
+        """Epsilon of ``composition`` at the study's delta, by privacy-loss distribution."""
+        return epsilon_of(self.composition(steps, released=released), self.delta)
+
+
+def charges(study: Study) -> Charges:
+    """The least noise that keeps a study with privacy within its epsilon, release included.
+
+    Raises:
+        EpsilonUnreachable: no noise gives the study's epsilon.
+    """
+    training, privacy = study.training, study.privacy
+    release = release_mechanism(study)
+    noise = calibrate(
+        privacy.epsilon,
+        privacy.delta,
+        training.sampling_rate,
+        training.total_steps,
+        beside=() if release is None else ((release, 1),),
+    )
+    step = Mechanism(noise_multiplier=noise, sampling_rate=training.sampling_rate)
+    return Charges(step, training.total_steps, release, privacy.delta)
+
+
+def release_mechanism(study: Study) -> Mechanism | None:
+    """The Gaussian of the release: the least noise that gives ``evaluation.release_epsilon``.
+
+    The noise multiplier is the noise's standard deviation over the histogram's sensitivity, see
+    ``sensitivity``. None where the study releases nothing.
+
+    Raises:
+        EpsilonUnreachable: no noise gives that epsilon.
+    """
+    if not study.releases:
+        return None
+    noise = calibrate(study.evaluation.release_epsilon, study.privacy.delta, 1.0, 1)
+    return Mechanism(noise_multiplier=noise, sampling_rate=1.0)
+
+
+def sensitivity(study: Study) -> int:
+    """L: most that one patient moves a noised histogram by, in its units, in L1 and so in L2.
+
+    A patient has one score a class, the mean over all images, and so one cell in each curve. It
+    counts ``UNITS`` there; all cells together are L, one patient.
+    """
+    return UNITS * study.curves

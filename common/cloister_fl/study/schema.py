@@ -1,0 +1,422 @@
+"""The study: what a federation trains, on what, under which privacy; and nothing else.
+
+A study is configuration only. Its canonical form is JSON of the validated model with every
+default filled in (but ``release_epsilon``, left out at 0, and what describes volumes and
+segmentations, left out where there are none), keys sorted, no white space; its hash is SHA-256
+over a label and that form. Sites approve the hash, so two files that mean the same have the same
+hash, and no site can train with another preprocessing than its neighbour.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from cloister_fl.encoding.canonical_json import canonical_json
+from cloister_fl.errors import Fault, NetworkUnfit, StudyInvalid
+from cloister_fl.study.engines import ENGINE_KEY, engine_fault
+from cloister_fl.study.target import Target
+from cloister_fl.system.toml import (
+    KeyedValueError,
+    KeyedValueErrors,
+    ShownModel,
+    key_lines,
+    parse,
+    read_text,
+)
+
+HASH_LABEL = b"cloister/study/v1\0"
+UPDATE_LABEL = b"cloister/update/v1\0"
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Modality = Literal["CR", "DX", "MG", "CT", "MR", "US"]
+Pair = Annotated[tuple[float, float], Field(strict=False)]
+
+
+VOLUME_KEYS = ("dimensions", "depth", "spacing")
+"""Keys of ``Input`` that say how slices become a volume."""
+
+VOLUME_MODALITIES = frozenset(("CT", "MR"))
+
+FEWEST_SLICES = 4
+"""Fewest slices of a volume, of a series as of a tensor; localizers have one to three."""
+
+MAX_VOXELS = 1 << 24
+"""Most voxels of a volume: 256 x 256 x 256, 32 MB in a site's memory."""
+
+
+class About(ShownModel):
+    """What the study is called and what it asks."""
+
+    name: Name
+    question: Annotated[str, Field(min_length=1, max_length=2000)]
+
+
+class Input(ShownModel):
+    """Which images are read and how they become tensors; part of the hash."""
+
+    modalities: Annotated[tuple[Modality, ...], Field(strict=False, min_length=1)] = ("CR", "DX")
+    size: Annotated[int, Field(ge=16, le=1024)] = 128
+    """Side of the square input, in pixels, after an area resize."""
+    windowing: Literal["auto", "voi", "percentile", "fixed"] = "auto"
+    """``auto``: the image's own VOI transform, else percentiles."""
+    percentiles: Pair = (1.0, 99.0)
+    window: Pair | None = None
+    """Centre and width for ``fixed``, in the units after the modality LUT (HU for CT)."""
+    dimensions: Literal[2, 3] = 2
+    """2: each file is an image. 3: each series of CT or MR is a volume."""
+    depth: Annotated[int | None, Field(ge=FEWEST_SLICES, le=256)] = None
+    """Slices of a volume, after cropping or padding; for three dimensions only."""
+    spacing: Annotated[float | None, Field(ge=0.1, le=100)] = None
+    """Millimetres between the slices of a volume; for three dimensions only."""
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> Input:
+        if (self.windowing == "fixed") != (self.window is not None):
+            raise KeyedValueError("window", "is needed for windowing = 'fixed', and only there.")
+        if self.window is not None and self.window[1] <= 0:
+            raise KeyedValueError("window", "has a width that is not above 0.")
+        low, high = self.percentiles
+        if not 0 <= low < high <= 100:
+            raise KeyedValueError("percentiles", "must be two rising numbers from 0 to 100.")
+        return self
+
+    @model_validator(mode="after")
+    def _volume_fits(self) -> Input:
+        for key in ("depth", "spacing"):
+            if (self.dimensions == 3) != (getattr(self, key) is not None):
+                raise KeyedValueError(key, "is needed for dimensions = 3, and only there.")
+        if self.depth is None:
+            return self
+        if not set(self.modalities) <= VOLUME_MODALITIES:
+            raise KeyedValueError("modalities", "must be CT and MR alone for dimensions = 3.")
+        if self.depth * self.size**2 > MAX_VOXELS:
+            raise KeyedValueError(
+                "depth", f"times size times size must be at most {MAX_VOXELS} voxels."
+            )
+        return self
+
+
+PINNED = {"efficientnet-lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"}
+"""SHA-256 of the pretrained weights of a network that names none itself."""
+
+
+class Network(ShownModel):
+    """A network of the registry and its arguments."""
+
+    name: Name = "small-cnn"
+    arguments: dict[str, int | float | str | bool] = {}
+
+    @model_validator(mode="after")
+    def _pinned(self) -> Network:
+        # Written out, so that the study's hash binds the weights as it binds all else.
+        if self.name in PINNED:
+            self.arguments.setdefault("weights", PINNED[self.name])
+        return self
+
+
+class Training(ShownModel):
+    """Local training. Rate, steps and divisor are public constants, never a cohort's size."""
+
+    rounds: Annotated[int, Field(ge=1, le=10_000)] = 20
+    steps: Annotated[int | None, Field(ge=1, le=100_000)] = None
+    """Local steps a round; or give ``epochs``. 1 where neither is given."""
+    epochs: Annotated[float | None, Field(gt=0, le=1000)] = None
+    """Expected passes over the patients a round: ``ceil(epochs / sampling_rate)`` steps."""
+    sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Probability with which each patient joins a step (Poisson sampling)."""
+    expected_batch: Annotated[float, Field(ge=1, le=1e7)] = 64
+    """Divisor of the clipped sum, in patients: a round guess, public, the same at all sites."""
+    images_per_patient: Annotated[int, Field(ge=1, le=64)] = 4
+    """At most so many images of a sampled patient are drawn for a step."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    learning_rate: Annotated[float, Field(gt=0, le=1000)] = 0.5
+    schedule: Literal["constant", "cosine"] = "constant"
+    """How the learning rate goes over the rounds; ``cosine``: down to nearly 0 (Loshchilov and
+    Hutter 2017, without restarts)."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    engine: Literal["patients", "opacus", "book-keeping"] = "patients"
+    """``patients``: one gradient a patient; ``opacus``: through Opacus' own hooks;
+    ``book-keeping``: sums of clipped gradients from one backward pass (Bu et al. 2023), refused
+    where privacy is on (``engines``)."""
+    augment: bool = False
+    """Mirror and shift the images of a patient at random, inside the unit."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Initial weights, and sampling where privacy is off. Never the noise."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_step(cls, given: Any) -> Any:
+        # Filled in here, so that a file that says the default has the hash of one that does not.
+        if isinstance(given, dict) and given.get("steps") is None and given.get("epochs") is None:
+            return {**given, "steps": 1}
+        return given
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> Training:
+        if self.steps is not None and self.epochs is not None:
+            raise KeyedValueError("epochs", "cannot stand beside 'steps'; give one of them.")
+        return self
+
+    def rate_of(self, round_number: int) -> float:
+        """Learning rate of a round, 1 to ``rounds``: a public function of the study alone."""
+        if self.schedule == "constant":
+            return self.learning_rate
+        return self.learning_rate * (1 + math.cos(math.pi * (round_number - 1) / self.rounds)) / 2
+
+    @property
+    def steps_per_round(self) -> int:
+        """Local steps a round, from ``steps`` or ``epochs``."""
+        if self.epochs is not None:
+            return max(1, math.ceil(self.epochs / self.sampling_rate - 1e-9))
+        return self.steps or 1
+
+    @property
+    def total_steps(self) -> int:
+        """T of the accountant: noised steps over the whole study."""
+        return self.rounds * self.steps_per_round
+
+
+class Privacy(ShownModel):
+    """The promise a site makes to its patients: (epsilon, delta), add or remove one patient."""
+
+    enabled: bool = True
+    unit: Literal["patient"] = "patient"
+    epsilon: Annotated[float, Field(gt=0, le=1000)] = 3.0
+    delta: Annotated[float, Field(gt=0, lt=0.1)] = 1e-5
+    clipping_norm: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """C: L2 bound of one patient's gradient."""
+
+
+class Aggregation(ShownModel):
+    """How the server turns the sites' updates into the next model."""
+
+    strategy: Literal["fedavg", "fedprox", "fedadam", "fedyogi"] = "fedavg"
+    secure: bool = True
+    """Updates leave a site masked, and only their sum can be read (``cloister_fl.secagg``)."""
+    min_sites: Annotated[int, Field(ge=1, le=1000)] = 5
+    """Fewest sites that a run begins with. Where updates are masked, the protocol derives from
+    the invited sites how few may be left in a round; else a round needs as many, too."""
+    colluders: Annotated[int, Field(ge=0, le=100)] = 1
+    """Sites that may work with the coordinator without its learning another's update (c)."""
+    clip: Annotated[float, Field(gt=0, le=1000)] = 8.0
+    """Bound of the absolute value of one coordinate of an update, where updates are masked: the
+    range of the fixed-point encoding, not the clipping norm. Larger is saturated with privacy
+    on, an error at the site without it."""
+    weights: dict[Name, Annotated[float, Field(gt=0, le=1000)]] = {}
+    """Public weight of a site by name; 1 where it is not named. Never a cohort's size."""
+    server_learning_rate: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    """Adaptivity of FedAdam and FedYogi (Reddi et al. 2021)."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay, a round, of an exponential moving average of the global model. Above 0, the average
+    is what is measured and released; it evens out noise and costs no privacy."""
+    proximal_mu: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Pull towards the global model in FedProx (Li et al. 2020)."""
+
+    @property
+    def fewest_sites(self) -> int:
+        """How few sites can train it: below c + 3, ``secagg.Parameters.derive`` refuses."""
+        return max(self.min_sites, self.colluders + 3) if self.secure else self.min_sites
+
+    @model_validator(mode="after")
+    def _proximal(self) -> Aggregation:
+        if (self.strategy == "fedprox") != (self.proximal_mu > 0):
+            raise KeyedValueError(
+                "proximal_mu", "must be above 0 for strategy = 'fedprox', and only there."
+            )
+        return self
+
+
+class Evaluation(ShownModel):
+    """When the global model is measured, and on whom."""
+
+    every: Annotated[int, Field(ge=1)] = 1
+    """Rounds between two evaluations; the first and the last model are always evaluated."""
+    site_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of a site's own patients kept for evaluation; used where privacy is off, and for the
+    release."""
+    release_epsilon: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Part of ``privacy.epsilon`` that one release of noised score histograms takes, after the
+    last round; 0 for no release. Training gets the noise that keeps both within the whole."""
+
+
+class Study(ShownModel):
+    """A validated study; build it with ``load_study`` or ``parse_study``."""
+
+    study: About
+    input: Input = Input()
+    target: Target
+    network: Network = Network()
+    training: Training = Training()
+    privacy: Privacy = Privacy()
+    aggregation: Aggregation = Aggregation()
+    evaluation: Evaluation = Evaluation()
+
+    @field_validator("target")
+    @classmethod
+    def _flat(cls, target: Target, info: ValidationInfo) -> Target:
+        given = info.data.get("input")
+        if target.segment and given is not None and given.dimensions == 3:
+            raise KeyedValueError("kind", "cannot be 'segmentation' for input.dimensions = 3.")
+        return target
+
+    @field_validator("evaluation")
+    @classmethod
+    def _release_fits(cls, evaluation: Evaluation, info: ValidationInfo) -> Evaluation:
+        privacy = info.data.get("privacy")
+        if not evaluation.release_epsilon or privacy is None:
+            return evaluation
+        if not privacy.enabled:
+            raise KeyedValueError("release_epsilon", "must be 0 where privacy is off.")
+        if evaluation.release_epsilon >= privacy.epsilon:
+            raise KeyedValueError(
+                "release_epsilon",
+                f"must be below privacy.epsilon, {privacy.epsilon:g}, which it is a part of.",
+            )
+        if not evaluation.site_fraction:
+            raise KeyedValueError("release_epsilon", "needs a site_fraction above 0.")
+        target = info.data.get("target")
+        if target is not None and target.segment:
+            raise KeyedValueError(
+                "release_epsilon", "must be 0 for a segmentation: no noised figure of it is made."
+            )
+        return evaluation
+
+    def canonical(self) -> str:
+        """The canonical JSON that is hashed, approved and sent."""
+        held = self.model_dump(mode="json")
+        held["target"] = self.target.canonical()
+        if self.input.dimensions == 2:
+            # As below: there were flat images before there were volumes.
+            for key in VOLUME_KEYS:
+                del held["input"][key]
+        if not self.evaluation.release_epsilon:
+            # A study without a release keeps the hash it was approved under before there was one.
+            del held["evaluation"]["release_epsilon"]
+        return canonical_json(held)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical form under its label, 64 hexadecimal digits."""
+        return hashlib.sha256(HASH_LABEL + self.canonical().encode()).hexdigest()
+
+    @property
+    def update_digest(self) -> bytes:
+        """32 bytes over all that determines a site's update, for the rule on its reuse.
+
+        With privacy on that is the study itself: each draws noise of its own and is charged for
+        it. Without, what does not enter the training does not count, or two studies that differ
+        in name alone would give two sums of the very same updates.
+        """
+        if self.privacy.enabled:
+            return bytes.fromhex(self.digest)
+        parts = {"input", "target", "network", "training"}
+        held = {key: value for key, value in json.loads(self.canonical()).items() if key in parts}
+        return hashlib.sha256(UPDATE_LABEL + canonical_json(held).encode()).digest()
+
+    @property
+    def releases(self) -> bool:
+        """Whether the study ends with a noised, charged release of score histograms."""
+        return self.privacy.enabled and self.evaluation.release_epsilon > 0
+
+    @property
+    def outputs(self) -> int:
+        """Width of the network's last layer: one logit a class; of a segmentation, one a pixel."""
+        return 1 if self.target.segment else len(self.target.classes)
+
+    @property
+    def curves(self) -> int:
+        """Score curves that are measured: one for a binary target or of Dice, else one a class."""
+        return 1 if self.outputs <= 2 else self.outputs
+
+
+class _StudyFile(Study):
+    """A study as a person writes it: judged against the networks that are known here, too."""
+
+    @field_validator("network")
+    @classmethod
+    def _known_network(cls, network: Network, info: ValidationInfo) -> Network:
+        from cloister_fl.networks.registry import registered
+
+        try:
+            entry = registered(network.name)
+        except NetworkUnfit as error:
+            raise KeyedValueError("name", f"{error.what} {error.remedy}") from None
+        # Whether it has the input's dimensions is asked where the input has no fault.
+        size = info.data.get("input", Input()).size
+        faults = [
+            KeyedValueError(one.key, f"{one.what} {one.remedy}")
+            for one in entry.misfits(network.arguments, size)
+        ]
+        if faults:
+            raise KeyedValueErrors(faults)
+        return network
+
+    @model_validator(mode="after")
+    def _sound_engine(self) -> _StudyFile:
+        # Of a file alone: models and certificates of studies that were trained stay readable.
+        fault = engine_fault(self)
+        if fault is not None:
+            raise KeyedValueError(ENGINE_KEY, *fault)
+        return self
+
+
+def parse_study(text: str, name: str = "study.toml") -> Study:
+    """Validate the text of a study file.
+
+    Raises:
+        StudyInvalid: with every fault, its line and the nearest key.
+    """
+    study, faults = parse(text, _StudyFile)
+    if study is None:
+        raise StudyInvalid.of(name, faults)
+    _refuse_network(study, text, name)
+    return study_from_canonical(study.canonical())
+
+
+def _refuse_network(study: Study, text: str, name: str) -> None:
+    """Refuse a network, also the default one, that fits neither the input nor the target."""
+    from cloister_fl.networks.registry import resolve_for
+
+    try:
+        resolve_for(study)
+    except NetworkUnfit as error:
+        lines = key_lines(text)
+        line = lines.get(("network", "name"), 0)
+        for key in (("input", "dimensions"), ("target", "kind")):
+            line = line or lines.get(key, 0)
+        fault = Fault(line, "network.name", f"{error.what} {error.remedy}")
+        raise StudyInvalid.of(name, (fault,)) from None
+
+
+def load_study(path: Path) -> Study:
+    """Read and validate a study file; see ``parse_study``."""
+    return parse_study(read_text(path), path.name)
+
+
+def study_from_canonical(text: str) -> Study:
+    """Rebuild a study from its canonical JSON, as it arrives in a message.
+
+    Raises:
+        StudyInvalid: it is not the canonical form of a valid study.
+    """
+    try:
+        study = Study.model_validate_json(text, strict=False)
+    except ValueError:
+        study = None
+    if study is None or study.canonical() != text:
+        raise StudyInvalid("The study in the message is not in canonical form.")
+    return study

@@ -1,0 +1,215 @@
+"""Files that are either whole or absent, and secrets that only their owner can read.
+
+A file is written beside its final name, flushed to disk and renamed, so a process that is killed
+at any moment leaves the old content or the new one, never a mixture. Secrets are created once and
+refused when anybody else could have read or planted them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import stat
+from pathlib import Path
+
+from cloister_fl.errors import FileUnreadable, OutputInTheWay
+
+MAX_SECRET_BYTES = 1 << 16
+"""Largest key file; a private key is a hundred times smaller."""
+
+GIT_IGNORE = ".gitignore"
+_IGNORE_ALL = (
+    b"# Written by Cloister: what lies here is secret, or of patients, and is no source.\n*\n"
+)
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+def write_atomic(path: Path, data: bytes, mode: int = 0o600, *, durable: bool = True) -> None:
+    """Write a file whole, replacing what bears its name.
+
+    Args:
+        path: the final name; its folder must exist.
+        data: the content.
+        mode: permission bits of the file, whatever the umask.
+        durable: whether it is flushed to disk before this returns. Without, a power cut can
+            leave an empty or torn file: only for what is checked when read and can be made again.
+
+    Raises:
+        OutputInTheWay: it cannot be written (no folder, no permission, no space).
+    """
+    try:
+        if path.exists() and not path.is_file():
+            # A device or a pipe: a rename would put a file in its place for everybody.
+            raise OutputInTheWay(
+                f"{path.name} is there already and is no file.", remedy="Name another place."
+            )
+        temporary = _temporary(path, data, mode, durable=durable)
+        try:
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        if durable:
+            _flush_folder(path.parent)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def sweep(folder: Path) -> int:
+    """Remove what writers that were killed left below ``folder``; return how many files.
+
+    Only while no other process writes there: an unfinished file looks like an abandoned one.
+    """
+    left = [path for path in folder.rglob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
+    for path in left:
+        path.unlink(missing_ok=True)
+    return len(left)
+
+
+def create_secret(path: Path, data: bytes) -> bool:
+    """Create a file of mode 0600 whole, unless its name is taken.
+
+    Returns:
+        Whether it was created. A file that was there is left untouched.
+
+    Raises:
+        OutputInTheWay: it cannot be written.
+    """
+    try:
+        if os.path.lexists(path):
+            return False
+        temporary = _temporary(path, data, 0o600)
+        try:
+            # A hard link fails where the name exists; a rename would replace a key in silence.
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    return True
+
+
+def keep_out_of_git(folder: Path) -> None:
+    """Keep a folder of keys, ledgers or patients' data out of any git repository around it.
+
+    It gets a ``.gitignore`` that covers all of it, itself too. One that is there is left
+    untouched. Call it before the folder holds anything else.
+
+    Args:
+        folder: made by Cloister, and holding nothing that a person would commit.
+
+    Raises:
+        OutputInTheWay: it cannot be written.
+    """
+    create_secret(folder / GIT_IGNORE, _IGNORE_ALL)
+
+
+def is_unused(folder: Path) -> bool:
+    """Whether a folder holds nothing, but perhaps a ``.gitignore``.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    return all(path.name == GIT_IGNORE for path in folder.iterdir())
+
+
+def read_secret(path: Path) -> bytes:
+    """Return the bytes of a secret, if nobody but its owner could have read or planted it.
+
+    Raises:
+        FileUnreadable: it is missing, a symbolic link, not a regular file, owned by somebody
+            else, open to group or world, or larger than ``MAX_SECRET_BYTES``.
+    """
+    name = path.name
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if path.is_symlink():
+            raise _refused(name, "is a symbolic link", "Put the file itself there.") from None
+        raise FileUnreadable(
+            f"{name} cannot be read.",
+            why=(error.strerror or "The system gave no reason") + ".",
+            remedy="Run 'cloister client init' to create what is missing.",
+        ) from None
+    with os.fdopen(handle, "rb") as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise _refused(name, "is not a regular file", "Put the file itself there.")
+        if about.st_uid != os.geteuid():
+            raise _refused(name, "belongs to another user", "Run as the user who made it.")
+        if about.st_mode & 0o077:
+            raise _refused(
+                name,
+                f"can be read or changed by others (mode {stat.S_IMODE(about.st_mode):04o})",
+                f"Run: chmod 600 {name}. If others used this machine, treat it as known to them.",
+            )
+        if about.st_size > MAX_SECRET_BYTES:
+            raise _refused(name, "is far too large", "Put the key itself there.")
+        return file.read(MAX_SECRET_BYTES)
+
+
+def make_private_dir(path: Path) -> None:
+    """Create a folder of mode 0700 with its parents, or close one that stands open.
+
+    Raises:
+        OutputInTheWay: something else bears its name, or it cannot be created or closed.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(mode=0o700)
+        except FileExistsError:
+            about = path.lstat()
+            if not stat.S_ISDIR(about.st_mode):
+                raise OutputInTheWay(
+                    f"{path.name} is there already and is not a folder.",
+                    remedy="Move it away, or choose another place.",
+                ) from None
+            if about.st_mode & 0o077:
+                path.chmod(0o700)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _temporary(path: Path, data: bytes, mode: int, *, durable: bool = True) -> Path:
+    """Write ``data`` to a new file beside ``path``, flushed to disk where it must be durable."""
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    handle = os.open(temporary, _CREATE, 0o600)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), mode)
+            if durable:
+                os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _unwritable(path: Path, error: OSError) -> OutputInTheWay:
+    return OutputInTheWay(
+        f"{path.name} cannot be written.",
+        why=(error.strerror or "The system gave no reason") + ".",
+        remedy="Name a place in a folder that exists, that you may write to and that has space.",
+    )
+
+
+def _refused(name: str, what: str, remedy: str) -> FileUnreadable:
+    return FileUnreadable(f"{name} {what}, so it is not used as a secret.", remedy=remedy)

@@ -1,0 +1,273 @@
+"""Holds a certificate against mathematics, the ledger and the audit log; offline, without a site.
+
+Epsilon is computed anew by another accountant than the one that wrote it: Opacus' PRV accountant
+(Gopi, Lee, Wutschitz 2021; error at most 0.01) where it is installed, else Renyi accounting, which
+is only an upper bound. A lifetime's Renyi filter is computed anew by Opacus' implementation.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cloister_fl.audit_log import Entry
+from cloister_fl.errors import StudyInvalid
+from cloister_fl.privacy.accounting import epsilon_prv_of, epsilon_rdp_of
+from cloister_fl.privacy.certificate import Certificate
+from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
+from cloister_fl.privacy.renyi_filter import lifetime_epsilon
+from cloister_fl.study.cost import sensitivity
+from cloister_fl.study.engines import unsound_engine
+from cloister_fl.study.schema import Study, study_from_canonical
+from cloister_fl.verify.ledger_export import LedgerExport, Spent
+
+TOLERANCE = 0.02
+"""How far two accountants of one study may lie apart."""
+LIFETIME_TOLERANCE = 1e-6
+_MEANINGLESS = 40.0
+"""Above this epsilon, by Renyi accounting, nothing is recomputed: it promises nothing."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found.
+
+    Attributes:
+        faults: what does not hold, a sentence each; empty where all does.
+        accountant: which one recomputed epsilon.
+        epsilon_run, epsilon_study: what it found.
+        lifetime: the lifetime's epsilon by the filter, where a ledger was given.
+    """
+
+    faults: tuple[str, ...]
+    accountant: str
+    epsilon_run: float
+    epsilon_study: float
+    lifetime: float | None = None
+
+
+def check(
+    certificate: Certificate,
+    *,
+    ledger: LedgerExport | None = None,
+    log: Iterable[Entry] | None = None,
+) -> Checked:
+    """Find what in a certificate does not hold; its signature was checked when it was read.
+
+    Args:
+        certificate: see ``certificate.read``.
+        ledger: the site's export, at least as new as the certificate.
+        log: the site's audit log, entries in order; see ``audit.read``.
+    """
+    faults = list(_constants(certificate))
+    release = certificate.release
+    in_run, in_study = (
+        (False, False) if release is None else (release.charged, release.charged_of_study)
+    )
+    run, accountant = _epsilon(certificate, certificate.steps_started, released=in_run)
+    study, _ = _epsilon(certificate, certificate.steps_of_study, released=in_study)
+    for what, claimed, found in (
+        ("this run", certificate.epsilon_run, run),
+        ("the study", certificate.epsilon_study, study),
+    ):
+        # Renyi accounting overstates; it can only show that a claim is too high.
+        off = claimed - found if accountant == "RDP" else abs(claimed - found)
+        if not off <= TOLERANCE:
+            faults.append(
+                f"Epsilon of {what} is {claimed:.4f} in the certificate and {found:.4f} by "
+                f"{accountant}."
+            )
+    lifetime = None
+    if ledger is not None:
+        told = list(_against_ledger(certificate, ledger))
+        faults += told
+        if not told:
+            lifetime, fault = _lifetime(ledger)
+            faults += fault
+    if log is not None:
+        faults += _against_log(certificate, log)
+    return Checked(tuple(faults), accountant, run, study, lifetime)
+
+
+def _constants(certificate: Certificate) -> Iterator[str]:
+    try:
+        study = study_from_canonical(certificate.study)
+    except StudyInvalid:
+        yield "The study in it is none."
+        return
+    if study.digest != certificate.study_hash:
+        yield "The study is not the one of the hash."
+    if not study.privacy.enabled:
+        yield "The study trains without privacy."
+    unsound = unsound_engine(study)
+    if unsound:
+        yield f"The privacy claim of the study does not hold. {unsound}"
+    for name, held, wanted in (
+        ("sampling rate", certificate.sampling_rate, study.training.sampling_rate),
+        ("clipping norm", certificate.clipping_norm, study.privacy.clipping_norm),
+        ("delta", certificate.delta, study.privacy.delta),
+        ("number of steps reserved", certificate.steps_reserved, study.training.total_steps),
+    ):
+        if held != wanted:
+            yield f"The {name} is {held:g} in the certificate and {wanted:g} in the study."
+    if certificate.steps_started > certificate.steps_reserved:
+        yield "More steps were started than reserved."
+    if certificate.steps_of_study < certificate.steps_started:
+        yield "All runs of the study together started fewer steps than this one."
+    yield from _release(certificate, study)
+
+
+def _release(certificate: Certificate, study: Study) -> Iterator[str]:
+    release = certificate.release
+    if (release is not None) != study.releases:
+        yield "The release of figures is in one of certificate and study, not in the other."
+    if release is None or not study.releases:
+        return
+    if release.sensitivity != sensitivity(study):
+        yield (
+            f"The release's sensitivity is {release.sensitivity} in the certificate and "
+            f"{sensitivity(study)} in the study."
+        )
+    if release.charged and not release.charged_of_study:
+        yield "This run charged a release, and all runs of the study together none."
+    alone, _ = _epsilon(certificate, 0, released=True)
+    if not alone <= study.evaluation.release_epsilon + TOLERANCE:
+        yield (
+            f"The release costs epsilon {alone:.4f}; the study gives it "
+            f"{study.evaluation.release_epsilon:g}."
+        )
+
+
+def _epsilon(certificate: Certificate, steps: int, *, released: bool) -> tuple[float, str]:
+    delta, release = certificate.delta, certificate.release
+    try:
+        step = Mechanism(certificate.noise_multiplier, certificate.sampling_rate)
+        spent = compose(((step, steps),))
+        if release is not None and released:
+            spent = compose(spent, ((Mechanism(release.noise_multiplier, 1.0), 1),))
+    except ValueError:
+        return math.inf, "any accountant"
+    if not 0 < delta < 1:
+        return math.inf, "any accountant"
+    with _quiet():
+        # A hostile file could name so little noise that the accountant's grid fills the memory.
+        if not epsilon_rdp_of(spent, delta) <= _MEANINGLESS:
+            return math.inf, "any accountant (above 40 none is asked)"
+        try:
+            return epsilon_prv_of(spent, delta), "PRV (Opacus)"
+        except ImportError:
+            return epsilon_rdp_of(spent, delta), "RDP"
+
+
+def _against_ledger(certificate: Certificate, ledger: LedgerExport) -> Iterator[str]:
+    if ledger.key != certificate.key:
+        yield "The ledger is another site's."
+        return
+    seq = certificate.ledger.seq
+    if not 1 <= seq <= len(ledger.hashes) or ledger.hashes[seq - 1] != certificate.ledger.hash:
+        yield f"The ledger does not hold entry {seq} as the certificate names it."
+        return
+    spent = [one for one in ledger.spent(seq) if one.study == certificate.study_hash]
+    run = sum(one.started for one in spent if one.run == certificate.run)
+    study = sum(one.started for one in spent)
+    if run != certificate.steps_started:
+        yield f"The ledger counts {run} steps of this run, not {certificate.steps_started}."
+    if study != certificate.steps_of_study:
+        yield f"The ledger counts {study} steps of the study, not {certificate.steps_of_study}."
+    wanted = (certificate.noise_multiplier, certificate.sampling_rate)
+    for one in spent:
+        held = (one.mechanism.noise_multiplier, one.mechanism.sampling_rate)
+        if held != wanted:
+            yield f"The ledger names noise {held[0]:g} at rate {held[1]:g} for run {one.run}."
+    yield from _release_in_ledger(certificate, spent)
+
+
+def _release_in_ledger(certificate: Certificate, spent: Iterable[Spent]) -> Iterator[str]:
+    release = certificate.release
+    charged = {one.run: one.release for one in spent if one.release is not None}
+    for what, held, told in (
+        ("this run", certificate.run in charged, release is not None and release.charged),
+        ("the study", bool(charged), release is not None and release.charged_of_study),
+    ):
+        if held != told:
+            has, says = ("a", "none") if held else ("no", "one")
+            yield f"The ledger holds {has} charged release of {what}; the certificate says {says}."
+    if release is None:
+        return
+    for run, mechanism in charged.items():
+        if mechanism.noise_multiplier != release.noise_multiplier:
+            yield (
+                f"The ledger names noise {mechanism.noise_multiplier:g} for the release of run "
+                f"{run}."
+            )
+
+
+def _lifetime(ledger: LedgerExport) -> tuple[float, list[str]]:
+    """The filter's epsilon, by two implementations where Opacus is installed."""
+    spent = ledger.composition()
+    with _quiet():
+        value = lifetime_epsilon(spent, ledger.delta, orders=ledger.orders)
+        try:
+            other = _opacus_lifetime(spent, ledger.delta, ledger.orders)
+        except ImportError:
+            return value, []
+    if math.isfinite(value) and not abs(value - other) <= LIFETIME_TOLERANCE:
+        return value, [f"The lifetime's epsilon is {value:.7f}, and {other:.7f} by Opacus' RDP."]
+    return value, []
+
+
+def _opacus_lifetime(spent: Composition, delta: float, orders: tuple[float, ...]) -> float:
+    from opacus.accountants.analysis import rdp
+
+    if not spent:
+        return 0.0
+    total = sum(
+        rdp.compute_rdp(
+            q=mechanism.sampling_rate,
+            noise_multiplier=mechanism.noise_multiplier,
+            steps=steps,
+            orders=list(orders),
+        )
+        for mechanism, steps in spent
+    )
+    # The ledger's delta is split evenly over the orders (privacy.filter).
+    found, _ = rdp.get_privacy_spent(orders=list(orders), rdp=total, delta=delta / len(orders))
+    return max(0.0, float(found))
+
+
+def _against_log(certificate: Certificate, log: Iterable[Entry]) -> Iterator[str]:
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    found = certificate.log.seq == 0
+    for entry in log:
+        if entry.seq > certificate.log.seq:
+            break
+        found = found or (entry.seq, entry.hash) == (certificate.log.seq, certificate.log.hash)
+        if entry.kind == "sent" and entry.body.get("run") == certificate.run:
+            kind = str(entry.body.get("message"))
+            counts[kind] += 1
+            size = entry.body.get("bytes")
+            sizes[kind] += size if isinstance(size, int) else 0
+    if not found:
+        yield f"The audit log does not hold entry {certificate.log.seq} as the certificate names it"
+    told = [(left.message, left.count, left.bytes) for left in certificate.left]
+    if told != [(kind, counts[kind], sizes[kind]) for kind in sorted(counts)]:
+        yield "The audit log counts other messages of this run than the certificate."
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Accountants remark on orders and grids; none of it is about the result."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,1 @@
+"""`cloister server`: what the coordinating site types."""

@@ -1,0 +1,195 @@
+"""`cloister server run`, `resume` and `report`: the studies that a coordinator trains.
+
+Everything heavy is imported inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cloister_fl.cli.folder_option import CoordinatorFolder as Folder
+from cloister_fl.cli.folder_option import dir_option
+from cloister_fl.errors import CloisterError, OptionInvalid, RunUnknown, ServerState
+from cloister_fl.system.optional import require
+
+if TYPE_CHECKING:
+    from cloister_fl.server.coordinator.folder import Coordinator
+    from cloister_fl.server.coordinator.run_queue import RunFolder, Status
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Follow = Annotated[
+    bool, typer.Option("--follow/--no-follow", help="Show progress until the run ends.")
+]
+
+_LOOK_S = 0.5
+
+
+def run(
+    study: Annotated[Path, typer.Argument(help="The study file.")],
+    folder: Folder = Path(),
+    holdout: Annotated[
+        Path | None,
+        typer.Option(help="dicom/ and labels.csv of patients of no site, to measure the model on."),
+    ] = None,
+    wait: Annotated[
+        float, typer.Option(help="Minutes to wait for all sites once enough take part.")
+    ] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(help="Minutes after which a stage goes on without a silent site.")
+    ] = 60.0,
+    follow: Follow = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Propose a study to the sites, and train it once enough of them have approved it.
+
+    The server does the work: leaving this command (Ctrl-C) leaves the run alone.
+    """
+    _require()
+    from cloister_fl.server.coordinator.folder import open_coordinator
+    from cloister_fl.server.coordinator.run_queue import new_run
+    from cloister_fl.study import signatures
+    from cloister_fl.study.schema import load_study
+
+    if not (0 <= wait <= 100_000 and 0 < timeout <= 100_000):
+        raise OptionInvalid("--wait or --timeout is out of range.", remedy="Give minutes.")
+    place = open_coordinator(folder)
+    checked = load_study(study)
+    vouched = signatures.load(study, checked)
+    _require_serving(place, folder)
+    _require_sites(place, checked.aggregation.min_sites)
+    if holdout is not None and not (holdout / "dicom").is_dir():
+        raise OptionInvalid(
+            f"The hold-out {holdout} has no folder dicom/.",
+            remedy="Name a folder with dicom/ and labels.csv of patients of no site.",
+        )
+    if holdout is not None:
+        from cloister_fl.server.rounds.holdout import load_reader
+
+        # Here already: the sites are asked for nothing where the hold-out could not be read.
+        load_reader()
+    made = new_run(
+        place.root,
+        checked,
+        wait=60 * wait,
+        timeout=60 * timeout,
+        holdout=holdout,
+        signatures=vouched,
+    )
+    if not as_json:
+        typer.echo(f"Run {made.name}: study {checked.digest[:16]} is proposed to the sites.")
+    _after(made, folder, follow=follow, as_json=as_json)
+
+
+def resume(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="The run's name.")],
+    folder: Folder = Path(),
+    follow: Follow = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Go on with a run that was stopped, or that failed, from its last checkpoint.
+
+    A run that a crash interrupted goes on by itself.
+    """
+    _require()
+    from cloister_fl.server.coordinator.folder import open_coordinator
+    from cloister_fl.server.coordinator.run_queue import find_run, resume_run
+
+    place = open_coordinator(folder)
+    found = find_run(place.root, name)
+    _require_serving(place, folder)
+    resume_run(found)
+    _after(found, folder, follow=follow, as_json=as_json)
+
+
+def report(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="The run's name.")],
+    folder: Folder = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a finished run gave, what it cost, and where its files are."""
+    _require()
+    from cloister_fl.server.coordinator.folder import open_coordinator
+    from cloister_fl.server.coordinator.run_queue import find_run
+
+    found = find_run(open_coordinator(folder).root, name)
+    if not found.finished:
+        raise RunUnknown(f"The run {name} is not finished.", why=f"It is {found.status().told}.")
+    _report(found, as_json=as_json)
+
+
+def _after(found: RunFolder, folder: Path, *, follow: bool, as_json: bool) -> None:
+    if not follow:
+        if as_json:
+            typer.echo(json.dumps({"run": found.name, "state": found.status().state}))
+        return
+    status = _followed(found, quiet=as_json)
+    if status.state != "done":
+        raise _ended(found, folder, status)
+    _report(found, as_json=as_json)
+
+
+def _followed(found: RunFolder, *, quiet: bool) -> Status:
+    """Show what changes until the run ends; how it ended."""
+    from cloister_fl.server.coordinator.run_queue import FINAL
+
+    told = ""
+    while True:
+        status = found.status()
+        if status.told != told and not quiet:
+            told = status.told
+            rounds = f" ({status.round} of {status.rounds})" if status.round else ""
+            typer.echo(f"{status.state}: {told}{rounds}", err=True)
+        if status.state in FINAL:
+            return status
+        time.sleep(_LOOK_S)
+
+
+def _ended(found: RunFolder, folder: Path, status: Status) -> CloisterError:
+    """The error that ended a run, as the process that executed it wrote it down."""
+    from cloister_fl.errors import RunStopped, all_errors
+
+    kind = next((k for k in all_errors() if k.code == status.code), RunStopped)
+    return kind(
+        f"The run {found.name} ended: {status.told}",
+        remedy=f"Mend what it says, then: cloister server resume {found.name}{dir_option(folder)}",
+    )
+
+
+def _report(found: RunFolder, *, as_json: bool) -> None:
+    from cloister_fl.server.coordinator.run_queue import SUMMARY
+    from cloister_fl.server.results.summary_table import show
+
+    summary = json.loads((found.path / SUMMARY).read_text("utf-8"))
+    if as_json:
+        typer.echo(json.dumps({**summary, "folder": str(found.path)}))
+    else:
+        show(summary, found.path)
+
+
+def _require_serving(place: Coordinator, folder: Path) -> None:
+    from cloister_fl.server.service.supervisor import running
+
+    if running(place) is None:
+        raise ServerState(
+            "The server of this folder does not run.",
+            remedy=f"Start it: cloister server start{dir_option(folder)}",
+        )
+
+
+def _require_sites(place: Coordinator, needed: int) -> None:
+    with place.registry() as registry:
+        approved = sum(row.state == "approved" for row in registry.sites())
+    if approved < needed:
+        raise OptionInvalid(
+            f"The study asks for {needed} sites, and {approved} have been approved here.",
+            remedy="Invite and approve more, or lower aggregation.min_sites in the study.",
+        )
+
+
+def _require() -> None:
+    require("server", "flwr", "torch", "grpc", "grpc_health", "uvicorn", "jinja2")

@@ -1,0 +1,270 @@
+"""The coordinator's runs: what was asked for, and how each stands; a folder a run.
+
+::
+
+    runs/<name>/run.json        what a person asked for: the study, and whether it is to run
+    runs/<name>/status.json     how it stands; written by the process that executes it
+    runs/<name>/checkpoint/     the state after each round
+    runs/<name>/summary.json    once it has finished, with the model and the report beside it
+
+``run.json`` is what is wanted. The server makes it so, and again after any crash, so a run that
+was interrupted goes on by itself from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from cloister_fl.errors import CloisterError, RunUnknown, StudyInvalid
+from cloister_fl.study.schema import Study, study_from_canonical
+from cloister_fl.system import utc
+from cloister_fl.system.files import make_private_dir, write_atomic
+from cloister_fl.system.toml import FileModel
+
+RUNS = "runs"
+ASKED = "run.json"
+STATUS = "status.json"
+SUMMARY = "summary.json"
+DONE, FAILED, STOPPED = "done", "failed", "stopped"
+FINAL = frozenset({DONE, FAILED, STOPPED})
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,80}")
+
+
+class Asked(FileModel):
+    """The file ``run.json``.
+
+    Attributes:
+        study: the study's canonical form.
+        created: when it was asked for, ISO 8601.
+        wanted: False where a person stopped it.
+        wait: seconds that a run which could begin waits for sites that have not answered.
+        timeout: seconds after which a stage goes on without those who have not answered.
+        holdout: folder of patients of no site, on whom the model is measured; or empty.
+        signatures: who vouches for the study, hexadecimal, see ``signing``; or empty.
+    """
+
+    study: str
+    created: str
+    wanted: bool = True
+    wait: float = 3600.0
+    timeout: float = 3600.0
+    holdout: str = ""
+    signatures: str = ""
+
+
+@dataclass(frozen=True)
+class Status:
+    """The file ``status.json``.
+
+    Attributes:
+        state: waiting, training, done, failed or stopped.
+        round: last round that ended.
+        rounds: rounds of the study.
+        sites: who takes part.
+        refused: why the others do not, a word of the closed list by site.
+        told: the last thing to say, in words.
+        code: of the error that ended it.
+        updated: ISO 8601.
+    """
+
+    state: str = "waiting"
+    round: int = 0
+    rounds: int = 0
+    sites: tuple[str, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
+    told: str = ""
+    code: str = ""
+    updated: str = ""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run.
+
+    Attributes:
+        path: its folder.
+    """
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Its name, which commands take."""
+        return self.path.name
+
+    def asked(self) -> Asked:
+        """What was asked for.
+
+        Raises:
+            RunUnknown: the file cannot be read.
+        """
+        try:
+            return Asked.model_validate_json((self.path / ASKED).read_text("utf-8"), strict=False)
+        except (OSError, ValidationError):
+            raise RunUnknown(
+                f"The run {self.name} cannot be read.", remedy="Restore its run.json."
+            ) from None
+
+    def study(self) -> Study:
+        """The study, as it was when it was asked for."""
+        return study_from_canonical(self.asked().study)
+
+    def ask(self, asked: Asked) -> None:
+        """Change what is wanted."""
+        write_atomic(self.path / ASKED, asked.model_dump_json(indent=2).encode())
+
+    def status(self) -> Status:
+        """How it stands; before anything was done, waiting."""
+        try:
+            told = json.loads((self.path / STATUS).read_text("utf-8"))
+            return Status(**{**told, "sites": tuple(told["sites"])})
+        except (OSError, ValueError, KeyError, TypeError):
+            return Status(told="the run has not begun")
+
+    def tell(self, status: Status) -> None:
+        """Replace how it stands."""
+        told = {**asdict(status), "updated": utc.timestamp("microseconds")}
+        write_atomic(self.path / STATUS, json.dumps(told).encode())
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is a model."""
+        return (self.path / SUMMARY).exists()
+
+
+def new_run(
+    root: Path,
+    study: Study,
+    *,
+    wait: float,
+    timeout: float,
+    holdout: Path | None,
+    signatures: bytes = b"",
+) -> RunFolder:
+    """Ask for a run of a study, under the next free name.
+
+    Raises:
+        RunUnknown: a run of the very study has not ended.
+        OutputInTheWay: the folder cannot be written.
+    """
+    for run in runs(root):
+        if run.study().digest == study.digest and run.status().state not in FINAL:
+            raise RunUnknown(
+                f"The run {run.name} of this study has not ended.",
+                remedy=f"Stop it first: cloister server stop --run {run.name}",
+            )
+    number = 1
+    while (root / RUNS / f"{study.study.name}-{number}").exists():
+        number += 1
+    run = RunFolder(root / RUNS / f"{study.study.name}-{number}")
+    make_private_dir(root / RUNS)
+    make_private_dir(run.path)
+    run.ask(
+        Asked(
+            study=study.canonical(),
+            created=utc.timestamp("microseconds"),
+            wait=wait,
+            timeout=timeout,
+            holdout=str(holdout.absolute()) if holdout is not None else "",
+            signatures=signatures.hex(),
+        )
+    )
+    return run
+
+
+def find_run(root: Path, name: str) -> RunFolder:
+    """The run of this name.
+
+    Raises:
+        RunUnknown: there is none.
+    """
+    run = RunFolder(root / RUNS / name)
+    if not _NAME.fullmatch(name) or not (run.path / ASKED).is_file():
+        raise RunUnknown(
+            f"There is no run {name!r} here.",
+            remedy="See all of them: cloister server status",
+        )
+    return run
+
+
+def runs(root: Path) -> Iterator[RunFolder]:
+    """All runs, in the order in which they were asked for."""
+    folder = root / RUNS
+    found = [RunFolder(path.parent) for path in folder.glob(f"*/{ASKED}")]
+    known: list[tuple[str, RunFolder]] = []
+    for run in found:
+        try:
+            run.study()
+            known.append((run.asked().created, run))
+        except (RunUnknown, StudyInvalid):
+            continue
+    yield from (run for _, run in sorted(known, key=lambda pair: (pair[0], pair[1].name)))
+
+
+def next_run(root: Path) -> RunFolder | None:
+    """The run to execute now: the oldest that is wanted and has not ended."""
+    for run in runs(root):
+        if run.asked().wanted and not run.finished and run.status().state not in FINAL:
+            return run
+    return None
+
+
+def close_finished(root: Path) -> None:
+    """Say of runs that have a model that they are done.
+
+    For the process that executes runs alone, before its first: a kill between a run's summary and
+    its status leaves it "training", and nobody would take it up again.
+    """
+    for run in runs(root):
+        status = run.status()
+        if run.finished and status.state not in FINAL:
+            run.tell(replace(status, state=DONE, round=status.rounds, told="finished", code=""))
+
+
+def stop_run(run: RunFolder) -> None:
+    """Want a run no more; what executes it sees that before its next round.
+
+    Raises:
+        RunUnknown: it has ended.
+    """
+    if run.finished or run.status().state in FINAL:
+        raise RunUnknown(f"The run {run.name} has ended already.")
+    run.ask(run.asked().model_copy(update={"wanted": False}))
+
+
+def resume_run(run: RunFolder) -> None:
+    """Want a run that was stopped, or that failed, again.
+
+    Raises:
+        RunUnknown: it is finished, or goes on already.
+    """
+    if run.finished:
+        raise RunUnknown(
+            f"The run {run.name} is finished.", remedy=f"See: cloister server report {run.name}"
+        )
+    status, asked = run.status(), run.asked()
+    if asked.wanted and status.state not in FINAL:
+        raise RunUnknown(f"The run {run.name} goes on already.")
+    run.tell(Status(told="it is taken up again", rounds=status.rounds, round=status.round))
+    run.ask(asked.model_copy(update={"wanted": True}))
+
+
+def failure(error: CloisterError, status: Status) -> Status:
+    """How a run stands that an error ended."""
+    told = " ".join(part for part in (error.what, error.why, error.remedy) if part)
+    return Status(
+        state=FAILED,
+        round=status.round,
+        rounds=status.rounds,
+        sites=status.sites,
+        refused=status.refused,
+        told=told,
+        code=error.code,
+    )

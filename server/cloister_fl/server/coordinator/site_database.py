@@ -1,0 +1,315 @@
+"""The coordinator's database: invites, and the sites that used them.
+
+SQLite, one file, shared by the server and the commands. Every change is one transaction, so a
+process killed at any time leaves the old state or the new one. An invite's secret is kept as a
+hash; a site's three public keys and its certificate are kept whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from cloister_fl.errors import EnrolmentRefused, SiteStateInvalid
+from cloister_fl.membership.enrolment import INVITE_ID_BYTES, SECRET_BYTES, Request, secret_hash
+
+PICKUP_S = 7 * 86400
+"""How long at least an approved site may fetch its certificate, in seconds."""
+SEEN_EVERY_S = 30
+_WAIT_MS = 10_000
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS invites (
+    id BLOB PRIMARY KEY, site TEXT NOT NULL, secret_hash BLOB NOT NULL,
+    created INTEGER NOT NULL, expires INTEGER NOT NULL, used INTEGER);
+CREATE TABLE IF NOT EXISTS sites (
+    name TEXT PRIMARY KEY, state TEXT NOT NULL CHECK (state IN ('pending','approved','revoked')),
+    invite BLOB NOT NULL REFERENCES invites (id), identity BLOB NOT NULL UNIQUE,
+    node_key BLOB NOT NULL UNIQUE, tls_key BLOB NOT NULL UNIQUE,
+    asked INTEGER NOT NULL, decided INTEGER, certificate BLOB, fingerprint BLOB UNIQUE,
+    valid_until INTEGER, collected INTEGER, seen INTEGER);
+"""
+_SITES = (
+    "SELECT name, state, identity, node_key, tls_key, asked, decided, certificate, fingerprint,"
+    " valid_until, collected, seen FROM sites"
+)
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """A site that asked to join. Times are Unix seconds.
+
+    Attributes:
+        name: the site id.
+        state: ``pending``, ``approved`` or ``revoked``.
+        identity: Ed25519 public key, 32 bytes.
+        node_key: P-384 public key, PEM.
+        tls_key: P-256 public key, PEM.
+        asked: when it asked.
+        decided: when it was approved or revoked.
+        certificate: its client certificate, DER.
+        fingerprint: SHA-256 of that, 32 bytes.
+        valid_until: when the certificate ends.
+        collected: when the site first used it.
+        seen: when it last made a request, to about half a minute.
+    """
+
+    name: str
+    state: str
+    identity: bytes
+    node_key: bytes
+    tls_key: bytes
+    asked: int
+    decided: int | None
+    certificate: bytes | None
+    fingerprint: bytes | None
+    valid_until: int | None
+    collected: int | None
+    seen: int | None
+
+
+class Registry:
+    """The opened database; also a context manager that closes it."""
+
+    def __init__(self, path: Path) -> None:
+        # isolation_level None: transactions are begun here, by hand, and nowhere else.
+        self._db = sqlite3.connect(path, timeout=_WAIT_MS / 1000, isolation_level=None)
+        path.chmod(0o600)
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute("PRAGMA foreign_keys = ON")
+        self._db.executescript(_SCHEMA)
+
+    def __enter__(self) -> Registry:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the database."""
+        self._db.close()
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    # Invites
+
+    def invite(self, site: str, lifetime_s: int) -> tuple[bytes, bytes, int]:
+        """Make an invite for a site that has not asked yet; earlier ones for it end.
+
+        Returns:
+            Its id, its secret (kept nowhere), and when it ends.
+
+        Raises:
+            SiteStateInvalid: the site has asked, is approved or was revoked.
+        """
+        invite_id, secret = secrets.token_bytes(INVITE_ID_BYTES), secrets.token_bytes(SECRET_BYTES)
+        now = int(time.time())
+        with self._change():
+            held = self.site(site)
+            if held is not None:
+                raise SiteStateInvalid(
+                    f"{site} is {held.state} already, so it gets no invite.",
+                    remedy="Revoke it first if its keys are lost; then invite it under a new name.",
+                )
+            self._db.execute(
+                "UPDATE invites SET expires = ? WHERE site = ? AND expires > ?", (now, site, now)
+            )
+            self._db.execute(
+                "INSERT INTO invites VALUES (?, ?, ?, ?, ?, NULL)",
+                (invite_id, site, secret_hash(secret), now, now + lifetime_s),
+            )
+        return invite_id, secret, now + lifetime_s
+
+    def open_invites(self) -> int:
+        """How many invites keep the enrolment port open: unused, or their site has not come in."""
+        row = self._db.execute(
+            "SELECT COUNT(*) FROM invites LEFT JOIN sites ON sites.invite = invites.id"
+            " WHERE expires > ? AND (used IS NULL OR"
+            " (sites.state != 'revoked' AND sites.collected IS NULL))",
+            (int(time.time()),),
+        ).fetchone()
+        return int(row[0])
+
+    def use(self, request: Request) -> SiteRow:
+        """Let a request, whose proofs were checked, use its invite; the site is pending then.
+
+        A repeated request with the same keys gets the same answer, also after a lost reply.
+
+        Raises:
+            EnrolmentRefused: no such invite or another secret (``why`` is ``invite-unknown``),
+                ``invite-used``, ``invite-expired``, ``key-in-use``.
+        """
+        now = int(time.time())
+        with self._change():
+            row = self._db.execute(
+                "SELECT site, secret_hash, expires, used FROM invites WHERE id = ?",
+                (request.invite_id,),
+            ).fetchone()
+            matches = hmac.compare_digest(row[1] if row else bytes(32), secret_hash(request.secret))
+            if row is None or not matches or row[0] != request.site:
+                raise refusal("invite-unknown")
+            keys = (request.identity, request.node_key, request.tls_key)
+            if row[3] is not None:
+                held = self.site(request.site)
+                if held and (held.identity, held.node_key, held.tls_key) == keys:
+                    return held
+                raise refusal("invite-used")
+            if row[2] <= now:
+                raise refusal("invite-expired")
+            taken = self._db.execute(
+                "SELECT 1 FROM sites WHERE identity = ? OR node_key = ? OR tls_key = ?", keys
+            ).fetchone()
+            if taken:
+                raise refusal("key-in-use")
+            self._db.execute("UPDATE invites SET used = ? WHERE id = ?", (now, request.invite_id))
+            self._db.execute(
+                "INSERT INTO sites (name, state, invite, identity, node_key, tls_key, asked)"
+                " VALUES (?, 'pending', ?, ?, ?, ?, ?)",
+                (request.site, request.invite_id, *keys, now),
+            )
+        return self._known(request.site)
+
+    def asker(self, invite_id: bytes, identity: bytes) -> SiteRow:
+        """The site that used an invite with this identity.
+
+        Raises:
+            EnrolmentRefused: there is none (``why`` is ``invite-unknown``).
+        """
+        row = self._db.execute(
+            _SITES + " WHERE invite = ? AND identity = ?",
+            (invite_id, identity),
+        ).fetchone()
+        if row is None:
+            raise refusal("invite-unknown")
+        return SiteRow(*row)
+
+    # Sites
+
+    def sites(self) -> tuple[SiteRow, ...]:
+        """All sites by name."""
+        rows = self._db.execute(_SITES + " ORDER BY name")
+        return tuple(SiteRow(*row) for row in rows)
+
+    def invited(self) -> tuple[tuple[str, int], ...]:
+        """Sites with an open, unused invite, and when it ends."""
+        rows = self._db.execute(
+            "SELECT site, expires FROM invites WHERE used IS NULL AND expires > ? ORDER BY site",
+            (int(time.time()),),
+        )
+        return tuple((str(site), int(expires)) for site, expires in rows)
+
+    def site(self, name: str) -> SiteRow | None:
+        """One site, or ``None``."""
+        row = self._db.execute(
+            _SITES + " WHERE name = ?",
+            (name,),
+        ).fetchone()
+        return SiteRow(*row) if row else None
+
+    def by_certificate(self, fingerprint: bytes) -> SiteRow | None:
+        """The site with this certificate (SHA-256, 32 bytes), whatever its state."""
+        row = self._db.execute(
+            _SITES + " WHERE fingerprint = ?",
+            (fingerprint,),
+        ).fetchone()
+        return SiteRow(*row) if row else None
+
+    def approve(self, name: str, certificate: bytes, fingerprint: bytes, valid_until: int) -> None:
+        """Make a pending site an approved one, with its certificate, in one transaction.
+
+        Raises:
+            SiteStateInvalid: it is not pending.
+        """
+        now = int(time.time())
+        with self._change():
+            self._require(name, "pending")
+            self._db.execute(
+                "UPDATE sites SET state = 'approved', decided = ?, certificate = ?,"
+                " fingerprint = ?, valid_until = ? WHERE name = ?",
+                (now, certificate, fingerprint, valid_until, name),
+            )
+            self._db.execute(
+                "UPDATE invites SET expires = MAX(expires, ?)"
+                " WHERE id = (SELECT invite FROM sites WHERE name = ?)",
+                (now + PICKUP_S, name),
+            )
+
+    def revoke(self, name: str) -> None:
+        """Shut a site out for good, and end its invites; a site that never asked too.
+
+        Raises:
+            SiteStateInvalid: nobody of that name was invited or is a site.
+        """
+        now = int(time.time())
+        with self._change():
+            ended = self._db.execute(
+                "UPDATE invites SET expires = ? WHERE site = ? AND used IS NULL AND expires > ?",
+                (now, name, now),
+            ).rowcount
+            changed = self._db.execute(
+                "UPDATE sites SET state = 'revoked', decided = ? WHERE name = ?", (now, name)
+            ).rowcount
+            if not ended and not changed:
+                raise _wrong_state(name, None)
+
+    def saw(self, site: SiteRow) -> None:
+        """Note a request of a site, at most once in ``SEEN_EVERY_S`` seconds.
+
+        Its certificate works, so its invite keeps no port open any more. Where another process
+        holds the database, or the disk is full, it is not noted, and the request goes on.
+        """
+        now = int(time.time())
+        if site.seen is None or now - site.seen >= SEEN_EVERY_S:
+            # All ports wait meanwhile, so it waits for nobody else's write.
+            self._db.execute("PRAGMA busy_timeout = 50")
+            with contextlib.suppress(sqlite3.OperationalError):
+                self._db.execute(
+                    "UPDATE sites SET seen = ?, collected = COALESCE(collected, ?) WHERE name = ?",
+                    (now, now, site.name),
+                )
+            self._db.execute(f"PRAGMA busy_timeout = {_WAIT_MS}")
+
+    def _known(self, name: str) -> SiteRow:
+        site = self.site(name)
+        if site is None:
+            raise _wrong_state(name, None)
+        return site
+
+    def _require(self, name: str, state: str) -> None:
+        held = self.site(name)
+        if held is None or held.state != state:
+            raise _wrong_state(name, held)
+
+
+def refusal(code: str) -> EnrolmentRefused:
+    """A refusal of an enrolment; ``why`` is a code from a closed list."""
+    return EnrolmentRefused("The request was refused.", why=code)
+
+
+def _wrong_state(name: str, held: SiteRow | None) -> SiteStateInvalid:
+    state = f"is {held.state} already" if held else "has not asked to join"
+    return SiteStateInvalid(
+        f"{name} {state}.", remedy="See how each site stands: cloister server sites"
+    )

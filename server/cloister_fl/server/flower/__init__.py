@@ -1,0 +1,1 @@
+"""Flower embedded: the SuperLink, and engines that run both apps in one process or on Ray."""

@@ -1,0 +1,1 @@
+"""Ports of the server: TLS, limits, who may ask for what."""

@@ -1,0 +1,282 @@
+"""What stands before Flower's application: who may ask for what, at which port, in whose name.
+
+Flower's SuperNode authentication signs a time stamp and nothing else, so a header can be taken
+from one connection to another. Here each request is held against the certificate that its
+connection showed: the certificate must be an approved site's at this moment, and the node key in
+the header must be that site's own.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cloister_fl.membership.enrolment import HEADER_PROTOCOL, HEADER_VERSION, PATH_ROSTER
+from cloister_fl.server.coordinator.rejection_log import Refusals, Refused
+from cloister_fl.server.coordinator.site_database import Registry, SiteRow
+from cloister_fl.server.network.tls_listener import PEER, Peer
+from cloister_fl.version import PROTOCOL, __version__
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+SMALL_BODY = 1 << 20
+LARGE_BODY = 64 << 20
+"""Largest bodies in bytes: of most requests, and of those that carry an update."""
+BUFFERED = 512 << 20
+"""Bytes of bodies held at any time, over all connections."""
+BUFFERED_EACH = 128 << 20
+"""Of these, for one site; Flower sends large objects in pieces of 5 MiB."""
+
+_STATUS = {
+    Refused.PATH_REFUSED: 404,
+    Refused.CONTROL_REFUSED: 404,
+    Refused.RUNTIME_REFUSED: 404,
+    Refused.OTHER_NODE_KEY: 401,
+    Refused.BODY_TOO_LARGE: 413,
+    Refused.BUSY: 503,
+    Refused.RATE: 429,
+    Refused.MALFORMED: 400,
+}
+
+_VERSIONS = (
+    (HEADER_VERSION.encode(), __version__.encode()),
+    (HEADER_PROTOCOL.encode(), str(PROTOCOL).encode()),
+)
+
+
+class Turned(Exception):
+    """A request is turned away; ends it at once."""
+
+    def __init__(self, code: Refused) -> None:
+        super().__init__(code.value)
+        self.code = code
+
+    @property
+    def status(self) -> int:
+        """The HTTP status to answer."""
+        return _STATUS.get(self.code, 403)
+
+
+class Gone(Exception):
+    """The peer left before its request was whole."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What the gate must know of Flower; see ``superlink.deployment``."""
+
+    app: Application
+    node_key_header: bytes
+    node_paths: frozenset[str]
+    large_paths: frozenset[str]
+    push_messages: str
+    speaks_for_itself: Callable[[bytes], bool]
+    activate: str
+    begins: Callable[[bytes], None]
+
+
+class FleetGate:
+    """The application of the public port, an ASGI one."""
+
+    def __init__(
+        self, engine: Engine, registry: Registry, refusals: Refusals, roster: Path
+    ) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._refusals = refusals
+        self._roster = roster
+        self._held: Counter[str] = Counter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            return
+        peer: Peer = scope["state"][PEER]
+        site: SiteRow | None = None
+        try:
+            site = self._known(peer)
+            path = self._path(scope)
+            if path == PATH_ROSTER:
+                # For enrolled sites alone: a version tells an outsider what to attack.
+                await answer(send, 200, self._roster.read_bytes(), more=_VERSIONS)
+                return
+            self._own_key(scope, site)
+            if path == self._engine.activate:
+                self._engine.begins(site.node_key)
+            await self._forward(scope, receive, send, peer, site)
+        except Turned as turned:
+            name = site.name if site else None
+            self._refusals.tell(turned.code, "fleet", peer.address, site=name, status=turned.status)
+            await answer(send, turned.status, turned.code.value.encode(), close=True)
+        except Gone:
+            return
+
+    def _known(self, peer: Peer) -> SiteRow:
+        """The site whose certificate this is, as the database says now."""
+        site = self._registry.by_certificate(peer.fingerprint)
+        if site is None:
+            raise Turned(Refused.CERTIFICATE_UNKNOWN)
+        if site.state != "approved":
+            raise Turned(Refused.CERTIFICATE_REVOKED)
+        if site.valid_until is None or site.valid_until <= time.time():
+            raise Turned(Refused.CERTIFICATE_EXPIRED)
+        self._registry.saw(site)
+        return site
+
+    def _path(self, scope: Scope) -> str:
+        path, method = str(scope["path"]), scope["method"]
+        if (path in self._engine.node_paths and method == "POST") or (
+            path == PATH_ROSTER and method == "GET"
+        ):
+            return path
+        if path.startswith("/v1/control/"):
+            raise Turned(Refused.CONTROL_REFUSED)
+        if path.startswith("/v1/runtime/"):
+            raise Turned(Refused.RUNTIME_REFUSED)
+        raise Turned(Refused.PATH_REFUSED)
+
+    def _own_key(self, scope: Scope, site: SiteRow) -> None:
+        shown = header(scope, self._engine.node_key_header)
+        try:
+            key = base64.b64decode(shown[0], validate=True) if len(shown) == 1 else b""
+        except binascii.Error:
+            key = b""
+        if not hmac.compare_digest(key, site.node_key):
+            raise Turned(Refused.OTHER_NODE_KEY)
+
+    async def _forward(
+        self, scope: Scope, receive: Receive, send: Send, peer: Peer, site: SiteRow
+    ) -> None:
+        engine = self._engine
+        path = scope["path"]
+        limit = LARGE_BODY if path in engine.large_paths else SMALL_BODY
+        body = bytearray()
+        try:
+            async for piece in pieces(scope, receive, limit):
+                alone = self._held[site.name] + len(piece)
+                if alone > BUFFERED_EACH or self._held.total() + len(piece) > BUFFERED:
+                    raise Turned(Refused.BUSY)
+                self._held[site.name] = alone
+                body += piece
+            if path == engine.push_messages and not engine.speaks_for_itself(bytes(body)):
+                raise Turned(Refused.OTHER_NODE_NAME)
+            # A slow body may have outlived the site's approval.
+            self._known(peer)
+            status = await _replay(engine.app, scope, bytes(body), receive, send)
+        finally:
+            self._held[site.name] -= len(body)
+        if status in {401, 403}:
+            self._refusals.tell(
+                Refused.ENGINE_REFUSED, "fleet", peer.address, site=site.name, status=status
+            )
+
+
+class PrivateGate:
+    """The application of the loopback port: Control, Runtime and their lifespan, no Fleet."""
+
+    def __init__(self, app: Application) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or pass the lifespan on."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            path = str(scope["path"])
+            if path.startswith(("/v1/control/", "/v1/runtime/")):
+                await self._app(_plain(scope), receive, send)
+            else:
+                await answer(send, 404, b"", close=True)
+
+
+def header(scope: Scope, name: bytes) -> list[bytes]:
+    """All values of a header, whose name is in lower case."""
+    return [value for key, value in scope["headers"] if key == name]
+
+
+async def pieces(scope: Scope, receive: Receive, limit: int) -> Any:
+    """Yield a body piece by piece; no more than ``limit`` bytes are ever taken.
+
+    Raises:
+        Turned: it is, or is said to be, larger.
+        Gone: the peer left.
+    """
+    said = header(scope, b"content-length")
+    if said and (not said[0].isdigit() or len(said[0]) > 12 or int(said[0]) > limit):
+        raise Turned(Refused.BODY_TOO_LARGE)
+    taken = 0
+    while True:
+        event = await receive()
+        if event["type"] != "http.request":
+            raise Gone
+        piece = event.get("body", b"")
+        taken += len(piece)
+        if taken > limit:
+            raise Turned(Refused.BODY_TOO_LARGE)
+        yield piece
+        if not event.get("more_body", False):
+            return
+
+
+async def answer(
+    send: Send,
+    status: int,
+    body: bytes,
+    *,
+    close: bool = False,
+    kind: bytes = b"text/plain",
+    more: Iterable[tuple[bytes, bytes]] = (),
+) -> None:
+    """Send a whole answer with ``more`` headers; ``close`` ends the connection after it."""
+    headers: list[tuple[bytes, bytes]] = [
+        (b"content-type", kind),
+        (b"content-length", str(len(body)).encode()),
+        (b"cache-control", b"no-store"),
+        *more,
+    ]
+    if close:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _replay(app: Application, scope: Scope, body: bytes, receive: Receive, send: Send) -> int:
+    """Give an application a request whose body was read already; the status it answered."""
+    given: Iterable[bytes] = (body,)
+    waiting = iter(given)
+    status = 0
+
+    async def again() -> dict[str, Any]:
+        piece = next(waiting, None)
+        if piece is None:
+            return await receive()
+        return {"type": "http.request", "body": piece, "more_body": False}
+
+    async def watched(event: dict[str, Any]) -> None:
+        nonlocal status
+        if event["type"] == "http.response.start":
+            status = event["status"]
+        await send(event)
+
+    await app(_plain(scope), again, watched)
+    return status
+
+
+def _plain(scope: Scope) -> Scope:
+    """The scope with a Host of ours.
+
+    Starlette builds a request's URL from it, and Flower decides by that URL what to check, while
+    the route follows the path: a Host with a slash in it would part the two.
+    """
+    kept = [(key, value) for key, value in scope["headers"] if key != b"host"]
+    return {**scope, "headers": [*kept, (b"host", b"cloister")]}

@@ -1,0 +1,1 @@
+"""What a run gave: progress, report, model file, audit report."""

@@ -1,0 +1,1 @@
+"""The run: participants, rounds, collection, strategies, checkpoints."""

@@ -1,0 +1,224 @@
+"""What the server keeps on disk so that a run outlives any process.
+
+Two files in ``OUT/checkpoint``: ``state.safetensors``, the whole state after a round, and
+``progress.json``, the last round that was sent out, and for whom it was unmasked. Both are
+replaced atomically. A round that was sent and not finished is known after a crash: its sites were
+charged for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cloister_fl.errors import NothingToResume, ResumeMismatch
+from cloister_fl.protocol.round_messages import Vector
+from cloister_fl.server.rounds.strategies import OptimizerState
+from cloister_fl.study.schema import Study
+from cloister_fl.system.files import write_atomic
+
+FORMAT = "cloister/checkpoint/v3"
+CHECKPOINT_FOLDER = "checkpoint"
+"""Its name inside the folder of a run."""
+
+_STATE = "state.safetensors"
+_PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured after a round; None where nothing was, or may be, measured."""
+
+    round: int
+    sites: int
+    seconds: float
+    update_norm: float
+    epsilon: float | None = None
+    auroc: float | None = None
+    auroc_low: float | None = None
+    auroc_high: float | None = None
+    auprc: float | None = None
+    auprc_low: float | None = None
+    auprc_high: float | None = None
+    balanced_accuracy: float | None = None
+    balanced_accuracy_low: float | None = None
+    balanced_accuracy_high: float | None = None
+    dice: float | None = None
+    dice_low: float | None = None
+    dice_high: float | None = None
+
+
+@dataclass(frozen=True)
+class Released:
+    """The study's release, once it was asked for.
+
+    Attributes:
+        asked: ids of the sites that it was asked of, rising; they count as charged.
+        sites: how many are in the sum; 0 where there is none, and never will be.
+        noise: standard deviation of the noise in each cell of the sum, in patients.
+        metrics: what was measured, ``Metrics.to_json``; None where there is no sum.
+    """
+
+    asked: tuple[str, ...]
+    sites: int = 0
+    noise: float = 0.0
+    metrics: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything that the next round needs.
+
+    Attributes:
+        run: random id of the run; the sites' ledgers know it.
+        completed: last round whose result is in ``model``; 0 before the first.
+        model: the global model, (D,), from which the next round starts.
+        average: the moving average of the models, (D,), where the study asks for one.
+        optimizer: moments of the server optimiser.
+        figures: one entry an evaluated model, the initial one first.
+        lost: rounds that were sent, charged, and never finished.
+        invited: ids of the sites that the run began with, rising; they stay the same.
+        started: by site, how many rounds were sent to it.
+        sent: by site, bytes of payload that left it.
+        seconds: wall time of the run so far.
+        release: the study's release; None until it is asked for.
+    """
+
+    run: str
+    completed: int
+    model: Vector
+    optimizer: OptimizerState
+    figures: tuple[Figures, ...] = ()
+    lost: tuple[int, ...] = ()
+    invited: tuple[str, ...] = ()
+    started: dict[str, int] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    average: Vector | None = None
+    release: Released | None = None
+
+    @property
+    def released(self) -> Vector:
+        """The model that is measured and handed out."""
+        return self.model if self.average is None else self.average
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the round had come that was last sent out.
+
+    Attributes:
+        round: its number; 0 before the first.
+        sites: to whom it was sent.
+        answered: by number of the sum, the survivors that sites were asked to unmask it for. No
+            site answers for others, so another attempt must be for the same.
+    """
+
+    round: int = 0
+    sites: tuple[str, ...] = ()
+    answered: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """The checkpoint folder of one run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return (self._folder / _STATE).is_file()
+
+    def save(self, study: Study, state: RunState) -> None:
+        """Replace the state on disk by ``state``."""
+        from safetensors.numpy import save
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            "model": state.model,
+            "first": state.optimizer.first,
+            "second": state.optimizer.second,
+        }
+        if state.average is not None:
+            tensors["average"] = state.average
+        plain = {
+            "run": state.run,
+            "completed": state.completed,
+            "figures": [asdict(figures) for figures in state.figures],
+            "lost": list(state.lost),
+            "invited": list(state.invited),
+            "started": state.started,
+            "sent": state.sent,
+            "seconds": state.seconds,
+            "release": None if state.release is None else asdict(state.release),
+        }
+        metadata = {"format": FORMAT, "study": study.canonical(), "state": json.dumps(plain)}
+        write_atomic(self._folder / _STATE, save(tensors, metadata=metadata))
+
+    def mark(self, progress: Progress) -> None:
+        """Note, before a message leaves, how far its round has come."""
+        note = {
+            "round": progress.round,
+            "sites": progress.sites,
+            "answered": {str(number): names for number, names in progress.answered.items()},
+        }
+        write_atomic(self._folder / _PROGRESS, json.dumps(note).encode())
+
+    def load(self, study: Study) -> tuple[RunState, Progress]:
+        """Return the state, and how far the last round had come.
+
+        Raises:
+            NothingToResume: there is no checkpoint, or it cannot be read.
+            ResumeMismatch: it belongs to another study.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        remedy = "Start a new run in an empty folder, without --resume."
+        if not self.exists():
+            raise NothingToResume("This folder holds no run to resume.", remedy=remedy)
+        try:
+            with safe_open(self._folder / _STATE, framework="np") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            plain = json.loads(metadata.get("state", ""))
+            progress = self._folder / _PROGRESS
+            sent = _progress(progress.read_text()) if progress.is_file() else Progress()
+        except (SafetensorError, OSError, ValueError, KeyError):
+            raise NothingToResume("The checkpoint cannot be read.", remedy=remedy) from None
+        if metadata.get("format") != FORMAT:
+            raise NothingToResume("The checkpoint has another format.", remedy=remedy)
+        if metadata.get("study") != study.canonical():
+            raise ResumeMismatch(
+                "The run in this folder belongs to another study.",
+                why="A study's hash covers everything in it, so a changed study is a new one.",
+                remedy="Resume with the study file that it was started with.",
+            )
+        release = plain.get("release")
+        if release is not None:
+            release = Released(**{**release, "asked": tuple(release["asked"])})
+        state = RunState(
+            run=plain["run"],
+            completed=plain["completed"],
+            model=np.array(tensors["model"], np.float32),
+            optimizer=OptimizerState(tensors["first"], tensors["second"]),
+            figures=tuple(Figures(**figures) for figures in plain["figures"]),
+            lost=tuple(plain["lost"]),
+            invited=tuple(plain["invited"]),
+            started=plain["started"],
+            sent=plain["sent"],
+            seconds=plain["seconds"],
+            average=np.array(tensors["average"], np.float32) if "average" in tensors else None,
+            release=release,
+        )
+        return state, sent
+
+
+def _progress(text: str) -> Progress:
+    note = json.loads(text)
+    answered = {int(number): tuple(names) for number, names in note["answered"].items()}
+    return Progress(int(note["round"]), tuple(note["sites"]), answered)

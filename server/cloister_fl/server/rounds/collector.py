@@ -1,0 +1,195 @@
+"""What comes back from the sites in a round: the mean of their updates, and their histograms.
+
+Two ways to collect: here in plain messages, for studies that send updates unmasked; and in
+``masked``, where only sums can be read. Both give the same to the rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from cloister_fl.errors import TooFewSites
+from cloister_fl.protocol import sessions
+from cloister_fl.protocol.round_messages import (
+    Counts,
+    Evaluated,
+    EvaluateTask,
+    Refusal,
+    Refused,
+    TrainTask,
+    Update,
+    Vector,
+    octets,
+)
+from cloister_fl.server.rounds.messenger import Mailbox
+from cloister_fl.server.rounds.strategies import weighted_mean
+from cloister_fl.study.schema import Study
+
+LATE = "late"
+"""The server's own word for a site that a resumed run did not begin with."""
+
+REASONS: Mapping[str, str] = {
+    Refused.BUNDLE: "it runs another version of Cloister",
+    Refused.POLICY: "its policy does not allow the study",
+    Refused.APPROVAL: "nobody there has approved the study yet",
+    Refused.HOURS: "it takes part, but does not train at this hour",
+    Refused.BUDGET: "its privacy budget does not suffice",
+    Refused.SPENT: "the round was already charged there",
+    Refused.MESSAGE: "it did not understand the request",
+    Refused.ROSTER: "its pinned roster is another one, or does not hold it",
+    Refused.PROTOCOL: "a check of secure aggregation failed",
+    Refused.DECLINED: "it declined; its own operator sees why",
+    LATE: "the run did not begin with it",
+}
+
+
+@dataclass(frozen=True)
+class Members:
+    """Who takes part in a run.
+
+    Attributes:
+        run: id of the run.
+        nodes: site by Flower's node id, of the sites that are here.
+        asked: how many sites were asked to take part.
+        invited: ids of the sites that the run began with, rising; a resumed run keeps them.
+    """
+
+    run: str
+    nodes: Mapping[int, str]
+    asked: int
+    invited: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One round's update.
+
+    Attributes:
+        mean: weighted mean of the updates, (D,).
+        sites: ids of the sites in it, rising.
+        refused: reason by site, of those that are not.
+    """
+
+    mean: Vector
+    sites: tuple[str, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Histograms:
+    """Score histograms of several sites.
+
+    Attributes:
+        total: their sum, (curves, 2, bins); in the release noised, and in its units.
+        sites: how many sites are in it.
+    """
+
+    total: Counts
+    sites: int
+
+
+class RoundLost(Exception):
+    """The round can have no sum any more, yet enough sites are left for the next.
+
+    Not an error of the tree: it ends in ``rounds`` and is told as an event.
+    """
+
+    def __init__(self, refused: Mapping[str, str]) -> None:
+        super().__init__("a round was lost")
+        self.refused = refused
+
+
+class Collector(Protocol):
+    """How the rounds get at what the sites send."""
+
+    def updates(self, number: int, model: Vector) -> Collected:
+        """Have every site train a round from ``model``.
+
+        Raises:
+            TooFewSites: the round cannot be built.
+            RoundLost: it cannot, but the next may.
+        """
+        ...
+
+    def histogram(self, number: int, model: Vector) -> Histograms | None:
+        """Score histograms of ``model`` on the sites' own patients, summed."""
+        ...
+
+
+class PlainCollector:
+    """Updates as they are, each readable by whoever runs the server."""
+
+    def __init__(self, mailbox: Mailbox, study: Study, members: Members) -> None:
+        self._mailbox = mailbox
+        self._study = study
+        self._canonical = study.canonical()
+        self._members = members
+
+    def updates(self, number: int, model: Vector) -> Collected:
+        """See ``Collector``."""
+        members = self._members
+        task = TrainTask(self._canonical, members.run, number, members.asked, octets(), model)
+        updates: dict[str, Vector] = {}
+        refused: dict[str, str] = {}
+        for reply in self._mailbox.ask(members.nodes, task, Update):
+            name, message = members.nodes[reply.node], reply.message
+            if isinstance(message, Update) and _acceptable(message, name, number, model.size):
+                updates[name] = message.vector
+            else:
+                given = message.reason if isinstance(message, Refusal) else Refused.MESSAGE.value
+                refused[name] = given
+        require_sites(self._study.aggregation.min_sites, len(updates), members.asked, refused)
+        names = sorted(updates)
+        weights = [self._study.aggregation.weights.get(name, 1.0) for name in names]
+        mean = weighted_mean([updates[name] for name in names], weights)
+        return Collected(mean, tuple(names), refused)
+
+    def histogram(self, number: int, model: Vector) -> Histograms | None:
+        """See ``Collector``."""
+        members = self._members
+        task = EvaluateTask(self._canonical, members.run, number, members.asked, octets(), model)
+        replies = self._mailbox.ask(members.nodes, task, Evaluated)
+        answers = [reply.message for reply in replies if isinstance(reply.message, Evaluated)]
+        size = sessions.histogram_size(self._study)
+        noised = self._study.releases
+        usable = [
+            a.counts
+            for a in answers
+            if a.counts.size == size and (noised or bool((a.counts >= 0).all()))
+        ]
+        if not usable:
+            return None
+        total: Counts = np.sum(usable, axis=0)
+        return Histograms(total.reshape(sessions.curves(self._study), 2, -1), len(usable))
+
+
+def require_sites(needed: int, present: int, asked: int, refused: Mapping[str, str]) -> None:
+    """Go on only with enough sites.
+
+    Raises:
+        TooFewSites: with the reason that each of the others gave.
+    """
+    if present >= needed:
+        return
+    why = "; ".join(
+        f"{name}: {REASONS.get(reason, REASONS[Refused.DECLINED])}"
+        for name, reason in sorted(refused.items())
+    )
+    raise TooFewSites(
+        f"{present} of {asked} sites take part, and {needed} are needed.",
+        why=f"{why}." if why else "",
+        remedy="Mend what the sites report, add sites, or lower aggregation.min_sites.",
+    )
+
+
+def _acceptable(update: Update, name: str, number: int, size: int) -> bool:
+    return (
+        update.site == name
+        and update.round == number
+        and update.vector.shape == (size,)
+        and bool(np.isfinite(update.vector).all())
+    )

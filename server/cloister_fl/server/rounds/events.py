@@ -1,0 +1,97 @@
+"""What a run tells whoever watches it, and what the watcher adds to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from cloister_fl.metrics.classification import Metrics
+from cloister_fl.protocol.round_messages import Vector
+from cloister_fl.server.rounds.checkpoint import Figures, Released
+
+
+@dataclass(frozen=True)
+class Began:
+    """The sites answered; ``refused`` gives the others' reasons."""
+
+    sites: tuple[str, ...]
+    refused: Mapping[str, str]
+    rounds: int
+    lost: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model was made, and measured where it may be."""
+
+    figures: Figures
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A round has no sum and never will; what it cost the sites stays charged."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Too few sites are here; the run waits for them. ``refused`` gives the others' reasons."""
+
+    present: int
+    needed: int
+    refused: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ReleaseMade:
+    """The study's release was asked for; what came of it."""
+
+    release: Released
+
+
+Event = Began | Measured | Lost | ReleaseMade | Waiting
+
+
+def _ignore(event: Event) -> None:
+    del event
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How a run of real hospitals waits: for people who approve, and for machines that sleep.
+
+    Attributes:
+        begin: seconds that a run which could begin waits for sites that have not answered yes.
+        soonest: seconds between the first two questions.
+        latest: seconds between two questions, at most.
+    """
+
+    begin: float = 3600.0
+    soonest: float = 2.0
+    latest: float = 30.0
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the caller adds to a run.
+
+    Attributes:
+        evaluate: measures a flat model on a hold-out that belongs to no site.
+        notify: is told of progress.
+        check: is called again and again, and may raise to end the run.
+        patience: how to wait where too few sites are here; without it that is an error.
+        timeout: seconds after which a stage goes on without those who have not answered; None
+            waits for all.
+    """
+
+    evaluate: Callable[[Vector], Metrics] | None = None
+    notify: Callable[[Event], None] = _ignore
+    check: Callable[[], None] = _nothing
+    patience: Patience | None = None
+    timeout: float | None = None

@@ -1,0 +1,312 @@
+"""The run: prepare the sites, then round after round until the study is done.
+
+What a crash can cost is one round: before a round leaves, ``Checkpoints.mark`` notes it;
+after it, the whole state is saved. With privacy on, a round that was sent and not finished is
+charged at the sites and is never trained again: a resumed run counts it as lost and goes on
+with the next, so no site ever pays more than the study's epsilon.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cloister_fl.audit_log import Value
+from cloister_fl.errors import (
+    AuditLogDamaged,
+    CloisterError,
+    InternalError,
+    SecureAggregationError,
+    TooFewSites,
+    TooFewSurvivors,
+)
+from cloister_fl.membership.roster import Roster
+from cloister_fl.metrics.noisy import measure_noised
+from cloister_fl.networks import flat_parameters, registry
+from cloister_fl.protocol.round_messages import Counts, Vector
+from cloister_fl.server.rounds.checkpoint import Checkpoints, Figures, Progress, Released, RunState
+from cloister_fl.server.rounds.collector import (
+    Collected,
+    Collector,
+    Histograms,
+    Members,
+    PlainCollector,
+    RoundLost,
+)
+from cloister_fl.server.rounds.events import Began, Hooks, Lost, Measured, ReleaseMade
+from cloister_fl.server.rounds.figures import figures_of, measure_counts
+from cloister_fl.server.rounds.messenger import Mailbox
+from cloister_fl.server.rounds.participants import Gathering
+from cloister_fl.server.rounds.secure_collector import MaskedCollector
+from cloister_fl.server.rounds.strategies import OptimizerState, averaged, step
+from cloister_fl.study.cost import UNITS, charges, release_mechanism, sensitivity
+from cloister_fl.study.schema import Study
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: the last state, who took part, and who refused and why."""
+
+    state: RunState
+    sites: tuple[str, ...]
+    refused: Mapping[str, str]
+
+
+class Run:
+    """One run of one study.
+
+    Args:
+        mailbox: the federation.
+        study: what is trained.
+        checkpoints: where the state is kept.
+        hooks: evaluation and progress.
+        expected: sites that are waited for before the first round.
+        roster: the federation's; needed where the study masks its updates.
+        signatures: who vouches for the study, see ``signing``.
+    """
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        study: Study,
+        checkpoints: Checkpoints,
+        hooks: Hooks,
+        *,
+        expected: int,
+        roster: Roster | None = None,
+        signatures: bytes = b"",
+    ) -> None:
+        self._mailbox = mailbox
+        self._study = study
+        self._canonical = study.canonical()
+        self._checkpoints = checkpoints
+        self._hooks = hooks
+        self._roster = roster
+        self._gathering = Gathering(
+            mailbox, study, hooks, expected=expected, roster=roster, signatures=signatures
+        )
+        self._progress = Progress()
+        self._sent: Mapping[str, int] = {}
+        self._run = ""
+
+    def execute(self, *, resume: bool) -> Outcome:
+        """Run to the end and return the outcome.
+
+        Raises:
+            TooFewSites: fewer sites than the study's minimum take part.
+            NothingToResume, ResumeMismatch: see ``Checkpoints.load``.
+        """
+        try:
+            outcome = self._execute(resume=resume)
+        except AuditLogDamaged:
+            raise
+        except CloisterError as error:
+            if self._run:
+                self._note("ended", how=error.code, refused=self._gathering.told_refused())
+            raise
+        refused = self._gathering.told_refused()
+        self._note("ended", how="done", rounds=outcome.state.completed, refused=refused)
+        return outcome
+
+    def _execute(self, *, resume: bool) -> Outcome:
+        began = time.monotonic()
+        if resume:
+            state, self._progress = self._checkpoints.load(self._study)
+            state, first = self._after_crash(state, self._progress)
+        else:
+            state, first = self._fresh(), 1
+        before, self._sent = state.seconds, state.sent
+        self._run = state.run
+        state = replace(state, invited=self._gathering.begin(state.run, state.invited))
+        collector = self._collector(state)
+        self._checkpoints.save(self._study, state)
+        self._note(
+            "began",
+            study=self._study.digest,
+            sites=self._gathering.seats(),
+            first=first,
+            rounds=self._study.training.rounds,
+            refused=self._gathering.told_refused(),
+        )
+        rounds = self._study.training.rounds
+        self._hooks.notify(
+            Began(self._gathering.sites, dict(self._gathering.refused), rounds, state.lost)
+        )
+        if not state.figures:
+            # Measured here and not when it is drawn: the sites measure it where privacy is off.
+            none = Figures(0, 0, 0.0, 0.0)
+            state = replace(state, figures=(self._measure(collector, state, 0, none),))
+        self._checkpoints.save(self._study, state)
+        for number in range(first, rounds + 1):
+            self._hooks.check()
+            state = self._round(collector, number, state)
+            seconds = before + time.monotonic() - began
+            state = replace(state, seconds=seconds, sent=self._sent_by_site())
+            self._checkpoints.save(self._study, state)
+        if self._study.releases and state.release is None:
+            state = self._release(collector, state)
+            seconds = before + time.monotonic() - began
+            state = replace(state, seconds=seconds, sent=self._sent_by_site())
+            self._checkpoints.save(self._study, state)
+        return Outcome(state, self._gathering.sites, dict(self._gathering.refused))
+
+    def _note(self, kind: str, **body: Value) -> None:
+        self._mailbox.note(kind, run=self._run, **body)
+
+    def _fresh(self) -> RunState:
+        study = self._study
+        module = registry.build_for(study)
+        model = flat_parameters.flatten(module)
+        optimizer = OptimizerState.fresh(model.size, study.aggregation)
+        return RunState(secrets.token_hex(16), 0, model, optimizer)
+
+    def _after_crash(self, state: RunState, progress: Progress) -> tuple[RunState, int]:
+        sent = progress.round
+        if sent <= state.completed or not self._study.privacy.enabled:
+            return state, state.completed + 1
+        started = dict(state.started)
+        for name in progress.sites:
+            started[name] = started.get(name, 0) + 1
+        return replace(state, lost=(*state.lost, sent), started=started, completed=sent), sent + 1
+
+    def _collector(self, state: RunState) -> Collector:
+        members = Members(state.run, self._gathering.nodes, self._gathering.asked, state.invited)
+        if not self._study.aggregation.secure:
+            return PlainCollector(self._mailbox, self._study, members)
+        if self._roster is None:
+            raise InternalError("A run that masks its updates was started without a roster.")
+        return MaskedCollector(
+            self._mailbox,
+            self._study,
+            members,
+            self._roster,
+            answered=self._progress.answered,
+            asking=self._asking,
+        )
+
+    def _asking(self, number: int, survivors: tuple[str, ...]) -> None:
+        answered = {**self._progress.answered, number: survivors}
+        self._progress = replace(self._progress, answered=answered)
+        self._checkpoints.mark(self._progress)
+
+    def _round(self, collector: Collector, number: int, state: RunState) -> RunState:
+        study = self._study
+        began = time.monotonic()
+        names = self._gathering.sites
+        # What an interrupted attempt at this very round was answered for still binds it.
+        answered = self._progress.answered if self._progress.round == number else {}
+        self._progress = Progress(number, names, answered)
+        self._checkpoints.mark(self._progress)
+        started = {name: state.started.get(name, 0) + 1 for name in names}
+        state = replace(state, started={**state.started, **started})
+        try:
+            collected = self._collect(collector, number, state)
+        except RoundLost as lost:
+            self._gathering.refused.update(lost.refused)
+            self._note("lost", round=number)
+            self._hooks.notify(Lost(number))
+            return replace(state, completed=number, lost=(*state.lost, number))
+        self._gathering.refused.update(collected.refused)
+        for name in collected.sites:
+            self._gathering.refused.pop(name, None)
+        self._note("summed", round=number, sites=" ".join(collected.sites))
+        model, optimizer = step(state.model, collected.mean, state.optimizer, study.aggregation)
+        average = state.average
+        if study.aggregation.ema:
+            done = number - len(state.lost)
+            before = model if average is None else average
+            average = averaged(before, model, study.aggregation.ema, done)
+        state = replace(state, completed=number, model=model, optimizer=optimizer, average=average)
+        figures = Figures(
+            round=number,
+            sites=len(collected.sites),
+            seconds=time.monotonic() - began,
+            update_norm=float(np.linalg.norm(collected.mean.astype(np.float64))),
+            epsilon=study_epsilon(study, max(state.started.values())),
+        )
+        measured = self._measure(collector, state, number, figures)
+        return replace(state, figures=(*state.figures, measured))
+
+    def _collect(self, collector: Collector, number: int, state: RunState) -> Collected:
+        """A round's update; with patience, once enough sites are here.
+
+        A site keeps what it trained for another attempt at the same sum, and is not charged for
+        it. Where that does not help, the round is lost, and the next one begins.
+        """
+        patience = self._hooks.patience
+        if patience is None:
+            return collector.updates(number, state.model)
+        for _ in range(2):
+            try:
+                return collector.updates(number, state.model)
+            except (TooFewSites, TooFewSurvivors):
+                self._gathering.again(patience, state.run, state.invited)
+        raise RoundLost(dict(self._gathering.refused))
+
+    def _sent_by_site(self) -> dict[str, int]:
+        received = self._mailbox.received
+        now = {site: received.get(node, 0) for node, site in self._gathering.nodes.items()}
+        return {site: self._sent.get(site, 0) + now.get(site, 0) for site in {*self._sent, *now}}
+
+    def _measure(
+        self, collector: Collector, state: RunState, number: int, figures: Figures
+    ) -> Figures:
+        due = number % self._study.evaluation.every == 0 or number == self._study.training.rounds
+        if due and self._hooks.evaluate is not None:
+            figures = figures_of(figures, self._hooks.evaluate(state.released))
+        elif due and not self._study.privacy.enabled and self._study.evaluation.site_fraction:
+            counts = self._histogram(collector, number, state.released)
+            if counts is not None:
+                figures = figures_of(figures, measure_counts(counts, self._study))
+        self._hooks.notify(Measured(figures, self._study.training.rounds))
+        return figures
+
+    def _release(self, collector: Collector, state: RunState) -> RunState:
+        """Ask for the study's one release; what comes of it, or nothing, is the end of it."""
+        names = tuple(sorted(self._gathering.sites))
+        state = replace(state, release=Released(asked=names))
+        # Before it is asked for: the sites charge it once, so a resumed run must not ask again.
+        self._checkpoints.save(self._study, state)
+        found = None
+        # The model is there; that it was not measured is no reason to lose it.
+        with contextlib.suppress(TooFewSites, SecureAggregationError):
+            found = collector.histogram(self._study.training.rounds, state.released)
+        released = Released(asked=names) if found is None else self._measured(names, found)
+        self._hooks.notify(ReleaseMade(released))
+        return replace(state, release=released)
+
+    def _measured(self, asked: tuple[str, ...], found: Histograms) -> Released:
+        mechanism = release_mechanism(self._study)
+        assert mechanism is not None
+        cell = mechanism.noise_multiplier * sensitivity(self._study) / UNITS
+        noise = cell * math.sqrt(found.sites)
+        metrics = measure_noised(found.total / UNITS, noise)
+        return Released(asked, found.sites, noise, metrics.to_json())
+
+    def _histogram(self, collector: Collector, number: int, model: Vector) -> Counts | None:
+        try:
+            found = collector.histogram(number, model)
+            return None if found is None else found.total
+        except (TooFewSites, TooFewSurvivors):
+            if self._hooks.patience is None:
+                raise
+            # The round has its model; that it was not measured is no reason to train it again.
+            return None
+
+
+def study_epsilon(study: Study, rounds: int, *, released: bool = False) -> float | None:
+    """Epsilon at the study's delta after ``rounds`` rounds; None where privacy is off.
+
+    With ``released``, the study's release is in it.
+
+    A public function of the study's constants: it tells nothing of a site's data or ledger.
+    """
+    if not study.privacy.enabled:
+        return None
+    return charges(study).epsilon(rounds * study.training.steps_per_round, released=released)

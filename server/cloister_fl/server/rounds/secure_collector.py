@@ -1,0 +1,357 @@
+"""Rounds over ``secagg/v1``: the server adds what it cannot read, and reads the sum.
+
+Two round trips a sum once the keys are there: the keys of the next epoch ride with the masked
+vectors of this one, and its boxes with the shares. A sum that cannot be saved is tried again
+under a new attempt number in a new key epoch; once any site may have answered for a set of
+survivors, only that set is tried.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from cloister_fl import secagg
+from cloister_fl.errors import (
+    CloisterError,
+    SecureAggregationError,
+    SessionMismatch,
+    TooFewSurvivors,
+)
+from cloister_fl.membership.roster import Roster
+from cloister_fl.protocol import sessions
+from cloister_fl.protocol.round_messages import (
+    EvaluateTask,
+    Exchange,
+    Exchanged,
+    Octets,
+    Refusal,
+    Refused,
+    RoundMessage,
+    TrainTask,
+    Vector,
+    octets,
+)
+from cloister_fl.secagg.messages.codec import (
+    Abort,
+    Advertisement,
+    Bundle,
+    Consistent,
+    Masked,
+    Message,
+    Shares,
+    Unmasked,
+)
+from cloister_fl.server.rounds.collector import (
+    Collected,
+    Histograms,
+    Members,
+    RoundLost,
+    require_sites,
+)
+from cloister_fl.server.rounds.messenger import Mailbox
+from cloister_fl.study.schema import Study
+from cloister_fl.system import cpu
+
+ATTEMPTS = 3
+
+Survivors = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """One sum that is wanted: its constants, by attempt, and the message that asks for it."""
+
+    number: int
+    session: Callable[[int], secagg.Session]
+    task: Callable[[Octets], RoundMessage]
+    last: bool
+    """Whether no other sum follows, so that no keys need to be sent ahead."""
+
+
+class MaskedCollector:
+    """Collects sums under secure aggregation, see ``Collector``.
+
+    Args:
+        mailbox: the federation.
+        study: what is trained.
+        members: who takes part.
+        roster: the federation's roster.
+        answered: survivors that a round before a crash was answered for, by number of the sum.
+        asking: is told, durably, for which survivors a sum is about to be unmasked.
+
+    Raises:
+        ParameterRefused: too few sites for the study's ``colluders``.
+        RosterMismatch: an invited site is not on the roster.
+    """
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        study: Study,
+        members: Members,
+        roster: Roster,
+        *,
+        answered: Mapping[int, Survivors] | None = None,
+        asking: Callable[[int, Survivors], None] | None = None,
+    ) -> None:
+        self._mailbox = mailbox
+        self._study = study
+        self._canonical = study.canonical()
+        self._members = members
+        self._roster = roster
+        self._answered = dict(answered or {})
+        self._asking = asking
+        # A resumed run must not claim an epoch of the process before it.
+        self._run = f"{members.run}/{secrets.token_hex(8)}"
+        self._epochs = 0
+        self._ready: secagg.ServerEpoch | None = None
+        self._blamed: set[str] = set()
+        self._accusers: dict[str, set[str]] = {}
+        self._refused: dict[str, str] = {}
+        self._terms(0)
+
+    def updates(self, number: int, model: Vector) -> Collected:
+        """See ``Collector``."""
+        study, members = self._study, self._members
+
+        def session(attempt: int) -> secagg.Session:
+            return sessions.update_session(
+                study,
+                self._roster,
+                members.invited,
+                round_number=number,
+                attempt=attempt,
+                model=model,
+            )
+
+        def task(exchange: Octets) -> RoundMessage:
+            return TrainTask(self._canonical, members.run, number, members.asked, exchange, model)
+
+        private, releases = study.privacy.enabled, study.releases
+        last = number == study.training.rounds and private and not releases
+        aggregate = self._sum(_Sum(number, session, task, last))
+        return Collected(aggregate.mean(), aggregate.survivors, dict(self._refused))
+
+    def histogram(self, number: int, model: Vector) -> Histograms | None:
+        """See ``Collector``."""
+        study, members = self._study, self._members
+
+        def session(attempt: int) -> secagg.Session:
+            return sessions.histogram_session(
+                study, members.invited, round_number=number, attempt=attempt, model=model
+            )
+
+        def task(exchange: Octets) -> RoundMessage:
+            return EvaluateTask(
+                self._canonical, members.run, number, members.asked, exchange, model
+            )
+
+        last = number == study.training.rounds
+        try:
+            aggregate = self._sum(_Sum(number, session, task, last))
+        except RoundLost:
+            return None
+        counts = np.rint(aggregate.sum()).astype(np.int64)
+        total = counts.reshape(sessions.curves(study), 2, -1)
+        return Histograms(total, len(aggregate.survivors))
+
+    def _sum(self, wanted: _Sum) -> secagg.Aggregate:
+        self._refused = {}
+        last: SecureAggregationError | None = None
+        for attempt in range(ATTEMPTS):
+            session = wanted.session(attempt)
+            if self._blamed & set(self._answered.get(session.round, ())):
+                break
+            try:
+                return self._attempt(wanted, session)
+            except SecureAggregationError as error:
+                last = error
+                self._blame(error)
+        raise self._given_up(last)
+
+    def _given_up(self, last: SecureAggregationError | None) -> Exception:
+        """What to raise once a sum cannot be had: the run may go on where enough sites are left."""
+        needed = self._terms(0).parameters.m
+        gone = self._refused.keys() | self._blamed
+        present = len(set(self._members.nodes.values()) - gone)
+        require_sites(needed, present, self._members.asked, self._refused)
+        if self._blamed:
+            return RoundLost(dict(self._refused))
+        return last or RoundLost(dict(self._refused))
+
+    def _attempt(self, wanted: _Sum, session: secagg.Session) -> secagg.Aggregate:
+        epoch, self._ready = self._ready or self._keyed(wanted), None
+        only = self._answered.get(session.round)
+        masking = epoch.start(session, only=only)
+        following = None if wanted.last else self._new_epoch()
+        self._ask_for_vectors(wanted, epoch, masking, following)
+        consistency = epoch.close_vectors()
+        if consistency is not None:
+            self._exchange(wanted, dict.fromkeys(epoch.survivors, (consistency,)), epoch)
+        unmask = epoch.unmask_request()
+        self._answered[session.round] = epoch.survivors
+        if self._asking is not None:
+            self._asking(session.round, epoch.survivors)
+        requests: dict[str, tuple[Message, ...]] = dict.fromkeys(epoch.survivors, (unmask,))
+        share, holders = _share_request(following)
+        for name in holders:
+            requests[name] = (*requests.get(name, ()), share) if share else requests[name]
+        self._exchange(wanted, requests, epoch, following if share else None)
+        self._ready = following if share else None
+        return epoch.finish()
+
+    def _ask_for_vectors(
+        self,
+        wanted: _Sum,
+        epoch: secagg.ServerEpoch,
+        masking: Collection[str],
+        following: secagg.ServerEpoch | None,
+    ) -> None:
+        advertise = (following.advertise_request(),) if following is not None else ()
+        tasks: dict[str, RoundMessage] = {}
+        for name in self._present():
+            if name in masking:
+                bundle = Bundle((epoch.mask_request(name), *advertise))
+                tasks[name] = wanted.task(octets(bundle.encode()))
+            elif advertise:
+                tasks[name] = self._exchange_task(wanted, advertise)
+        self._send(tasks, epoch, following)
+
+    def _keyed(self, wanted: _Sum) -> secagg.ServerEpoch:
+        """A key epoch from nothing, in two round trips: at the start, and after a failure."""
+        epoch = self._new_epoch()
+        advertise = epoch.advertise_request()
+        self._exchange(wanted, dict.fromkeys(self._present(), (advertise,)), epoch)
+        share = epoch.share_request()
+        self._exchange(wanted, dict.fromkeys((r.site for r in share.records), (share,)), epoch)
+        return epoch
+
+    def _new_epoch(self) -> secagg.ServerEpoch:
+        self._epochs += 1
+        return secagg.ServerEpoch(self._terms(self._epochs), self._roster, threads=cpu.available())
+
+    def _terms(self, epoch: int) -> secagg.EpochTerms:
+        return secagg.EpochTerms(
+            federation=self._roster.federation,
+            study=bytes.fromhex(self._study.digest),
+            roster=self._roster.digest,
+            run=self._run,
+            epoch=epoch,
+            invited=self._members.invited,
+            colluders=self._study.aggregation.colluders,
+        )
+
+    def _present(self) -> tuple[str, ...]:
+        return tuple(sorted(set(self._members.nodes.values()) - self._blamed))
+
+    def _exchange(
+        self,
+        wanted: _Sum,
+        requests: Mapping[str, tuple[Message, ...]],
+        *epochs: secagg.ServerEpoch | None,
+    ) -> None:
+        tasks = {name: self._exchange_task(wanted, parts) for name, parts in requests.items()}
+        self._send(tasks, *epochs)
+
+    def _exchange_task(self, wanted: _Sum, parts: tuple[Message, ...]) -> Exchange:
+        members = self._members
+        data = octets(Bundle(parts).encode())
+        return Exchange(self._canonical, members.run, wanted.number, members.asked, data)
+
+    def _send(self, tasks: Mapping[str, RoundMessage], *epochs: secagg.ServerEpoch | None) -> None:
+        nodes = {site: node for node, site in self._members.nodes.items()}
+        present = {nodes[name]: task for name, task in tasks.items() if name in nodes}
+        for reply in self._mailbox.stream(present, Exchanged):
+            name = self._members.nodes[reply.node]
+            if isinstance(reply.message, Refusal):
+                self._refused[name] = reply.message.reason
+                continue
+            try:
+                self._take(name, reply.message, [epoch for epoch in epochs if epoch is not None])
+            except CloisterError as error:
+                self._refused[name] = Refused.PROTOCOL.value
+                self._blame(error)
+
+    def _take(self, name: str, message: Exchanged, epochs: Collection[secagg.ServerEpoch]) -> None:
+        bundle = secagg.decode(message.exchange.data)
+        if message.site != name or not isinstance(bundle, Bundle):
+            raise SessionMismatch(f"{name} answered with something else than was asked for.")
+        given_up = False
+        for part in bundle.parts:
+            epoch = next((epoch for epoch in epochs if _belongs(part, epoch)), None)
+            if epoch is None or _author(part) != name:
+                raise SessionMismatch(f"{name} answered for another epoch, or for another site.")
+            _receive(part, epoch)
+            if isinstance(part, Abort):
+                given_up = True
+                self._accuse(part)
+        if given_up:
+            self._refused[name] = Refused.PROTOCOL.value
+        else:
+            self._refused.pop(name, None)
+
+    def _accuse(self, abort: Abort) -> None:
+        """Hold a site to be at fault once more sites sign so than may lie."""
+        if abort.blamed and abort.blamed != abort.site:
+            accusers = self._accusers.setdefault(abort.blamed, set())
+            accusers.add(abort.site)
+            if len(accusers) > self._study.aggregation.colluders:
+                self._blamed.add(abort.blamed)
+                self._refused[abort.blamed] = Refused.PROTOCOL.value
+
+    def _blame(self, error: CloisterError) -> None:
+        """Ask a site no more once it was caught sending what it should not."""
+        blamed = getattr(error, "blamed", "")
+        if blamed:
+            self._blamed.add(blamed)
+            self._refused[blamed] = Refused.PROTOCOL.value
+
+
+def _share_request(
+    following: secagg.ServerEpoch | None,
+) -> tuple[Message | None, tuple[str, ...]]:
+    if following is None:
+        return None, ()
+    try:
+        request = following.share_request()
+    except TooFewSurvivors:
+        return None, ()
+    return request, tuple(record.site for record in request.records)
+
+
+def _belongs(part: Message, epoch: secagg.ServerEpoch) -> bool:
+    match part:
+        case Advertisement() | Shares() | Abort():
+            return part.kid == epoch.terms.kid
+        case Masked() | Consistent() | Unmasked():
+            return bool(epoch.sid) and part.sid == epoch.sid
+    return False
+
+
+def _author(part: Message) -> str:
+    match part:
+        case Shares():
+            return part.dealing.dealer
+        case Advertisement() | Abort() | Masked() | Consistent() | Unmasked():
+            return part.site
+    return ""
+
+
+def _receive(part: Message, epoch: secagg.ServerEpoch) -> None:
+    match part:
+        case Advertisement():
+            epoch.receive_advertisement(part)
+        case Shares():
+            epoch.receive_shares(part)
+        case Masked():
+            epoch.receive_masked(part)
+        case Consistent():
+            epoch.receive_consistent(part)
+        case Unmasked():
+            epoch.receive_unmasked(part)
+        case Abort():
+            epoch.receive_abort(part)

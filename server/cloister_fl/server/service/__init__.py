@@ -1,0 +1,1 @@
+"""The coordinator's service, and the process that executes runs."""

@@ -1,0 +1,167 @@
+"""The process that executes runs, one at a time, of the coordinator's folder DIR.
+
+Started as ``python -P -m cloister_fl.server.service.run_executor DIR``.
+
+It runs the ServerApp of the installed wheel, and no bundle's code. It ends after each run, so the
+next one starts from a fresh process; the server starts it again. What interrupts it, a crash
+included, leaves the run wanted, and the next process goes on from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cloister_fl.errors import CloisterError, InternalError, RunStopped
+from cloister_fl.server.coordinator.folder import Coordinator, open_coordinator
+from cloister_fl.server.coordinator.run_queue import (
+    DONE,
+    STOPPED,
+    RunFolder,
+    Status,
+    close_finished,
+    failure,
+    next_run,
+)
+from cloister_fl.system.child_process import child, tell
+
+IDLE_S = 1.0
+_CHECK_S = 1.0
+
+
+@dataclass
+class _Teller:
+    """Writes how the run stands, and ends it where a person stopped it."""
+
+    run: RunFolder
+    status: Status
+    _looked: float = 0.0
+
+    def say(self, **changes: Any) -> None:
+        self.status = replace(self.status, **changes)
+        self.run.tell(self.status)
+
+    def check(self) -> None:
+        now = time.monotonic()
+        if now - self._looked < _CHECK_S:
+            return
+        self._looked = now
+        if not self.run.asked().wanted:
+            raise RunStopped(
+                "The run was stopped.", remedy=f"To go on: cloister server resume {self.run.name}"
+            )
+
+    def __call__(self, event: object) -> None:
+        from cloister_fl.server.results.progress import in_words
+        from cloister_fl.server.rounds.events import Began, Lost, Measured, Waiting
+
+        match event:
+            case Waiting():
+                self.say(state="waiting", told=in_words(event), refused=dict(event.refused))
+            case Began():
+                self.say(
+                    state="training",
+                    told="training",
+                    rounds=event.rounds,
+                    sites=event.sites,
+                    refused=dict(event.refused),
+                )
+            case Lost():
+                self.say(state="training", round=event.round, told=f"round {event.round} is lost")
+            case Measured():
+                number = event.figures.round
+                self.say(state="training", round=number, told=f"round {number} is done")
+
+
+def execute(place: Coordinator, run: RunFolder) -> None:
+    """Execute a run to its end, or to the next interruption."""
+    study = run.study()
+    teller = _Teller(run, replace(run.status(), rounds=study.training.rounds))
+    teller.say(state="waiting", told="the run starts", code="")
+    try:
+        _run(place, run, teller)
+    except RunStopped as error:
+        teller.say(state=STOPPED, told=error.what, code=error.code)
+    except CloisterError as error:
+        run.tell(failure(error, teller.status))
+    except Exception as error:
+        if _is_connection(error):
+            # The server ends, or began anew without us: the run stays wanted.
+            raise
+        fault = InternalError(
+            f"Cloister met a fault of its own ({type(error).__name__}).",
+            remedy="Report it, with the version of Cloister and the study file.",
+        )
+        run.tell(failure(fault, teller.status))
+    else:
+        teller.say(state=DONE, told="finished")
+
+
+def _run(place: Coordinator, run: RunFolder, teller: _Teller) -> None:
+    from cloister_fl.server.app import build
+    from cloister_fl.server.flower import runtime
+    from cloister_fl.server.rounds.checkpoint import CHECKPOINT_FOLDER, Checkpoints
+    from cloister_fl.server.rounds.events import Hooks, Patience
+
+    asked, study = run.asked(), run.study()
+    sites = len(place.federation().roster().entries)
+    hooks = Hooks(
+        evaluate=_holdout(run, asked.holdout),
+        notify=teller,
+        check=teller.check,
+        patience=Patience(begin=asked.wait),
+        timeout=asked.timeout,
+    )
+    server_app = build(hooks)
+    with runtime.running(place.file.private.control, place.token(), place.superexec_secret()) as (
+        grid,
+        context,
+    ):
+        context.run_config = {
+            "study": study.canonical(),
+            "out": str(run.path),
+            "federation": str(place.keys),
+            "expected": sites,
+            "resume": Checkpoints(run.path / CHECKPOINT_FOLDER).exists(),
+            "signatures": asked.signatures,
+        }
+        server_app(grid, context)
+
+
+def _holdout(run: RunFolder, folder: str) -> Callable[[Any], Any] | None:
+    if not folder:
+        return None
+    from cloister_fl.server.rounds.holdout import measure_on
+
+    return measure_on(run.study(), Path(folder), run.path)
+
+
+def _is_connection(error: Exception) -> bool:
+    import httpx
+
+    return isinstance(error, httpx.TransportError | httpx.HTTPStatusError)
+
+
+def main(folder: Path) -> None:
+    """Wait for a run that is wanted, and execute it."""
+    place = open_coordinator(folder)
+    close_finished(place.root)
+    tell("ready")
+    while (run := next_run(place.root)) is None:
+        time.sleep(IDLE_S)
+    tell("run", name=run.name)
+    execute(place, run)
+    tell("run-ended", name=run.name, state=run.status().state)
+
+
+if __name__ == "__main__":
+    with child():
+        try:
+            main(Path(sys.argv[1]))
+        except CloisterError as error:
+            tell("failed", code=error.code, what=error.what, remedy=error.remedy)
+            sys.exit(error.exit_status)

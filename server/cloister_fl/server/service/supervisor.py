@@ -1,0 +1,252 @@
+"""The coordinator's server: three ports and a health service, in one process and one loop.
+
+::
+
+    fleet       public    TLS 1.3, client certificates, ``gate.FleetGate`` before Flower
+    enrolment   public    TLS 1.3, open only while an invite is
+    control     loopback  Flower's Control and Runtime, behind a token and a secret
+    health      loopback  grpc.health.v1
+
+It holds neither the authority's nor the root's private key: approving is a command's work. What
+the commands change in the database takes effect here at the next request, and within a second on
+connections that are open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import queue
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
+from cloister_fl.errors import ListenRefused, ServerFolderInvalid, ServerState
+from cloister_fl.server.coordinator.certificate_authority import CA_CERTIFICATE, pem
+from cloister_fl.server.coordinator.folder import SERVER_CERTIFICATE, SERVER_KEY, Coordinator
+from cloister_fl.server.coordinator.rejection_log import Refusals
+from cloister_fl.server.coordinator.site_database import Registry
+from cloister_fl.server.network.enrolment_app import EnrolmentApp
+from cloister_fl.server.network.fleet_gate import Engine, FleetGate, PrivateGate
+from cloister_fl.server.network.tls_listener import Door, Listener, bind, server_context
+from cloister_fl.system.child_process import Child, environment
+from cloister_fl.system.files import keep_out_of_git, read_secret
+from cloister_fl.system.health import Health, healthy
+from cloister_fl.system.pid_lock import holder, only_one
+
+TICK_S = 0.5
+"""How often the database is looked at for what was approved, revoked or invited."""
+
+
+def running(coordinator: Coordinator) -> int | None:
+    """The process id of the server of this folder, or ``None`` where none runs."""
+    return holder(coordinator.lock)
+
+
+def serve(coordinator: Coordinator, ready: Callable[[], None]) -> None:
+    """Run until SIGTERM or SIGINT.
+
+    Args:
+        coordinator: the opened folder.
+        ready: called once when all ports are open.
+
+    Raises:
+        ServerState: the folder's server runs already.
+        ListenRefused: a port cannot be had.
+        FileUnreadable: a key cannot be read, or others can read it.
+    """
+    os.umask(0o077)
+    # Before flwr is imported: no telemetry, no update server, no home of the user's, no install.
+    os.environ.update(
+        FLWR_TELEMETRY_ENABLED="0",
+        FLWR_DISABLE_UPDATE_CHECK="1",
+        FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
+        FLWR_HOME=str(coordinator.root / "flower"),
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+
+    def taken() -> Exception:
+        return ServerState("The server of this folder runs already.")
+
+    with only_one(coordinator.lock, taken), coordinator.registry() as registry:
+        # A folder of an earlier version has none.
+        keep_out_of_git(coordinator.root)
+        asyncio.run(_Service(coordinator, registry).run(ready))
+
+
+@dataclass
+class _Service:
+    coordinator: Coordinator
+    registry: Registry
+    _listeners: dict[str, tuple[Listener, asyncio.Task[None]]] = field(default_factory=dict)
+    _doors: list[Door] = field(default_factory=list)
+    _stop: asyncio.Event = field(default_factory=asyncio.Event)
+    _events: queue.Queue[tuple[str, dict[str, Any]]] = field(default_factory=queue.Queue)
+    _executing: bool = False
+
+    def __post_init__(self) -> None:
+        arguments = ("-m", "cloister_fl.server.service.run_executor", str(self.coordinator.root))
+        self._superexec = Child("superexec", arguments, environment(), self._events)
+
+    def _tend(self) -> bool:
+        """Keep the process running that executes runs; whether it does."""
+        self._superexec.tend()
+        while not self._events.empty():
+            _, told = self._events.get_nowait()
+            event = told.get("event")
+            if event == "ready":
+                self._executing = True
+            elif event == "ended" and told.get("status") != 0:
+                # It ends by itself after each run, and is back in a moment.
+                self._executing = False
+            elif event in {"crashed", "failed"}:
+                what = told.get("type") or f"{told.get('code')} {told.get('what')}"
+                logging.getLogger("cloister").warning("the superexec met a fault: %s", what)
+        return self._executing
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        from cloister_fl.server.flower import superlink
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        place, file = self.coordinator, self.coordinator.file
+        self._require_roster()
+        authority = x509.load_pem_x509_certificate(read_secret(place.keys / CA_CERTIFICATE))
+        chain, key = place.keys / SERVER_CERTIFICATE, place.keys / SERVER_KEY
+        for secret in (chain, key):
+            read_secret(secret)
+        refusals = Refusals(place.refusals)
+        app, nodes = superlink.build(
+            place.state / "flower.sqlite", place.token(), place.superexec_secret()
+        )
+        nodes_now = self._approved()
+        nodes.reconcile(*nodes_now)
+        engine = Engine(
+            app=app,
+            node_key_header=superlink.NODE_KEY_HEADER,
+            node_paths=frozenset(superlink.NODE_PATHS),
+            large_paths=frozenset(superlink.LARGE_PATHS),
+            push_messages=superlink.PUSH_MESSAGES,
+            speaks_for_itself=superlink.speaks_for_itself,
+            activate=superlink.ACTIVATE,
+            begins=nodes.begins,
+        )
+        roster = place.keys / "roster"
+        fleet = Door("fleet", server_context(chain, key, place.keys / CA_CERTIFICATE), refusals)
+        enrolment = Door("enrolment", server_context(chain, key, None), refusals)
+        self._doors = [fleet, enrolment]
+        joining = EnrolmentApp(
+            self.registry,
+            refusals,
+            authority=authority.fingerprint(hashes.SHA256()),
+            authority_pem=pem(authority),
+            root=place.federation_root(),
+            roster=roster,
+        )
+        bind(file.private.health, None).close()  # not loopback, or taken: refused in words
+        health = Health(file.private.health)
+        watches = [loop.create_task(door.watch()) for door in self._doors]
+        try:
+            await self._open("control", PrivateGate(app), None, file.private.control, "on")
+            gate = FleetGate(engine, self.registry, refusals, roster)
+            await self._open("fleet", gate, fleet, file.fleet.listen)
+            await self._follow(nodes, nodes_now, joining, enrolment)
+            said = False
+            while not self._stop.is_set():
+                executing = self._tend()
+                health.serving(executing)
+                if executing and not said:
+                    said = True
+                    ready()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stop.wait(), TICK_S)
+                nodes_now = await self._follow(nodes, nodes_now, joining, enrolment)
+        finally:
+            health.serving(False)
+            # First, while the engine it speaks with still answers.
+            await asyncio.to_thread(self._superexec.stop)
+            health.close()
+            for name in ("enrolment", "fleet", "control"):
+                await self._close(name)
+            for watch in watches:
+                watch.cancel()
+            refusals.close()
+
+    async def _follow(
+        self,
+        nodes: Any,
+        before: tuple[dict[str, bytes], set[bytes]],
+        joining: EnrolmentApp,
+        door: Door,
+    ) -> tuple[dict[str, bytes], set[bytes]]:
+        """Do what the database asks for: nodes, connections, the enrolment port."""
+        now = self._approved()
+        if now != before:
+            await asyncio.to_thread(nodes.reconcile, now[0], now[1])
+        for each in self._doors:
+            each.throw_out(self._revoked())
+        wanted = self.registry.open_invites() > 0
+        if wanted and "enrolment" not in self._listeners:
+            address = self.coordinator.file.enrolment.listen
+            try:
+                await self._open("enrolment", joining, door, address)
+            except ListenRefused as error:
+                # Those who are in go on; it is tried again at the next look.
+                logging.getLogger("cloister").warning("%s", error)
+        elif not wanted and "enrolment" in self._listeners:
+            door.throw_out()
+            await self._close("enrolment")
+        return now
+
+    def _approved(self) -> tuple[dict[str, bytes], set[bytes]]:
+        sites = self.registry.sites()
+        approved = {site.name: site.node_key for site in sites if site.state == "approved"}
+        return approved, {site.node_key for site in sites}
+
+    def _revoked(self) -> frozenset[bytes]:
+        return frozenset(
+            site.fingerprint
+            for site in self.registry.sites()
+            if site.state == "revoked" and site.fingerprint is not None
+        )
+
+    async def _open(
+        self, name: str, app: Any, door: Door | None, address: str, lifespan: str = "off"
+    ) -> None:
+        bound = bind(address, door.context if door else None)
+        listener = Listener(app, door, lifespan=lifespan)
+        task = asyncio.get_running_loop().create_task(listener.serve(sockets=[bound]))
+        while not listener.started and not task.done():
+            await asyncio.sleep(0.02)
+        if task.done():
+            bound.close()
+            await task
+            raise ServerState("The server could not start.")
+        self._listeners[name] = (listener, task)
+
+    async def _close(self, name: str) -> None:
+        if name in self._listeners:
+            listener, task = self._listeners.pop(name)
+            listener.should_exit = True
+            await task
+
+    def _require_roster(self) -> None:
+        try:
+            (self.coordinator.keys / "roster").read_bytes()
+        except OSError:
+            raise ServerFolderInvalid(
+                "The folder has no signed roster.",
+                remedy="Run 'cloister server init' again; it replaces nothing.",
+            ) from None
+
+
+def is_serving(coordinator: Coordinator) -> bool:
+    """Ask the health service whether all ports are open, and runs can be executed."""
+    return healthy(coordinator.file.private.health)

@@ -1,0 +1,88 @@
+"""`cloister simulate` and `cloister demo`."""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cloister_fl.system.optional import require
+
+
+class Engine(enum.StrEnum):
+    """Where a simulation runs."""
+
+    IN_PROCESS = "in-process"
+    RAY = "ray"
+
+
+EngineOption = Annotated[
+    Engine, typer.Option(help="in-process: no daemon; ray: Flower's simulation engine.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
+
+
+def simulate(
+    study: Annotated[Path, typer.Argument(help="The study file.")],
+    sites: Annotated[
+        Path, typer.Option(help="Folder with a directory a site: dicom/, labels.csv.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the run; new or empty.")],
+    engine: EngineOption = Engine.IN_PROCESS,
+    holdout: Annotated[
+        Path | None, typer.Option(help="dicom/ and labels.csv of patients of no site.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a whole federation on this machine, on DICOM folders."""
+    from cloister_fl.study import signatures
+    from cloister_fl.study.schema import load_study
+
+    checked = load_study(study)
+    vouched = signatures.load(study, checked)
+    require("simulation", "flwr", "torch", "opacus", "pydicom", "jinja2")
+    from cloister_fl.server.results.progress import Display
+    from cloister_fl.simulation.simulate import Simulation
+    from cloister_fl.simulation.simulate import simulate as run
+
+    plan = Simulation(checked, sites, out, engine.value, resume, holdout, vouched)
+    with Display(quiet=as_json) as display:
+        summary = run(plan, notify=display)
+    _show(summary, out, as_json=as_json)
+
+
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to work in; else cloister-demo, here.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws other patients.")] = 0,
+    engine: EngineOption = Engine.IN_PROCESS,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw five hospitals' radiographs and train on them: a whole federation, in a minute."""
+    require("simulation", "flwr", "torch", "opacus", "pydicom", "jinja2")
+    # Before torch is imported: on a network this small a second thread only waits for the first,
+    # for minutes where other work shares the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from cloister_fl.server.results.progress import Display
+    from cloister_fl.simulation.demo import free_folder, run_demo
+
+    folder = out if out is not None else free_folder(Path("cloister-demo"))
+    with Display(quiet=as_json) as display:
+        summary = run_demo(folder, seed=seed, engine=engine.value, display=display)
+    _show(summary, folder / "run", as_json=as_json)
+
+
+def _show(summary: Mapping[str, object], out: Path, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(summary))
+        return
+    from cloister_fl.server.results.summary_table import show
+
+    show(summary, out)

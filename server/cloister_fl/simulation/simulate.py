@@ -1,0 +1,305 @@
+"""A whole federation on one machine; the one module that starts both sides.
+
+It runs the ServerApp and the ClientApp of a deployment on an engine of ``superlink``. What it
+adds stands outside both: it finds the sites' folders, evaluates on a hold-out that belongs to
+no site, and shows the operator of the simulation, who is every site's operator too, why a site
+said no.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from cloister_fl.errors import (
+    CloisterError,
+    FileUnreadable,
+    OptionInvalid,
+    OutputInTheWay,
+    RunError,
+    SecureAggregationError,
+    TooFewSitesGiven,
+)
+from cloister_fl.protocol.round_messages import ROSTER_KEY, SITE_KEY
+from cloister_fl.secagg.parameters import Parameters
+from cloister_fl.server.rounds.events import Event, Hooks
+from cloister_fl.server.rounds.holdout import measure_on, refuse_overlap
+from cloister_fl.study.engines import require_sound_engine
+from cloister_fl.study.schema import Study
+from cloister_fl.system.files import is_unused, keep_out_of_git, make_private_dir, sweep
+
+if TYPE_CHECKING:
+    from cloister_fl.client.site.folder import Site
+    from cloister_fl.server.flower.engines import ClientCallable
+
+Engine = Literal["in-process", "ray"]
+
+FEDERATION = "federation"
+"""Folder of a run's root key, roster and pins."""
+
+_MARKER = ".cloister-run"
+"""File that says that Cloister made the folder, so that a start that failed can be repeated."""
+
+_OURS = ("sites", "holdout", FEDERATION)
+
+_LIFETIME = 1000.0
+"""Lifetime budget of a site that a simulation makes: its ledger lives as long as the run."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What is simulated.
+
+    Attributes:
+        study: the study.
+        sites: folder with a directory a site: ``dicom/`` and ``labels.csv``, or a site folder.
+        out: folder of the run; new or empty, unless it is resumed.
+        engine: ``in-process`` or ``ray``.
+        resume: go on with the run in ``out``.
+        holdout: folder with ``dicom/`` and ``labels.csv`` of patients of no site.
+        signatures: who vouches for the study, see ``signing``.
+    """
+
+    study: Study
+    sites: Path
+    out: Path
+    engine: Engine = "in-process"
+    resume: bool = False
+    holdout: Path | None = None
+    signatures: bytes = b""
+
+
+def simulate(
+    simulation: Simulation,
+    *,
+    notify: Callable[[Event], None] | None = None,
+    client_app: ClientCallable | None = None,
+) -> dict[str, object]:
+    """Run a simulation to its end and return the summary, as in ``summary.json``.
+
+    Args:
+        simulation: what to run.
+        notify: is told of progress.
+        client_app: in place of the product's ClientApp, for tests.
+
+    Raises:
+        StudyInvalid: the study's engine does not support its privacy claim.
+        OutputInTheWay: ``out`` holds something and ``resume`` is off.
+        NothingToResume, ResumeMismatch: ``resume`` is on, and ``out`` holds no run of the study.
+        TooFewSitesGiven: there are fewer site folders than the study asks for.
+        ParameterRefused: there are too few to sum in secret.
+        TooFewSites: too few sites take part; each site's own reason is told.
+        DataError: the hold-out cannot be used.
+    """
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    from cloister_fl.client.app import app as product_client_app
+    from cloister_fl.server.app import build
+    from cloister_fl.server.flower.engines import run_in_process, run_on_ray
+    from cloister_fl.server.results.artifacts import SUMMARY
+    from cloister_fl.server.rounds.checkpoint import CHECKPOINT_FOLDER, Checkpoints
+
+    study = simulation.study
+    require_sound_engine(study)
+    folders = find_sites(simulation.sites, study)
+    if simulation.holdout is not None and not (simulation.holdout / "dicom").is_dir():
+        raise OptionInvalid(
+            f"The hold-out {simulation.holdout} has no folder dicom/.",
+            remedy="Name a folder with dicom/ and labels.csv of patients of no site.",
+        )
+    if simulation.resume:
+        # Looked at first: a folder without this study's run is left as it is.
+        Checkpoints(simulation.out / CHECKPOINT_FOLDER).load(study)
+        sweep(simulation.out)
+    _claim(simulation)
+    _distinct([site_name(folder) for folder in folders])
+    sites = [_open(folder, simulation) for folder in folders]
+    if simulation.holdout is not None:
+        refuse_overlap(simulation.holdout / "dicom", {s.name: s.dicom for s in sites})
+    evaluate = measure_on(study, simulation.holdout, simulation.out) if simulation.holdout else None
+    hooks = Hooks(evaluate=evaluate, notify=notify) if notify else Hooks(evaluate=evaluate)
+    server_app = build(hooks)
+    config: dict[str, bool | float | int | str] = {
+        "study": study.canonical(),
+        "out": str(simulation.out),
+        "federation": str(simulation.out / FEDERATION),
+        "expected": len(sites),
+        "resume": simulation.resume,
+        "signatures": simulation.signatures.hex(),
+    }
+    nodes = _enrol(simulation, sites)
+    run = run_on_ray if simulation.engine == "ray" else run_in_process
+    try:
+        run(server_app, client_app or product_client_app, nodes, config)
+    except (RunError, SecureAggregationError) as error:
+        raise _with_notices(error, sites) from None
+    finally:
+        for site in sites:
+            product_client_app.kept.members.forget(site)
+    summary: dict[str, object] = json.loads((simulation.out / SUMMARY).read_text("utf-8"))
+    return summary
+
+
+def find_sites(folder: Path, study: Study) -> list[Path]:
+    """Return the site folders below ``folder``, sorted by name.
+
+    Raises:
+        FileUnreadable: the folder cannot be read.
+        OptionInvalid: a directory beside the sites is none.
+        TooFewSitesGiven: there are fewer than the study's minimum.
+        ParameterRefused: there are too few to sum in secret.
+    """
+    try:
+        children = sorted(
+            child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")
+        )
+        found = [c for c in children if (c / "dicom").is_dir() or (c / "site.toml").is_file()]
+    except OSError as error:
+        raise FileUnreadable(
+            f"The folder of sites, {folder}, cannot be read.",
+            why=(error.strerror or "The system gave no reason") + ".",
+            remedy="Name a folder with one directory a site, each with dicom/ and labels.csv.",
+        ) from None
+    left_out = [child.name for child in children if child not in found]
+    if found and left_out:
+        # Dropping a hospital in silence would be worse than stopping.
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        raise OptionInvalid(
+            f"{', '.join(left_out[:5])}{more} in {folder} is no site.",
+            why="A site is a directory with dicom/ and labels.csv, or with a site.toml.",
+            remedy="Complete it, or move it away.",
+        )
+    needed = study.aggregation.min_sites
+    if len(found) < needed:
+        raise TooFewSitesGiven(
+            f"The study asks for at least {needed} sites, and {folder} holds {len(found)}.",
+            why="A site is a directory with dicom/ and labels.csv, or with a site.toml.",
+            remedy="Add sites, or lower aggregation.min_sites in the study.",
+        )
+    if study.aggregation.secure:
+        Parameters.derive(len(found), study.aggregation.colluders)
+    return found
+
+
+def _claim(simulation: Simulation) -> None:
+    from cloister_fl.server.rounds.checkpoint import CHECKPOINT_FOLDER, Checkpoints
+
+    out = simulation.out
+    try:
+        if out.exists() and not out.is_dir():
+            raise OutputInTheWay(f"{out} is a file.", remedy="Name a folder with --out.")
+        taken = out.exists() and not is_unused(out)
+        if taken and not simulation.resume:
+            begun = Checkpoints(out / CHECKPOINT_FOLDER).exists()
+            if begun or not (out / _MARKER).is_file():
+                raise OutputInTheWay(
+                    f"{out} already holds something.",
+                    remedy="Name another folder with --out, or go on with the run in it: --resume."
+                    if begun
+                    else "No run was begun in it. Name another folder with --out.",
+                )
+            # A start that failed left it: keys and caches of sites that trained nothing.
+            for name in _OURS:
+                shutil.rmtree(out / name, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        keep_out_of_git(out)
+        (out / _MARKER).touch()
+    except OSError as error:
+        raise OutputInTheWay(
+            f"{out} cannot be used.",
+            why=(error.strerror or "The system gave no reason") + ".",
+            remedy="Name a folder that you may write to.",
+        ) from None
+
+
+def _open(folder: Path, simulation: Simulation) -> Site:
+    """Open a site: in place where a person wrote a ``site.toml``, else below ``out``."""
+    from cloister_fl.client.admission.approvals import Decision, judge
+    from cloister_fl.client.site.folder import init_site
+    from cloister_fl.client.site.policy import Policy
+
+    if (folder / "site.toml").is_file():
+        return init_site(folder)
+    study = simulation.study
+    policy = Policy(
+        max_epsilon_study=max(study.privacy.epsilon, Policy().max_epsilon_study),
+        max_epsilon_lifetime=_LIFETIME,
+        ledger_delta=max(study.privacy.delta, Policy().ledger_delta),
+        max_rounds=10_000,
+        allow_without_privacy=True,
+        metrics=("score-histograms",),
+        require_secure_aggregation=False,
+        colluders=min(study.aggregation.colluders, Policy().colluders),
+        min_sites=min(study.aggregation.min_sites, Policy().min_sites),
+    )
+    name = site_name(folder)
+    make_private_dir(simulation.out / "sites")
+    site = init_site(
+        simulation.out / "sites" / name,
+        name=name,
+        dicom=(folder / "dicom").absolute(),
+        labels=(folder / "labels.csv").absolute(),
+        policy=policy,
+    )
+    # The researcher is the steward of a site that exists for this run alone.
+    judge(site, study, Decision.APPROVED, why="made for a simulation of it")
+    return site
+
+
+def _enrol(simulation: Simulation, sites: list[Site]) -> list[dict[str, str]]:
+    """Enrol the sites in a federation of this run, and accept its roster at each.
+
+    The coordinator and every steward are one person here. The pins stand below ``out``, so that
+    a hospital's own folder, where one is used, trusts no roster of a simulation.
+    """
+    from cloister_fl.client.site.trusted_roster import accept
+    from cloister_fl.server.coordinator.federation import Federation
+
+    if not simulation.study.aggregation.secure:
+        return [{SITE_KEY: str(site.root)} for site in sites]
+    federation = Federation(simulation.out / FEDERATION)
+    roster = federation.enrol("simulation", {s.name: s.identity().public for s in sites})
+    pins = simulation.out / FEDERATION / "pins"
+    make_private_dir(pins)
+    nodes = []
+    for site in sites:
+        pin = pins / f"{site.name}.pin"
+        accept(pin, federation.signed(), federation.root, confirmed=roster.digest)
+        nodes.append({SITE_KEY: str(site.root), ROSTER_KEY: str(pin)})
+    return nodes
+
+
+def site_name(folder: Path) -> str:
+    """Make a site's name from its folder's: lower case, digits and hyphens."""
+    name = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-")[:63]
+    if not name:
+        raise OptionInvalid(
+            f"The site folder {folder.name!r} gives no usable name.",
+            remedy="Rename it with letters and digits.",
+        )
+    return name
+
+
+def _distinct(names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise OptionInvalid(
+                f"Two site folders give the same site name, {name!r}.", remedy="Rename one."
+            )
+
+
+def _with_notices(error: CloisterError, sites: list[Site]) -> CloisterError:
+    """Add what each site's operator would read; in a simulation that is the same person."""
+    from cloister_fl.client.site.last_refusal import read_notice
+
+    notices = [(site.name, read_notice(site.root)) for site in sites]
+    told = "\n".join(f"  {name}: {notice.message}" for name, notice in notices if notice)
+    if not told:
+        return error
+    return type(error)(error.what, why=error.why, remedy=f"{error.remedy}\n{told}")

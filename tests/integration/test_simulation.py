@@ -1,0 +1,299 @@
+"""A whole federation in this process: the product's ServerApp and ClientApp on real DICOM."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Context, RecordDict
+from safetensors import safe_open
+
+from cloister_fl.client.ledger.ledger import Ledger
+from cloister_fl.client.site.folder import open_site
+from cloister_fl.errors import OptionInvalid, OutputInTheWay, StudyInvalid, TooFewSites
+from cloister_fl.model_file import load_model
+from cloister_fl.networks.flat_parameters import flatten
+from cloister_fl.server.app import build
+from cloister_fl.server.flower.engines import InProcessGrid
+from cloister_fl.server.results.artifacts import CHANCE
+from cloister_fl.server.rounds.checkpoint import Checkpoints
+from cloister_fl.simulation.simulate import Simulation, simulate, site_name
+from support.federations import NAMES, approve, study, with_engine, write_cohort, write_federation
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("federation")
+    write_federation(root / "sites")
+    write_cohort(root / "holdout", np.random.default_rng(99), "HOLD", patients=40)
+    return root
+
+
+def test_a_private_run_leaves_a_model_and_an_honest_summary(folders: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    asked = study()
+    summary = simulate(Simulation(asked, folders / "sites", out, holdout=folders / "holdout"))
+    assert summary == json.loads((out / "summary.json").read_text())
+    assert summary["sites"] == 5
+    assert summary["site_names"] == list(NAMES)
+    assert summary["rounds"] == 3
+    assert summary["secure_aggregation"] is True
+    # With so few patients and real noise, the interval reaches down to chance now and then.
+    assert set(summary["warnings"]) <= {CHANCE}
+    assert summary["delta"] == 1e-5
+    assert 5.5 < summary["epsilon_max"] <= 6.0
+    assert 0 <= summary["auroc_final"] <= 1
+    assert summary["auroc_initial"] is not None
+    module, travelled = load_model(out / "model.safetensors")
+    assert travelled == asked
+    size = flatten(module).size
+    for count in summary["bytes_sent_per_site"].values():
+        assert 3 * 4 * size < count < 3 * (4 * size + 3000)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == [0, 1, 2, 3]
+    assert rows[-1]["auroc"] == summary["auroc_final"]
+    assert "Each update was masked" in (out / "report.html").read_text()
+
+
+def test_every_site_charged_its_own_ledger_before_it_trained(folders: Path, tmp_path: Path) -> None:
+    asked = study()
+    summary = simulate(Simulation(asked, folders / "sites", tmp_path / "run"))
+    for name in NAMES:
+        site = open_site(tmp_path / "run" / "sites" / name)
+        ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
+        ledger.verify()
+        spent = ledger.epsilon_study(asked.digest, asked.privacy.delta)
+        steps = sum(steps for _, steps in ledger.spent(asked.digest))
+        assert steps == 6
+        assert spent == pytest.approx(summary["epsilon_per_site"][name], abs=1e-9)
+
+
+@pytest.mark.slow
+def test_a_frozen_backbone_stays_where_it_is_and_the_average_is_released(
+    folders: Path, tmp_path: Path
+) -> None:
+    asked = study(
+        network='name = "efficientnet-lite0"\narguments = {}',
+        training='steps = 1\nschedule = "cosine"',
+        aggregation="ema = 0.5",
+    )
+    out = tmp_path / "run"
+    summary = simulate(Simulation(asked, folders / "sites", out, holdout=folders / "holdout"))
+    # A head of 1,281 values a round; the backbone has 3,371,024.
+    assert max(summary["bytes_sent_per_site"].values()) < 3 * (4 * 1281 + 3000)
+    state, _ = Checkpoints(out / "checkpoint").load(asked)
+    assert state.average is not None
+    module, travelled = load_model(out / "model.safetensors")
+    assert travelled == asked
+    np.testing.assert_array_equal(flatten(module), state.average)
+    assert np.abs(state.average - state.model).max() > 1e-4
+    assert summary["auroc_initial"] == 0.5
+    assert 5.5 < summary["epsilon_max"] <= 6.0
+
+
+def test_a_site_without_the_studys_weights_says_so_and_reserves_nothing(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CLOISTER_MODELS", raising=False)
+    weights = f'architecture = "resnet18", sha256 = "{"5" * 64}"'
+    asked = study(network=f'name = "frozen-backbone"\narguments = {{ {weights} }}')
+    with pytest.raises(TooFewSites, match=r"anker: CLO-404: .*5555"):
+        simulate(Simulation(asked, folders / "sites", tmp_path / "run"))
+    for name in NAMES:
+        site = open_site(tmp_path / "run" / "sites" / name)
+        ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
+        assert ledger.reservations() == ()
+
+
+def test_book_keeping_with_privacy_is_refused_before_anything_is_made(
+    folders: Path, tmp_path: Path
+) -> None:
+    asked = with_engine(study(), "book-keeping")
+    with pytest.raises(StudyInvalid, match="can move its sum of clipped gradients"):
+        simulate(Simulation(asked, folders / "sites", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_coordinator_asks_no_site_for_book_keeping_with_privacy(tmp_path: Path) -> None:
+    asked = with_engine(study(), "book-keeping")
+    config = {"study": asked.canonical(), "out": str(tmp_path / "run")}
+    sites: list[object] = []
+    config |= {"federation": str(tmp_path / "federation"), "expected": 0, "resume": False}
+    context = Context(0, 0, {}, RecordDict(), config)
+    with pytest.raises(StudyInvalid, match="can move its sum of clipped gradients"):
+        build()(InProcessGrid(lambda *asked: sites.append(asked), []), context)
+    assert sites == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_without_a_holdout_a_private_run_says_that_nothing_was_measured(
+    folders: Path, tmp_path: Path
+) -> None:
+    summary = simulate(Simulation(study(), folders / "sites", tmp_path / "run"))
+    assert summary["auroc_final"] is None
+    assert any("--holdout" in warning for warning in summary["warnings"])
+
+
+def test_without_privacy_it_learns_and_says_what_that_means(folders: Path, tmp_path: Path) -> None:
+    asked = study(privacy="enabled = false", training="rounds = 4\nsteps = 6\nlearning_rate = 0.1")
+    summary = simulate(Simulation(asked, folders / "sites", tmp_path / "run"))
+    assert summary["auroc_final"] > 0.9
+    assert summary["epsilon_max"] is None
+    assert summary["privacy"] == "off"
+    assert any("may tell of single patients" in warning for warning in summary["warnings"])
+
+
+def test_without_privacy_two_runs_are_the_same_to_the_bit(folders: Path, tmp_path: Path) -> None:
+    asked = study(privacy="enabled = false")
+    for name in ("one", "two"):
+        simulate(Simulation(asked, folders / "sites", tmp_path / name))
+    one, two = (_weights(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(one[key].tobytes() == two[key].tobytes() for key in one)
+
+
+@pytest.mark.slow
+def test_with_privacy_two_runs_differ_by_their_noise(folders: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        simulate(Simulation(study(), folders / "sites", tmp_path / name))
+    one, two = (_weights(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(not np.array_equal(one[key], two[key]) for key in one)
+
+
+def _weights(path: Path) -> dict[str, np.ndarray]:
+    with safe_open(path, framework="np") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "aggregation",
+    [
+        'strategy = "fedprox"\nproximal_mu = 0.1',
+        'strategy = "fedadam"\nserver_learning_rate = 0.01',
+        'strategy = "fedyogi"\nserver_learning_rate = 0.01',
+    ],
+    ids=["fedprox", "fedadam", "fedyogi"],
+)
+def test_each_strategy_runs_and_gives_another_model_than_fedavg(
+    folders: Path, tmp_path: Path, aggregation: str
+) -> None:
+    plain = study(privacy="enabled = false", training="steps = 4")
+    other = study(privacy="enabled = false", training="steps = 4", aggregation=aggregation)
+    simulate(Simulation(plain, folders / "sites", tmp_path / "plain"))
+    summary = simulate(Simulation(other, folders / "sites", tmp_path / "other"))
+    one, two = (_weights(tmp_path / name / "model.safetensors") for name in ("plain", "other"))
+    assert any(not np.allclose(one[key], two[key], rtol=1e-5) for key in one)
+    assert summary["auroc_final"] is not None
+
+
+@pytest.mark.slow
+def test_fedprox_keeps_closer_to_the_global_model(folders: Path, tmp_path: Path) -> None:
+    norms = {}
+    for name, text in (
+        ("avg", ""),
+        ("prox", 'strategy = "fedprox"\nproximal_mu = 5.0'),
+    ):
+        lines = "rounds = 1\nsteps = 20\nlearning_rate = 0.05"
+        asked = study(privacy="enabled = false", training=lines, aggregation=text)
+        simulate(Simulation(asked, folders / "sites", tmp_path / name))
+        rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        norms[name] = json.loads(rows[-1])["update_norm"]
+    assert norms["prox"] < 0.8 * norms["avg"]
+
+
+def test_the_opacus_engine_runs_the_whole_way(folders: Path, tmp_path: Path) -> None:
+    asked = study(training='engine = "opacus"')
+    summary = simulate(Simulation(asked, folders / "sites", tmp_path / "run"))
+    assert summary["rounds"] == 3
+    assert 5.5 < summary["epsilon_max"] <= 6.0
+
+
+def test_a_site_file_is_used_in_place_and_its_policy_wins(folders: Path, tmp_path: Path) -> None:
+    sites = tmp_path / "sites"
+    write_federation(sites, names=("anker", "birke"), patients=24)
+    (sites / "birke" / "site.toml").write_text(
+        '[site]\nname = "birke"\n[policy]\nmax_epsilon_study = 1.0\n'
+        "min_sites = 2\nrequire_secure_aggregation = false\n"
+    )
+    asked = study(aggregation="secure = false\nmin_sites = 2")
+    with pytest.raises(TooFewSites) as caught:
+        simulate(Simulation(asked, sites, tmp_path / "run"))
+    text = str(caught.value)
+    assert "birke: its policy does not allow the study" in text
+    assert re.search(r"birke: CLO-303: .*max_epsilon_study", text)
+
+
+def test_a_used_up_budget_refuses_before_a_file_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = write_federation(tmp_path / "sites", patients=24)
+    for name in NAMES:
+        (sites / name / "site.toml").write_text(
+            f'[site]\nname = "{name}"\n[policy]\nmax_epsilon_study = 3\nmax_epsilon_lifetime = 4\n'
+        )
+    first = study(privacy="epsilon = 3")
+    second = study(privacy="epsilon = 2.9", training="seed = 12")
+    for name in NAMES:
+        approve(sites / name, first)
+        approve(sites / name, second)
+    simulate(Simulation(first, sites, tmp_path / "one"))
+    opened: list[object] = []
+    monkeypatch.setattr("cloister_fl.client.app.load_frozen", lambda *a, **k: opened.append(a))
+    with pytest.raises(TooFewSites, match="its privacy budget does not suffice"):
+        simulate(Simulation(second, sites, tmp_path / "two"))
+    assert opened == []
+
+
+def test_an_output_folder_in_use_is_left_alone(folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(OutputInTheWay, match="CLO-104"):
+        simulate(Simulation(study(), folders / "sites", tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_folder_without_a_run_is_not_said_to_be_resumable(folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "sites").mkdir()
+    with pytest.raises(OutputInTheWay, match="No run was begun in it"):
+        simulate(Simulation(study(), folders / "sites", tmp_path))
+
+
+def test_no_hospital_is_dropped_in_silence(tmp_path: Path) -> None:
+    for name in ("anker", "birke"):
+        (tmp_path / "sites" / name / ("dicom" if name == "anker" else "dcm")).mkdir(parents=True)
+    with pytest.raises(OptionInvalid, match=r"birke in .* is no site"):
+        simulate(
+            Simulation(study(aggregation="min_sites = 1"), tmp_path / "sites", tmp_path / "run")
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_killed_writer_left_is_swept_on_resume(folders: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    simulate(Simulation(study(), folders / "sites", out))
+    torn = [out / f".{'ab' * 8}.tmp", out / "sites" / "anker" / "cache" / f".{'01' * 8}.tmp"]
+    for path in torn:
+        path.write_bytes(b"half")
+    (out / "notes.tmp").write_text("mine")
+    simulate(Simulation(study(), folders / "sites", out, resume=True))
+    assert not any(path.exists() for path in torn)
+    assert (out / "notes.tmp").read_text() == "mine"
+
+
+def test_site_names_come_from_folder_names() -> None:
+    assert site_name(Path("/data/St. Anna (Nord)")) == "st-anna-nord"
+    with pytest.raises(OptionInvalid):
+        site_name(Path("/data/___"))
+
+
+def test_two_folders_of_one_name_are_refused(folders: Path, tmp_path: Path) -> None:
+    sites = tmp_path / "sites"
+    for name in ("North 1", "north-1", "c", "d", "e"):
+        (sites / name / "dicom").mkdir(parents=True)
+    with pytest.raises(OptionInvalid, match="north-1"):
+        simulate(Simulation(study(), sites, tmp_path / "run"))

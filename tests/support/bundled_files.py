@@ -1,0 +1,161 @@
+"""The files that pydicom brings along, read as the product reads them, and the tables of it.
+
+``python tests/support/bundled_files.py`` writes the tables into docs/dicom.md.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.filereader import read_file_meta_info
+from pydicom.uid import UID
+
+from cloister_fl.client.dicom import acceptance
+from cloister_fl.client.dicom.file_finder import discover
+from cloister_fl.client.dicom.rejection import RejectedFile
+from cloister_fl.client.dicom.sandbox.ipc import Facts
+from cloister_fl.client.dicom.sandbox.pool import Pool
+from cloister_fl.errors import Reject
+from cloister_fl.study.schema import Input
+
+PAGE = Path(__file__).parents[2] / "docs" / "dicom.md"
+# Not through pydicom's own functions, which download what is not there.
+DATA = Path(pydicom.__file__).parent / "data"
+FOLDERS = ("charset_files", "palettes", "test_files")
+SPEC = Input(size=32, modalities=("CR", "DX", "MG", "CT", "MR", "US"))
+NO_SYNTAX = "none told"
+
+_TURBO = "libjpeg-turbo (`imagecodecs`)"
+_CHARLS = "CharLS (`pyjpegls`)"
+_OPENJPEG = "OpenJPEG (`pylibjpeg-openjpeg`)"
+ACCEPTED: Mapping[str, tuple[str, str]] = {
+    acceptance.IMPLICIT_LITTLE: ("Implicit VR Little Endian", "none needed"),
+    acceptance.EXPLICIT_LITTLE: ("Explicit VR Little Endian", "none needed"),
+    acceptance.JPEG_BASELINE: ("JPEG Baseline, 8 bits", _TURBO),
+    acceptance.JPEG_EXTENDED: ("JPEG Extended, 8 and 12 bits", _TURBO),
+    acceptance.JPEG_LOSSLESS: ("JPEG Lossless", _TURBO),
+    acceptance.JPEG_LOSSLESS_SV1: ("JPEG Lossless, first-order prediction", _TURBO),
+    acceptance.JPEG_LS_LOSSLESS: ("JPEG-LS lossless", _CHARLS),
+    acceptance.JPEG_LS_NEAR: ("JPEG-LS near-lossless", _CHARLS),
+    acceptance.JPEG_2000_LOSSLESS: ("JPEG 2000 lossless only", _OPENJPEG),
+    acceptance.JPEG_2000: ("JPEG 2000", _OPENJPEG),
+    acceptance.HTJ2K_LOSSLESS: ("HTJ2K lossless only", _OPENJPEG),
+    acceptance.HTJ2K_LOSSLESS_RPCL: ("HTJ2K lossless only, RPCL", _OPENJPEG),
+    acceptance.HTJ2K: ("HTJ2K", _OPENJPEG),
+    acceptance.RLE: ("RLE Lossless", "Cloister's own"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Bundled:
+    """A file and how reading it ends: the facts and the image, or a reason."""
+
+    path: Path
+    data: bytes
+    transfer_syntax: str
+    end: tuple[Facts, NDArray[np.uint16]] | Reject
+
+
+def read_bundled(pool: Pool) -> list[Bundled]:
+    """Read every file through the workers."""
+    paths = [
+        found.path
+        for folder in FOLDERS
+        for found in discover(DATA / folder)
+        if found.path.suffix not in (".py", ".pyc")
+    ]
+    files = [path.read_bytes() for path in paths]
+    futures = [pool.submit(data, SPEC) for data in files]
+    done = []
+    for path, data, future in zip(paths, files, futures, strict=True):
+        try:
+            end: tuple[Facts, NDArray[np.uint16]] | Reject = future.result()
+        except RejectedFile as rejected:
+            end = rejected.reason
+        done.append(Bundled(path, data, _transfer_syntax(path, data), end))
+    return done
+
+
+def _transfer_syntax(path: Path, data: bytes) -> str:
+    if data[128:132] != b"DICM":
+        return NO_SYNTAX
+    return str(read_file_meta_info(path).get("TransferSyntaxUID", NO_SYNTAX))
+
+
+def _name(uid: str) -> str:
+    return ACCEPTED[uid][0] if uid in ACCEPTED else UID(uid).name if uid != NO_SYNTAX else uid
+
+
+def tables(files: Iterable[Bundled]) -> dict[str, str]:
+    """The generated parts of the page, by the name of their marks."""
+    ends: dict[str, Counter[Reject | None]] = defaultdict(Counter)
+    for file in files:
+        ends[file.transfer_syntax][file.end if isinstance(file.end, Reject) else None] += 1
+    total: Counter[Reject | None] = Counter()
+    for counted in ends.values():
+        total += counted
+    read = f"pydicom {pydicom.__version__}: {total.total()} files, {total[None]} accepted."
+    return {
+        "decoders": _table(
+            ("transfer syntax", "UID", "decoder"),
+            [(ACCEPTED[uid][0], f"`{uid}`", ACCEPTED[uid][1]) for uid in _order(ACCEPTED)],
+        ),
+        "files": f"{read}\n\n"
+        + _table(
+            ("transfer syntax", "files", "accepted", "refused"),
+            [
+                (_name(uid), str(counted.total()), str(counted[None]), _reasons(counted))
+                for uid in _order({*ACCEPTED, *ends})
+                for counted in (ends[uid],)
+            ],
+        ),
+        "reasons": _table(
+            ("code", "reason", "files"),
+            [
+                (f"[{reason.value}](errors/{reason.value}.md)", reason.title, str(total[reason]))
+                for reason in Reject
+                if total[reason]
+            ],
+        ),
+    }
+
+
+def _order(uids: Iterable[str]) -> list[str]:
+    return sorted(uids, key=lambda uid: [int(n) if n.isdigit() else 10**9 for n in uid.split(".")])
+
+
+def _reasons(counted: Counter[Reject | None]) -> str:
+    return ", ".join(f"{counted[one]} {one.value}" for one in Reject if counted[one]) or "none"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def fill(page: str, made: Mapping[str, str]) -> str:
+    """Put the generated parts between their marks."""
+    for name, text in made.items():
+        start, end = f"<!-- generated: {name} -->\n", "\n<!-- end -->"
+        before, found, rest = page.partition(start)
+        assert found, f"{PAGE.name} has no mark for {name}"
+        page = before + start + text + rest[rest.index(end) :]
+    return page
+
+
+def main() -> None:
+    pool = Pool(1)
+    try:
+        PAGE.write_text(fill(PAGE.read_text(), tables(read_bundled(pool))))
+    finally:
+        pool.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Small federations for tests: folders of sites with a learnable question, and their study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cloister_fl.client.admission.approvals import Decision, judge
+from cloister_fl.client.site.folder import init_site
+from cloister_fl.study.schema import Study, parse_study
+from support.dicom import write_dicom
+
+NAMES = ("anker", "birke", "clara", "dorn", "esche")
+
+STUDY = """
+[study]
+name = "bright-half"
+question = "Is the upper half brighter than the lower?"
+
+[input]
+size = 32
+modalities = ["DX"]
+
+[target]
+column = "finding"
+classes = ["no", "yes"]
+
+[network]
+arguments = { width = 4 }
+
+[training]
+rounds = 3
+steps = 2
+sampling_rate = 0.5
+expected_batch = 6
+learning_rate = 0.5
+seed = 11
+
+[privacy]
+epsilon = 6.0
+"""
+
+
+def study(**tables: str) -> Study:
+    """The study above with further lines, by table; a line replaces the one with its key."""
+    return parse_study(study_text(**tables))
+
+
+def study_text(**tables: str) -> str:
+    """The text of ``study(**tables)``."""
+    blocks = {}
+    for block in STUDY.strip().split("\n\n"):
+        head, *lines = block.splitlines()
+        blocks[head.strip("[]")] = lines
+    for table, given in tables.items():
+        keys = {line.split("=")[0].strip() for line in given.splitlines()}
+        kept = [line for line in blocks.get(table, []) if line.split("=")[0].strip() not in keys]
+        blocks[table] = [*kept, *given.splitlines()]
+    return "\n\n".join("\n".join([f"[{head}]", *lines]) for head, lines in blocks.items()) + "\n"
+
+
+def with_engine(asked: Study, engine: str) -> Study:
+    """The study with another engine, also one that a study file may not name."""
+    training = asked.training.model_copy(update={"engine": engine})
+    return asked.model_copy(update={"training": training})
+
+
+def picture(rng: np.random.Generator, label: int) -> NDArray[np.uint16]:
+    """A noisy 12-bit image whose upper half is brighter where ``label`` is 1."""
+    pixels = rng.normal(2000, 200, (36, 32))
+    pixels[:18] += 700 * (2 * label - 1)
+    return np.clip(pixels, 0, 4095).astype(np.uint16)
+
+
+def write_federation(
+    root: Path,
+    *,
+    names: Sequence[str] = NAMES,
+    patients: int = 24,
+    images: int = 2,
+    seed: int = 0,
+    prefix: str = "MRN",
+) -> Path:
+    """Write a directory a site below ``root`` and return it."""
+    rng = np.random.default_rng(seed)
+    for name in names:
+        write_cohort(root / name, rng, f"{prefix}-{name}", patients=patients, images=images)
+    return root
+
+
+def write_cohort(
+    folder: Path, rng: np.random.Generator, prefix: str, *, patients: int = 24, images: int = 2
+) -> Path:
+    """Write ``dicom/`` and ``labels.csv`` of one site: every second patient has the finding."""
+    rows = ["PatientID,finding"]
+    for number in range(patients):
+        patient = f"{prefix}-{number:03d}"
+        rows.append(f"{patient},{('no', 'yes')[number % 2]}")
+        for image in range(images):
+            path = folder / "dicom" / f"{number:03d}" / f"{image}.dcm"
+            write_dicom(path, picture(rng, number % 2), patient_id=patient, bits_stored=12)
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+def approve(folder: Path, asked: Study) -> None:
+    """Approve a study at a site folder that a test wrote a ``site.toml`` for, as its steward."""
+    judge(init_site(folder), asked, Decision.APPROVED)

@@ -1,0 +1,236 @@
+"""The commands of the client, as they are typed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from cloister_fl import model_file
+from cloister_fl.client.cli import client_group
+from cloister_fl.client.predict import predict
+from cloister_fl.client.site.folder import init_site
+from cloister_fl.client.site.last_refusal import clear_notice, leave_notice
+from cloister_fl.client.training import evaluation
+from cloister_fl.errors import (
+    ExtraMissing,
+    FolderUnreadable,
+    OptionInvalid,
+    OutputInTheWay,
+    SiteEmpty,
+    SiteFileInvalid,
+    StudyInvalid,
+)
+from cloister_fl.study.schema import Study
+from support.dicom import radiograph, write_dicom, write_site
+
+STUDY_TOML = """
+[study]
+name = "nodules"
+question = "q"
+[input]
+size = 32
+[target]
+column = "finding"
+classes = ["normal", "nodule"]
+"""
+STUDY = Study.model_validate(
+    {
+        "study": {"name": "nodules", "question": "q"},
+        "input": {"size": 32},
+        "target": {"column": "finding", "classes": ("normal", "nodule")},
+    }
+)
+runner = CliRunner()
+
+
+def _run(*arguments: object) -> tuple[int, str]:
+    result = runner.invoke(
+        client_group.app, [str(word) for word in arguments], catch_exceptions=True
+    )
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def test_init_then_check(tmp_path: Path) -> None:
+    root = write_site(tmp_path / "nord", 20)
+    status, output = _run("init", root, "--name", "north")
+    assert status == 0
+    assert "Site north is ready" in output
+    status, output = _run("init", root)
+    assert status == 0
+    assert "unchanged" in output
+    study = tmp_path / "study.toml"
+    study.write_text(STUDY_TOML)
+    status, output = _run("check", "--dir", root, "--study", study)
+    assert status == 0
+    assert "The data can be used." in output
+    assert "\x1b" not in output
+
+
+def test_init_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _run("init", "--name", "here", "--dicom", "/data/x", "--labels", "l.csv")[0] == 0
+    assert 'dicom = "/data/x"' in (tmp_path / "site.toml").read_text()
+    (tmp_path / "dicom").mkdir()
+    assert _run("check")[0] == 3
+
+
+def test_check_as_json_and_sheet(tmp_path: Path) -> None:
+    root = write_site(tmp_path / "site", 6)
+    _run("init", root)
+    result = runner.invoke(
+        client_group.app,
+        ["check", "--dir", str(root), "--json", "--contact-sheet", str(tmp_path / "s.png")],
+    )
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["accepted"] == 6
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    assert "keep it here" in result.stderr
+
+
+def test_check_fails_with_the_status_of_a_data_error(tmp_path: Path) -> None:
+    root = write_site(tmp_path / "site", 6)
+    _run("init", root)
+    study = tmp_path / "study.toml"
+    study.write_text(STUDY_TOML)
+    status, output = _run("check", "--dir", root, "--study", study, "--json")
+    assert status == 3
+    assert [fault["code"] for fault in json.loads(output)["faults"]] == ["CLO-207"]
+    study.write_text(STUDY_TOML + "x = 1\n")
+    with pytest.raises(StudyInvalid):
+        _run("check", "--dir", root, "--study", study)
+    (root / "site.toml").write_text("[site]\n")
+    with pytest.raises(SiteFileInvalid):
+        _run("check", "--dir", root)
+
+
+def test_module_import_is_light() -> None:
+    code = (
+        "import sys, cloister_fl.client.cli.client_group; "
+        "heavy = {'torch', 'numpy', 'pydicom', 'opacus', 'flwr', 'imagecodecs', 'PIL', 'monai'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+class _FakeNetwork:
+    """Stands in for a network; ``predict`` hands it to ``image_scores`` only."""
+
+
+def _fake_scores(_module: object, cohort: evaluation.Cohort) -> np.ndarray:
+    mean = cohort.images.mean(axis=(1, 2)) / 65535
+    return np.stack([1 - mean, mean], axis=1)
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(model_file, "load_model", lambda _path, _device: (_FakeNetwork(), STUDY))
+    monkeypatch.setattr(evaluation, "image_scores", _fake_scores)
+    return Path("model.safetensors")
+
+
+def test_predict_writes_sorted_rows(tmp_path: Path, model: Path) -> None:
+    folder = tmp_path / "images"
+    instances = sorted(
+        write_dicom(folder / str(n), radiograph(n), bits_stored=12, patient_id=f"P{n}")
+        for n in range(4)
+    )
+    (folder / "junk").write_text("x")
+    app = typer.Typer()
+    app.command()(client_group.predict)
+    result = runner.invoke(app, [str(model), str(folder), "--out", str(tmp_path / "s.csv")])
+    assert result.exit_code == 0
+    assert "scores of 4 images" in result.stdout
+    assert "CLO-210" in result.stderr
+    with (tmp_path / "s.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["SOPInstanceUID", "score_normal", "score_nodule"]
+    assert [row[0] for row in rows[1:]] == instances
+    for row in rows[1:]:
+        assert float(row[1]) + float(row[2]) == pytest.approx(1, abs=2e-6)
+    assert len({row[1] for row in rows[1:]}) == 4
+
+
+def test_predict_failures_leave_no_file(tmp_path: Path, model: Path) -> None:
+    folder, out = tmp_path / "images", tmp_path / "s.csv"
+    with pytest.raises(FolderUnreadable):
+        predict(model, folder, out, device="cpu")
+    folder.mkdir()
+    with pytest.raises(SiteEmpty, match="CR, DX"):
+        predict(model, folder, out, device="cpu")
+    with pytest.raises(OptionInvalid):
+        predict(model, folder, out, device="warp")
+    write_dicom(folder / "1")
+    with pytest.raises(OutputInTheWay):
+        predict(model, folder, tmp_path / "none" / "s.csv", device="cpu")
+    assert not out.exists()
+
+
+def test_predict_with_a_real_model(tmp_path: Path) -> None:
+    from cloister_fl.networks import flat_parameters, registry
+
+    module = registry.build(STUDY.network, outputs=2, size=32, seed=0)
+    path = tmp_path / "model.safetensors"
+    model_file.save_model(path, STUDY, flat_parameters.flatten(module), {})
+    write_dicom(tmp_path / "images" / "1")
+    done = predict(path, tmp_path / "images", tmp_path / "s.csv", device="auto")
+    assert done.images == 1
+    assert (tmp_path / "s.csv").read_text().startswith("SOPInstanceUID,score_normal,score_nodule")
+
+
+def test_predict_with_a_pretrained_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from cloister_fl.client.data.cohort import Cohort
+    from cloister_fl.client.training.sampling import Bag, pixels_of
+    from cloister_fl.networks import flat_parameters, pretrained, registry
+    from cloister_fl.study.schema import Network
+
+    study = STUDY.model_copy(update={"network": Network(name="efficientnet-lite0")})
+    module = registry.build(study.network, outputs=2, size=32, seed=0)
+    head = np.random.default_rng(5).normal(0, 3, 1281).astype(np.float32)
+    flat_parameters.load(module, head)
+    path = tmp_path / "model.safetensors"
+    model_file.save_model(path, study, head, {})
+    # The head travels, the 13 MB below it do not.
+    assert path.stat().st_size < 10_000
+    write_dicom(tmp_path / "images" / "1")
+    seen: list[Cohort] = []
+    honest = evaluation.image_scores
+    monkeypatch.setattr(evaluation, "image_scores", lambda m, c: seen.append(c) or honest(m, c))
+    predict(path, tmp_path / "images", tmp_path / "s.csv", device="cpu")
+    with (tmp_path / "s.csv").open(newline="") as file:
+        row = list(csv.reader(file))[1]
+    with torch.no_grad():
+        expected = torch.softmax(module(pixels_of(seen[0], [Bag(0, np.array([0]))])), dim=1)[0]
+    assert float(row[2]) == pytest.approx(float(expected[1]), abs=2e-6)
+    assert 0.001 < float(row[2]) < 0.999
+    (tmp_path / "s.csv").unlink()
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
+    with pytest.raises(ExtraMissing, match=r"install.*pretrained"):
+        predict(path, tmp_path / "none", tmp_path / "s.csv", device="cpu")
+    assert not (tmp_path / "s.csv").exists()
+
+
+def test_status_tells_the_operator_why_the_site_last_said_no(tmp_path: Path) -> None:
+    """The coordinator is told one word of a closed list, and to ask the site's own operator."""
+    site = init_site(tmp_path / "north")
+    assert "refused" not in _run("status", "--dir", site.root)[1]
+    leave_notice(site.root, FolderUnreadable("The data folder cannot be read.", remedy="Mend it."))
+    status, told = _run("status", "--dir", site.root)
+    assert status == 9
+    assert "CLO-205: The data folder cannot be read. Mend it." in told
+    told = json.loads(_run("status", "--json", "--dir", site.root)[1])
+    assert told["last_refusal"]["code"] == "CLO-205"
+    clear_notice(site.root)
+    assert "refused" not in _run("status", "--dir", site.root)[1]

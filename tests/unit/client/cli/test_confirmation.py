@@ -1,0 +1,174 @@
+"""Commands that cannot be undone name what they act on, and ask; `--yes` is for scripts."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import click.testing
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from cloister_fl.cli.confirm import DECLINED
+from cloister_fl.client.admission import gate
+from cloister_fl.client.admission.approvals import Decision, judge
+from cloister_fl.client.cli import client_group
+from cloister_fl.client.data.frozen_dataset import path_of as manifest_of
+from cloister_fl.client.ledger.rollback import disagreements
+from cloister_fl.client.site.audit_log import entries_of, path_of
+from cloister_fl.client.site.folder import init_site
+from cloister_fl.client.site.policy import Policy
+from cloister_fl.client.steward import budget
+from cloister_fl.errors import OptionInvalid
+from support.dicom import make_dicom, radiograph, write_dicom
+from support.federations import study, study_text
+
+STUDY = study()
+
+
+@pytest.fixture
+def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(click.testing._NamedTextIOWrapper, "isatty", lambda _: True, raising=False)
+
+
+def invoke(words: list[str], said: str = "") -> Result:
+    result = CliRunner().invoke(client_group.app, words, input=said)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+class Act:
+    """A command that is final, on a site where it has something to do.
+
+    Attributes:
+        site: the site.
+        words: the command, without ``--dir`` and ``--yes``.
+    """
+
+    def __init__(self, kind: str, root: Path) -> None:
+        policy = Policy(max_epsilon_study=6, max_epsilon_lifetime=9, min_patients_per_class=1)
+        self.site = init_site(root / "sea field", name="seafield", policy=policy)
+        match kind:
+            case "close":
+                self._charge()
+                self.words = ["budget", "close", STUDY.digest[:16]]
+            case "accept-ledger":
+                self._charge()
+                self.site.ledger.unlink()
+                self.words = ["budget", "accept-ledger"]
+            case "freeze":
+                self._data()
+                path = root / "study.toml"
+                path.write_text(study_text())
+                invoke(["freeze", str(path), "--dir", str(self.site.root)])
+                self.words = ["freeze", str(path), "--again", "--why", "sent again"]
+            case _:
+                self._data()
+                listed = invoke(["quarantine", "--json", "--dir", str(self.site.root)]).stdout
+                (held,) = json.loads(listed)["held"]
+                self.words = ["quarantine", kind, held["id"], "--why", "no name"]
+
+    def _charge(self) -> None:
+        judge(self.site, STUDY, Decision.APPROVED)
+        invited = max(5, STUDY.aggregation.min_sites)
+        gate.admit(self.site, STUDY, run="run-1", invited=invited)
+        gate.charge(self.site, STUDY, run="run-1", round_number=1)
+
+    def _data(self) -> None:
+        lines = [f"PatientID,{STUDY.target.column}"]
+        for number in range(4):
+            name = STUDY.target.classes[number % 2]
+            write_dicom(
+                self.site.dicom / f"{number}.dcm", radiograph(number), patient_id=f"P{number}"
+            )
+            lines.append(f"P{number},{name}")
+        held = make_dicom(radiograph(9), patient_id="P1", elements={"BurnedInAnnotation": "YES"})
+        (self.site.dicom / "held.dcm").write_bytes(held)
+        self.site.labels.write_text("\n".join(lines))
+
+    def run(self, *more: str, said: str = "") -> Result:
+        return invoke([*self.words, "--dir", str(self.site.root), *more], said)
+
+    def left(self) -> dict[str, bytes]:
+        """Every file that the command could change."""
+        names = (self.site.ledger, path_of(self.site), self.site.root / "quarantine.json")
+        found = {one.name: one.read_bytes() for one in names if one.exists()}
+        frozen = manifest_of(self.site, STUDY)
+        return found | ({"frozen": frozen.read_bytes()} if frozen.exists() else {})
+
+
+@pytest.fixture(params=["close", "accept-ledger", "freeze", "release", "keep"])
+def act(request: pytest.FixtureRequest, tmp_path: Path) -> Act:
+    return Act(request.param, tmp_path)
+
+
+@pytest.mark.usefixtures("at_a_terminal")
+@pytest.mark.parametrize("said", ["n\n", "\n"])
+def test_no_changes_nothing(act: Act, said: str) -> None:
+    before = act.left()
+    result = act.run(said=said)
+    assert f"Site seafield, in {act.site.root.resolve()}\n" in result.output
+    assert "[y/N]" in result.output
+    assert result.output.endswith("Nothing was changed.\n")
+    assert result.exit_code == DECLINED != 0
+    assert act.left() == before
+
+
+@pytest.mark.usefixtures("at_a_terminal")
+def test_yes_at_the_terminal_acts(act: Act) -> None:
+    before = act.left()
+    assert act.run(said="y\n").exit_code == 0
+    assert act.left() != before
+
+
+def test_the_option_acts_without_a_question(act: Act) -> None:
+    before = act.left()
+    result = act.run("--yes")
+    assert result.exit_code == 0
+    assert f"Site seafield, in {act.site.root.resolve()}\n" in result.output
+    assert "[y/N]" not in result.output
+    assert act.left() != before
+
+
+def test_without_a_terminal_the_command_to_paste_is_told(act: Act) -> None:
+    before = act.left()
+    with pytest.raises(OptionInvalid, match="Not a terminal: ") as error:
+        act.run(said="y\n")
+    assert act.left() == before
+    assert f"site seafield in {act.site.root.resolve()}" in error.value.what
+    told = error.value.remedy.partition("run: ")[2]
+    words = shlex.split(told)
+    where = ["--dir", str(act.site.root.resolve()), "--yes"]
+    assert words == ["cloister", "client", *act.words, *where]
+    assert invoke(words[2:]).exit_code == 0
+    assert act.left() != before
+
+
+def test_what_is_closed_is_told_before(tmp_path: Path) -> None:
+    act = Act("close", tmp_path)
+    rest = STUDY.training.total_steps - STUDY.training.steps_per_round
+    output = act.run("--yes").output
+    assert f"The study {STUDY.study.name}, {STUDY.digest[:16]}, ends here for good" in output
+    assert f"{rest} steps reserved" in output
+    assert budget.statement(act.site).studies[0].closed
+
+
+@pytest.mark.usefixtures("at_a_terminal")
+def test_a_ledger_that_fits_is_not_asked_about(tmp_path: Path) -> None:
+    act = Act("accept-ledger", tmp_path)
+    assert "the ledger ends at 0." in act.run("--yes").output
+    assert disagreements(act.site) == ()
+    again = act.run()
+    assert again.exit_code == 0
+    assert again.output == "The ledger of seafield fits what was noted of it.\n"
+
+
+def test_a_reason_that_is_none_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    act = Act("release", tmp_path)
+    act.words[-1] = "two\nlines"
+    with pytest.raises(OptionInvalid, match="needs a reason in one line"):
+        act.run()
+    assert not any(entry.kind == "quarantine" for entry in entries_of(act.site))

@@ -1,0 +1,211 @@
+"""A steward lets a study in together with the list of sites that it is trained with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click.testing
+import pytest
+from click.testing import Result
+from flwr.app import Message
+from typer.testing import CliRunner
+
+from cloister_fl.client.admission.approvals import Decision, judge, judgements, require_approved
+from cloister_fl.client.app import app
+from cloister_fl.client.cli import client_group as client
+from cloister_fl.client.network import join
+from cloister_fl.client.site.folder import Site, init_site
+from cloister_fl.client.site.policy import Policy
+from cloister_fl.client.site.trusted_roster import accept, read_pin
+from cloister_fl.errors import (
+    CoordinatorUnreachable,
+    EnrolmentRefused,
+    OptionInvalid,
+    RosterMismatch,
+    StudyNotApproved,
+)
+from cloister_fl.membership.identity import Identity
+from cloister_fl.membership.roster import Roster, RosterEntry, sign_roster
+from cloister_fl.protocol.round_messages import SITE_KEY, Prepare, Refusal, Refused, pack, unpack
+from cloister_fl.server.flower.engines import InProcessGrid
+from support.federations import study
+
+ROOT = Identity.generate()
+OTHERS = {name: Identity.generate().public for name in ("birke", "clara", "dorn", "esche")}
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    """A site that has joined, and to which a study was proposed."""
+    made = init_site(tmp_path / "anker", policy=Policy(max_epsilon_study=6))
+    member = join.Membership(
+        fleet="127.0.0.1:1", enrolment="127.0.0.1:2", authority="00" * 32,
+        root=ROOT.public.hex(), invite="00" * 8, site="anker",
+    )  # fmt: skip
+    (made.root / join.MEMBERSHIP).write_text(member.model_dump_json())
+    (made.root / join.MEMBERSHIP).chmod(0o600)
+    with pytest.raises(StudyNotApproved):
+        require_approved(made, study())
+    return made
+
+
+def roster(site: Site, serial: int, *others: str) -> Roster:
+    entries = [RosterEntry(name, OTHERS[name]) for name in others]
+    return Roster.of("fed", serial, [RosterEntry(site.name, site.identity().public), *entries])
+
+
+def pin(site: Site, held: Roster) -> None:
+    accept(site.roster, sign_roster(held, ROOT), ROOT.public, confirmed=held.digest)
+
+
+@pytest.fixture
+def offered(site: Site, monkeypatch: pytest.MonkeyPatch) -> Roster:
+    """What the coordinator offers."""
+    made = roster(site, 3, *OTHERS)
+    answer = join.Joined("approved", sign_roster(made, ROOT))
+    monkeypatch.setattr(join, "look", lambda _: answer)
+    return made
+
+
+@pytest.fixture
+def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(click.testing._NamedTextIOWrapper, "isatty", lambda _: True, raising=False)
+
+
+def approve(site: Site, *arguments: str, said: str = "") -> Result:
+    words = ["approve", *arguments, "--dir", str(site.root)]
+    result = CliRunner().invoke(client.app, words, input=said)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def decision(site: Site) -> Decision:
+    return judgements(site)[study().digest].decision
+
+
+@pytest.mark.usefixtures("at_a_terminal")
+def test_one_command_shows_the_study_and_the_sites_and_asks_for_both(
+    site: Site, offered: Roster
+) -> None:
+    result = approve(site, said="y\ny\n")
+    assert result.exit_code == 0
+    for words in (study().digest, "at most epsilon 6", "policy       allows it", *OTHERS):
+        assert words in result.output
+    assert decision(site) is Decision.APPROVED
+    assert read_pin(site.roster) == offered
+
+
+@pytest.mark.usefixtures("at_a_terminal", "offered")
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [("n\n", StudyNotApproved.exit_status), ("y\nn\n", RosterMismatch.exit_status)],
+)
+def test_no_to_either_is_no_to_both(site: Site, said: str, status: int) -> None:
+    pin(site, roster(site, 1, "birke"))
+    before = site.roster.read_bytes()
+    assert approve(site, said=said).exit_code == status
+    assert decision(site) is Decision.PENDING
+    assert site.roster.read_bytes() == before
+
+
+@pytest.mark.usefixtures("at_a_terminal")
+def test_what_changed_in_the_list_is_shown(site: Site, offered: Roster) -> None:
+    pin(site, roster(site, 1, "birke"))
+    output = approve(site, study().digest[:16], said="y\n").output
+    assert "new: clara, dorn, esche" in output
+    assert read_pin(site.roster) == offered
+
+
+@pytest.mark.usefixtures("at_a_terminal")
+def test_an_accepted_list_is_not_asked_about_again(site: Site, offered: Roster) -> None:
+    pin(site, offered)
+    assert approve(site, study().digest[:16]).exit_code == 0
+    assert decision(site) is Decision.APPROVED
+
+
+def test_a_script_gives_the_digest(site: Site, offered: Roster) -> None:
+    with pytest.raises(RosterMismatch, match="confirmed digest"):
+        approve(site, study().digest[:16], "--accept-roster", "00" * 32)
+    assert decision(site) is Decision.PENDING
+    approve(site, study().digest[:16], "--accept-roster", offered.digest.hex())
+    assert decision(site) is Decision.APPROVED
+    assert read_pin(site.roster) == offered
+
+
+@pytest.mark.usefixtures("offered")
+def test_a_script_that_gives_none_accepts_none(site: Site) -> None:
+    output = approve(site, study().digest[:16]).output
+    assert "cloister client roster --accept-roster" in output
+    assert decision(site) is Decision.APPROVED
+    assert not site.roster.exists()
+
+
+@pytest.mark.usefixtures("at_a_terminal")
+def test_an_older_list_stops_the_approval(site: Site, offered: Roster) -> None:
+    pin(site, roster(site, offered.serial + 1, "birke"))
+    with pytest.raises(RosterMismatch, match="not newer"):
+        approve(site, study().digest[:16], said="y\n")
+    assert decision(site) is Decision.PENDING
+
+
+@pytest.mark.parametrize(
+    ("error", "goes_on"), [(CoordinatorUnreachable, True), (EnrolmentRefused, False)]
+)
+def test_a_coordinator_that_is_away_does_not_hinder_and_one_that_refuses_does(
+    site: Site,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[CoordinatorUnreachable | EnrolmentRefused],
+    goes_on: bool,
+) -> None:
+    def look(_: Site) -> join.Joined:
+        raise error("It is so.")
+
+    monkeypatch.setattr(join, "look", look)
+    with pytest.raises(error):
+        approve(site, study().digest[:16], "--accept-roster", "00" * 32)
+    assert decision(site) is Decision.PENDING
+    if goes_on:
+        assert "was not looked at: It is so." in approve(site, study().digest[:16]).output
+    else:
+        with pytest.raises(error):
+            approve(site, study().digest[:16])
+    assert (decision(site) is Decision.APPROVED) is goes_on
+
+
+def test_nobody_is_asked_where_nobody_sits(site: Site) -> None:
+    with pytest.raises(OptionInvalid, match="Not a terminal: "):
+        approve(site, said="y\ny\n")
+    judge(site, study(), Decision.DENIED, why="no")
+    with pytest.raises(OptionInvalid, match="No study waits here"):
+        approve(site)
+    for number in (1, 2):
+        with pytest.raises(StudyNotApproved):
+            require_approved(site, study(study=f'name = "study-{number}"'))
+    with pytest.raises(OptionInvalid, match="2 studies wait here"):
+        approve(site)
+    assert decision(site) is Decision.DENIED
+
+
+def test_a_study_is_proposed_before_a_list_of_sites_is_accepted_and_reserves_nothing(
+    site: Site, offered: Roster
+) -> None:
+    """Else a steward could not be asked for both at once."""
+    asked = study(study='name = "new"')
+    task = Prepare(asked.canonical(), "run", 5, offered.digest.hex())
+
+    def prepare() -> str:
+        grid = InProcessGrid(app, [{SITE_KEY: str(site.root)}])
+        (node,) = grid.get_node_ids()
+        asked = Message(content=pack(task), dst_node_id=node, message_type="query.prepare")
+        (reply,) = grid.send_and_receive([asked])
+        return unpack(reply.content, Refusal).reason
+
+    assert prepare() == Refused.APPROVAL
+    assert judgements(site)[asked.digest].decision is Decision.PENDING
+    judge(site, asked, Decision.APPROVED)
+    assert prepare() == Refused.ROSTER
+    assert not site.ledger.exists()
+    pin(site, offered)
+    assert prepare() == Refused.DECLINED  # it comes as far as the data, and there are none
+    assert site.ledger.exists()

@@ -1,0 +1,238 @@
+"""The labels file and its join, fault by fault."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cloister_fl.client.data.labels import Labels, Linked, join, read_labels
+from cloister_fl.client.dicom.folder_reader import Keys
+from cloister_fl.errors import LabelMissing, LabelsInvalid, LabelWithoutImage
+from cloister_fl.study.target import Target
+
+TARGET = Target(column="finding", classes=("normal", "nodule", "mass"))
+
+
+def _read(tmp_path: Path, text: str | bytes) -> Labels:
+    path = tmp_path / "labels.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_labels(path, TARGET)
+
+
+def _fails(tmp_path: Path, text: str | bytes) -> str:
+    with pytest.raises(LabelsInvalid) as caught:
+        _read(tmp_path, text)
+    return str(caught.value)
+
+
+def _image(instance: str, patient: str, *, duplicate: bool = False, issuer: str = "") -> Linked:
+    keys = Keys(instance, f"acc-{patient}", patient, issuer)
+    return Linked(keys, f"pseudonym-{issuer}{patient}", duplicate)
+
+
+def _values(labels: Labels) -> dict[str, tuple[int, int]]:
+    return {key: (label.line, label.value) for key, label in labels.rows.items()}
+
+
+def test_reads_keys_lines_and_classes(tmp_path: Path) -> None:
+    labels = _read(tmp_path, "PatientID,finding\nP1,normal\n P2 , mass \n\nP3,nodule\n")
+    assert labels.column == "PatientID"
+    assert _values(labels) == {"P1": (2, 0), "P2": (3, 2), "P3": (5, 1)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeffPatientID,finding\r\nP1,nodule\r\n",
+        "PatientID;finding\nP1;nodule\n",
+        "PatientID\tfinding\nP1\tnodule",
+        '"finding","PatientID"\n"nodule","P1"\n',
+        "note,PatientID,finding\n,P1,nodule\n",
+    ],
+)
+def test_forms_that_people_save(tmp_path: Path, text: str) -> None:
+    assert _values(_read(tmp_path, text)) == {"P1": (2, 1)}
+
+
+def test_the_first_key_column_counts(tmp_path: Path) -> None:
+    head = "PatientID,AccessionNumber,SOPInstanceUID,finding\nP1,A1,1.2,mass\n"
+    assert _read(tmp_path, head).column == "SOPInstanceUID"
+    assert _read(tmp_path, head.replace("SOPInstanceUID", "x")).column == "AccessionNumber"
+
+
+def test_line_numbers_hold_behind_cells_of_several_lines(tmp_path: Path) -> None:
+    text = 'PatientID,finding,note\nP1,normal,"two\nlines"\nP2,CANARY,x\n'
+    assert "line 4 has a class" in _fails(tmp_path, text)
+
+
+def test_every_faulty_line_is_listed_and_no_value(tmp_path: Path) -> None:
+    message = _fails(
+        tmp_path,
+        "PatientID,finding\n"
+        "CANARY1,normal\n"
+        "CANARY2,CANARY\n"
+        ",normal\n"
+        "CANARY3,\n"
+        "CANARY1,normal\n"
+        "CANARY1,mass\n"
+        "CANARY4\n"
+        "CANARY5,normal,extra\n"
+        "CANARY6,Normal\n",
+    )
+    assert "CANARY" not in message
+    assert "8 faults" in message
+    for lines, words in {
+        "lines 3, 10": "has a class that the study does not name",
+        "line 4": "has no PatientID",
+        "line 5": "has no finding",
+        "lines 6, 7": "has the same PatientID as line 2",
+        "lines 8, 9": "has another number of cells",
+    }.items():
+        assert f"  {lines} {words}" in message
+    assert "normal, nodule, mass" in message
+
+
+def test_long_lists_are_cut(tmp_path: Path) -> None:
+    rows = "".join(f"x{number},y\n" for number in range(50))
+    message = _fails(tmp_path, "PatientID,finding\n" + rows)
+    assert message.count("\n  line") == 1
+    assert "and 30 more" in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "\n",
+        "patientid,finding\nP1,normal\n",
+        "PatientID,Finding\nP1,normal\n",
+        "PatientID,finding,finding\nP1,normal,mass\n",
+        "PatientID,PatientID,finding\nP1,P1,normal\n",
+    ],
+)
+def test_columns_that_lack_or_repeat(tmp_path: Path, text: str) -> None:
+    message = _fails(tmp_path, text)
+    assert "SOPInstanceUID or AccessionNumber or PatientID" in message
+    assert "'finding'" in message
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    assert "not UTF-8 text: see line 2" in _fails(
+        tmp_path, b"PatientID,finding\nM\xfcller,normal\n"
+    )
+
+
+def test_broken_quotes_and_nul(tmp_path: Path) -> None:
+    assert "line 3 is not CSV" in _fails(
+        tmp_path, 'PatientID,finding\nP1,normal\n"P2"x,normal\nP3,normal\n'
+    )
+    assert "line 2 is not CSV" in _fails(tmp_path, 'PatientID,finding\n"P1,normal\nP2,normal\n')
+
+
+def test_no_file_or_a_folder(tmp_path: Path) -> None:
+    for path in (tmp_path / "CANARY.csv", tmp_path):
+        with pytest.raises(LabelsInvalid) as caught:
+            read_labels(path, TARGET)
+        assert "CANARY" not in str(caught.value)
+        assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "keys"),
+    [("SOPInstanceUID", ("i1", "i2", "i3")), ("AccessionNumber", ("acc-a", "acc-b"))],
+)
+def test_join(tmp_path: Path, column: str, keys: tuple[str, ...]) -> None:
+    classes = {"i1": "normal", "i2": "normal", "i3": "mass", "acc-a": "normal", "acc-b": "mass"}
+    rows = "".join(f"{key},{classes[key]}\n" for key in keys)
+    labels = _read(tmp_path, f"{column},finding\n{rows}")
+    images = [_image("i1", "a"), _image("i2", "a"), _image("i3", "b")]
+    assert join(labels, images) == ([0, 0, 2], [])
+
+
+def test_image_without_label(tmp_path: Path) -> None:
+    labels = _read(tmp_path, "PatientID,finding\na,normal\n")
+    values, (error,) = join(labels, [_image("i1", "a"), _image("i2", "b"), _image("i3", "b")])
+    assert values == [0, None, None]
+    assert isinstance(error, LabelMissing)
+    assert "2 images have no label" in str(error)
+    assert "pseudonym-b"[:12] in str(error)
+
+
+def test_label_without_image(tmp_path: Path) -> None:
+    labels = _read(tmp_path, "PatientID,finding\nCANARY1,mass\na,normal\nCANARY2,mass\n")
+    values, (error,) = join(labels, [_image("i1", "a")])
+    assert values == [0]
+    assert isinstance(error, LabelWithoutImage)
+    assert "2 labels belong to no image" in str(error)
+    assert "Lines of the labels file: 2, 4." in str(error)
+    assert "CANARY" not in str(error)
+
+
+def test_a_patient_of_two_classes(tmp_path: Path) -> None:
+    labels = _read(tmp_path, "SOPInstanceUID,finding\ni1,normal\ni2,normal\ni3,mass\n")
+    images = [_image("i1", "a"), _image("i2", "b"), _image("i3", "a")]
+    _, (error,) = join(labels, images)
+    assert isinstance(error, LabelsInvalid)
+    assert "line 2 contradicts line 4" in str(error)
+
+
+def test_a_row_for_two_patients(tmp_path: Path) -> None:
+    labels = _read(tmp_path, "PatientID,finding\na,normal\n")
+    images = [_image("i1", "a", issuer="north"), _image("i2", "a", issuer="south")]
+    _, (error,) = join(labels, images)
+    assert isinstance(error, LabelsInvalid)
+    assert "line 2 has a PatientID that several patients share" in str(error)
+
+
+def test_the_label_of_a_duplicate_still_counts(tmp_path: Path) -> None:
+    labels = _read(tmp_path, "SOPInstanceUID,finding\ni1,normal\ni2,normal\n")
+    twins = [_image("i1", "a"), _image("i2", "a", duplicate=True)]
+    assert join(labels, twins) == ([0, 0], [])
+    only = _read(tmp_path, "SOPInstanceUID,finding\ni2,mass\n")
+    assert join(only, twins) == ([2, 2], [])
+    clash = _read(tmp_path, "SOPInstanceUID,finding\ni1,normal\ni2,mass\n")
+    assert isinstance(join(clash, twins)[1][0], LabelsInvalid)
+
+
+def test_all_join_faults_at_once(tmp_path: Path) -> None:
+    labels = _read(tmp_path, "SOPInstanceUID,finding\ni1,normal\ni2,mass\ni9,mass\n")
+    images = [_image("i1", "a"), _image("i2", "a"), _image("i3", "b")]
+    kinds = [type(error) for error in join(labels, images)[1]]
+    assert kinds == [LabelsInvalid, LabelMissing, LabelWithoutImage]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=200))
+def test_any_text_is_read_or_refused_in_words(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.csv"
+    path.write_bytes(("PatientID,finding\n" + text).encode("utf-8", "surrogatepass"))
+    try:
+        labels = read_labels(path, TARGET)
+    except LabelsInvalid:
+        return
+    assert all(key and label.value in (0, 1, 2) for key, label in labels.rows.items())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.dictionaries(
+        st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1),
+        st.sampled_from(TARGET.classes),
+        max_size=8,
+    )
+)
+def test_what_csv_writes_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, rows: dict[str, str]
+) -> None:
+    import csv
+
+    path = tmp_path_factory.getbasetemp() / "written.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("PatientID", "finding"), *rows.items()])
+    found = read_labels(path, TARGET).rows
+    assert {key: TARGET.classes[label.value] for key, label in found.items()} == rows

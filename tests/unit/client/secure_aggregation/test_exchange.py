@@ -1,0 +1,295 @@
+"""The site's part in secure aggregation, held against a server that this file plays itself."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cloister_fl import secagg
+from cloister_fl.client.ledger.ledger import Ledger
+from cloister_fl.client.secure_aggregation.exchange import Exchange, Members, require_roster
+from cloister_fl.client.site.folder import Site, init_site
+from cloister_fl.client.site.policy import Policy
+from cloister_fl.client.site.trusted_roster import accept
+from cloister_fl.errors import BudgetExhausted, RosterMismatch, WireInvalid
+from cloister_fl.membership.identity import Identity
+from cloister_fl.membership.roster import Roster, RosterEntry, sign_roster
+from cloister_fl.protocol import sessions
+from cloister_fl.protocol.round_messages import Vector, octets
+from cloister_fl.secagg.messages.codec import Abort, Bundle, Masked, Message
+from cloister_fl.study.schema import Study
+from support.federations import NAMES, study
+
+MODEL = np.arange(40, dtype=np.float32)
+OTHER = MODEL + 1
+
+
+class Hospitals:
+    """Five site folders under one roster, and the server's epochs over them."""
+
+    def __init__(self, root: Path, asked: Study, policy: Policy) -> None:
+        self.study = asked
+        self.sites = {name: init_site(root / name, name=name, policy=policy) for name in NAMES}
+        entries = [RosterEntry(n, site.identity().public) for n, site in self.sites.items()]
+        self.roster = Roster.of("north", 1, entries)
+        key = Identity.generate()
+        for site in self.sites.values():
+            signed = sign_roster(self.roster, key)
+            accept(site.roster, signed, key.public, confirmed=self.roster.digest)
+        self.epochs = 0
+        self.members = Members()
+
+    def exchange(self, name: str, *parts: Message) -> Exchange:
+        site = self.sites[name]
+        data = octets(Bundle(parts).encode())
+        return Exchange(site, self.study, site.roster, data, self.members)
+
+    def ask(self, name: str, *parts: Message) -> tuple[Message, ...]:
+        return _parts(self.exchange(name, *parts).answer_without_vector())
+
+    def session(self, number: int = 1, attempt: int = 0, model: Vector = MODEL) -> secagg.Session:
+        return sessions.update_session(
+            self.study,
+            self.roster,
+            sorted(self.sites),
+            round_number=number,
+            attempt=attempt,
+            model=model,
+        )
+
+    def epoch(self, session: secagg.Session) -> secagg.ServerEpoch:
+        self.epochs += 1
+        terms = secagg.EpochTerms(
+            federation="north",
+            study=bytes.fromhex(self.study.digest),
+            roster=self.roster.digest,
+            run="run",
+            epoch=self.epochs,
+            invited=tuple(sorted(self.sites)),
+            colluders=self.study.aggregation.colluders,
+        )
+        epoch = secagg.ServerEpoch(terms, self.roster)
+        for name in self.sites:
+            (record,) = self.ask(name, epoch.advertise_request())
+            epoch.receive_advertisement(record)  # type: ignore[arg-type]
+        for name in self.sites:
+            (shares,) = self.ask(name, epoch.share_request())
+            epoch.receive_shares(shares)  # type: ignore[arg-type]
+        epoch.start(session)
+        return epoch
+
+    def answer(
+        self,
+        epoch: secagg.ServerEpoch,
+        expected: secagg.Session,
+        trained: list[str],
+        *,
+        run: str = "run",
+        name: str = "anker",
+    ) -> Message:
+        def produce() -> Vector:
+            trained.append(run)
+            return MODEL / 100
+
+        exchange = self.exchange(name, epoch.mask_request(name))
+        (reply,) = _parts(exchange.answer(expected, produce, run=run, saturate=True))
+        return reply
+
+
+def _parts(data: bytes) -> tuple[Message, ...]:
+    bundle = secagg.decode(data)
+    assert isinstance(bundle, Bundle)
+    return bundle.parts
+
+
+@pytest.fixture
+def hospitals(tmp_path: Path) -> Iterator[Hospitals]:
+    made = Hospitals(tmp_path, study(), Policy(max_epsilon_study=6))
+    yield made
+    for site in made.sites.values():
+        made.members.forget(site)
+
+
+def test_a_second_attempt_masks_the_very_update(hospitals: Hospitals) -> None:
+    trained: list[str] = []
+    for attempt in range(3):
+        session = hospitals.session(attempt=attempt)
+        assert isinstance(hospitals.answer(hospitals.epoch(session), session, trained), Masked)
+    assert trained == ["run"]
+
+
+@pytest.mark.parametrize("other", ["run", "model", "round"])
+def test_a_kept_update_serves_nothing_else(hospitals: Hospitals, other: str) -> None:
+    trained: list[str] = []
+    first = hospitals.session()
+    hospitals.answer(hospitals.epoch(first), first, trained)
+    second = hospitals.session(
+        number=2 if other == "round" else 1, model=OTHER if other == "model" else MODEL
+    )
+    run = "later" if other == "run" else "run"
+    hospitals.answer(hospitals.epoch(second), second, trained, run=run)
+    assert trained == ["run", run]
+
+
+def test_a_request_replayed_with_another_model_trains_nothing(hospitals: Hospitals) -> None:
+    trained: list[str] = []
+    session = hospitals.session()
+    epoch = hospitals.epoch(session)
+    assert isinstance(hospitals.answer(epoch, session, trained), Masked)
+    reply = hospitals.answer(epoch, hospitals.session(model=OTHER), trained)
+    assert isinstance(reply, Abort)
+    assert reply.code == "CLO-715"
+    assert trained == ["run"]
+
+
+def test_a_lost_answer_is_given_again_to_the_byte(hospitals: Hospitals) -> None:
+    trained: list[str] = []
+    session = hospitals.session()
+    epoch = hospitals.epoch(session)
+    first = hospitals.answer(epoch, session, trained)
+    assert hospitals.answer(epoch, session, trained).encode() == first.encode()
+    assert trained == ["run"]
+
+
+def test_two_messages_at_once_mask_one_model(hospitals: Hospitals) -> None:
+    """While the site trains one model, the same request comes with another."""
+    session, lie = hospitals.session(), hospitals.session(model=OTHER)
+    epoch = hospitals.epoch(session)
+    training, go_on = threading.Event(), threading.Event()
+    replies: dict[str, Message] = {}
+
+    def slow() -> Vector:
+        training.set()
+        assert go_on.wait(10)
+        return MODEL / 100
+
+    def honest() -> None:
+        exchange = hospitals.exchange("anker", epoch.mask_request("anker"))
+        (replies["honest"],) = _parts(exchange.answer(session, slow, run="run", saturate=True))
+
+    def lying() -> None:
+        assert training.wait(10)
+        replies["lie"] = hospitals.answer(epoch, lie, [])
+
+    threads = [threading.Thread(target=target) for target in (honest, lying)]
+    for thread in threads:
+        thread.start()
+    training.wait(10)
+    threads[1].join(0.5)  # Time enough for the lie to be answered, if it is not made to wait.
+    go_on.set()
+    for thread in threads:
+        thread.join(20)
+    assert isinstance(replies["honest"], Masked)
+    assert isinstance(replies["lie"], Abort)
+
+
+def test_an_epoch_is_over_when_training_fails(hospitals: Hospitals) -> None:
+    session = hospitals.session()
+    epoch = hospitals.epoch(session)
+
+    def fails() -> Vector:
+        raise BudgetExhausted("No budget.")
+
+    with pytest.raises(BudgetExhausted):
+        hospitals.exchange("anker", epoch.mask_request("anker")).answer(
+            session, fails, run="run", saturate=True
+        )
+    trained: list[str] = []
+    reply = hospitals.answer(epoch, session, trained)
+    assert isinstance(reply, Abort)
+    assert reply.code == "CLO-717"
+    assert trained == []
+
+
+def test_two_vectors_in_one_message_are_refused(hospitals: Hospitals) -> None:
+    session = hospitals.session()
+    one, two = hospitals.epoch(session), hospitals.epoch(session)
+    with pytest.raises(WireInvalid, match="Two vectors"):
+        hospitals.exchange("anker", one.mask_request("anker"), two.mask_request("anker"))
+
+
+def test_what_is_no_bundle_is_refused(hospitals: Hospitals) -> None:
+    session = hospitals.session()
+    site = hospitals.sites["anker"]
+    single = hospitals.epoch(session).mask_request("anker")
+    with pytest.raises(WireInvalid, match="bundle"):
+        Exchange(site, hospitals.study, site.roster, octets(single.encode()), hospitals.members)
+
+
+@pytest.mark.parametrize(
+    ("policy", "lines"),
+    [(Policy(min_sites=6), "min_sites = 6"), (Policy(min_sites=5), "min_sites = 6")],
+    ids=["policy", "study"],
+)
+def test_the_site_itself_counts_the_invited(tmp_path: Path, policy: Policy, lines: str) -> None:
+    made = Hospitals(tmp_path, study(aggregation=lines), policy)
+    with pytest.raises(AttributeError):  # The server is handed an abort where it wants keys.
+        made.epoch(made.session())
+    terms = secagg.EpochTerms(
+        "north",
+        bytes.fromhex(made.study.digest),
+        made.roster.digest,
+        "run",
+        9,
+        tuple(sorted(made.sites)),
+        1,
+    )
+    (reply,) = made.ask("anker", secagg.ServerEpoch(terms, made.roster).advertise_request())
+    assert isinstance(reply, Abort)
+    assert reply.code == "CLO-701"
+    for site in made.sites.values():
+        made.members.forget(site)
+
+
+def test_another_key_than_the_roster_s_takes_no_part(hospitals: Hospitals, tmp_path: Path) -> None:
+    digest = hospitals.roster.digest.hex()
+    sites = hospitals.sites
+    require_roster(sites["anker"], sites["anker"].roster, digest)
+    stranger = init_site(tmp_path / "stranger", name="anker")
+    with pytest.raises(RosterMismatch, match="does not hold this site"):
+        require_roster(stranger, sites["anker"].roster, digest)
+    with pytest.raises(RosterMismatch, match="another roster"):
+        require_roster(sites["anker"], sites["anker"].roster, "00" * 32)
+
+
+def test_few_studies_are_kept_alive_for_a_hospital(tmp_path: Path) -> None:
+    made = Hospitals(tmp_path, study(), Policy(max_epsilon_study=6))
+    site = made.sites["anker"]
+    for number in range(10):
+        made.study = study(study=f'name = "study-{number}"')
+        made.session()
+        made.exchange("anker")
+    assert made.members.count(site) == 4
+    assert Members().count(site) == 0
+    made.members.forget(site)
+    assert made.members.count(site) == 0
+
+
+def test_a_changed_policy_counts_at_once(hospitals: Hospitals) -> None:
+    site = hospitals.sites["anker"]
+    terms_of = hospitals.epoch(hospitals.session()).terms
+    text = (site.root / "site.toml").read_text()
+    (site.root / "site.toml").write_text(text.replace("min_sites = 5", "min_sites = 500"))
+    from cloister_fl.client.site.folder import open_site
+
+    hospitals.sites["anker"] = open_site(site.root)
+    later = secagg.ServerEpoch(
+        secagg.EpochTerms(
+            terms_of.federation, terms_of.study, terms_of.roster, "run", 77, terms_of.invited, 1
+        ),
+        hospitals.roster,
+    )
+    (reply,) = hospitals.ask("anker", later.advertise_request())
+    assert isinstance(reply, Abort)
+
+
+def test_nothing_is_charged_by_the_protocol_itself(hospitals: Hospitals) -> None:
+    session = hospitals.session()
+    hospitals.answer(hospitals.epoch(session), session, [])
+    site: Site = hospitals.sites["anker"]
+    ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
+    assert {entry.kind for entry in ledger.entries()} == {"created", "epoch", "round"}

@@ -1,0 +1,122 @@
+"""What a site remembers of secure aggregation: durable, first write wins, in the ledger's chain."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cloister_fl.client.ledger.ledger import Ledger
+from cloister_fl.client.secure_aggregation.ledger_round_store import RoundMemory
+from cloister_fl.errors import LedgerDamaged, ParameterRefused
+from cloister_fl.privacy.dp_events import Mechanism
+
+STUDY = bytes(range(32))
+OTHER = bytes(32)
+DELTA = 1e-5
+
+
+def _memory(folder: Path) -> RoundMemory:
+    return RoundMemory(folder / "ledger.sqlite", delta=DELTA, subject=STUDY, most_epochs=99)
+
+
+def test_an_epoch_is_claimed_once_and_a_restart_does_not_forget(tmp_path: Path) -> None:
+    assert _memory(tmp_path).claim_epoch(b"k" * 32) is True
+    assert _memory(tmp_path).claim_epoch(b"k" * 32) is False
+    assert _memory(tmp_path).claim_epoch(b"l" * 32) is True
+
+
+def test_the_first_constants_stand(tmp_path: Path) -> None:
+    assert _memory(tmp_path).open_round(STUDY, 2, b"1" * 32) == b"1" * 32
+    assert _memory(tmp_path).open_round(STUDY, 2, b"2" * 32) == b"1" * 32
+    assert _memory(tmp_path).open_round(STUDY, 3, b"2" * 32) == b"2" * 32
+
+
+def test_what_makes_the_same_update_shares_a_memory(tmp_path: Path) -> None:
+    """Without privacy, two studies that differ in name alone give the same updates."""
+    path = tmp_path / "ledger.sqlite"
+    one = RoundMemory(path, delta=DELTA, subject=b"s" * 32, most_epochs=9)
+    two = RoundMemory(path, delta=DELTA, subject=b"s" * 32, most_epochs=9)
+    three = RoundMemory(path, delta=DELTA, subject=b"t" * 32, most_epochs=9)
+    assert one.commit(STUDY, 2, ("a", "b")) == ("a", "b")
+    assert two.commit(OTHER, 2, ("a", "c")) == ("a", "b")
+    assert three.commit(OTHER, 2, ("a", "c")) == ("a", "c")
+
+
+def test_a_server_cannot_fill_the_ledger_with_epochs(tmp_path: Path) -> None:
+    memory = RoundMemory(tmp_path / "ledger.sqlite", delta=DELTA, subject=STUDY, most_epochs=3)
+    assert all(memory.claim_epoch(bytes([number]) * 32) for number in range(3))
+    with pytest.raises(ParameterRefused, match="3 key epochs"):
+        memory.claim_epoch(b"x" * 32)
+    assert memory.claim_epoch(bytes(32)) is False
+
+
+def test_the_first_answer_stands(tmp_path: Path) -> None:
+    assert _memory(tmp_path).committed(STUDY, 2) is None
+    assert _memory(tmp_path).commit(STUDY, 2, ("a", "b")) == ("a", "b")
+    assert _memory(tmp_path).commit(STUDY, 2, ("a", "c")) == ("a", "b")
+    assert _memory(tmp_path).committed(STUDY, 2) == ("a", "b")
+    assert _memory(tmp_path).committed(STUDY, 4) is None
+
+
+def test_it_spends_nothing_and_the_ledger_reads_past_it(tmp_path: Path) -> None:
+    memory = _memory(tmp_path)
+    ledger = Ledger.open(tmp_path / "ledger.sqlite", delta=DELTA)
+    ledger.reserve("ab" * 32, "run", Mechanism(2.0, 0.5), 4, DELTA, 100.0, 100.0)
+    memory.claim_epoch(b"k" * 32)
+    memory.open_round(STUDY, 2, b"1" * 32)
+    ledger.start_round("ab" * 32, "run", 1, 2)
+    memory.commit(STUDY, 2, ("a", "b"))
+    assert [entry.kind for entry in ledger.entries()] == [
+        "created",
+        "reserved",
+        "epoch",
+        "round",
+        "started",
+        "answered",
+    ]
+    assert [held.left for held in ledger.reservations()] == [2]
+
+
+def test_an_answer_that_was_changed_by_hand_is_found(tmp_path: Path) -> None:
+    _memory(tmp_path).commit(STUDY, 2, ("a", "b"))
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as connection:
+        connection.execute("DROP TRIGGER no_update")
+        connection.execute("""UPDATE entries SET body = replace(body, '"b"', '"c"')""")
+    with pytest.raises(LedgerDamaged):
+        _memory(tmp_path).committed(STUDY, 2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from(["claim", "open", "commit"]),
+            st.integers(0, 2),
+            st.sampled_from([("a", "b", "c"), ("a", "b"), ("a", "c")]),
+        ),
+        max_size=8,
+    )
+)
+def test_first_write_wins_in_any_order(
+    steps: list[tuple[str, int, tuple[str, ...]]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("memory")
+    epochs: set[int] = set()
+    opened: dict[int, bytes] = {}
+    commits: dict[int, tuple[str, ...]] = {}
+    for kind, number, names in steps:
+        memory = _memory(folder)
+        if kind == "claim":
+            assert memory.claim_epoch(bytes([number]) * 32) is (number not in epochs)
+            epochs.add(number)
+        elif kind == "open":
+            constants = "".join(names).encode().ljust(32)
+            expected = opened.setdefault(number, constants)
+            assert memory.open_round(STUDY, number, constants) == expected
+        else:
+            assert memory.commit(STUDY, number, names) == commits.setdefault(number, names)
+        assert memory.committed(STUDY, number) == commits.get(number)

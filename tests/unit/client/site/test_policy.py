@@ -1,0 +1,136 @@
+"""The policy refuses what it does not allow, and says which key did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cloister_fl.client.site.policy import Policy, refusals
+from cloister_fl.study.schema import Study
+
+
+def _study(**tables: Any) -> Study:
+    return Study.model_validate(
+        {
+            "study": {"name": "s", "question": "q"},
+            "target": {"column": "c", "classes": ("a", "b")},
+            **tables,
+        }
+    )
+
+
+def test_defaults_allow_the_default_study() -> None:
+    assert refusals(Policy(), _study(), 5) == ()
+
+
+def test_defaults() -> None:
+    assert Policy().model_dump() == {
+        "max_epsilon_study": 3.0,
+        "max_epsilon_lifetime": 8.0,
+        "ledger_delta": 1e-5,
+        "patients_at_most": 0,
+        "min_patients_per_class": 10,
+        "require_secure_aggregation": True,
+        "colluders": 1,
+        "min_sites": 5,
+        "max_rounds": 1000,
+        "allow_without_privacy": False,
+        "networks": (),
+        "modalities": (),
+        "metrics": (),
+        "hours": (),
+        "approve": "none",
+        "approved_hashes": (),
+        "trusted_signers": (),
+    }
+
+
+@pytest.mark.parametrize(
+    ("policy", "tables", "sites", "words"),
+    [
+        ({}, {"privacy": {"epsilon": 50.0}}, 5, ("max_epsilon_study", "3", "50")),
+        (
+            {"patients_at_most": 10_001},
+            {},
+            5,
+            ("patients_at_most", "10001", "9.999e-06", "1e-05"),
+        ),
+        ({}, {"privacy": {"delta": 0.01}}, 5, ("ledger_delta", "1e-05", "0.01")),
+        (
+            {"metrics": ("score-histograms",)},
+            {"privacy": {"enabled": False}},
+            5,
+            ("allow_without_privacy", "false", "enabled"),
+        ),
+        (
+            {"allow_without_privacy": True},
+            {"privacy": {"enabled": False}},
+            5,
+            ("metrics", "score-histograms", "evaluation.site_fraction = 0.2"),
+        ),
+        (
+            {},
+            {"evaluation": {"release_epsilon": 1.0}},
+            5,
+            ("metrics", "score-histograms", "evaluation.release_epsilon = 1"),
+        ),
+        ({"max_rounds": 10}, {"training": {"rounds": 11}}, 5, ("max_rounds", "10", "11")),
+        ({"min_sites": 3}, {}, 2, ("min_sites", "3", "2 are invited")),
+        (
+            {"min_sites": 3},
+            {"aggregation": {"min_sites": 2}},
+            5,
+            ("min_sites", "3", "aggregation.min_sites = 2"),
+        ),
+        (
+            {},
+            {"aggregation": {"secure": False}},
+            5,
+            ("require_secure_aggregation", "true", "aggregation.secure"),
+        ),
+        ({}, {"aggregation": {"colluders": 0}}, 5, ("colluders", "1", "= 0")),
+        ({"networks": ("resnet18",)}, {}, 5, ("networks", "resnet18", "small-cnn")),
+        (
+            {"modalities": ("CT",)},
+            {"input": {"modalities": ("CT", "MR")}},
+            5,
+            ("modalities", "CT", "CT, MR"),
+        ),
+    ],
+)
+def test_refusal_names_key_and_values(
+    policy: dict[str, Any], tables: dict[str, Any], sites: int, words: tuple[str, ...]
+) -> None:
+    (told,) = refusals(Policy(**policy), _study(**tables), sites)
+    assert f"policy.{words[0]}" in told
+    for word in words:
+        assert word in told
+
+
+def test_the_bound_itself_is_allowed() -> None:
+    policy = Policy(
+        max_epsilon_study=2.0,
+        max_rounds=20,
+        patients_at_most=10_000,
+        min_sites=5,
+        networks=("small-cnn",),
+        modalities=("CR", "DX"),
+    )
+    assert refusals(policy, _study(privacy={"epsilon": 2.0}), 5) == ()
+
+
+def test_without_privacy_where_allowed_the_epsilon_is_moot() -> None:
+    study = _study(privacy={"enabled": False, "epsilon": 900.0, "delta": 0.05})
+    policy = Policy(allow_without_privacy=True, metrics=("score-histograms",))
+    assert refusals(policy, study, 5) == ()
+
+
+def test_without_privacy_and_without_metrics_a_study_that_measures_nothing_is_allowed() -> None:
+    study = _study(privacy={"enabled": False}, evaluation={"site_fraction": 0.0})
+    assert refusals(Policy(allow_without_privacy=True), study, 5) == ()
+
+
+def test_all_refusals_at_once() -> None:
+    study = _study(privacy={"epsilon": 9.0, "delta": 1e-3}, training={"rounds": 2000})
+    assert len(refusals(Policy(networks=("resnet18",), min_sites=9), study, 1)) == 6

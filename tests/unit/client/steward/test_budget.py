@@ -1,0 +1,147 @@
+"""The steward's view of the budget: what it says, what it exports, and what closing does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from cloister_fl.client.admission import gate
+from cloister_fl.client.admission.approvals import Decision, judge
+from cloister_fl.client.cli import client_group
+from cloister_fl.client.ledger.ledger import Ledger
+from cloister_fl.client.site.audit_log import entries_of
+from cloister_fl.client.site.folder import Site, init_site
+from cloister_fl.client.site.policy import Policy
+from cloister_fl.client.steward import budget
+from cloister_fl.encoding.framing import u64
+from cloister_fl.errors import BudgetExhausted, OptionInvalid, OutputInTheWay
+from cloister_fl.membership.identity import verify
+from support.federations import study, study_text
+
+STUDY = study()
+SITES = max(5, STUDY.aggregation.min_sites)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return init_site(tmp_path / "anker", policy=Policy(max_epsilon_study=6, max_epsilon_lifetime=9))
+
+
+@pytest.fixture
+def charged(site: Site) -> Site:
+    """A study is approved, its whole cost reserved, and one round of it charged."""
+    judge(site, STUDY, Decision.APPROVED)
+    gate.admit(site, STUDY, run="run-1", invited=SITES)
+    gate.charge(site, STUDY, run="run-1", round_number=1)
+    return site
+
+
+def run(site: Site, *words: str) -> Result:
+    result = CliRunner().invoke(client_group.app, ["budget", *words, "--dir", str(site.root)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_the_account_is_the_ledgers(charged: Site) -> None:
+    told = json.loads(run(charged, "--json").output)
+    ledger = Ledger.open(charged.ledger, delta=charged.policy.ledger_delta)
+    assert told["lifetime_spent"] == ledger.epsilon_lifetime()
+    assert told["lifetime_promised"] == ledger.epsilon_lifetime(reserved=True)
+    assert told["lifetime_left"] == 9 - told["lifetime_promised"]
+    (one,) = told["studies"]
+    steps = STUDY.training.steps_per_round
+    assert (one["study"], one["name"]) == (STUDY.digest, STUDY.study.name)
+    assert one["steps_started"] == steps
+    assert one["steps_reserved"] == STUDY.training.total_steps - steps
+    assert 0 < one["epsilon_spent"] < one["epsilon_promised"] <= STUDY.privacy.epsilon
+
+
+def test_both_epsilons_stand_beside_each_other_wherever_a_site_reads(charged: Site) -> None:
+    told = budget.statement(charged)
+    words = (
+        f"patient-level, this study: {told.studies[0].epsilon_promised:.2f}; "
+        f"lifetime on this data: {told.lifetime_promised:.2f} of 9"
+    )
+    assert words in run(charged).output
+    where = ["--dir", str(charged.root)]
+    for command in (["status"], ["review", STUDY.digest]):
+        assert words in CliRunner().invoke(client_group.app, [*command, *where]).output
+
+
+def test_a_proposal_is_judged_by_both_gates_and_reserves_nothing(
+    charged: Site, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.toml"
+    path.write_text(study_text(study='name = "another"'))
+    head = Ledger.open(charged.ledger, delta=charged.policy.ledger_delta).head()
+    asked = json.loads(run(charged, "--study", str(path), "--json").output)["proposal"]
+    assert asked["study_epsilon"] == pytest.approx(STUDY.privacy.epsilon, abs=0.02)
+    assert asked["study_gate"] is True
+    assert asked["lifetime_gate"] is False
+    assert asked["lifetime_epsilon"] > 9
+    assert any("lifetime budget" in sentence for sentence in asked["objections"])
+    assert "lifetime gate  closed" in run(charged, "--study", str(path)).output
+    assert Ledger.open(charged.ledger, delta=charged.policy.ledger_delta).head() == head
+
+
+def test_looking_at_a_site_without_a_ledger_makes_none(site: Site, tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(study_text())
+    asked = json.loads(run(site, "--study", str(path), "--json").output)
+    assert asked["studies"] == []
+    assert asked["lifetime_promised"] == 0
+    assert asked["proposal"]["lifetime_gate"] is True
+    assert not site.ledger.exists()
+    with pytest.raises(OptionInvalid, match="no ledger"):
+        run(site, "export", "--out", str(tmp_path / "out"))
+
+
+def test_an_export_can_be_checked_with_the_file_and_the_key_alone(
+    charged: Site, tmp_path: Path
+) -> None:
+    out = tmp_path / "ledger.jsonl"
+    run(charged, "export", "--out", str(out))
+    *lines, last = out.read_bytes().splitlines(keepends=True)
+    previous = "0" * 64
+    for line in lines:
+        held = json.loads(line)
+        body = json.dumps(held["body"], sort_keys=True, separators=(",", ":")).encode()
+        digest = hashlib.sha256(b"cloister/ledger/v1\0" + previous.encode() + b"\0" + body)
+        assert held["previous"] == previous
+        assert held["hash"] == digest.hexdigest()
+        previous = held["hash"]
+    signed = json.loads(last)
+    assert signed["head"] == {"seq": len(lines), "hash": previous}
+    assert signed["key"] == charged.identity().public.hex()
+    content = hashlib.sha256(b"".join(lines)).digest()
+    fields = [b"anker", u64(len(lines)), previous.encode(), content]
+    key, signature = bytes.fromhex(signed["key"]), bytes.fromhex(signed["signature"])
+    assert verify(key, signature, "cloister/ledger/export/v2", *fields)
+    assert not verify(key, signature, "cloister/ledger/export/v2", b"birke", *fields[1:])
+    with pytest.raises(OutputInTheWay):
+        run(charged, "export", "--out", str(out))
+
+
+def test_a_closed_study_gives_its_steps_back_and_never_starts_again(charged: Site) -> None:
+    before = budget.statement(charged)
+    rest = STUDY.training.total_steps - STUDY.training.steps_per_round
+    assert f"Steps released: {rest}." in run(charged, "close", STUDY.digest[:12], "--yes").output
+    after = budget.statement(charged)
+    assert after.lifetime_spent == before.lifetime_spent == after.lifetime_promised
+    assert after.studies[0].closed
+    assert after.studies[0].steps_reserved == 0
+    assert f"{STUDY.digest[:16]}, closed" in run(charged).output
+    last = entries_of(charged)[-2]
+    assert (last.kind, last.body["study"], last.body["released"]) == ("closed", STUDY.digest, rest)
+    with pytest.raises(BudgetExhausted, match="closed"):
+        gate.admit(charged, STUDY, run="run-1", invited=SITES)
+    with pytest.raises(BudgetExhausted, match="closed"):
+        gate.charge(charged, STUDY, run="run-1", round_number=2)
+    with pytest.raises(OptionInvalid, match="no study"):
+        run(charged, "close", "f" * 64)

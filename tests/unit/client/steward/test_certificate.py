@@ -1,0 +1,288 @@
+"""The certificate: it says what the ledger says, others recompute it, and no change survives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from cloister_fl.cli.verify_commands import verify as verify_command
+from cloister_fl.client.admission import gate
+from cloister_fl.client.admission.approvals import Decision, judge
+from cloister_fl.client.cli import client_group
+from cloister_fl.client.ledger.ledger import Ledger
+from cloister_fl.client.site.audit_log import entries_of, log_of, path_of
+from cloister_fl.client.site.folder import Site, init_site
+from cloister_fl.client.site.policy import Policy
+from cloister_fl.client.steward import budget
+from cloister_fl.client.steward.issue_certificate import certify
+from cloister_fl.errors import CertificateInvalid, OptionInvalid, OutputInTheWay
+from cloister_fl.membership.identity import Identity
+from cloister_fl.privacy import certificate
+from cloister_fl.privacy.accounting import epsilon_pld
+from cloister_fl.verify import ledger_export
+from cloister_fl.verify.certificate_check import check
+from support.accountants import epsilon_prv, epsilon_rdp
+from support.federations import study, with_engine
+
+STUDY = study()
+SITES = max(5, STUDY.aggregation.min_sites)
+
+
+@pytest.fixture(scope="module")
+def charged(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """All rounds of a run charged, two of a second run, and three messages sent in the first."""
+    folder = tmp_path_factory.mktemp("site") / "anker"
+    site = init_site(folder, policy=Policy(max_epsilon_study=20, max_epsilon_lifetime=40))
+    judge(site, STUDY, Decision.APPROVED)
+    for run, rounds in (("run-1", STUDY.training.rounds), ("run-2", 2)):
+        gate.admit(site, STUDY, run=run, invited=SITES)
+        for number in range(1, rounds + 1):
+            gate.charge(site, STUDY, run=run, round_number=number)
+    for run, size in (("run-1", 10), ("run-2", 500), ("run-1", 7)):
+        log_of(site).append(
+            "sent",
+            message="exchanged",
+            bytes=size,
+            sha256="0" * 64,
+            to="coordinator",
+            why="w",
+            run=run,
+        )
+    return site
+
+
+@pytest.fixture(scope="module")
+def data(charged: Site) -> bytes:
+    return certificate.sign(certify(charged, STUDY.digest, run="run-1"), charged.identity())
+
+
+@pytest.fixture(scope="module")
+def exported(charged: Site, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("export") / "ledger.jsonl"
+    budget.export(charged, path)
+    return path.read_bytes()
+
+
+def changed(data: bytes, identity: Identity, **values: object) -> certificate.Certificate:
+    """A certificate that the site itself signed with other values."""
+    held = json.loads(data)
+    del held["signature"]
+    made = certificate.Certificate.model_validate({**held, **values, "key": identity.public.hex()})
+    return certificate.read(certificate.sign(made, identity))
+
+
+def test_it_says_what_the_ledger_says(charged: Site, data: bytes) -> None:
+    found = certificate.read(data, key=charged.identity().public)
+    ledger = Ledger.open(charged.ledger, delta=charged.policy.ledger_delta)
+    used = gate.mechanism(STUDY)
+    steps, two = STUDY.training.total_steps, 2 * STUDY.training.steps_per_round
+    assert (found.steps_started, found.steps_reserved) == (steps, steps)
+    assert found.steps_of_study == steps + two
+    assert (found.noise_multiplier, found.sampling_rate) == (
+        used.noise_multiplier,
+        used.sampling_rate,
+    )
+    assert (found.ledger.seq, found.ledger.hash) == ledger.head()
+    assert found.log.seq == len(entries_of(charged))
+    assert [(one.message, one.count, one.bytes) for one in found.left] == [("exchanged", 2, 17)]
+    assert found.epsilon_study == ledger.epsilon_study(STUDY.digest, STUDY.privacy.delta)
+    assert found.epsilon_run == epsilon_pld(
+        used.noise_multiplier, used.sampling_rate, steps, STUDY.privacy.delta
+    )
+    assert found.epsilon_run <= STUDY.privacy.epsilon < found.epsilon_study
+    assert "lifetime" not in data.decode()
+
+
+def test_two_other_accountants_agree(charged: Site, data: bytes, exported: bytes) -> None:
+    found = certificate.read(data)
+    told = check(found, ledger=ledger_export.read(exported), log=entries_of(charged))
+    assert told.faults == ()
+    assert told.accountant == "PRV (Opacus)"
+    assert abs(told.epsilon_run - found.epsilon_run) <= 0.02
+    assert abs(told.epsilon_study - found.epsilon_study) <= 0.02
+    ledger = Ledger.open(charged.ledger, delta=charged.policy.ledger_delta)
+    assert told.lifetime is not None
+    assert abs(told.lifetime - ledger.epsilon_lifetime()) <= 1e-6
+
+
+def test_a_study_whose_engine_does_not_keep_the_claim_is_a_fault(data: bytes) -> None:
+    asked = with_engine(STUDY, "book-keeping")
+    made = changed(data, Identity.generate(), study=asked.canonical(), study_hash=asked.digest)
+    (fault,) = check(made).faults
+    assert "training.engine is 'book-keeping'" in fault
+
+
+@settings(deadline=None, max_examples=400)
+@given(place=st.integers(0, 10**6), to=st.integers(0, 255))
+def test_a_certificate_with_one_character_changed(data: bytes, place: int, to: int) -> None:
+    place %= len(data)
+    if data[place] == to:
+        return
+    with pytest.raises(CertificateInvalid, match="CLO-310"):
+        certificate.read(data[:place] + bytes([to]) + data[place + 1 :])
+
+
+def test_every_digit_matters(data: bytes) -> None:
+    for place, byte in enumerate(data):
+        if chr(byte).isdigit():
+            other = b"1" if byte != ord("1") else b"2"
+            with pytest.raises(CertificateInvalid):
+                certificate.read(data[:place] + other + data[place + 1 :])
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, -1])
+def test_a_certificate_that_was_cut(data: bytes, cut: int) -> None:
+    with pytest.raises(CertificateInvalid):
+        certificate.read(data[:cut])
+
+
+def test_another_key_than_asked_for(data: bytes) -> None:
+    with pytest.raises(CertificateInvalid, match="another key"):
+        certificate.read(data, key=Identity.generate().public)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"epsilon_run": 0.1}, "Epsilon of this run"),
+        ({"epsilon_study": 0.1}, "Epsilon of the study"),
+        ({"noise_multiplier": 1e-3}, "Epsilon of this run"),
+        ({"sampling_rate": 1e-3}, "sampling rate"),
+        ({"clipping_norm": 9.0}, "clipping norm"),
+        ({"delta": 1e-3}, "delta"),
+        ({"steps_reserved": 1}, "steps reserved"),
+        ({"steps_of_study": 1}, "fewer steps"),
+        ({"study_hash": "0" * 64}, "not the one of the hash"),
+        ({"study": "{}"}, "none"),
+    ],
+)
+def test_a_site_that_signs_what_does_not_hold(
+    data: bytes, values: dict[str, object], said: str
+) -> None:
+    told = check(changed(data, Identity.generate(), **values))
+    assert any(said in fault for fault in told.faults), told.faults
+
+
+def test_fewer_steps_than_the_ledger_counts(charged: Site, data: bytes, exported: bytes) -> None:
+    found = certificate.read(data)
+    used = gate.mechanism(STUDY)
+    steps = found.steps_started - 1
+    values = {
+        "steps_started": steps,
+        "epsilon_run": epsilon_pld(
+            used.noise_multiplier, used.sampling_rate, steps, STUDY.privacy.delta
+        ),
+    }
+    lying = changed(data, charged.identity(), **values)
+    assert check(lying).faults == ()
+    told = check(lying, ledger=ledger_export.read(exported))
+    assert f"counts {found.steps_started} steps of this run" in " ".join(told.faults)
+
+
+def test_the_ledger_of_another_site_or_time(charged: Site, data: bytes, exported: bytes) -> None:
+    found = certificate.read(data)
+    ledger = ledger_export.read(exported)
+    stranger = changed(data, Identity.generate())
+    assert "another site's" in " ".join(check(stranger, ledger=ledger).faults)
+    head = {"seq": found.ledger.seq, "hash": "0" * 64}
+    moved = changed(data, charged.identity(), ledger=head)
+    assert "does not hold entry" in " ".join(check(moved, ledger=ledger).faults)
+
+
+def test_what_left_is_held_against_the_log(charged: Site, data: bytes) -> None:
+    left = [{"message": "exchanged", "count": 1, "bytes": 10}]
+    told = check(changed(data, charged.identity(), left=left), log=entries_of(charged))
+    assert "counts other messages" in " ".join(told.faults)
+
+
+@pytest.mark.parametrize("line", [0, 3, -2, -1])
+def test_an_export_with_one_digit_changed(exported: bytes, line: int) -> None:
+    lines = exported.splitlines(keepends=True)
+    for place, byte in enumerate(lines[line]):
+        if chr(byte).isdigit():
+            other = b"1" if byte != ord("1") else b"2"
+            new = lines[line][:place] + other + lines[line][place + 1 :]
+            broken = [*lines]
+            broken[line] = new
+            with pytest.raises(CertificateInvalid):
+                ledger_export.read(b"".join(broken))
+
+
+@pytest.mark.parametrize("field", ["site", "format"])
+def test_an_export_whose_last_line_says_what_nobody_signed(exported: bytes, field: str) -> None:
+    *lines, last = exported.splitlines(keepends=True)
+    said = json.loads(last)
+    assert ledger_export.read(exported).site == said["site"] == "anker"
+    said[field] = "birke" if field == "site" else said["format"] + 1
+    with pytest.raises(CertificateInvalid, match="does not sign"):
+        ledger_export.read(b"".join(lines) + json.dumps(said).encode() + b"\n")
+
+
+def test_an_export_with_a_number_that_is_not_finite(exported: bytes) -> None:
+    first, *rest = exported.splitlines(keepends=True)
+    said = json.loads(first)
+    said["body"]["delta"] = float("nan")
+    with pytest.raises(CertificateInvalid, match="line 1 holds a number that is not finite"):
+        ledger_export.read(json.dumps(said).encode() + b"\n" + b"".join(rest))
+
+
+def test_an_export_that_lacks_a_line(exported: bytes) -> None:
+    lines = exported.splitlines(keepends=True)
+    for gone in (0, 2, len(lines) - 2, len(lines) - 1):
+        with pytest.raises(CertificateInvalid):
+            ledger_export.read(b"".join(lines[:gone] + lines[gone + 1 :]))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    sigma=st.floats(0.6, 20),
+    q=st.one_of(st.just(1.0), st.floats(0.001, 0.5)),
+    steps=st.integers(1, 1000),
+)
+def test_renyi_is_never_below_the_privacy_loss(sigma: float, q: float, steps: int) -> None:
+    tight = epsilon_pld(sigma, q, steps, 1e-5)
+    loose = epsilon_rdp(sigma, q, steps, 1e-5)
+    assert loose >= tight - 1e-6
+    if tight < 10:
+        assert abs(epsilon_prv(sigma, q, steps, 1e-5) - tight) <= 0.02
+
+
+# The commands.
+
+
+def invoke(site: Site, *words: str) -> Result:
+    result = CliRunner().invoke(client_group.app, ["certificate", *words, "--dir", str(site.root)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_the_commands_write_and_check(
+    charged: Site, exported: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, ledger = tmp_path / "anker.json", tmp_path / "ledger.jsonl"
+    ledger.write_bytes(exported)
+    told = invoke(charged, STUDY.digest[:16], "--run", "run-1", "--out", str(out)).output
+    assert f"{STUDY.training.total_steps} of {STUDY.training.total_steps} steps" in told
+    verify_command(out, against=path_of(charged), ledger=ledger, key=None, as_json=False)
+    said = capsys.readouterr().out
+    assert "The certificate of anker holds" in said
+    assert "by PRV (Opacus)" in said
+    assert "the same as here" in said
+    assert "lifetime     epsilon" in said
+    verify_command(out, against=None, ledger=None, key=None, as_json=True)
+    assert json.loads(capsys.readouterr().out)["holds"] is True
+    with pytest.raises(OutputInTheWay):
+        invoke(charged, STUDY.digest[:16], "--out", str(out))
+    assert invoke(charged, STUDY.digest[:16]).output.startswith('{\n  "clipping_norm"')
+    with pytest.raises(OptionInvalid, match="no such run"):
+        invoke(charged, STUDY.digest[:16], "--run", "another")
+    out.write_bytes(out.read_bytes().replace(b'"steps_started": ', b'"steps_started": 1'))
+    with pytest.raises(CertificateInvalid, match="CLO-310"):
+        verify_command(out, against=None, ledger=None, key=None, as_json=False)

@@ -1,0 +1,360 @@
+"""The release: one patient moves it by at most L, its noise is what is charged, and it is one."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Message
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from cloister_fl.client import app as client
+from cloister_fl.client.admission import gate
+from cloister_fl.client.admission.approvals import Decision, judge, judgements
+from cloister_fl.client.app_state import Kept
+from cloister_fl.client.data.cohort import Cohort, Patient, subset
+from cloister_fl.client.ledger.ledger import Ledger
+from cloister_fl.client.site.folder import Site, init_site
+from cloister_fl.client.site.last_refusal import read_notice
+from cloister_fl.client.site.policy import Policy
+from cloister_fl.client.steward.review import review
+from cloister_fl.client.training.csprng import SecureRandom
+from cloister_fl.client.training.local_training import train_round
+from cloister_fl.client.training.noisy_histogram import apart, exact_histogram, noised, split_apart
+from cloister_fl.errors import ReleaseAlreadySpent
+from cloister_fl.networks import flat_parameters, registry
+from cloister_fl.networks.frozen_backbone import FixedFeatures
+from cloister_fl.protocol.round_messages import (
+    SITE_KEY,
+    Evaluated,
+    EvaluateTask,
+    Refusal,
+    RoundMessage,
+    octets,
+    pack,
+    unpack,
+)
+from cloister_fl.protocol.sessions import histogram_size
+from cloister_fl.server.flower.engines import InProcessGrid
+from cloister_fl.server.rounds.messenger import TYPES
+from cloister_fl.study.cost import RELEASE_BINS, UNITS, charges, release_mechanism, sensitivity
+from cloister_fl.study.schema import Study
+from support.federations import study, write_cohort
+
+ASKED = study(aggregation="secure = false", evaluation="release_epsilon = 1.0\nsite_fraction = 0.5")
+THREE = study(target='classes = ["no", "yes", "perhaps"]', evaluation="release_epsilon = 1.0")
+
+
+# What one patient can move
+
+
+def _cohort(rng: np.random.Generator, counts: list[int], classes: int, *, wild: bool) -> Cohort:
+    size = ASKED.input.size
+    images = rng.integers(0, 65536, (sum(counts), size, size)).astype(np.uint16)
+    if wild:
+        images[::3], images[1::3] = 0, 65535
+    ends = np.cumsum([0, *counts])
+    patients = tuple(
+        Patient(f"{rng.bytes(32).hex()}", int(rng.integers(classes)), tuple(range(a, b)))
+        for a, b in itertools.pairwise(ends)
+    )
+    return Cohort(images, patients, {}, {}, {})
+
+
+def _network(asked: Study, *, seed: int = 0, broken: bool = False) -> torch.nn.Module:
+    module = registry.build(asked.network, outputs=asked.outputs, size=asked.input.size, seed=seed)
+    rng = np.random.default_rng(seed)
+    model = flat_parameters.flatten(module)
+    model = model + rng.normal(0, 1, model.size).astype(np.float32)
+    flat_parameters.load(module, model * np.float32(1e30 if broken else 1))
+    return module
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 10**6),
+    counts=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    three=st.booleans(),
+    wild=st.booleans(),
+    broken=st.booleans(),
+)
+def test_adding_or_removing_a_patient_moves_at_most_l(
+    seed: int, counts: list[int], three: bool, wild: bool, broken: bool
+) -> None:
+    asked = THREE if three else ASKED
+    cohort = _cohort(np.random.default_rng(seed), counts, asked.outputs, wild=wild)
+    module = _network(asked, seed=seed, broken=broken)
+    whole = exact_histogram(module, cohort, asked)
+    assert whole.dtype == np.int64
+    assert whole.shape == (asked.curves, 2, RELEASE_BINS)
+    assert whole.size == histogram_size(asked)
+    limit = sensitivity(asked)
+    assert limit == (3 * UNITS if three else UNITS)
+    assert whole.sum() == limit * len(counts)
+    for gone in cohort.patients:
+        rest = subset(cohort, [one for one in cohort.patients if one is not gone])
+        moved = whole - exact_histogram(module, rest, asked)
+        assert int(np.abs(moved).sum()) <= limit
+        assert int((moved**2).sum()) <= limit**2
+        assert (moved >= 0).all()
+
+
+def test_features_that_are_kept_change_nothing_of_it() -> None:
+    asked = study(
+        network='name = "filter-bank"\narguments = {}', evaluation="release_epsilon = 1.0"
+    )
+    module = _network(asked)
+    assert isinstance(module, FixedFeatures)
+    cohort = _cohort(np.random.default_rng(5), [1, 30, 3], 2, wild=True)
+    whole = exact_histogram(module, cohort, asked)
+    assert whole.sum() == 3 * UNITS
+    parts = [exact_histogram(module, subset(cohort, [one]), asked) for one in cohort.patients]
+    np.testing.assert_array_equal(whole, sum(parts))
+    # A coin can keep nobody apart, or everybody: no error tells so.
+    assert not exact_histogram(module, subset(cohort, []), asked).any()
+    train_round(
+        module,
+        subset(cohort, []),
+        asked,
+        noise_multiplier=1.0,
+        random=SecureRandom(),
+        round_number=1,
+        steps=1,
+        site="anker",
+    )
+
+
+def test_many_images_of_a_patient_are_one_score() -> None:
+    rng = np.random.default_rng(0)
+    cohort = _cohort(rng, [200, 1], 2, wild=False)
+    table = exact_histogram(_network(ASKED), cohort, ASKED)
+    assert sorted(table[table > 0]) in ([UNITS, UNITS], [2 * UNITS])
+
+
+def test_who_is_kept_apart_depends_on_no_other_patient() -> None:
+    rng = np.random.default_rng(1)
+    cohort = _cohort(rng, [1] * 400, 2, wild=False)
+    train, held = split_apart(cohort, 0.25)
+    names = {one.pseudonym for one in held.patients}
+    assert 60 < len(names) < 140
+    assert len(names) + len(train.patients) == 400
+    assert len(held.images) == len(names)
+    for gone in cohort.patients[:20]:
+        rest = subset(cohort, [one for one in cohort.patients if one is not gone])
+        other = {one.pseudonym for one in split_apart(rest, 0.25)[1].patients}
+        assert other == names - {gone.pseudonym}
+    assert split_apart(cohort, 0.0)[1].patients == ()
+    assert len(exact_histogram(_network(ASKED), split_apart(cohort, 0.0)[1], ASKED)) == 1
+    # The coin is fair to the fraction, whatever the name.
+    tosses = [apart(rng.bytes(32).hex(), 0.25) for _ in range(8_000)]
+    assert abs(np.mean(tosses) - 0.25) < 5 * (0.25 * 0.75 / 8_000) ** 0.5
+
+
+# The noise
+
+
+def test_the_noise_is_that_of_the_mechanism() -> None:
+    mechanism = release_mechanism(THREE)
+    assert mechanism is not None
+    std = mechanism.noise_multiplier * sensitivity(THREE)
+    random, zero = SecureRandom(), np.zeros((3, 2, RELEASE_BINS), np.int64)
+    drawn = np.concatenate([noised(zero, THREE, mechanism, random).ravel() for _ in range(400)])
+    assert drawn.dtype == np.int64
+    # Rounding adds 1/12 to a variance of thousands; a false alarm in 1e6 either way.
+    assert stats.kstest(drawn / std, "norm").pvalue > 1e-6
+    assert abs(drawn.var() / (std**2 + 1 / 12) - 1) < 5 * (2 / drawn.size) ** 0.5
+    assert abs(drawn.mean()) < 5 * std / drawn.size**0.5
+    table = zero + 1000
+    assert abs((noised(table, THREE, mechanism, random) - table).mean()) < 5 * std / 96**0.5
+    assert len({noised(zero, THREE, mechanism, SecureRandom()).tobytes() for _ in range(20)}) == 20
+
+
+# What is charged
+
+
+def _site(root: Path, asked: Study = ASKED, **policy: object) -> Site:
+    write_cohort(root / "anker", np.random.default_rng(0), "MRN", patients=24, images=1)
+    allowed: dict[str, object] = {
+        "max_epsilon_study": 12.0,
+        "max_epsilon_lifetime": 100.0,
+        "require_secure_aggregation": False,
+        "metrics": ("score-histograms",),
+        **policy,
+    }
+    site = init_site(root / "anker", name="anker", policy=Policy.model_validate(allowed))
+    judge(site, asked, Decision.APPROVED)
+    return site
+
+
+def _evaluate(
+    site: Site, asked: Study = ASKED, *, run: str = "run", number: int = 3, shift: float = 0.0
+) -> RoundMessage:
+    module = registry.build(asked.network, outputs=asked.outputs, size=asked.input.size, seed=0)
+    model = flat_parameters.flatten(module) + np.float32(shift)
+    task = EvaluateTask(asked.canonical(), run, number, 5, octets(), model)
+    grid = InProcessGrid(client.app, [{SITE_KEY: str(site.root)}])
+    message = Message(content=pack(task), dst_node_id=2, message_type=TYPES["evaluate"])
+    (reply,) = grid.send_and_receive([message])
+    assert not reply.has_error()
+    return unpack(reply.content, Refusal, Evaluated)
+
+
+def _reason(reply: RoundMessage) -> str:
+    assert isinstance(reply, Refusal)
+    return reply.reason
+
+
+def _ledger(site: Site) -> Ledger:
+    return Ledger.open(site.ledger, delta=site.policy.ledger_delta)
+
+
+def test_what_leaves_is_noised_and_charged(tmp_path: Path) -> None:
+    site = _site(tmp_path)
+    reply = _evaluate(site)
+    assert isinstance(reply, Evaluated)
+    assert reply.bins == RELEASE_BINS
+    counts = reply.counts
+    # 24 patients, half of them kept apart; noise of about 60 units in each of 32 cells.
+    assert counts.size == 2 * RELEASE_BINS
+    assert (counts < 0).any()
+    assert len(set((counts % UNITS).tolist())) > 3
+    (held,) = _ledger(site).reservations()
+    assert (held.released, held.started) == (True, 0)
+    whole = charges(ASKED)
+    assert _ledger(site).spent(ASKED.digest) == ((whole.release, 1),)
+    assert _ledger(site).epsilon_study(ASKED.digest, 1e-5) == whole.epsilon(0) <= 1.0
+    reserved = _ledger(site).epsilon_study(ASKED.digest, 1e-5, reserved=True)
+    assert 5.9 < reserved == whole.epsilon() <= 6.0
+
+
+@pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt])
+def test_it_is_charged_before_data_are_read_and_stays_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: type[BaseException]
+) -> None:
+    site = _site(tmp_path)
+    seen: list[bool] = []
+
+    def dies(*_: object) -> Cohort:
+        seen.extend(one.released for one in _ledger(site).reservations())
+        raise fault
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Kept, "cohort", dies)
+        if fault is RuntimeError:
+            assert _reason(_evaluate(site)) == "declined"
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                _evaluate(site)
+    assert seen == [True]
+    assert [one.released for one in _ledger(site).reservations()] == [True]
+    assert _reason(_evaluate(site)) == "round-spent"
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("where", "name", "charged"),
+    [
+        (client, "require_private", False),
+        (Ledger, "start_release", False),
+        (Kept, "parts", True),
+        (client, "exact_histogram", True),
+        (client, "noised", True),
+        (client, "_logged", True),
+    ],
+)
+def test_a_kill_during_a_release_gives_nothing_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: object, name: str, charged: bool
+) -> None:
+    site = _site(tmp_path)
+    assert callable(getattr(where, name))
+    pid = os.fork()
+    if pid == 0:
+        try:
+            monkeypatch.setattr(where, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+            _evaluate(site)
+        finally:
+            os._exit(7)  # Not reached: it is killed before.
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert [one.released for one in _ledger(site).reservations()] == [charged]
+    again = _evaluate(site)
+    if charged:
+        assert _reason(again) == "round-spent"
+    else:
+        assert isinstance(again, Evaluated)
+    assert [entry.kind for entry in _ledger(site).entries()].count("evaluated") == 1
+
+
+def test_a_second_release_is_refused(tmp_path: Path) -> None:
+    site = _site(tmp_path)
+    assert isinstance(_evaluate(site), Evaluated)
+    before = _ledger(site).entries()
+    # The same again, another model, another run of the study: none of them gets a second look.
+    for more in ({}, {"shift": 0.1}):
+        assert _reason(_evaluate(site, **more)) == "round-spent"  # type: ignore[arg-type]
+    assert _ledger(site).entries() == before
+    assert _reason(_evaluate(site, run="another")) == "round-spent"
+    notice = read_notice(site.root)
+    assert notice is not None
+    assert "CLO-311" in notice.message
+    assert [entry.kind for entry in _ledger(site).entries()].count("evaluated") == 1
+    with pytest.raises(ReleaseAlreadySpent, match="CLO-311"):
+        gate.charge_release(site, ASKED, run="another")
+
+
+def test_a_budget_that_does_not_bear_both_refuses_before_a_file_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Enough for the steps of this study, by the lifetime's filter; not for its release on top.
+    used = charges(ASKED)
+    ledger = Ledger.open(tmp_path / "other.sqlite", delta=Policy().ledger_delta)
+    alone = ledger.quote(ASKED.digest, used.step, used.steps, used.delta).lifetime
+    whole = ledger.quote(
+        ASKED.digest, used.step, used.steps, used.delta, release=used.release
+    ).lifetime
+    assert alone < whole
+    site = _site(tmp_path / "b", max_epsilon_lifetime=(alone + whole) / 2)
+    monkeypatch.setattr(client, "load_frozen", lambda *_: pytest.fail("data were read"))
+    assert _reason(_evaluate(site)) == "budget"
+    assert _ledger(site).reservations() == ()
+
+
+def test_what_was_not_paid_for_is_not_measured(tmp_path: Path) -> None:
+    plain = study(aggregation="secure = false")
+    site = _site(tmp_path, plain)
+    assert _reason(_evaluate(site, plain)) == "policy"
+    judge(site, ASKED, Decision.APPROVED)
+    for number in (0, 1, 2, 4):
+        assert _reason(_evaluate(site, number=number)) == "message"
+    assert "evaluated" not in [entry.kind for entry in _ledger(site).entries()]
+
+
+def test_the_policy_must_allow_it(tmp_path: Path) -> None:
+    site = _site(tmp_path, metrics=())
+    assert _reason(_evaluate(site)) == "policy"
+    assert not site.ledger.exists()
+    told = review(site, judgements(site)[ASKED.digest])
+    assert "evaluation.release_epsilon = 1" in told
+    assert "noised counts of patients by score: epsilon 1" in told
+
+
+def test_nobody_kept_apart_is_trained_on(tmp_path: Path) -> None:
+    cohort = _cohort(np.random.default_rng(3), [2] * 40, 2, wild=False)
+    site = init_site(tmp_path / "anker", name="anker")
+    train, held = Kept().parts(site, ASKED, lambda: cohort)
+    assert not {one.pseudonym for one in train.patients} & {one.pseudonym for one in held.patients}
+    assert len(train.patients) + len(held.patients) == 40
+    assert held.patients
+    # Without a release all are trained on, as before.
+    kept = Kept()
+    whole, _ = kept.parts(site, study(), lambda: cohort)
+    assert whole is kept.cohort(site, study(), lambda: cohort)
+    assert whole.patients == cohort.patients

@@ -1,0 +1,67 @@
+"""Canonical JSON: bytes that hashes stand on."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cloister_fl.encoding.canonical_json import canonical_json, parse_canonical
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    # A lone surrogate stands in JSON as an escape.
+    | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def test_the_bytes_are_those_that_hashes_stand_on() -> None:
+    value = {"b": [1, 2.5, None], "a": {"ü": "Köln\n", "Z": True}, "c": 1e-05}
+    text = r'{"a":{"Z":true,"\u00fc":"K\u00f6ln\n"},"b":[1,2.5,null],"c":1e-05}'
+    assert canonical_json(value) == text
+    assert parse_canonical(text) == parse_canonical(text.encode()) == value
+
+
+@given(st.dictionaries(st.text(), VALUES, max_size=4))
+def test_what_is_written_is_read(value: dict[str, object]) -> None:
+    text = canonical_json(value)
+    assert text.isascii()
+    assert parse_canonical(text) == parse_canonical(text.encode()) == value
+    assert parse_canonical(json.dumps(value, indent=1)) == (value if text == "{}" else None)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_has_no_form(number: float) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        canonical_json({"a": number})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"b":1,"a":2}',
+        '{"a": 1}',
+        '{"a":1}\n',
+        '{"a":"ü"}',
+        '{"a":1.0e0}',
+        '{"a":1,"a":1}',
+        '{"a":NaN}',
+        '{"a":"\ud800"}',
+        "[1]",
+        "1",
+        "",
+        "{",
+        '{"a":' + "[" * 100_000,
+    ],
+)
+def test_no_other_form_is_read(text: str) -> None:
+    assert parse_canonical(text) is None
+    assert parse_canonical(text.encode(errors="surrogatepass")) is None

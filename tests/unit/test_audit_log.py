@@ -1,0 +1,299 @@
+"""The audit log: whatever is done to a line is found, and a kill in mid-line costs that line."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cloister_fl.audit_log import EMPTY, AuditLog, Head, examine, parse_note, read
+from cloister_fl.cli import main
+from cloister_fl.errors import AuditLogDamaged, FileUnreadable
+from cloister_fl.membership.identity import Identity
+
+KEY = Identity.generate()
+OTHER = Identity.generate()
+
+
+def _write(path: Path, count: int = 8, identity: Identity = KEY) -> AuditLog:
+    log = AuditLog(path, identity)
+    for number in range(count):
+        log.append("sent", message="exchanged", bytes=number, why="masked")
+    log.sign()
+    return log
+
+
+def _pair(folder: Path, count: int = 8) -> tuple[Path, Path]:
+    """Two logs whose writers noted each other's heads."""
+    one, two = AuditLog(folder / "one", KEY), AuditLog(folder / "two", OTHER)
+    one.sign()
+    two.sign()
+    for number in range(count):
+        head = one.append("sent", bytes=number)
+        head = two.append("received", bytes=number, peer_head=one.note(head))
+        one.append("asked", peer_head=two.note(head))
+    return folder / "one", folder / "two"
+
+
+def test_a_sound_log_reads_back(tmp_path: Path) -> None:
+    log = _write(tmp_path / "log", 3)
+    entries = list(read(tmp_path / "log"))
+    assert [entry.seq for entry in entries] == [1, 2, 3, 4]
+    assert [entry.kind for entry in entries] == ["sent"] * 3 + ["signed"]
+    assert entries[1].body == {"message": "exchanged", "bytes": 1, "why": "masked"}
+    assert entries[0].previous == "0" * 64
+    assert log.head() == Head(4, entries[3].hash)
+    assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
+    verdict = examine(tmp_path / "log", key=KEY.public)
+    assert (verdict.entries, verdict.signed, verdict.findings) == (4, 3, ())
+
+
+def test_an_absent_log_has_no_head(tmp_path: Path) -> None:
+    assert AuditLog(tmp_path / "log", KEY).head() == EMPTY
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda rows: rows[:2] + rows[3:], "entry 3 is missing"),
+        (lambda rows: rows[:2] + rows[5:], "entry 3 to 5 is missing"),
+        (lambda rows: [*rows[:2], rows[2].replace('"bytes":2', '"bytes":7'), *rows[3:]], "edited"),
+        (lambda rows: [*rows[:3], rows[1], *rows[3:]], "entry 2 stands here again"),
+        (
+            lambda rows: [*rows[:2], rows[3], rows[2], *rows[4:]],
+            "entry 3 stands after entry 4: it was moved",
+        ),
+        (lambda rows: [*rows[:4], "{}", *rows[4:]], "is no entry"),
+        (lambda rows: [*rows[:4], "not json", *rows[4:]], "is no entry"),
+        (lambda rows: [row.replace("masked", "plain") for row in rows], "edited"),
+    ],
+    ids=["deleted", "several", "edited", "repeated", "moved", "empty", "junk", "all"],
+)
+def test_each_kind_of_damage_is_named(tmp_path: Path, damage: object, words: str) -> None:
+    path = tmp_path / "log"
+    _write(path)
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join(damage(rows)) + "\n")  # type: ignore[operator]
+    findings = examine(path).findings
+    assert any(words in found.what for found in findings), findings
+    with pytest.raises(AuditLogDamaged):
+        list(read(path))
+
+
+def test_a_new_chain_needs_the_key(tmp_path: Path) -> None:
+    """Whoever rewrites the whole file makes a sound chain, and cannot sign it."""
+    path = tmp_path / "log"
+    _write(path)
+    path.unlink()
+    _write(path, 3, OTHER)
+    assert examine(path).findings == ()
+    (found,) = examine(path, key=KEY.public).findings
+    assert "not validly signed" in found.what
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), data=st.data())
+def test_random_damage_to_either_log_is_found(
+    seed: int, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("pair")
+    paths = _pair(folder, 4)
+    which = data.draw(st.integers(0, 1))
+    path, peer = paths[which], paths[1 - which]
+    assert examine(path, peer=peer).findings == ()
+    rows = path.read_bytes().splitlines(keepends=True)
+    chance = random.Random(seed)
+    kind = data.draw(st.sampled_from(["flip", "delete", "repeat", "swap", "cut"]))
+    place = chance.randrange(len(rows))
+    # The very last entry of either log is one that nobody has noted yet.
+    last = max(
+        number for number, row in enumerate(rows) if b'"sent"' in row or b'"received"' in row
+    )
+    if kind == "flip":
+        row = bytearray(rows[place])
+        spot = chance.randrange(len(row) - 1)
+        row[spot] ^= 1 << chance.randrange(7)
+        rows[place] = bytes(row)
+    elif kind == "delete":
+        del rows[min(place, last)]
+    elif kind == "repeat":
+        rows.insert(place, rows[chance.randrange(len(rows))])
+    elif kind == "swap":
+        other = (place + 1 + chance.randrange(len(rows) - 1)) % len(rows)
+        rows[place], rows[other] = rows[other], rows[place]
+    else:
+        del rows[min(place, last) :]
+    path.write_bytes(b"".join(rows))
+    assert examine(path, peer=peer).findings
+
+
+def test_both_rolled_back_together_is_found_by_the_other_side(tmp_path: Path) -> None:
+    one, two = _pair(tmp_path)
+    whole = one.read_text().splitlines(keepends=True)
+    one.write_text("".join(whole[:7]))
+    assert examine(one).findings == ()
+    assert any("it is gone" in found.what for found in examine(one, peer=two).findings)
+
+
+def test_a_log_that_the_other_side_never_met(tmp_path: Path) -> None:
+    _, two = _pair(tmp_path)
+    _write(tmp_path / "new", 3, Identity.generate())
+    (found,) = examine(tmp_path / "new", peer=two).findings
+    assert "noted nothing" in found.what
+
+
+@pytest.mark.parametrize("cut", [1, 5, 60, 150])
+def test_a_line_that_a_kill_cut_short_is_told_and_costs_nothing_else(
+    tmp_path: Path, cut: int
+) -> None:
+    path = tmp_path / "log"
+    log = _write(path)
+    whole = path.read_bytes()
+    last = whole.splitlines(keepends=True)[-1]
+    path.write_bytes(whole[: -min(cut, len(last) - 1)])
+    log.append("sent", bytes=1)
+    kinds = [entry.kind for entry in read(path)]
+    assert kinds == ["sent"] * 8 + ["recovered", "sent"]
+    assert examine(path).findings == ()
+
+
+def test_a_damaged_end_is_not_written_on(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = _write(path)
+    path.write_bytes(path.read_bytes() + b"garbage\n")
+    before = path.read_bytes()
+    with pytest.raises(AuditLogDamaged):
+        log.append("sent")
+    assert path.read_bytes() == before
+
+
+def _many(path: str) -> None:
+    log = AuditLog(Path(path), KEY)
+    for number in range(40):
+        log.append("sent", process=os.getpid(), number=number)
+
+
+def test_processes_write_one_chain(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_many, args=(str(path),)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    entries = list(read(path))
+    assert len(entries) == 120
+    by_process = {entry.body["process"] for entry in entries}
+    assert len(by_process) == 3
+
+
+@pytest.mark.parametrize("text", ["", "x", "1:2", "g" * 16 + ":1:" + "0" * 64, "0" * 16 + ":1:0"])
+def test_a_note_that_is_none(text: str) -> None:
+    assert parse_note(text) is None
+
+
+def _end(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as caught:
+        main.main(["verify", *arguments])
+    return int(caught.value.code or 0), capsys.readouterr().out
+
+
+def test_verify_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = _pair(tmp_path)
+    status, out = _end(capsys, str(one), "--against", str(two), "--key", KEY.public.hex())
+    assert status == 0
+    assert "Nothing was changed" in out
+    rows = one.read_text().splitlines()
+    one.write_text("\n".join(rows[:3] + rows[4:]) + "\n")
+    status, out = _end(capsys, str(one), "--json")
+    assert status == 4
+    told = json.loads(out)
+    assert told["sound"] is False
+    assert told["findings"][0] == {
+        "line": 4,
+        "what": "before entry 5, entry 4 is missing or was moved",
+    }
+
+
+@pytest.mark.parametrize("arguments", [("nowhere",), (".",)])
+def test_verify_of_no_file_is_a_named_error(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main.main(["verify", *arguments])
+    # No alarm: nothing was changed.
+    assert caught.value.code == FileUnreadable.exit_status
+    assert capsys.readouterr().err.startswith("CLO-103: ")
+
+
+@pytest.mark.parametrize(
+    "text", ["[study]\n", '{"body":{"seq":1},"hash":"0","previous":"0"}\n', "\0"]
+)
+def test_verify_of_another_file_is_no_alarm(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, _ = _pair(tmp_path)
+    other = tmp_path / "other"
+    other.write_text(text)
+    for arguments in ([str(other)], [str(one), "--against", str(other)]):
+        with pytest.raises(SystemExit) as caught:
+            main.main(["verify", *arguments])
+        assert caught.value.code == FileUnreadable.exit_status
+        told = capsys.readouterr().err
+        assert "other is no audit log and no certificate" in told
+        assert "changed" not in told
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace("{", '{"body":0,', 1),
+        lambda text: '{"body":1}\n' + text,
+        lambda text: "x" * (1 << 20) + "\n" + text,
+    ],
+)
+def test_a_log_whose_first_line_was_defaced_is_no_other_file(
+    damage: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, _ = _pair(tmp_path)
+    one.write_text(damage(one.read_text()))
+    with pytest.raises(SystemExit) as caught:
+        main.main(["verify", str(one)])
+    assert caught.value.code == AuditLogDamaged.exit_status
+    told = capsys.readouterr().out
+    assert "  line 1: " in told
+    assert "The log was changed." in told
+
+
+def test_a_log_without_a_signature_says_that_the_key_is_needed(tmp_path: Path) -> None:
+    one, two = _pair(tmp_path)
+    rows = one.read_text().splitlines(keepends=True)
+    one.write_text("")
+    (found,) = examine(one, peer=two).findings
+    assert "nothing here is signed" in found.what
+    noted = examine(one, key=KEY.public, peer=two).findings
+    assert len(noted) > 1
+    assert all("it is gone" in found.what for found in noted)
+    one.write_text("".join(rows)[:-1])
+    assert [(found.line, found.what) for found in examine(one).findings] == [
+        (len(rows), f"entry {len(rows)} has no end: it was cut short")
+    ]
+
+
+def test_a_thousand_sites_fit_on_a_line_and_no_line_is_too_long_to_read(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "log", KEY)
+    seats = " ".join(f"{2**63 - number}={'n' * 59}{number:04d}" for number in range(1000))
+    log.append("began", sites=seats)
+    log.sign()
+    assert [entry.kind for entry in read(tmp_path / "log")] == ["began", "signed"]
+    before = (tmp_path / "log").read_bytes()
+    with pytest.raises(ValueError, match="longer"):
+        log.append("began", sites=seats + seats)
+    assert (tmp_path / "log").read_bytes() == before

@@ -53,11 +53,11 @@ from numpy.typing import NDArray  # noqa: E402
 
 from cloister_fl.client.data.image_cache import Cache  # noqa: E402
 from cloister_fl.client.dicom import acceptance  # noqa: E402
+from cloister_fl.client.dicom.facts import TEXTS  # noqa: E402
 from cloister_fl.client.dicom.file_finder import read_file  # noqa: E402
 from cloister_fl.client.dicom.header import Grayscale, PixelLayout  # noqa: E402
 from cloister_fl.client.dicom.image import read_image  # noqa: E402
 from cloister_fl.client.dicom.pixels.preprocess import area_resize, preprocess  # noqa: E402
-from cloister_fl.client.dicom.sandbox.ipc import TEXTS  # noqa: E402
 from cloister_fl.client.dicom.sandbox.pool import Pool  # noqa: E402
 from cloister_fl.study.schema import Input  # noqa: E402
 from support.dicom import encode, make_dicom, uid  # noqa: E402

@@ -34,7 +34,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from cloister_fl.simulation.synthetic_sites import HOSPITALS, draw_federation
-from cloister_fl.study.schema import parse_study
+from cloister_fl.study.file import parse_study
 from support import deployment
 from support.coordinator_process import free_ports, reachable, wait_for
 

@@ -17,13 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
-from cloister_fl.client.data.cohort import Cohort, load_cohort
+from cloister_fl.client.data.cohort import Cohort
+from cloister_fl.client.data.loading import load_cohort
 from cloister_fl.client.site.folder import open_site
 from cloister_fl.client.training.evaluation import image_scores
 from cloister_fl.metrics.classification import measure
 from cloister_fl.model_file import load_model
 from cloister_fl.simulation.simulate import Simulation, simulate
-from cloister_fl.study.schema import Study, load_study
+from cloister_fl.study.file import load_study
+from cloister_fl.study.schema import Study
 from cloister_fl.system.files import keep_out_of_git
 
 STUDY = Path(__file__).parents[1] / "docs" / "studies" / "pneumonia-pretrained.toml"

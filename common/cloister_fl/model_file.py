@@ -34,9 +34,10 @@ def save_model(path: Path, study: Study, vector: Vector, facts: dict[str, object
     """
     from safetensors.torch import save
 
-    from cloister_fl.networks import flat_parameters, registry
+    from cloister_fl.networks import flat_parameters
+    from cloister_fl.study import study_network
 
-    module = registry.build_for(study)
+    module = study_network.build_for(study)
     flat_parameters.load(module, vector)
     metadata = {
         "format": FORMAT,
@@ -60,7 +61,7 @@ def load_model(path: Path, device: str = "cpu") -> tuple[nn.Module, Study]:
     import torch
     from safetensors import SafetensorError, safe_open
 
-    from cloister_fl.networks import registry
+    from cloister_fl.study import study_network
 
     if not path.is_file():
         raise FileUnreadable(f"{path.name} cannot be read.", remedy=_NOT_OURS)
@@ -76,7 +77,7 @@ def load_model(path: Path, device: str = "cpu") -> tuple[nn.Module, Study]:
         raise ModelFileInvalid(f"{path.name} carries no study.", remedy=_NOT_OURS)
     try:
         study = study_from_canonical(metadata.get("study", ""))
-        module = registry.build_for(study)
+        module = study_network.build_for(study)
     except CloisterError:
         raise ModelFileInvalid(
             f"The study inside {path.name} is not valid in this version of Cloister.",

@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import torch
 
-from cloister_fl.client.data.cohort import load_frozen
+from cloister_fl.client.data.loading import load_frozen
 from cloister_fl.client.pacs.fetch import fetch, set_secret
 from cloister_fl.client.site.folder import Site, init_site, open_site
 from cloister_fl.client.site.policy import Policy

@@ -16,7 +16,7 @@ from cloister_fl.audit_log import read
 from cloister_fl.client.ledger.chain import PROTOCOL_KINDS
 from cloister_fl.client.site.audit_log import entries_of
 from cloister_fl.simulation.simulate import Simulation, simulate
-from cloister_fl.study.schema import parse_study
+from cloister_fl.study.file import parse_study
 from support.deployment import Deployment, change_policy, cloister
 
 STUDY = """\

@@ -22,7 +22,7 @@ from cloister_fl.client.site.audit_log import entries_of
 from cloister_fl.protocol import app_bundle as thin
 from cloister_fl.protocol.round_messages import Prepare, Refusal, pack, unpack
 from cloister_fl.server.flower import runtime
-from cloister_fl.study.schema import parse_study
+from cloister_fl.study.file import parse_study
 from support.coordinator_process import wait_for
 from support.deployment import Deployment, alive, change_policy, children_of, cloister, descendants
 

@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 from cloister_fl import audit_log
 from cloister_fl.client.admission.approvals import Decision, judge
-from cloister_fl.client.data.cohort import load_cohort
+from cloister_fl.client.data.loading import load_cohort
 from cloister_fl.client.ledger.ledger import Ledger
 from cloister_fl.client.site.audit_log import entries_of, path_of
 from cloister_fl.client.training.local_training import train_round
@@ -33,7 +33,8 @@ from cloister_fl.secagg.fixed_point import decode
 from cloister_fl.server.rounds.strategies import OptimizerState, step
 from cloister_fl.simulation.simulate import Simulation, simulate
 from cloister_fl.simulation.synthetic_sites import HOSPITALS, draw_federation
-from cloister_fl.study.schema import Study, parse_study
+from cloister_fl.study.file import parse_study
+from cloister_fl.study.schema import Study
 from support.coordinator_process import wait_for
 from support.deployment import Deployment, alive, children_of, cloister, deployed, descendants
 

@@ -22,7 +22,8 @@ from cloister_fl.client.network import http, join
 from cloister_fl.client.network.proxy import FILE, proxy_of, set_password
 from cloister_fl.client.preflight.findings import Check, Finding, State, exit_status
 from cloister_fl.client.preflight.network_check import network
-from cloister_fl.client.site.folder import Site, network_of, open_site
+from cloister_fl.client.site.folder import Site, open_site
+from cloister_fl.client.site.settings import network_of
 from cloister_fl.errors import (
     ClockOrDates,
     CloisterError,

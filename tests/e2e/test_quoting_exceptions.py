@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cloister_fl.study.schema import parse_study
+from cloister_fl.study.file import parse_study
 from support import deployment
 from support.deployment import Deployment
 

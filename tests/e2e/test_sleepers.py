@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cloister_fl.audit_log import read
-from cloister_fl.study.schema import parse_study
+from cloister_fl.study.file import parse_study
 from support.coordinator_process import wait_for
 from support.deployment import Deployment
 

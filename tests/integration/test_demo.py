@@ -19,7 +19,7 @@ from cloister_fl.server.results.progress import Display
 from cloister_fl.simulation.demo import STUDY, free_folder, run_demo
 from cloister_fl.simulation.simulate import Simulation, simulate
 from cloister_fl.simulation.synthetic_sites import draw_federation
-from cloister_fl.study.schema import parse_study
+from cloister_fl.study.file import parse_study
 from support.seeded_noise import SeededClientApp
 
 SITES = 5

@@ -29,7 +29,8 @@ from cloister_fl.server.rounds.checkpoint import Checkpoints
 from cloister_fl.server.rounds.events import Began, Event, Hooks
 from cloister_fl.server.rounds.messenger import Mailbox
 from cloister_fl.server.rounds.run import Outcome, Run, study_epsilon
-from cloister_fl.study.schema import Study, parse_study
+from cloister_fl.study.file import parse_study
+from cloister_fl.study.schema import Study
 
 Answer = Callable[[str, TrainTask], RoundMessage]
 

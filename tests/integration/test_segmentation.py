@@ -19,7 +19,8 @@ from cloister_fl.client.site.folder import init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.errors import OutputInTheWay, StudyInvalid
 from cloister_fl.simulation.simulate import Simulation, simulate
-from cloister_fl.study.schema import Study, parse_study
+from cloister_fl.study.file import parse_study
+from cloister_fl.study.schema import Study
 from support.dicom import make_dicom
 from support.federations import NAMES, study_text
 from support.segmentations import saved, segment, segmentation

@@ -10,7 +10,8 @@ import pytest
 
 from cloister_fl.model_file import load_model
 from cloister_fl.simulation.simulate import Simulation, simulate
-from cloister_fl.study.schema import Study, parse_study
+from cloister_fl.study.file import parse_study
+from cloister_fl.study.schema import Study
 from support.ct_series import write_series
 from support.federations import NAMES, study_text
 

@@ -17,9 +17,9 @@ from pydicom.filereader import read_file_meta_info
 from pydicom.uid import UID
 
 from cloister_fl.client.dicom import acceptance
+from cloister_fl.client.dicom.facts import Facts
 from cloister_fl.client.dicom.file_finder import discover
 from cloister_fl.client.dicom.rejection import RejectedFile
-from cloister_fl.client.dicom.sandbox.ipc import Facts
 from cloister_fl.client.dicom.sandbox.pool import Pool
 from cloister_fl.errors import Reject
 from cloister_fl.study.schema import Input

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from cloister_fl.client.admission.approvals import Decision, judge
 from cloister_fl.client.site.folder import init_site
-from cloister_fl.study.schema import Study, parse_study
+from cloister_fl.study.file import parse_study
+from cloister_fl.study.schema import Study
 from support.dicom import write_dicom
 
 NAMES = ("anker", "birke", "clara", "dorn", "esche")

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import NoReturn
 
+from cloister_fl.client.dicom import facts
 from cloister_fl.client.dicom.sandbox import ipc, worker
 from cloister_fl.errors import Reject
 
@@ -45,7 +46,7 @@ def main() -> NoReturn:
     worker.serve(channel, inbox, outbox)
 
 
-def _facts(**changes: str | int) -> ipc.Facts:
+def _facts(**changes: str | int) -> facts.Facts:
     sound = {
         "sop_instance": "1.2.3",
         "accession": "",
@@ -55,7 +56,7 @@ def _facts(**changes: str | int) -> ipc.Facts:
     }
     about = {"rows": 4, "columns": 4, "pixels": "ab" * 32, "modality": "DX"}
     about |= {"manufacturer": "", "year": "", "person": ""}
-    return ipc.Facts(**{**about, **sound, **changes})  # type: ignore[arg-type]
+    return facts.Facts(**{**about, **sound, **changes})  # type: ignore[arg-type]
 
 
 def _say(message: bytes) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from cloister_fl.client.admission import gate
 from cloister_fl.client.app_state import Kept
-from cloister_fl.client.data.cohort import load_frozen
+from cloister_fl.client.data.loading import load_frozen
 from cloister_fl.client.ledger.rollback import compare
 from cloister_fl.client.secure_aggregation import exchange as masked
 from cloister_fl.client.site.audit_log import WHY, log_of
@@ -47,7 +47,7 @@ from cloister_fl.errors import (
     StudyNotApproved,
     WireInvalid,
 )
-from cloister_fl.networks import flat_parameters, registry
+from cloister_fl.networks import flat_parameters
 from cloister_fl.networks.batch_independence import require_private
 from cloister_fl.networks.frozen_backbone import FrozenBackbone
 from cloister_fl.networks.pretrained import MODELS_FOLDER
@@ -79,6 +79,7 @@ from cloister_fl.protocol.round_messages import (
     signed_answer,
     unpack,
 )
+from cloister_fl.study import study_network
 from cloister_fl.study.cost import release_mechanism
 from cloister_fl.study.schema import Study, study_from_canonical
 
@@ -262,7 +263,7 @@ def _exchange(
 
 
 def _built(site: Site, study: Study) -> nn.Module:
-    return registry.build_for(study, models=site.root / MODELS_FOLDER)
+    return study_network.build_for(study, models=site.root / MODELS_FOLDER)
 
 
 def _loaded(site: Site, study: Study, model: Vector) -> nn.Module:

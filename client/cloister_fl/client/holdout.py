@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from cloister_fl.client.data.cohort import load_cohort
+from cloister_fl.client.data.loading import load_cohort
 from cloister_fl.client.site.folder import init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.training.evaluation import measured
 from cloister_fl.errors import DataError
 from cloister_fl.metrics.classification import Metrics
-from cloister_fl.networks import flat_parameters, registry
+from cloister_fl.networks import flat_parameters
 from cloister_fl.protocol.round_messages import Vector
+from cloister_fl.study import study_network
 from cloister_fl.study.schema import Study
 
 
@@ -47,7 +48,7 @@ def measure_on(study: Study, folder: Path, out: Path) -> Callable[[Vector], Metr
             why=error.why,
             remedy=f"{error.remedy} The hold-out is what --holdout names.",
         ) from None
-    module = registry.build_for(study)
+    module = study_network.build_for(study)
 
     def evaluate(model: Vector) -> Metrics:
         flat_parameters.load(module, model)

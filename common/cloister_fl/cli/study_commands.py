@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from cloister_fl.errors import OptionInvalid, OutputInTheWay, StudyInvalid
-from cloister_fl.study.schema import Study, load_study
+from cloister_fl.study.file import load_study
+from cloister_fl.study.schema import Study
 from cloister_fl.system.text import counted
 
 app = typer.Typer(help="Write, check and plan study files.", no_args_is_help=True)

@@ -25,6 +25,10 @@ from cloister_fl.system.installation import install_command
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+PINNED = {"efficientnet-lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"}
+"""SHA-256 of the pretrained weights of a network that names none itself."""
+
+
 WIDTHS: Mapping[str, int] = {
     "efficientnet-lite0": 1280,
     "resnet18": 512,
@@ -109,7 +113,7 @@ def backbone(weights: Weights, device: str = "cpu") -> nn.Module:
 def _backbone(weights: Weights, device: str) -> nn.Module:
     import torch
 
-    from cloister_fl.networks.registry import backbone_body
+    from cloister_fl.networks.backbones import backbone_body
 
     tensors = _read(weights, require(weights))
     # Shapes alone: what they would begin with is overwritten.

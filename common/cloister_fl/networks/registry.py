@@ -7,22 +7,21 @@ in-place operations and without buffers, from its seed alone;
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloister_fl.errors import NetworkUnfit
-from cloister_fl.networks.pretrained import WIDTHS, Weights
-from cloister_fl.networks.spec import Argument, Entry, Value, Word, missing_package, nearest
-from cloister_fl.study.schema import PINNED, Network, Study
+from cloister_fl.networks.backbones import _monai_nets
+from cloister_fl.networks.pretrained import PINNED, WIDTHS, Weights
+from cloister_fl.networks.spec import Argument, Entry, NetworkChoice, Value, Word, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 def build(
-    network: Network,
+    network: NetworkChoice,
     outputs: int,
     in_channels: int = 1,
     *,
@@ -65,44 +64,8 @@ def build(
     return module.train()
 
 
-def build_for(study: Study, *, models: Path | None = None) -> nn.Module:
-    """Build a study's network for its input and its target; see ``build``.
-
-    Raises:
-        NetworkUnfit: also where the network does not do what the target asks for.
-        ExtraMissing: see ``build``.
-    """
-    resolve_for(study)
-    return build(
-        study.network,
-        outputs=study.outputs,
-        size=study.input.size,
-        depth=study.input.depth,
-        seed=study.training.seed,
-        models=models,
-    )
-
-
-def resolve_for(study: Study) -> tuple[Entry, dict[str, Value]]:
-    """Look a study's network up, and see that it fits its input and its target.
-
-    Raises:
-        NetworkUnfit: it does not.
-    """
-    entry, values = resolve(study.network, size=study.input.size, depth=study.input.depth)
-    if entry.outlines != bool(study.target.segment):
-        fit = [one.name for one in REGISTRY.values() if one.outlines != entry.outlines]
-        raise NetworkUnfit(
-            f"The network '{entry.name}' "
-            + ("outlines" if entry.outlines else "classifies")
-            + f" images, and target.kind is '{study.target.kind}'.",
-            remedy=f"Choose one of: {', '.join(fit)}.",
-        )
-    return entry, values
-
-
 def resolve(
-    network: Network, *, size: int, depth: int | None = None
+    network: NetworkChoice, *, size: int, depth: int | None = None
 ) -> tuple[Entry, dict[str, Value]]:
     """Look a network up and fill in its defaults, without importing torch.
 
@@ -137,17 +100,6 @@ def registered(name: str) -> Entry:
     if entry is None:
         raise NetworkUnfit(f"There is no network '{name}'.", remedy=nearest(name, REGISTRY))
     return entry
-
-
-def _monai_nets() -> Any:
-    with warnings.catch_warnings():
-        # MONAI probes for optional packages on import and warns of each that is old or absent.
-        warnings.simplefilter("ignore")
-        try:
-            from monai.networks import nets
-        except ImportError:
-            raise missing_package("monai") from None
-    return nets
 
 
 def _small_cnn(
@@ -240,39 +192,6 @@ def _frozen(weights: Weights, outputs: int, in_channels: int) -> nn.Module:
     if outputs < 2 or in_channels != 1:
         raise NetworkUnfit("A frozen backbone needs one channel and two classes or more.")
     return FrozenBackbone(weights, outputs)
-
-
-def backbone_body(architecture: str, channels: int) -> nn.Module:
-    """An architecture of ``pretrained.WIDTHS`` up to its pooled features, weights unset.
-
-    Its batch norms are meant to stay in evaluation mode, where they mix no images. Names of
-    weights are those of PyTorch's model zoo, but for what ``pretrained`` translates.
-    """
-    if architecture == "efficientnet-lite0":
-        from cloister_fl.networks.efficientnet_lite import EfficientNetLite0
-
-        return EfficientNetLite0(channels)
-    nets = _monai_nets()
-    module: nn.Module
-    if architecture == "densenet121":
-        module = nets.DenseNet121(
-            spatial_dims=2, in_channels=channels, out_channels=1, pretrained=False
-        )
-        # ReLU, pool and flatten stay.
-        module.class_layers = module.class_layers[:-1]  # type: ignore[index]
-        return module
-    deep = architecture == "resnet50"
-    module = nets.ResNet(
-        block="bottleneck" if deep else "basic",
-        layers=[3, 4, 6, 3] if deep else [2, 2, 2, 2],
-        block_inplanes=[64, 128, 256, 512],
-        spatial_dims=2,
-        n_input_channels=channels,
-        conv1_t_stride=2,
-        bias_downsample=False,
-        feed_forward=False,
-    )
-    return module
 
 
 def _without_batch_statistics(module: nn.Module, groups: int) -> nn.Module:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from cloister_fl.errors import ExtraMissing
 from cloister_fl.system.installation import install_command
@@ -17,6 +17,21 @@ if TYPE_CHECKING:
 
 Value: TypeAlias = int | str
 Builder: TypeAlias = Callable[[int, int, Mapping[str, Any], Path | None], "nn.Module"]
+
+
+class NetworkChoice(Protocol):
+    """What a study says of its network: the registry asks no more of a study.
+
+    Attributes:
+        name: a name of the registry.
+        arguments: values by the names of the entry's arguments; defaults fill what is missing.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def arguments(self) -> dict[str, int | float | str | bool]: ...
 
 
 @dataclass(frozen=True)

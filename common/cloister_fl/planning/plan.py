@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from cloister_fl.privacy.accounting import calibrate, epsilon_trajectory
 from cloister_fl.study.cost import charges, release_mechanism
-from cloister_fl.study.engines import require_sound_engine
+from cloister_fl.study.gradient_engines import require_sound_engine
 from cloister_fl.study.schema import Study
 
 WORD = 4

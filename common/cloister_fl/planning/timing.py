@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import torch
 
-from cloister_fl.networks import registry
 from cloister_fl.networks.flat_parameters import layout_of
 from cloister_fl.networks.frozen_backbone import FixedFeatures
 from cloister_fl.networks.losses import anything, patient_loss
 from cloister_fl.planning.plan import Pace
+from cloister_fl.study import study_network
 from cloister_fl.study.schema import Study
 
 _UNITS = 5
@@ -32,7 +32,7 @@ def measure(study: Study) -> tuple[Pace, int]:
     Raises:
         NetworkUnfit, ExtraMissing: see ``networks.build``.
     """
-    module = registry.build_for(study)
+    module = study_network.build_for(study)
     side, count = study.input.size, study.training.images_per_patient
     places = (side, side) if study.input.depth is None else (study.input.depth, side, side)
     images = torch.randn((count, 1, *places), generator=torch.Generator().manual_seed(0))

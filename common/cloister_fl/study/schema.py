@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -23,17 +22,10 @@ from pydantic import (
 )
 
 from cloister_fl.encoding.canonical_json import canonical_json
-from cloister_fl.errors import Fault, NetworkUnfit, StudyInvalid
-from cloister_fl.study.engines import ENGINE_KEY, engine_fault
+from cloister_fl.errors import StudyInvalid
+from cloister_fl.networks.pretrained import PINNED
 from cloister_fl.study.target import Target
-from cloister_fl.system.toml import (
-    KeyedValueError,
-    KeyedValueErrors,
-    ShownModel,
-    key_lines,
-    parse,
-    read_text,
-)
+from cloister_fl.system.toml import KeyedValueError, ShownModel
 
 HASH_LABEL = b"cloister/study/v1\0"
 UPDATE_LABEL = b"cloister/update/v1\0"
@@ -105,10 +97,6 @@ class Input(ShownModel):
                 "depth", f"times size times size must be at most {MAX_VOXELS} voxels."
             )
         return self
-
-
-PINNED = {"efficientnet-lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"}
-"""SHA-256 of the pretrained weights of a network that names none itself."""
 
 
 class Network(ShownModel):
@@ -341,70 +329,6 @@ class Study(ShownModel):
     def curves(self) -> int:
         """Score curves that are measured: one for a binary target or of Dice, else one a class."""
         return 1 if self.outputs <= 2 else self.outputs
-
-
-class _StudyFile(Study):
-    """A study as a person writes it: judged against the networks that are known here, too."""
-
-    @field_validator("network")
-    @classmethod
-    def _known_network(cls, network: Network, info: ValidationInfo) -> Network:
-        from cloister_fl.networks.registry import registered
-
-        try:
-            entry = registered(network.name)
-        except NetworkUnfit as error:
-            raise KeyedValueError("name", f"{error.what} {error.remedy}") from None
-        # Whether it has the input's dimensions is asked where the input has no fault.
-        size = info.data.get("input", Input()).size
-        faults = [
-            KeyedValueError(one.key, f"{one.what} {one.remedy}")
-            for one in entry.misfits(network.arguments, size)
-        ]
-        if faults:
-            raise KeyedValueErrors(faults)
-        return network
-
-    @model_validator(mode="after")
-    def _sound_engine(self) -> _StudyFile:
-        # Of a file alone: models and certificates of studies that were trained stay readable.
-        fault = engine_fault(self)
-        if fault is not None:
-            raise KeyedValueError(ENGINE_KEY, *fault)
-        return self
-
-
-def parse_study(text: str, name: str = "study.toml") -> Study:
-    """Validate the text of a study file.
-
-    Raises:
-        StudyInvalid: with every fault, its line and the nearest key.
-    """
-    study, faults = parse(text, _StudyFile)
-    if study is None:
-        raise StudyInvalid.of(name, faults)
-    _refuse_network(study, text, name)
-    return study_from_canonical(study.canonical())
-
-
-def _refuse_network(study: Study, text: str, name: str) -> None:
-    """Refuse a network, also the default one, that fits neither the input nor the target."""
-    from cloister_fl.networks.registry import resolve_for
-
-    try:
-        resolve_for(study)
-    except NetworkUnfit as error:
-        lines = key_lines(text)
-        line = lines.get(("network", "name"), 0)
-        for key in (("input", "dimensions"), ("target", "kind")):
-            line = line or lines.get(key, 0)
-        fault = Fault(line, "network.name", f"{error.what} {error.remedy}")
-        raise StudyInvalid.of(name, (fault,)) from None
-
-
-def load_study(path: Path) -> Study:
-    """Read and validate a study file; see ``parse_study``."""
-    return parse_study(read_text(path), path.name)
 
 
 def study_from_canonical(text: str) -> Study:

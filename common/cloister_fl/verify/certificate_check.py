@@ -22,7 +22,7 @@ from cloister_fl.privacy.certificate import Certificate
 from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
 from cloister_fl.privacy.renyi_filter import lifetime_epsilon
 from cloister_fl.study.cost import sensitivity
-from cloister_fl.study.engines import unsound_engine
+from cloister_fl.study.gradient_engines import unsound_engine
 from cloister_fl.study.schema import Study, study_from_canonical
 from cloister_fl.verify.ledger_export import LedgerExport, Spent
 

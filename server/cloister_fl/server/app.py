@@ -19,7 +19,7 @@ from cloister_fl.server.rounds.checkpoint import CHECKPOINT_FOLDER, Checkpoints
 from cloister_fl.server.rounds.events import Hooks
 from cloister_fl.server.rounds.messenger import Mailbox
 from cloister_fl.server.rounds.run import Run
-from cloister_fl.study.engines import require_sound_engine
+from cloister_fl.study.gradient_engines import require_sound_engine
 from cloister_fl.study.schema import study_from_canonical
 
 

@@ -42,7 +42,7 @@ def simulate(
 ) -> None:
     """Run a whole federation on this machine, on DICOM folders."""
     from cloister_fl.study import signatures
-    from cloister_fl.study.schema import load_study
+    from cloister_fl.study.file import load_study
 
     checked = load_study(study)
     vouched = signatures.load(study, checked)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cloister_fl.errors import OutputInTheWay
 from cloister_fl.simulation.simulate import Engine, Simulation, simulate
-from cloister_fl.study.schema import parse_study
+from cloister_fl.study.file import parse_study
 from cloister_fl.system.files import is_unused, keep_out_of_git, write_atomic
 
 if TYPE_CHECKING:

@@ -29,8 +29,9 @@ from cloister_fl.errors import (
 from cloister_fl.protocol.round_messages import ROSTER_KEY, SITE_KEY
 from cloister_fl.secagg.parameters import Parameters
 from cloister_fl.server.rounds.events import Event, Hooks
-from cloister_fl.server.rounds.holdout import measure_on, refuse_overlap
-from cloister_fl.study.engines import require_sound_engine
+from cloister_fl.server.rounds.holdout_reader import measure_on
+from cloister_fl.simulation.holdout_overlap import refuse_overlap
+from cloister_fl.study.gradient_engines import require_sound_engine
 from cloister_fl.study.schema import Study
 from cloister_fl.system.files import is_unused, keep_out_of_git, make_private_dir, sweep
 

@@ -17,7 +17,7 @@ import typer
 
 from cloister_fl.cli import main
 from cloister_fl.errors import BudgetExhausted, CloisterError, TooFewSites
-from cloister_fl.study.schema import parse_study
+from cloister_fl.study.file import parse_study
 from cloister_fl.version import __version__
 
 HEAVY = ("torch", "flwr", "opacus", "pydicom", "numpy", "matplotlib", "monai", "ray")

@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 
 from cloister_fl.errors import ExtraMissing, NetworkUnfit, StudyInvalid, WeightsUnfit
 from cloister_fl.networks import pretrained
+from cloister_fl.networks.backbones import backbone_body
 from cloister_fl.networks.batch_independence import require_private
 from cloister_fl.networks.efficientnet_lite import EfficientNetLite0, expected_relu6
 from cloister_fl.networks.flat_parameters import flatten, layout_of, load
-from cloister_fl.networks.pretrained import Weights, backbone, require
-from cloister_fl.networks.registry import backbone_body, build
-from cloister_fl.study.schema import PINNED, Network, Study, study_from_canonical
+from cloister_fl.networks.pretrained import PINNED, Weights, backbone, require
+from cloister_fl.networks.registry import build
+from cloister_fl.study.schema import Network, Study, study_from_canonical
 
 LITE0 = Weights("efficientnet-lite0", PINNED["efficientnet-lite0"], packaged=True)
 

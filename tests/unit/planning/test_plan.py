@@ -18,7 +18,8 @@ from cloister_fl.planning import plan_output, timing
 from cloister_fl.planning.plan import Pace, Plan, make_plan, ratio
 from cloister_fl.privacy.accounting import epsilon_of, epsilon_pld
 from cloister_fl.privacy.dp_events import Mechanism, compose
-from cloister_fl.study.schema import Study, parse_study
+from cloister_fl.study.file import parse_study
+from cloister_fl.study.schema import Study
 from support.accountants import epsilon_rdp
 from support.federations import with_engine
 

@@ -8,7 +8,7 @@ import pytest
 from cloister_fl.protocol import sessions
 from cloister_fl.secagg import model_hash
 from cloister_fl.simulation.demo import STUDY
-from cloister_fl.study.schema import parse_study
+from cloister_fl.study.file import parse_study
 
 
 @pytest.mark.parametrize(

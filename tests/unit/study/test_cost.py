@@ -7,7 +7,8 @@ import pytest
 from cloister_fl.errors import EpsilonUnreachable
 from cloister_fl.privacy.accounting import calibrate, epsilon_of, epsilon_pld, epsilon_prv_of
 from cloister_fl.study.cost import charges, release_mechanism
-from cloister_fl.study.schema import Study, parse_study
+from cloister_fl.study.file import parse_study
+from cloister_fl.study.schema import Study
 
 
 def study(rate: float, rounds: int, release: float, epsilon: float = 3.0) -> Study:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cloister_fl.errors import StudyInvalid
-from cloister_fl.study.schema import Network, Study, load_study, parse_study, study_from_canonical
+from cloister_fl.study.file import load_study, parse_study
+from cloister_fl.study.schema import Network, Study, study_from_canonical
 from cloister_fl.study.target import Target
 from support.federations import with_engine
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from cloister_fl.errors import Fault, FileUnreadable
-from cloister_fl.system.toml import MAX_BYTES, FileModel, key_lines, parse, read_text
+from cloister_fl.system.toml import MAX_BYTES, FileModel, parse, read_text
+from cloister_fl.system.toml_positions import key_lines
 
 
 class Inner(FileModel):

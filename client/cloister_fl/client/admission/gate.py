@@ -18,7 +18,7 @@ from cloister_fl.client.site.training_hours import within
 from cloister_fl.errors import BudgetExhausted, OutsideHours, PolicyRefused
 from cloister_fl.privacy.dp_events import Mechanism
 from cloister_fl.study.cost import charges
-from cloister_fl.study.engines import REMEDY, unsound_engine
+from cloister_fl.study.gradient_engines import REMEDY, unsound_engine
 from cloister_fl.study.schema import Study
 
 

@@ -34,7 +34,7 @@ def budget(
     require("client", "numpy", "pydicom")
     from cloister_fl.client.site.folder import open_site
     from cloister_fl.client.steward import budget
-    from cloister_fl.study.schema import load_study
+    from cloister_fl.study.file import load_study
 
     site = open_site(site_folder(folder))
     asked = budget.proposal(site, load_study(study)) if study is not None else None

@@ -106,7 +106,7 @@ def check(
     from cloister_fl.client.preflight.network_check import network
     from cloister_fl.client.site.folder import open_site
     from cloister_fl.client.steward.contact_sheet import contact_sheet
-    from cloister_fl.study.schema import load_study
+    from cloister_fl.study.file import load_study
     from cloister_fl.system.files import write_atomic
 
     site = open_site(site_folder(folder))

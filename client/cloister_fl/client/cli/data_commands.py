@@ -48,9 +48,9 @@ def freeze(
     The first run of a study does so by itself.
     """
     require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls")
-    from cloister_fl.client.data import cohort, frozen_dataset
+    from cloister_fl.client.data import frozen_dataset, loading
     from cloister_fl.client.site.folder import open_site
-    from cloister_fl.study.schema import load_study
+    from cloister_fl.study.file import load_study
 
     site = open_site(site_folder(folder))
     judged_by = load_study(study)
@@ -65,7 +65,7 @@ def freeze(
             yes=yes,
         )
     with progress_bar("Reading images") as progress:
-        found = cohort.freeze(site, judged_by, again=again, why=why, progress=progress)
+        found = loading.freeze(site, judged_by, again=again, why=why, progress=progress)
     patients = len({one.patient for one in found.items})
     typer.echo(
         f"Frozen at {site.name}: {judged_by.study.name}, {judged_by.digest[:16]}, "
@@ -128,7 +128,7 @@ def find(
     require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls")
     from cloister_fl.client.site.folder import open_site
     from cloister_fl.client.steward import reidentify
-    from cloister_fl.study.schema import load_study
+    from cloister_fl.study.file import load_study
 
     site = open_site(site_folder(folder))
     judged_by = None if study is None else load_study(study)
@@ -177,7 +177,7 @@ def data_report(
     require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls", "PIL")
     from cloister_fl.client.site.folder import open_site
     from cloister_fl.client.steward import data_report as reports
-    from cloister_fl.study.schema import load_study
+    from cloister_fl.study.file import load_study
 
     site = open_site(site_folder(folder))
     judged_by = None if study is None else load_study(study)

@@ -55,7 +55,8 @@ def join(
     """Join a federation: make keys, ask for a place, and pick up the approval. Repeat at will."""
     require("client", "httpx")
     from cloister_fl.client.network.join import MEMBERSHIP, ask, look, prepare
-    from cloister_fl.client.site.folder import network_of, open_site
+    from cloister_fl.client.site.folder import open_site
+    from cloister_fl.client.site.settings import network_of
     from cloister_fl.membership.enrolment import Invite
     from cloister_fl.membership.identity import fingerprint
 

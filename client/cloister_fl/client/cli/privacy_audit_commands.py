@@ -107,7 +107,7 @@ def _audit_study(site: Site, file: Path, asked: Asked, plot: Path | None, *, as_
     require("client", "imagecodecs", "openjpeg", "jpeg_ls")
     from cloister_fl.client.privacy_audit.one_run_text import as_dict, render
     from cloister_fl.client.privacy_audit.own_data import prepare
-    from cloister_fl.study.schema import load_study
+    from cloister_fl.study.file import load_study
 
     study = load_study(file)
     if plot is not None:

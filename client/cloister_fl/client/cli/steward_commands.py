@@ -125,7 +125,7 @@ def _proposed(site: Site, name: str) -> Judgement:
         FileUnreadable, StudyInvalid: the file cannot be used.
     """
     from cloister_fl.client.admission.approvals import Decision, Judgement, find, judgements
-    from cloister_fl.study.schema import load_study
+    from cloister_fl.study.file import load_study
 
     if Path(name).suffix or Path(name).exists():
         study = load_study(Path(name))

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cloister_fl.client.dicom.pixels.preprocess import spec_digest
+from cloister_fl.client.dicom.pixels.preprocessing_digest import spec_digest
 from cloister_fl.client.site.audit_log import log_of
 from cloister_fl.client.site.folder import Site
 from cloister_fl.encoding.canonical_json import canonical_json

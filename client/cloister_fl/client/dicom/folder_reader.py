@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cloister_fl.client.dicom.facts import Facts
 from cloister_fl.client.dicom.file_finder import discover
 from cloister_fl.client.dicom.geometry import Place
 from cloister_fl.client.dicom.mask_table import MODALITY, Outlines
 from cloister_fl.client.dicom.read_ahead import Item, Memory, Reader, Waiting
-from cloister_fl.client.dicom.sandbox.ipc import Facts
 from cloister_fl.client.dicom.sandbox.pool import Reading
 from cloister_fl.errors import Reject
 from cloister_fl.study.schema import Input

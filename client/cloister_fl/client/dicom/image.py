@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloister_fl.client.dicom.acceptance import Checked
+from cloister_fl.client.dicom.facts import Facts
 from cloister_fl.client.dicom.pixels.decoders import decode
 from cloister_fl.client.dicom.pixels.preprocess import Recipe, preprocess
-from cloister_fl.client.dicom.sandbox.ipc import Facts
 
 
 def read_image(checked: Checked, recipe: Recipe) -> tuple[Facts, NDArray[np.uint16]]:

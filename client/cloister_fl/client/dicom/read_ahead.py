@@ -19,9 +19,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cloister_fl.client.dicom.pixels.preprocess import spec_digest
+from cloister_fl.client.dicom.facts import TEXTS, Facts
+from cloister_fl.client.dicom.pixels.preprocessing_digest import spec_digest
 from cloister_fl.client.dicom.rejection import RejectedFile
-from cloister_fl.client.dicom.sandbox.ipc import TEXTS, Facts
 from cloister_fl.client.dicom.sandbox.pool import Reading, shared_pool
 from cloister_fl.errors import Reject
 from cloister_fl.study.schema import Input

@@ -28,7 +28,8 @@ from pydantic import Field, ValidationError
 from cloister_fl.client.network.http import Answer, Failure, dial
 from cloister_fl.client.network.http_errors import error_of
 from cloister_fl.client.network.proxy import proxy_of
-from cloister_fl.client.site.folder import Network, Site, init_site, open_site
+from cloister_fl.client.site.folder import Site, init_site, open_site
+from cloister_fl.client.site.settings import Network
 from cloister_fl.errors import (
     CoordinatorUnproven,
     EnrolmentRefused,

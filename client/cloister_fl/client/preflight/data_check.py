@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cloister_fl.client.admission import gate
-from cloister_fl.client.data.cohort import Cohort, Reading, read_cohort
+from cloister_fl.client.data.cohort import Cohort
 from cloister_fl.client.data.labels import read_labels
+from cloister_fl.client.data.loading import Reading, read_cohort
 from cloister_fl.client.data.targets import UNLABELLED
 from cloister_fl.client.site.folder import Site
 from cloister_fl.client.site.policy import refusals

@@ -35,7 +35,7 @@ from cloister_fl.client.training.csprng import SecureRandom
 from cloister_fl.client.training.sampling import Bag, pixels_of
 from cloister_fl.networks.flat_parameters import flatten
 from cloister_fl.privacy.accounting import epsilon_pld
-from cloister_fl.study.engines import require_sound_engine
+from cloister_fl.study.gradient_engines import require_sound_engine
 from cloister_fl.study.schema import About, Input, Privacy, Study, Training
 from cloister_fl.study.target import Target
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from cloister_fl.client.admission import gate
-from cloister_fl.client.data.cohort import Cohort, load_cohort
+from cloister_fl.client.data.cohort import Cohort
+from cloister_fl.client.data.loading import load_cohort
 from cloister_fl.client.privacy_audit.one_run import (
     FEWEST,
     MOST_VALUES,
@@ -24,12 +25,12 @@ from cloister_fl.client.site.audit_log import log_of
 from cloister_fl.client.site.folder import Site
 from cloister_fl.client.training.csprng import SecureRandom
 from cloister_fl.errors import CohortTooSmall, OptionInvalid
-from cloister_fl.networks import registry
 from cloister_fl.networks.batch_independence import require_private
 from cloister_fl.networks.flat_parameters import layout_of
 from cloister_fl.networks.frozen_backbone import FrozenBackbone
 from cloister_fl.networks.pretrained import MODELS_FOLDER
-from cloister_fl.study.engines import require_sound_engine
+from cloister_fl.study import study_network
+from cloister_fl.study.gradient_engines import require_sound_engine
 from cloister_fl.study.schema import Study
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def prepare(site: Site, study: Study, asked: Asked, *, progress: Progress | None
             f"The study has {study.training.rounds} rounds, and --rounds asks for {rounds}."
         )
     sigma = gate.mechanism(study).noise_multiplier
-    module = registry.build_for(study, models=site.root / MODELS_FOLDER)
+    module = study_network.build_for(study, models=site.root / MODELS_FOLDER)
     if isinstance(module, FrozenBackbone):
         module.require()
     require_private(module, size=study.input.size, depth=study.input.depth)

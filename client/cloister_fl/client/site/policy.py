@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from cloister_fl.client.site.training_hours import is_span
 from cloister_fl.membership.identity import usable_public_key
-from cloister_fl.study.engines import unsound_engine
+from cloister_fl.study.gradient_engines import unsound_engine
 from cloister_fl.study.schema import Modality, Name, Study
 from cloister_fl.system.toml import FileModel, KeyedValueError
 

@@ -6,8 +6,8 @@ import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cloister_fl.client.site.folder import Network
     from cloister_fl.client.site.policy import Policy
+    from cloister_fl.client.site.settings import Network
 
 
 def site_text(name: str, dicom: str, labels: str, policy: Policy, network: Network) -> str:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from cloister_fl.client.data.cohort import Cohort, Reading, read_cohort
+from cloister_fl.client.data.cohort import Cohort
+from cloister_fl.client.data.loading import Reading, read_cohort
 from cloister_fl.client.data.targets import UNLABELLED
 from cloister_fl.client.site.folder import Site
 from cloister_fl.client.steward.contact_sheet import contact_sheet

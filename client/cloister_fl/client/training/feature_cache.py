@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cloister_fl.client.training.feature_store import Features, Rows
+from cloister_fl.client.data.feature_store import Features, Rows
 from cloister_fl.client.training.sampling import Bag, Cohort, FeatureCohort, pixels_of
 from cloister_fl.networks.frozen_backbone import FixedFeatures
 

@@ -40,7 +40,8 @@ This account is a model, not a proof, as for Opacus' hooks; the engine ``patient
 What the account leaves out: whether a layer is kept or taken as a ghost depends on the most images
 that a patient of the pass has, only ghosts bound M, and patients after the 512th are taken one by
 one. So one patient more or less can change how the others are clipped, and move the sum by many
-times C. ``cloister_fl.study.engines`` therefore refuses studies with privacy that name this engine.
+times C. ``cloister_fl.study.gradient_engines`` therefore refuses studies with privacy that name
+this engine.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from cloister_fl.errors import InternalError, UpdateInvalid
 from cloister_fl.networks.flat_parameters import Vector, check, flatten
 from cloister_fl.networks.frozen_backbone import FixedFeatures
 from cloister_fl.networks.losses import image_losses
-from cloister_fl.study.engines import REMEDY, unsound_engine
+from cloister_fl.study.gradient_engines import REMEDY, unsound_engine
 from cloister_fl.study.schema import Study, Training
 
 _IMAGES_AT_ONCE = 128

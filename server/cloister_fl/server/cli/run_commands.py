@@ -53,7 +53,7 @@ def run(
     from cloister_fl.server.coordinator.folder import open_coordinator
     from cloister_fl.server.coordinator.run_queue import new_run
     from cloister_fl.study import signatures
-    from cloister_fl.study.schema import load_study
+    from cloister_fl.study.file import load_study
 
     if not (0 <= wait <= 100_000 and 0 < timeout <= 100_000):
         raise OptionInvalid("--wait or --timeout is out of range.", remedy="Give minutes.")
@@ -68,7 +68,7 @@ def run(
             remedy="Name a folder with dicom/ and labels.csv of patients of no site.",
         )
     if holdout is not None:
-        from cloister_fl.server.rounds.holdout import load_reader
+        from cloister_fl.server.rounds.holdout_reader import load_reader
 
         # Here already: the sites are asked for nothing where the hold-out could not be read.
         load_reader()

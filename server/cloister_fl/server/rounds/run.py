@@ -28,7 +28,7 @@ from cloister_fl.errors import (
 )
 from cloister_fl.membership.roster import Roster
 from cloister_fl.metrics.noisy import measure_noised
-from cloister_fl.networks import flat_parameters, registry
+from cloister_fl.networks import flat_parameters
 from cloister_fl.protocol.round_messages import Counts, Vector
 from cloister_fl.server.rounds.checkpoint import Checkpoints, Figures, Progress, Released, RunState
 from cloister_fl.server.rounds.collector import (
@@ -45,6 +45,7 @@ from cloister_fl.server.rounds.messenger import Mailbox
 from cloister_fl.server.rounds.participants import Gathering
 from cloister_fl.server.rounds.secure_collector import MaskedCollector
 from cloister_fl.server.rounds.strategies import OptimizerState, averaged, step
+from cloister_fl.study import study_network
 from cloister_fl.study.cost import UNITS, charges, release_mechanism, sensitivity
 from cloister_fl.study.schema import Study
 
@@ -161,7 +162,7 @@ class Run:
 
     def _fresh(self) -> RunState:
         study = self._study
-        module = registry.build_for(study)
+        module = study_network.build_for(study)
         model = flat_parameters.flatten(module)
         optimizer = OptimizerState.fresh(model.size, study.aggregation)
         return RunState(secrets.token_hex(16), 0, model, optimizer)

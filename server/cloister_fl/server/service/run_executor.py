@@ -135,7 +135,7 @@ def _run(place: Coordinator, run: RunFolder, teller: _Teller) -> None:
 def _holdout(run: RunFolder, folder: str) -> Callable[[Any], Any] | None:
     if not folder:
         return None
-    from cloister_fl.server.rounds.holdout import measure_on
+    from cloister_fl.server.rounds.holdout_reader import measure_on
 
     return measure_on(run.study(), Path(folder), run.path)
 

@@ -33,8 +33,9 @@ from cloister_fl.errors import (
     StudyNotApproved,
     TooFewSites,
 )
+from cloister_fl.networks.pretrained import PINNED
 from cloister_fl.simulation.simulate import Simulation, simulate
-from cloister_fl.study.schema import PINNED, Study
+from cloister_fl.study.schema import Study
 from support.federations import study, study_text, write_cohort, write_federation
 
 

@@ -13,11 +13,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cloister_fl.client.cli import client_group
-from cloister_fl.client.data.cohort import load_frozen
+from cloister_fl.client.data.loading import load_frozen
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.errors import CloisterError, OptionInvalid
-from cloister_fl.study.schema import load_study
+from cloister_fl.study.file import load_study
 from support.dicom import make_dicom, radiograph, write_dicom
 
 CANARY, MRN, BORN = "CANARYNAME", "90210777", "19440402"

@@ -21,16 +21,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloister_fl.client.data.cohort import (
-    UNLABELLED,
-    Cohort,
-    Patient,
-    load_cohort,
-    read_cohort,
-    same,
-    split,
-)
+from cloister_fl.client.data.cohort import Cohort, Patient, same, split
 from cloister_fl.client.data.image_cache import Cache
+from cloister_fl.client.data.loading import load_cohort, read_cohort
+from cloister_fl.client.data.targets import UNLABELLED
 from cloister_fl.client.dicom import file_finder
 from cloister_fl.client.dicom.acceptance import precheck
 from cloister_fl.client.dicom.image import read_image

@@ -12,9 +12,9 @@ from typing import Any
 import pydicom
 import pytest
 
-from cloister_fl.client.data import cohort
+from cloister_fl.client.data import cohort, loading
 from cloister_fl.client.data import frozen_dataset as manifests
-from cloister_fl.client.data.cohort import freeze, load_frozen, read_cohort
+from cloister_fl.client.data.loading import freeze, load_frozen, read_cohort
 from cloister_fl.client.dicom.pixels import preprocess
 from cloister_fl.client.site.audit_log import entries_of, path_of
 from cloister_fl.client.site.folder import Site, init_site, pseudonym
@@ -161,7 +161,7 @@ def test_a_file_that_looks_like_a_frozen_one_does_not_take_its_place(
 
 
 def _another_comes_first(
-    site: Site, monkeypatch: pytest.MonkeyPatch, *, before: bool, read: Any = cohort.read_cohort
+    site: Site, monkeypatch: pytest.MonkeyPatch, *, before: bool, read: Any = loading.read_cohort
 ) -> None:
     """While the first reading is under way another run freezes, and an image comes."""
     begun = []

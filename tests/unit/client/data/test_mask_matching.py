@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 
-from cloister_fl.client.data.cohort import Cohort, load_cohort, load_frozen, read_cohort
+from cloister_fl.client.data.cohort import Cohort
+from cloister_fl.client.data.loading import load_cohort, load_frozen, read_cohort
 from cloister_fl.client.dicom import read_ahead
 from cloister_fl.client.preflight.data_check import inspect, render
 from cloister_fl.client.site.folder import Site, init_site

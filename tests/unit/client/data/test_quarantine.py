@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cloister_fl.client.cli import data_commands
 from cloister_fl.client.data import quarantine
-from cloister_fl.client.data.cohort import read_cohort
+from cloister_fl.client.data.loading import read_cohort
 from cloister_fl.client.data.quarantine import Decision, Held, decide, held, look, picture
 from cloister_fl.client.site.audit_log import entries_of
 from cloister_fl.client.site.folder import Site, init_site

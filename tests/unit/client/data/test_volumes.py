@@ -17,15 +17,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from cloister_fl.client.data.cohort import Cohort, Patient, load_cohort, load_frozen, read_cohort
+from cloister_fl.client.data.cohort import Cohort, Patient
 from cloister_fl.client.data.image_cache import Cache
+from cloister_fl.client.data.loading import load_cohort, load_frozen, read_cohort
 from cloister_fl.client.data.volumes import assemble, resample
 from cloister_fl.client.dicom.acceptance import precheck
+from cloister_fl.client.dicom.facts import Facts
 from cloister_fl.client.dicom.folder_reader import Accepted, Keys, read_folder
 from cloister_fl.client.dicom.geometry import Place, numbers, text_of
 from cloister_fl.client.dicom.image import read_image
 from cloister_fl.client.dicom.rejection import RejectedFile
-from cloister_fl.client.dicom.sandbox.ipc import Facts
 from cloister_fl.client.predict import predict
 from cloister_fl.client.preflight.data_check import inspect, render
 from cloister_fl.client.site.folder import Site, init_site

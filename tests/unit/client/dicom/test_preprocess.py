@@ -19,11 +19,11 @@ from cloister_fl.client.dicom.pixels.decoders import decode
 from cloister_fl.client.dicom.pixels.preprocess import (
     area_resize,
     preprocess,
-    spec_digest,
     window_linear,
     window_linear_exact,
     window_sigmoid,
 )
+from cloister_fl.client.dicom.pixels.preprocessing_digest import spec_digest
 from cloister_fl.client.dicom.rejection import RejectedFile
 from cloister_fl.errors import Reject
 from cloister_fl.study.schema import Input

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cloister_fl.client.dicom import facts
 from cloister_fl.client.dicom.rejection import RejectedFile
 from cloister_fl.client.dicom.sandbox import ipc
 from cloister_fl.client.dicom.size_limits import MAX_KEY_BYTES, MAX_OUT_BYTES, MAX_PIXELS
@@ -16,7 +17,7 @@ from cloister_fl.errors import DecoderUnfit, Reject
 from cloister_fl.study.schema import VOLUME_KEYS, Input
 
 UNFIT = frozenset(("1.2.840.10008.1.2.4.80",))
-FACTS = ipc.Facts(48, 40, "0f" * 32, "DX", "Maker", "2019", "1.2.3", "ACC", "Ž-1", "", "e5" * 32)
+FACTS = facts.Facts(48, 40, "0f" * 32, "DX", "Maker", "2019", "1.2.3", "ACC", "Ž-1", "", "e5" * 32)
 REQUEST = ipc.Request(7, 10, ("CR", "DX"), 128, "auto", (1.0, 99.0), None)
 SAYABLE = {
     reason
@@ -159,14 +160,14 @@ def test_another_hello(hello: bytes) -> None:
     ],
 )
 def test_facts_that_cannot_be(facts: dict[str, str | int]) -> None:
-    wrong = ipc.Facts(**{**FACTS.__dict__, **facts})
+    wrong = facts.Facts(**{**FACTS.__dict__, **facts})
     with pytest.raises(ipc.InvalidMessage):
         ipc.parse_answer(ipc.pack_facts(7, wrong), REQUEST, UNFIT)
 
 
 @pytest.mark.parametrize("text", ["x" * (MAX_KEY_BYTES + 1), "\ud800", "ž" * MAX_KEY_BYTES])
 def test_an_identifier_that_is_none_turns_the_file_away(text: str) -> None:
-    wrong = ipc.Facts(**{**FACTS.__dict__, "patient_id": text})
+    wrong = facts.Facts(**{**FACTS.__dict__, "patient_id": text})
     with pytest.raises(RejectedFile) as caught:
         ipc.pack_facts(7, wrong)
     assert caught.value.reason is Reject.TRUNCATED

@@ -17,7 +17,8 @@ from PIL import Image
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 
-from cloister_fl.client.data.cohort import load_cohort, load_frozen, read_cohort, split
+from cloister_fl.client.data.cohort import split
+from cloister_fl.client.data.loading import load_cohort, load_frozen, read_cohort
 from cloister_fl.client.dicom import mask_table
 from cloister_fl.client.dicom.masks import segmentation as reader
 from cloister_fl.client.dicom.masks import segmentation_known_answer

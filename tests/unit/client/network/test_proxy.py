@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from cloister_fl.client.cli import client_group
 from cloister_fl.client.network.proxy import FILE, proxy_of, set_password
-from cloister_fl.client.site.folder import Network, Site, init_site, network_of, open_site
+from cloister_fl.client.site.folder import Site, init_site, open_site
+from cloister_fl.client.site.settings import Network, network_of
 from cloister_fl.errors import (
     CloisterError,
     FileUnreadable,

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cloister_fl.client.cli import client_group
-from cloister_fl.client.data.cohort import freeze, load_frozen, read_cohort
+from cloister_fl.client.data.loading import freeze, load_frozen, read_cohort
 from cloister_fl.client.pacs import dicomweb
 from cloister_fl.client.pacs import fetch as fetching
 from cloister_fl.client.pacs.fetch import Fetched, fetch, set_secret

@@ -21,7 +21,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
 
-from cloister_fl.client.data.cohort import read_cohort
+from cloister_fl.client.data.loading import read_cohort
 from cloister_fl.client.dicom.rejection import SEGMENTATION
 from cloister_fl.client.pacs import cget
 from cloister_fl.client.pacs.fetch import Fetched, fetch

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cloister_fl.client.data.cohort import load_cohort
+from cloister_fl.client.data.loading import load_cohort
 from cloister_fl.client.dicom import acceptance
 from cloister_fl.client.preflight.data_check import inspect, render
 from cloister_fl.client.site.folder import Site, init_site

@@ -34,7 +34,7 @@ from cloister_fl.errors import (
     StudyInvalid,
 )
 from cloister_fl.privacy.accounting import calibrate, epsilon_pld
-from cloister_fl.study.schema import load_study
+from cloister_fl.study.file import load_study
 from support.dicom import write_site
 from support.federations import with_engine
 

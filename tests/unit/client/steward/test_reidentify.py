@@ -9,13 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from cloister_fl.client.cli import client_group
-from cloister_fl.client.data.cohort import read_cohort
+from cloister_fl.client.data.loading import read_cohort
 from cloister_fl.client.preflight.data_check import inspect
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward.data_report import survey
 from cloister_fl.errors import LabelMissing, OptionInvalid
-from cloister_fl.study.schema import parse_study
+from cloister_fl.study.file import parse_study
 from support.dicom import make_dicom, radiograph, write_site
 
 TEXT = """\

@@ -11,10 +11,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from cloister_fl.client.data.feature_store import Features, Rows
 from cloister_fl.client.training import feature_cache
 from cloister_fl.client.training.evaluation import image_scores
 from cloister_fl.client.training.feature_cache import features_of
-from cloister_fl.client.training.feature_store import Features, Rows
 from cloister_fl.client.training.sampling import Bag, pixels_of
 from cloister_fl.networks.flat_parameters import load
 from cloister_fl.networks.frozen_backbone import FrozenBackbone

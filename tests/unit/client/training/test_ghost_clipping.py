@@ -372,7 +372,7 @@ def test_patients_beyond_the_account_are_taken_one_by_one(monkeypatch: pytest.Mo
 
 
 def test_one_patient_can_move_the_sum_by_many_times_the_clipping_norm() -> None:
-    """Why a study with privacy may not name this engine (``cloister_fl.study.engines``).
+    """Why a study with privacy may not name this engine (``cloister_fl.study.gradient_engines``).
 
     24 patients of two images whose gradients nearly cancel are scaled down where the layer's norm
     is a ghost norm. One patient of 16 images, of gradient zero, has the layer kept for all of

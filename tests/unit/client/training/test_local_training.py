@@ -33,7 +33,8 @@ from cloister_fl.client.training.sampling import (
 from cloister_fl.errors import InternalError, UpdateInvalid
 from cloister_fl.networks.flat_parameters import flatten
 from cloister_fl.networks.registry import build
-from cloister_fl.study.schema import Network, Study, parse_study
+from cloister_fl.study.file import parse_study
+from cloister_fl.study.schema import Network, Study
 from support.federations import with_engine
 
 ENGINES: tuple[Engine, ...] = ("patients", "opacus")

@@ -34,7 +34,8 @@ from cloister_fl.networks.batch_independence import require_private
 from cloister_fl.networks.flat_parameters import flatten
 from cloister_fl.privacy.accounting import calibrate
 from cloister_fl.privacy.dp_events import Mechanism
-from cloister_fl.study.schema import Study, parse_study
+from cloister_fl.study.file import parse_study
+from cloister_fl.study.schema import Study
 
 
 @dataclass(frozen=True)

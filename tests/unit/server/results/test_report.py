@@ -15,7 +15,8 @@ import pytest
 
 from cloister_fl.errors import OutputInTheWay
 from cloister_fl.server.results.report import RoundRow, RunReport, SiteRow, render, write_report
-from cloister_fl.study.schema import Study, parse_study
+from cloister_fl.study.file import parse_study
+from cloister_fl.study.schema import Study
 
 QUESTION = "Does the radiograph show a pulmonary nodule?"
 VOID = {"meta", "img", "source", "br", "link", "input", "hr"}

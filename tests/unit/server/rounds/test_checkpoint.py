@@ -11,7 +11,8 @@ import pytest
 from cloister_fl.errors import NothingToResume, ResumeMismatch
 from cloister_fl.server.rounds.checkpoint import Checkpoints, Figures, Progress, RunState
 from cloister_fl.server.rounds.strategies import OptimizerState
-from cloister_fl.study.schema import Study, parse_study
+from cloister_fl.study.file import parse_study
+from cloister_fl.study.schema import Study
 
 STUDY = """
 [study]

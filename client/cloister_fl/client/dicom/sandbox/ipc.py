@@ -18,10 +18,10 @@ import json
 import re
 import struct
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cloister_fl.client.dicom import mask_table
-from cloister_fl.client.dicom.geometry import Place
+from cloister_fl.client.dicom.facts import Facts
 from cloister_fl.client.dicom.rejection import RejectedFile, unfit
 from cloister_fl.client.dicom.size_limits import (
     MAX_FILE_BYTES,
@@ -75,66 +75,6 @@ class Request:
     window: tuple[float, float] | None
     released: bool = False
     segment: str = ""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """All that is known of an image besides its shades, or of a segmentation.
-
-    Attributes:
-        rows, columns: size of the image as it was stored.
-        pixels: SHA-256 of the stored values and their meaning, 64 hexadecimal digits; two files
-            of one image have the same.
-        modality: CR, DX, MG, CT, MR or US; SEG for a segmentation.
-        manufacturer, year: of the device and of the study, as far as the file tells.
-        sop_instance, accession, patient_id, issuer: what it can be linked by; not in ``repr``.
-        person: see ``tags.person``.
-        series, frame, position, orientation, pixel_spacing: see ``geometry.Place``.
-    """
-
-    rows: int
-    columns: int
-    pixels: str = field(repr=False)
-    modality: str
-    manufacturer: str
-    year: str
-    sop_instance: str = field(repr=False)
-    accession: str = field(repr=False)
-    patient_id: str = field(repr=False)
-    issuer: str = field(repr=False)
-    person: str = field(repr=False)
-    series: str = field(default="", repr=False)
-    frame: str = field(default="", repr=False)
-    position: str = field(default="", repr=False)
-    orientation: str = field(default="", repr=False)
-    pixel_spacing: str = field(default="", repr=False)
-
-    @property
-    def place(self) -> Place:
-        """Where a slice of CT or MR lies."""
-        return Place(self.series, self.frame, self.position, self.orientation, self.pixel_spacing)
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The fields that are texts, in the order in which they travel."""
-        return tuple(getattr(self, name) for name in TEXTS)
-
-
-TEXTS = (
-    "modality",
-    "manufacturer",
-    "year",
-    "sop_instance",
-    "accession",
-    "patient_id",
-    "issuer",
-    "person",
-    "series",
-    "frame",
-    "position",
-    "orientation",
-    "pixel_spacing",
-)
 
 
 def pack_hello(unfit_decoders: Collection[str]) -> bytes:

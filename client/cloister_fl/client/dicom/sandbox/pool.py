@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from cloister_fl.client.dicom.sandbox.ipc import Facts
+from cloister_fl.client.dicom.facts import Facts
 from cloister_fl.client.dicom.sandbox.worker_process import (
     SEGMENTATION_WORKER,
     WORKER,

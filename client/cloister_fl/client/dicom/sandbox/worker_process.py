@@ -17,7 +17,7 @@ import sys
 import numpy as np
 from numpy.typing import NDArray
 
-from cloister_fl.client.dicom import mask_table
+from cloister_fl.client.dicom import facts, mask_table
 from cloister_fl.client.dicom.rejection import RejectedFile
 from cloister_fl.client.dicom.sandbox import ipc
 from cloister_fl.client.dicom.size_limits import MAX_OUT_BYTES, WALL_SECONDS
@@ -100,7 +100,7 @@ class Worker:
 
     def ask(
         self, data: bytes, spec: Input, *, released: bool = False, segment: str = ""
-    ) -> tuple[ipc.Facts, NDArray[np.uint16]]:
+    ) -> tuple[facts.Facts, NDArray[np.uint16]]:
         """Have one file read, within ``WALL_SECONDS``.
 
         Args:

@@ -15,8 +15,9 @@ import pytest
 from cloister_fl.client.holdout import measure_on
 from cloister_fl.errors import ExtraMissing, InternalError, OptionInvalid
 from cloister_fl.server.cli import run_commands
-from cloister_fl.server.rounds import holdout as of_server
-from cloister_fl.server.rounds.holdout import GROUP, NAME, load_reader, refuse_overlap
+from cloister_fl.server.rounds import holdout_reader as of_server
+from cloister_fl.server.rounds.holdout_reader import GROUP, NAME, load_reader
+from cloister_fl.simulation.holdout_overlap import refuse_overlap
 from cloister_fl.simulation.simulate import Simulation, simulate
 from support.coordinator_process import new_coordinator
 from support.federations import study, study_text, write_cohort, write_federation

@@ -1,0 +1,81 @@
+"""The study file: read whole, judged whole, every fault with its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import (
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from cloister_fl.errors import Fault, NetworkUnfit, StudyInvalid
+from cloister_fl.study.gradient_engines import ENGINE_KEY, engine_fault
+from cloister_fl.study.schema import Input, Network, Study, study_from_canonical
+from cloister_fl.system.toml import KeyedValueError, KeyedValueErrors, parse, read_text
+from cloister_fl.system.toml_positions import key_lines
+
+
+class _StudyFile(Study):
+    """A study as a person writes it: judged against the networks that are known here, too."""
+
+    @field_validator("network")
+    @classmethod
+    def _known_network(cls, network: Network, info: ValidationInfo) -> Network:
+        from cloister_fl.networks.registry import registered
+
+        try:
+            entry = registered(network.name)
+        except NetworkUnfit as error:
+            raise KeyedValueError("name", f"{error.what} {error.remedy}") from None
+        # Whether it has the input's dimensions is asked where the input has no fault.
+        size = info.data.get("input", Input()).size
+        faults = [
+            KeyedValueError(one.key, f"{one.what} {one.remedy}")
+            for one in entry.misfits(network.arguments, size)
+        ]
+        if faults:
+            raise KeyedValueErrors(faults)
+        return network
+
+    @model_validator(mode="after")
+    def _sound_engine(self) -> _StudyFile:
+        # Of a file alone: models and certificates of studies that were trained stay readable.
+        fault = engine_fault(self)
+        if fault is not None:
+            raise KeyedValueError(ENGINE_KEY, *fault)
+        return self
+
+
+def parse_study(text: str, name: str = "study.toml") -> Study:
+    """Validate the text of a study file.
+
+    Raises:
+        StudyInvalid: with every fault, its line and the nearest key.
+    """
+    study, faults = parse(text, _StudyFile)
+    if study is None:
+        raise StudyInvalid.of(name, faults)
+    _refuse_network(study, text, name)
+    return study_from_canonical(study.canonical())
+
+
+def _refuse_network(study: Study, text: str, name: str) -> None:
+    """Refuse a network, also the default one, that fits neither the input nor the target."""
+    from cloister_fl.study.study_network import resolve_for
+
+    try:
+        resolve_for(study)
+    except NetworkUnfit as error:
+        lines = key_lines(text)
+        line = lines.get(("network", "name"), 0)
+        for key in (("input", "dimensions"), ("target", "kind")):
+            line = line or lines.get(key, 0)
+        fault = Fault(line, "network.name", f"{error.what} {error.remedy}")
+        raise StudyInvalid.of(name, (fault,)) from None
+
+
+def load_study(path: Path) -> Study:
+    """Read and validate a study file; see ``parse_study``."""
+    return parse_study(read_text(path), path.name)

@@ -172,7 +172,8 @@ class Child:
     def _start(self) -> None:
         self._began = time.monotonic()
         self._process = subprocess.Popen(  # noqa: S603  # our own modules
-            [sys.executable, *self.arguments],
+            # -P: a package that somebody put into the working directory is not ours.
+            [sys.executable, "-P", *self.arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             env=dict(self.env),
@@ -184,11 +185,12 @@ class Child:
 
     def _read(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            with contextlib.suppress(ValueError):
-                told = json.loads(line[:4096])
-                if isinstance(told, dict):
-                    self.events.put((self.name, told))
+        with process.stdout:
+            for line in process.stdout:
+                with contextlib.suppress(ValueError):
+                    told = json.loads(line[:4096])
+                    if isinstance(told, dict):
+                        self.events.put((self.name, told))
 
     def stop(self, seconds: float = 10.0) -> None:
         """End it: SIGTERM, then SIGKILL."""

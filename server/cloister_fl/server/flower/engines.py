@@ -185,7 +185,7 @@ def run_on_ray(
         },
         "client_resources": {"num_cpus": cpus_per_site, "num_gpus": 0.0},
     }
-    with _quiet_flower(), _pinned_actors(), warnings.catch_warnings():
+    with _quiet_flower(), _pinned_actors(), _safe_path(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             _run_simulation(
@@ -206,6 +206,20 @@ def run_on_ray(
                 ) from None
     if caught:
         raise caught[0]
+
+
+@contextlib.contextmanager
+def _safe_path() -> Iterator[None]:
+    """Keep Ray's processes, as our own, from importing what lies in the working directory."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def _remember_errors(server_app: ServerApp, caught: list[BaseException]) -> ServerApp:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -50,6 +52,32 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the folders whose files take minutes, so that no worker ends with one alone."""
-    first = {"e2e": 0, "server": 1}
+    """Mark the unit tests; begin with folders whose files take minutes, so that none ends alone."""
+    first = {"e2e": 0, "integration": 1}
     items.sort(key=lambda item: first.get(item.path.parent.name, 2))
+    for item in items:
+        if item.path.is_relative_to(UNIT):
+            item.add_marker("unit")
+
+
+UNIT = Path(__file__).parent / "unit"
+STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn"}
+started: list[str] = []
+
+
+def _note_start(event: str, _: tuple[object, ...]) -> None:
+    if event in STARTS:
+        started.append(event)
+
+
+sys.addaudithook(_note_start)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_without_a_mark(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What ``scripts/check`` runs starts no process: then it is quick, and the same everywhere."""
+    marks = {mark.name for mark in request.node.iter_markers()}
+    before = len(started)
+    yield
+    if "unit" in marks and not marks & {"process", "slow"} and len(started) > before:
+        pytest.fail(f"It started a process ({started[-1]}): mark it with pytest.mark.process.")

@@ -36,7 +36,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
-import secagg_kit as kit
+from support import secagg as kit
 from flwr.common import ndarrays_to_parameters
 from flwr.common.secure_aggregation.crypto import shamir as flower_shamir
 from flwr.common.secure_aggregation.ndarrays_arithmetic import (

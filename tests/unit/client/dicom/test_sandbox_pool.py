@@ -36,7 +36,7 @@ from cloister_fl.study.schema import Input
 from support.dicom import make_dicom, radiograph, write_dicom
 
 SPEC = Input(size=16)
-MISBEHAVING = "misbehaving_worker"
+MISBEHAVING = "support.misbehaving_worker"
 SLOW = acceptance.JPEG_2000_LOSSLESS
 SOUND = make_dicom(radiograph(1), bits_stored=12)
 EXHAUSTED, FAILED = Reject.EXHAUSTED, Reject.DECODE_FAILED
@@ -236,7 +236,7 @@ def test_a_worker_loads_what_decodes_and_nothing_of_the_site_or_of_training(
 
 
 def test_an_unfit_decoder_is_told_only_of_its_own_syntax() -> None:
-    pool = Pool(1, module="unfit_worker")
+    pool = Pool(1, module="support.unfit_worker")
     try:
         assert _outcome(pool, SOUND) is None
         with pytest.raises(DecoderUnfit, match=r"1\.2\.840\.10008\.1\.2\.4\.80"):
@@ -326,7 +326,7 @@ SCRIPT = """
     import sys, time
     from cloister_fl.client.dicom.sandbox.pool import Pool
     from cloister_fl.study.schema import Input
-    pool = Pool(2, module="misbehaving_worker")
+    pool = Pool(2, module="support.misbehaving_worker")
     futures = [pool.submit(b"do:" + deed, Input(size=16)) for deed in (b"spin", b"sleep")]
     while len(pool._running) < 2:
         time.sleep(0.02)

@@ -36,7 +36,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "common"))
 
-from support import secagg as kit
 from flwr.common import ndarrays_to_parameters
 from flwr.common.secure_aggregation.crypto import shamir as flower_shamir
 from flwr.common.secure_aggregation.ndarrays_arithmetic import (
@@ -48,6 +47,7 @@ from flwr.common.secure_aggregation.quantization import dequantize
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 
 from cloister_fl.secagg.messages.codec import Masked
+from support import secagg as kit
 
 flower = importlib.import_module("flwr.client.mod.secure_aggregation.secaggplus_mod")
 

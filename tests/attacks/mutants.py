@@ -69,7 +69,8 @@ MUTANTS = (
     _mutant(
         "low-order keys taken",
         "peer_checks.py",
-        "if not (key_agreement.full_order(record.enc_pk) and key_agreement.full_order(record.mask_pk)):",
+        "if not (key_agreement.full_order(record.enc_pk) and "
+        "key_agreement.full_order(record.mask_pk)):",
         "if False:",
         "test_low_order_key",
     ),

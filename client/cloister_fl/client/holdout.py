@@ -1,6 +1,6 @@
 """What a coordinator measures a model with on a hold-out: the reading that a site trains with.
 
-The server finds ``measure_on`` as the entry point ``measure`` of the group ``cloister.holdout`` and
+The server finds ``measure_on`` as the entry point ``measure`` of the group ``cloister_fl.holdout`` and
 imports nothing of the client.
 """
 

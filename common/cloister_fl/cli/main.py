@@ -1,6 +1,6 @@
 """The one command, `cloister`: finds its groups through entry points and reports errors.
 
-A group is an entry point of ``cloister.commands`` that names a typer application or a function.
+A group is an entry point of ``cloister_fl.commands`` that names a typer application or a function.
 Their modules import torch, flwr and opacus inside functions only, so that ``--help`` is quick.
 """
 
@@ -21,7 +21,7 @@ from cloister_fl.errors import CloisterError, InternalError
 from cloister_fl.system.library_logs import silence_libraries
 from cloister_fl.version import __version__
 
-GROUP = "cloister.commands"
+GROUP = "cloister_fl.commands"
 INTERRUPTED = 130
 _ORDER = ("demo", "simulate", "predict", "study", "client", "server", "verify", "explain")
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Reader: TypeAlias = Callable[[Study, Path, Path], Callable[[Vector], Metrics]]
 
-GROUP = "cloister.holdout"
+GROUP = "cloister_fl.holdout"
 NAME = "measure"
 
 
@@ -44,7 +44,7 @@ def measure_on(study: Study, folder: Path, out: Path) -> Callable[[Vector], Metr
 
 
 def load_reader() -> Reader:
-    """Import what reads a hold-out: the one entry point ``measure`` of ``cloister.holdout``.
+    """Import what reads a hold-out: the one entry point ``measure`` of ``cloister_fl.holdout``.
 
     A distribution that is found twice on the path counts once (``importlib.metadata``).
 

@@ -22,6 +22,7 @@ import httpx
 import torch
 
 from cloister_fl.client.data.loading import load_frozen
+from cloister_fl.client.dicom import acceptance
 from cloister_fl.client.pacs.fetch import fetch, set_secret
 from cloister_fl.client.site.folder import Site, init_site, open_site
 from cloister_fl.client.site.policy import Policy
@@ -30,7 +31,7 @@ from cloister_fl.errors import CloisterError
 from cloister_fl.networks.flat_parameters import flatten
 from cloister_fl.networks.registry import build
 from cloister_fl.study.schema import Study
-from support.dicom import make_dicom, precheck, radiograph, uid
+from support.dicom import make_dicom, radiograph, uid
 
 PASSWORD = "correct-horse"
 HTTP, DICOM, CUTTER = 8042, 4242, 8043
@@ -99,9 +100,9 @@ class Orthanc:
 
     def store(self) -> None:
         # 12 bits do not go into JPEG Baseline, and Orthanc 1.10 does not send HTJ2K by C-GET.
-        others = {precheck.JPEG_BASELINE, precheck.HTJ2K, precheck.HTJ2K_LOSSLESS}
-        others.add(precheck.HTJ2K_LOSSLESS_RPCL)
-        syntaxes = sorted(precheck.TRANSFER_SYNTAXES - others)
+        others = {acceptance.JPEG_BASELINE, acceptance.HTJ2K, acceptance.HTJ2K_LOSSLESS}
+        others.add(acceptance.HTJ2K_LOSSLESS_RPCL)
+        syntaxes = sorted(acceptance.TRANSFER_SYNTAXES - others)
         with httpx.Client(auth=self.auth, timeout=60) as client:
             for patient in range(PATIENTS):
                 for image in range(IMAGES):

@@ -60,7 +60,7 @@ class Liar:
 
 def _hostile_dealer(monkeypatch: pytest.MonkeyPatch, name: str, mode: str) -> None:
     """Let ``name`` deal boxes that do not open, or the shares of another secret than its own."""
-    right, seal = share_keys.deal, share_keys.keys.seal
+    right, seal = share_keys.deal, share_keys.key_agreement.seal
 
     def wrong(dealer: str, identity: Any, **rest: Any) -> Any:
         if dealer != name:
@@ -73,7 +73,7 @@ def _hostile_dealer(monkeypatch: pytest.MonkeyPatch, name: str, mode: str) -> No
             return seal(bytes(32), *given)
 
         with monkeypatch.context() as patched:
-            patched.setattr(share_keys.keys, "seal", spoiled)
+            patched.setattr(share_keys.key_agreement, "seal", spoiled)
             return right(dealer, identity, **rest)
 
     monkeypatch.setattr(protocol, "deal", wrong)

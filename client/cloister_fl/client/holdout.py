@@ -1,7 +1,7 @@
 """What a coordinator measures a model with on a hold-out: the reading that a site trains with.
 
-The server finds ``measure_on`` as the entry point ``measure`` of the group ``cloister_fl.holdout`` and
-imports nothing of the client.
+The server finds ``measure_on`` as the entry point ``measure`` of the group
+``cloister_fl.holdout`` and imports nothing of the client.
 """
 
 from __future__ import annotations

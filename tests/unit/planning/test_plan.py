@@ -18,6 +18,7 @@ from cloister_fl.planning import plan_output, timing
 from cloister_fl.planning.plan import Pace, Plan, make_plan, ratio
 from cloister_fl.privacy.accounting import epsilon_of, epsilon_pld
 from cloister_fl.privacy.dp_events import Mechanism, compose
+from cloister_fl.study import study_network
 from cloister_fl.study.file import parse_study
 from cloister_fl.study.schema import Study
 from support.accountants import epsilon_rdp
@@ -200,7 +201,7 @@ def test_the_pace_follows_the_time_that_the_network_takes(monkeypatch: pytest.Mo
         module.register_forward_hook(lambda *_: time.sleep(0.05))
         return module
 
-    monkeypatch.setattr(timing.networks, "build", slow)
+    monkeypatch.setattr(study_network, "build", slow)
     pace, _ = timing.measure(study_of())
     assert 0.05 < pace.gradient < 0.5
 

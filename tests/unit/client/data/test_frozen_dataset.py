@@ -12,10 +12,10 @@ from typing import Any
 import pydicom
 import pytest
 
-from cloister_fl.client.data import cohort, loading
 from cloister_fl.client.data import frozen_dataset as manifests
+from cloister_fl.client.data import loading
 from cloister_fl.client.data.loading import freeze, load_frozen, read_cohort
-from cloister_fl.client.dicom.pixels import preprocess
+from cloister_fl.client.dicom.pixels import preprocessing_digest
 from cloister_fl.client.site.audit_log import entries_of, path_of
 from cloister_fl.client.site.folder import Site, init_site, pseudonym
 from cloister_fl.client.site.policy import Policy
@@ -178,7 +178,7 @@ def _another_comes_first(
             load_frozen(site, STUDY)
         return found or read(*given, **named)
 
-    monkeypatch.setattr(cohort, "read_cohort", reading)
+    monkeypatch.setattr(loading, "read_cohort", reading)
 
 
 @pytest.mark.parametrize("more", [True, False])
@@ -257,7 +257,7 @@ def test_images_that_come_later_do_not_fill_the_memory(tmp_path: Path) -> None:
 def test_a_study_frozen_by_another_preprocessing_is_refused(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preprocess, "SPEC_LABEL", b"cloister/preprocess/v2\0")
+    monkeypatch.setattr(preprocessing_digest, "SPEC_LABEL", b"cloister/preprocess/v2\0")
     with pytest.raises(DataChanged, match="other tensors"):
         load_frozen(site, STUDY)
     freeze(site, STUDY, again=True, why="a new version")

@@ -22,6 +22,7 @@ from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
 
 from cloister_fl.client.data.loading import read_cohort
+from cloister_fl.client.dicom import acceptance
 from cloister_fl.client.dicom.rejection import SEGMENTATION
 from cloister_fl.client.pacs import cget
 from cloister_fl.client.pacs.fetch import Fetched, fetch
@@ -36,7 +37,7 @@ from cloister_fl.errors import (
 )
 from cloister_fl.study.schema import Study
 from support.certificates import self_signed
-from support.dicom import make_dicom, precheck, radiograph, uid
+from support.dicom import make_dicom, radiograph, uid
 from support.segmentations import segment
 
 CANARY = "CANARYNAME"
@@ -47,7 +48,7 @@ STUDY = Study.model_validate(
         "target": {"column": "finding", "classes": ("normal", "nodule")},
     }
 )
-SYNTAXES = (precheck.EXPLICIT_LITTLE, precheck.JPEG_2000_LOSSLESS, precheck.RLE)
+SYNTAXES = (acceptance.EXPLICIT_LITTLE, acceptance.JPEG_2000_LOSSLESS, acceptance.RLE)
 
 
 ODD = {
@@ -82,10 +83,10 @@ class Archive:
         self.entity.require_called_aet = True
         for model in (cget._FIND, cget._GET):
             # Explicit: what a value is, the archive says.
-            self.entity.add_supported_context(model, precheck.EXPLICIT_LITTLE)
+            self.entity.add_supported_context(model, acceptance.EXPLICIT_LITTLE)
         for name in (*DX, SEGMENTATION):
             self.entity.add_supported_context(
-                name, sorted(precheck.TRANSFER_SYNTAXES), scu_role=True, scp_role=True
+                name, sorted(acceptance.TRANSFER_SYNTAXES), scu_role=True, scp_role=True
             )
         self.server = self.entity.start_server(
             ("127.0.0.1", 0),
@@ -164,7 +165,7 @@ class Archive:
             yield 0xFF00, pydicom.dcmread(BytesIO(self.files[key]), force=True)
 
 
-DX = tuple(name for name, kinds in precheck.SOP_CLASSES.items() if kinds & {"CR", "DX"})
+DX = tuple(name for name, kinds in acceptance.SOP_CLASSES.items() if kinds & {"CR", "DX"})
 
 
 # pynetdicom leaves the socket of a handshake that failed to the garbage collector.
@@ -291,8 +292,8 @@ def test_no_answer_is_taken_deflated(tmp_path: Path, archive: Archive) -> None:
     with cget.GetArchive(_site(tmp_path, archive.port).archive, tmp_path) as asking:
         contexts = asking._connected().accepted_contexts
     asked = {str(one.abstract_syntax): set(one.transfer_syntax) for one in contexts}
-    assert asked[cget._FIND] <= precheck.NATIVE
-    assert asked[cget._GET] <= precheck.NATIVE
+    assert asked[cget._FIND] <= acceptance.NATIVE
+    assert asked[cget._GET] <= acceptance.NATIVE
 
 
 def test_what_the_archive_cannot_send_is_counted_and_the_rest_is_fetched(

@@ -29,34 +29,15 @@ from cloister_fl.server.rounds.checkpoint import Checkpoints
 from cloister_fl.server.rounds.events import Began, Event, Hooks
 from cloister_fl.server.rounds.messenger import Mailbox
 from cloister_fl.server.rounds.run import Outcome, Run, study_epsilon
-from cloister_fl.study.file import parse_study
 from cloister_fl.study.schema import Study
+from support import studies
 
 Answer = Callable[[str, TrainTask], RoundMessage]
 
 
-def _study(**tables: str) -> Study:
-    text = """
-[study]
-name = "a"
-question = "b"
-[target]
-column = "c"
-classes = ["no", "yes"]
-[input]
-size = 32
-[training]
-rounds = 3
-[aggregation]
-secure = false
-min_sites = 2
-"""
-    for table, lines in tables.items():
-        if f"[{table}]" in text:
-            text = text.replace(f"[{table}]", f"[{table}]\n{lines}")
-        else:
-            text += f"[{table}]\n{lines}\n"
-    return parse_study(text)
+def _study(**tables: studies.Table) -> Study:
+    few = {"aggregation": {"secure": False, "min_sites": 2}, "training": {"rounds": 3}}
+    return studies.study(**studies.merged(few, tables))
 
 
 def _add(value: float) -> Answer:

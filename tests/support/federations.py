@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,55 +12,37 @@ from cloister_fl.client.admission.approvals import Decision, judge
 from cloister_fl.client.site.folder import init_site
 from cloister_fl.study.file import parse_study
 from cloister_fl.study.schema import Study
+from support import studies
 from support.dicom import write_dicom
+from support.studies import Table
 
 NAMES = ("anker", "birke", "clara", "dorn", "esche")
 
-STUDY = """
-[study]
-name = "bright-half"
-question = "Is the upper half brighter than the lower?"
-
-[input]
-size = 32
-modalities = ["DX"]
-
-[target]
-column = "finding"
-classes = ["no", "yes"]
-
-[network]
-arguments = { width = 4 }
-
-[training]
-rounds = 3
-steps = 2
-sampling_rate = 0.5
-expected_batch = 6
-learning_rate = 0.5
-seed = 11
-
-[privacy]
-epsilon = 6.0
-"""
+BRIGHT_HALF: Mapping[str, Table] = {
+    "study": {"name": "bright-half", "question": "Is the upper half brighter than the lower?"},
+    "input": {"size": 32, "modalities": ["DX"]},
+    "target": {"column": "finding", "classes": ["no", "yes"]},
+    "network": {"arguments": {"width": 4}},
+    "training": {
+        "rounds": 3,
+        "steps": 2,
+        "sampling_rate": 0.5,
+        "expected_batch": 6,
+        "learning_rate": 0.5,
+        "seed": 11,
+    },
+    "privacy": {"epsilon": 6.0},
+}
 
 
-def study(**tables: str) -> Study:
-    """The study above with further lines, by table; a line replaces the one with its key."""
+def study(**tables: Table) -> Study:
+    """``BRIGHT_HALF`` with further tables; a key that is given replaces the one there."""
     return parse_study(study_text(**tables))
 
 
-def study_text(**tables: str) -> str:
+def study_text(**tables: Table) -> str:
     """The text of ``study(**tables)``."""
-    blocks = {}
-    for block in STUDY.strip().split("\n\n"):
-        head, *lines = block.splitlines()
-        blocks[head.strip("[]")] = lines
-    for table, given in tables.items():
-        keys = {line.split("=")[0].strip() for line in given.splitlines()}
-        kept = [line for line in blocks.get(table, []) if line.split("=")[0].strip() not in keys]
-        blocks[table] = [*kept, *given.splitlines()]
-    return "\n\n".join("\n".join([f"[{head}]", *lines]) for head, lines in blocks.items()) + "\n"
+    return studies.study_text(**studies.merged(BRIGHT_HALF, tables))
 
 
 def with_engine(asked: Study, engine: str) -> Study:

@@ -10,19 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom import dcmread
 
-from cloister_fl.study.schema import Input, Study
+from cloister_fl.study.schema import Input
+from support import studies
 from support.ct_series import AXIAL, decimals, place
 from support.dicom import make_dicom, radiograph
 from support.segmentations import saved, segment, segmentation
 
 SPEC = Input(modalities=("DX", "CT"), size=24)
-STUDY = Study.model_validate(
-    {
-        "study": {"name": "s", "question": "q"},
-        "input": SPEC.model_dump(),
-        "target": {"kind": "segmentation", "segment": "lungs"},
-        "network": {"name": "unet", "arguments": {"width": 4}},
-    }
+STUDY = studies.study(
+    input=SPEC.model_dump(),
+    target={"kind": "segmentation", "segment": "lungs", "column": None, "classes": None},
+    network={"name": "unet", "arguments": {"width": 4}},
 )
 Mask = NDArray[np.bool_]
 

@@ -23,33 +23,22 @@ from cloister_fl.study.file import parse_study
 from cloister_fl.study.schema import Study
 from support.accountants import epsilon_rdp
 from support.federations import with_engine
-
-STUDY = """
-[study]
-name = "planned"
-question = "Is there a nodule?"
-[input]
-size = 32
-[target]
-column = "finding"
-classes = ["normal", "nodule"]
-[training]
-rounds = {rounds}
-steps = 2
-sampling_rate = {rate}
-images_per_patient = 2
-[privacy]
-epsilon = 3.0
-{more}
-"""
+from support.studies import Table, merged, study_text
 
 
-def study_of(rate: float = 0.25, rounds: int = 8, more: str = "") -> Study:
-    return parse_study(STUDY.format(rate=rate, rounds=rounds, more=more))
+def text_of(rate: float = 0.25, rounds: int = 8, **tables: Table) -> str:
+    training = {"steps": 2, "images_per_patient": 2, "rounds": rounds, "sampling_rate": rate}
+    asked = merged({"privacy": {"epsilon": 3.0}}, tables)
+    return study_text(study={"name": "planned"}, training=training, **asked)
 
 
-def plan_of(rate: float = 0.25, rounds: int = 8, more: str = "") -> Plan:
-    return make_plan(study_of(rate, rounds, more), [100, 300], weights=900, pace=Pace(0.5, 0.25))
+def study_of(rate: float = 0.25, rounds: int = 8, **tables: Table) -> Study:
+    return parse_study(text_of(rate, rounds, **tables))
+
+
+def plan_of(rate: float = 0.25, rounds: int = 8, **tables: Table) -> Plan:
+    asked = study_of(rate, rounds, **tables)
+    return make_plan(asked, [100, 300], weights=900, pace=Pace(0.5, 0.25))
 
 
 def test_book_keeping_with_privacy_is_not_planned() -> None:
@@ -76,7 +65,7 @@ def test_the_noise_and_each_round_keep_the_epsilon_by_two_accountants() -> None:
 
 @pytest.mark.slow
 def test_a_release_is_part_of_the_whole_that_is_planned() -> None:
-    plan, plain = plan_of(more="[evaluation]\nrelease_epsilon = 1.0"), plan_of()
+    plan, plain = plan_of(evaluation={"release_epsilon": 1.0}), plan_of()
     assert plan.setting is not None
     assert plain.setting is not None
     assert plan.release is not None
@@ -131,7 +120,7 @@ def test_figures_of_sites() -> None:
 
 @pytest.mark.slow
 def test_delta_is_judged_by_the_number_of_patients() -> None:
-    study = study_of(more="delta = 1e-3")
+    study = study_of(privacy={"delta": 1e-3})
     plan = make_plan(study, [100, 101], weights=9, pace=Pace(1.0))
     assert [site.delta_too_large for site in plan.sites] == [False, True]
     assert "delta is above 1 / (10 x 101)" in plan_output.render(plan)
@@ -170,13 +159,13 @@ def test_nothing_is_suggested_where_nothing_is_wasted() -> None:
 
 
 def test_a_study_without_privacy_has_no_noise_to_plan() -> None:
-    plan = plan_of(more="enabled = false")
+    plan = plan_of(privacy={"enabled": False})
     assert (plan.setting, plan.epsilons, plan.others, plan.better) == (None, (), (), None)
     assert "NONE: no noise" in plan_output.render(plan)
 
 
 def test_an_epsilon_that_no_noise_gives_is_refused() -> None:
-    study = study_of(more="").model_copy(deep=True)
+    study = study_of().model_copy(deep=True)
     privacy = study.privacy.model_copy(update={"epsilon": 1e-9})
     with pytest.raises(EpsilonUnreachable):
         make_plan(study.model_copy(update={"privacy": privacy}), [9], weights=9, pace=Pace(1.0))
@@ -184,7 +173,7 @@ def test_an_epsilon_that_no_noise_gives_is_refused() -> None:
 
 @pytest.mark.parametrize("network", ["small-cnn", "filter-bank"])
 def test_the_pace_is_that_of_the_study_s_network(network: str) -> None:
-    study = study_of(more=f'[network]\nname = "{network}"')
+    study = study_of(network={"name": network})
     pace, weights = timing.measure(study)
     module = registry.build(study.network, 2, size=32, seed=0)
     assert weights == flat_parameters.layout_of(module).size
@@ -217,9 +206,9 @@ def end(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return int(caught.value.code or 0), told.out, told.err
 
 
-def write(folder: Path, more: str = "") -> str:
+def write(folder: Path, privacy: str = "") -> str:
     path = folder / "study.toml"
-    path.write_text(STUDY.format(rate=0.5, rounds=3, more=more))
+    path.write_text(text_of(rate=0.5, rounds=3, privacy=privacy))
     return str(path)
 
 

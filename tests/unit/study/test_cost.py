@@ -7,27 +7,15 @@ import pytest
 from cloister_fl.errors import EpsilonUnreachable
 from cloister_fl.privacy.accounting import calibrate, epsilon_of, epsilon_pld, epsilon_prv_of
 from cloister_fl.study.cost import charges, release_mechanism
-from cloister_fl.study.file import parse_study
 from cloister_fl.study.schema import Study
+from support import studies
 
 
 def study(rate: float, rounds: int, release: float, epsilon: float = 3.0) -> Study:
-    return parse_study(
-        f"""
-        [study]
-        name = "nodules"
-        question = "?"
-        [target]
-        column = "nodule"
-        classes = ["normal", "nodule"]
-        [training]
-        rounds = {rounds}
-        sampling_rate = {rate}
-        [privacy]
-        epsilon = {epsilon}
-        [evaluation]
-        release_epsilon = {release}
-        """
+    return studies.study(
+        training={"rounds": rounds, "sampling_rate": rate},
+        privacy={"epsilon": epsilon},
+        evaluation={"release_epsilon": release},
     )
 
 

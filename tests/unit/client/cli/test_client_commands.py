@@ -28,26 +28,11 @@ from cloister_fl.errors import (
     SiteFileInvalid,
     StudyInvalid,
 )
-from cloister_fl.study.schema import Study
+from support import studies
 from support.dicom import radiograph, write_dicom, write_site
 
-STUDY_TOML = """
-[study]
-name = "nodules"
-question = "q"
-[input]
-size = 32
-[target]
-column = "finding"
-classes = ["normal", "nodule"]
-"""
-STUDY = Study.model_validate(
-    {
-        "study": {"name": "nodules", "question": "q"},
-        "input": {"size": 32},
-        "target": {"column": "finding", "classes": ("normal", "nodule")},
-    }
-)
+STUDY_TOML = studies.study_text()
+STUDY = studies.study()
 runner = CliRunner()
 
 

@@ -19,20 +19,9 @@ from cloister_fl.client.site.policy import Policy
 from cloister_fl.errors import CloisterError, OptionInvalid
 from cloister_fl.study.file import load_study
 from support.dicom import make_dicom, radiograph, write_dicom
+from support.studies import study_text
 
 CANARY, MRN, BORN = "CANARYNAME", "90210777", "19440402"
-STUDY = """
-[study]
-name = "s"
-question = "q"
-
-[input]
-size = 32
-
-[target]
-column = "finding"
-classes = ["normal", "nodule"]
-"""
 
 
 @pytest.fixture
@@ -56,7 +45,7 @@ def site(tmp_path: Path) -> Site:
         )
     )  # fmt: skip
     (tmp_path / "data" / "labels.csv").write_text("\n".join(lines))
-    (tmp_path / "study.toml").write_text(STUDY)
+    (tmp_path / "study.toml").write_text(study_text())
     return init_site(
         tmp_path / "site", name="north", dicom=tmp_path / "data",
         labels=tmp_path / "data" / "labels.csv", policy=Policy(min_patients_per_class=1),

@@ -44,16 +44,11 @@ from cloister_fl.errors import (
     Reject,
     SiteEmpty,
 )
-from cloister_fl.study.schema import Input, Study
+from cloister_fl.study.schema import Input
+from support import studies
 from support.dicom import make_dicom, radiograph, write_dicom, write_site
 
-STUDY = Study.model_validate(
-    {
-        "study": {"name": "s", "question": "q"},
-        "input": {"size": 32},
-        "target": {"column": "finding", "classes": ("normal", "nodule")},
-    }
-)
+STUDY = studies.study()
 
 
 def _site(root: Path, patients: int = 6, images: int = 1, **options: Any) -> Site:

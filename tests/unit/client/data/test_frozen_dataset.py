@@ -20,16 +20,10 @@ from cloister_fl.client.site.audit_log import entries_of, path_of
 from cloister_fl.client.site.folder import Site, init_site, pseudonym
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.errors import DataChanged, LabelsInvalid, OptionInvalid, SiteEmpty
-from cloister_fl.study.schema import Study
+from support import studies
 from support.dicom import radiograph, write_dicom, write_site
 
-STUDY = Study.model_validate(
-    {
-        "study": {"name": "s", "question": "q"},
-        "input": {"size": 32},
-        "target": {"column": "finding", "classes": ("normal", "nodule")},
-    }
-)
+STUDY = studies.study()
 MRN = "MRN00002"
 
 

@@ -20,18 +20,12 @@ from cloister_fl.client.site.audit_log import entries_of
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.errors import FileUnreadable, OptionInvalid, Reject
-from cloister_fl.study.schema import Study
+from support import studies
 from support.dicom import make_dicom, radiograph, write_site
 from support.segmentations import segment
 from support.segmented_site import STUDY as OUTLINED
 
-STUDY = Study.model_validate(
-    {
-        "study": {"name": "s", "question": "q"},
-        "input": {"size": 32},
-        "target": {"column": "finding", "classes": ("normal", "nodule")},
-    }
-)
+STUDY = studies.study()
 
 
 @pytest.fixture

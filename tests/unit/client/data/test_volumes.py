@@ -37,7 +37,8 @@ from cloister_fl.errors import DataChanged, LabelMissing, Reject
 from cloister_fl.model_file import load_model, save_model
 from cloister_fl.networks.flat_parameters import flatten
 from cloister_fl.networks.registry import build
-from cloister_fl.study.schema import Input, Study
+from cloister_fl.study.schema import Input
+from support import studies
 from support.ct_series import AXIAL, OBLIQUE, decimals, phantom, place, write_series
 from support.dicom import make_dicom, uid
 
@@ -52,13 +53,8 @@ SPEC = Input(
     depth=9,
     spacing=1.0,
 )
-STUDY = Study.model_validate(
-    {
-        "study": {"name": "s", "question": "q"},
-        "input": SPEC.model_dump(),
-        "target": {"column": "finding", "classes": ("normal", "nodule")},
-        "network": {"name": "small-cnn-3d", "arguments": {"width": 4}},
-    }
+STUDY = studies.study(
+    input=SPEC.model_dump(), network={"name": "small-cnn-3d", "arguments": {"width": 4}}
 )
 KEY = b"k" * 32
 

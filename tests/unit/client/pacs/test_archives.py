@@ -49,18 +49,12 @@ from cloister_fl.errors import (
     Reject,
     SiteFileInvalid,
 )
-from cloister_fl.study.schema import Study
+from support import studies
 from support.certificates import self_signed
 from support.dicom import make_dicom, radiograph, uid
 
 CANARY, SECRET = "CANARYNAME", "s3cret-token"
-STUDY = Study.model_validate(
-    {
-        "study": {"name": "s", "question": "q"},
-        "input": {"size": 32},
-        "target": {"column": "finding", "classes": ("normal", "nodule")},
-    }
-)
+STUDY = studies.study()
 
 
 # One file out of an answer

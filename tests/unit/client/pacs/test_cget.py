@@ -36,18 +36,13 @@ from cloister_fl.errors import (
     FileUnreadable,
 )
 from cloister_fl.study.schema import Study
+from support import studies
 from support.certificates import self_signed
 from support.dicom import make_dicom, radiograph, uid
 from support.segmentations import segment
 
 CANARY = "CANARYNAME"
-STUDY = Study.model_validate(
-    {
-        "study": {"name": "s", "question": "q"},
-        "input": {"size": 32},
-        "target": {"column": "finding", "classes": ("normal", "nodule")},
-    }
-)
+STUDY = studies.study()
 SYNTAXES = (acceptance.EXPLICIT_LITTLE, acceptance.JPEG_2000_LOSSLESS, acceptance.RLE)
 
 

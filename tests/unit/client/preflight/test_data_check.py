@@ -20,24 +20,14 @@ from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward.contact_sheet import SHEET_TILE, contact_sheet
 from cloister_fl.errors import CloisterError, DataError
 from cloister_fl.study.schema import Study
+from support import studies
 from support.dicom import make_dicom, radiograph, write_dicom, write_site
 
 CANARY = "CANARYNAME"
 MRN = "CANARYMRN77"
 
 
-def _study(**tables: object) -> Study:
-    return Study.model_validate(
-        {
-            "study": {"name": "nodules", "question": "q"},
-            "input": {"size": 32},
-            "target": {"column": "finding", "classes": ("normal", "nodule")},
-            **tables,
-        }
-    )
-
-
-STUDY = _study()
+STUDY = studies.study(study={"name": "nodules"})
 
 
 def _site(root: Path, patients: int = 6, images: int = 1) -> Site:
@@ -135,7 +125,7 @@ def test_empty_and_unreadable_sites(tmp_path: Path) -> None:
 
 
 def test_policy_is_told(tmp_path: Path) -> None:
-    report = inspect(_site(tmp_path), _study(privacy={"epsilon": 99.0}))
+    report = inspect(_site(tmp_path), studies.study(privacy={"epsilon": 99.0}))
     assert len(report.policy) == 1
     assert "policy.max_epsilon_study" in render(report)
     assert report.faults == ()

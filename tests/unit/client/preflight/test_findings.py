@@ -38,6 +38,7 @@ from cloister_fl.membership.enrolment import HEADER_PROTOCOL, HEADER_VERSION
 from cloister_fl.protocol.app_bundle import bundle
 from cloister_fl.version import PROTOCOL, __version__
 from support.dicom import write_site
+from support.studies import study_text
 
 MEMBER = Membership(
     fleet="fl.example.org:9443",
@@ -329,10 +330,7 @@ def test_a_policy_that_refuses_is_a_failure(tmp_path: Path) -> None:
     root = write_site(tmp_path / "site", 20)
     init_site(root, name="north")
     study = tmp_path / "study.toml"
-    study.write_text(
-        '[study]\nname = "n"\nquestion = "q"\n[input]\nsize = 32\n[target]\n'
-        'column = "finding"\nclasses = ["normal", "nodule"]\n[privacy]\nepsilon = 99.0\n'
-    )
+    study.write_text(study_text(privacy={"epsilon": 99.0}))
     status, text = _run("check", "--dir", root, "--study", study)
     assert status == 4
     assert "   16  fail  policy: " in text

@@ -7,21 +7,11 @@ from typing import Any
 import pytest
 
 from cloister_fl.client.site.policy import Policy, refusals
-from cloister_fl.study.schema import Study
-
-
-def _study(**tables: Any) -> Study:
-    return Study.model_validate(
-        {
-            "study": {"name": "s", "question": "q"},
-            "target": {"column": "c", "classes": ("a", "b")},
-            **tables,
-        }
-    )
+from support import studies
 
 
 def test_defaults_allow_the_default_study() -> None:
-    assert refusals(Policy(), _study(), 5) == ()
+    assert refusals(Policy(), studies.study(), 5) == ()
 
 
 def test_defaults() -> None:
@@ -102,7 +92,7 @@ def test_defaults() -> None:
 def test_refusal_names_key_and_values(
     policy: dict[str, Any], tables: dict[str, Any], sites: int, words: tuple[str, ...]
 ) -> None:
-    (told,) = refusals(Policy(**policy), _study(**tables), sites)
+    (told,) = refusals(Policy(**policy), studies.study(**tables), sites)
     assert f"policy.{words[0]}" in told
     for word in words:
         assert word in told
@@ -117,20 +107,20 @@ def test_the_bound_itself_is_allowed() -> None:
         networks=("small-cnn",),
         modalities=("CR", "DX"),
     )
-    assert refusals(policy, _study(privacy={"epsilon": 2.0}), 5) == ()
+    assert refusals(policy, studies.study(privacy={"epsilon": 2.0}), 5) == ()
 
 
 def test_without_privacy_where_allowed_the_epsilon_is_moot() -> None:
-    study = _study(privacy={"enabled": False, "epsilon": 900.0, "delta": 0.05})
+    study = studies.study(privacy={"enabled": False, "epsilon": 900.0, "delta": 0.05})
     policy = Policy(allow_without_privacy=True, metrics=("score-histograms",))
     assert refusals(policy, study, 5) == ()
 
 
 def test_without_privacy_and_without_metrics_a_study_that_measures_nothing_is_allowed() -> None:
-    study = _study(privacy={"enabled": False}, evaluation={"site_fraction": 0.0})
+    study = studies.study(privacy={"enabled": False}, evaluation={"site_fraction": 0.0})
     assert refusals(Policy(allow_without_privacy=True), study, 5) == ()
 
 
 def test_all_refusals_at_once() -> None:
-    study = _study(privacy={"epsilon": 9.0, "delta": 1e-3}, training={"rounds": 2000})
+    study = studies.study(privacy={"epsilon": 9.0, "delta": 1e-3}, training={"rounds": 2000})
     assert len(refusals(Policy(networks=("resnet18",), min_sites=9), study, 1)) == 6

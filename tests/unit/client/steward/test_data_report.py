@@ -12,16 +12,10 @@ from cloister_fl.client.site.folder import Site, init_site, pseudonym
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward.data_report import HTML, JSON, survey, write
 from cloister_fl.errors import Reject
-from cloister_fl.study.schema import Study
+from support import studies
 from support.dicom import make_dicom, radiograph, write_dicom, write_site
 
-STUDY = Study.model_validate(
-    {
-        "study": {"name": "s", "question": "q"},
-        "input": {"size": 32},
-        "target": {"column": "finding", "classes": ("normal", "nodule")},
-    }
-)
+STUDY = studies.study()
 
 
 @pytest.fixture

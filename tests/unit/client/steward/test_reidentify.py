@@ -15,19 +15,8 @@ from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward.data_report import survey
 from cloister_fl.errors import LabelMissing, OptionInvalid
-from cloister_fl.study.file import parse_study
+from support import studies
 from support.dicom import make_dicom, radiograph, write_site
-
-TEXT = """\
-[study]
-name = "s"
-question = "q"
-[input]
-size = 32
-[target]
-column = "finding"
-classes = ["normal", "nodule"]
-"""
 
 
 @pytest.fixture
@@ -35,7 +24,7 @@ def site(tmp_path: Path) -> Site:
     write_site(tmp_path, 4, 2, key="PatientID")
     made = init_site(tmp_path, name="site", policy=Policy(min_patients_per_class=1))
     (made.dicom / "broken\x1b[8m.dcm").write_bytes(b"no image" * 50)
-    (tmp_path / "study.toml").write_text(TEXT)
+    (tmp_path / "study.toml").write_text(studies.study_text())
     return made
 
 
@@ -55,7 +44,7 @@ def test_a_code_names_the_files_that_were_turned_away_for_it(site: Site) -> None
 
 
 def test_a_pseudonym_of_a_message_names_its_patient(site: Site) -> None:
-    study = parse_study(TEXT)
+    study = studies.study()
     rows = site.labels.read_text().splitlines()
     (lost,) = [row for row in rows if row.startswith("MRN00002,")] or [rows[2]]
     site.labels.write_text("\n".join(row for row in rows if row != lost) + "\n")

@@ -15,29 +15,24 @@ import pytest
 
 from cloister_fl.errors import OutputInTheWay
 from cloister_fl.server.results.report import RoundRow, RunReport, SiteRow, render, write_report
-from cloister_fl.study.file import parse_study
 from cloister_fl.study.schema import Study
+from support import studies
 
 QUESTION = "Does the radiograph show a pulmonary nodule?"
 VOID = {"meta", "img", "source", "br", "link", "input", "hr"}
 
 
 def study(
-    *, private: bool = True, question: str = QUESTION, classes: str = '"normal", "nodule"'
+    *,
+    private: bool = True,
+    question: str = QUESTION,
+    classes: tuple[str, ...] = ("normal", "nodule"),
 ) -> Study:
-    return parse_study(
-        f"""
-        [study]
-        name = "nodule"
-        question = '''{question}'''
-        [target]
-        column = "finding"
-        classes = [{classes}]
-        [training]
-        rounds = 3
-        [privacy]
-        enabled = {str(private).lower()}
-        """
+    return studies.study(
+        study={"name": "nodule", "question": question},
+        target={"classes": classes},
+        training={"rounds": 3},
+        privacy={"enabled": private},
     )
 
 
@@ -241,7 +236,7 @@ def test_the_first_figure_may_come_from_the_summary() -> None:
 
 
 def test_more_than_two_classes() -> None:
-    text = text_of(report(study=study(classes='"a", "b", "c"')))
+    text = text_of(report(study=study(classes=("a", "b", "c"))))
     assert "averaged over the 3 classes" in text
     assert "ranks them rightly" not in text
 

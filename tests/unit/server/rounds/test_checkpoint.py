@@ -11,22 +11,13 @@ import pytest
 from cloister_fl.errors import NothingToResume, ResumeMismatch
 from cloister_fl.server.rounds.checkpoint import Checkpoints, Figures, Progress, RunState
 from cloister_fl.server.rounds.strategies import OptimizerState
-from cloister_fl.study.file import parse_study
 from cloister_fl.study.schema import Study
-
-STUDY = """
-[study]
-name = "a"
-question = "b"
-[target]
-column = "c"
-classes = ["no", "yes"]
-"""
+from support import studies
 
 
 @pytest.fixture
 def study() -> Study:
-    return parse_study(STUDY)
+    return studies.study()
 
 
 def _state(completed: int = 2) -> RunState:
@@ -87,7 +78,7 @@ def test_a_round_that_was_sent_and_not_finished_is_known(tmp_path: Path, study: 
 def test_another_study_is_refused(tmp_path: Path, study: Study) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(study, _state())
-    other = parse_study(STUDY + "[privacy]\nepsilon = 2\n")
+    other = studies.study(privacy={"epsilon": 2})
     with pytest.raises(ResumeMismatch, match="CLO-503"):
         checkpoints.load(other)
 

@@ -30,20 +30,14 @@ from cloister_fl.client.training.local_training import train_round
 from cloister_fl.errors import CloisterError
 from cloister_fl.networks.flat_parameters import flatten
 from cloister_fl.networks.registry import build
-from cloister_fl.study.schema import Study
+from support import studies
 from support.dicom import make_dicom, radiograph, uid
 
 PASSWORD = "correct-horse"
 HTTP, DICOM, CUTTER = 8042, 4242, 8043
 PATIENTS, IMAGES = 12, 2
-STUDY = Study.model_validate(
-    {
-        "study": {"name": "orthanc", "question": "q"},
-        "input": {"size": 32},
-        "target": {"column": "finding", "classes": ("normal", "nodule")},
-        "training": {"rounds": 1, "steps": 1},
-        "privacy": {"enabled": False},
-    }
+STUDY = studies.study(
+    study={"name": "orthanc"}, training={"rounds": 1, "steps": 1}, privacy={"enabled": False}
 )
 
 

@@ -17,40 +17,22 @@ from cloister_fl.client.ledger.chain import PROTOCOL_KINDS
 from cloister_fl.client.site.audit_log import entries_of
 from cloister_fl.simulation.simulate import Simulation, simulate
 from cloister_fl.study.file import parse_study
-from support.deployment import Deployment, change_policy, cloister
+from support import studies
+from support.deployment import Deployment, change_policy, cloister, study_text
 
-STUDY = """\
-[study]
-name = "{name}"
-question = "Does the radiograph show a nodule?"
-
-[input]
-size = 32
-
-[target]
-column = "finding"
-classes = ["normal", "nodule"]
-
-[network]
-name = "filter-bank"
-
-[training]
-rounds = 3
-steps = 2
-sampling_rate = {rate}
-expected_batch = 24
-images_per_patient = 2
-
-[privacy]
-{privacy}
-
-[evaluation]
-site_fraction = 0.0
-"""
-PLAIN = STUDY.format(name="plain", rate=1.0, privacy="enabled = false")
-PRIVATE = (
-    STUDY.format(name="private", rate=0.5, privacy="epsilon = 6.0")
-    + "\n[aggregation]\nmin_sites = 3\ncolluders = 0\n"
+TRAINING = {"rounds": 3, "steps": 2, "expected_batch": 24, "images_per_patient": 2}
+OPEN: dict[str, studies.Table] = {
+    "training": TRAINING | {"sampling_rate": 1.0},
+    "privacy": {"enabled": False},
+    "evaluation": {"site_fraction": 0.0},
+}
+PLAIN = study_text("plain", **OPEN)
+PRIVATE = study_text(
+    "private",
+    training=TRAINING | {"sampling_rate": 0.5},
+    privacy={"epsilon": 6.0},
+    evaluation={"site_fraction": 0.0},
+    aggregation={"min_sites": 3, "colluders": 0},
 )
 
 
@@ -107,8 +89,7 @@ def test_with_privacy_the_accounts_are_the_simulation_s_and_the_noise_is_not(
 
 @pytest.mark.slow
 def test_a_signed_study_needs_nobody_where_its_signer_is_trusted(federation: Deployment) -> None:
-    text = STUDY.format(name="signed", rate=1.0, privacy="enabled = false")
-    text = text.replace("rounds = 3", "rounds = 1")
+    text = study_text("signed", **studies.merged(OPEN, {"training": {"rounds": 1}}))
     key = federation.base / "sponsor.pem"
     public = cloister("study", "key", key).split()[-1]
     for hospital in federation.hospitals.values():

@@ -24,27 +24,21 @@ from cloister_fl.protocol.round_messages import Prepare, Refusal, pack, unpack
 from cloister_fl.server.flower import runtime
 from cloister_fl.study.file import parse_study
 from support.coordinator_process import wait_for
-from support.deployment import Deployment, alive, change_policy, children_of, cloister, descendants
+from support.deployment import (
+    Deployment,
+    alive,
+    change_policy,
+    children_of,
+    cloister,
+    descendants,
+    study_text,
+)
 
-STUDY = """\
-[study]
-name = "{name}"
-question = "Does the radiograph show a nodule?"
-[input]
-size = 32
-[target]
-column = "finding"
-classes = ["normal", "nodule"]
-[network]
-name = "filter-bank"
-[training]
-rounds = 1
-expected_batch = 24
-[privacy]
-epsilon = 2.0
-[aggregation]
-min_sites = 5
-"""
+ASKED = {
+    "training": {"rounds": 1, "expected_batch": 24},
+    "privacy": {"epsilon": 2.0},
+    "aggregation": {"min_sites": 5},
+}
 LONG_AGO = 1_000_000_000
 RESULTS = {"metrics.jsonl", "summary.json", "report.html", "model.safetensors"}
 """Made to be handed on; they lie in a folder that only its owner can enter."""
@@ -62,7 +56,7 @@ def _set_back(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_tighter_policy_refuses_before_an_image_is_read(federation: Deployment) -> None:
-    text = STUDY.format(name="too-dear")
+    text = study_text("too-dear", **ASKED)
     study = parse_study(text)
     strict, other = (federation.hospitals[name] for name in ("northgate", "riverside"))
     for hospital in (strict, other):
@@ -119,7 +113,7 @@ def test_a_foreign_bundle(
     monkeypatch.setattr(runtime, "bundle_hash", lambda: hashlib.sha256(foreign).hexdigest())
     place = three.place
     address = place.file.private.control
-    study = parse_study(STUDY.format(name="foreign"))
+    study = parse_study(study_text("foreign", **ASKED))
     with runtime.running(address, place.token(), place.superexec_secret()) as (grid, _):
         nodes = list(grid.get_node_ids())
         assert len(nodes) == 3

@@ -12,7 +12,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,37 +36,16 @@ from cloister_fl.simulation.synthetic_sites import HOSPITALS, draw_federation
 from cloister_fl.study.file import parse_study
 from cloister_fl.study.schema import Study
 from support.coordinator_process import wait_for
-from support.deployment import Deployment, alive, children_of, cloister, deployed, descendants
+from support.deployment import (
+    Deployment,
+    alive,
+    children_of,
+    cloister,
+    deployed,
+    descendants,
+    study_text,
+)
 
-STUDY = """\
-[study]
-name = "{name}"
-question = "Does the radiograph show a nodule?"
-
-[input]
-size = 32
-
-[target]
-column = "finding"
-classes = ["normal", "nodule"]
-
-[network]
-name = "filter-bank"
-
-[training]
-rounds = {rounds}
-steps = 2
-sampling_rate = {rate}
-expected_batch = 24
-images_per_patient = 2
-seed = {seed}
-
-[privacy]
-{privacy}
-
-[evaluation]
-site_fraction = 0.0
-"""
 POLICY = {
     "max_epsilon_study": "8.0",
     "max_epsilon_lifetime": "60.0",
@@ -271,16 +250,27 @@ def battered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Battered]:
     wait_for(lambda: not started.left(), GONE_S, lambda: f"left behind: {started.left()}")
 
 
+def _asked(name: str, seed: int, rounds: int, rate: float, privacy: Mapping[str, Any]) -> str:
+    training = {
+        "rounds": rounds,
+        "steps": 2,
+        "sampling_rate": rate,
+        "expected_batch": 24,
+        "images_per_patient": 2,
+        "seed": seed,
+    }
+    evaluation = {"site_fraction": 0.0}
+    return study_text(name, training=training, privacy=privacy, evaluation=evaluation)
+
+
 def plain(name: str, seed: int, rounds: int = 3) -> str:
     """Without privacy: the same model whenever the same sites are in the sums."""
-    privacy = "enabled = false"
-    return STUDY.format(name=name, seed=seed, rounds=rounds, rate=1.0, privacy=privacy)
+    return _asked(name, seed, rounds, rate=1.0, privacy={"enabled": False})
 
 
 def private(name: str, seed: int, rounds: int = 3) -> str:
     """With privacy, which hospitals pay for."""
-    privacy = "epsilon = 6.0"
-    return STUDY.format(name=name, seed=seed, rounds=rounds, rate=0.5, privacy=privacy)
+    return _asked(name, seed, rounds, rate=0.5, privacy={"epsilon": 6.0})
 
 
 def summed(battered: Battered, ended: Ended) -> dict[int, tuple[str, ...]]:

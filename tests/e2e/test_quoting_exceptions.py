@@ -13,27 +13,13 @@ from support import deployment
 from support.deployment import Deployment
 
 CANARY = "MRN-7741903-Sommer-Anna"
-STUDY = """\
-[study]
-name = "quoting"
-question = "Does the radiograph show a nodule?"
-[input]
-size = 32
-[target]
-column = "finding"
-classes = ["normal", "nodule"]
-[network]
-name = "filter-bank"
-[training]
-rounds = 2
-[privacy]
-enabled = false
-[aggregation]
-min_sites = 3
-colluders = 0
-[evaluation]
-site_fraction = 0.3
-"""
+STUDY = deployment.study_text(
+    "quoting",
+    training={"rounds": 2},
+    privacy={"enabled": False},
+    aggregation={"min_sites": 3, "colluders": 0},
+    evaluation={"site_fraction": 0.3},
+)
 # Python runs this in every process that finds it; only an executor has the ClientApp's module.
 PLANTED = f"""
 import importlib.abc, os, sys

@@ -7,28 +7,15 @@ import pytest
 from cloister_fl.audit_log import read
 from cloister_fl.study.file import parse_study
 from support.coordinator_process import wait_for
-from support.deployment import Deployment
+from support.deployment import Deployment, study_text
 
-STUDY = """\
-[study]
-name = "sleepers"
-question = "Does the radiograph show a nodule?"
-[input]
-size = 32
-[target]
-column = "finding"
-classes = ["normal", "nodule"]
-[network]
-name = "filter-bank"
-[training]
-rounds = 9
-[privacy]
-enabled = false
-[aggregation]
-min_sites = 5
-[evaluation]
-site_fraction = 0.0
-"""
+STUDY = study_text(
+    "sleepers",
+    training={"rounds": 9},
+    privacy={"enabled": False},
+    aggregation={"min_sites": 5},
+    evaluation={"site_fraction": 0.0},
+)
 
 
 def _summed(federation: Deployment, run: str) -> list[tuple[int, list[str]]]:

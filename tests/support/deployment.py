@@ -22,6 +22,7 @@ from typing import Any
 from cloister_fl.client.site.folder import Site, open_site
 from cloister_fl.server.coordinator.folder import Coordinator
 from cloister_fl.study.schema import Study
+from support import studies
 from support.coordinator_process import Running, new_coordinator, start, wait_for
 
 CLOISTER = "from cloister_fl.cli.main import main; main()"
@@ -226,6 +227,15 @@ def change_policy(folder: Path, key: str, value: str) -> None:
     text, count = re.subn(rf"(?m)^{key} = .*$", f"{key} = {value}", path.read_text())
     assert count == 1, key
     path.write_text(text)
+
+
+def study_text(name: str, **tables: studies.Table) -> str:
+    """The text of a study that takes seconds: fixed filters, and one trained layer."""
+    quick = {
+        "study": {"name": name, "question": "Does the radiograph show a nodule?"},
+        "network": {"name": "filter-bank"},
+    }
+    return studies.study_text(**studies.merged(quick, tables))
 
 
 def children_of(pid: int) -> dict[str, int]:

@@ -32,6 +32,20 @@ def silenced() -> Iterator[None]:
         log.propagate, log.handlers = propagate, handlers
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread of torch, for a file whose tensors are tiny.
+
+    They gain nothing from threads, and lose much where the cores are shared.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     """Keep together, where tests run side by side, what shares fixtures that take long to make.

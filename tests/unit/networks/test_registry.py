@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -15,16 +13,7 @@ from cloister_fl.networks.flat_parameters import flatten, layout_of
 from cloister_fl.networks.registry import REGISTRY, build, resolve
 from cloister_fl.study.schema import Network
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    # Tiny tensors gain nothing from threads, and lose much where the cores are shared.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {
     "small-cnn": 16,
     "small-cnn-3d": 16,

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,16 +27,11 @@ from cloister_fl.networks.flat_parameters import flatten
 from cloister_fl.networks.registry import build
 from cloister_fl.privacy.accounting import epsilon_pld
 from cloister_fl.study.schema import Study
+from support import studies
+from support.cohorts import Patients, cohort_of
 
 DELTA = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -49,39 +42,14 @@ def counted_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@dataclass(frozen=True)
-class OnePatient:
-    label: int
-    images: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Patients:
-    images: NDArray[np.uint16]
-    patients: tuple[OnePatient, ...]
-
-
-def patients_of(count: int, images: int = 2, size: int = 16) -> Patients:
-    pixels = np.random.default_rng(0).integers(0, 65536, (count * images, size, size))
-    places = np.arange(count * images).reshape(count, images).tolist()
-    return Patients(
-        pixels.astype(np.uint16),
-        tuple(OnePatient(index % 2, tuple(row)) for index, row in enumerate(places)),
-    )
-
-
 def study_of(
     size: int = 16, network: dict[str, Any] | None = None, epsilon: float = 2.0, **training: Any
 ) -> Study:
-    return Study.model_validate(
-        {
-            "study": {"name": "s", "question": "q"},
-            "input": {"size": size},
-            "target": {"column": "c", "classes": ("a", "b")},
-            "network": network or {"name": "small-cnn", "arguments": {"width": 4}},
-            "training": {"rounds": 12, "expected_batch": 50, **training},
-            "privacy": {"epsilon": epsilon, "delta": DELTA, "clipping_norm": 0.3},
-        }
+    return studies.study(
+        input={"size": size},
+        network=network or {"name": "small-cnn", "arguments": {"width": 4}},
+        training={"rounds": 12, "expected_batch": 50, **training},
+        privacy={"epsilon": epsilon, "delta": DELTA, "clipping_norm": 0.3},
     )
 
 
@@ -111,7 +79,7 @@ def weaken(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
 
 def test_sound_training_passes_where_it_could_have_been_refuted() -> None:
     study = study_of()
-    found = audited(study, patients_of(200))
+    found = audited(study, cohort_of([2] * 200))
     sigma = mechanism(study).noise_multiplier
     assert found.claimed_epsilon == pytest.approx(epsilon_pld(sigma, 1.0, 12, DELTA))
     assert found.claimed_epsilon <= 2
@@ -124,14 +92,14 @@ def test_sound_training_passes_where_it_could_have_been_refuted() -> None:
 
 @pytest.mark.slow
 def test_the_audit_sees_something_of_a_study_that_shows_much() -> None:
-    found = audited(study_of(epsilon=8.0), patients_of(200))
+    found = audited(study_of(epsilon=8.0), cohort_of([2] * 200))
     # Half of the coins would be right by chance alone, give or take 7.
     assert found.guesses[0].right > 125
     assert 0.4 < found.audited_epsilon < 3
 
 
 def test_what_is_told_follows_from_scores_and_coins() -> None:
-    found = audited(study_of(), patients_of(40), guesses=(10, 30), rounds=3)
+    found = audited(study_of(), cohort_of([2] * 40), guesses=(10, 30), rounds=3)
     ranked = sorted(zip(found.scores, found.present, strict=True), key=lambda one: -abs(one[0]))
     for line, made in zip(found.guesses, (30, 10), strict=True):
         right = sum((score > 0) == there for score, there in ranked[:made])
@@ -157,7 +125,7 @@ def test_training_without_noise_is_refuted(
     monkeypatch: pytest.MonkeyPatch, training: dict[str, Any]
 ) -> None:
     weaken(monkeypatch, 0.0)
-    found = audited(study_of(**training), patients_of(120))
+    found = audited(study_of(**training), cohort_of([2] * 120))
     assert found.claimed_epsilon <= 2
     assert not found.passed
     assert found.audited_epsilon > 2.5
@@ -168,7 +136,7 @@ def test_training_without_noise_is_refuted(
 def test_a_fixed_part_of_the_network_is_refuted_without_noise_and_passes_with_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    study, cohort = study_of(32, {"name": "filter-bank"}), patients_of(120, size=32)
+    study, cohort = study_of(32, {"name": "filter-bank"}), cohort_of([2] * 120, 32)
     assert audited(study, cohort).passed
     weaken(monkeypatch, 0.0)
     assert audited(study, cohort).audited_epsilon > 2.5
@@ -177,13 +145,13 @@ def test_a_fixed_part_of_the_network_is_refuted_without_noise_and_passes_with_it
 @pytest.mark.slow
 def test_a_sixth_of_the_noise_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
     weaken(monkeypatch, 1 / 6)
-    found = audited(study_of(), patients_of(200))
+    found = audited(study_of(), cohort_of([2] * 200))
     assert 2 < found.audited_epsilon < found.most_epsilon
 
 
 def test_few_patients_refute_the_small_claim_of_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
     weaken(monkeypatch, 0.0)
-    study, cohort = study_of(), patients_of(24)
+    study, cohort = study_of(), cohort_of([2] * 24)
     whole, first = audited(study, cohort), audited(study, cohort, rounds=1)
     # All rounds: every guess is right, and it does not suffice.
     assert whole.passed
@@ -203,7 +171,7 @@ def test_patients_who_are_no_canaries_are_always_there(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(local_training, "train_round", watched)
     weaken(monkeypatch, 0.0)
-    cohort = patients_of(60)
+    cohort = cohort_of([2] * 60)
     found = audited(study_of(), cohort, canaries=40, rounds=2)
     assert (found.canaries, found.others) == (40, 20)
     # The others' gradients are known and taken off, else no score would be clean.
@@ -214,7 +182,7 @@ def test_patients_who_are_no_canaries_are_always_there(monkeypatch: pytest.Monke
 
 
 def test_coins_are_drawn_anew_and_the_model_is_left_alone() -> None:
-    study, cohort = study_of(), patients_of(40)
+    study, cohort = study_of(), cohort_of([2] * 40)
     module = module_of(study)
     before = flatten(module)
     both = [
@@ -245,7 +213,7 @@ def test_each_step_goes_on_from_the_one_before(monkeypatch: pytest.MonkeyPatch) 
         return changes[-1]
 
     monkeypatch.setattr(local_training, "train_round", noted)
-    found = audited(study, patients_of(20), rounds=2)
+    found = audited(study, cohort_of([2] * 20), rounds=2)
     assert found.steps == 4
     assert numbers == [(1, 1), (1, 1), (2, 1), (2, 1)]
     assert np.array_equal(weights[0], flatten(module_of(study)))
@@ -264,7 +232,7 @@ def test_the_adversary_measures_the_noise(monkeypatch: pytest.MonkeyPatch) -> No
         return variances[-1]
 
     monkeypatch.setattr(one_run._Adversary, "_noise", noted)
-    study, cohort = study_of(), patients_of(40)
+    study, cohort = study_of(), cohort_of([2] * 40)
     sigma = mechanism(study).noise_multiplier
     audited(study, cohort)
     weaken(monkeypatch, 0.1)
@@ -275,7 +243,7 @@ def test_the_adversary_measures_the_noise(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_score_is_the_least_squares_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the textbook's formula on the stacked steps, with nothing accumulated."""
-    study, cohort = study_of(rounds=2), patients_of(12)
+    study, cohort = study_of(rounds=2), cohort_of([2] * 12)
     rows: list[NDArray[np.float64]] = []
     steps: list[NDArray[np.float64]] = []
     clipped, see = one_run._clipped, one_run._Adversary.see
@@ -323,4 +291,4 @@ def test_usual_numbers_of_guesses(canaries: int, numbers: tuple[int, ...]) -> No
 )
 def test_arguments_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
-        audited(study_of(), patients_of(20), **wrong)
+        audited(study_of(), cohort_of([2] * 20), **wrong)

@@ -37,26 +37,15 @@ from cloister_fl.privacy.accounting import calibrate, epsilon_pld
 from cloister_fl.study.file import load_study
 from support.dicom import write_site
 from support.federations import with_engine
+from support.studies import study_text
 
-STUDY = """
-[study]
-name = "nodules"
-question = "q"
-[input]
-size = 16
-[target]
-column = "finding"
-classes = ["normal", "nodule"]
-[network]
-name = "small-cnn"
-arguments = { width = 4 }
-[training]
-rounds = 4
-expected_batch = 20
-[privacy]
-epsilon = 2.0
-clipping_norm = 0.3
-"""
+ASKED = {
+    "study": {"name": "nodules"},
+    "input": {"size": 16},
+    "network": {"name": "small-cnn", "arguments": {"width": 4}},
+    "training": {"rounds": 4, "expected_batch": 20},
+}
+PRIVACY = {"epsilon": 2.0, "clipping_norm": 0.3}
 
 
 def _site(root: Path, patients: int) -> Site:
@@ -72,7 +61,7 @@ def stocked(tmp_path_factory: pytest.TempPathFactory) -> Site:
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
     file = tmp_path / "study.toml"
-    file.write_text(STUDY)
+    file.write_text(study_text(**ASKED, privacy=PRIVACY))
     return file
 
 
@@ -220,7 +209,7 @@ def test_book_keeping_is_not_audited(stocked: Site, study: Path) -> None:
 
 
 def test_a_study_without_privacy_claims_nothing(stocked: Site, study: Path) -> None:
-    study.write_text(STUDY.replace("[privacy]", "[privacy]\nenabled = false"))
+    study.write_text(study_text(**ASKED, privacy=PRIVACY | {"enabled": False}))
     entries = len(entries_of(stocked))
     with pytest.raises(OptionInvalid, match="without privacy"):
         run(stocked, "--study", study)

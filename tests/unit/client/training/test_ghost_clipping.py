@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -29,24 +28,18 @@ from cloister_fl.client.training.sampling import Bag, FeatureCohort
 from cloister_fl.errors import InternalError
 from cloister_fl.networks.registry import REGISTRY, build
 from cloister_fl.study.schema import Network
+from support.cohorts import OnePatient, every_bag, patients_of
 
 UNIT = 2**GRID_BITS
 SIZES = (2, 1, 5, 3, 4)
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nothing_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(per_patient_gradients, "_tried", {})
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@dataclass(frozen=True)
-class OnePatient:
-    label: int
-    images: tuple[int, ...]
 
 
 def cohort_of(
@@ -59,10 +52,8 @@ def cohort_of(
     pixels = (
         np.random.default_rng(seed).normal(size=(sum(sizes), 1, *depth, side, side)).astype(dtype)
     )
-    ends = np.cumsum([0, *sizes])
-    bags = [Bag(i % 2, np.arange(ends[i], ends[i + 1])) for i in range(len(sizes))]
-    patients = tuple(OnePatient(bag.label, tuple(bag.images.tolist())) for bag in bags)
-    return FeatureCohort(pixels, patients), bags
+    cohort = FeatureCohort(pixels, patients_of(sizes))
+    return cohort, every_bag(cohort)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -33,48 +32,14 @@ from cloister_fl.client.training.sampling import (
 from cloister_fl.errors import InternalError, UpdateInvalid
 from cloister_fl.networks.flat_parameters import flatten
 from cloister_fl.networks.registry import build
-from cloister_fl.study.file import parse_study
 from cloister_fl.study.schema import Network, Study
+from support import studies
+from support.cohorts import OnePatient, Patients, cohort_of, every_bag
 from support.federations import with_engine
 
 ENGINES: tuple[Engine, ...] = ("patients", "opacus")
+pytestmark = pytest.mark.usefixtures("one_thread")
 UNIT = 2**GRID_BITS
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    # Tiny tensors gain nothing from threads, and lose much where the cores are shared.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@dataclass(frozen=True)
-class OnePatient:
-    label: int
-    images: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Patients:
-    images: NDArray[np.uint16]
-    patients: tuple[OnePatient, ...]
-
-
-def cohort_of(counts: Iterable[int], size: int = 16, seed: int = 0) -> Patients:
-    counts = list(counts)
-    pixels = np.random.default_rng(seed).integers(0, 65536, (sum(counts), size, size))
-    ends = np.cumsum([0, *counts])
-    patients = tuple(
-        OnePatient(index % 2, tuple(range(ends[index], ends[index + 1])))
-        for index in range(len(counts))
-    )
-    return Patients(pixels.astype(np.uint16), patients)
-
-
-def every_bag(cohort: Patients) -> list[Bag]:
-    return [Bag(p.label, np.array(p.images, dtype=np.int64)) for p in cohort.patients]
 
 
 def small(seed: int = 0, width: int = 4) -> nn.Module:
@@ -82,10 +47,7 @@ def small(seed: int = 0, width: int = 4) -> nn.Module:
 
 
 def study_of(training: str = "", privacy: str = "", aggregation: str = "") -> Study:
-    return parse_study(
-        '[study]\nname = "s"\nquestion = "q"\n[target]\ncolumn = "c"\nclasses = ["a", "b"]\n'
-        f"[training]\n{training}\n[privacy]\n{privacy}\n[aggregation]\n{aggregation}\n"
-    )
+    return studies.study(training=training, privacy=privacy, aggregation=aggregation)
 
 
 def exact_norm(total: Tensor) -> int:

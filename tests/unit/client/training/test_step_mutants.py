@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,20 +33,9 @@ from cloister_fl.networks.batch_independence import require_private
 from cloister_fl.networks.flat_parameters import flatten
 from cloister_fl.privacy.accounting import calibrate
 from cloister_fl.privacy.dp_events import Mechanism
-from cloister_fl.study.file import parse_study
 from cloister_fl.study.schema import Study
-
-
-@dataclass(frozen=True)
-class OnePatient:
-    label: int
-    images: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Patients:
-    images: NDArray[np.uint16]
-    patients: tuple[OnePatient, ...]
+from support import studies
+from support.cohorts import OnePatient, Patients
 
 
 def alike(count: int) -> Patients:
@@ -59,10 +47,14 @@ def alike(count: int) -> Patients:
 
 
 def study_of(rate: float = 1.0, rounds: int = 3) -> Study:
-    return parse_study(
-        '[study]\nname = "s"\nquestion = "q"\n[target]\ncolumn = "c"\nclasses = ["a", "b"]\n'
-        f"[input]\nsize = 16\n[training]\nsampling_rate = {rate}\nexpected_batch = 8\n"
-        f"rounds = {rounds}\nlearning_rate = 1.0\n"
+    return studies.study(
+        input={"size": 16},
+        training={
+            "sampling_rate": rate,
+            "expected_batch": 8,
+            "rounds": rounds,
+            "learning_rate": 1.0,
+        },
     )
 
 

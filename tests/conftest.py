@@ -32,6 +32,14 @@ def silenced() -> Iterator[None]:
         log.propagate, log.handlers = propagate, handlers
 
 
+@pytest.fixture
+def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that a test runs find a person who can be asked."""
+    import click.testing
+
+    monkeypatch.setattr(click.testing._NamedTextIOWrapper, "isatty", lambda _: True, raising=False)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """One thread of torch, for a file whose tensors are tiny.

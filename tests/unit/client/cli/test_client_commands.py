@@ -28,7 +28,7 @@ from cloister_fl.errors import (
     SiteFileInvalid,
     StudyInvalid,
 )
-from support import studies
+from support import commands, studies
 from support.dicom import radiograph, write_dicom, write_site
 
 STUDY_TOML = studies.study_text()
@@ -37,11 +37,7 @@ runner = CliRunner()
 
 
 def _run(*arguments: object) -> tuple[int, str]:
-    result = runner.invoke(
-        client_group.app, [str(word) for word in arguments], catch_exceptions=True
-    )
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
+    result = commands.invoke(client_group.app, *arguments)
     return result.exit_code, result.output
 
 

@@ -6,10 +6,8 @@ import json
 import shlex
 from pathlib import Path
 
-import click.testing
 import pytest
 from click.testing import Result
-from typer.testing import CliRunner
 
 from cloister_fl.cli.confirm import DECLINED
 from cloister_fl.client.admission import gate
@@ -22,22 +20,15 @@ from cloister_fl.client.site.folder import init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward import budget
 from cloister_fl.errors import OptionInvalid
+from support import commands
 from support.dicom import make_dicom, radiograph, write_dicom
 from support.federations import study, study_text
 
 STUDY = study()
 
 
-@pytest.fixture
-def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(click.testing._NamedTextIOWrapper, "isatty", lambda _: True, raising=False)
-
-
 def invoke(words: list[str], said: str = "") -> Result:
-    result = CliRunner().invoke(client_group.app, words, input=said)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+    return commands.invoke(client_group.app, *words, said=said)
 
 
 class Act:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click.testing
 import pytest
 from click.testing import Result
 from flwr.app import Message
-from typer.testing import CliRunner
 
 from cloister_fl.client.admission.approvals import Decision, judge, judgements, require_approved
 from cloister_fl.client.app import app
@@ -28,6 +26,7 @@ from cloister_fl.membership.identity import Identity
 from cloister_fl.membership.roster import Roster, RosterEntry, sign_roster
 from cloister_fl.protocol.round_messages import SITE_KEY, Prepare, Refusal, Refused, pack, unpack
 from cloister_fl.server.flower.engines import InProcessGrid
+from support import commands
 from support.federations import study
 
 ROOT = Identity.generate()
@@ -67,17 +66,9 @@ def offered(site: Site, monkeypatch: pytest.MonkeyPatch) -> Roster:
     return made
 
 
-@pytest.fixture
-def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(click.testing._NamedTextIOWrapper, "isatty", lambda _: True, raising=False)
-
-
 def approve(site: Site, *arguments: str, said: str = "") -> Result:
     words = ["approve", *arguments, "--dir", str(site.root)]
-    result = CliRunner().invoke(client.app, words, input=said)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+    return commands.invoke(client.app, *words, said=said)
 
 
 def decision(site: Site) -> Decision:

@@ -11,7 +11,6 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from cloister_fl.client.cli import client_group
 from cloister_fl.client.network.http import Answer, Cause, Failure, Step
@@ -37,6 +36,7 @@ from cloister_fl.client.site.folder import init_site
 from cloister_fl.membership.enrolment import HEADER_PROTOCOL, HEADER_VERSION
 from cloister_fl.protocol.app_bundle import bundle
 from cloister_fl.version import PROTOCOL, __version__
+from support import commands
 from support.dicom import write_site
 from support.studies import study_text
 
@@ -291,9 +291,7 @@ def test_offline_dials_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def _run(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(client_group.app, [str(word) for word in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
+    result = commands.invoke(client_group.app, *arguments)
     return result.exit_code, result.stdout
 
 

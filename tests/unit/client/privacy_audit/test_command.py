@@ -6,9 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import Result
-from typer.testing import CliRunner
 
 from cloister_fl.client.cli import client_group
 from cloister_fl.client.site.audit_log import entries_of
@@ -16,6 +14,9 @@ from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.training import local_training
 from cloister_fl.errors import OptionInvalid
 from cloister_fl.privacy.accounting import epsilon_pld
+from support import commands
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -24,16 +25,7 @@ def site(tmp_path: Path) -> Site:
 
 
 def run(site: Site, *words: str) -> Result:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    command = ["privacy-audit", *words, "--dir", str(site.root)]
-    try:
-        result = CliRunner().invoke(client_group.app, command)
-    finally:
-        torch.set_num_threads(threads)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+    return commands.invoke(client_group.app, "privacy-audit", *words, "--dir", site.root)
 
 
 def test_the_installed_code_passes_and_the_log_says_so(site: Site) -> None:

@@ -14,7 +14,6 @@ import pytest
 import torch
 from click.testing import Result
 from PIL import Image
-from typer.testing import CliRunner
 
 from cloister_fl.client.cli import client_group
 from cloister_fl.client.privacy_audit import own_data
@@ -35,6 +34,7 @@ from cloister_fl.errors import (
 )
 from cloister_fl.privacy.accounting import calibrate, epsilon_pld
 from cloister_fl.study.file import load_study
+from support import commands
 from support.dicom import write_site
 from support.federations import with_engine
 from support.studies import study_text
@@ -46,6 +46,8 @@ ASKED = {
     "training": {"rounds": 4, "expected_batch": 20},
 }
 PRIVACY = {"epsilon": 2.0, "clipping_norm": 0.3}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _site(root: Path, patients: int) -> Site:
@@ -66,16 +68,7 @@ def study(tmp_path: Path) -> Path:
 
 
 def run(site: Site, *words: object) -> Result:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    command = ["privacy-audit", *map(str, words), "--dir", str(site.root)]
-    try:
-        result = CliRunner().invoke(client_group.app, command)
-    finally:
-        torch.set_num_threads(threads)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+    return commands.invoke(client_group.app, "privacy-audit", *words, "--dir", site.root)
 
 
 def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:

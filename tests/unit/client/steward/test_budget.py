@@ -21,6 +21,7 @@ from cloister_fl.client.steward import budget
 from cloister_fl.encoding.framing import u64
 from cloister_fl.errors import BudgetExhausted, OptionInvalid, OutputInTheWay
 from cloister_fl.membership.identity import verify
+from support import commands
 from support.federations import study, study_text
 
 STUDY = study()
@@ -42,10 +43,7 @@ def charged(site: Site) -> Site:
 
 
 def run(site: Site, *words: str) -> Result:
-    result = CliRunner().invoke(client_group.app, ["budget", *words, "--dir", str(site.root)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+    return commands.invoke(client_group.app, "budget", *words, "--dir", site.root)
 
 
 def test_the_account_is_the_ledgers(charged: Site) -> None:

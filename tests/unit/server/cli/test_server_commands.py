@@ -5,10 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-import click.testing
 import pytest
 from click.testing import Result
-from typer.testing import CliRunner
 
 from cloister_fl.cli.confirm import DECLINED
 from cloister_fl.client.network import join
@@ -22,20 +20,13 @@ from cloister_fl.server.coordinator.folder import (
     init_coordinator,
     open_coordinator,
 )
+from support import commands
 
 NAMES = ("anker", "birke", "clara")
 
 
 def command(*arguments: str | Path, said: str = "") -> Result:
-    result = CliRunner().invoke(server_group.app, [str(word) for word in arguments], input=said)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-@pytest.fixture
-def at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(click.testing._NamedTextIOWrapper, "isatty", lambda _: True, raising=False)
+    return commands.invoke(server_group.app, *arguments, said=said)
 
 
 @pytest.fixture

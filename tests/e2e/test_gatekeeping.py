@@ -114,7 +114,7 @@ def test_a_foreign_bundle(
     place = three.place
     address = place.file.private.control
     study = parse_study(study_text("foreign", **ASKED))
-    with runtime.running(address, place.token(), place.superexec_secret()) as (grid, _):
+    with runtime.running(address, place.token(), place.executor_secret()) as (grid, _):
         nodes = list(grid.get_node_ids())
         assert len(nodes) == 3
         task = Prepare(study.canonical(), "run", 3, "")
@@ -168,7 +168,7 @@ def test_health_on_both_sides(federation: Deployment) -> None:
     # Exit status 9: not serving.
     assert "not serving" in cloister("client", "status", "--dir", hospital.folder, status=9)
     _becomes(site, "SERVING", 90, federation)
-    os.kill(children_of(federation.server.process.pid)["superexec"], signal.SIGKILL)
+    os.kill(children_of(federation.server.process.pid)["run_executor"], signal.SIGKILL)
     _becomes(coordinator, "NOT_SERVING", 10, federation)
     _becomes(coordinator, "SERVING", 60, federation)
     started = descendants(federation.server.process.pid)

@@ -55,7 +55,7 @@ END_S = 600.0
 """Within this a run that was hit goes on or ends by itself, on the slowest machine."""
 GONE_S = 5.0
 """Within this a killed process's children are gone."""
-VICTIMS = ("server", "superexec", "service", "node", "executor")
+VICTIMS = ("server", "run_executor", "service", "node", "executor")
 SERVICES = ("server", "service")
 """What systemd starts again."""
 
@@ -65,7 +65,7 @@ class Kill:
     """One planned kill.
 
     Attributes:
-        victim: server, superexec, service, node or executor.
+        victim: server, run_executor, service, node or executor.
         entries: lines that the coordinator's audit log must grow by before it.
         delay: seconds after that.
         down: seconds until what systemd starts is started again.
@@ -184,8 +184,11 @@ class Battered:
         hospital = self._hospitals()[kill.site]
         if kill.victim == "server":
             pid, told = federation.server.process.pid, "server"
-        elif kill.victim == "superexec":
-            pid, told = self._child(lambda: federation.server.process.pid, "superexec"), "superexec"
+        elif kill.victim == "run_executor":
+            pid, told = (
+                self._child(lambda: federation.server.process.pid, "run_executor"),
+                "run_executor",
+            )
         else:
             assert hospital.process is not None
             service = hospital.process.pid

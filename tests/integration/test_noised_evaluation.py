@@ -36,7 +36,7 @@ from cloister_fl.server.results.artifacts import (
 )
 from cloister_fl.server.rounds.checkpoint import Checkpoints, Released
 from cloister_fl.server.rounds.events import Event, Hooks, ReleaseMade
-from cloister_fl.server.rounds.messenger import Mailbox
+from cloister_fl.server.rounds.messenger import Messenger
 from cloister_fl.server.rounds.run import Outcome, Run
 from cloister_fl.simulation.simulate import Simulation, simulate
 from cloister_fl.study.cost import RELEASE_BINS, UNITS, charges, sensitivity
@@ -138,7 +138,7 @@ PLAIN = study(
 def _run(sites: Sites, folder: Path, *, resume: bool = False) -> tuple[Outcome, list[Event]]:
     told: list[Event] = []
     grid = InProcessGrid(sites, [{"site": "/sites/a"}, {"site": "/sites/b"}])
-    run = Run(Mailbox(grid), PLAIN, Checkpoints(folder), Hooks(notify=told.append), expected=2)
+    run = Run(Messenger(grid), PLAIN, Checkpoints(folder), Hooks(notify=told.append), expected=2)
     return run.execute(resume=resume), told
 
 

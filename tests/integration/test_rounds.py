@@ -27,7 +27,7 @@ from cloister_fl.protocol.round_messages import (
 from cloister_fl.server.flower.engines import InProcessGrid
 from cloister_fl.server.rounds.checkpoint import Checkpoints
 from cloister_fl.server.rounds.events import Began, Event, Hooks
-from cloister_fl.server.rounds.messenger import Mailbox
+from cloister_fl.server.rounds.messenger import Messenger
 from cloister_fl.server.rounds.run import Outcome, Run, study_epsilon
 from cloister_fl.study.schema import Study
 from support import studies
@@ -85,7 +85,7 @@ def _run(
     grid = InProcessGrid(sites, [{"site": f"/sites/{name}"} for name in sites.answers])
     told = events if events is not None else []
     run = Run(
-        Mailbox(grid),
+        Messenger(grid),
         study,
         Checkpoints(folder),
         Hooks(evaluate=evaluate, notify=told.append),

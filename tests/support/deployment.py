@@ -1,7 +1,7 @@
 """A federation of real processes on loopback, enrolled by its own commands, for tests.
 
-A coordinator (server and superexec) and hospitals (service, node, executor), TLS on. Everything is
-run as a person would run it; whatever was started is ended, by process id.
+A coordinator (server and run executor) and hospitals (service, node, executor), TLS on. Everything
+is run as a person would run it; whatever was started is ended, by process id.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from cloister_fl.server.coordinator.federation import Federation
 from cloister_fl.server.results.artifacts import write_outputs
 from cloister_fl.server.rounds.checkpoint import CHECKPOINT_FOLDER, Checkpoints
 from cloister_fl.server.rounds.events import Hooks
-from cloister_fl.server.rounds.messenger import Mailbox
+from cloister_fl.server.rounds.messenger import Messenger
 from cloister_fl.server.rounds.run import Run
 from cloister_fl.study.gradient_engines import require_sound_engine
 from cloister_fl.study.schema import study_from_canonical
@@ -38,7 +38,7 @@ def build(hooks: Hooks | None = None) -> ServerApp:
         began = time.monotonic()
         federation = Federation(Path(str(config["federation"])))
         run = Run(
-            Mailbox(grid, log=federation.log, timeout=used.timeout, check=used.check),
+            Messenger(grid, log=federation.log, timeout=used.timeout, check=used.check),
             study,
             Checkpoints(out / CHECKPOINT_FOLDER),
             used,

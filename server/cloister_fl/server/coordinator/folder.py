@@ -53,7 +53,7 @@ ROOT_PUBLIC = "root.pub"
 SERVER_KEY = "server.key"
 SERVER_CERTIFICATE = "server.pem"
 CONTROL_TOKEN = "control.token"  # noqa: S105  # a file's name
-SUPEREXEC_SECRET = "superexec.secret"  # noqa: S105  # a file's name
+EXECUTOR_SECRET = "superexec.secret"  # noqa: S105  # a file's name
 _FOLDERS = ("keys", "state", "log", "flower")
 
 
@@ -169,9 +169,9 @@ class Coordinator:
         """What the private Control API asks for."""
         return read_secret(self.keys / CONTROL_TOKEN).decode()
 
-    def superexec_secret(self) -> bytes:
+    def executor_secret(self) -> bytes:
         """What the private Runtime API asks for."""
-        return read_secret(self.keys / SUPEREXEC_SECRET)
+        return read_secret(self.keys / EXECUTOR_SECRET)
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def init_coordinator(root: Path, layout: Layout | None) -> Coordinator:
     authority = Authority.create(keys, coordinator.file.federation.name)
     create_secret(keys / SERVER_KEY, ec_keys.generate_pem(Purpose.TLS))
     create_secret(keys / CONTROL_TOKEN, secrets.token_hex(32).encode())
-    create_secret(keys / SUPEREXEC_SECRET, secrets.token_hex(32).encode())
+    create_secret(keys / EXECUTOR_SECRET, secrets.token_hex(32).encode())
     _certify(coordinator, authority)
     with coordinator.deciding(), coordinator.registry() as registry:
         sweep(root)

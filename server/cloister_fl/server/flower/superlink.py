@@ -184,7 +184,7 @@ def _finished(state: Any, run_id: int) -> bool:
     return status is None or status.status == Status.FINISHED
 
 
-def build(database: Path, token: str, superexec_secret: bytes) -> tuple[Any, Nodes]:
+def build(database: Path, token: str, executor_secret: bytes) -> tuple[Any, Nodes]:
     """Make the whole ASGI application, Fleet, Control and Runtime, and its list of nodes.
 
     Isolation is ``process``: no ServerApp is started by it. Nothing is installed at run time.
@@ -192,7 +192,7 @@ def build(database: Path, token: str, superexec_secret: bytes) -> tuple[Any, Nod
     Args:
         database: Flower's own SQLite file.
         token: what Control asks for as a bearer token.
-        superexec_secret: what the Runtime API asks for.
+        executor_secret: what the Runtime API asks for.
     """
     logger = logging.getLogger("flwr")
     logger.setLevel(logging.WARNING)
@@ -204,7 +204,7 @@ def build(database: Path, token: str, superexec_secret: bytes) -> tuple[Any, Nod
         port=0,
         insecure=False,
         certificates=None,
-        superexec_auth_secret=superexec_secret,
+        superexec_auth_secret=executor_secret,
         authn_plugin=_Token(token),
         event_log_plugin=None,
         fleet_event_log_plugin=None,

@@ -22,7 +22,15 @@ from cloister_fl.membership.enrolment import (
 )
 from cloister_fl.server.coordinator.rejection_log import Refusals, Refused
 from cloister_fl.server.coordinator.site_database import Registry, SiteRow
-from cloister_fl.server.network.fleet_gate import Gone, Receive, Scope, Send, Turned, answer, pieces
+from cloister_fl.server.network.fleet_gate import (
+    ClientDisconnected,
+    Receive,
+    RequestRejected,
+    Scope,
+    Send,
+    answer,
+    pieces,
+)
 from cloister_fl.server.network.tls_listener import PEER, Peer, network_of
 
 EACH_A_MINUTE = 60
@@ -92,13 +100,13 @@ class EnrolmentApp:
         peer: Peer = scope["state"][PEER]
         try:
             if self._rate.exceeded(peer.address):
-                raise Turned(Refused.RATE)
+                raise RequestRejected(Refused.RATE)
             body = await self._body(scope, receive)
             await answer(send, 200, self._judge(scope, body))
-        except Turned as turned:
-            self._refusals.tell(turned.code, "enrolment", peer.address, status=turned.status)
-            await answer(send, turned.status, turned.code.value.encode(), close=True)
-        except Gone:
+        except RequestRejected as rejected:
+            self._refusals.tell(rejected.code, "enrolment", peer.address, status=rejected.status)
+            await answer(send, rejected.status, rejected.code.value.encode(), close=True)
+        except ClientDisconnected:
             return
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
@@ -118,14 +126,14 @@ class EnrolmentApp:
                 invite_id, identity = read_status(body, self._authority)
                 return self._reply(self._registry.asker(invite_id, identity))
         except MessageInvalid:
-            raise Turned(Refused.MALFORMED) from None
+            raise RequestRejected(Refused.MALFORMED) from None
         except EnrolmentRefused as refused:
-            raise Turned(Refused(refused.why)) from None
-        raise Turned(Refused.PATH_REFUSED)
+            raise RequestRejected(Refused(refused.why)) from None
+        raise RequestRejected(Refused.PATH_REFUSED)
 
     def _enrol(self, request: Request) -> bytes:
         if not request.proven(self._authority, self._root):
-            raise Turned(Refused.PROOF_INVALID)
+            raise RequestRejected(Refused.PROOF_INVALID)
         return self._reply(self._registry.use(request))
 
     def _reply(self, site: SiteRow) -> bytes:

@@ -54,8 +54,8 @@ _VERSIONS = (
 )
 
 
-class Turned(Exception):
-    """A request is turned away; ends it at once."""
+class RequestRejected(Exception):
+    """Ends a request at once: it is rejected, with a code of the closed list."""
 
     def __init__(self, code: Refused) -> None:
         super().__init__(code.value)
@@ -67,8 +67,8 @@ class Turned(Exception):
         return _STATUS.get(self.code, 403)
 
 
-class Gone(Exception):
-    """The peer left before its request was whole."""
+class ClientDisconnected(Exception):
+    """The peer closed the connection before its request was complete."""
 
 
 @dataclass(frozen=True)
@@ -114,22 +114,24 @@ class FleetGate:
             if path == self._engine.activate:
                 self._engine.begins(site.node_key)
             await self._forward(scope, receive, send, peer, site)
-        except Turned as turned:
+        except RequestRejected as rejected:
             name = site.name if site else None
-            self._refusals.tell(turned.code, "fleet", peer.address, site=name, status=turned.status)
-            await answer(send, turned.status, turned.code.value.encode(), close=True)
-        except Gone:
+            self._refusals.tell(
+                rejected.code, "fleet", peer.address, site=name, status=rejected.status
+            )
+            await answer(send, rejected.status, rejected.code.value.encode(), close=True)
+        except ClientDisconnected:
             return
 
     def _known(self, peer: Peer) -> SiteRow:
         """The site whose certificate this is, as the database says now."""
         site = self._registry.by_certificate(peer.fingerprint)
         if site is None:
-            raise Turned(Refused.CERTIFICATE_UNKNOWN)
+            raise RequestRejected(Refused.CERTIFICATE_UNKNOWN)
         if site.state != "approved":
-            raise Turned(Refused.CERTIFICATE_REVOKED)
+            raise RequestRejected(Refused.CERTIFICATE_REVOKED)
         if site.valid_until is None or site.valid_until <= time.time():
-            raise Turned(Refused.CERTIFICATE_EXPIRED)
+            raise RequestRejected(Refused.CERTIFICATE_EXPIRED)
         self._registry.saw(site)
         return site
 
@@ -140,10 +142,10 @@ class FleetGate:
         ):
             return path
         if path.startswith("/v1/control/"):
-            raise Turned(Refused.CONTROL_REFUSED)
+            raise RequestRejected(Refused.CONTROL_REFUSED)
         if path.startswith("/v1/runtime/"):
-            raise Turned(Refused.RUNTIME_REFUSED)
-        raise Turned(Refused.PATH_REFUSED)
+            raise RequestRejected(Refused.RUNTIME_REFUSED)
+        raise RequestRejected(Refused.PATH_REFUSED)
 
     def _own_key(self, scope: Scope, site: SiteRow) -> None:
         shown = header(scope, self._engine.node_key_header)
@@ -152,7 +154,7 @@ class FleetGate:
         except binascii.Error:
             key = b""
         if not hmac.compare_digest(key, site.node_key):
-            raise Turned(Refused.OTHER_NODE_KEY)
+            raise RequestRejected(Refused.OTHER_NODE_KEY)
 
     async def _forward(
         self, scope: Scope, receive: Receive, send: Send, peer: Peer, site: SiteRow
@@ -165,11 +167,11 @@ class FleetGate:
             async for piece in pieces(scope, receive, limit):
                 alone = self._held[site.name] + len(piece)
                 if alone > BUFFERED_EACH or self._held.total() + len(piece) > BUFFERED:
-                    raise Turned(Refused.BUSY)
+                    raise RequestRejected(Refused.BUSY)
                 self._held[site.name] = alone
                 body += piece
             if path == engine.push_messages and not engine.speaks_for_itself(bytes(body)):
-                raise Turned(Refused.OTHER_NODE_NAME)
+                raise RequestRejected(Refused.OTHER_NODE_NAME)
             # A slow body may have outlived the site's approval.
             self._known(peer)
             status = await _replay(engine.app, scope, bytes(body), receive, send)
@@ -208,21 +210,21 @@ async def pieces(scope: Scope, receive: Receive, limit: int) -> Any:
     """Yield a body piece by piece; no more than ``limit`` bytes are ever taken.
 
     Raises:
-        Turned: it is, or is said to be, larger.
-        Gone: the peer left.
+        RequestRejected: it is, or is said to be, larger.
+        ClientDisconnected: the peer left.
     """
     said = header(scope, b"content-length")
     if said and (not said[0].isdigit() or len(said[0]) > 12 or int(said[0]) > limit):
-        raise Turned(Refused.BODY_TOO_LARGE)
+        raise RequestRejected(Refused.BODY_TOO_LARGE)
     taken = 0
     while True:
         event = await receive()
         if event["type"] != "http.request":
-            raise Gone
+            raise ClientDisconnected
         piece = event.get("body", b"")
         taken += len(piece)
         if taken > limit:
-            raise Turned(Refused.BODY_TOO_LARGE)
+            raise RequestRejected(Refused.BODY_TOO_LARGE)
         yield piece
         if not event.get("more_body", False):
             return

@@ -1,4 +1,4 @@
-"""A port that strangers can reach: TLS 1.3 first, then HTTP, with limits on both.
+"""TLS 1.3 listener of a public port: HTTP after the handshake, with limits on both.
 
 Connections come in plain and are upgraded here, so that a failed handshake can be told and
 counted: an outsider without a certificate never gets beyond it. Handshakes under way are few, and
@@ -108,13 +108,15 @@ def bind(address: str, context: ssl.SSLContext | None) -> socket.socket:
 
 
 class Listener(uvicorn.Server):
-    """One port in a loop that it shares; signals are its owner's business."""
+    """HTTP server of one port, in an event loop that it shares; its owner handles signals."""
 
-    def __init__(self, app: Any, door: Door | None, *, lifespan: str = "off") -> None:
+    def __init__(
+        self, app: Any, limiter: ConnectionLimiter | None, *, lifespan: str = "off"
+    ) -> None:
         super().__init__(
             Config(
                 app,
-                http=cast("Any", door.protocol) if door else "h11",
+                http=cast("Any", limiter.protocol) if limiter else "h11",
                 ws="none",
                 loop="none",
                 lifespan=cast("Any", lifespan),
@@ -123,9 +125,9 @@ class Listener(uvicorn.Server):
                 log_config=None,
                 server_header=False,
                 proxy_headers=False,
-                timeout_keep_alive=3600 if door else 75,
+                timeout_keep_alive=3600 if limiter else 75,
                 timeout_graceful_shutdown=5,
-                h11_max_incomplete_event_size=door.limits.head_bytes if door else None,
+                h11_max_incomplete_event_size=limiter.limits.head_bytes if limiter else None,
             )
         )
 
@@ -134,8 +136,8 @@ class Listener(uvicorn.Server):
         yield
 
 
-class Door:
-    """Lets connections of one port in, and throws out those that dawdle."""
+class ConnectionLimiter:
+    """Limits the connections of one port, and disconnects those that stall."""
 
     def __init__(
         self, name: str, context: ssl.SSLContext, refusals: Refusals, limits: Limits | None = None
@@ -179,18 +181,18 @@ class Door:
         same = sum(1 for other in self.inside if _kin(other.peer) == _kin(peer))
         return len(self.inside) < self.limits.connections and same < self.limits.each
 
-    def throw_out(self, fingerprints: frozenset[bytes] | None = None) -> None:
-        """Cut the connections of these certificates, or all."""
+    def disconnect(self, fingerprints: frozenset[bytes] | None = None) -> None:
+        """Abort the connections of these certificates, or all."""
         for connection in list(self.inside):
             if fingerprints is None or connection.peer.fingerprint in fingerprints:
                 connection.transport.abort()
 
     async def watch(self) -> None:
-        """Cut what dawdles, for ever; a task of its own."""
+        """Abort stalled connections until cancelled; runs as a task of its own."""
         while True:
             await asyncio.sleep(0.5)
             for connection in list(self.inside):
-                code = connection.dawdles(asyncio.get_running_loop().time())
+                code = connection.is_stalled(asyncio.get_running_loop().time())
                 if code is not None:
                     self.tell(code, connection.peer)
                 if code is not None or connection.idle_too_long:
@@ -200,8 +202,8 @@ class Door:
 class _Handshake(asyncio.Protocol):
     """A connection until TLS stands."""
 
-    def __init__(self, door: Door, http: GuardedHttp) -> None:
-        self._door = door
+    def __init__(self, limiter: ConnectionLimiter, http: GuardedHttp) -> None:
+        self._limiter = limiter
         self._http = http
         self._task: asyncio.Task[None] | None = None
         self.peer = Peer("")
@@ -211,7 +213,7 @@ class _Handshake(asyncio.Protocol):
         name = plain.get_extra_info("peername")
         self.peer = Peer(str(name[0]) if name else "")
         self._transport = plain
-        self._door.began(self)
+        self._limiter.began(self)
         self._task = asyncio.get_running_loop().create_task(self._shake(plain))
 
     def give_way(self) -> None:
@@ -222,24 +224,24 @@ class _Handshake(asyncio.Protocol):
             self._task.cancel()
 
     async def _shake(self, plain: asyncio.Transport) -> None:
-        door = self._door
+        limiter = self._limiter
         try:
             secured = await asyncio.get_running_loop().start_tls(
                 plain,
                 self._http,
-                door.context,
+                limiter.context,
                 server_side=True,
-                ssl_handshake_timeout=door.limits.handshake_s,
+                ssl_handshake_timeout=limiter.limits.handshake_s,
             )
         except asyncio.CancelledError:
             plain.abort()
             return
         except OSError as error:
-            door.tell(_reason(error), self.peer)
+            limiter.tell(_reason(error), self.peer)
             plain.abort()
             return
         finally:
-            door.ended(self)
+            limiter.ended(self)
         if secured is None or secured.is_closing():
             return
         shown = secured.get_extra_info("ssl_object").getpeercert(binary_form=True)
@@ -248,11 +250,11 @@ class _Handshake(asyncio.Protocol):
 
 
 class GuardedHttp(H11Protocol):
-    """HTTP/1.1 on a TLS connection, which knows its peer and can say whether it dawdles."""
+    """HTTP/1.1 on a TLS connection, with its peer and a check whether it is stalled."""
 
-    def __init__(self, door: Door, **arguments: Any) -> None:
+    def __init__(self, limiter: ConnectionLimiter, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._door = door
+        self._limiter = limiter
         self._early: list[bytes] = []
         self.peer = Peer("")
         self._partial = True  # a new connection owes a request
@@ -260,16 +262,16 @@ class GuardedHttp(H11Protocol):
         self._piece = 0.0
 
     def admit(self, transport: asyncio.Transport, peer: Peer) -> None:
-        """Begin, or turn the peer away where it has too many connections."""
+        """Begin, or reject the peer where it has too many connections."""
         self.peer = peer
         self.app_state = {**self.app_state, PEER: peer}
-        if not self._door.admits(peer):
-            self._door.tell(Refused.CONNECTIONS_TOO_MANY, peer)
+        if not self._limiter.admits(peer):
+            self._limiter.tell(Refused.CONNECTIONS_TOO_MANY, peer)
             transport.abort()
             return
         self._ready = self._piece = self.loop.time()
         self.connection_made(transport)
-        self._door.inside.add(self)
+        self._limiter.inside.add(self)
         early, self._early = self._early, []
         for data in early:
             self.data_received(data)
@@ -291,7 +293,7 @@ class GuardedHttp(H11Protocol):
         super().on_response_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._door.inside.discard(self)
+        self._limiter.inside.discard(self)
         if self.transport is not None:
             super().connection_lost(exc)
 
@@ -303,11 +305,11 @@ class GuardedHttp(H11Protocol):
     def idle_too_long(self) -> bool:
         """True where nothing was asked for a long time: no fault, but no right to stay."""
         idle = self.loop.time() - self._ready
-        return not self._busy and idle > self._door.limits.idle_s
+        return not self._busy and idle > self._limiter.limits.idle_s
 
-    def dawdles(self, now: float) -> Refused | None:
-        """Why this connection should be cut now, if it should."""
-        limits = self._door.limits
+    def is_stalled(self, now: float) -> Refused | None:
+        """The refusal to abort this connection for; None where it is not stalled."""
+        limits = self._limiter.limits
         if not self._busy:
             slow = self._partial and now - self._ready > limits.head_s
             return Refused.HEAD_SLOW if slow else None

@@ -25,7 +25,7 @@ from cloister_fl.protocol.round_messages import (
     Vector,
     octets,
 )
-from cloister_fl.server.rounds.messenger import Mailbox
+from cloister_fl.server.rounds.messenger import Messenger
 from cloister_fl.server.rounds.strategies import weighted_mean
 from cloister_fl.study.schema import Study
 
@@ -123,8 +123,8 @@ class Collector(Protocol):
 class PlainCollector:
     """Updates as they are, each readable by whoever runs the server."""
 
-    def __init__(self, mailbox: Mailbox, study: Study, members: Members) -> None:
-        self._mailbox = mailbox
+    def __init__(self, messenger: Messenger, study: Study, members: Members) -> None:
+        self._messenger = messenger
         self._study = study
         self._canonical = study.canonical()
         self._members = members
@@ -135,7 +135,7 @@ class PlainCollector:
         task = TrainTask(self._canonical, members.run, number, members.asked, octets(), model)
         updates: dict[str, Vector] = {}
         refused: dict[str, str] = {}
-        for reply in self._mailbox.ask(members.nodes, task, Update):
+        for reply in self._messenger.ask(members.nodes, task, Update):
             name, message = members.nodes[reply.node], reply.message
             if isinstance(message, Update) and _acceptable(message, name, number, model.size):
                 updates[name] = message.vector
@@ -152,7 +152,7 @@ class PlainCollector:
         """See ``Collector``."""
         members = self._members
         task = EvaluateTask(self._canonical, members.run, number, members.asked, octets(), model)
-        replies = self._mailbox.ask(members.nodes, task, Evaluated)
+        replies = self._messenger.ask(members.nodes, task, Evaluated)
         answers = [reply.message for reply in replies if isinstance(reply.message, Evaluated)]
         size = sessions.histogram_size(self._study)
         noised = self._study.releases

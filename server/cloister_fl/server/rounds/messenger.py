@@ -55,7 +55,7 @@ class Reply(Generic[MessageT]):
     message: MessageT | Refusal
 
 
-class Mailbox:
+class Messenger:
     """The rounds' view of the federation.
 
     Args:

@@ -11,15 +11,15 @@ from cloister_fl.protocol.round_messages import Prepare, Prepared, Refusal, Refu
 from cloister_fl.secagg.parameters import Parameters
 from cloister_fl.server.rounds.collector import LATE, REASONS, require_sites
 from cloister_fl.server.rounds.events import Hooks, Patience, Waiting
-from cloister_fl.server.rounds.messenger import Mailbox
+from cloister_fl.server.rounds.messenger import Messenger
 from cloister_fl.study.schema import Study
 
 
-class Gathering:
+class Participants:
     """The sites of a run.
 
     Args:
-        mailbox: the federation.
+        messenger: the federation.
         study: what is proposed.
         hooks: how to wait, and whom to tell.
         expected: sites that are waited for before the first round.
@@ -34,7 +34,7 @@ class Gathering:
 
     def __init__(
         self,
-        mailbox: Mailbox,
+        messenger: Messenger,
         study: Study,
         hooks: Hooks,
         *,
@@ -45,7 +45,7 @@ class Gathering:
         self.nodes: dict[int, str] = {}
         self.refused: dict[str, str] = {}
         self.asked = 0
-        self._mailbox = mailbox
+        self._messenger = messenger
         self._study = study
         self._canonical = study.canonical()
         self._hooks = hooks
@@ -74,7 +74,7 @@ class Gathering:
         if self._study.aggregation.secure and invited:
             needed = self._fewest(invited)
         if patience is None:
-            ready = self._ask(self._mailbox.wait_for_nodes(self._expected), run, invited)
+            ready = self._ask(self._messenger.wait_for_nodes(self._expected), run, invited)
             require_sites(needed, len(ready), self.asked, self.refused)
         else:
             self._await(patience, run, invited, needed, all_of=patience.begin)
@@ -113,11 +113,11 @@ class Gathering:
         roster, heads = "", ""
         if self._roster is not None:
             roster = self._roster.digest.hex()
-            heads = self._mailbox.heads(self._roster, self.nodes)
+            heads = self._messenger.heads(self._roster, self.nodes)
         self.asked = max(self._expected, len(nodes), self.asked)
         task = Prepare(self._canonical, run, self.asked, roster, self._signatures, heads)
         ready: set[int] = set()
-        for reply in self._mailbox.ask(nodes, task, Prepared):
+        for reply in self._messenger.ask(nodes, task, Prepared):
             message = reply.message
             known = self.nodes.get(reply.node)
             later = isinstance(message, Refusal) and message.reason == Refused.HOURS
@@ -133,7 +133,7 @@ class Gathering:
                 self.refused[message.site] = LATE
             else:
                 if known is None and self._noted:
-                    self._mailbox.note("seated", run=run, sites=f"{reply.node}={message.site}")
+                    self._messenger.note("seated", run=run, sites=f"{reply.node}={message.site}")
                 self.nodes[reply.node] = message.site
                 self.refused.pop(f"node {reply.node}", None)
                 if later:
@@ -158,7 +158,7 @@ class Gathering:
         online: set[int] = set()
         while True:
             self._hooks.check()
-            before, online = online, set(self._mailbox.nodes())
+            before, online = online, set(self._messenger.nodes())
             if online - before:
                 pause = patience.soonest
             agreed &= online

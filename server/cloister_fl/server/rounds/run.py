@@ -41,9 +41,9 @@ from cloister_fl.server.rounds.collector import (
 )
 from cloister_fl.server.rounds.events import Began, Hooks, Lost, Measured, ReleaseMade
 from cloister_fl.server.rounds.figures import figures_of, measure_counts
-from cloister_fl.server.rounds.messenger import Mailbox
-from cloister_fl.server.rounds.participants import Gathering
-from cloister_fl.server.rounds.secure_collector import MaskedCollector
+from cloister_fl.server.rounds.messenger import Messenger
+from cloister_fl.server.rounds.participants import Participants
+from cloister_fl.server.rounds.secure_collector import SecureCollector
 from cloister_fl.server.rounds.strategies import OptimizerState, averaged, step
 from cloister_fl.study import study_network
 from cloister_fl.study.cost import UNITS, charges, release_mechanism, sensitivity
@@ -63,7 +63,7 @@ class Run:
     """One run of one study.
 
     Args:
-        mailbox: the federation.
+        messenger: the federation.
         study: what is trained.
         checkpoints: where the state is kept.
         hooks: evaluation and progress.
@@ -74,7 +74,7 @@ class Run:
 
     def __init__(
         self,
-        mailbox: Mailbox,
+        messenger: Messenger,
         study: Study,
         checkpoints: Checkpoints,
         hooks: Hooks,
@@ -83,14 +83,14 @@ class Run:
         roster: Roster | None = None,
         signatures: bytes = b"",
     ) -> None:
-        self._mailbox = mailbox
+        self._messenger = messenger
         self._study = study
         self._canonical = study.canonical()
         self._checkpoints = checkpoints
         self._hooks = hooks
         self._roster = roster
-        self._gathering = Gathering(
-            mailbox, study, hooks, expected=expected, roster=roster, signatures=signatures
+        self._participants = Participants(
+            messenger, study, hooks, expected=expected, roster=roster, signatures=signatures
         )
         self._progress = Progress()
         self._sent: Mapping[str, int] = {}
@@ -109,9 +109,9 @@ class Run:
             raise
         except CloisterError as error:
             if self._run:
-                self._note("ended", how=error.code, refused=self._gathering.told_refused())
+                self._note("ended", how=error.code, refused=self._participants.told_refused())
             raise
-        refused = self._gathering.told_refused()
+        refused = self._participants.told_refused()
         self._note("ended", how="done", rounds=outcome.state.completed, refused=refused)
         return outcome
 
@@ -124,20 +124,20 @@ class Run:
             state, first = self._fresh(), 1
         before, self._sent = state.seconds, state.sent
         self._run = state.run
-        state = replace(state, invited=self._gathering.begin(state.run, state.invited))
+        state = replace(state, invited=self._participants.begin(state.run, state.invited))
         collector = self._collector(state)
         self._checkpoints.save(self._study, state)
         self._note(
             "began",
             study=self._study.digest,
-            sites=self._gathering.seats(),
+            sites=self._participants.seats(),
             first=first,
             rounds=self._study.training.rounds,
-            refused=self._gathering.told_refused(),
+            refused=self._participants.told_refused(),
         )
         rounds = self._study.training.rounds
         self._hooks.notify(
-            Began(self._gathering.sites, dict(self._gathering.refused), rounds, state.lost)
+            Began(self._participants.sites, dict(self._participants.refused), rounds, state.lost)
         )
         if not state.figures:
             # Measured here and not when it is drawn: the sites measure it where privacy is off.
@@ -155,10 +155,10 @@ class Run:
             seconds = before + time.monotonic() - began
             state = replace(state, seconds=seconds, sent=self._sent_by_site())
             self._checkpoints.save(self._study, state)
-        return Outcome(state, self._gathering.sites, dict(self._gathering.refused))
+        return Outcome(state, self._participants.sites, dict(self._participants.refused))
 
     def _note(self, kind: str, **body: Value) -> None:
-        self._mailbox.note(kind, run=self._run, **body)
+        self._messenger.note(kind, run=self._run, **body)
 
     def _fresh(self) -> RunState:
         study = self._study
@@ -177,13 +177,15 @@ class Run:
         return replace(state, lost=(*state.lost, sent), started=started, completed=sent), sent + 1
 
     def _collector(self, state: RunState) -> Collector:
-        members = Members(state.run, self._gathering.nodes, self._gathering.asked, state.invited)
+        members = Members(
+            state.run, self._participants.nodes, self._participants.asked, state.invited
+        )
         if not self._study.aggregation.secure:
-            return PlainCollector(self._mailbox, self._study, members)
+            return PlainCollector(self._messenger, self._study, members)
         if self._roster is None:
             raise InternalError("A run that masks its updates was started without a roster.")
-        return MaskedCollector(
-            self._mailbox,
+        return SecureCollector(
+            self._messenger,
             self._study,
             members,
             self._roster,
@@ -199,7 +201,7 @@ class Run:
     def _round(self, collector: Collector, number: int, state: RunState) -> RunState:
         study = self._study
         began = time.monotonic()
-        names = self._gathering.sites
+        names = self._participants.sites
         # What an interrupted attempt at this very round was answered for still binds it.
         answered = self._progress.answered if self._progress.round == number else {}
         self._progress = Progress(number, names, answered)
@@ -209,13 +211,13 @@ class Run:
         try:
             collected = self._collect(collector, number, state)
         except RoundLost as lost:
-            self._gathering.refused.update(lost.refused)
+            self._participants.refused.update(lost.refused)
             self._note("lost", round=number)
             self._hooks.notify(Lost(number))
             return replace(state, completed=number, lost=(*state.lost, number))
-        self._gathering.refused.update(collected.refused)
+        self._participants.refused.update(collected.refused)
         for name in collected.sites:
-            self._gathering.refused.pop(name, None)
+            self._participants.refused.pop(name, None)
         self._note("summed", round=number, sites=" ".join(collected.sites))
         model, optimizer = step(state.model, collected.mean, state.optimizer, study.aggregation)
         average = state.average
@@ -247,12 +249,12 @@ class Run:
             try:
                 return collector.updates(number, state.model)
             except (TooFewSites, TooFewSurvivors):
-                self._gathering.again(patience, state.run, state.invited)
-        raise RoundLost(dict(self._gathering.refused))
+                self._participants.again(patience, state.run, state.invited)
+        raise RoundLost(dict(self._participants.refused))
 
     def _sent_by_site(self) -> dict[str, int]:
-        received = self._mailbox.received
-        now = {site: received.get(node, 0) for node, site in self._gathering.nodes.items()}
+        received = self._messenger.received
+        now = {site: received.get(node, 0) for node, site in self._participants.nodes.items()}
         return {site: self._sent.get(site, 0) + now.get(site, 0) for site in {*self._sent, *now}}
 
     def _measure(
@@ -270,7 +272,7 @@ class Run:
 
     def _release(self, collector: Collector, state: RunState) -> RunState:
         """Ask for the study's one release; what comes of it, or nothing, is the end of it."""
-        names = tuple(sorted(self._gathering.sites))
+        names = tuple(sorted(self._participants.sites))
         state = replace(state, release=Released(asked=names))
         # Before it is asked for: the sites charge it once, so a resumed run must not ask again.
         self._checkpoints.save(self._study, state)

@@ -52,7 +52,7 @@ from cloister_fl.server.rounds.collector import (
     RoundLost,
     require_sites,
 )
-from cloister_fl.server.rounds.messenger import Mailbox
+from cloister_fl.server.rounds.messenger import Messenger
 from cloister_fl.study.schema import Study
 from cloister_fl.system import cpu
 
@@ -72,11 +72,11 @@ class _Sum:
     """Whether no other sum follows, so that no keys need to be sent ahead."""
 
 
-class MaskedCollector:
+class SecureCollector:
     """Collects sums under secure aggregation, see ``Collector``.
 
     Args:
-        mailbox: the federation.
+        messenger: the federation.
         study: what is trained.
         members: who takes part.
         roster: the federation's roster.
@@ -90,7 +90,7 @@ class MaskedCollector:
 
     def __init__(
         self,
-        mailbox: Mailbox,
+        messenger: Messenger,
         study: Study,
         members: Members,
         roster: Roster,
@@ -98,7 +98,7 @@ class MaskedCollector:
         answered: Mapping[int, Survivors] | None = None,
         asking: Callable[[int, Survivors], None] | None = None,
     ) -> None:
-        self._mailbox = mailbox
+        self._messenger = messenger
         self._study = study
         self._canonical = study.canonical()
         self._members = members
@@ -265,7 +265,7 @@ class MaskedCollector:
     def _send(self, tasks: Mapping[str, RoundMessage], *epochs: secagg.ServerEpoch | None) -> None:
         nodes = {site: node for node, site in self._members.nodes.items()}
         present = {nodes[name]: task for name, task in tasks.items() if name in nodes}
-        for reply in self._mailbox.stream(present, Exchanged):
+        for reply in self._messenger.stream(present, Exchanged):
             name = self._members.nodes[reply.node]
             if isinstance(reply.message, Refusal):
                 self._refused[name] = reply.message.reason

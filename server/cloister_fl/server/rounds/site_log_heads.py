@@ -48,5 +48,5 @@ def heads_of_sites(entries: Iterable[Entry], roster: Roster, seats: Mapping[int,
 
 
 def seats_in(entry: Entry) -> list[tuple[str, str]]:
-    """Node and site of an entry ``began`` or ``seated``, as ``Gathering.seats`` wrote them."""
+    """Node and site of an entry ``began`` or ``seated``, as ``Participants.seats`` wrote them."""
     return _SEATS.findall(str(entry.body.get("sites")))

@@ -117,7 +117,7 @@ def _run(place: Coordinator, run: RunFolder, teller: _Teller) -> None:
         timeout=asked.timeout,
     )
     server_app = build(hooks)
-    with runtime.running(place.file.private.control, place.token(), place.superexec_secret()) as (
+    with runtime.running(place.file.private.control, place.token(), place.executor_secret()) as (
         grid,
         context,
     ):

@@ -34,7 +34,12 @@ from cloister_fl.server.coordinator.rejection_log import Refusals
 from cloister_fl.server.coordinator.site_database import Registry
 from cloister_fl.server.network.enrolment_app import EnrolmentApp
 from cloister_fl.server.network.fleet_gate import Engine, FleetGate, PrivateGate
-from cloister_fl.server.network.tls_listener import Door, Listener, bind, server_context
+from cloister_fl.server.network.tls_listener import (
+    ConnectionLimiter,
+    Listener,
+    bind,
+    server_context,
+)
 from cloister_fl.system.child_process import Child, environment
 from cloister_fl.system.files import keep_out_of_git, read_secret
 from cloister_fl.system.health import Health, healthy
@@ -85,18 +90,18 @@ class _Service:
     coordinator: Coordinator
     registry: Registry
     _listeners: dict[str, tuple[Listener, asyncio.Task[None]]] = field(default_factory=dict)
-    _doors: list[Door] = field(default_factory=list)
+    _limiters: list[ConnectionLimiter] = field(default_factory=list)
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _events: queue.Queue[tuple[str, dict[str, Any]]] = field(default_factory=queue.Queue)
     _executing: bool = False
 
     def __post_init__(self) -> None:
         arguments = ("-m", "cloister_fl.server.service.run_executor", str(self.coordinator.root))
-        self._superexec = Child("superexec", arguments, environment(), self._events)
+        self._executor = Child("run executor", arguments, environment(), self._events)
 
     def _tend(self) -> bool:
         """Keep the process running that executes runs; whether it does."""
-        self._superexec.tend()
+        self._executor.tend()
         while not self._events.empty():
             _, told = self._events.get_nowait()
             event = told.get("event")
@@ -107,7 +112,7 @@ class _Service:
                 self._executing = False
             elif event in {"crashed", "failed"}:
                 what = told.get("type") or f"{told.get('code')} {told.get('what')}"
-                logging.getLogger("cloister").warning("the superexec met a fault: %s", what)
+                logging.getLogger("cloister").warning("run executor failed: %s", what)
         return self._executing
 
     async def run(self, ready: Callable[[], None]) -> None:
@@ -124,7 +129,7 @@ class _Service:
             read_secret(secret)
         refusals = Refusals(place.refusals)
         app, nodes = superlink.build(
-            place.state / "flower.sqlite", place.token(), place.superexec_secret()
+            place.state / "flower.sqlite", place.token(), place.executor_secret()
         )
         nodes_now = self._approved()
         nodes.reconcile(*nodes_now)
@@ -139,9 +144,11 @@ class _Service:
             begins=nodes.begins,
         )
         roster = place.keys / "roster"
-        fleet = Door("fleet", server_context(chain, key, place.keys / CA_CERTIFICATE), refusals)
-        enrolment = Door("enrolment", server_context(chain, key, None), refusals)
-        self._doors = [fleet, enrolment]
+        fleet = ConnectionLimiter(
+            "fleet", server_context(chain, key, place.keys / CA_CERTIFICATE), refusals
+        )
+        enrolment = ConnectionLimiter("enrolment", server_context(chain, key, None), refusals)
+        self._limiters = [fleet, enrolment]
         joining = EnrolmentApp(
             self.registry,
             refusals,
@@ -152,7 +159,7 @@ class _Service:
         )
         bind(file.private.health, None).close()  # not loopback, or taken: refused in words
         health = Health(file.private.health)
-        watches = [loop.create_task(door.watch()) for door in self._doors]
+        watches = [loop.create_task(limiter.watch()) for limiter in self._limiters]
         try:
             await self._open("control", PrivateGate(app), None, file.private.control, "on")
             gate = FleetGate(engine, self.registry, refusals, roster)
@@ -171,7 +178,7 @@ class _Service:
         finally:
             health.serving(False)
             # First, while the engine it speaks with still answers.
-            await asyncio.to_thread(self._superexec.stop)
+            await asyncio.to_thread(self._executor.stop)
             health.close()
             for name in ("enrolment", "fleet", "control"):
                 await self._close(name)
@@ -184,24 +191,24 @@ class _Service:
         nodes: Any,
         before: tuple[dict[str, bytes], set[bytes]],
         joining: EnrolmentApp,
-        door: Door,
+        limiter: ConnectionLimiter,
     ) -> tuple[dict[str, bytes], set[bytes]]:
         """Do what the database asks for: nodes, connections, the enrolment port."""
         now = self._approved()
         if now != before:
             await asyncio.to_thread(nodes.reconcile, now[0], now[1])
-        for each in self._doors:
-            each.throw_out(self._revoked())
+        for each in self._limiters:
+            each.disconnect(self._revoked())
         wanted = self.registry.open_invites() > 0
         if wanted and "enrolment" not in self._listeners:
             address = self.coordinator.file.enrolment.listen
             try:
-                await self._open("enrolment", joining, door, address)
+                await self._open("enrolment", joining, limiter, address)
             except ListenRefused as error:
                 # Those who are in go on; it is tried again at the next look.
                 logging.getLogger("cloister").warning("%s", error)
         elif not wanted and "enrolment" in self._listeners:
-            door.throw_out()
+            limiter.disconnect()
             await self._close("enrolment")
         return now
 
@@ -218,10 +225,15 @@ class _Service:
         )
 
     async def _open(
-        self, name: str, app: Any, door: Door | None, address: str, lifespan: str = "off"
+        self,
+        name: str,
+        app: Any,
+        limiter: ConnectionLimiter | None,
+        address: str,
+        lifespan: str = "off",
     ) -> None:
-        bound = bind(address, door.context if door else None)
-        listener = Listener(app, door, lifespan=lifespan)
+        bound = bind(address, limiter.context if limiter else None)
+        listener = Listener(app, limiter, lifespan=lifespan)
         task = asyncio.get_running_loop().create_task(listener.serve(sockets=[bound]))
         while not listener.started and not task.done():
             await asyncio.sleep(0.02)

@@ -22,7 +22,7 @@ from cloister_fl.server.network import enrolment_app
 from cloister_fl.server.network.fleet_gate import Engine, FleetGate
 from cloister_fl.server.network.tls_listener import (
     PEER,
-    Door,
+    ConnectionLimiter,
     Limits,
     Listener,
     Peer,
@@ -189,11 +189,11 @@ def test_dawdlers_are_cut(tmp_path: Path) -> None:
 
         refusals = Refusals(log)
         limits = Limits(handshake_s=0.5, head_s=0.5, gap_s=0.5, body_s=30)
-        door = Door("fleet", context, refusals, limits)
+        limiter = ConnectionLimiter("fleet", context, refusals, limits)
         bound = socket.create_server(("127.0.0.1", 0))
         address = bound.getsockname()
-        listener = Listener(app, door)
-        tasks = [asyncio.create_task(listener.serve([bound])), asyncio.create_task(door.watch())]
+        listener = Listener(app, limiter)
+        tasks = [asyncio.create_task(listener.serve([bound])), asyncio.create_task(limiter.watch())]
         while not listener.started:
             await asyncio.sleep(0.01)
         from support import coordinator_process
@@ -241,9 +241,11 @@ def test_a_burst_of_connections_that_say_nothing_leaves_none_open(tmp_path: Path
             raise AssertionError("nobody asked for anything")
 
         refusals = Refusals(tmp_path / "refused.jsonl")
-        door = Door("fleet", context, refusals, Limits(handshakes=8, handshake_s=1.0))
+        limiter = ConnectionLimiter(
+            "fleet", context, refusals, Limits(handshakes=8, handshake_s=1.0)
+        )
         bound = socket.create_server(("127.0.0.1", 0), backlog=256)
-        listener = Listener(app, door)
+        listener = Listener(app, limiter)
         task = asyncio.create_task(listener.serve([bound]))
         while not listener.started:
             await asyncio.sleep(0.01)
@@ -284,11 +286,11 @@ def test_whoever_opens_many_pushes_out_their_own_first(tmp_path: Path) -> None:
             self.gone = True
 
     refusals = Refusals(tmp_path / "refused.jsonl")
-    door = Door("fleet", None, refusals, Limits(handshakes=4))  # type: ignore[arg-type]
+    limiter = ConnectionLimiter("fleet", None, refusals, Limits(handshakes=4))  # type: ignore[arg-type]
     hospital = Begun("192.0.2.7")
     many = [Begun(f"2001:db8:0:1::{number:x}") for number in range(20)]
     for one in (hospital, *many):
-        door.began(one)  # type: ignore[arg-type]
+        limiter.began(one)  # type: ignore[arg-type]
     assert not hospital.gone
     assert [one.gone for one in many] == [True] * 17 + [False] * 3
     refusals.close()

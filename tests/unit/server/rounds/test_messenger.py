@@ -10,7 +10,7 @@ from flwr.common.constant import ErrorCode
 
 from cloister_fl.protocol.round_messages import Prepare, Prepared, Refusal, Refused, pack
 from cloister_fl.server.flower.engines import InProcessGrid
-from cloister_fl.server.rounds.messenger import Mailbox
+from cloister_fl.server.rounds.messenger import Messenger
 
 TASK = Prepare("{}", "run", 2, "")
 GONE, UNKNOWN = 2, 3
@@ -34,15 +34,15 @@ class Engine(InProcessGrid):
 
 
 @pytest.fixture
-def mailbox() -> Mailbox:
+def messenger() -> Messenger:
     def answers(message: Message, context: object) -> Message:
         return Message(content=pack(Prepared("c", b"")), reply_to=message)
 
-    return Mailbox(Engine(answers, [{"site": name} for name in "abc"]))
+    return Messenger(Engine(answers, [{"site": name} for name in "abc"]))
 
 
-def test_a_node_that_is_gone_or_unknown_declines(mailbox: Mailbox) -> None:
-    replies = mailbox.ask([2, 3, 4], TASK, Prepared)
+def test_a_node_that_is_gone_or_unknown_declines(messenger: Messenger) -> None:
+    replies = messenger.ask([2, 3, 4], TASK, Prepared)
     declined = Refusal(site="", reason=Refused.DECLINED.value)
     assert [(reply.node, reply.message) for reply in replies[:2]] == [(2, declined), (3, declined)]
     assert replies[2].node == 4
@@ -60,6 +60,6 @@ def test_what_flower_does_not_take_is_declined() -> None:
     def never(message: Message, context: object) -> Message:
         raise AssertionError
 
-    replies = Mailbox(Full(never, [{"site": "a"}, {"site": "b"}])).ask([2, 3], TASK, Prepared)
+    replies = Messenger(Full(never, [{"site": "a"}, {"site": "b"}])).ask([2, 3], TASK, Prepared)
     assert [reply.node for reply in replies] == [2, 3]
     assert all(isinstance(reply.message, Refusal) for reply in replies)

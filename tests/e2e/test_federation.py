@@ -84,7 +84,9 @@ def test_with_privacy_the_accounts_are_the_simulation_s_and_the_noise_is_not(
     theirs = _model(tmp_path / "out")
     assert ours.shape == theirs.shape
     assert not np.allclose(ours, theirs)
-    assert "noised and masked" in cloister("server", "report", name, "--dir", three.folder)
+    assert "noised and securely aggregated" in cloister(
+        "server", "report", name, "--dir", three.folder
+    )
 
 
 @pytest.mark.slow

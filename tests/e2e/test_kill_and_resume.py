@@ -194,7 +194,7 @@ def test_the_summary_tells_what_was_lost(killed: Killed, resumed: dict[str, Any]
     assert resumed["rounds_lost"] == [killed.round]
     assert resumed["rounds"] == ROUNDS
     assert resumed["site_names"] == list(NAMES)
-    assert any("Lost to a crash" in text for text in resumed["warnings"])
+    assert any("lost to a crash" in text for text in resumed["warnings"])
     out: Path = resumed["out"]
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == [

@@ -268,7 +268,7 @@ def test_a_round_that_the_study_does_not_have_is_refused_before_it_is_charged(
 
     monkeypatch.setattr(sessions, "update_session", later)
     out = tmp_path / "run"
-    with pytest.raises(TooFewSites, match="it did not understand the request"):
+    with pytest.raises(TooFewSites, match="it rejected the request as malformed"):
         simulate(Simulation(study(), sites, out), client_app=Between(shift))
     assert charges(out, "anker") == []
 
@@ -403,5 +403,5 @@ def test_no_histogram_beyond_the_study_s_rounds(
     monkeypatch.setattr(sessions, "histogram_session", later)
     wire = Between(shift)
     asked = study(privacy=OPEN, training="rounds = 1")
-    with pytest.raises(TooFewSites, match="it did not understand the request"):
+    with pytest.raises(TooFewSites, match="it rejected the request as malformed"):
         simulate(Simulation(asked, sites, tmp_path / "run"), client_app=wire)

@@ -75,7 +75,7 @@ def test_the_sum_is_measured_and_marked_as_noised(run: Path) -> None:
     assert summary["auroc_final"] is None
     assert summary["epsilon_max"] == charges(ASKED).epsilon() <= 100.0
     assert summary["epsilon_max"] > charges(ASKED).epsilon(released=False) + 1
-    assert not any("Nothing was measured" in warning for warning in summary["warnings"])
+    assert not any("The model was not evaluated" in warning for warning in summary["warnings"])
     report = (run / "report.html").read_text()
     assert "Released once, noised" in report
     assert f"AUROC {release['auroc']['value']:.3f} (noised)" in report

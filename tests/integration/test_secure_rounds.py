@@ -294,7 +294,7 @@ class TestLies:
             return task
 
         told = self._refused(sites, tmp_path / "run", other)
-        assert "its pinned roster is another one" in told
+        assert "its trusted roster is another one" in told
 
     def test_bytes_that_are_no_bundle(self, sites: Path, tmp_path: Path) -> None:
         def garble(name: str, task: RoundMessage) -> RoundMessage:
@@ -304,7 +304,7 @@ class TestLies:
             return task
 
         told = self._refused(sites, tmp_path / "run", garble)
-        assert "it did not understand the request" in told
+        assert "it rejected the request as malformed" in told
 
 
 def _as_query(wire: Between) -> Callable[[Message, Context], Message]:

@@ -197,7 +197,7 @@ def test_a_run_is_told_with_its_bytes_and_its_refusals(
     status, text, _ = _run(capsys, "--log", str(out / FEDERATION / AUDIT))
     assert status == 0
     assert "3 summed" in text
-    assert "birke: it declined; its own operator sees why" in text
+    assert "birke: it declined; the reason is shown at the site" in text
     assert "its node failed: " in text
 
 
@@ -225,7 +225,7 @@ def test_a_resumed_run_is_one_run(tmp_path: Path) -> None:
         simulate(Simulation(study(), sites, out), notify=stop)
     (run,) = account(out / FEDERATION / AUDIT).runs
     assert run.ended == ""
-    assert "under way, or cut off" in render(account(out / FEDERATION / AUDIT))
+    assert "running or interrupted" in render(account(out / FEDERATION / AUDIT))
     simulate(Simulation(study(), sites, out, resume=True))
     (run,) = account(out / FEDERATION / AUDIT).runs
     assert (len(run.began), run.ended) == (2, "done")

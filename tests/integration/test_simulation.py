@@ -245,7 +245,7 @@ def test_a_used_up_budget_refuses_before_a_file_is_opened(
     simulate(Simulation(first, sites, tmp_path / "one"))
     opened: list[object] = []
     monkeypatch.setattr("cloister_fl.client.app.load_frozen", lambda *a, **k: opened.append(a))
-    with pytest.raises(TooFewSites, match="its privacy budget does not suffice"):
+    with pytest.raises(TooFewSites, match="its privacy budget is not sufficient"):
         simulate(Simulation(second, sites, tmp_path / "two"))
     assert opened == []
 
@@ -259,14 +259,14 @@ def test_an_output_folder_in_use_is_left_alone(folders: Path, tmp_path: Path) ->
 
 def test_a_folder_without_a_run_is_not_said_to_be_resumable(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "sites").mkdir()
-    with pytest.raises(OutputInTheWay, match="No run was begun in it"):
+    with pytest.raises(OutputInTheWay, match="It has no run to resume"):
         simulate(Simulation(study(), folders / "sites", tmp_path))
 
 
 def test_no_hospital_is_dropped_in_silence(tmp_path: Path) -> None:
     for name in ("anker", "birke"):
         (tmp_path / "sites" / name / ("dicom" if name == "anker" else "dcm")).mkdir(parents=True)
-    with pytest.raises(OptionInvalid, match=r"birke in .* is no site"):
+    with pytest.raises(OptionInvalid, match=r"birke in .* is not a site folder"):
         simulate(
             Simulation(study(aggregation="min_sites = 1"), tmp_path / "sites", tmp_path / "run")
         )

@@ -109,6 +109,8 @@ def test_without_patience_a_run_ends_before_its_first_round(tmp_path: Path) -> N
             _set_hours(out, "anker", _closed())
         return task
 
-    with pytest.raises(TooFewSites, match="anker: it takes part, but does not train at this hour"):
+    with pytest.raises(
+        TooFewSites, match="anker: it takes part, but is outside its training window"
+    ):
         simulate(Simulation(study(), sites, out), client_app=Between(change))
     assert not (out / "sites" / "anker" / "ledger.sqlite").exists() or not charges(out, "anker")

@@ -30,14 +30,15 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the summary as o
 def simulate(
     study: Annotated[Path, typer.Argument(help="The study file.")],
     sites: Annotated[
-        Path, typer.Option(help="Folder with a directory a site: dicom/, labels.csv.")
+        Path,
+        typer.Option(help="Folder with one directory per site: dicom/ and labels.csv in each."),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the run; new or empty.")],
     engine: EngineOption = Engine.IN_PROCESS,
     holdout: Annotated[
-        Path | None, typer.Option(help="dicom/ and labels.csv of patients of no site.")
+        Path | None, typer.Option(help="Folder with dicom/ and labels.csv of patients of no site.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run a whole federation on this machine, on DICOM folders."""
@@ -59,9 +60,10 @@ def simulate(
 
 def demo(
     out: Annotated[
-        Path | None, typer.Option(help="Folder to work in; else cloister-demo, here.")
+        Path | None,
+        typer.Option(help="Folder to work in; default: cloister-demo in the current folder."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Draws other patients.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the drawn patients.")] = 0,
     engine: EngineOption = Engine.IN_PROCESS,
     as_json: JsonOption = False,
 ) -> None:

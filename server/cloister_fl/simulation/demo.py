@@ -68,14 +68,12 @@ def run_demo(folder: Path, *, seed: int, engine: Engine, display: Display) -> di
         display: shows progress.
 
     Raises:
-        OutputInTheWay: ``folder`` holds something already.
+        OutputInTheWay: ``folder`` is not empty.
     """
     from cloister_fl.simulation.synthetic_sites import HOLDOUT_PATIENTS, HOSPITALS, draw_federation
 
     if folder.exists() and not (folder.is_dir() and is_unused(folder)):
-        raise OutputInTheWay(
-            f"{folder} already holds something.", remedy="Name another folder with --out."
-        )
+        raise OutputInTheWay(f"{folder} is not empty.", remedy="Name another folder with --out.")
     total = sum(hospital.patients for hospital in HOSPITALS) + HOLDOUT_PATIENTS
     done: dict[str, int] = {}
 

@@ -1,4 +1,4 @@
-"""A whole federation on one machine; the one module that starts both sides.
+"""Simulation of a whole federation on one machine; the only module that starts both sides.
 
 It runs the ServerApp and the ClientApp of a deployment on an engine of ``superlink``. What it
 adds stands outside both: it finds the sites' folders, evaluates on a hold-out that belongs to
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def simulate(
         OutputInTheWay: ``out`` holds something and ``resume`` is off.
         NothingToResume, ResumeMismatch: ``resume`` is on, and ``out`` holds no run of the study.
         TooFewSitesGiven: there are fewer site folders than the study asks for.
-        ParameterRefused: there are too few to sum in secret.
+        ParameterRefused: there are too few for secure aggregation.
         TooFewSites: too few sites take part; each site's own reason is told.
         DataError: the hold-out cannot be used.
     """
@@ -152,9 +153,9 @@ def find_sites(folder: Path, study: Study) -> list[Path]:
 
     Raises:
         FileUnreadable: the folder cannot be read.
-        OptionInvalid: a directory beside the sites is none.
+        OptionInvalid: a directory beside the sites is not a site folder.
         TooFewSitesGiven: there are fewer than the study's minimum.
-        ParameterRefused: there are too few to sum in secret.
+        ParameterRefused: there are too few for secure aggregation.
     """
     try:
         children = sorted(
@@ -169,23 +170,34 @@ def find_sites(folder: Path, study: Study) -> list[Path]:
         ) from None
     left_out = [child.name for child in children if child not in found]
     if found and left_out:
-        # Dropping a hospital in silence would be worse than stopping.
-        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        # Dropping a hospital without a word would be worse than stopping.
+        one = len(left_out) == 1
+        listed = _enumerated(left_out)
         raise OptionInvalid(
-            f"{', '.join(left_out[:5])}{more} in {folder} is no site.",
+            f"{listed} in {folder} {'is not a site folder' if one else 'are not site folders'}.",
             why="A site is a directory with dicom/ and labels.csv, or with a site.toml.",
-            remedy="Complete it, or move it away.",
+            remedy="Add what is missing, or move it to another folder."
+            if one
+            else "Add what is missing, or move them to another folder.",
         )
     needed = study.aggregation.min_sites
     if len(found) < needed:
         raise TooFewSitesGiven(
-            f"The study asks for at least {needed} sites, and {folder} holds {len(found)}.",
+            f"The study asks for at least {needed} sites, and {folder} has {len(found)}.",
             why="A site is a directory with dicom/ and labels.csv, or with a site.toml.",
             remedy="Add sites, or lower aggregation.min_sites in the study.",
         )
     if study.aggregation.secure:
         Parameters.derive(len(found), study.aggregation.colluders)
     return found
+
+
+def _enumerated(names: list[str], most: int = 5) -> str:
+    """Return names as in a sentence: ``a``, ``a and b``, ``a, b and 3 more``."""
+    shown = names[:most]
+    if len(names) > most:
+        shown.append(f"{len(names) - most} more")
+    return " and ".join(part for part in (", ".join(shown[:-1]), shown[-1]) if part)
 
 
 def _claim(simulation: Simulation) -> None:
@@ -200,10 +212,10 @@ def _claim(simulation: Simulation) -> None:
             begun = Checkpoints(out / CHECKPOINT_FOLDER).exists()
             if begun or not (out / _MARKER).is_file():
                 raise OutputInTheWay(
-                    f"{out} already holds something.",
-                    remedy="Name another folder with --out, or go on with the run in it: --resume."
+                    f"{out} is not empty.",
+                    remedy=f"Name another folder with --out, or resume: {_resume(simulation)}"
                     if begun
-                    else "No run was begun in it. Name another folder with --out.",
+                    else "It has no run to resume. Name another folder with --out.",
                 )
             # A start that failed left it: keys and caches of sites that trained nothing.
             for name in _OURS:
@@ -217,6 +229,16 @@ def _claim(simulation: Simulation) -> None:
             why=(error.strerror or "The system gave no reason") + ".",
             remedy="Name a folder that you may write to.",
         ) from None
+
+
+def _resume(simulation: Simulation) -> str:
+    """Return the command that resumes a simulation; the study's file is not known here."""
+    given = ["--sites", str(simulation.sites)]
+    if simulation.holdout is not None:
+        given += ["--holdout", str(simulation.holdout)]
+    return shlex.join(
+        ["cloister", "simulate", "STUDY", *given, "--out", str(simulation.out), "--resume"]
+    )
 
 
 def _open(folder: Path, simulation: Simulation) -> Site:

@@ -1,1 +1,1 @@
-"""`cloister server`: what the coordinating site types."""
+"""`cloister server`: the commands of the coordinating site."""

@@ -1,4 +1,4 @@
-"""`cloister server audit`: the coordinator's logs in words."""
+"""`cloister server audit`: a report of the coordinator's logs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ def audit(
     folder: Annotated[
         Path, folder_option("The coordinator's folder, or that of a simulated run.")
     ] = Path(),
-    log: Annotated[Path | None, typer.Option(help="This log instead, wherever it lies.")] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="An audit log to read instead of the folder's.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what was decided, what was asked of whom, what came, and who was turned away."""
+    """Report decisions, messages to and from each site, and rejected requests."""
     require("server", "flwr", "numpy")
     from cloister_fl.server.coordinator.federation import AUDIT
     from cloister_fl.server.coordinator.folder import SERVER_FILE, open_coordinator
@@ -30,7 +32,7 @@ def audit(
     simulated = folder / "federation" / AUDIT
     if log is not None:
         if not log.is_file():
-            raise OptionInvalid(f"{log} is no file.", remedy="Name an audit log with --log.")
+            raise OptionInvalid(f"{log} is not a file.", remedy="Name an audit log with --log.")
         told = account(log)
     elif (folder / SERVER_FILE).is_file():
         place = open_coordinator(folder)
@@ -40,6 +42,6 @@ def audit(
     else:
         raise OptionInvalid(
             f"{folder} is neither a coordinator's folder nor that of a simulated run.",
-            remedy="Name one with --dir, or a log with --log.",
+            remedy="Name such a folder with --dir, or an audit log with --log.",
         )
     typer.echo(json.dumps(asdict(told)) if as_json else render(told))

@@ -34,13 +34,18 @@ def run(
     folder: Folder = Path(),
     holdout: Annotated[
         Path | None,
-        typer.Option(help="dicom/ and labels.csv of patients of no site, to measure the model on."),
+        typer.Option(
+            help="Folder with dicom/ and labels.csv of patients of no site, for evaluation."
+        ),
     ] = None,
     wait: Annotated[
-        float, typer.Option(help="Minutes to wait for all sites once enough take part.")
+        float, typer.Option(help="Minutes to wait for all sites once enough sites take part.")
     ] = 60.0,
     timeout: Annotated[
-        float, typer.Option(help="Minutes after which a stage goes on without a silent site.")
+        float,
+        typer.Option(
+            help="Minutes after which a stage continues without a site that does not answer."
+        ),
     ] = 60.0,
     follow: Follow = True,
     as_json: JsonOption = False,
@@ -56,12 +61,15 @@ def run(
     from cloister_fl.study.file import load_study
 
     if not (0 <= wait <= 100_000 and 0 < timeout <= 100_000):
-        raise OptionInvalid("--wait or --timeout is out of range.", remedy="Give minutes.")
+        raise OptionInvalid(
+            "--wait or --timeout is out of range.",
+            remedy="Give minutes: --wait from 0 to 100000, --timeout above 0 and at most 100000.",
+        )
     place = open_coordinator(folder)
     checked = load_study(study)
     vouched = signatures.load(study, checked)
     _require_serving(place, folder)
-    _require_sites(place, checked.aggregation.min_sites)
+    _require_sites(place, folder, checked.aggregation.min_sites)
     if holdout is not None and not (holdout / "dicom").is_dir():
         raise OptionInvalid(
             f"The hold-out {holdout} has no folder dicom/.",
@@ -91,9 +99,9 @@ def resume(
     follow: Follow = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Go on with a run that was stopped, or that failed, from its last checkpoint.
+    """Resume a run that was stopped, or that failed, from its last checkpoint.
 
-    A run that a crash interrupted goes on by itself.
+    A run that a crash interrupted resumes by itself.
     """
     _require()
     from cloister_fl.server.coordinator.folder import open_coordinator
@@ -111,14 +119,19 @@ def report(
     folder: Folder = Path(),
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a finished run gave, what it cost, and where its files are."""
+    """Show the results of a finished run, its privacy cost, and where its files are."""
     _require()
     from cloister_fl.server.coordinator.folder import open_coordinator
     from cloister_fl.server.coordinator.run_queue import find_run
 
     found = find_run(open_coordinator(folder).root, name)
     if not found.finished:
-        raise RunUnknown(f"The run {name} is not finished.", why=f"It is {found.status().told}.")
+        status = found.status()
+        raise RunUnknown(
+            f"The run {name} is not finished.",
+            why=f"Its state is {status.state}: {status.told}.",
+            remedy=f"Follow it: cloister server status{dir_option(folder)}",
+        )
     _report(found, as_json=as_json)
 
 
@@ -134,7 +147,7 @@ def _after(found: RunFolder, folder: Path, *, follow: bool, as_json: bool) -> No
 
 
 def _followed(found: RunFolder, *, quiet: bool) -> Status:
-    """Show what changes until the run ends; how it ended."""
+    """Show changes of the status until the run ends, and return the last status."""
     from cloister_fl.server.coordinator.run_queue import FINAL
 
     told = ""
@@ -150,13 +163,14 @@ def _followed(found: RunFolder, *, quiet: bool) -> Status:
 
 
 def _ended(found: RunFolder, folder: Path, status: Status) -> CloisterError:
-    """The error that ended a run, as the process that executed it wrote it down."""
+    """Return the error that ended a run, as the run executor recorded it."""
     from cloister_fl.errors import RunStopped, all_errors
 
     kind = next((k for k in all_errors() if k.code == status.code), RunStopped)
     return kind(
         f"The run {found.name} ended: {status.told}",
-        remedy=f"Mend what it says, then: cloister server resume {found.name}{dir_option(folder)}",
+        remedy="Correct the cause, then run: "
+        f"cloister server resume {found.name}{dir_option(folder)}",
     )
 
 
@@ -176,18 +190,19 @@ def _require_serving(place: Coordinator, folder: Path) -> None:
 
     if running(place) is None:
         raise ServerState(
-            "The server of this folder does not run.",
+            f"The server of {place.root} is not running.",
             remedy=f"Start it: cloister server start{dir_option(folder)}",
         )
 
 
-def _require_sites(place: Coordinator, needed: int) -> None:
+def _require_sites(place: Coordinator, folder: Path, needed: int) -> None:
     with place.registry() as registry:
         approved = sum(row.state == "approved" for row in registry.sites())
     if approved < needed:
         raise OptionInvalid(
             f"The study asks for {needed} sites, and {approved} have been approved here.",
-            remedy="Invite and approve more, or lower aggregation.min_sites in the study.",
+            remedy="Lower aggregation.min_sites in the study, or invite more: "
+            f"cloister server invite NAME{dir_option(folder)}",
         )
 
 

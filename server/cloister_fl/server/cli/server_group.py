@@ -1,4 +1,4 @@
-"""`cloister server`: what the coordinating site runs.
+"""`cloister server`: the commands of the coordinating site.
 
 Everything heavy is imported inside the commands, so that ``--help`` is quick.
 """
@@ -6,6 +6,7 @@ Everything heavy is imported inside the commands, so that ``--help`` is quick.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -53,17 +54,17 @@ def init(
         Path | None, typer.Argument(metavar="DIR", help="The coordinator's folder.")
     ] = None,
     address: Annotated[
-        list[str] | None, typer.Option(help="HOST:PORT that hospitals dial; can be repeated.")
+        list[str] | None, typer.Option(help="HOST:PORT that hospitals connect to; can be repeated.")
     ] = None,
     name: Annotated[str, typer.Option(help="The federation's name.")] = "federation",
     listen: Annotated[
         str, typer.Option(help="Address of this machine that the public ports are bound to.")
-    ] = "0.0.0.0",  # noqa: S104  # hospitals dial in; TLS is always on
+    ] = "0.0.0.0",  # noqa: S104  # hospitals connect to it; TLS is always on
     enrolment_port: Annotated[
-        int | None, typer.Option(help="Port for joining; else the first port + 1.")
+        int | None, typer.Option(help="Port for enrolment; default: the first port + 1.")
     ] = None,
     private_port: Annotated[
-        int | None, typer.Option(help="First of two loopback ports; else the first port + 2.")
+        int | None, typer.Option(help="First of two loopback ports; default: the first port + 2.")
     ] = None,
     invite: Annotated[
         list[str] | None,
@@ -71,7 +72,7 @@ def init(
     ] = None,
     option: Annotated[Path | None, folder_option("The coordinator's folder, as DIR.")] = None,
 ) -> None:
-    """Create a coordinator's folder and its keys, or what one lacks. No key is replaced."""
+    """Create a coordinator's folder and its keys, or add what is missing. No key is replaced."""
     _require()
     from cloister_fl.membership.identity import fingerprint
     from cloister_fl.server.coordinator.folder import SERVER_FILE, Layout, init_coordinator
@@ -89,13 +90,13 @@ def init(
     fresh = not (folder / SERVER_FILE).exists()
     if not fresh and address:
         raise OptionInvalid(
-            f"{folder / SERVER_FILE} is there already, so --address is not used.",
-            remedy="Edit that file, then run 'cloister server init' without --address.",
+            f"{folder / SERVER_FILE} exists already, so --address is not used.",
+            remedy=f"Edit that file, then run: cloister server init {shlex.quote(str(folder))}",
         )
     layout = Layout(tuple(address or ()), name, listen, enrolment_port, private_port)
     made = init_coordinator(folder, layout)
     where = dir_option(folder)
-    state = "ready" if fresh else "whole"
+    state = "ready" if fresh else "complete"
     typer.echo(f"The folder of {made.file.federation.name} is {state}: {made.root}")
     typer.echo(f"  root key's fingerprint   {fingerprint(made.federation_root())}")
     typer.echo(f"  public ports             {made.file.fleet.listen}, {made.file.enrolment.listen}")
@@ -109,13 +110,17 @@ def init(
 def invite(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of the sites.")],
     folder: Folder = Path(),
-    days: Annotated[float, typer.Option(help="How long the invite can be used.")] = INVITE_DAYS,
-    show: Annotated[bool, typer.Option("--print", help="Print it instead of a file.")] = False,
+    days: Annotated[float, typer.Option(help="Days for which the invite is valid.")] = INVITE_DAYS,
+    show: Annotated[
+        bool, typer.Option("--print", help="Print the invite, and write no file.")
+    ] = False,
 ) -> None:
-    """Make a one-time invite for each site: one line, to be given to nobody else."""
+    """Create a one-time invite for each site: one line, for that hospital only."""
     _require()
     if not 0 < days <= 90:
-        raise OptionInvalid("--days is not above 0 and at most 90.", remedy="Choose another.")
+        raise OptionInvalid(
+            "--days is out of range.", remedy="Give a number above 0 and at most 90."
+        )
     _invite(_open(folder), names, days, show=show)
 
 
@@ -132,7 +137,7 @@ def _invite(place: Coordinator, names: Iterable[str], days: float, *, show: bool
 
 @app.command()
 def sites(folder: Folder = Path(), as_json: JsonOption = False) -> None:
-    """Show who was invited, waits for approval, takes part, or was revoked."""
+    """Show the sites: invited, pending approval, approved or revoked."""
     _require()
     from cloister_fl.membership.identity import fingerprint
 
@@ -161,27 +166,32 @@ def sites(folder: Folder = Path(), as_json: JsonOption = False) -> None:
     for name, expires in invited:
         typer.echo(f"{name:24} invited   until {_when(expires)}")
     if not rows and not invited:
-        typer.echo(f"Nobody was invited yet: cloister server invite HOSPITAL{dir_option(folder)}")
+        typer.echo(
+            f"No site has been invited yet: cloister server invite HOSPITAL{dir_option(folder)}"
+        )
 
 
 @app.command()
 def approve(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="The sites; else all that wait.")
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="The sites; default: all that are pending."),
     ] = None,
     folder: Folder = Path(),
     fingerprint: Annotated[
-        str | None, typer.Option(help="What the hospital read out by telephone; for one site.")
+        str | None,
+        typer.Option(help="Fingerprint that the hospital read out by telephone; for one site."),
     ] = None,
 ) -> None:
-    """Let sites in that asked to join, after each one's fingerprint was compared by telephone."""
+    """Approve sites that asked to join, after comparing each fingerprint by telephone."""
     _require()
     from cloister_fl.server.coordinator.site_approval import approve_site
 
     if fingerprint is not None and len(names or ()) != 1:
         raise OptionInvalid(
-            "--fingerprint is not given with exactly one site.",
-            remedy="Give one site's name with it.",
+            "--fingerprint needs exactly one site.",
+            remedy="Name the site: "
+            f"cloister server approve NAME{dir_option(folder)} --fingerprint '...'",
         )
     place = _open(folder)
     with place.registry() as registry:
@@ -190,20 +200,20 @@ def approve(
     if not names and not waiting:
         raise SiteStateInvalid(
             "No site waits for approval.",
-            remedy=f"See how each site stands: cloister server sites{dir_option(folder)}",
+            remedy=f"List the sites: cloister server sites{dir_option(folder)}",
         )
     for name in names or ():
         if name not in known:
             raise SiteStateInvalid(
                 f"{name} has not asked to join.",
-                remedy=f"See how each site stands: cloister server sites{dir_option(folder)}",
+                remedy=f"List the sites: cloister server sites{dir_option(folder)}",
             )
     left_out = []
     for name in names or waiting:
         if not _compared(known[name], fingerprint, folder):
             left_out.append(name)
         elif approve_site(place, name):
-            typer.echo(f"{name} takes part. Its 'start' or 'join' fetches its certificate.")
+            typer.echo(f"{name} is approved. Its 'start' or 'join' fetches its certificate.")
         else:
             typer.echo(f"{name} was approved already.")
     for name in left_out:
@@ -214,7 +224,7 @@ def approve(
 
 
 def _compared(row: SiteRow, read_out: str | None, folder: Path) -> bool:
-    """Whether a site's fingerprint is the one that the hospital read out; asks where it can."""
+    """Return whether the fingerprint is the one that the hospital read out; ask on a terminal."""
     from cloister_fl.membership import identity
 
     shown = identity.fingerprint(row.identity)
@@ -222,7 +232,7 @@ def _compared(row: SiteRow, read_out: str | None, folder: Path) -> bool:
         if _digits(read_out) != _digits(shown):
             raise SiteStateInvalid(
                 f"The key of {row.name} does not have this fingerprint.",
-                why="Somebody else may have used the invite.",
+                why="Another party may have used the invite.",
                 remedy="Do not approve. Run: "
                 f"cloister server revoke {row.name}{dir_option(folder)}",
             )
@@ -245,7 +255,7 @@ def revoke(
     folder: Folder = Path(),
     yes: Yes = False,
 ) -> None:
-    """Shut a site out for good, at once, also on connections that are open."""
+    """Revoke a site permanently; its open connections are closed at once."""
     _require()
     from cloister_fl.server.coordinator.site_approval import revoke_site
 
@@ -256,16 +266,16 @@ def revoke(
     # Of an unknown name, the registry says so.
     if name in states or name in invited:
         confirm(
-            f"The site {name} ({states[name]}) is shut out for good."
+            f"The site {name} ({states[name]}) is revoked permanently."
             if name in states
-            else f"The open invite of {name} ends.",
+            else f"The open invite of {name} becomes invalid.",
             owner=f"federation {place.file.federation.name}",
             folder=place.root,
             command=("cloister", "server", "revoke", name),
             yes=yes,
         )
     revoke_site(place, name)
-    typer.echo(f"{name} is shut out, and off the roster. Its name is not given out again.")
+    typer.echo(f"{name} is revoked and off the roster. Its name cannot be used again.")
 
 
 @app.command()
@@ -288,9 +298,11 @@ def stop(
     only: Annotated[
         str | None, typer.Option("--run", metavar="RUN", help="Stop this run, not the server.")
     ] = None,
-    wait: Annotated[float, typer.Option(help="Seconds to wait for its end.")] = 30.0,
+    wait: Annotated[
+        float, typer.Option(help="Seconds to wait until the server has stopped.")
+    ] = 30.0,
 ) -> None:
-    """Stop the server of this folder, or one run. A server's runs go on when it starts again."""
+    """Stop the server, or one run. The runs of a stopped server resume when it starts again."""
     _require()
     place = _open(folder)
     if only is not None:
@@ -298,23 +310,27 @@ def stop(
 
         stop_run(find_run(place.root, only))
         command = f"cloister server resume {only}{dir_option(folder)}"
-        typer.echo(f"The run {only} is stopped. Go on: {command}")
+        typer.echo(f"The run {only} is stopped. To resume it: {command}")
         return
     from cloister_fl.system.pid_lock import terminate
 
     ended = terminate(place.lock, wait)
     if ended is None:
-        raise ServerState(f"The server of {place.root} does not run.")
+        raise ServerState(
+            f"The server of {place.root} is not running.",
+            remedy=f"Start it: cloister server start{dir_option(folder)}",
+        )
     if not ended:
         raise ServerState(
-            "The server has not ended yet.", remedy="Wait, or end its process yourself."
+            f"The server has not stopped within {wait:g} s.",
+            remedy=f"Wait longer: cloister server stop --wait 120{dir_option(folder)}",
         )
     typer.echo(f"The server of {place.file.federation.name} has stopped.")
 
 
 @app.command()
 def status(folder: Folder = Path(), as_json: JsonOption = False) -> None:
-    """Show the server, its sites and its runs, and why a site takes no part. Exit 9 where down."""
+    """Show the server, its sites and runs, and why a site takes no part. Exit 9 if not serving."""
     _require()
     from cloister_fl.server.coordinator.run_queue import runs
     from cloister_fl.server.service.supervisor import is_serving, running
@@ -350,7 +366,7 @@ def _show_run(name: str, status: Status) -> None:
     rounds = f", round {status.round} of {status.rounds}" if status.rounds else ""
     typer.echo(f"run {name}: {status.state}{rounds}; {status.told}")
     for site, reason in sorted(status.refused.items()):
-        typer.echo(f"  {site} takes no part: {REASONS.get(reason, reason)}")
+        typer.echo(f"  {site} does not take part: {REASONS.get(reason, reason)}")
 
 
 def _require() -> None:

@@ -1,1 +1,1 @@
-"""The coordinator's folder: keys, sites, invites, runs, who was rejected."""
+"""The coordinator's folder: keys, sites, invites, runs, rejected requests."""

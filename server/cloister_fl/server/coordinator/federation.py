@@ -1,4 +1,4 @@
-"""The coordinator's own: the federation's root key and the roster that it signs.
+"""The federation's root key, the roster that it signs, and the coordinator's audit log.
 
 ::
 
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cloister_fl.audit_log import AuditLog, Value
+from cloister_fl.cli.folder_option import dir_option
 from cloister_fl.errors import FileUnreadable
 from cloister_fl.membership.identity import Identity
 from cloister_fl.membership.roster import Roster, RosterEntry, open_roster, sign_roster
@@ -90,7 +91,10 @@ class Federation:
             return self._path.read_bytes()
         except OSError:
             raise FileUnreadable(
-                "The federation has no roster.", remedy="Enrol its sites first."
+                "The federation has no roster.",
+                why=f"{self._path} cannot be read.",
+                remedy="Approve its sites: cloister server approve"
+                + dir_option(self._path.parent.parent),
             ) from None
 
     def roster(self) -> Roster:

@@ -1,4 +1,4 @@
-"""The coordinator's folder: its file, its keys, its database.
+"""The coordinator's folder: configuration, keys, databases.
 
 ::
 
@@ -21,6 +21,7 @@ import contextlib
 import ipaddress
 import json
 import secrets
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,12 +136,12 @@ class Coordinator:
 
     @property
     def refusals(self) -> Path:
-        """The log of who was turned away."""
+        """The log of rejected connections and requests."""
         return self.root / "log" / "refused.jsonl"
 
     @property
     def lock(self) -> Path:
-        """Held by the server while it runs; holds its process id."""
+        """Lock file of the running server, with its process id."""
         return self.root / "server.lock"
 
     def registry(self) -> Registry:
@@ -161,25 +162,25 @@ class Coordinator:
 
     @contextlib.contextmanager
     def deciding(self) -> Iterator[None]:
-        """Keep other commands from writing here at the same time."""
+        """Hold the lock that keeps other commands from writing here at the same time."""
         with locked(self.root / "decide.lock"):
             yield
 
     def token(self) -> str:
-        """What the private Control API asks for."""
+        """Token of the private Control API."""
         return read_secret(self.keys / CONTROL_TOKEN).decode()
 
     def executor_secret(self) -> bytes:
-        """What the private Runtime API asks for."""
+        """Secret of the private Runtime API."""
         return read_secret(self.keys / EXECUTOR_SECRET)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What ``init`` is asked for; it shapes a ``server.toml`` that is created now.
+    """Options of ``init`` for a new ``server.toml``.
 
     Attributes:
-        addresses: host:port that hospitals dial, the first one goes into invites.
+        addresses: host:port that hospitals connect to; the first one goes into invites.
         name: the federation's name.
         listen: address that the two public ports are bound to.
         enrolment_port: port for joining; else the fleet's first port + 1.
@@ -188,7 +189,7 @@ class Layout:
 
     addresses: tuple[str, ...]
     name: str = "federation"
-    listen: str = "0.0.0.0"  # noqa: S104  # hospitals dial in; TLS is always on
+    listen: str = "0.0.0.0"  # noqa: S104  # hospitals connect to it; TLS is always on
     enrolment_port: int | None = None
     private_port: int | None = None
 
@@ -202,7 +203,7 @@ class Layout:
         if not parts or None in parts:
             raise OptionInvalid(
                 "An --address is not HOST:PORT, or none is given.",
-                remedy="Write it as hospitals dial it, such as fl.example.org:9443.",
+                remedy="Give the address that hospitals connect to: --address fl.example.org:9443",
             )
         hosts = [part[0] for part in parts if part]
         first = parts[0][1] if parts[0] else 0
@@ -217,24 +218,24 @@ class Layout:
 name = {json.dumps(self.name)}
 
 [fleet]
-# What hospitals dial; the first one goes into invites, all go into the certificate.
+# What hospitals connect to; the first one goes into invites, all go into the certificate.
 addresses = {json.dumps(list(self.addresses))}
 listen = {json.dumps(f"{_bracket(self.listen)}:{first}")}
 
 [enrolment]
-# For joining; open only while an invite is.
+# For enrolment; open only while an invite is valid.
 addresses = {json.dumps(at)}
 listen = {json.dumps(f"{_bracket(self.listen)}:{joining}")}
 
 [private]
-# For this machine alone.
+# For this machine only.
 control = "127.0.0.1:{private}"
 health = "127.0.0.1:{private + 1}"
 """
         _, faults = parse(text, ServerFile)
         if faults:
             raise OptionInvalid(
-                f"A server.toml with these options would have a fault: {faults[0]}",
+                f"With these options, server.toml would not be valid: {faults[0]}",
                 remedy="Choose other options.",
             )
         return text
@@ -287,8 +288,10 @@ def open_coordinator(root: Path) -> Coordinator:
     root = root.absolute()
     if not (root / SERVER_FILE).is_file():
         raise ServerFolderInvalid(
-            f"{root.name} is not a coordinator's folder.",
-            remedy="Make it one: cloister server init DIR --address HOST:PORT",
+            f"{root} is not a coordinator's folder.",
+            why=f"It has no {SERVER_FILE}.",
+            remedy="Name another with --dir, or create it: "
+            f"cloister server init {shlex.quote(str(root))} --address HOST:PORT",
         )
     return Coordinator(root, _parse(read_text(root / SERVER_FILE)))
 

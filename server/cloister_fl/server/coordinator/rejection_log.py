@@ -1,4 +1,4 @@
-"""Who was turned away, and why: one JSON line each, with a code from a closed list.
+"""Log of rejected connections and requests: one JSON line each, with a code of a closed list.
 
 A line holds time, listener, code, the peer's address, and the site where a certificate named one.
 Nothing that the peer sent is in it: what an outsider may write to a log is no log.
@@ -26,7 +26,7 @@ LINES_A_SECOND = 20.0
 
 
 class Refused(enum.StrEnum):
-    """Why a connection or request was turned away."""
+    """Why a connection or request was rejected."""
 
     NO_CERTIFICATE = "no-certificate"
     FOREIGN_CERTIFICATE = "foreign-certificate"

@@ -1,4 +1,4 @@
-"""The coordinator's runs: what was asked for, and how each stands; a folder a run.
+"""The coordinator's queue of runs: the request and the status of each, one folder a run.
 
 ::
 
@@ -21,6 +21,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from cloister_fl.cli.folder_option import dir_option
 from cloister_fl.errors import CloisterError, RunUnknown, StudyInvalid
 from cloister_fl.study.schema import Study, study_from_canonical
 from cloister_fl.system import utc
@@ -100,7 +101,7 @@ class RunFolder:
         return self.path.name
 
     def asked(self) -> Asked:
-        """What was asked for.
+        """Return what was asked for.
 
         Raises:
             RunUnknown: the file cannot be read.
@@ -109,7 +110,9 @@ class RunFolder:
             return Asked.model_validate_json((self.path / ASKED).read_text("utf-8"), strict=False)
         except (OSError, ValidationError):
             raise RunUnknown(
-                f"The run {self.name} cannot be read.", remedy="Restore its run.json."
+                f"The run {self.name} cannot be read.",
+                why=f"Its {ASKED} is missing or not valid.",
+                remedy=f"Restore {self.path / ASKED} from a backup.",
             ) from None
 
     def study(self) -> Study:
@@ -121,21 +124,26 @@ class RunFolder:
         write_atomic(self.path / ASKED, asked.model_dump_json(indent=2).encode())
 
     def status(self) -> Status:
-        """How it stands; before anything was done, waiting."""
+        """Return its status; ``waiting`` before it has started."""
         try:
             told = json.loads((self.path / STATUS).read_text("utf-8"))
             return Status(**{**told, "sites": tuple(told["sites"])})
         except (OSError, ValueError, KeyError, TypeError):
-            return Status(told="the run has not begun")
+            return Status(told="the run has not started")
 
     def tell(self, status: Status) -> None:
-        """Replace how it stands."""
+        """Replace its status."""
         told = {**asdict(status), "updated": utc.timestamp("microseconds")}
         write_atomic(self.path / STATUS, json.dumps(told).encode())
 
     @property
+    def folder_option(self) -> str:
+        """Option ``--dir`` of the coordinator's folder, for a remedy."""
+        return dir_option(self.path.parent.parent)
+
+    @property
     def finished(self) -> bool:
-        """Whether there is a model."""
+        """True where the run has a model."""
         return (self.path / SUMMARY).exists()
 
 
@@ -158,7 +166,7 @@ def new_run(
         if run.study().digest == study.digest and run.status().state not in FINAL:
             raise RunUnknown(
                 f"The run {run.name} of this study has not ended.",
-                remedy=f"Stop it first: cloister server stop --run {run.name}",
+                remedy=f"Stop it first: cloister server stop --run {run.name}{dir_option(root)}",
             )
     number = 1
     while (root / RUNS / f"{study.study.name}-{number}").exists():
@@ -188,8 +196,8 @@ def find_run(root: Path, name: str) -> RunFolder:
     run = RunFolder(root / RUNS / name)
     if not _NAME.fullmatch(name) or not (run.path / ASKED).is_file():
         raise RunUnknown(
-            f"There is no run {name!r} here.",
-            remedy="See all of them: cloister server status",
+            f"There is no run {name!r} in {root}.",
+            remedy=f"List the runs: cloister server status{dir_option(root)}",
         )
     return run
 
@@ -217,10 +225,10 @@ def next_run(root: Path) -> RunFolder | None:
 
 
 def close_finished(root: Path) -> None:
-    """Say of runs that have a model that they are done.
+    """Set the status of runs that have a model to done.
 
     For the process that executes runs alone, before its first: a kill between a run's summary and
-    its status leaves it "training", and nobody would take it up again.
+    its status leaves it "training", and it would not be executed again.
     """
     for run in runs(root):
         status = run.status()
@@ -229,35 +237,42 @@ def close_finished(root: Path) -> None:
 
 
 def stop_run(run: RunFolder) -> None:
-    """Want a run no more; what executes it sees that before its next round.
+    """Request that a run stops; the run executor sees it before the next round.
 
     Raises:
         RunUnknown: it has ended.
     """
     if run.finished or run.status().state in FINAL:
-        raise RunUnknown(f"The run {run.name} has ended already.")
+        raise RunUnknown(
+            f"The run {run.name} has ended already.",
+            remedy=f"See its status: cloister server status{run.folder_option}",
+        )
     run.ask(run.asked().model_copy(update={"wanted": False}))
 
 
 def resume_run(run: RunFolder) -> None:
-    """Want a run that was stopped, or that failed, again.
+    """Request that a run that was stopped, or that failed, is executed again.
 
     Raises:
-        RunUnknown: it is finished, or goes on already.
+        RunUnknown: it is finished, or is running.
     """
     if run.finished:
         raise RunUnknown(
-            f"The run {run.name} is finished.", remedy=f"See: cloister server report {run.name}"
+            f"The run {run.name} is finished.",
+            remedy=f"See its results: cloister server report {run.name}{run.folder_option}",
         )
     status, asked = run.status(), run.asked()
     if asked.wanted and status.state not in FINAL:
-        raise RunUnknown(f"The run {run.name} goes on already.")
-    run.tell(Status(told="it is taken up again", rounds=status.rounds, round=status.round))
+        raise RunUnknown(
+            f"The run {run.name} is already running.",
+            remedy=f"See its status: cloister server status{run.folder_option}",
+        )
+    run.tell(Status(told="resumed", rounds=status.rounds, round=status.round))
     run.ask(asked.model_copy(update={"wanted": True}))
 
 
 def failure(error: CloisterError, status: Status) -> Status:
-    """How a run stands that an error ended."""
+    """Return the status of a run that an error ended."""
     told = " ".join(part for part in (error.what, error.why, error.remedy) if part)
     return Status(
         state=FAILED,

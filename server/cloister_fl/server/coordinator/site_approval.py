@@ -1,4 +1,4 @@
-"""Inviting, approving and revoking sites: what the coordinator's commands do to its folder."""
+"""Invite, approve and revoke sites in the coordinator's folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives import hashes, serialization
 
+from cloister_fl.cli.folder_option import dir_option
 from cloister_fl.errors import OptionInvalid, SiteStateInvalid
 from cloister_fl.membership import ec_keys
 from cloister_fl.membership.ec_keys import Purpose
@@ -32,7 +33,7 @@ def require_site_name(name: str) -> None:
 def invite_site(
     place: Coordinator, name: str, lifetime_s: int, *, to_file: bool
 ) -> tuple[str, Path | None]:
-    """Make an invite; an unused earlier one of the same site ends.
+    """Create an invite; an unused earlier one of the same site ends.
 
     Args:
         place: the coordinator's folder.
@@ -92,7 +93,7 @@ def approve_site(place: Coordinator, name: str) -> bool:
         if row is None or row.state == "revoked":
             raise SiteStateInvalid(
                 f"{name} {'was revoked' if row else 'has not asked to join'}.",
-                remedy="See how each site stands: cloister server sites",
+                remedy=f"List the sites: cloister server sites{dir_option(place.root)}",
             )
         if fresh:
             key = ec_keys.load_public(row.tls_key, Purpose.TLS)
@@ -117,11 +118,11 @@ def approve_site(place: Coordinator, name: str) -> bool:
 
 
 def revoke_site(place: Coordinator, name: str) -> None:
-    """Shut a site out, end its invites, and take it off the roster. Can be repeated.
+    """Revoke a site, end its invites, and take it off the roster. Can be repeated.
 
     Raises:
         SiteStateInvalid: nobody of that name was invited or has asked.
-        AuditLogDamaged: the site is shut out, but that cannot be logged, and it is on the roster.
+        AuditLogDamaged: the site is revoked, but that cannot be logged, and it is on the roster.
     """
     with place.deciding(), place.registry() as registry:
         # Before it is logged: a log that cannot be written keeps nobody in.

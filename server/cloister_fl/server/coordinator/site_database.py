@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from cloister_fl.cli.folder_option import dir_option
 from cloister_fl.errors import EnrolmentRefused, SiteStateInvalid
 from cloister_fl.membership.enrolment import INVITE_ID_BYTES, SECRET_BYTES, Request, secret_hash
 
@@ -80,6 +81,7 @@ class Registry:
     """The opened database; also a context manager that closes it."""
 
     def __init__(self, path: Path) -> None:
+        self._folder_option = dir_option(path.parent.parent)
         # isolation_level None: transactions are begun here, by hand, and nowhere else.
         self._db = sqlite3.connect(path, timeout=_WAIT_MS / 1000, isolation_level=None)
         path.chmod(0o600)
@@ -131,7 +133,8 @@ class Registry:
             if held is not None:
                 raise SiteStateInvalid(
                     f"{site} is {held.state} already, so it gets no invite.",
-                    remedy="Revoke it first if its keys are lost; then invite it under a new name.",
+                    remedy="If its keys are lost, revoke it and invite it under a new name: "
+                    f"cloister server revoke {site}{self._folder_option}",
                 )
             self._db.execute(
                 "UPDATE invites SET expires = ? WHERE site = ? AND expires > ?", (now, site, now)
@@ -257,7 +260,7 @@ class Registry:
             )
 
     def revoke(self, name: str) -> None:
-        """Shut a site out for good, and end its invites; a site that never asked too.
+        """Revoke a site permanently, and end its invites; a site that never asked too.
 
         Raises:
             SiteStateInvalid: nobody of that name was invited or is a site.
@@ -272,7 +275,7 @@ class Registry:
                 "UPDATE sites SET state = 'revoked', decided = ? WHERE name = ?", (now, name)
             ).rowcount
             if not ended and not changed:
-                raise _wrong_state(name, None)
+                raise self._wrong_state(name, None)
 
     def saw(self, site: SiteRow) -> None:
         """Note a request of a site, at most once in ``SEEN_EVERY_S`` seconds.
@@ -294,22 +297,21 @@ class Registry:
     def _known(self, name: str) -> SiteRow:
         site = self.site(name)
         if site is None:
-            raise _wrong_state(name, None)
+            raise self._wrong_state(name, None)
         return site
 
     def _require(self, name: str, state: str) -> None:
         held = self.site(name)
         if held is None or held.state != state:
-            raise _wrong_state(name, held)
+            raise self._wrong_state(name, held)
+
+    def _wrong_state(self, name: str, held: SiteRow | None) -> SiteStateInvalid:
+        state = f"is {held.state} already" if held else "has not asked to join"
+        return SiteStateInvalid(
+            f"{name} {state}.", remedy=f"List the sites: cloister server sites{self._folder_option}"
+        )
 
 
 def refusal(code: str) -> EnrolmentRefused:
     """A refusal of an enrolment; ``why`` is a code from a closed list."""
     return EnrolmentRefused("The request was refused.", why=code)
-
-
-def _wrong_state(name: str, held: SiteRow | None) -> SiteStateInvalid:
-    state = f"is {held.state} already" if held else "has not asked to join"
-    return SiteStateInvalid(
-        f"{name} {state}.", remedy="See how each site stands: cloister server sites"
-    )

@@ -76,7 +76,7 @@ def running(address: str, token: str, secret: bytes) -> Iterator[tuple[HttpGrid,
         fab = fab_to_proto(Fab(bundle_hash(), bundle(), {}))
         started = control.StartRun(StartRunRequest(fab=fab))
         if not started.HasField("run_id"):
-            raise _unexpected("does not start a run")
+            raise _unexpected("did not start a run")
         try:
             yield from _executing(address, secret, started.run_id)
         finally:
@@ -93,7 +93,7 @@ def _executing(address: str, secret: bytes, run_id: int) -> Iterator[tuple[HttpG
     try:
         given = client.PullTaskInput(PullTaskInputRequest())
         if given.run.fab_hash != bundle_hash():
-            raise _unexpected("gave another bundle")
+            raise _unexpected("returned another application bundle")
         TaskIdentity.task_id = given.task_id
         TaskIdentity.run_id = given.run.run_id
         TaskIdentity.node_id = given.context.node_id
@@ -126,7 +126,7 @@ def _task(address: str, secret: bytes, run_id: int) -> str:
             if found.HasField("task") and found.token and found.task.run_id == run_id:
                 return str(found.token)
             time.sleep(0.2)
-    raise _unexpected("gives no task")
+    raise _unexpected("gave no task for the run")
 
 
 def _stop_all(control: Any, only: int | None = None) -> None:
@@ -144,5 +144,6 @@ def _beat(client: RuntimeHttpClient) -> bool:
 
 def _unexpected(what: str) -> InternalError:
     return InternalError(
-        f"Flower's server {what}.", remedy="Restart the server: cloister server stop, then start."
+        f"Flower's SuperLink {what}.",
+        remedy="Restart the server: cloister server stop, then cloister server start.",
     )

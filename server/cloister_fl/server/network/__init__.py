@@ -1,1 +1,1 @@
-"""Ports of the server: TLS, limits, who may ask for what."""
+"""Ports of the server: TLS, limits, access checks."""

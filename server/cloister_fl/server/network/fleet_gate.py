@@ -1,4 +1,4 @@
-"""What stands before Flower's application: who may ask for what, at which port, in whose name.
+"""Access checks in front of Flower's application: which peer may request what, and at which port.
 
 Flower's SuperNode authentication signs a time stamp and nothing else, so a header can be taken
 from one connection to another. Here each request is held against the certificate that its

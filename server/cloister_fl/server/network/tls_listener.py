@@ -88,12 +88,12 @@ def bind(address: str, context: ssl.SSLContext | None) -> socket.socket:
     """
     parts = split_address(address)
     if parts is None:
-        raise ListenRefused(f"{address} is not HOST:PORT.")
+        raise ListenRefused(f"{address} is not HOST:PORT.", remedy="Correct it in server.toml.")
     host, port = parts
     if context is None and not _loopback(host):
         raise ListenRefused(
-            f"{address} will not be listened on without TLS.",
-            why="Only a loopback address can do without.",
+            f"{address} cannot be used without TLS.",
+            why="Only a loopback address is allowed without it.",
             remedy="Write 127.0.0.1 in server.toml.",
         )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -101,7 +101,7 @@ def bind(address: str, context: ssl.SSLContext | None) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=512)
     except OSError as error:
         raise ListenRefused(
-            f"{address} cannot be listened on.",
+            f"The server cannot listen on {address}.",
             why=(error.strerror or "The system gave no reason") + ".",
             remedy="Choose a free port and an address of this machine in server.toml.",
         ) from None

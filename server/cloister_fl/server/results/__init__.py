@@ -1,1 +1,1 @@
-"""What a run gave: progress, report, model file, audit report."""
+"""Results of a run: progress, report, model file, audit report."""

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: the model, the metrics, the summary and the report."""
+"""Output files of a finished run: model, metrics, summary and report."""
 
 from __future__ import annotations
 
@@ -21,19 +21,18 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 REPORT = "report.html"
 
-NOT_MASKED = (
-    "Updates are not masked: secure aggregation is off, so the coordinating site could read "
-    "each hospital's update."
+NO_SECURE_AGGREGATION = (
+    "Secure aggregation is off: the coordinating site could read each hospital's update."
 )
-NOT_PRIVATE = "Differential privacy is off: the model and the updates may tell of single patients."
+NOT_PRIVATE = "Differential privacy is off: the model and the updates may reveal single patients."
 NOT_MEASURED = (
-    "Nothing was measured: with privacy on, only a hold-out that belongs to no site is used, "
-    "and none was given (--holdout); a study may also pay for a release of noised figures "
-    "(evaluation.release_epsilon)."
+    "The model was not evaluated: with privacy on, only a hold-out that belongs to no site is "
+    "used, and none was given (--holdout). A study can also reserve epsilon for a noised "
+    "evaluation (evaluation.release_epsilon)."
 )
 NOT_RELEASED = (
-    "The release of noised figures came to nothing: too few sites answered it. What it cost is "
-    "charged, and it is not made again."
+    "The noised evaluation failed: too few sites answered. Its privacy cost stays charged, and it "
+    "is not repeated."
 )
 CHANCE = (
     "The interval of the AUROC does not rule out chance: the model may have learnt nothing. More "
@@ -58,7 +57,7 @@ def summarise(study: Study, outcome: Outcome, *, seconds: float) -> dict[str, ob
     """The figures of a run, ready for JSON; the keys are stable.
 
     ``epsilon_max`` is over sites, patient-level, of this study alone, at ``delta``; it counts
-    every round that was sent, also one that was lost, and the release once it was asked for.
+    every round that was sent, also one that was lost, and the noised evaluation once requested.
     """
     state = outcome.state
     epsilons = site_epsilons(study, state)
@@ -74,7 +73,7 @@ def summarise(study: Study, outcome: Outcome, *, seconds: float) -> dict[str, ob
         "auroc_final_interval": None if last.auroc is None else [last.auroc_low, last.auroc_high],
         "auprc_final": last.auprc,
         "balanced_accuracy_final": last.balanced_accuracy,
-        **(_outlined(first, last) if study.target.segment else {}),
+        **(_dice_figures(first, last) if study.target.segment else {}),
         "release": _release(study, state.release),
         "privacy": "patient-level differential privacy" if private else "off",
         "epsilon_max": max(known) if known else None,
@@ -92,8 +91,8 @@ def summarise(study: Study, outcome: Outcome, *, seconds: float) -> dict[str, ob
     }
 
 
-def _outlined(first: Figures, last: Figures) -> dict[str, object]:
-    """What a segmentation has in place of AUROC and its like."""
+def _dice_figures(first: Figures, last: Figures) -> dict[str, object]:
+    """Return the figures of a segmentation, which replace AUROC and the others."""
     interval = None if last.dice is None else [last.dice_low, last.dice_high]
     return {
         "dice_initial": first.dice,
@@ -103,7 +102,7 @@ def _outlined(first: Figures, last: Figures) -> dict[str, object]:
 
 
 def site_epsilons(study: Study, state: RunState) -> dict[str, float | None]:
-    """Epsilon by site for all that was asked of it, release included; None where privacy is off."""
+    """Return epsilon by site, noised evaluation included; None where privacy is off."""
     asked = () if state.release is None else state.release.asked
     rounds = {**dict.fromkeys(asked, 0), **state.started}
     return {
@@ -113,7 +112,7 @@ def site_epsilons(study: Study, state: RunState) -> dict[str, float | None]:
 
 
 def _release(study: Study, release: Released | None) -> dict[str, object] | None:
-    """The release for the summary; None where the study has none, or did not get there."""
+    """Return the noised evaluation for the summary; None where none was requested."""
     if release is None:
         return None
     return {
@@ -126,13 +125,13 @@ def _release(study: Study, release: Released | None) -> dict[str, object] | None
 
 
 def warnings(study: Study, outcome: Outcome) -> tuple[str, ...]:
-    """What a reader of the results must know, in plain words."""
+    """Return the warnings for readers of the results."""
     found: list[str] = []
     if study.aggregation.secure:
         n = len(outcome.state.invited)
         found.extend(Parameters.derive(n, study.aggregation.colluders).cautions)
     else:
-        found.append(NOT_MASKED)
+        found.append(NO_SECURE_AGGREGATION)
     if not study.privacy.enabled:
         found.append(NOT_PRIVATE)
     else:
@@ -152,8 +151,8 @@ def warnings(study: Study, outcome: Outcome) -> tuple[str, ...]:
     if outcome.state.lost:
         rounds = ", ".join(str(number) for number in outcome.state.lost)
         found.append(
-            f"Lost to a crash or a sum that failed, but charged, and not trained again: round "
-            f"{rounds}."
+            f"Rounds lost to a crash or a failed aggregation: {rounds}. Their privacy cost stays "
+            "charged, and they are not trained again."
         )
     return tuple(found)
 
@@ -161,11 +160,11 @@ def warnings(study: Study, outcome: Outcome) -> tuple[str, ...]:
 def _weak(study: Study) -> Iterator[str]:
     privacy = study.privacy
     if privacy.epsilon > WEAK_EPSILON:
-        yield f"Epsilon {privacy.epsilon:g} is weak; above {WEAK_EPSILON:g} it promises little."
+        yield f"Epsilon {privacy.epsilon:g} is weak: above {WEAK_EPSILON:g}, it protects little."
     if privacy.delta > LARGE_DELTA:
         yield (
-            f"Delta {privacy.delta:g} is large: with that probability the promise may fail. It "
-            "belongs below 1 / (10 x the number of a site's patients)."
+            f"Delta {privacy.delta:g} is large: with that probability the protection may fail. "
+            "It should be below 1 / (10 x the number of a site's patients)."
         )
 
 

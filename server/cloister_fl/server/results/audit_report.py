@@ -1,4 +1,4 @@
-"""What was asked of whom, what came, and who was turned away: the coordinator's logs, in words.
+"""Report of the coordinator's logs: messages to and from each site, and rejected requests.
 
 Two logs: the signed one, of decisions, runs and messages (``Federation.log``), and the listener's
 own, of connections that never got as far (``refusals``). The second is not signed: the process
@@ -8,6 +8,7 @@ that writes it faces the network, and holds no key of the federation.
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -131,7 +132,7 @@ def account(log: Path, *, key: bytes | None = None, refused: Path | None = None)
         raise AuditLogDamaged(
             "The audit log cannot be trusted.",
             why=f"Line {verdict.findings[0].line}: {verdict.findings[0].what}.",
-            remedy="Keep the file, and see all that is wrong: cloister verify.",
+            remedy=f"Keep the file, and list all errors: cloister verify {shlex.quote(str(log))}",
         )
     return Account(
         entries=len(entries),
@@ -150,9 +151,9 @@ def account(log: Path, *, key: bytes | None = None, refused: Path | None = None)
 
 
 def render(told: Account) -> str:
-    """The account for a terminal."""
+    """Return the account as text for a terminal."""
     if not told.entries:
-        lines = ["Nothing was decided or asked yet."]
+        lines = ["The audit log has no entries yet."]
     else:
         lines = [
             f"{told.entries} entries from {told.first} to {told.last}, "
@@ -162,7 +163,7 @@ def render(told: Account) -> str:
     for run in told.runs:
         lines += _in_words(run)
     if told.sites:
-        lines.append("What was asked of each site, and what came:")
+        lines.append("Messages to and from each site:")
     for came in told.sites:
         lines.append(
             f"  {came.site:<24} asked {_counts(came.asked) or 'nothing'}; "
@@ -177,7 +178,7 @@ def render(told: Account) -> str:
         if came.unanswered:
             lines.append(f"  {'':<24} its node failed: {came.unanswered} x")
     if told.turned_away:
-        lines.append("Turned away at the ports:")
+        lines.append("Rejected at the ports:")
     for one in told.turned_away:
         shown = f", with the certificate of {', '.join(one.sites)}" if one.sites else ""
         lines.append(
@@ -186,8 +187,8 @@ def render(told: Account) -> str:
         )
     if told.entries:
         lines.append(
-            "The log is sound within itself. Whether its end was cut off, a site's log can tell: "
-            "cloister verify."
+            "The log is consistent. Only the log of a site shows whether its end was cut off: "
+            "cloister verify LOG --against SITE_LOG"
         )
     return "\n".join(lines)
 
@@ -302,13 +303,13 @@ def _decision(one: Mapping[str, str | int | bool | None]) -> Iterator[str]:
 
 
 def _in_words(run: Run) -> Iterator[str]:
-    how = {"done": "done", "": "under way, or cut off"}.get(run.ended, f"ended by {run.ended}")
-    yield f"Run {run.run[:16]} of study {run.study[:16] or 'unknown: it did not begin'}: {how}"
+    how = {"done": "done", "": "running or interrupted"}.get(run.ended, f"ended with {run.ended}")
+    yield f"Run {run.run[:16]} of study {run.study[:16] or 'unknown: it did not start'}: {how}"
     if run.began:
         often = f", {len(run.began)} times" if len(run.began) > 1 else ""
-        yield f"  began      {run.began[0]}{often}, with {', '.join(run.sites)}"
+        yield f"  started    {run.began[0]}{often}, with {', '.join(run.sites)}"
     if run.summed or run.lost:
         lost = f", lost {', '.join(map(str, run.lost))}" if run.lost else ""
-        yield f"  rounds     {len(run.summed)} summed{lost}"
+        yield f"  rounds     {len(run.summed)} aggregated{lost}"
     for site, reason in sorted(run.refused.items()):
         yield f"  refused    {site}: {REASONS.get(reason, reason)}"

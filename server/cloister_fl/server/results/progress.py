@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: rich on a terminal, plain lines elsewhere."""
+"""Progress display of a run: rich on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cloister_fl.system.text import counted
 
 
 def in_words(event: Waiting) -> str:
-    """What a run waits for, and why."""
+    """Return what a run waits for, and why, as text."""
     reasons = "; ".join(
         f"{name}: {REASONS.get(reason, reason)}" for name, reason in sorted(event.refused.items())
     )
@@ -73,9 +73,7 @@ class Display:
         if isinstance(event, Began):
             self._began(event)
         elif isinstance(event, Lost):
-            self.say(
-                f"Round {event.round} is lost: its sum cannot be read; what it cost is charged"
-            )
+            self.say(f"Round {event.round}: aggregation failed; the privacy cost stays charged")
         elif isinstance(event, ReleaseMade):
             self.say(_released(event.release))
         elif isinstance(event, Waiting):
@@ -87,9 +85,12 @@ class Display:
         sites = counted(len(event.sites), "site takes", "sites take")
         self.say(f"{sites} part: {', '.join(event.sites)}")
         for name, reason in sorted(event.refused.items()):
-            self.say(f"{name} does not: {REASONS.get(reason, reason)}")
+            self.say(f"{name} does not take part: {REASONS.get(reason, reason)}")
         for number in event.lost:
-            self.say(f"Round {number} was lost to a crash; it is charged and not trained again")
+            self.say(
+                f"Round {number} was lost to a crash; its privacy cost stays charged, and it is "
+                "not trained again"
+            )
 
     def _measured(self, figures: Figures, rounds: int) -> None:
         parts = []
@@ -101,9 +102,9 @@ class Display:
             parts.append(f"epsilon {figures.epsilon:.2f}")
         note = ", ".join(parts)
         if self._rich:
-            self._advance("Training, round by round", figures.round, rounds, note)
+            self._advance("Training rounds", figures.round, rounds, note)
         elif figures.round == 0:
-            self.say(f"before training: {note}" if note else "training begins")
+            self.say(f"before training: {note}" if note else "training starts")
         else:
             self.say(f"round {figures.round} of {rounds}: {note or 'done'}")
 
@@ -115,7 +116,7 @@ class Display:
 
 def _released(release: Released) -> str:
     if release.metrics is None:
-        return "The release of noised figures failed; what it cost is charged"
+        return "The noised evaluation failed; its privacy cost stays charged"
     auroc = release.metrics["auroc"]
     told = "no AUROC: a class has too few patients" if auroc is None else f"{auroc['value']:.3f}"
     return f"noised AUROC on patients of {counted(release.sites, 'site')}: {told}"

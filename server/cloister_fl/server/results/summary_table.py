@@ -1,4 +1,4 @@
-"""The table at the end of a run, for somebody who sees it for the first time."""
+"""Summary table at the end of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cloister_fl.server.results.artifacts import METRICS, MODEL, REPORT
 
 
 def show(summary: Mapping[str, Any], out: Path) -> None:
-    """Print what a run gave, what it cost, what left each site, and where the files are."""
+    """Print results, privacy cost, what left each site, and where the files are."""
     console = Console(highlight=False)
     console.print()
     console.print(_results(summary))
@@ -76,8 +76,10 @@ def _sites(summary: Mapping[str, Any]) -> Table:
 
 
 def _in_words(summary: Mapping[str, Any]) -> str:
-    private, masked = summary["epsilon_max"] is not None, summary["secure_aggregation"]
-    kind = " and ".join(word for word, on in (("noised", private), ("masked", masked)) if on)
+    private, secure = summary["epsilon_max"] is not None, summary["secure_aggregation"]
+    kind = " and ".join(
+        word for word, on in (("noised", private), ("securely aggregated", secure)) if on
+    )
     counts = "Dice" if "dice_final" in summary else "score"
     what = f"model updates and {counts} histograms; no image"
     if private:

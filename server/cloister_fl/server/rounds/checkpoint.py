@@ -1,4 +1,4 @@
-"""What the server keeps on disk so that a run outlives any process.
+"""Checkpoints of a run, from which another process can resume it.
 
 Two files in ``OUT/checkpoint``: ``state.safetensors``, the whole state after a round, and
 ``progress.json``, the last round that was sent out, and for whom it was unmasked. Both are
@@ -32,7 +32,7 @@ _PROGRESS = "progress.json"
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured after a round; None where nothing was, or may be, measured."""
+    """Figures of the model after a round; None where it was not, or may not be, evaluated."""
 
     round: int
     sites: int
@@ -55,7 +55,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Released:
-    """The study's release, once it was asked for.
+    """The study's noised evaluation, once it was requested.
 
     Attributes:
         asked: ids of the sites that it was asked of, rising; they count as charged.
@@ -161,7 +161,7 @@ class Checkpoints:
         write_atomic(self._folder / _STATE, save(tensors, metadata=metadata))
 
     def mark(self, progress: Progress) -> None:
-        """Note, before a message leaves, how far its round has come."""
+        """Record, before a message leaves, how far its round has come."""
         note = {
             "round": progress.round,
             "sites": progress.sites,
@@ -180,7 +180,7 @@ class Checkpoints:
 
         remedy = "Start a new run in an empty folder, without --resume."
         if not self.exists():
-            raise NothingToResume("This folder holds no run to resume.", remedy=remedy)
+            raise NothingToResume("The folder has no run to resume.", remedy=remedy)
         try:
             with safe_open(self._folder / _STATE, framework="np") as file:
                 metadata = file.metadata() or {}

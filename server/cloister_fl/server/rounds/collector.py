@@ -1,7 +1,7 @@
-"""What comes back from the sites in a round: the mean of their updates, and their histograms.
+"""Collection of the sites' updates and histograms in a round.
 
-Two ways to collect: here in plain messages, for studies that send updates unmasked; and in
-``masked``, where only sums can be read. Both give the same to the rounds.
+Two ways to collect: here in plain messages, for studies without secure aggregation; and in
+``secure_collector``, where only sums can be read. Both give the same to the rounds.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from cloister_fl.server.rounds.strategies import weighted_mean
 from cloister_fl.study.schema import Study
 
 LATE = "late"
-"""The server's own word for a site that a resumed run did not begin with."""
+"""The server's own reason for a site that the run did not start with."""
 
 REASONS: Mapping[str, str] = {
     Refused.BUNDLE: "it runs another version of Cloister",
     Refused.POLICY: "its policy does not allow the study",
-    Refused.APPROVAL: "nobody there has approved the study yet",
-    Refused.HOURS: "it takes part, but does not train at this hour",
-    Refused.BUDGET: "its privacy budget does not suffice",
+    Refused.APPROVAL: "the study is not approved there yet",
+    Refused.HOURS: "it takes part, but is outside its training window",
+    Refused.BUDGET: "its privacy budget is not sufficient",
     Refused.SPENT: "the round was already charged there",
-    Refused.MESSAGE: "it did not understand the request",
-    Refused.ROSTER: "its pinned roster is another one, or does not hold it",
+    Refused.MESSAGE: "it rejected the request as malformed",
+    Refused.ROSTER: "its trusted roster is another one, or does not list it",
     Refused.PROTOCOL: "a check of secure aggregation failed",
-    Refused.DECLINED: "it declined; its own operator sees why",
-    LATE: "the run did not begin with it",
+    Refused.DECLINED: "it declined; the reason is shown at the site",
+    LATE: "it joined after the run started",
 }
 
 
@@ -84,7 +84,7 @@ class Histograms:
     """Score histograms of several sites.
 
     Attributes:
-        total: their sum, (curves, 2, bins); in the release noised, and in its units.
+        total: their sum, (curves, 2, bins); noised in the noised evaluation, and in its units.
         sites: how many sites are in it.
     """
 
@@ -93,9 +93,9 @@ class Histograms:
 
 
 class RoundLost(Exception):
-    """The round can have no sum any more, yet enough sites are left for the next.
+    """Raised where a round has failed for good, yet enough sites are left for the next.
 
-    Not an error of the tree: it ends in ``rounds`` and is told as an event.
+    Not an error of the tree: ``Run`` catches it and reports it as an event.
     """
 
     def __init__(self, refused: Mapping[str, str]) -> None:
@@ -104,7 +104,7 @@ class RoundLost(Exception):
 
 
 class Collector(Protocol):
-    """How the rounds get at what the sites send."""
+    """How a run collects what the sites send."""
 
     def updates(self, number: int, model: Vector) -> Collected:
         """Have every site train a round from ``model``.
@@ -121,7 +121,7 @@ class Collector(Protocol):
 
 
 class PlainCollector:
-    """Updates as they are, each readable by whoever runs the server."""
+    """Collects updates without secure aggregation: the server reads each of them."""
 
     def __init__(self, messenger: Messenger, study: Study, members: Members) -> None:
         self._messenger = messenger
@@ -168,7 +168,7 @@ class PlainCollector:
 
 
 def require_sites(needed: int, present: int, asked: int, refused: Mapping[str, str]) -> None:
-    """Go on only with enough sites.
+    """Require that enough sites take part.
 
     Raises:
         TooFewSites: with the reason that each of the others gave.
@@ -182,7 +182,7 @@ def require_sites(needed: int, present: int, asked: int, refused: Mapping[str, s
     raise TooFewSites(
         f"{present} of {asked} sites take part, and {needed} are needed.",
         why=f"{why}." if why else "",
-        remedy="Mend what the sites report, add sites, or lower aggregation.min_sites.",
+        remedy="Correct what the sites report, add sites, or lower aggregation.min_sites.",
     )
 
 

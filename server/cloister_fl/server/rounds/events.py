@@ -1,4 +1,4 @@
-"""What a run tells whoever watches it, and what the watcher adds to it."""
+"""Events of a run, and the hooks that its caller adds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cloister_fl.server.rounds.checkpoint import Figures, Released
 
 @dataclass(frozen=True)
 class Began:
-    """The sites answered; ``refused`` gives the others' reasons."""
+    """The run has started with these sites; ``refused`` gives the others' reasons."""
 
     sites: tuple[str, ...]
     refused: Mapping[str, str]
@@ -22,7 +22,7 @@ class Began:
 
 @dataclass(frozen=True)
 class Measured:
-    """A model was made, and measured where it may be."""
+    """A round has a model, which was evaluated where the study allows it."""
 
     figures: Figures
     rounds: int
@@ -30,7 +30,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Lost:
-    """A round has no sum and never will; what it cost the sites stays charged."""
+    """A round failed for good; its privacy cost stays charged."""
 
     round: int
 
@@ -46,7 +46,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class ReleaseMade:
-    """The study's release was asked for; what came of it."""
+    """The study's noised evaluation was requested; ``release`` has its result."""
 
     release: Released
 
@@ -64,7 +64,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Patience:
-    """How a run of real hospitals waits: for people who approve, and for machines that sleep.
+    """How long a deployed run waits for approvals and for sites that are offline.
 
     Attributes:
         begin: seconds that a run which could begin waits for sites that have not answered yes.

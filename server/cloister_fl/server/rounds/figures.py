@@ -1,4 +1,4 @@
-"""From what was measured to the figures of a round."""
+"""Figures of a round: from metrics or histograms to a checkpoint's row."""
 
 from __future__ import annotations
 

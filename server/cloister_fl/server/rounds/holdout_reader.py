@@ -1,4 +1,4 @@
-"""A hold-out belongs to no site: the coordinating site measures the model on it.
+"""Evaluation on a hold-out, whose patients belong to no site.
 
 A simulation, which sees all folders, holds its user to that. Only images that are the same to the
 byte are found. The same patient in other images is not: hospitals number their patients
@@ -26,7 +26,7 @@ NAME = "measure"
 
 
 def measure_on(study: Study, folder: Path, out: Path) -> Callable[[Vector], Metrics]:
-    """Read a hold-out once, as a site would, and return what measures a flat model on it.
+    """Read a hold-out once, as a site would, and return a function that evaluates a flat model.
 
     The client reads it; it is found as an entry point, for the server imports nothing of the
     client.
@@ -58,7 +58,7 @@ def load_reader() -> Reader:
     if len(found) > 1:
         named = ", ".join(sorted(entry.value for entry in found))
         raise InternalError(
-            "Several packages offer to read a hold-out.",
+            "Several packages provide the reader of a hold-out.",
             why=f"The entry point {NAME!r} of {GROUP} is {named}.",
             remedy="Uninstall the package that is not Cloister.",
         )
@@ -72,6 +72,6 @@ def load_reader() -> Reader:
 
 def _missing(what: str) -> ExtraMissing:
     return ExtraMissing(
-        f"Measuring on a hold-out needs {what}, which is not installed.",
+        f"Evaluation on a hold-out needs {what}, which is not installed.",
         remedy="Run: pip install 'cloister[client,server]'",
     )

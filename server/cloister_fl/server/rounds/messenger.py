@@ -1,4 +1,4 @@
-"""Typed messages over a Flower ``Grid``: who is there, send one task to each, collect replies."""
+"""Typed messages over a Flower ``Grid``: nodes online, tasks sent, replies collected."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _SLOWEST_POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Reply(Generic[MessageT]):
-    """What came back from one node.
+    """Reply of one node.
 
     Attributes:
         node: Flower's id of the node.
@@ -56,7 +56,7 @@ class Reply(Generic[MessageT]):
 
 
 class Messenger:
-    """The rounds' view of the federation.
+    """Sends tasks to the nodes of the federation and collects their replies.
 
     Args:
         grid: Flower's grid, whichever engine stands behind it.
@@ -143,13 +143,13 @@ class Messenger:
             pause = min(_SLOWEST_POLL_SECONDS, 1.5 * pause)
 
     def note(self, kind: str, **body: Value) -> None:
-        """Log something that is no message, and sign the log."""
+        """Log an entry that is not a message, and sign the log."""
         if self._log is not None:
             self._log.append(kind, **body)
             self._log.sign()
 
     def heads(self, roster: Roster, seats: Mapping[int, str]) -> str:
-        """What the log noted of the sites' own logs, see ``noted.heads_of_sites``.
+        """What the log noted of the sites' own logs, see ``site_log_heads.heads_of_sites``.
 
         Raises:
             AuditLogDamaged: the log is not sound.

@@ -1,4 +1,4 @@
-"""Who takes part in a run: the sites are asked, and asked again where the run can wait."""
+"""Participants of a run: sites are asked to take part, again where the run can wait."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Participants:
     """The sites of a run.
 
     Args:
-        messenger: the federation.
+        messenger: sends messages to the federation.
         study: what is proposed.
         hooks: how to wait, and whom to tell.
         expected: sites that are waited for before the first round.
-        roster: the federation's; needed where the study masks its updates.
-        signatures: who vouches for the study, see ``signing``.
+        roster: the federation's; needed with secure aggregation.
+        signatures: who vouches for the study, see ``study.signatures``.
 
     Attributes:
         nodes: site by Flower's node id, of those that take part.
@@ -60,7 +60,7 @@ class Participants:
         return tuple(sorted(self.nodes.values()))
 
     def begin(self, run: str, invited: tuple[str, ...]) -> tuple[str, ...]:
-        """Find the sites; whom the run invited is returned.
+        """Find the participants; return the sites that the run invited.
 
         Args:
             run: its id.
@@ -90,11 +90,11 @@ class Participants:
         self._await(patience, run, invited, needed)
 
     def seats(self) -> str:
-        """Who sits at which node, for the log."""
+        """Nodes and their sites, for the log."""
         return " ".join(f"{node}={site}" for node, site in sorted(self.nodes.items()))
 
     def told_refused(self) -> str:
-        """Who refused and why, for the log: reasons of the closed list only."""
+        """Sites that refused and why, for the log: reasons of the closed list only."""
         known = {
             name: reason if reason in REASONS else Refused.DECLINED.value
             for name, reason in self.refused.items()
@@ -105,9 +105,9 @@ class Participants:
         return Parameters.derive(len(invited), self._study.aggregation.colluders).m
 
     def _ask(self, nodes: Collection[int], run: str, invited: tuple[str, ...]) -> set[int]:
-        """Ask nodes whether they take part; those that are ready. Asking again changes nothing.
+        """Ask nodes whether they take part; return the ready ones. Asking again changes nothing.
 
-        A site that says "not at this hour" takes part: it belongs to those whom the run invites,
+        A site outside its training window takes part: it belongs to those whom the run invites,
         and is not ready.
         """
         roster, heads = "", ""
@@ -179,14 +179,14 @@ class Participants:
             pause = min(patience.latest, 1.5 * pause)
 
     def _noes(self) -> int:
-        """Sites whose answer is no; who has yet to read the proposal, or is silent, may come."""
+        """Count the sites that refused; unapproved or silent ones may still join."""
         later = {Refused.APPROVAL.value, Refused.HOURS.value}
         return sum(
             reason not in later for name, reason in self.refused.items() if "node " not in name
         )
 
     def _is_signed(self, message: Prepared | Refusal, node: int, run: str) -> bool:
-        """Whether the site itself said so; without a roster nobody's key is known.
+        """Return whether the site signed its answer; without a roster, no key is known.
 
         Even then a site's name is one: it goes into the log and the report.
         """

@@ -63,13 +63,13 @@ class Run:
     """One run of one study.
 
     Args:
-        messenger: the federation.
+        messenger: sends messages to the federation.
         study: what is trained.
         checkpoints: where the state is kept.
         hooks: evaluation and progress.
         expected: sites that are waited for before the first round.
-        roster: the federation's; needed where the study masks its updates.
-        signatures: who vouches for the study, see ``signing``.
+        roster: the federation's; needed with secure aggregation.
+        signatures: who vouches for the study, see ``study.signatures``.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class Run:
         if not self._study.aggregation.secure:
             return PlainCollector(self._messenger, self._study, members)
         if self._roster is None:
-            raise InternalError("A run that masks its updates was started without a roster.")
+            raise InternalError("A run with secure aggregation was started without a roster.")
         return SecureCollector(
             self._messenger,
             self._study,
@@ -271,7 +271,7 @@ class Run:
         return figures
 
     def _release(self, collector: Collector, state: RunState) -> RunState:
-        """Ask for the study's one release; what comes of it, or nothing, is the end of it."""
+        """Request the study's noised evaluation, once; a failure is not repeated."""
         names = tuple(sorted(self._participants.sites))
         state = replace(state, release=Released(asked=names))
         # Before it is asked for: the sites charge it once, so a resumed run must not ask again.
@@ -306,7 +306,7 @@ class Run:
 def study_epsilon(study: Study, rounds: int, *, released: bool = False) -> float | None:
     """Epsilon at the study's delta after ``rounds`` rounds; None where privacy is off.
 
-    With ``released``, the study's release is in it.
+    With ``released``, the study's noised evaluation is included.
 
     A public function of the study's constants: it tells nothing of a site's data or ledger.
     """

@@ -1,4 +1,4 @@
-"""Rounds over ``secagg/v1``: the server adds what it cannot read, and reads the sum.
+"""Collection with secure aggregation (``secagg/v1``): the server reads sums only.
 
 Two round trips a sum once the keys are there: the keys of the next epoch ride with the masked
 vectors of this one, and its boxes with the shares. A sum that cannot be saved is tried again
@@ -174,7 +174,7 @@ class SecureCollector:
         raise self._given_up(last)
 
     def _given_up(self, last: SecureAggregationError | None) -> Exception:
-        """What to raise once a sum cannot be had: the run may go on where enough sites are left."""
+        """Return the error of a failed sum: the run may continue where enough sites are left."""
         needed = self._terms(0).parameters.m
         gone = self._refused.keys() | self._blamed
         present = len(set(self._members.nodes.values()) - gone)
@@ -222,7 +222,7 @@ class SecureCollector:
         self._send(tasks, epoch, following)
 
     def _keyed(self, wanted: _Sum) -> secagg.ServerEpoch:
-        """A key epoch from nothing, in two round trips: at the start, and after a failure."""
+        """Set up a new key epoch in two round trips: at the start, and after a failure."""
         epoch = self._new_epoch()
         advertise = epoch.advertise_request()
         self._exchange(wanted, dict.fromkeys(self._present(), (advertise,)), epoch)
@@ -279,12 +279,12 @@ class SecureCollector:
     def _take(self, name: str, message: Exchanged, epochs: Collection[secagg.ServerEpoch]) -> None:
         bundle = secagg.decode(message.exchange.data)
         if message.site != name or not isinstance(bundle, Bundle):
-            raise SessionMismatch(f"{name} answered with something else than was asked for.")
+            raise SessionMismatch(f"{name} sent another message than was requested.")
         given_up = False
         for part in bundle.parts:
             epoch = next((epoch for epoch in epochs if _belongs(part, epoch)), None)
             if epoch is None or _author(part) != name:
-                raise SessionMismatch(f"{name} answered for another epoch, or for another site.")
+                raise SessionMismatch(f"{name} sent a message of another epoch or of another site.")
             _receive(part, epoch)
             if isinstance(part, Abort):
                 given_up = True
@@ -295,7 +295,7 @@ class SecureCollector:
             self._refused.pop(name, None)
 
     def _accuse(self, abort: Abort) -> None:
-        """Hold a site to be at fault once more sites sign so than may lie."""
+        """Blame a site once more sites accuse it than may collude."""
         if abort.blamed and abort.blamed != abort.site:
             accusers = self._accusers.setdefault(abort.blamed, set())
             accusers.add(abort.site)
@@ -304,7 +304,7 @@ class SecureCollector:
                 self._refused[abort.blamed] = Refused.PROTOCOL.value
 
     def _blame(self, error: CloisterError) -> None:
-        """Ask a site no more once it was caught sending what it should not."""
+        """Exclude a site that an error blames."""
         blamed = getattr(error, "blamed", "")
         if blamed:
             self._blamed.add(blamed)

@@ -1,4 +1,4 @@
-"""What the coordinator noted of the sites' audit logs, so that each site can be told of its own.
+"""Heads of the sites' audit logs that the coordinator recorded, to be sent back to each site.
 
 Only a note that came from a site's own node counts: a hospital that tells of another's log would
 keep that one out of the next run.

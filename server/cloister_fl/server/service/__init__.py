@@ -1,1 +1,1 @@
-"""The coordinator's service, and the process that executes runs."""
+"""The coordinator's service, and its run executor."""

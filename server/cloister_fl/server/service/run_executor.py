@@ -1,4 +1,4 @@
-"""The process that executes runs, one at a time, of the coordinator's folder DIR.
+"""Run executor: the process that executes the runs of the coordinator's folder DIR, one by one.
 
 Started as ``python -P -m cloister_fl.server.service.run_executor DIR``.
 
@@ -34,8 +34,8 @@ _CHECK_S = 1.0
 
 
 @dataclass
-class _Teller:
-    """Writes how the run stands, and ends it where a person stopped it."""
+class _StatusWriter:
+    """Writes the status of the run, and ends the run where a person stopped it."""
 
     run: RunFolder
     status: Status
@@ -52,7 +52,9 @@ class _Teller:
         self._looked = now
         if not self.run.asked().wanted:
             raise RunStopped(
-                "The run was stopped.", remedy=f"To go on: cloister server resume {self.run.name}"
+                "The run was stopped.",
+                remedy="To resume it: "
+                f"cloister server resume {self.run.name}{self.run.folder_option}",
             )
 
     def __call__(self, event: object) -> None:
@@ -71,7 +73,7 @@ class _Teller:
                     refused=dict(event.refused),
                 )
             case Lost():
-                self.say(state="training", round=event.round, told=f"round {event.round} is lost")
+                self.say(state="training", round=event.round, told=f"round {event.round} failed")
             case Measured():
                 number = event.figures.round
                 self.say(state="training", round=number, told=f"round {number} is done")
@@ -80,28 +82,28 @@ class _Teller:
 def execute(place: Coordinator, run: RunFolder) -> None:
     """Execute a run to its end, or to the next interruption."""
     study = run.study()
-    teller = _Teller(run, replace(run.status(), rounds=study.training.rounds))
-    teller.say(state="waiting", told="the run starts", code="")
+    writer = _StatusWriter(run, replace(run.status(), rounds=study.training.rounds))
+    writer.say(state="waiting", told="starting", code="")
     try:
-        _run(place, run, teller)
+        _run(place, run, writer)
     except RunStopped as error:
-        teller.say(state=STOPPED, told=error.what, code=error.code)
+        writer.say(state=STOPPED, told=error.what, code=error.code)
     except CloisterError as error:
-        run.tell(failure(error, teller.status))
+        run.tell(failure(error, writer.status))
     except Exception as error:
         if _is_connection(error):
             # The server ends, or began anew without us: the run stays wanted.
             raise
         fault = InternalError(
-            f"Cloister met a fault of its own ({type(error).__name__}).",
+            f"Internal error ({type(error).__name__}).",
             remedy="Report it, with the version of Cloister and the study file.",
         )
-        run.tell(failure(fault, teller.status))
+        run.tell(failure(fault, writer.status))
     else:
-        teller.say(state=DONE, told="finished")
+        writer.say(state=DONE, told="finished")
 
 
-def _run(place: Coordinator, run: RunFolder, teller: _Teller) -> None:
+def _run(place: Coordinator, run: RunFolder, writer: _StatusWriter) -> None:
     from cloister_fl.server.app import build
     from cloister_fl.server.flower import runtime
     from cloister_fl.server.rounds.checkpoint import CHECKPOINT_FOLDER, Checkpoints
@@ -111,8 +113,8 @@ def _run(place: Coordinator, run: RunFolder, teller: _Teller) -> None:
     sites = len(place.federation().roster().entries)
     hooks = Hooks(
         evaluate=_holdout(run, asked.holdout),
-        notify=teller,
-        check=teller.check,
+        notify=writer,
+        check=writer.check,
         patience=Patience(begin=asked.wait),
         timeout=asked.timeout,
     )

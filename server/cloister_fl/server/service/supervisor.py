@@ -2,7 +2,7 @@
 
 ::
 
-    fleet       public    TLS 1.3, client certificates, ``gate.FleetGate`` before Flower
+    fleet       public    TLS 1.3, client certificates, ``fleet_gate.FleetGate`` before Flower
     enrolment   public    TLS 1.3, open only while an invite is
     control     loopback  Flower's Control and Runtime, behind a token and a secret
     health      loopback  grpc.health.v1
@@ -19,6 +19,7 @@ import contextlib
 import logging
 import os
 import queue
+import shlex
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
+from cloister_fl.cli.folder_option import dir_option
 from cloister_fl.errors import ListenRefused, ServerFolderInvalid, ServerState
 from cloister_fl.server.coordinator.certificate_authority import CA_CERTIFICATE, pem
 from cloister_fl.server.coordinator.folder import SERVER_CERTIFICATE, SERVER_KEY, Coordinator
@@ -77,7 +79,10 @@ def serve(coordinator: Coordinator, ready: Callable[[], None]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
     def taken() -> Exception:
-        return ServerState("The server of this folder runs already.")
+        return ServerState(
+            f"The server of {coordinator.root} is already running.",
+            remedy=f"Stop it first: cloister server stop{dir_option(coordinator.root)}",
+        )
 
     with only_one(coordinator.lock, taken), coordinator.registry() as registry:
         # A folder of an earlier version has none.
@@ -100,7 +105,7 @@ class _Service:
         self._executor = Child("run executor", arguments, environment(), self._events)
 
     def _tend(self) -> bool:
-        """Keep the process running that executes runs; whether it does."""
+        """Keep the run executor running; return whether it is ready."""
         self._executor.tend()
         while not self._events.empty():
             _, told = self._events.get_nowait()
@@ -193,7 +198,7 @@ class _Service:
         joining: EnrolmentApp,
         limiter: ConnectionLimiter,
     ) -> tuple[dict[str, bytes], set[bytes]]:
-        """Do what the database asks for: nodes, connections, the enrolment port."""
+        """Apply changes of the database to nodes, connections and the enrolment port."""
         now = self._approved()
         if now != before:
             await asyncio.to_thread(nodes.reconcile, now[0], now[1])
@@ -240,7 +245,12 @@ class _Service:
         if task.done():
             bound.close()
             await task
-            raise ServerState("The server could not start.")
+            raise ServerState(
+                f"The server could not start to listen on {address}.",
+                why="Its listener ended before it was ready.",
+                remedy="Read the messages above, then start it again: "
+                f"cloister server start{dir_option(self.coordinator.root)}",
+            )
         self._listeners[name] = (listener, task)
 
     async def _close(self, name: str) -> None:
@@ -255,7 +265,8 @@ class _Service:
         except OSError:
             raise ServerFolderInvalid(
                 "The folder has no signed roster.",
-                remedy="Run 'cloister server init' again; it replaces nothing.",
+                remedy="Create it; no key is replaced: "
+                f"cloister server init {shlex.quote(str(self.coordinator.root))}",
             ) from None
 
 

@@ -220,7 +220,7 @@ def test_the_commands_judge_and_a_run_follows(
     folder = sites / "birke"
     (folder / "site.toml").write_text('[site]\nname = "birke"\n[policy]\nmax_epsilon_study = 6\n')
     asked = study(training="rounds = 1")
-    with pytest.raises(TooFewSites, match="nobody there has approved the study yet") as caught:
+    with pytest.raises(TooFewSites, match="the study is not approved there yet") as caught:
         simulate(Simulation(asked, sites, tmp_path / "one"))
     assert "birke: CLO-307" in str(caught.value)
 

@@ -31,7 +31,7 @@ def command(*arguments: str | Path, said: str = "") -> Result:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Coordinator:
-    """A coordinator whom three sites have asked; its server does not run."""
+    """A coordinator whom three sites have asked; its server is not running."""
     made = init_coordinator(tmp_path / "fed", Layout(("127.0.0.1:9443",)))
     command("invite", *NAMES, "--dir", made.root)
     for name in NAMES:
@@ -132,7 +132,7 @@ def test_revoke_names_the_federation_and_asks(place: Coordinator) -> None:
     result = command("revoke", "birke", "--dir", place.root, said="n\n")
     assert result.exit_code == DECLINED != 0
     assert f"Federation federation, in {place.root.resolve()}\n" in result.output
-    assert "The site birke (pending) is shut out for good." in result.output
+    assert "The site birke (pending) is revoked permanently." in result.output
     assert states(place)["birke"] == "pending"
     assert command("revoke", "birke", "--dir", place.root, said="y\n").exit_code == 0
     assert states(place)["birke"] == "revoked"

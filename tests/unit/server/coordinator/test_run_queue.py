@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from cloister_fl.errors import RunUnknown
 from cloister_fl.server.coordinator.run_queue import (
     SUMMARY,
     RunFolder,
     Status,
     close_finished,
+    find_run,
     new_run,
     next_run,
+    resume_run,
+    stop_run,
 )
 from support.federations import study
 
@@ -40,3 +44,25 @@ def test_a_run_without_a_model_is_not_done(tmp_path: Path, state: str) -> None:
     run.tell(Status(state=state, told="as before"))
     close_finished(tmp_path)
     assert (run.status().state, run.status().told) == (state, "as before")
+
+
+def test_a_remedy_is_a_command_for_this_folder(tmp_path: Path) -> None:
+    place = tmp_path / "my fed"
+    with pytest.raises(RunUnknown) as error:
+        find_run(place, "thorax-1")
+    assert error.value.remedy == f"List the runs: cloister server status --dir '{place}'"
+    run = _run(place)
+    with pytest.raises(RunUnknown) as error:
+        _run(place)
+    assert error.value.remedy.endswith(f"server stop --run {run.name} --dir '{place}'")
+    with pytest.raises(RunUnknown, match="is already running") as error:
+        resume_run(run)
+    assert error.value.remedy == f"See its status: cloister server status --dir '{place}'"
+    run.tell(Status(state="failed"))
+    with pytest.raises(RunUnknown, match="has ended already") as error:
+        stop_run(run)
+    assert error.value.remedy == f"See its status: cloister server status --dir '{place}'"
+    (run.path / SUMMARY).write_text("{}")
+    with pytest.raises(RunUnknown, match="is finished") as error:
+        resume_run(run)
+    assert error.value.remedy.endswith(f"server report {run.name} --dir '{place}'")

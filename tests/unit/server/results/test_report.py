@@ -264,7 +264,7 @@ def test_without_privacy_it_says_so_and_promises_nothing() -> None:
     assert "the number of patients" not in text
 
 
-UNMASKED = "updates are not masked: the coordinator could read each site's update"
+UNMASKED = "secure aggregation was off: the coordinator could read each site's update"
 
 
 @pytest.mark.parametrize("said", [{}, {"secure_aggregation": False}, {"secure_aggregation": "yes"}])
@@ -273,7 +273,7 @@ def test_updates_count_as_unmasked_unless_it_is_said_that_they_are_not(
 ) -> None:
     text = text_of(report(summary=said))
     assert UNMASKED in text
-    assert "Updates masked no" in text
+    assert "Secure aggregation no" in text
     assert "secure aggregation was on" not in text
     assert "Nothing else protected them." in text_of(report(private=False, summary=said))
 
@@ -281,7 +281,7 @@ def test_updates_count_as_unmasked_unless_it_is_said_that_they_are_not(
 def test_with_secure_aggregation_it_says_so() -> None:
     text = text_of(report(summary={"secure_aggregation": True}))
     assert "No: secure aggregation was on." in text
-    assert "Updates masked yes" in text
+    assert "Secure aggregation yes" in text
     assert UNMASKED not in text
 
 
@@ -301,7 +301,8 @@ def test_lost_rounds_simulations_and_warnings_are_told() -> None:
         report(lost_rounds=(2,), warnings=("Round 3 was odd.",), summary={"simulated": True})
     )
     assert (
-        "Round 2 was sent out and never finished. The sites' privacy budgets were charged" in text
+        "Round 2 was sent out and never finished. The privacy cost of what was started stays charged"
+        in text
     )
     assert "Round 3 was odd." in text
     assert "all sites ran on one machine" in text

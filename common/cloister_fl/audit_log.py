@@ -1,4 +1,4 @@
-"""The audit log: what was asked, done and refused, so that neither side can rewrite it alone.
+"""The audit log: requests, actions and refusals, in a hash chain that both sides attest.
 
 JSON Lines, one entry a line, canonical (keys sorted, no white space). Each entry carries the hash
 of the one before and its own: SHA-256 over a label, the previous hash and the body. Whoever edits
@@ -155,7 +155,7 @@ class AuditLog:
             with locked(self._path) as handle, os.fdopen(handle, "r+b", closefd=False) as file:
                 yield file
         except OSError as error:
-            raise _damaged("it cannot be read or written") from error
+            raise _damaged("It cannot be read or written.") from error
 
 
 def _write(file: BinaryIO, head: Head, kind: str, body: Mapping[str, Value]) -> Head:
@@ -183,14 +183,14 @@ def _last(file: BinaryIO) -> tuple[Head, int]:
     torn = len(tail) - end
     if torn:
         if end == 0 and start > 0:
-            raise _damaged("its last line has no end")
+            raise _damaged("Its last line is incomplete.")
         file.truncate(start + end)
     lines = tail[:end].splitlines()
     if not lines:
         return EMPTY, torn
     entry = _parse(lines[-1])
     if entry is None or _hash(_full(entry)) != entry.hash:
-        raise _damaged("its last line does not carry the hash of its content")
+        raise _damaged("The hash of its last line is wrong.")
     return Head(entry.seq, entry.hash), torn
 
 
@@ -221,9 +221,9 @@ def _read(lines: Iterable[bytes]) -> Iterator[Entry]:
     for number, line in enumerate(lines, start=1):
         entry = _parse(line)
         if entry is None or _hash(_full(entry)) != entry.hash or entry.seq != head.seq + 1:
-            raise _damaged(f"line {number} is not as it was written; 'cloister verify' says more")
+            raise _damaged(f"Line {number} was changed; 'cloister verify' lists all errors.")
         if entry.previous != head.hash:
-            raise _damaged(f"line {number} does not follow the one before it")
+            raise _damaged(f"Line {number} does not follow the line before it.")
         head = Head(entry.seq, entry.hash)
         yield entry
 
@@ -279,11 +279,11 @@ def examine(path: Path, *, key: bytes | None = None, peer: Path | None = None) -
     for number, line in enumerate(_lines(path), start=1):
         entry = _parse(line)
         if entry is None:
-            findings.append(Finding(number, "is no entry of an audit log"))
+            findings.append(Finding(number, "is not an entry of an audit log"))
             continue
         count += 1
         if not line.endswith(b"\n"):
-            findings.append(Finding(number, f"entry {entry.seq} has no end: it was cut short"))
+            findings.append(Finding(number, f"entry {entry.seq} is incomplete: it was cut short"))
         if _hash(_full(entry)) != entry.hash:
             findings.append(Finding(number, f"entry {entry.seq} was edited"))
         findings += _order(number, entry, head, known)
@@ -306,10 +306,10 @@ def examine(path: Path, *, key: bytes | None = None, peer: Path | None = None) -
 def _order(number: int, entry: Entry, head: Head, known: Mapping[int, _Place]) -> Iterator[Finding]:
     if entry.seq in known:
         first = known[entry.seq].line
-        what = f"entry {entry.seq} stands here again, or was inserted here or in line {first}"
+        what = f"entry {entry.seq} appears again: it was inserted here or in line {first}"
         yield Finding(number, what)
     elif entry.seq <= head.seq:
-        yield Finding(number, f"entry {entry.seq} stands after entry {head.seq}: it was moved")
+        yield Finding(number, f"entry {entry.seq} comes after entry {head.seq}: it was moved")
     elif entry.seq > head.seq + 1:
         gone = f"{head.seq + 1} to {entry.seq - 1}" if entry.seq > head.seq + 2 else head.seq + 1
         yield Finding(number, f"before entry {entry.seq}, entry {gone} is missing or was moved")
@@ -321,7 +321,9 @@ def _order(number: int, entry: Entry, head: Head, known: Mapping[int, _Place]) -
 
 def _against(peer: Path, names: set[str], known: Mapping[int, _Place]) -> Iterator[Finding]:
     if not names:
-        yield Finding(0, "nothing here is signed: the other side's notes fit it only with --key")
+        yield Finding(
+            0, "no entry is signed: --key is needed to compare it with the other side's log"
+        )
         return
     noted = 0
     for number, line in enumerate(_lines(peer), start=1):
@@ -333,13 +335,13 @@ def _against(peer: Path, names: set[str], known: Mapping[int, _Place]) -> Iterat
         head = told[1]
         if head.seq not in known:
             yield Finding(
-                0, f"the other side noted entry {head.seq} (its line {number}); it is gone"
+                0, f"the other side recorded entry {head.seq} (its line {number}); it is missing"
             )
         elif known[head.seq].hash != head.hash:
-            what = f"the other side noted another entry {head.seq} (its line {number})"
+            what = f"the other side recorded another entry {head.seq} (its line {number})"
             yield Finding(known[head.seq].line, what)
     if not noted:
-        yield Finding(0, "the other side noted nothing of a log with this signature")
+        yield Finding(0, "the other side recorded no log with this signature")
 
 
 def _signature_holds(entry: Entry, key: bytes | None) -> bool:
@@ -359,7 +361,7 @@ def _lines(path: Path) -> Iterator[bytes]:
             while line := file.readline(MAX_LINE + 1):
                 yield line
     except OSError as error:
-        raise _damaged("it cannot be read") from error
+        raise _damaged("It cannot be read.") from error
 
 
 def _parse(line: bytes) -> Entry | None:
@@ -399,6 +401,7 @@ def _hash(full: Mapping[str, Value]) -> str:
 def _damaged(why: str) -> AuditLogDamaged:
     return AuditLogDamaged(
         "The audit log cannot be trusted.",
-        why=f"In the log, {why}.",
-        remedy="Keep the file, find out who changed it, and compare it with the other side's.",
+        why=why,
+        remedy="Keep the file, find out who changed it, and compare it with the other side's: "
+        "cloister verify LOG --against OTHER_LOG",
     )

@@ -1,4 +1,4 @@
-"""Every error that Cloister raises on purpose, in one tree.
+"""Tree of all errors that Cloister raises on purpose.
 
 ::
 
@@ -93,7 +93,7 @@
     │   ├── ClockOrDates           CLO-814
     │   ├── VersionsDiffer         CLO-815
     │   └── ServiceState           CLO-820
-    └── InternalError              CLO-901, exit 70: a fault of Cloister itself
+    └── InternalError              CLO-901, exit 70: an internal error
 
 A message says what happened, why, and what to do. It never carries a patient's data, a path
 inside a site's data folder, or the text of a library's exception: such text quotes values.
@@ -169,7 +169,7 @@ class InputError(CloisterError):
 
 
 class _FaultyFile(InputError):
-    """A file with faults, all of them told in one go."""
+    """A file with faults, all of them in one message."""
 
     faults: tuple[Fault, ...] = ()
 
@@ -685,7 +685,7 @@ class Reject(enum.Enum):
 
     @property
     def held(self) -> bool:
-        """Whether the file waits for a person who looks at it and may release it."""
+        """Whether the file is quarantined, until a person looks at it and may release it."""
         return self in _HELD
 
 

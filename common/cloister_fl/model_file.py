@@ -1,4 +1,4 @@
-"""The trained model as one safetensors file that says how it is to be used.
+"""The model file: trained weights and their study in one safetensors file.
 
 The metadata carry the study in canonical form, so preprocessing, classes and network travel
 with the weights, and a model is used as it was trained. No pickle is read or written.

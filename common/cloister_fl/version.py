@@ -1,5 +1,5 @@
-"""What the coordinating site and the hospitals must agree on."""
+"""Versions of Cloister and of its protocol."""
 
 __version__ = "0.1.0"
 PROTOCOL = 4
-"""Number of what site and coordinator say to each other; it changes where they would not agree."""
+"""Version of the protocol between site and coordinator; it rises with each incompatible change."""

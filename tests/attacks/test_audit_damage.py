@@ -236,7 +236,7 @@ def test_a_whole_side_rolled_back_is_found_by_the_other_side(
     assert alone.findings == ()
     assert alone.signed > 0
     against = examine(log.early, key=log.key, peer=log.peer)
-    assert any("it is gone" in found.what for found in against.findings)
+    assert any("it is missing" in found.what for found in against.findings)
     # Both sides together rolled back fit together: only a third, here another site, can tell.
     if side == "coordinator":
         others = [logs[name] for name in NAMES]

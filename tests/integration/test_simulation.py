@@ -145,7 +145,7 @@ def test_without_privacy_it_learns_and_says_what_that_means(folders: Path, tmp_p
     assert summary["auroc_final"] > 0.9
     assert summary["epsilon_max"] is None
     assert summary["privacy"] == "off"
-    assert any("may tell of single patients" in warning for warning in summary["warnings"])
+    assert any("may reveal single patients" in warning for warning in summary["warnings"])
 
 
 def test_without_privacy_two_runs_are_the_same_to_the_bit(folders: Path, tmp_path: Path) -> None:

@@ -79,7 +79,8 @@ def test_an_end_that_was_cut_off_is_found_by_the_coordinator_s_log(
     coordinator = out / FEDERATION / AUDIT
     assert examine(tmp_path / "cut").findings == ()
     assert any(
-        "it is gone" in found.what for found in examine(tmp_path / "cut", peer=coordinator).findings
+        "it is missing" in found.what
+        for found in examine(tmp_path / "cut", peer=coordinator).findings
     )
 
 

@@ -65,13 +65,13 @@ def test_an_absent_log_has_no_head(tmp_path: Path) -> None:
         (lambda rows: rows[:2] + rows[3:], "entry 3 is missing"),
         (lambda rows: rows[:2] + rows[5:], "entry 3 to 5 is missing"),
         (lambda rows: [*rows[:2], rows[2].replace('"bytes":2', '"bytes":7'), *rows[3:]], "edited"),
-        (lambda rows: [*rows[:3], rows[1], *rows[3:]], "entry 2 stands here again"),
+        (lambda rows: [*rows[:3], rows[1], *rows[3:]], "entry 2 appears again"),
         (
             lambda rows: [*rows[:2], rows[3], rows[2], *rows[4:]],
-            "entry 3 stands after entry 4: it was moved",
+            "entry 3 comes after entry 4: it was moved",
         ),
-        (lambda rows: [*rows[:4], "{}", *rows[4:]], "is no entry"),
-        (lambda rows: [*rows[:4], "not json", *rows[4:]], "is no entry"),
+        (lambda rows: [*rows[:4], "{}", *rows[4:]], "is not an entry"),
+        (lambda rows: [*rows[:4], "not json", *rows[4:]], "is not an entry"),
         (lambda rows: [row.replace("masked", "plain") for row in rows], "edited"),
     ],
     ids=["deleted", "several", "edited", "repeated", "moved", "empty", "junk", "all"],
@@ -139,14 +139,14 @@ def test_both_rolled_back_together_is_found_by_the_other_side(tmp_path: Path) ->
     whole = one.read_text().splitlines(keepends=True)
     one.write_text("".join(whole[:7]))
     assert examine(one).findings == ()
-    assert any("it is gone" in found.what for found in examine(one, peer=two).findings)
+    assert any("it is missing" in found.what for found in examine(one, peer=two).findings)
 
 
 def test_a_log_that_the_other_side_never_met(tmp_path: Path) -> None:
     _, two = _pair(tmp_path)
     _write(tmp_path / "new", 3, Identity.generate())
     (found,) = examine(tmp_path / "new", peer=two).findings
-    assert "noted nothing" in found.what
+    assert "recorded no log" in found.what
 
 
 @pytest.mark.parametrize("cut", [1, 5, 60, 150])
@@ -209,7 +209,7 @@ def test_verify_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture
     one, two = _pair(tmp_path)
     status, out = _end(capsys, str(one), "--against", str(two), "--key", KEY.public.hex())
     assert status == 0
-    assert "Nothing was changed" in out
+    assert "The log was not changed" in out
     rows = one.read_text().splitlines()
     one.write_text("\n".join(rows[:3] + rows[4:]) + "\n")
     status, out = _end(capsys, str(one), "--json")
@@ -247,7 +247,7 @@ def test_verify_of_another_file_is_no_alarm(
             main.main(["verify", *arguments])
         assert caught.value.code == FileUnreadable.exit_status
         told = capsys.readouterr().err
-        assert "other is no audit log and no certificate" in told
+        assert "other is neither an audit log nor a certificate" in told
         assert "changed" not in told
 
 
@@ -277,13 +277,13 @@ def test_a_log_without_a_signature_says_that_the_key_is_needed(tmp_path: Path) -
     rows = one.read_text().splitlines(keepends=True)
     one.write_text("")
     (found,) = examine(one, peer=two).findings
-    assert "nothing here is signed" in found.what
+    assert "no entry is signed" in found.what
     noted = examine(one, key=KEY.public, peer=two).findings
     assert len(noted) > 1
-    assert all("it is gone" in found.what for found in noted)
+    assert all("it is missing" in found.what for found in noted)
     one.write_text("".join(rows)[:-1])
     assert [(found.line, found.what) for found in examine(one).findings] == [
-        (len(rows), f"entry {len(rows)} has no end: it was cut short")
+        (len(rows), f"entry {len(rows)} is incomplete: it was cut short")
     ]
 
 

@@ -20,7 +20,7 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation; f
 
 
 def confirm(effect: str, *, owner: str, folder: Path, command: Sequence[str], yes: bool) -> None:
-    """Name what a command acts on and its effect, and ask whether to go on; the default is no.
+    """Show what a command acts on and its effect, and ask for confirmation; the default is no.
 
     Args:
         effect: what the command does, a sentence.
@@ -37,12 +37,12 @@ def confirm(effect: str, *, owner: str, folder: Path, command: Sequence[str], ye
     if not yes and not sys.stdin.isatty():
         paste = shlex.join([*command, OPTION, str(place), "--yes"])
         raise OptionInvalid(
-            f"Not a terminal: nobody can confirm this for {owner} in {place}.",
+            f"Not a terminal: this was not confirmed for {owner} in {place}.",
             why=effect,
-            remedy=f"If it is meant, run: {paste}",
+            remedy=f"To confirm it, run: {paste}",
         )
     typer.echo(f"{owner[:1].upper()}{owner[1:]}, in {place}")
     typer.echo(f"  {effect}")
-    if not yes and not typer.confirm("Go on?", default=False):
+    if not yes and not typer.confirm("Continue?", default=False):
         typer.echo("Nothing was changed.")
         raise typer.Exit(DECLINED)

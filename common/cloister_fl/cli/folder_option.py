@@ -1,4 +1,4 @@
-"""``--dir`` of `cloister client` and `cloister server`: one folder, wherever it stands on the line.
+"""Option ``--dir`` of `cloister client` and `cloister server`, at any place of the command line.
 
 ``client --dir X budget close ID``, ``client budget --dir X close ID`` and ``client budget close ID
 --dir X`` mean the same. Click gives each group and command its own options and drops what a group
@@ -82,7 +82,7 @@ def one_folder(positional: Path | None, option: Path | None) -> Path | None:
 
 
 def dir_option(folder: Path) -> str:
-    """What a command told to the user needs to act on ``folder``: `` --dir FOLDER``, quoted.
+    """Return `` --dir FOLDER``, quoted, for a command in a message.
 
     Empty for the folder that this command was started in.
     """
@@ -97,8 +97,8 @@ def _with_folder(command: click.Command, ctx: click.Context, args: list[str]) ->
         if not value:
             raise OptionInvalid(
                 f"{OPTION} is empty.",
-                why="A variable of the shell may not be set.",
-                remedy=f"Name the folder, or leave {OPTION} out to mean this one.",
+                why="A shell variable may be unset.",
+                remedy=f"Name the folder, or leave {OPTION} out to use the current folder.",
             )
         if known:
             _require_same(known[0], value)

@@ -1,4 +1,4 @@
-"""The one command, `cloister`: finds its groups through entry points and reports errors.
+"""The command `cloister`: finds its groups through entry points and reports errors.
 
 A group is an entry point of ``cloister_fl.commands`` that names a typer application or a function.
 Their modules import torch, flwr and opacus inside functions only, so that ``--help`` is quick.
@@ -72,7 +72,7 @@ def _attach(app: typer.Typer, name: str, found: typer.Typer | Callable[..., Any]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and end the process with a status that means something.
+    """Run the command line and end the process with an exit status.
 
     Intended errors print their message; anything else prints ``CLO-901`` without its text,
     which could quote a patient's data. ``CLOISTER_TRACEBACK=1`` shows it to a developer.
@@ -95,13 +95,16 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("CLOISTER_TRACEBACK") == "1":
             traceback.print_exc()
         fault = InternalError(
-            f"Cloister met a fault of its own ({type(error).__name__}).",
+            f"Internal error ({type(error).__name__}).",
             remedy="Repeat it with CLOISTER_TRACEBACK=1 on data without patients and report it.",
         )
         _say(str(fault), fault.code)
         sys.exit(fault.exit_status)
     if status == INTERRUPTED:
-        _say("Stopped. A run that had begun goes on with the same command and --resume.", None)
+        _say(
+            "Stopped. To resume a simulation that had started, repeat the command with --resume.",
+            None,
+        )
     sys.exit(status or 0)
 
 

@@ -44,7 +44,7 @@ def check(
     file: Annotated[Path, typer.Argument(help="The study file.")] = Path("study.toml"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check a study file: all faults at once, or its hash and what it means."""
+    """Check a study file: print all faults, or its hash and a summary."""
     try:
         study = load_study(file)
     except StudyInvalid as error:
@@ -66,14 +66,17 @@ def check(
 def plan(
     file: Annotated[Path, typer.Argument(help="The study file.")] = Path("study.toml"),
     patients: Annotated[
-        str, typer.Option(metavar="N[,N...]", help="Patients of each site; guesses will do.")
+        str,
+        typer.Option(
+            metavar="N[,N...]", help="Number of patients of each site; estimates are enough."
+        ),
     ] = ...,  # type: ignore[assignment]  # typer's mark for an option that must be given
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw epsilon over rounds; a .png or .svg.")
     ] = None,
 ) -> None:
-    """Say what a study will cost and can learn: noise, epsilon by round, time, bytes."""
+    """Estimate what a study costs and can learn: noise, epsilon by round, time, bytes."""
     from cloister_fl.system.optional import require
 
     require("client", "torch", "dp_accounting", "matplotlib")
@@ -101,17 +104,17 @@ def _counts(text: str) -> list[int]:
         counts = [int(word) for word in words]
     if not counts or min(counts) < 1:
         raise OptionInvalid(
-            "The numbers of patients cannot be read.",
-            remedy="Write whole numbers above 0 with commas between, such as --patients 400,250.",
+            "--patients is not a list of whole numbers above 0.",
+            remedy="Separate the numbers by commas, such as --patients 400,250.",
         )
     return counts
 
 
 @app.command()
 def key(
-    file: Annotated[Path, typer.Argument(help="The file to write; for the signer's eyes only.")],
+    file: Annotated[Path, typer.Argument(help="The file to write; for the signer only.")],
 ) -> None:
-    """Make a key to sign studies with. A key that is there is not replaced."""
+    """Create a key to sign studies with. An existing key is not replaced."""
     from cloister_fl.membership.identity import Identity
     from cloister_fl.system.files import create_secret
 
@@ -120,7 +123,7 @@ def key(
         raise OutputInTheWay(
             f"{file} exists already.", remedy="Name another file; a key is never replaced."
         )
-    typer.echo(f"Wrote {file}. Keep it to yourself. Its public key, for trusted_signers:")
+    typer.echo(f"Wrote {file}. Keep it secret. Its public key, for trusted_signers:")
     typer.echo(made.public.hex())
 
 
@@ -129,7 +132,7 @@ def sign(
     file: Annotated[Path, typer.Argument(help="The study file.")],
     key: Annotated[Path, typer.Option(help="The signer's key: cloister study key FILE.")],
 ) -> None:
-    """Vouch for a study to hospitals that trust your key; the signature lies beside the study."""
+    """Sign a study for hospitals that trust your key; the signature lies beside the study."""
     from cloister_fl.membership.identity import Identity
     from cloister_fl.study import signatures
     from cloister_fl.system.files import read_secret
@@ -138,7 +141,9 @@ def sign(
     identity = Identity.from_pem(read_secret(key))
     count = signatures.add(file, study, identity)
     typer.echo(_in_words(study))
-    typer.echo(f"Signed: {signatures.path_of(file)} holds {count}. Your public key:")
+    typer.echo(
+        f"Signed: {signatures.path_of(file)} has {counted(count, 'signature')}. Your public key:"
+    )
     typer.echo(identity.public.hex())
 
 
@@ -148,14 +153,14 @@ def _in_words(study: Study) -> str:
         f"patient-level differential privacy, epsilon {privacy.epsilon:g} at delta "
         f"{privacy.delta:g}, clipping norm {privacy.clipping_norm:g}"
         if privacy.enabled
-        else "NO differential privacy: what leaves a site may tell of single patients"
+        else "NO differential privacy: what leaves a site may reveal single patients"
     )
     if study.releases:
-        promise += f"; {study.evaluation.release_epsilon:g} of it for one release of noised figures"
+        promise += f"; {study.evaluation.release_epsilon:g} of it for one noised evaluation"
     masked = (
-        "masked: only their sum can be read"
+        "by secure aggregation: only their sum can be read"
         if study.aggregation.secure
-        else "NOT masked: the coordinator can read each site's"
+        else "WITHOUT secure aggregation: the coordinator can read each site's"
     )
     given = study.input
     shape = f"{given.size} x {given.size} pixels"

@@ -1,4 +1,4 @@
-"""`cloister verify` of a privacy certificate: what holds, what is promised and what is not."""
+"""`cloister verify` of a privacy certificate."""
 
 from __future__ import annotations
 
@@ -53,9 +53,10 @@ def verify_certificate(
         typer.echo(_in_words(found, checked, log=log is not None))
     if checked.faults:
         raise CertificateInvalid(
-            "The certificate does not hold.",
+            "The certificate is not valid.",
             why=" ".join(checked.faults),
-            remedy="Ask the site for the file anew; if it says the same, for an explanation.",
+            remedy="Ask the site for a new copy of the file; if it has the same fault, ask for an "
+            "explanation.",
         )
 
 
@@ -83,9 +84,11 @@ def _in_words(found: Certificate, checked: Checked, *, log: bool) -> str:
 
     study = study_from_canonical(found.study)
     unfinished = found.steps_started < found.steps_reserved
-    same = "the same as here" if found.code == code_hash() else "another than here"
+    same = (
+        "the same as installed here" if found.code == code_hash() else "another than installed here"
+    )
     lines = [
-        f"The certificate of {found.site} holds: {study.study.name}, run {found.run}",
+        f"The certificate of {found.site} is valid: {study.study.name}, run {found.run}",
         f"  signed by    {fingerprint(bytes.fromhex(found.key))}, {found.made}",
         f"  epsilon      {found.epsilon_run:.3f} at delta {found.delta:g}, patient-level; "
         f"{checked.epsilon_run:.3f} by {checked.accountant}",
@@ -96,7 +99,7 @@ def _in_words(found: Certificate, checked: Checked, *, log: bool) -> str:
     if found.release is not None:
         made = "charged" if found.release.charged else "not charged"
         lines.append(
-            f"  release      of score histograms, {made}: noise "
+            f"  evaluation   noised, of score histograms, {made}: noise "
             f"{found.release.noise_multiplier:g} times the most that one patient adds; its "
             "epsilon is in the sum"
         )
@@ -122,10 +125,12 @@ def _in_words(found: Certificate, checked: Checked, *, log: bool) -> str:
         "epsilon and delta, had any one patient, with all images, not been in the site's data.",
         "Not promised: anything about a patient of two of the hospitals (both pay), about other",
         "studies on the same data, or about timing. That the machine ran this code is the site's",
-        "word; so is who its patients are, which is not in here.",
+        "word; so is who its patients are, which the certificate does not say.",
     ]
     if not log:
-        lines.append("What left is as the site says; its audit log was not given: --against LOG.")
+        lines.append(
+            "What left the site is not checked: give the site's audit log with --against LOG."
+        )
     return "\n".join(lines)
 
 

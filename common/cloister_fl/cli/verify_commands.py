@@ -1,4 +1,4 @@
-"""`cloister verify`: hold an audit log, or a privacy certificate, against all that can be known."""
+"""`cloister verify`: offline checks of an audit log or a privacy certificate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def verify(
     against: Annotated[
         Path | None,
         typer.Option(
-            help="For a log: the other side's, which finds what was cut off or replaced. For a "
+            help="For a log: the other side's, to find what was cut off or replaced. For a "
             "certificate: the site's own log."
         ),
     ] = None,
@@ -35,7 +35,7 @@ def verify(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Find what was changed in an audit log, or does not hold in a certificate; offline.
+    """Check an audit log for changes, or a certificate for errors; offline.
 
     A log: every line that was edited, deleted, inserted or moved. A certificate: signature, form,
     and epsilon by another accountant. The exit status is 0 where nothing was found.
@@ -45,7 +45,7 @@ def verify(
         return
     if ledger is not None:
         raise OptionInvalid(
-            f"{file} is an audit log; a ledger says nothing of it.",
+            f"{file} is an audit log, and --ledger applies to certificates only.",
             remedy="Leave --ledger out, or name a certificate.",
         )
     for each in (file, against):
@@ -61,7 +61,7 @@ def verify(
 
 
 def _require_log(path: Path) -> None:
-    """Tell another file, or none, from a log that was changed: that would be an alarm."""
+    """Refuse a file that is no audit log at all, so that it is not reported as a changed log."""
     name = path.name or str(path)
     try:
         with path.open("rb") as file:
@@ -77,8 +77,8 @@ def _require_log(path: Path) -> None:
         ) from None
     if not sound:
         raise FileUnreadable(
-            f"{name} is no audit log and no certificate.",
-            why="Nothing in it is an entry of an audit log.",
+            f"{name} is neither an audit log nor a certificate.",
+            why="It has no entry of an audit log.",
             remedy="Name an audit log (audit.jsonl) or a site's certificate. A ledger's export "
             "goes with its certificate: --ledger.",
         )
@@ -120,10 +120,10 @@ def _in_words(verdict: Verdict, *, compared: bool) -> str:
     if verdict.findings:
         lines.append("The log was changed.")
     elif compared:
-        lines.append("Nothing was changed, and all that the other side noted is there.")
+        lines.append("The log was not changed, and all that the other side recorded is there.")
     else:
         lines.append(
-            "Nothing inside was changed. Whether its end was cut off, only the other side's log "
-            "can tell: --against."
+            "The log was not changed. Only the other side's log shows whether its end was cut off: "
+            "--against."
         )
     return "\n".join(lines)

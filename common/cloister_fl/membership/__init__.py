@@ -1,1 +1,1 @@
-"""Who belongs to a federation: identities, enrolment, the roster."""
+"""Membership of a federation: identities, enrolment, the roster."""

@@ -53,7 +53,7 @@ def load_private(pem: bytes, purpose: Purpose) -> ec.EllipticCurvePrivateKey:
     ):
         raise IdentityInvalid(
             f"The {purpose.value} key is not a {_CURVES[purpose].name} key in PEM.",
-            remedy="Restore the file; a site with another key must be enrolled anew.",
+            remedy="Restore the file; a site with another key must be enrolled again.",
         )
     return key
 

@@ -1,4 +1,4 @@
-"""How a hospital joins: the invite, the request that proves its keys, and the answer.
+"""Enrolment of a site: the invite, the request that proves its keys, and the answer.
 
 An invite is one line of text. It names the coordinator (addresses, the SHA-256 of its
 certificate authority, the root's public key) and carries a one-time secret. The site answers
@@ -112,8 +112,8 @@ class Invite:
         """
         packed = "".join(text.split())
         fault = InviteInvalid(
-            "The text is not a whole invite.",
-            why="It was cut or altered on its way, or is something else.",
+            "The text is not a complete invite.",
+            why="It was truncated or changed, or is another text.",
             remedy="Copy the whole line again.",
         )
         if not packed.startswith(_PREFIX):
@@ -180,7 +180,7 @@ class Request:
 
     @classmethod
     def make(cls, invite: Invite, identity: Identity, node_pem: bytes, tls_pem: bytes) -> Request:
-        """Sign with all three keys; the PEMs are private keys, see ``eckeys.generate_pem``."""
+        """Sign with all three keys; the PEMs are private keys, see ``ec_keys.generate_pem``."""
         node = ec_keys.load_private(node_pem, Purpose.NODE)
         tls = ec_keys.load_private(tls_pem, Purpose.TLS)
         unsigned = cls(
@@ -296,7 +296,7 @@ def read_status(data: Buffer, authority: bytes) -> tuple[bytes, bytes]:
     except FrameError:
         label = b""
     if label != _STATUS or not verify(identity, signature, _STATUS.decode(), authority, invite_id):
-        raise MessageInvalid("The question is malformed or not signed.")
+        raise MessageInvalid("The status request is malformed or not signed.")
     return invite_id, identity
 
 

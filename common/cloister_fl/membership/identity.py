@@ -1,4 +1,4 @@
-"""Ed25519 identities (RFC 8032): who wrote a message, whatever carried it.
+"""Ed25519 identities (RFC 8032), which sign messages independently of the transport.
 
 A site makes its key itself and never sends it. Flower's node key signs a time stamp only, so
 whatever matters is signed here, over its content and under a label.

@@ -62,7 +62,9 @@ class Roster:
     def __post_init__(self) -> None:
         fault = _fault(self)
         if fault:
-            raise RosterInvalid(f"The roster {fault}.", remedy="Ask the coordinator for another.")
+            raise RosterInvalid(
+                f"The roster {fault}.", remedy="Ask the coordinator for a new roster."
+            )
 
     @classmethod
     def of(cls, federation: str, serial: int, entries: Iterable[RosterEntry]) -> Roster:
@@ -98,7 +100,7 @@ class Roster:
 
     @property
     def digest(self) -> bytes:
-        """32 bytes; what a site pins and what every key epoch is bound to."""
+        """32 bytes; what a site trusts and what every key epoch is bound to."""
         return digest(LABEL, self.encode())
 
     @property
@@ -107,7 +109,7 @@ class Roster:
         return tuple(entry.site for entry in self.entries)
 
     def public_key(self, site: str) -> bytes | None:
-        """The pinned key of a site, or ``None`` where the roster has no such site."""
+        """The trusted key of a site, or ``None`` where the roster has no such site."""
         for entry in self.entries:
             if entry.site == site:
                 return entry.public_key
@@ -122,7 +124,7 @@ class Roster:
         for entry in self.entries:
             if entry.site == site:
                 return entry.weight
-        raise RosterMismatch("A site is not on the pinned roster.", blamed="")
+        raise RosterMismatch("A site is not on the trusted roster.", blamed="")
 
 
 def _entry(reader: Reader) -> RosterEntry:
@@ -179,19 +181,19 @@ def open_roster(data: Buffer, root_public: bytes) -> Roster:
 
 @dataclass(frozen=True)
 class RosterChange:
-    """What a steward is shown before accepting a roster in place of the pinned one."""
+    """What a steward is shown before accepting a roster in place of the trusted one."""
 
     added: tuple[str, ...]
     removed: tuple[str, ...]
     rekeyed: tuple[str, ...]
     reweighted: tuple[str, ...]
     rolled_back: bool
-    """The offered serial number is not above the pinned one, though the content differs."""
+    """The offered serial number is not above the trusted one, though the content differs."""
 
 
-def compare(pinned: Roster, offered: Roster) -> RosterChange:
-    """Say how an offered roster differs from the pinned one."""
-    old = {entry.site: entry for entry in pinned.entries}
+def compare(trusted: Roster, offered: Roster) -> RosterChange:
+    """Say how an offered roster differs from the trusted one."""
+    old = {entry.site: entry for entry in trusted.entries}
     new = {entry.site: entry for entry in offered.entries}
     both = sorted(old.keys() & new.keys())
     return RosterChange(
@@ -199,5 +201,5 @@ def compare(pinned: Roster, offered: Roster) -> RosterChange:
         removed=tuple(sorted(old.keys() - new.keys())),
         rekeyed=tuple(site for site in both if old[site].public_key != new[site].public_key),
         reweighted=tuple(site for site in both if old[site].weight != new[site].weight),
-        rolled_back=offered.digest != pinned.digest and offered.serial <= pinned.serial,
+        rolled_back=offered.digest != trusted.digest and offered.serial <= trusted.serial,
     )

@@ -1,4 +1,4 @@
-"""How well a model tells patients apart: AUROC, AUPRC and balanced accuracy, with intervals.
+"""Classification metrics: AUROC, AUPRC and balanced accuracy, with intervals.
 
 The unit is the patient, never the image: a patient with thirty images counts once, and the
 interval speaks of new patients. Intervals hold 95 % and come from a stratified bootstrap over

@@ -1,4 +1,4 @@
-"""How well outlines agree: the Dice coefficient (Dice 1945), by patient.
+"""Dice coefficient of segmentation masks (Dice 1945), by patient.
 
 A patient's coefficient is 2 |A and B| / (|A| + |B|) over the pixels of all the patient's images,
 A what is marked and B what the model outlines. Where nothing is marked it tells only whether the

@@ -1,4 +1,4 @@
-"""What a model does on patients of whom only noised score histograms are known.
+"""Classification metrics from noised score histograms.
 
 Every cell holds the number of patients plus Gaussian noise of a known standard deviation. A class
 is first brought to counts that can be: none below zero, and the noised total kept (the nearest such

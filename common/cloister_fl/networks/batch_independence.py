@@ -1,4 +1,4 @@
-"""Proves for a given network that no patient's output depends on another patient's image."""
+"""Check that no patient's output of a network depends on another patient's image."""
 
 from __future__ import annotations
 

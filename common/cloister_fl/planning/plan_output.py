@@ -1,4 +1,4 @@
-"""A plan in words, as JSON, and as a plot of epsilon over rounds."""
+"""Output of a plan: text, JSON, and a plot of epsilon over rounds."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def render(plan: Plan) -> str:
         + counted(len(plan.sites), "site")
     ]
     if setting is None:
-        lines.append("  privacy   NONE: no noise, no epsilon, nothing to choose")
+        lines.append("  privacy   NONE: no noise and no epsilon")
     else:
         lines += [
             f"  privacy   patient-level, epsilon {privacy.epsilon:g} at delta {privacy.delta:g}",
@@ -58,13 +58,13 @@ def render(plan: Plan) -> str:
         ]
         if plan.release is not None:
             lines.append(
-                f"  release   epsilon {study.evaluation.release_epsilon:g}, sigma "
+                f"  evaluation, noised: epsilon {study.evaluation.release_epsilon:g}, sigma "
                 f"{plan.release:.4f}, once at the end; {plan.whole:.3f} with training"
             )
     lines += [
         f"  network   {study.network.name}, {plan.weights:,} trained weights",
         f"  bytes     {plan.bytes_each_way:,} to a site and {plan.bytes_each_way:,} from it, a "
-        "round; keys and signatures come on top",
+        "round; plus keys and signatures",
         f"  machine   {plan.pace.gradient:.4f} s for a patient of "
         f"{counted(study.training.images_per_patient, 'image')}, one after the other",
         "",
@@ -112,10 +112,9 @@ def _comparison(plan: Plan, setting: Setting) -> list[str]:
     if better is not None:
         times = better.passes / setting.passes
         lines.append(
-            f"Less is wasted at rate {better.sampling_rate:.4g} with {better.rounds} rounds: "
+            f"More efficient: rate {better.sampling_rate:.4g} with {better.rounds} rounds: "
             f"{better.share:.0%} kept instead of {setting.share:.0%}, for {times:.3g} times the "
-            "computing. The model then moves another number of times; its learning rate may "
-            "have to follow."
+            "computing. The number of steps changes, so the learning rate may have to change, too."
         )
     return lines
 

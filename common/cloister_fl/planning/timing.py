@@ -1,4 +1,4 @@
-"""How long this machine takes for one patient of a study: the study's network on random numbers."""
+"""Timing of one patient of a study on this machine: the study's network on random numbers."""
 
 from __future__ import annotations
 

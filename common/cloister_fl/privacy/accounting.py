@@ -1,4 +1,4 @@
-"""Epsilon of a study whose parameters are fixed beforehand, and the noise that gives it.
+"""Privacy accounting: epsilon of a study with fixed parameters, and the noise that it needs.
 
 The figure of record is Google's privacy-loss-distribution accountant (Doroshenko et al. 2022,
 "Connect the Dots"; Koskela et al. 2020), rounded pessimistically: each number returned is an upper
@@ -125,8 +125,9 @@ def calibrate(
 
     if epsilon_of(beside, delta) >= epsilon:
         raise EpsilonUnreachable(
-            f"What is charged beside the steps takes all of epsilon {epsilon:g}.",
-            remedy="Ask for a larger epsilon, or leave less to the release.",
+            f"The noised evaluation uses all of epsilon {epsilon:g}.",
+            why="Nothing is left for training.",
+            remedy="Lower evaluation.release_epsilon, or raise privacy.epsilon in the study.",
         )
 
     def epsilon_at(ticks: int) -> float:

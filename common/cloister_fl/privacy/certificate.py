@@ -1,4 +1,4 @@
-"""The certificate: what a site's patients paid for a run of a study, signed by the site.
+"""The privacy certificate: the privacy cost of a run for a site's patients, signed by the site.
 
 It says what was charged, not what a server claims: the numbers are the ledger's. Everything in it
 is public or about the study, so it may be handed to an ethics board or the coordinator; what the
@@ -56,7 +56,7 @@ class Left(_Part):
 
 
 class Release(_Part):
-    """The study's release of score histograms, after training.
+    """The study's noised evaluation by score histograms, after training.
 
     Attributes:
         noise_multiplier: sigma of the one Gaussian, over the sensitivity.
@@ -163,16 +163,16 @@ def read(data: bytes, *, key: bytes | None = None) -> Certificate:
         form = certificate.model_dump(mode="json")
         whole = _canonical({**form, "signature": signature.hex()}).encode()
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError, ValidationError):
-        raise _invalid("it has not the form of one") from None
+        raise _invalid("It is not in the format of a certificate.") from None
     if whole != data:
-        raise _invalid("it is not in canonical form: it was changed, or stored by another program")
+        raise _invalid("It is not in canonical form: it was changed, or saved by another program.")
     public = bytes.fromhex(certificate.key)
     if key is not None and key != public:
-        raise _invalid("another key signed it than the one that was asked for")
+        raise _invalid("It is signed by another key than the given one.")
     if not usable_public_key(public) or not verify(
         public, signature, LABEL, certificate.canonical().encode()
     ):
-        raise _invalid("the signature is not that of the site's key over this content")
+        raise _invalid("Its signature does not match its content and the site's key.")
     return certificate
 
 
@@ -197,7 +197,7 @@ def _canonical(held: dict[str, object]) -> str:
 
 def _invalid(why: str) -> CertificateInvalid:
     return CertificateInvalid(
-        "The certificate is refused.",
-        why=f"Of this file, {why}.",
-        remedy="Ask the site for the file anew, and compare the key by telephone.",
+        "The certificate is not valid.",
+        why=why,
+        remedy="Ask the site for a new copy of the file, and compare the key by telephone.",
     )

@@ -1,4 +1,4 @@
-"""What is charged: the Poisson-subsampled Gaussian mechanism, and how often it ran.
+"""Mechanisms that are charged: the Poisson-subsampled Gaussian and its number of steps.
 
 The neighbouring relation is everywhere the same: one data set holds all that the other holds plus
 one patient, with all of that patient's images (add or remove one patient).

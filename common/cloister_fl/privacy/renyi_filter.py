@@ -1,4 +1,4 @@
-"""The lifetime gate: a Renyi filter, valid when later studies are chosen after earlier results.
+"""The Renyi filter of the lifetime budget, valid where later studies depend on earlier results.
 
 A study's own epsilon assumes that its parameters were fixed beforehand. Over a lifetime they are
 not: whoever proposes the next study has seen the last model. Feldman and Zrnic 2021 ("Individual

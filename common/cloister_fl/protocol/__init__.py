@@ -1,1 +1,1 @@
-"""What server and sites say to each other in a run, above Flower: messages and sessions."""
+"""Protocol of a run above Flower: messages and secure-aggregation sessions."""

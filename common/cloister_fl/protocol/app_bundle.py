@@ -1,4 +1,4 @@
-"""The thin bundle: what Flower takes for an application, with no code in it.
+"""The application bundle for Flower, with no code in it.
 
 Flower would send an application's files to every hospital and run them there. What is sent here
 is a ``pyproject.toml`` whose components name modules of the installed wheel, and nothing else.

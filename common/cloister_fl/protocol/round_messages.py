@@ -1,4 +1,4 @@
-"""The messages of a round, typed; the only module that knows Flower's records.
+"""Typed messages of a round; the only module that uses Flower's records.
 
 A message is a frozen dataclass. ``pack`` turns it into a Flower ``RecordDict``: one
 ``ConfigRecord`` with its scalar fields and, where it has arrays, one ``ArrayRecord`` with one flat
@@ -27,10 +27,11 @@ SITE_KEY = "site"
 """Key of Flower's node configuration, which never travels: the site's folder."""
 
 ROSTER_KEY = "roster"
-"""Another: the file of the pinned roster, where it is not the site's own."""
+"""Another: the file of the trusted roster, where it is not the site's own."""
 
 VERSION = f"cloister/round/v{PROTOCOL}"
 _HEAD = "cloister"
+_SAME_VERSION = "Install the same version of Cloister on both sides: cloister --version"
 _BODY = "arrays"
 _LOG_HEAD = "log_head"
 _STYPE = "cloister.raw"
@@ -49,21 +50,21 @@ class Refused(enum.StrEnum):
     POLICY = "policy"
     """The study asks for more than the site's policy allows."""
     APPROVAL = "approval"
-    """Nobody at the site has approved the study."""
+    """The study is not approved at the site."""
     HOURS = "hours"
-    """The site takes part, and does not train at this hour; no round was charged."""
+    """The site takes part, but is outside its training window; no round was charged."""
     BUDGET = "budget"
-    """The privacy budget does not suffice."""
+    """The privacy budget is not sufficient."""
     SPENT = "round-spent"
     """The round was charged before and is not trained again."""
     MESSAGE = "message"
     """The request does not have the agreed form."""
     ROSTER = "roster"
-    """The site's pinned roster is another one, or does not hold the site."""
+    """The site's trusted roster is another one, or does not list the site."""
     PROTOCOL = "protocol"
     """A check of secure aggregation failed; the site gave the round up."""
     DECLINED = "declined"
-    """Everything else. The site's own operator sees why."""
+    """Everything else. The reason is shown at the site only."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,11 @@ class Prepare(RoundMessage):
     sites: int
     """Number of invited sites."""
     roster: str
-    """Digest of the roster, hexadecimal; empty where updates are not masked."""
+    """Digest of the roster, hexadecimal; empty without secure aggregation."""
     signatures: bytes = b""
-    """Who vouches for the study, see ``signing``; empty where nobody does."""
+    """Signatures under the study, see ``study.signatures``; empty where there is none."""
     heads: str = ""
-    """What the coordinator noted of the sites' audit logs, see ``audit.told_heads``."""
+    """What the coordinator noted of the sites' audit logs, see ``audit_log.told_heads``."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class TrainTask(RoundMessage):
     """1-based."""
     sites: int
     exchange: Octets
-    """A ``secagg.Bundle``, encoded; empty where updates are not masked."""
+    """A ``secagg.Bundle``, encoded; empty without secure aggregation."""
     vector: Vector
     """The global model, flat, (D,)."""
 
@@ -155,7 +156,7 @@ class Update(RoundMessage):
 
 @dataclass(frozen=True)
 class EvaluateTask(RoundMessage):
-    """Server to site: measure this model on patients of your own (privacy off, or the release)."""
+    """Server to site: measure this model on patients of your own (privacy off, or noised)."""
 
     kind = "evaluate"
     study: str
@@ -168,9 +169,9 @@ class EvaluateTask(RoundMessage):
 
 @dataclass(frozen=True)
 class Evaluated(RoundMessage):
-    """Site to server: score histograms, patients counted; only where nothing is masked.
+    """Site to server: score histograms, patients counted; only without secure aggregation.
 
-    In a release they are noised, in units of ``charges.UNITS`` to a patient, and may be negative.
+    In a noised evaluation they are in units of ``cost.UNITS`` to a patient, and may be negative.
 
     ``counts`` is flat: (curves, 2, bins), the patients without and with a class, by its score;
     one curve for a binary target (the second class), else one a class.
@@ -266,21 +267,25 @@ def unpack(records: RecordDict, *kinds: type[MessageT]) -> MessageT:
     """
     head = records.get(_HEAD)
     if not isinstance(head, ConfigRecord) or head.get("version") != VERSION:
-        raise MessageInvalid("A message does not speak this version of the protocol.")
+        raise MessageInvalid("A message has another version of the protocol.", remedy=_SAME_VERSION)
     wanted = {kind.kind: kind for kind in kinds}
     kind = wanted.get(str(head.get("kind")))
     if kind is None:
-        raise MessageInvalid("A message of another kind was expected.")
+        raise MessageInvalid("A message is not of the expected kind.", remedy=_SAME_VERSION)
     scalars, arrays = _shape(kind)
     if set(head) != {"version", "kind", _LOG_HEAD, *scalars} or set(records) != {_HEAD} | (
         {_BODY} if arrays else set()
     ):
-        raise MessageInvalid(f"A message '{kind.kind}' has other fields than agreed.")
+        raise MessageInvalid(
+            f"A message '{kind.kind}' has other fields than agreed.", remedy=_SAME_VERSION
+        )
     values: dict[str, Any] = {}
     for name, expected in scalars.items():
         value = head[name]
         if type(value) is not expected:
-            raise MessageInvalid(f"'{name}' of a message '{kind.kind}' has another type.")
+            raise MessageInvalid(
+                f"'{name}' of a message '{kind.kind}' has another type.", remedy=_SAME_VERSION
+            )
         values[name] = value
     if arrays:
         values.update(_read_arrays(records[_BODY], arrays))
@@ -355,7 +360,7 @@ def _shape(kind: type[RoundMessage]) -> tuple[dict[str, type], set[str]]:
 
 def _read_arrays(record: object, names: set[str]) -> dict[str, npt.NDArray[Any]]:
     if not isinstance(record, ArrayRecord) or set(record) != names:
-        raise MessageInvalid("A message carries other arrays than agreed.")
+        raise MessageInvalid("A message has other arrays than agreed.", remedy=_SAME_VERSION)
     return {name: _read_array(record[name], _DTYPES[name]) for name in names}
 
 
@@ -367,5 +372,7 @@ def _read_array(array: Array, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         and len(array.data) == array.shape[0] * dtype.itemsize
     )
     if not agreed:
-        raise MessageInvalid("An array of a message does not have the agreed form.")
+        raise MessageInvalid(
+            "An array of a message does not have the agreed form.", remedy=_SAME_VERSION
+        )
     return np.frombuffer(array.data, dtype=dtype)

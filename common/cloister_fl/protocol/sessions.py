@@ -1,9 +1,9 @@
-"""What is summed in secret, and under which constants: the same at every site and the server.
+"""Secure-aggregation sessions of a study: the same at every site and the server.
 
 A study's round has two sums at most: the updates, and the score histograms of the sites' own
-patients: where privacy is off and no hold-out is used, or, noised, in the study's release. Each is
-a session of its own, with a number of its own, so that one hospital's absence from one says nothing
-about the other.
+patients: where privacy is off and no hold-out is used, or in the study's noised evaluation. Each
+is a session of its own, with a number of its own, so that one hospital's absence from one says
+nothing about the other.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def update_session(
     attempt: int,
     model: Vector,
 ) -> Session:
-    """The sum of a round's updates.
+    """Return the session that sums a round's updates.
 
     Args:
         study: the approved study.
-        roster: the pinned roster.
+        roster: the trusted roster.
         invited: ids of the invited sites, rising.
         round_number: 1-based.
         attempt: number of the attempt at this sum, from 0.
@@ -62,7 +62,7 @@ def histogram_session(
 ) -> Session:
     """The sum of the score histograms of the model after a round; patients count alike.
 
-    A noised histogram is in units of ``charges.UNITS`` to a patient, and cut to the bound.
+    A noised histogram is in units of ``cost.UNITS`` to a patient, and cut to the bound.
     """
     return Session(
         round=2 * round_number + 1,

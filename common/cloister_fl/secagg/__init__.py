@@ -1,4 +1,4 @@
-"""``secagg/v1``: a sum of vectors of which the server learns nothing but the sum.
+"""Secure aggregation (``secagg/v1``): the server learns the sum of vectors and nothing else.
 
 Pure protocol: no I/O, no network, no framework. The malicious-server variant of Bonawitz et al.,
 *Practical Secure Aggregation for Privacy-Preserving Machine Learning* (CCS 2017), full graph,

@@ -39,7 +39,10 @@ def scale_for(n: int, largest_weight: float, clip: float) -> float:
     weight = Fraction(largest_weight)
     room = (Fraction(_LIMIT) / n - max(weight, Fraction(1, 2))) / (weight * Fraction(clip))
     if room <= 0:
-        raise ParameterRefused("So many sites with such weights cannot be summed in 32 bits.")
+        raise ParameterRefused(
+            f"The sum of {n} sites with these weights does not fit into 32 bits.",
+            remedy="Lower aggregation.clip or aggregation.weights in the study.",
+        )
     exponent = room.numerator.bit_length() - room.denominator.bit_length() - 1
     while Fraction(2) ** (exponent + 1) < room:
         exponent += 1
@@ -83,14 +86,16 @@ def encode_into(
         low, high = float(piece.min()), float(piece.max())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise NotFinite(
-                "The update is not finite.", remedy="See the site's own log; nothing was sent."
+                "The update is not finite.",
+                why="Training probably diverged; nothing was sent.",
+                remedy="Lower training.learning_rate in the study.",
             )
         target = signed[start : start + CHUNK]
         if float(np.rint(max(-low, high) * factor)) > limit:
             if not saturate:
                 raise EncodingOverflow(
                     "A value of the update lies outside the agreed range.",
-                    remedy="Raise the study's clip of a coordinate, or lower the learning rate.",
+                    remedy="Raise aggregation.clip, or lower training.learning_rate in the study.",
                 )
             wide = np.clip(piece.astype(np.float64) * factor, -limit, limit)
             np.copyto(target, np.rint(wide), casting="unsafe")

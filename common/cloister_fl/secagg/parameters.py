@@ -1,4 +1,4 @@
-"""How many sites, how many shares, how many survivors: derived, never negotiated.
+"""Parameters of secure aggregation: numbers of sites, shares and survivors, never negotiated.
 
 Every site derives these numbers itself from the number of invited sites and the number of
 colluders that it allows for, and refuses a request that claims others. The server chooses none.
@@ -47,21 +47,24 @@ class Parameters:
         if n <= 2:
             raise ParameterRefused(
                 f"Secure aggregation among {n} sites is refused.",
-                why="A sum of two tells each what the other sent.",
-                remedy="Invite more sites; five are the default minimum. Or send updates unmasked, "
-                "protected by local differential privacy alone: aggregation.secure = false.",
+                why="From the sum of two, each learns the update of the other.",
+                remedy="Invite more sites; five are the default minimum. Or train without secure "
+                "aggregation, with local differential privacy alone: aggregation.secure = false.",
             )
         if n > MAX_SITES or c < 0:
-            raise ParameterRefused(f"{n} sites with {c} colluding are outside the agreed range.")
+            raise ParameterRefused(
+                f"{n} sites with {c} colluding are out of range.",
+                remedy=f"Invite at most {MAX_SITES} sites; aggregation.colluders is 0 or more.",
+            )
         t = max(2 * n // 3 + 1, (n + c + 2) // 2)
         m = max(t, c + 3)
         if max(t, m) > n:
             raise ParameterRefused(
-                f"{n} sites cannot bear {c} colluding with the server.",
+                f"{n} sites cannot tolerate {c} colluding with the server.",
                 why=f"A sum would need {m} sites.",
                 remedy="Invite more sites; or, where no hospital would work with the coordinator, "
                 "say so: aggregation.colluders = 0 in the study and policy.colluders = 0 at each "
-                "site. Or send updates unmasked, protected by local differential privacy alone: "
+                "site. Or train without secure aggregation, with local differential privacy alone: "
                 "aggregation.secure = false.",
             )
         return cls(n, t, m, c)
@@ -73,7 +76,7 @@ class Parameters:
 
     @property
     def cautions(self) -> tuple[str, ...]:
-        """What a person should be told before such a federation starts; empty from n = 5."""
+        """Warnings to show before such a federation starts; empty from n = 5."""
         told = []
         if self.c == 0:
             told.append(

@@ -1,4 +1,4 @@
-"""The site's side of the protocol: which epochs it takes part in, and how it says no.
+"""The site's side of the protocol: admission of key epochs, stages and signed aborts.
 
 A site holds at most two epochs alive: the one whose sum is under way and the one whose keys
 were sent ahead. All of a site's work goes through one ``Site`` in one process.
@@ -24,6 +24,7 @@ from cloister_fl.errors import (
 )
 from cloister_fl.membership.identity import Identity
 from cloister_fl.membership.roster import Roster
+from cloister_fl.secagg import remedies
 from cloister_fl.secagg.messages.abort_codes import ABORT_CODES
 from cloister_fl.secagg.messages.codec import (
     Abort,
@@ -91,7 +92,10 @@ class Site:
         gave_up: Callable[[Exception], None] | None = None,
     ) -> None:
         if roster.public_key(name) != identity.public:
-            raise RosterMismatch("The pinned roster does not hold this site with its key.")
+            raise RosterMismatch(
+                "The trusted roster does not list this site with its key.",
+                remedy=remedies.ACCEPT_ROSTER,
+            )
         self._identity = identity
         self._name = name
         self._roster = roster
@@ -101,7 +105,7 @@ class Site:
         self._epochs: dict[bytes, SiteEpoch] = {}
 
     def advertise(self, request: AdvertiseRequest) -> Advertisement:
-        """Stage 0: check the terms, claim the epoch's id, make its keys.
+        """Stage 0: check the epoch's parameters, claim the epoch's id, make its keys.
 
         Raises:
             ParameterRefused: study, c, t, m or the number of sites is not as approved.
@@ -114,8 +118,8 @@ class Site:
             if not self._store.claim_epoch(terms.kid):
                 raise EpochReused(
                     "The key epoch was used before.",
-                    why="Its secrets are gone, or were never to be used twice.",
-                    remedy="The coordinator must begin a new epoch.",
+                    why="Its secrets are erased, or must not be used twice.",
+                    remedy=remedies.NEW_EPOCH,
                 )
             while len(self._epochs) >= LIVE_EPOCHS:
                 self._epochs.pop(next(iter(self._epochs))).erase()
@@ -129,28 +133,41 @@ class Site:
         terms, derived = request.terms, request.terms.parameters
         if not hmac.compare_digest(terms.roster, self._roster.digest):
             raise RosterMismatch(
-                "The epoch is for another roster than the pinned one.",
-                remedy="A steward must compare and accept the new roster first.",
+                "The key epoch is for another roster than the trusted one.",
+                remedy=remedies.ACCEPT_ROSTER,
             )
         if terms.federation != self._roster.federation:
-            raise RosterMismatch("The epoch is for another federation.")
+            raise RosterMismatch(
+                "The key epoch is for another federation.",
+                remedy="Ask the coordinator which federation the run belongs to.",
+            )
         if not set(terms.invited) <= set(self._roster.sites) or self._name not in terms.invited:
-            raise RosterMismatch("A site is invited that is not on the roster, or this one is not.")
+            raise RosterMismatch(
+                "A site that is not on the roster is invited, or this site is not invited.",
+                remedy=remedies.ACCEPT_ROSTER,
+            )
         if not hmac.compare_digest(terms.study, self._policy.study):
-            raise ParameterRefused("The epoch is for a study that was not approved here.")
+            raise ParameterRefused(
+                "The key epoch is for a study that is not approved here.",
+                remedy="See the studies that wait: cloister client review --dir FOLDER",
+            )
         if terms.colluders != self._policy.colluders:
             raise ParameterRefused(
-                f"The epoch allows for {terms.colluders} colluding sites, "
-                f"this site for {self._policy.colluders}."
+                f"The key epoch tolerates {terms.colluders} colluding sites, "
+                f"this site {self._policy.colluders}.",
+                remedy="Set policy.colluders of the site and aggregation.colluders of the study "
+                "to the same number.",
             )
         if (request.threshold, request.survivors) != (derived.t, derived.m):
             raise ParameterRefused(
                 f"The server asks for t = {request.threshold}, m = {request.survivors}; "
-                f"{derived.n} sites need t = {derived.t}, m = {derived.m}."
+                f"{derived.n} sites need t = {derived.t}, m = {derived.m}.",
+                remedy=remedies.SAME_VERSION,
             )
         if derived.n < self._policy.minimum_sites:
             raise ParameterRefused(
-                f"{derived.n} sites are invited; this site wants {self._policy.minimum_sites}."
+                f"{derived.n} sites are invited; this site requires {self._policy.minimum_sites}.",
+                remedy="The coordinator must invite more sites, or lower policy.min_sites.",
             )
 
     def share(self, request: ShareRequest) -> Shares:
@@ -235,9 +252,9 @@ class Site:
         epoch = self._epochs.get(kid)
         if epoch is None:
             raise SessionUnknown(
-                "This site holds no such key epoch.",
-                why="It was never begun here, was given up, or ended with a restart.",
-                remedy="The coordinator must begin a new epoch.",
+                "This site has no such key epoch.",
+                why="It was never started here, was aborted, or ended with a restart.",
+                remedy=remedies.NEW_EPOCH,
             )
         return epoch
 
@@ -246,7 +263,7 @@ class Site:
             if epoch.sid and hmac.compare_digest(epoch.sid, sid):
                 return epoch
         raise SessionUnknown(
-            "This site holds no such session.",
-            why="It was never opened here, was given up, or is over another model.",
-            remedy="Try the round again in a new epoch.",
+            "This site has no such secure-aggregation session.",
+            why="It was never opened here, was aborted, or is over another model.",
+            remedy=remedies.REPEAT,
         )

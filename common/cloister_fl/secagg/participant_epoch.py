@@ -29,7 +29,7 @@ from cloister_fl.errors import (
 )
 from cloister_fl.membership.identity import Identity, verify
 from cloister_fl.membership.roster import Roster
-from cloister_fl.secagg import peer_checks
+from cloister_fl.secagg import peer_checks, remedies
 from cloister_fl.secagg.crypto import hashes, key_agreement, keystream
 from cloister_fl.secagg.fixed_point import encode_into
 from cloister_fl.secagg.messages.codec import (
@@ -66,7 +66,7 @@ class Stage(enum.IntEnum):
 
 
 class SiteEpoch:
-    """One key epoch; ``Site`` makes it after it has checked the terms and claimed the id.
+    """One key epoch; ``Site`` makes it after it has checked the parameters and claimed the id.
 
     Every method raises a ``SecureAggregationError`` and erases all secrets where a check fails.
     """
@@ -162,8 +162,9 @@ class SiteEpoch:
                 site for site, _ in expected.weights
             ):
                 raise SessionMismatch(
-                    "The session is not the approved one.",
+                    "The secure-aggregation session is not the approved one.",
                     why="Its round, model, length, clip or weights differ from this site's.",
+                    remedy=remedies.SAME_VERSION,
                 )
             assert self._dealing is not None
             received = peer_checks.open_parcels(
@@ -190,15 +191,15 @@ class SiteEpoch:
         first = self._store.open_round(terms.study, round_number, constants)
         if not hmac.compare_digest(first, constants):
             raise UpdateReuse(
-                "The round was begun with other invited sites, weights or lengths.",
-                why="Two sums over the same updates would tell of single hospitals.",
-                remedy="Go on with the next round.",
+                "The round was started with other invited sites, weights or lengths.",
+                why="Two sums over the same updates could reveal one site's update.",
+                remedy="Continue with the next round.",
             )
         committed = self._store.committed(terms.study, round_number)
         if committed is not None and not {self._site, *committed} <= set(u2):
             raise UpdateReuse(
-                "The round was already answered for sites that are not all here.",
-                remedy="Repeat the round with the same sites, or go on with the next.",
+                "The round was already answered for sites that are not all present.",
+                remedy=remedies.REPEAT_OR_CONTINUE,
             )
 
     def mask(self, update: NDArray[Any], *, saturate: bool, threads: int = 1) -> Masked:
@@ -206,7 +207,7 @@ class SiteEpoch:
 
         Args:
             update: D floats before the weight; float32 or float64.
-            saturate: True with differential privacy on, see ``encoding.encode_into``.
+            saturate: True with differential privacy on, see ``fixed_point.encode_into``.
             threads: cores for the masks.
 
         Returns:
@@ -219,7 +220,10 @@ class SiteEpoch:
             session = self._session
             assert session is not None
             if update.shape != (session.dimension,):
-                raise SessionMismatch("The update has another length than the session.")
+                raise SessionMismatch(
+                    "The update has another length than the session.",
+                    remedy=remedies.SAME_VERSION,
+                )
             y = np.empty(session.dimension, np.uint32)
             encode_into(
                 y,
@@ -276,8 +280,9 @@ class SiteEpoch:
                 self._check_survivors(u3)
                 if any(other != self._u2 for other in self._consents):
                     raise StageRepeated(
-                        "Another set of survivors was consented to before.",
-                        why="A site consents to U2 and to at most one other.",
+                        "This site has consented to another set of surviving sites.",
+                        why="A site consents to all sites that sent shares, and to one other set.",
+                        remedy=remedies.REPEAT,
                     )
                 self._sign_consent(u3)
         return Consistent(self.sid, self._site, u3, self._consents[u3])
@@ -286,17 +291,21 @@ class SiteEpoch:
         assert self._session is not None
         if not set(u3) <= set(self._u2) or self._site not in u3:
             raise OverlapRefused(
-                "The survivors are not a part of U2 that holds this site.",
-                why="A site listed both as living and as dropped would be unmasked whole.",
+                "The surviving sites do not include this site, or include one that sent no shares.",
+                why="The update of a site listed as surviving and as dropped would be revealed.",
+                remedy=remedies.REPEAT,
             )
         if len(u3) < self.terms.parameters.m:
             raise TooFewSurvivors(
-                f"{len(u3)} survivors are fewer than {self.terms.parameters.m}.",
-                remedy="Try the round again in a new epoch.",
+                f"{len(u3)} sites survive; {self.terms.parameters.m} are needed.",
+                remedy=remedies.REPEAT,
             )
         committed = self._store.committed(self.terms.study, self._session.round)
         if committed not in (None, u3):
-            raise UpdateReuse("The round was already answered for other survivors.")
+            raise UpdateReuse(
+                "The round was already answered for other surviving sites.",
+                remedy=remedies.REPEAT_OR_CONTINUE,
+            )
 
     def unmask(self, request: UnmaskRequest) -> Unmasked:
         """Stage 4: give the shares of b for U3, and of mask_sk for U2 minus U3, once.
@@ -310,11 +319,17 @@ class SiteEpoch:
             u3 = request.u3
             self._check_survivors(u3)
             if u3 not in self._consents:
-                raise OverlapRefused("This site has not consented to these survivors.")
+                raise OverlapRefused(
+                    "This site has not consented to these surviving sites.",
+                    remedy=remedies.REPEAT,
+                )
             self._check_quorum(request)
             assert self._session is not None
             if self._store.commit(self.terms.study, self._session.round, u3) != u3:
-                raise UpdateReuse("The round was already answered for other survivors.")
+                raise UpdateReuse(
+                    "The round was already answered for other surviving sites.",
+                    remedy=remedies.REPEAT_OR_CONTINUE,
+                )
             # What was dropped is this site's own conclusion, never the server's word.
             dropped = tuple(site for site in self._u2 if site not in u3)
             reply = Unmasked(
@@ -343,8 +358,8 @@ class SiteEpoch:
         if valid < self.terms.parameters.t:
             raise SplitView(
                 f"{valid} of {self.terms.parameters.t} sites consent to what this site sums.",
-                why="The sites were shown different models, boxes or survivors, or too few agree.",
-                remedy="Try the round again; where it repeats, the server is at fault.",
+                why="The sites got different models, shares or survivors, or too few agree.",
+                remedy=remedies.SERVER_AT_FAULT,
             )
 
     def erase(self) -> None:
@@ -370,9 +385,9 @@ class SiteEpoch:
     def _refuse_repeat(self) -> None:
         self.erase()
         raise StageRepeated(
-            "A stage was asked for twice with other content.",
-            why="One key epoch serves one sum.",
-            remedy="Try the round again in a new epoch.",
+            "A stage was requested twice with other content.",
+            why="A key epoch is for one sum only.",
+            remedy=remedies.REPEAT,
         )
 
     @contextmanager
@@ -380,10 +395,14 @@ class SiteEpoch:
         """Run one stage, at its time only; whatever goes wrong in it ends the epoch."""
         try:
             if self.stage is Stage.ENDED:
-                raise SessionUnknown("The epoch has ended at this site.")
+                raise SessionUnknown(
+                    "The key epoch has ended at this site.",
+                    remedy=remedies.REPEAT,
+                )
             if self.stage is not stage:
                 raise StageOutOfOrder(
-                    f"The epoch is at stage {self.stage.name.lower()}, not {stage.name.lower()}."
+                    f"The epoch is at stage {self.stage.name.lower()}, not {stage.name.lower()}.",
+                    remedy=remedies.REPEAT,
                 )
             yield
         except BaseException:

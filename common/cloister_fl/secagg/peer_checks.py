@@ -1,4 +1,4 @@
-"""What a site checks of its peers' signed keys and boxes before it goes on."""
+"""Checks of the peers' signed keys, encrypted shares and dealings."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from cloister_fl.errors import (
     TooFewSurvivors,
 )
 from cloister_fl.membership.roster import Roster
+from cloister_fl.secagg import remedies
 from cloister_fl.secagg.crypto import hashes, key_agreement, shamir
 from cloister_fl.secagg.messages.codec import (
     Advertisement,
@@ -40,19 +41,26 @@ def check_record(record: Advertisement, terms: EpochTerms, roster: Roster) -> No
     """
     public = roster.public_key(record.site)
     if record.site not in terms.invited or public is None:
-        raise RosterMismatch("A record is from a site that was not invited.")
+        raise RosterMismatch(
+            "A key record is from a site that was not invited.",
+            remedy=remedies.REPEAT,
+        )
     if not hmac.compare_digest(record.kid, terms.kid):
-        raise EpochReused("A record belongs to another key epoch.")
+        raise EpochReused(
+            "A key record belongs to another key epoch.",
+            remedy=remedies.REPEAT,
+        )
     if not record.verified(public):
         raise SignatureInvalid(
-            f"The keys of {record.site} are not signed by its pinned key.",
+            f"The keys of {record.site} are not signed by its trusted key.",
             why="They were replaced on their way, or its identity key changed.",
             remedy="Compare the fingerprint with the site's steward.",
         )
     if not (key_agreement.full_order(record.enc_pk) and key_agreement.full_order(record.mask_pk)):
         raise LowOrderKey(
             f"{record.site} sent a key of low order.",
-            why="With it, a shared secret would be known to all.",
+            why="With it, anybody could compute the shared secret.",
+            remedy=remedies.ASK_STEWARD,
             blamed=record.site,
         )
 
@@ -67,7 +75,11 @@ def check_distinct(records: Mapping[str, Advertisement]) -> None:
     for site in sorted(records):
         for key in (records[site].enc_pk, records[site].mask_pk):
             if key in seen:
-                raise KeyReused(f"{site} sent a key that is already in use.", blamed=site)
+                raise KeyReused(
+                    f"{site} sent a key that is already in use.",
+                    remedy=remedies.ASK_STEWARD,
+                    blamed=site,
+                )
             seen.add(key)
 
 
@@ -83,14 +95,17 @@ def check_records(
     """
     records = {record.site: record for record in request.records}
     if records.get(own.site) != own:
-        raise OwnRecordAltered("This site's keys came back altered or not at all.")
+        raise OwnRecordAltered(
+            "This site's keys came back altered or not at all.",
+            remedy=remedies.SERVER_AT_FAULT,
+        )
     for record in request.records:
         check_record(record, terms, roster)
     check_distinct(records)
     if len(records) < terms.parameters.m:
         raise TooFewSurvivors(
             f"{len(records)} sites sent keys; {terms.parameters.m} are needed.",
-            remedy="Try the round again when more sites answer.",
+            remedy=remedies.MORE_SITES,
         )
 
 
@@ -115,18 +130,24 @@ def open_parcels(
     """
     u2, site = request.u2, own.dealer
     if not set(u2) <= records.keys() or site not in u2:
-        raise OverlapRefused("The sites with boxes are not a part of U1 that holds this site.")
+        raise OverlapRefused(
+            "The sites that sent shares exclude this site, or include one that sent no keys.",
+            remedy=remedies.REPEAT,
+        )
     if len(u2) < terms.parameters.m:
         raise TooFewSurvivors(
-            f"{len(u2)} sites sent boxes; {terms.parameters.m} are needed.",
-            remedy="Try the round again when more sites answer.",
+            f"{len(u2)} sites sent shares; {terms.parameters.m} are needed.",
+            remedy=remedies.MORE_SITES,
         )
     received = {}
     for parcel in request.parcels:
         dealer = parcel.dealing.dealer
         if dealer == site:
             if parcel.dealing != own or parcel.box:
-                raise OwnRecordAltered("This site's own dealing came back altered.")
+                raise OwnRecordAltered(
+                    "This site's own list of shares came back altered.",
+                    remedy=remedies.SERVER_AT_FAULT,
+                )
             continue
         check_dealing(parcel.dealing, tuple(records), epoch_keys, roster)
         received[dealer] = _open(parcel, site, records[dealer], epoch_keys, enc_sk)
@@ -137,16 +158,22 @@ def check_dealing(dealing: Dealing, u1: tuple[str, ...], epoch_keys: bytes, rost
     """Check a dealing's signature and that it covers U1.
 
     Raises:
-        SignatureInvalid: not signed by the pinned key over this epoch's keys.
+        SignatureInvalid: not signed by the trusted key over this epoch's keys.
         DealerBlamed: signed, but not for the sites of U1.
     """
     public = roster.public_key(dealing.dealer)
     if public is None or not dealing.verified(public, epoch_keys):
         raise SignatureInvalid(
-            f"The dealing of {dealing.dealer} is not signed by its pinned key over these keys."
+            f"The list of shares of {dealing.dealer} is not signed by its trusted key.",
+            why="It was altered on its way, or its identity key changed.",
+            remedy="Compare the fingerprint with the site's steward.",
         )
     if tuple(item.holder for item in dealing.dealt) != u1:
-        raise DealerBlamed("A dealing does not cover the sites of U1.", blamed=dealing.dealer)
+        raise DealerBlamed(
+            f"The list of shares of {dealing.dealer} does not cover the sites that sent keys.",
+            remedy=remedies.ASK_STEWARD,
+            blamed=dealing.dealer,
+        )
 
 
 def check_boxes(shares: Shares, epoch_keys: bytes) -> None:
@@ -164,7 +191,11 @@ def check_boxes(shares: Shares, epoch_keys: bytes) -> None:
         )
         for item in shares.dealing.dealt
     ):
-        raise BoxTampered(f"The boxes from {dealer} are not those that it signed.")
+        raise BoxTampered(
+            f"The encrypted shares from {dealer} are not those that it signed.",
+            why="They were altered, exchanged or dropped on their way.",
+            remedy=remedies.SERVER_AT_FAULT,
+        )
 
 
 def _open(
@@ -177,8 +208,9 @@ def _open(
         hashes.box_hash(epoch_keys, dealer, site, parcel.box), dealt.box_hash
     ):
         raise BoxTampered(
-            f"The box from {dealer} is not the one that it signed.",
+            f"The encrypted share from {dealer} is not the one that it signed.",
             why="It was altered, exchanged or dropped on its way.",
+            remedy=remedies.SERVER_AT_FAULT,
         )
     shared = key_agreement.agree(enc_sk, record.enc_pk)
     content = key_agreement.unseal(
@@ -189,7 +221,11 @@ def _open(
         parcel.box,
     )
     if content is None:
-        raise DealerBlamed(f"The box that {dealer} signed does not open.", blamed=dealer)
+        raise DealerBlamed(
+            f"The encrypted share that {dealer} signed cannot be decrypted.",
+            remedy=remedies.ASK_STEWARD,
+            blamed=dealer,
+        )
     b_share, key_share = content[: shamir.SHARE_BYTES], content[shamir.SHARE_BYTES :]
     if not (
         hmac.compare_digest(
@@ -200,7 +236,11 @@ def _open(
             dealt.mask_key_hash,
         )
     ):
-        raise DealerBlamed(f"A share from {dealer} is not the one that it signed.", blamed=dealer)
+        raise DealerBlamed(
+            f"A share from {dealer} is not the one that it signed.",
+            remedy=remedies.ASK_STEWARD,
+            blamed=dealer,
+        )
     return b_share, key_share
 
 
@@ -220,7 +260,11 @@ def check_shares(
     )
     for kind, given, dealers in expected:
         if tuple(dealer for dealer, _ in given) != dealers:
-            raise ShareMismatch(f"{holder} sent shares of other sites.", blamed=holder)
+            raise ShareMismatch(
+                f"{holder} sent shares of other sites.",
+                remedy=remedies.ASK_STEWARD,
+                blamed=holder,
+            )
         for dealer, share in given:
             dealt = dealings[dealer].to(holder)
             signed = b"" if dealt is None else dealt.b_hash
@@ -229,5 +273,7 @@ def check_shares(
             hashed = hashes.share_hash(epoch_keys, kind, dealer, holder, share)
             if not hmac.compare_digest(hashed, signed):
                 raise ShareMismatch(
-                    f"{holder} sent another share than {dealer} dealt to it.", blamed=holder
+                    f"{holder} sent another share than {dealer} dealt to it.",
+                    remedy=remedies.ASK_STEWARD,
+                    blamed=holder,
                 )

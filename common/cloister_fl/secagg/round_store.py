@@ -1,4 +1,4 @@
-"""What a site must remember across restarts for the protocol: no secret, three facts.
+"""Interface of the durable store of a site for the protocol: three facts, no secret.
 
 The protocol core does no I/O; the client keeps these facts on the site's own disk. Every method
 returns only after its write is durable, and is atomic against other processes of the site.

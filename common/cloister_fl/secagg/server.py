@@ -1,4 +1,4 @@
-"""The server's side: it collects, adds what arrives, recovers dropouts and says who is to blame.
+"""The server's side of the protocol: collection, sum, recovery of dropouts, blame.
 
 ``receive`` methods raise where a message is refused; the state is then as before it, so one
 site's bad message costs that site its place and no other. Masked vectors are added as they come:
@@ -45,6 +45,7 @@ from cloister_fl.secagg.messages.codec import (
     UnmaskRequest,
     consent_body,
 )
+from cloister_fl.secagg.remedies import ASK_STEWARD, MORE_SITES, REPEAT, SAME_VERSION
 from cloister_fl.secagg.session import EpochTerms, Session
 from cloister_fl.secagg.unmasking import Aggregate
 
@@ -77,12 +78,12 @@ class ServerEpoch:
 
     def __init__(self, terms: EpochTerms, roster: Roster, *, threads: int = 1) -> None:
         if terms.roster != roster.digest:
-            raise RosterMismatch("The epoch's terms name another roster.")
+            raise RosterMismatch("The key epoch is for another roster.", remedy=REPEAT)
         self.terms = terms
         self.phase = Phase.KEYS
         self.sid = b""
         self.aborted: dict[str, Abort] = {}
-        """Sites that gave the epoch up, and what they signed."""
+        """Sites that aborted the key epoch, and what they signed."""
         self._roster = roster
         self._threads = threads
         self._records: dict[str, Advertisement] = {}
@@ -148,9 +149,9 @@ class ServerEpoch:
         self._expect(Phase.SHARES)
         dealer = shares.dealing.dealer
         if dealer not in self._records:
-            raise OverlapRefused("Shares came from a site that sent no keys.")
+            raise OverlapRefused("A site sent shares, but no keys.", remedy=REPEAT)
         if not hmac.compare_digest(shares.kid, self.terms.kid):
-            raise SessionMismatch("Shares belong to another key epoch.")
+            raise SessionMismatch("Shares belong to another key epoch.", remedy=REPEAT)
         u1 = tuple(self._records)
         peer_checks.check_dealing(shares.dealing, u1, self._keys, self._roster)
         peer_checks.check_boxes(shares, self._keys)
@@ -173,12 +174,16 @@ class ServerEpoch:
         """
         self._expect(Phase.SHARES)
         if tuple(site for site, _ in session.weights) != self.terms.invited:
-            raise SessionMismatch("The session's weights are not for the invited sites.")
+            raise SessionMismatch(
+                "The session's weights are not for the invited sites.", remedy=REPEAT
+            )
         dealt = self._in_order(self._shares)
-        self._require_m(len(dealt), "sent boxes")
+        self._require_m(len(dealt), "sent shares")
         awaited = frozenset(dealt) if only is None else frozenset(only)
         if not awaited <= dealt.keys():
-            raise TooFewSurvivors("A site that this round was answered for is missing.")
+            raise TooFewSurvivors(
+                "A site is missing that this round was answered for.", remedy=MORE_SITES
+            )
         self._u2 = tuple(dealt)
         self._awaited = awaited
         self._session = session
@@ -191,7 +196,7 @@ class ServerEpoch:
         """The request to one site: the session and the boxes that are for it."""
         self._expect(Phase.VECTORS)
         if site not in self._awaited or self._session is None:
-            raise OverlapRefused("The site takes no part in this sum.")
+            raise OverlapRefused(f"{site} does not take part in this sum.", remedy=REPEAT)
         parcels = tuple(
             Parcel(self._shares[dealer].dealing, self._shares[dealer].box_for(site))
             for dealer in self._u2
@@ -212,9 +217,9 @@ class ServerEpoch:
         if not hmac.compare_digest(masked.sid, self.sid) or not hmac.compare_digest(
             masked.u2_hash, hashes.set_hash(self._u2)
         ):
-            raise SessionMismatch(f"{masked.site} masked for another session.")
+            raise SessionMismatch(f"{masked.site} masked for another session.", remedy=REPEAT)
         if len(masked.vector) != 4 * self._total.size:
-            raise SessionMismatch(f"{masked.site} sent a vector of another length.")
+            raise SessionMismatch(f"{masked.site} sent a vector of another length.", remedy=REPEAT)
         if not masked.verified(public):
             raise SignatureInvalid(f"The vector in the name of {masked.site} is not signed by it.")
         if masked.consent:
@@ -238,7 +243,10 @@ class ServerEpoch:
             survivors = tuple(site for site in self._u2 if site in self._added)
             self._require_m(len(survivors), "sent a vector")
             if self._awaited != frozenset(self._u2) and frozenset(survivors) != self._awaited:
-                raise TooFewSurvivors("A site that this round was answered for is missing.")
+                raise TooFewSurvivors(
+                    "A site is missing that this round was answered for.",
+                    remedy=MORE_SITES,
+                )
             self._u3 = survivors
             if survivors != self._u2:
                 self._consents.clear()
@@ -260,7 +268,7 @@ class ServerEpoch:
         self._expect(Phase.CONSENTS)
         public = self._member_key(reply.site, self._u3)
         if not hmac.compare_digest(reply.sid, self.sid) or reply.u3 != self._u3:
-            raise SessionMismatch(f"{reply.site} consents to another sum.")
+            raise SessionMismatch(f"{reply.site} consents to another sum.", remedy=REPEAT)
         self._check_consent(reply.site, public, self._u3, reply.signature)
         self._consents[reply.site] = reply.signature
 
@@ -286,7 +294,7 @@ class ServerEpoch:
             if len(self._consents) < t:
                 raise TooFewSurvivors(
                     f"{len(self._consents)} sites consent; {t} are needed.",
-                    remedy="Try the round again in a new epoch.",
+                    remedy=REPEAT,
                 )
             self.phase = Phase.UNMASKING
         self._expect(Phase.UNMASKING)
@@ -305,7 +313,7 @@ class ServerEpoch:
         if not reply.verified(public):
             raise SignatureInvalid(f"The shares in the name of {reply.site} are not signed by it.")
         if not hmac.compare_digest(reply.sid, self.sid) or reply.u3 != self._u3:
-            raise SessionMismatch(f"{reply.site} unmasks another sum.")
+            raise SessionMismatch(f"{reply.site} unmasks another sum.", remedy=REPEAT)
         dealings = {dealer: shares.dealing for dealer, shares in self._shares.items()}
         peer_checks.check_shares(reply, dealings, self._u2, self._keys)
         if not _known(self._unmasked, reply.site, reply):
@@ -323,7 +331,7 @@ class ServerEpoch:
         if len(self._unmasked) < t:
             raise TooFewSurvivors(
                 f"{len(self._unmasked)} sites sent shares; {t} are needed.",
-                remedy="Try the round again, for the same survivors, in a new epoch.",
+                remedy="Repeat the round, for the same surviving sites, in a new key epoch.",
             )
         assert self._total is not None
         assert self._session is not None
@@ -354,25 +362,29 @@ class ServerEpoch:
         """
         public = self._roster.public_key(abort.site)
         if public is None or abort.site not in self.terms.invited:
-            raise RosterMismatch("An abort is from a site that was not invited.")
+            raise RosterMismatch("An abort is from a site that was not invited.", remedy=REPEAT)
         if not hmac.compare_digest(abort.kid, self.terms.kid):
-            raise SessionMismatch("An abort belongs to another key epoch.")
+            raise SessionMismatch("An abort belongs to another key epoch.", remedy=REPEAT)
         if not abort.verified(public):
             raise SignatureInvalid(f"The abort in the name of {abort.site} is not signed by it.")
         if abort.code not in ABORT_CODES:
-            raise WireInvalid("An abort has a code that is not on the closed list.")
+            raise WireInvalid(
+                "An abort has a code that is not on the closed list.",
+                remedy=SAME_VERSION,
+            )
         self.aborted[abort.site] = abort
 
     def _member_key(self, site: str, members: Collection[str]) -> bytes:
         public = self._roster.public_key(site)
         if site not in members or public is None:
-            raise OverlapRefused("A message is from a site that takes no part.")
+            raise OverlapRefused(f"{site} sent a message but does not take part.", remedy=REPEAT)
         return public
 
     def _expect(self, phase: Phase) -> None:
         if self.phase is not phase:
             raise StageOutOfOrder(
-                f"The epoch collects {self.phase.name.lower()}, not {phase.name.lower()}."
+                f"The key epoch collects {self.phase.name.lower()}, not {phase.name.lower()}.",
+                remedy=REPEAT,
             )
 
     def _require_m(self, count: int, what: str) -> None:
@@ -380,7 +392,7 @@ class ServerEpoch:
         if count < m:
             raise TooFewSurvivors(
                 f"{count} sites {what}; {m} are needed.",
-                remedy="Try the round again when more sites answer.",
+                remedy=MORE_SITES,
             )
 
     def _in_order(self, by_site: dict[str, ValueT]) -> dict[str, ValueT]:
@@ -392,5 +404,9 @@ def _known(held: dict[str, ValueT], site: str, value: ValueT) -> bool:
     if site not in held:
         return False
     if held[site] != value:
-        raise StageRepeated(f"{site} sent two different messages for one stage.", blamed=site)
+        raise StageRepeated(
+            f"{site} sent two different messages for one stage.",
+            remedy=ASK_STEWARD,
+            blamed=site,
+        )
     return True

@@ -1,4 +1,4 @@
-"""What a key epoch and a session are bound to, and the ids made of it.
+"""Session parameters: what a key epoch and a session are bound to, and their ids.
 
 ``kid`` names a key epoch before any key exists; ``T`` fixes its complete signed keys; ``sid``
 adds the model and the constants of one sum. All three are hashes of complete contents, so a
@@ -53,7 +53,7 @@ class EpochTerms:
         if not 0 <= self.epoch < 2**64:
             raise ParameterRefused("The epoch number is out of range.")
         if not is_sorted_set(self.invited):
-            raise ParameterRefused("The invited sites are not sorted, or one stands there twice.")
+            raise ParameterRefused("The invited sites are not sorted, or one is listed twice.")
         Parameters.derive(len(self.invited), self.colluders)
 
     @cached_property
@@ -126,7 +126,7 @@ class Session:
 
     @cached_property
     def scale(self) -> float:
-        """Units to one, a power of two; see ``encoding.scale_for``."""
+        """Units to one, a power of two; see ``fixed_point.scale_for``."""
         return scale_for(len(self.weights), max(weight for _, weight in self.weights), self.clip)
 
     def weight(self, site: str) -> float:

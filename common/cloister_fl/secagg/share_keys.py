@@ -1,4 +1,4 @@
-"""Stage 1 at a dealer: its two secrets in shares, each share hashed, signed and sealed."""
+"""Sharing of a dealer's two secrets (stage 1): each share is hashed, signed and sealed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole epoch as JSON: every message in order, and what it must sum to.
+"""Transcript of a key epoch as JSON: every message in order, and the sum.
 
 A transcript holds what crossed the wire, so it is as secret as the wire. Replaying it needs no
 secret: the server's side is run again over the sites' messages, and every request and the sum
@@ -95,7 +95,7 @@ def replay(text: str) -> Aggregate:
         raise
     except CloisterError as error:
         raise TranscriptMismatch(
-            "A message of the transcript is refused.", why=f"It gives {error.code}."
+            "A message of the transcript is not valid.", why=f"It raises {error.code}."
         ) from None
     except (KeyError, TypeError, ValueError, IndexError):
         raise TranscriptMismatch("The transcript is malformed.") from None
@@ -104,7 +104,7 @@ def replay(text: str) -> Aggregate:
         or survivors != aggregate.survivors
         or scale != aggregate.scale
     ):
-        raise TranscriptMismatch("The transcript does not sum to what it states.")
+        raise TranscriptMismatch("The transcript's messages do not give the sum that it states.")
     return aggregate
 
 
@@ -157,7 +157,9 @@ def _request(server: ServerEpoch, message: Message, site: str) -> Message:
         case ConsistencyRequest():
             request = server.close_vectors()
             if request is None:
-                raise TranscriptMismatch("A consistency request is there without a dropout.")
+                raise TranscriptMismatch(
+                    "The transcript has a consistency request without a dropout."
+                )
             return request
         case UnmaskRequest():
             if server.phase is Phase.VECTORS:

@@ -1,4 +1,4 @@
-"""Taking the masks off a sum: secrets from shares, checked, and their keystreams subtracted."""
+"""Unmasking of a sum: secrets are rebuilt from shares, checked, and their masks subtracted."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _rebuild(dealer: str, shares: Mapping[int, bytes], is_right: Callable[[bytes
     if len(secret) != shamir.SECRET_BYTES or not is_right(secret):
         raise DealerBlamed(
             f"The shares that {dealer} dealt do not rebuild its secret.",
-            why="Each is as it was signed, so the dealer dealt them wrong.",
+            why="Each is as it was signed, so the dealer sent wrong shares.",
             remedy="Have the site's steward find out why; the round has no sum.",
             blamed=dealer,
         )

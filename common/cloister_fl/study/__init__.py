@@ -1,1 +1,1 @@
-"""The study: its file, its target, its signatures, and what it costs."""
+"""The study: its file, target, signatures and privacy cost."""

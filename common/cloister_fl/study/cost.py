@@ -1,4 +1,4 @@
-"""What a study charges a patient: its training steps, and its release where it has one.
+"""Privacy cost of a study: its training steps, and its noised evaluation where it has one.
 
 The release is one Gaussian on the sites' score histograms, after the last round. Its noise comes
 from ``evaluation.release_epsilon`` alone, and the noise of training from what is left: both
@@ -42,7 +42,7 @@ class Charges:
     delta: float
 
     def composition(self, steps: int | None = None, *, released: bool = True) -> Composition:
-        """So many training steps (all where None), and the release where it was made."""
+        """So many training steps (all where None), and the noised evaluation where it was made."""
         release = ((self.release, 1),) if self.release is not None and released else ()
         return compose(((self.step, self.steps if steps is None else steps),), release)
 
@@ -52,7 +52,7 @@ class Charges:
 
 
 def charges(study: Study) -> Charges:
-    """The least noise that keeps a study with privacy within its epsilon, release included.
+    """Return the least noise that keeps a study within its epsilon, noised evaluation included.
 
     Raises:
         EpsilonUnreachable: no noise gives the study's epsilon.
@@ -71,7 +71,7 @@ def charges(study: Study) -> Charges:
 
 
 def release_mechanism(study: Study) -> Mechanism | None:
-    """The Gaussian of the release: the least noise that gives ``evaluation.release_epsilon``.
+    """Return the mechanism of the noised evaluation, which costs ``evaluation.release_epsilon``.
 
     The noise multiplier is the noise's standard deviation over the histogram's sensitivity, see
     ``sensitivity``. None where the study releases nothing.

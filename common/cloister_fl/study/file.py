@@ -1,4 +1,4 @@
-"""The study file: read whole, judged whole, every fault with its line."""
+"""Reader of the study file: all faults at once, each with its line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The study: what a federation trains, on what, under which privacy; and nothing else.
+"""Schema of the study: what a federation trains, on which data, under which privacy.
 
 A study is configuration only. Its canonical form is JSON of the validated model with every
 default filled in (but ``release_epsilon``, left out at 0, and what describes volumes and
@@ -153,7 +153,7 @@ class Training(ShownModel):
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> Training:
         if self.steps is not None and self.epochs is not None:
-            raise KeyedValueError("epochs", "cannot stand beside 'steps'; give one of them.")
+            raise KeyedValueError("epochs", "cannot be given together with 'steps'.")
         return self
 
     def rate_of(self, round_number: int) -> float:
@@ -191,14 +191,14 @@ class Aggregation(ShownModel):
 
     strategy: Literal["fedavg", "fedprox", "fedadam", "fedyogi"] = "fedavg"
     secure: bool = True
-    """Updates leave a site masked, and only their sum can be read (``cloister_fl.secagg``)."""
+    """Whether updates leave a site by secure aggregation (``cloister_fl.secagg``)."""
     min_sites: Annotated[int, Field(ge=1, le=1000)] = 5
-    """Fewest sites that a run begins with. Where updates are masked, the protocol derives from
+    """Fewest sites that a run begins with. With secure aggregation, the protocol derives from
     the invited sites how few may be left in a round; else a round needs as many, too."""
     colluders: Annotated[int, Field(ge=0, le=100)] = 1
     """Sites that may work with the coordinator without its learning another's update (c)."""
     clip: Annotated[float, Field(gt=0, le=1000)] = 8.0
-    """Bound of the absolute value of one coordinate of an update, where updates are masked: the
+    """Bound of the absolute value of one coordinate of an update, with secure aggregation: the
     range of the fixed-point encoding, not the clipping norm. Larger is saturated with privacy
     on, an error at the site without it."""
     weights: dict[Name, Annotated[float, Field(gt=0, le=1000)]] = {}
@@ -235,10 +235,10 @@ class Evaluation(ShownModel):
     """Rounds between two evaluations; the first and the last model are always evaluated."""
     site_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Share of a site's own patients kept for evaluation; used where privacy is off, and for the
-    release."""
+    noised evaluation."""
     release_epsilon: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    """Part of ``privacy.epsilon`` that one release of noised score histograms takes, after the
-    last round; 0 for no release. Training gets the noise that keeps both within the whole."""
+    """Part of ``privacy.epsilon`` that one noised evaluation by score histograms takes, after the
+    last round; 0 for none. Training gets the noise that keeps both within the whole."""
 
 
 class Study(ShownModel):
@@ -279,7 +279,7 @@ class Study(ShownModel):
         target = info.data.get("target")
         if target is not None and target.segment:
             raise KeyedValueError(
-                "release_epsilon", "must be 0 for a segmentation: no noised figure of it is made."
+                "release_epsilon", "must be 0 for a segmentation, which has no noised evaluation."
             )
         return evaluation
 
@@ -317,7 +317,7 @@ class Study(ShownModel):
 
     @property
     def releases(self) -> bool:
-        """Whether the study ends with a noised, charged release of score histograms."""
+        """Whether the study ends with a noised evaluation, which is charged."""
         return self.privacy.enabled and self.evaluation.release_epsilon > 0
 
     @property
@@ -342,5 +342,8 @@ def study_from_canonical(text: str) -> Study:
     except ValueError:
         study = None
     if study is None or study.canonical() != text:
-        raise StudyInvalid("The study in the message is not in canonical form.")
+        raise StudyInvalid(
+            "The study in the message is not in canonical form.",
+            remedy="Install the same version of Cloister on both sides: cloister --version",
+        )
     return study

@@ -1,4 +1,4 @@
-"""Signatures under a study: who vouches for it, to hospitals that trust their key.
+"""Signatures under a study, for hospitals that trust the signers' keys.
 
 An entry is the signer's public key and an Ed25519 signature over a label and the study's hash,
 96 bytes. It says that somebody stands for this very study, whoever proposes it; a site counts it
@@ -11,6 +11,7 @@ an entry, the key and the signature as hexadecimal digits.
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 from cloister_fl.errors import FileUnreadable, MessageInvalid
@@ -63,7 +64,7 @@ def signers(study: Study, entries: bytes) -> tuple[bytes, ...]:
 
 
 def path_of(study_file: Path) -> Path:
-    """Where the signatures under a study file lie."""
+    """Return the path of the signatures of a study file."""
     return study_file.with_name(study_file.name + ".sig")
 
 
@@ -81,14 +82,16 @@ def load(study_file: Path, study: Study) -> bytes:
     entries = b"".join(bytes.fromhex(row[1] + row[2]) for row in rows if row)
     if None in rows or not rows or len(rows) > MAX_SIGNATURES:
         raise FileUnreadable(
-            f"{path.name} is no file of signatures.",
-            remedy=f"Remove it, and sign again: cloister study sign {study_file.name}",
+            f"{path.name} is not a file of signatures.",
+            remedy="Remove it, and sign again: "
+            f"cloister study sign {shlex.quote(str(study_file))} --key KEY",
         )
     if len(signers(study, entries)) != len(rows):
         raise FileUnreadable(
-            f"{path.name} holds a signature that is not under this study.",
+            f"{path.name} has a signature that does not match this study.",
             why="A study that was changed after it was signed is another study.",
-            remedy=f"Remove it, and sign again: cloister study sign {study_file.name}",
+            remedy="Remove it, and sign again: "
+            f"cloister study sign {shlex.quote(str(study_file))} --key KEY",
         )
     return entries
 
@@ -110,7 +113,7 @@ def add(study_file: Path, study: Study, key: Identity) -> int:
         raise FileUnreadable(
             f"{path_of(study_file).name} is full.",
             why=f"A study carries at most {MAX_SIGNATURES} signatures.",
-            remedy="Take one out that no hospital asks for.",
+            remedy=f"Remove a line that no hospital needs from {path_of(study_file)}.",
         )
     rows = [entries[start : start + _ENTRY].hex() for start in range(0, len(entries), _ENTRY)]
     text = "".join(f"{row[: 2 * KEY_BYTES]} {row[2 * KEY_BYTES :]}\n" for row in rows)

@@ -1,4 +1,4 @@
-"""The network of a study: built for its input and its target, or refused."""
+"""The network of a study, built for its input and its target."""
 
 from __future__ import annotations
 

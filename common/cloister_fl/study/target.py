@@ -1,4 +1,4 @@
-"""The target of a study: the classes that patients are told apart by, or what is outlined in them.
+"""The target of a study: classes of patients, or a segment of images.
 
 A classification reads a column of the labels file. A segmentation reads the DICOM Segmentations
 (PS3.3 A.51) that lie with the images, and needs no labels file.
@@ -45,7 +45,7 @@ class Target(ShownModel):
     classes: Annotated[Words, Field(min_length=2, max_length=64)]
     """The first class is the reference ("negative") of a binary target."""
     segment: Annotated[str | None, Field(max_length=64), AfterValidator(_segment)] = None
-    """What a segmentation outlines, as ``segment_name``. A segment counts whose Segment Label
+    """What a segmentation marks, as ``segment_name``. A segment counts whose Segment Label
     (0062,0005) this is, or the meaning of whose property type; case does not matter, and several
     in one file are united."""
 
@@ -76,9 +76,9 @@ class Target(ShownModel):
 
     @property
     def described(self) -> str:
-        """The target in words."""
+        """The target as text."""
         if self.segment:
-            return f"outlines of '{self.segment}' in DICOM Segmentations"
+            return f"segmentation masks of '{self.segment}' in DICOM Segmentations"
         return f"'{self.column}' ({', '.join(self.classes)})"
 
     def canonical(self) -> dict[str, Any]:

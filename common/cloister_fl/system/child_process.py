@@ -1,4 +1,4 @@
-"""Processes that a service starts: they tell it lines of JSON, and never outlive it.
+"""Child processes of a service: they report lines of JSON, and never outlive it.
 
 The service makes a ``Child``, which is started again when it ends; the child's own program runs
 inside ``child()``. What a child tells is written to its standard output, one object a line, so no
@@ -32,7 +32,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def tell(event: str, **details: str | int | float) -> None:
-    """Say something to the parent; without one, on standard output."""
+    """Report an event to the parent; without one, on standard output."""
     line = json.dumps({"event": event, **details})
     with _lock, contextlib.suppress(OSError, ValueError):
         print(line, file=_out or sys.stdout, flush=True)

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and secrets that only their owner can read.
+"""Atomic writes, and secret files that only their owner can read.
 
 A file is written beside its final name, flushed to disk and renamed, so a process that is killed
 at any moment leaves the old content or the new one, never a mixture. Secrets are created once and
@@ -44,7 +44,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600, *, durable: bool = 
         if path.exists() and not path.is_file():
             # A device or a pipe: a rename would put a file in its place for everybody.
             raise OutputInTheWay(
-                f"{path.name} is there already and is no file.", remedy="Name another place."
+                f"{path.name} exists and is not a regular file.", remedy="Choose another path."
             )
         temporary = _temporary(path, data, mode, durable=durable)
         try:
@@ -147,7 +147,7 @@ def read_secret(path: Path) -> bytes:
             raise _refused(
                 name,
                 f"can be read or changed by others (mode {stat.S_IMODE(about.st_mode):04o})",
-                f"Run: chmod 600 {name}. If others used this machine, treat it as known to them.",
+                f"Run: chmod 600 {name}. If others used this machine, treat it as disclosed.",
             )
         if about.st_size > MAX_SECRET_BYTES:
             raise _refused(name, "is far too large", "Put the key itself there.")
@@ -168,8 +168,8 @@ def make_private_dir(path: Path) -> None:
             about = path.lstat()
             if not stat.S_ISDIR(about.st_mode):
                 raise OutputInTheWay(
-                    f"{path.name} is there already and is not a folder.",
-                    remedy="Move it away, or choose another place.",
+                    f"{path.name} exists and is not a folder.",
+                    remedy="Move it away, or choose another path.",
                 ) from None
             if about.st_mode & 0o077:
                 path.chmod(0o700)
@@ -207,7 +207,7 @@ def _unwritable(path: Path, error: OSError) -> OutputInTheWay:
     return OutputInTheWay(
         f"{path.name} cannot be written.",
         why=(error.strerror or "The system gave no reason") + ".",
-        remedy="Name a place in a folder that exists, that you may write to and that has space.",
+        remedy="Choose a folder that exists, that you may write to and that has space.",
     )
 
 

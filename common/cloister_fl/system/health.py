@@ -34,7 +34,7 @@ class Health:
         try:
             self.port: int = self._server.add_insecure_port(address)
         except RuntimeError:
-            raise OSError(f"{address} cannot be listened on") from None
+            raise OSError(f"The health service cannot listen on {address}") from None
         self._server.start()
 
     def serving(self, now: bool) -> None:

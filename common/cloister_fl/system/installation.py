@@ -1,4 +1,4 @@
-"""How this copy of Cloister was installed, and the command that adds an extra to it.
+"""The way this copy of Cloister was installed, and the command that adds an extra to it.
 
 The distribution called ``cloister`` on the public package index is another project, and whoever
 registers ``cloister-fl`` there decides what it holds. So no command names ours by its name: it is

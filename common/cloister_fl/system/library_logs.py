@@ -1,4 +1,4 @@
-"""Libraries whose log records would quote what hospitals keep to themselves."""
+"""Silencing of libraries whose log records would quote patients' data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LIBRARIES = ("pydicom", "pynetdicom", "httpx", "httpcore")
 
 
 def silence_libraries() -> None:
-    """Let no record of ``LIBRARIES`` reach a log, whatever the program's set-up.
+    """Drop all log records of ``LIBRARIES``, whatever the program's set-up.
 
     For the ``main`` of a process of ours: a module that is imported leaves its host's logging
     as it is. A program that reads an archive through our modules calls it itself.

@@ -1,4 +1,4 @@
-"""Whether an optional part is installed; asked without importing it."""
+"""Check for optional packages, without importing them."""
 
 from __future__ import annotations
 

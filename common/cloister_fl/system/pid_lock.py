@@ -1,4 +1,4 @@
-"""One service a folder: a lock that a process holds for as long as it lives, with its id in it."""
+"""Lock file of a service with its process id: one process per folder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def only_one(lock: Path, taken: Callable[[], Exception]) -> Iterator[None]:
 
 
 def holder(lock: Path) -> int | None:
-    """The process id of who holds the lock, or ``None`` where nobody does."""
+    """Return the process id of the lock's holder, or ``None``."""
     try:
         handle = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -55,7 +55,7 @@ def holder(lock: Path) -> int | None:
 
 
 def terminate(lock: Path, seconds: float) -> bool | None:
-    """Send SIGTERM to who holds the lock, and wait until it is let go.
+    """Send SIGTERM to the lock's holder, and wait until the lock is released.
 
     Returns:
         ``None`` where nobody held it, else whether it was let go in time.

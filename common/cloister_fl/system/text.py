@@ -1,4 +1,4 @@
-"""Words for people: how many of what, how another party's are shown, when two are the same."""
+"""Text for people: counts with nouns, lists, texts of other parties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TOML files that people write: read whole, judged whole, every fault with its line.
+"""Reader of hand-written TOML files: all faults at once, each with its line.
 
 ``tomllib`` gives no positions, so ``key_lines`` finds them in the text; values always come from
 ``tomllib``, and a position that cannot be found is reported as line 0 rather than guessed.
@@ -92,7 +92,9 @@ def parse(text: str, model: type[ModelT]) -> tuple[ModelT | None, tuple[Fault, .
         return None, (_syntax_fault(str(error), text),)
     except (ValueError, RecursionError):
         # A number of thousands of digits, or brackets thousands deep: tomllib lets both escape.
-        return None, (Fault(0, "TOML", "Holds a value that is too long or too deep to read."),)
+        return None, (
+            Fault(0, "TOML", "Has a value that is too long or too deeply nested to read."),
+        )
     lines = key_lines(text)
     faults: set[Fault] = set()
     taken: set[Location] = set()

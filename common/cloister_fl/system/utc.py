@@ -1,4 +1,4 @@
-"""Times in UTC: now, and in the forms that files and people are given."""
+"""Times in UTC: the present, and formats for files and people."""
 
 from __future__ import annotations
 

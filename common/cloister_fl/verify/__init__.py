@@ -1,1 +1,1 @@
-"""Checks of certificates and ledger exports, offline, by somebody who was not there."""
+"""Offline checks of certificates and ledger exports by a third party."""

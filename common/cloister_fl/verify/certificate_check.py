@@ -1,4 +1,4 @@
-"""Holds a certificate against mathematics, the ledger and the audit log; offline, without a site.
+"""Check of a certificate against accountants, the ledger and the audit log; offline.
 
 Epsilon is computed anew by another accountant than the one that wrote it: Opacus' PRV accountant
 (Gopi, Lee, Wutschitz 2021; error at most 0.01) where it is installed, else Renyi accounting, which
@@ -62,7 +62,7 @@ def check(
     Args:
         certificate: see ``certificate.read``.
         ledger: the site's export, at least as new as the certificate.
-        log: the site's audit log, entries in order; see ``audit.read``.
+        log: the site's audit log, entries in order; see ``audit_log.read``.
     """
     faults = list(_constants(certificate))
     release = certificate.release
@@ -98,10 +98,10 @@ def _constants(certificate: Certificate) -> Iterator[str]:
     try:
         study = study_from_canonical(certificate.study)
     except StudyInvalid:
-        yield "The study in it is none."
+        yield "The study in it is not valid."
         return
     if study.digest != certificate.study_hash:
-        yield "The study is not the one of the hash."
+        yield "The study does not match its hash."
     if not study.privacy.enabled:
         yield "The study trains without privacy."
     unsound = unsound_engine(study)
@@ -125,20 +125,20 @@ def _constants(certificate: Certificate) -> Iterator[str]:
 def _release(certificate: Certificate, study: Study) -> Iterator[str]:
     release = certificate.release
     if (release is not None) != study.releases:
-        yield "The release of figures is in one of certificate and study, not in the other."
+        yield "The noised evaluation is in only one of certificate and study."
     if release is None or not study.releases:
         return
     if release.sensitivity != sensitivity(study):
         yield (
-            f"The release's sensitivity is {release.sensitivity} in the certificate and "
+            f"The noised evaluation's sensitivity is {release.sensitivity} in the certificate and "
             f"{sensitivity(study)} in the study."
         )
     if release.charged and not release.charged_of_study:
-        yield "This run charged a release, and all runs of the study together none."
+        yield "This run charged a noised evaluation, and all runs of the study together none."
     alone, _ = _epsilon(certificate, 0, released=True)
     if not alone <= study.evaluation.release_epsilon + TOLERANCE:
         yield (
-            f"The release costs epsilon {alone:.4f}; the study gives it "
+            f"The noised evaluation costs epsilon {alone:.4f}; the study reserves "
             f"{study.evaluation.release_epsilon:g}."
         )
 
@@ -166,11 +166,11 @@ def _epsilon(certificate: Certificate, steps: int, *, released: bool) -> tuple[f
 
 def _against_ledger(certificate: Certificate, ledger: LedgerExport) -> Iterator[str]:
     if ledger.key != certificate.key:
-        yield "The ledger is another site's."
+        yield "The ledger belongs to another site."
         return
     seq = certificate.ledger.seq
     if not 1 <= seq <= len(ledger.hashes) or ledger.hashes[seq - 1] != certificate.ledger.hash:
-        yield f"The ledger does not hold entry {seq} as the certificate names it."
+        yield f"The ledger has no entry {seq} with the hash in the certificate."
         return
     spent = [one for one in ledger.spent(seq) if one.study == certificate.study_hash]
     run = sum(one.started for one in spent if one.run == certificate.run)
@@ -183,7 +183,7 @@ def _against_ledger(certificate: Certificate, ledger: LedgerExport) -> Iterator[
     for one in spent:
         held = (one.mechanism.noise_multiplier, one.mechanism.sampling_rate)
         if held != wanted:
-            yield f"The ledger names noise {held[0]:g} at rate {held[1]:g} for run {one.run}."
+            yield f"The ledger states noise {held[0]:g} at rate {held[1]:g} for run {one.run}."
     yield from _release_in_ledger(certificate, spent)
 
 
@@ -196,13 +196,13 @@ def _release_in_ledger(certificate: Certificate, spent: Iterable[Spent]) -> Iter
     ):
         if held != told:
             has, says = ("a", "none") if held else ("no", "one")
-            yield f"The ledger holds {has} charged release of {what}; the certificate says {says}."
+            yield f"The ledger charged {has} evaluation of {what}; the certificate says {says}."
     if release is None:
         return
     for run, mechanism in charged.items():
         if mechanism.noise_multiplier != release.noise_multiplier:
             yield (
-                f"The ledger names noise {mechanism.noise_multiplier:g} for the release of run "
+                f"The ledger states noise {mechanism.noise_multiplier:g} for the evaluation of run "
                 f"{run}."
             )
 
@@ -235,7 +235,7 @@ def _opacus_lifetime(spent: Composition, delta: float, orders: tuple[float, ...]
         )
         for mechanism, steps in spent
     )
-    # The ledger's delta is split evenly over the orders (privacy.filter).
+    # The ledger's delta is split evenly over the orders (privacy.renyi_filter).
     found, _ = rdp.get_privacy_spent(orders=list(orders), rdp=total, delta=delta / len(orders))
     return max(0.0, float(found))
 
@@ -254,10 +254,10 @@ def _against_log(certificate: Certificate, log: Iterable[Entry]) -> Iterator[str
             size = entry.body.get("bytes")
             sizes[kind] += size if isinstance(size, int) else 0
     if not found:
-        yield f"The audit log does not hold entry {certificate.log.seq} as the certificate names it"
+        yield f"The audit log has no entry {certificate.log.seq} with the hash in the certificate."
     told = [(left.message, left.count, left.bytes) for left in certificate.left]
     if told != [(kind, counts[kind], sizes[kind]) for kind in sorted(counts)]:
-        yield "The audit log counts other messages of this run than the certificate."
+        yield "The messages of this run in the audit log differ from those in the certificate."
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A ledger's export, read by whoever did not write it: chain, signature, and what was spent.
+"""Reader of a ledger's export: chain, signature, and what was spent.
 
 The reader is another one than the site's own on purpose: it knows the format (JSON Lines of
 ``body``, ``previous`` and ``hash``, and a last line that signs the site's name and the head) and
@@ -90,7 +90,7 @@ class LedgerExport:
                     count[key] = count.get(key, 0) + int(body["steps"])
                 case "evaluated":
                     if key in released:
-                        raise ValueError("a release was charged twice")
+                        raise ValueError("a noised evaluation was charged twice")
                     released[key] = Mechanism(noise[key], 1.0)
         return tuple(
             Spent(*key, held[key], count.get(key, 0), released.get(key))
@@ -115,18 +115,18 @@ def read(data: bytes) -> LedgerExport:
         held = _object(line, number)
         body, previous = held.get("body"), hashes[-1] if hashes else GENESIS
         if not isinstance(body, dict) or held.get("previous") != previous:
-            raise _invalid(f"line {number} does not follow the line before it")
+            raise _invalid(f"Line {number} does not follow the line before it.")
         try:
             text = canonical_json(body)
         except ValueError:
-            raise _invalid(f"line {number} holds a number that is not finite") from None
+            raise _invalid(f"Line {number} has a number that is not finite.") from None
         digest = entry_hash(CHAIN_LABEL, text, beside=previous)
         if held.get("hash") != digest or body.get("seq") != number:
-            raise _invalid(f"line {number} does not carry the hash of its content")
+            raise _invalid(f"The hash of line {number} is wrong.")
         bodies.append(body)
         hashes.append(digest)
     if not bodies:
-        raise _invalid("there is no entry in it")
+        raise _invalid("It has no entry.")
     last = _object(lines[-1], len(lines))
     try:
         key, signature = bytes.fromhex(last["key"]), bytes.fromhex(last["signature"])
@@ -149,9 +149,9 @@ def read(data: bytes) -> LedgerExport:
         )
         found.spent()
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise _invalid("its entries are not a ledger's, or its last line signs nothing") from None
+        raise _invalid("It is not in the format of a ledger's export.") from None
     if not signed or not usable_public_key(key):
-        raise _invalid("its last line does not sign the entries before it")
+        raise _invalid("The signature in its last line does not match the entries before it.")
     return found
 
 
@@ -161,13 +161,13 @@ def _object(line: bytes, number: int) -> dict[str, Any]:
     except (ValueError, RecursionError):
         held = None
     if not isinstance(held, dict):
-        raise _invalid(f"line {number} is no entry")
+        raise _invalid(f"Line {number} is not an entry.")
     return held
 
 
 def _invalid(why: str) -> CertificateInvalid:
     return CertificateInvalid(
-        "The ledger's export is refused.",
-        why=f"Of this file, {why}.",
-        remedy="Ask the site for it anew: cloister client budget export.",
+        "The ledger's export is not valid.",
+        why=why,
+        remedy="Ask the site for a new copy: cloister client budget export",
     )

@@ -1,6 +1,6 @@
 """Simulation of a whole federation on one machine; the only module that starts both sides.
 
-It runs the ServerApp and the ClientApp of a deployment on an engine of ``superlink``. What it
+It runs the ServerApp and the ClientApp of a deployment on an engine of ``server.flower``. What it
 adds stands outside both: it finds the sites' folders, evaluates on a hold-out that belongs to
 no site, and shows the operator of the simulation, who is every site's operator too, why a site
 said no.
@@ -65,7 +65,7 @@ class Simulation:
         engine: ``in-process`` or ``ray``.
         resume: go on with the run in ``out``.
         holdout: folder with ``dicom/`` and ``labels.csv`` of patients of no site.
-        signatures: who vouches for the study, see ``signing``.
+        signatures: who vouches for the study, see ``study.signatures``.
     """
 
     study: Study

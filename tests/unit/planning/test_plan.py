@@ -84,7 +84,7 @@ def test_a_release_is_part_of_the_whole_that_is_planned() -> None:
         whole = compose(((step, steps),), ((Mechanism(plan.release, 1.0), 1),))
         assert 2.9 < epsilon_of(whole, 1e-5) <= 3.0
     told = plan_output.render(plan)
-    assert f"release   epsilon 1, sigma {plan.release:.4f}, once at the end" in told
+    assert f"evaluation, noised: epsilon 1, sigma {plan.release:.4f}, once at the end" in told
     assert f"{plan.whole:.3f} with training" in told
     assert plan_output.as_dict(plan)["epsilon_whole"] == plan.whole
 
@@ -154,7 +154,7 @@ def test_a_larger_rate_wastes_less_and_full_participation_nothing() -> None:
 def test_nothing_is_suggested_where_nothing_is_wasted() -> None:
     plan = plan_of(rate=1.0)
     assert plan.better is None
-    assert "Less is wasted" not in plan_output.render(plan)
+    assert "More efficient" not in plan_output.render(plan)
     assert [(one.sampling_rate, one.rounds) for one in plan.others] == [(1.0, 4)]
 
 

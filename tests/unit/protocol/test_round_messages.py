@@ -75,7 +75,7 @@ def test_payload_counts_arrays_names_and_values() -> None:
 
 
 def test_another_kind_is_refused() -> None:
-    with pytest.raises(MessageInvalid, match="another kind"):
+    with pytest.raises(MessageInvalid, match="not of the expected kind"):
         unpack(pack(Prepared(site="north", signature=b"")), Update)
 
 

@@ -92,7 +92,8 @@ def test_not_finite(value: float, saturate: bool, place: int) -> None:
         encoded(values, saturate=saturate)
     # The same words wherever and whatever it was.
     assert str(caught.value) == (
-        "CLO-720: The update is not finite. See the site's own log; nothing was sent."
+        "CLO-720: The update is not finite. Training probably diverged; nothing was sent. "
+        "Lower training.learning_rate in the study."
     )
 
 

@@ -62,5 +62,5 @@ def test_without_a_release_all_is_as_before() -> None:
 def test_a_release_that_leaves_nothing_is_refused() -> None:
     release = release_mechanism(study(1.0, 5, 2.999))
     assert release is not None
-    with pytest.raises(EpsilonUnreachable, match="takes all of epsilon 2"):
+    with pytest.raises(EpsilonUnreachable, match="uses all of epsilon 2"):
         calibrate(2.0, 1e-5, 1.0, 5, ((release, 1),))

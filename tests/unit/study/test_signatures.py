@@ -59,16 +59,16 @@ def test_a_file_of_signatures_grows_by_signer_and_fits_its_study(tmp_path: Path)
     assert signatures.add(file, study(), ONE) == 2
     entries = signatures.load(file, study())
     assert signatures.signers(study(), entries) == (ONE.public, TWO.public)
-    with pytest.raises(FileUnreadable, match="not under this study"):
+    with pytest.raises(FileUnreadable, match="does not match this study"):
         signatures.load(file, OTHER)
-    with pytest.raises(FileUnreadable, match="not under this study"):
+    with pytest.raises(FileUnreadable, match="does not match this study"):
         signatures.add(file, OTHER, ONE)
 
 
 @pytest.mark.parametrize("text", ["", "\n", "words\n", f"{'0' * 64} {'0' * 127}\n"])
 def test_another_file_is_no_file_of_signatures(tmp_path: Path, text: str) -> None:
     (tmp_path / "study.toml.sig").write_text(text)
-    with pytest.raises(FileUnreadable, match="no file of signatures"):
+    with pytest.raises(FileUnreadable, match="not a file of signatures"):
         signatures.load(tmp_path / "study.toml", study())
 
 

@@ -1,4 +1,4 @@
-"""The closed list of codes by which a site may say that it gave an epoch up."""
+"""The closed list of codes with which a site may abort a key epoch."""
 
 from __future__ import annotations
 

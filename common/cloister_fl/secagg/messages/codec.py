@@ -15,6 +15,7 @@ from typing import ClassVar, Self
 
 from cloister_fl.encoding.framing import Buffer, FrameError, Reader, listed
 from cloister_fl.errors import WireInvalid
+from cloister_fl.secagg import remedies
 from cloister_fl.secagg.messages.message_base import Message
 from cloister_fl.secagg.messages.participant_messages import (
     Abort,
@@ -106,7 +107,11 @@ def decode(data: Buffer) -> Message:
     try:
         return _decode(Reader(data))
     except FrameError as error:
-        raise WireInvalid("A message is malformed.", why=f"In it, {error}.") from None
+        raise WireInvalid(
+            "A message is malformed.",
+            why=f"Reason: {error}.",
+            remedy=remedies.SAME_VERSION,
+        ) from None
 
 
 def _decode(reader: Reader, within: type[Message] | None = None) -> Message:

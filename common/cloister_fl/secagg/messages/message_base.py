@@ -1,4 +1,4 @@
-"""What all messages share: their head on the wire and the lists that they hold."""
+"""Base of all messages: their head on the wire, and lists of sites."""
 
 from __future__ import annotations
 

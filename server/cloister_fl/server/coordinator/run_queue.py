@@ -48,7 +48,7 @@ class Asked(FileModel):
         wait: seconds that a run which could begin waits for sites that have not answered.
         timeout: seconds after which a stage goes on without those who have not answered.
         holdout: folder of patients of no site, on whom the model is measured; or empty.
-        signatures: who vouches for the study, hexadecimal, see ``signing``; or empty.
+        signatures: who vouches for the study, hexadecimal, see ``study.signatures``; or empty.
     """
 
     study: str

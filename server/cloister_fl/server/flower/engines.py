@@ -31,7 +31,7 @@ _TASK = 1
 
 ClientCallable = Callable[[Message, Context], Message]
 NodeConfig = Mapping[str, str]
-"""A node's own configuration; see the keys in ``records``."""
+"""A node's own configuration; see the keys in ``round_messages``."""
 
 
 class InProcessGrid(Grid):

@@ -1,7 +1,7 @@
 """Flower's SuperLink, embedded: its application and its state, without its listeners.
 
 Pinned to flwr 1.41.0. Since 1.40 Fleet, Control and Runtime share one application, and Control
-has no authentication of its own, so the application is never bound to a port here: ``gate``
+has no authentication of its own, so the application is never bound to a port here: ``fleet_gate``
 stands before it. A private token guards Control, a secret guards Runtime.
 """
 

@@ -73,7 +73,7 @@ class ClientDisconnected(Exception):
 
 @dataclass(frozen=True)
 class Engine:
-    """What the gate must know of Flower; see ``superlink.deployment``."""
+    """What the gate must know of Flower; see ``superlink.build``."""
 
     app: Application
     node_key_header: bytes

@@ -17,7 +17,7 @@ _SEATING = {"began", "seated"}
 
 
 def heads_of_sites(entries: Iterable[Entry], roster: Roster, seats: Mapping[int, str]) -> str:
-    """The newest and the highest head of each site's log, as ``audit.told_heads`` writes them.
+    """The newest and the highest head of each site's log, as ``audit_log.told_heads`` writes them.
 
     Both, because they part after a roll-back: what a site answers then is noted last, and is lower
     than what was noted before.

@@ -301,8 +301,8 @@ def test_lost_rounds_simulations_and_warnings_are_told() -> None:
         report(lost_rounds=(2,), warnings=("Round 3 was odd.",), summary={"simulated": True})
     )
     assert (
-        "Round 2 was sent out and never finished. The privacy cost of what was started stays charged"
-        in text
+        "Round 2 was sent out and never finished. The privacy cost of what was started stays "
+        "charged at the sites." in text
     )
     assert "Round 3 was odd." in text
     assert "all sites ran on one machine" in text

@@ -1,0 +1,10 @@
+"""Remedies that several errors of secure aggregation share."""
+
+REPEAT = "Repeat the round in a new key epoch."
+REPEAT_OR_CONTINUE = "Repeat the round with the same sites, or continue with the next."
+NEW_EPOCH = "The coordinator must start a new key epoch."
+MORE_SITES = "Repeat the round when more sites answer."
+ACCEPT_ROSTER = "Compare and accept the current roster: cloister client roster --dir FOLDER"
+ASK_STEWARD = "Have the site's steward find out why."
+SERVER_AT_FAULT = "Repeat the round; if it fails again, the server is at fault."
+SAME_VERSION = "Install the same version of Cloister on both sides: cloister --version"

@@ -196,7 +196,7 @@ def test_a_run_is_told_with_its_bytes_and_its_refusals(
     assert came["clara"]["refused"] == {}
     status, text, _ = _run(capsys, "--log", str(out / FEDERATION / AUDIT))
     assert status == 0
-    assert "3 summed" in text
+    assert "3 aggregated" in text
     assert "birke: it declined; the reason is shown at the site" in text
     assert "its node failed: " in text
 

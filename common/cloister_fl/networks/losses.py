@@ -1,6 +1,6 @@
 """Training losses: cross entropy of a class, or of each pixel together with soft Dice.
 
-Cross entropy alone is content with an empty outline where what is sought is small; soft Dice
+Cross entropy alone is content with an empty mask where what is sought is small; soft Dice
 (Milletari et al. 2016) is not, and their sum is the usual loss of segmentation (Isensee et al.
 2021). Both are a mean or a ratio within one image, so that an image's loss depends on no other.
 """

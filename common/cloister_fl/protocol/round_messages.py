@@ -145,7 +145,7 @@ class Exchanged(RoundMessage):
 class Update(RoundMessage):
     """Site to server: new weights minus old, flat, (D,); noised at the site where privacy is on.
 
-    Only where the study sends updates unmasked.
+    Only where the study trains without secure aggregation.
     """
 
     kind = "update"

@@ -72,7 +72,7 @@ class Site:
     Args:
         identity: the site's own key.
         name: the site's id.
-        roster: the roster that the site's steward has pinned.
+        roster: the roster that the site's steward accepted.
         policy: what was approved.
         store: what the site remembers across restarts.
         gave_up: is told why, whenever the site gives an epoch up; for its own operator.

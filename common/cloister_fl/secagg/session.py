@@ -28,7 +28,7 @@ class EpochTerms:
     Attributes:
         federation: name of the federation.
         study: hash of the approved study, 32 bytes.
-        roster: digest of the pinned roster, 32 bytes.
+        roster: digest of the trusted roster, 32 bytes.
         run: id of the run; a resumed run has another.
         epoch: number of the key epoch within the run.
         invited: ids of the invited sites, rising.

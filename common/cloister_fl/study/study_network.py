@@ -43,7 +43,7 @@ def resolve_for(study: Study) -> tuple[Entry, dict[str, Value]]:
         fit = [one.name for one in REGISTRY.values() if one.outlines != entry.outlines]
         raise NetworkUnfit(
             f"The network '{entry.name}' "
-            + ("outlines" if entry.outlines else "classifies")
+            + ("segments" if entry.outlines else "classifies")
             + f" images, and target.kind is '{study.target.kind}'.",
             remedy=f"Choose one of: {', '.join(fit)}.",
         )

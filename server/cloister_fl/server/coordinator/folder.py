@@ -7,7 +7,7 @@
                      superexec.secret; mode 0700 and 0600
     keys/roster      the signed roster in force
     state/           coordinator.sqlite (invites, sites) and flower.sqlite
-    log/             refused.jsonl: who was turned away, and why
+    log/             refused.jsonl: rejected connections and requests
     flower/          Flower's own home
     server.lock      held by the server that runs
 

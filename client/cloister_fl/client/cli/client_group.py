@@ -1,4 +1,4 @@
-"""`cloister client` and `cloister predict`: what a hospital's own people run.
+"""Commands `cloister client` (its groups, `init`, `check`, `audit`) and `cloister predict`.
 
 Everything heavy is imported inside the commands, so that ``--help`` is quick.
 """
@@ -65,7 +65,7 @@ def init(
     ] = None,
     option: Annotated[Path | None, folder_option("The site folder, as DIR.")] = None,
 ) -> None:
-    """Create a site folder and its keys, or what one lacks. Nothing is replaced."""
+    """Create a site folder and its keys, or what is missing in one. Nothing is replaced."""
     folder = one_folder(positional, option) or Path()
     require("client", "numpy", "pydicom")
     from cloister_fl.client.site.folder import SITE_FILE, init_site
@@ -75,28 +75,28 @@ def init(
     if new:
         for path, what in (
             (site.dicom, "folder of images"),
-            (site.labels, "labels file, which a segmentation does without"),
+            (site.labels, "labels file (not needed for segmentation)"),
         ):
             if not path.exists():
                 typer.echo(f"There is no {what} yet: {path}")
         typer.echo(f"Site {site.name} is ready. Edit {folder / SITE_FILE}, then run:")
         typer.echo(f"  cloister client check{dir_option(folder)}")
     else:
-        typer.echo(f"Site {site.name} was here already; its site.toml and keys are unchanged.")
+        typer.echo(f"Site {site.name} exists already; its site.toml and keys are unchanged.")
 
 
 @app.command()
 def check(
     folder: Folder = Path(),
-    study: Annotated[Path | None, typer.Option(help="Judge the data by this study.")] = None,
-    offline: Annotated[bool, typer.Option(help="Leave the network alone.")] = False,
+    study: Annotated[Path | None, typer.Option(help="Check the data against this study.")] = None,
+    offline: Annotated[bool, typer.Option(help="Skip the network checks.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     sheet: Annotated[
         Path | None,
-        typer.Option("--contact-sheet", help="Write the images as training sees them, as PNG."),
+        typer.Option("--contact-sheet", help="Write the preprocessed images, as PNG."),
     ] = None,
 ) -> None:
-    """Look at the way to the coordinator, this machine and the site's data: all that is wrong.
+    """Check the connection to the coordinator, this machine and the site's data.
 
     The exit status is 0 where nothing failed, else that of the first failure.
     """
@@ -119,11 +119,14 @@ def check(
         told = [finding.as_dict() for finding in findings]
         typer.echo(json.dumps({**report.as_dict(), "findings": told}))
     else:
-        typer.echo(f"{preflight.render(findings)}\n\n{render(report)}")
+        typer.echo(f"{preflight.render(findings)}\n\n{render(report, site.root)}")
     if sheet is not None and report.cohort is not None:
         shown, png = contact_sheet(report.cohort)
         write_atomic(sheet, png)
-        typer.echo(f"Wrote {shown} images to {sheet}. They show patients: keep it here.", err=True)
+        typer.echo(
+            f"Wrote {shown} images to {sheet}. They show patients: keep them at this site.",
+            err=True,
+        )
     raise typer.Exit(preflight.exit_status(findings))
 
 
@@ -132,7 +135,7 @@ def audit(
     folder: Folder = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what left this site, to whom and why, from its audit log."""
+    """Show what left this site, to whom and why, from its audit log."""
     require("client", "numpy", "pydicom")
     from cloister_fl.client.site.audit_log import as_dict, entries_of, render
     from cloister_fl.client.site.folder import open_site
@@ -167,7 +170,7 @@ def predict(
                 why=error.why,
                 remedy="Name a folder with DICOM files, and check its permissions.",
             ) from None
-    what = "outlines" if done.outlines else "scores"
+    what = "segmentation masks" if done.outlines else "scores"
     typer.echo(f"Wrote the {what} of {done.images} images to {done.out}.")
     for reason, count in done.rejects.items():
-        typer.echo(f"  turned away: {count} ({reason.value}, {reason.title})", err=True)
+        typer.echo(f"  rejected: {count} ({reason.value}, {reason.title})", err=True)

@@ -1,4 +1,4 @@
-"""What a failed request means to a hospital's IT: the error, with what to ask of whom."""
+"""Errors of failed requests, in words for a hospital's IT: the cause, and whom to ask."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Callable
 
 from cloister_fl.client.network.http import Cause, Failure, Step
+from cloister_fl.client.site.folder import Site, command_at
 from cloister_fl.errors import (
     ClockOrDates,
     CloisterError,
@@ -20,20 +21,25 @@ from cloister_fl.system import utc
 
 _WHERE_PROXY = "Check the proxy's address in site.toml, or in HTTPS_PROXY where that names none."
 _AT_CONNECT = {
-    Cause.NAME_UNKNOWN: "No name server here knows its name.",
-    Cause.REFUSED: "The machine answers, and nothing listens at this port.",
-    Cause.TIMEOUT: "Nothing answered in time; a firewall that drops the connection looks so.",
-    Cause.NO_ROUTE: "This machine has no way to it.",
+    Cause.NAME_UNKNOWN: "Its name cannot be resolved (DNS).",
+    Cause.REFUSED: "Connection refused: nothing listens at this port.",
+    Cause.TIMEOUT: "Timed out; a firewall may be dropping the connection.",
+    Cause.NO_ROUTE: "No route to the host.",
 }
 _CUT = "The connection was cut."
 
 
-def error_of(failure: Failure) -> CloisterError:
-    """The error that a failure is raised as; its words hold for this failure alone."""
+def error_of(failure: Failure, site: Site | None = None) -> CloisterError:
+    """Return the error that describes a failed request.
+
+    Args:
+        failure: what failed, and at which step.
+        site: the site that asked; its folder goes into the commands of the remedy.
+    """
     if failure.cause is Cause.PROXY_SETTING:
         return ProxyUnusable(
-            "The proxy that the environment names cannot be used.",
-            why="HTTPS_PROXY or ALL_PROXY is no http:// address.",
+            "The proxy set in the environment cannot be used.",
+            why="HTTPS_PROXY or ALL_PROXY is not an http:// address.",
             remedy='Write proxy = "http://HOST:PORT" below [network] in site.toml.',
         )
     if failure.cause is Cause.BEYOND_PROXY:
@@ -44,13 +50,15 @@ def error_of(failure: Failure) -> CloisterError:
             f"your network's people whether the proxy may go to {failure.address}.",
         )
     if failure.via and failure.step <= Step.PROXY:
-        return _proxy(failure)
+        return _proxy(failure, site)
     if failure.step <= Step.CONNECT:
         return CoordinatorUnreachable(
             f"{failure.address} cannot be reached.",
             why=_AT_CONNECT.get(failure.cause, _CUT),
             remedy=_unreached(failure),
         )
+    if failure.cause is Cause.CERTIFICATE_REFUSED:
+        return _refused(failure, site)
     judge = _AT_TLS.get(failure.cause, _broken_off)
     return judge(failure)
 
@@ -58,8 +66,8 @@ def error_of(failure: Failure) -> CloisterError:
 def _unreached(failure: Failure) -> str:
     if failure.cause is Cause.NAME_UNKNOWN:
         return (
-            "Compare the name with the coordinator's. Where only a proxy knows the names of the "
-            "outside, write it below [network] in site.toml."
+            "Compare the name with the coordinator's. If only a proxy resolves names outside the "
+            "hospital, set proxy below [network] in site.toml."
         )
     if failure.cause is Cause.REFUSED:
         return "Ask the coordinator whether the server runs and your invite is open."
@@ -69,25 +77,25 @@ def _unreached(failure: Failure) -> str:
     )
 
 
-def _proxy(failure: Failure) -> CloisterError:
+def _proxy(failure: Failure, site: Site | None) -> CloisterError:
     proxy = f"{failure.via}, the proxy,"
     if failure.step <= Step.CONNECT:
         why = _AT_CONNECT.get(failure.cause, _CUT)
         return ProxyUnusable(f"{proxy} cannot be reached.", why=why, remedy=_WHERE_PROXY)
     if failure.cause is Cause.PROXY_LOGIN:
-        return _login(failure, proxy)
+        return _login(failure, proxy, _command(site, "proxy"))
     if failure.cause is Cause.PROXY_STATUS:
         return ProxyForbids(
             f"{proxy} does not open a connection to {failure.address}.",
             why=f"It answered {failure.status}."
             if failure.status
-            else "It gave an answer that is none.",
+            else "It gave an invalid answer.",
             remedy=f"Ask your network's people to allow CONNECT to {failure.address}.",
         )
     if failure.cause is Cause.TIMEOUT:
         return ProxyUnusable(
             f"{proxy} took the connection and did not answer in time.",
-            why=f"It is no proxy, or waits in vain for {failure.address}.",
+            why=f"It is not a proxy, or {failure.address} does not answer it.",
             remedy=_WHERE_PROXY,
         )
     if failure.cause in {Cause.UNTRUSTED, Cause.DATES, Cause.OTHER_NAME}:
@@ -97,63 +105,68 @@ def _proxy(failure: Failure) -> CloisterError:
         )
     return ProxyUnusable(
         f"{proxy} cut the connection before it answered.",
-        why="It is no proxy, or one that does not pass CONNECT on.",
+        why="It is not a proxy, or it does not support CONNECT.",
         remedy=_WHERE_PROXY,
     )
 
 
-def _login(failure: Failure, proxy: str) -> ProxyLoginRefused:
+def _login(failure: Failure, proxy: str, command: str) -> ProxyLoginRefused:
     if failure.logins and "Basic" not in failure.logins:
         return ProxyLoginRefused(
-            f"{proxy} lets people log in by {' or '.join(failure.logins)} only.",
-            why="Cloister knows Basic.",
-            remedy=f"Ask for a rule that lets this machine through to {failure.address} without.",
+            f"{proxy} accepts only {' or '.join(failure.logins)}.",
+            why="Cloister supports Basic authentication.",
+            remedy="Ask for a rule that lets this machine through to "
+            f"{failure.address} without a login.",
         )
     if failure.user:
         return ProxyLoginRefused(
-            f"{proxy} did not accept the user {failure.user} with the password that was set.",
-            remedy="Set it again: cloister client proxy",
+            f"{proxy} did not accept the password of the user {failure.user}.",
+            remedy=f"Set it again: {command}",
         )
     return ProxyLoginRefused(
-        f"{proxy} wants a user and a password.",
-        remedy="Write proxy and proxy_user below [network] in site.toml, then run: "
-        "cloister client proxy",
+        f"{proxy} requires a user and a password.",
+        remedy=f"Write proxy and proxy_user below [network] in site.toml, then run: {command}",
     )
+
+
+def _command(site: Site | None, words: str) -> str:
+    return command_at(None if site is None else site.root, words)
 
 
 def _inspected(failure: Failure) -> CoordinatorUnproven:
     by = failure.seen.issuer if failure.seen is not None else ""
-    whose = f"by {by}" if by else "by somebody who shows no name"
+    whose = f"by {by}" if by else "by an unnamed issuer"
     return CoordinatorUnproven(
         f"TLS is inspected on the way to {failure.address} {whose}, or another machine answers.",
-        why="What answered has no certificate of the coordinator's authority. "
+        why="The certificate shown was not issued by the coordinator's authority. "
         "Nothing secret was sent.",
-        remedy=f"Ask for an exemption for {failure.address}; Cloister pins the coordinator's "
-        "authority and does not go on.",
+        remedy=f"Ask for an exemption for {failure.address}; Cloister accepts "
+        "certificates of the coordinator's authority only.",
     )
 
 
 def _other_name(failure: Failure) -> CoordinatorUnproven:
     return CoordinatorUnproven(
         f"The certificate at {failure.address} is for another name.",
-        why="It is the coordinator's authority's. Nothing secret was sent.",
-        remedy="Ask the coordinator to run 'cloister server init' with this address.",
+        why="The coordinator's authority issued it. Nothing secret was sent.",
+        remedy="Ask the coordinator to run: cloister server init FOLDER --address "
+        f"{failure.address}",
     )
 
 
 def _too_long(failure: Failure) -> CoordinatorUnproven:
     return CoordinatorUnproven(
         f"{failure.address} is not the coordinator that the invite names.",
-        why="It answered with more than a coordinator does. Nothing secret was sent.",
+        why="Its answer is longer than any of a coordinator. Nothing secret was sent.",
         remedy="Ask your network's people whether TLS is inspected on the way.",
     )
 
 
-def _refused(failure: Failure) -> EnrolmentRefused:
+def _refused(failure: Failure, site: Site | None) -> EnrolmentRefused:
     return EnrolmentRefused(
         f"{failure.address} does not accept this site's certificate.",
-        why="It is not one of the coordinator's authority, or has expired.",
-        remedy="Run 'cloister client check', and call the coordinator.",
+        why="The coordinator's authority did not issue it, or it has expired.",
+        remedy=f"Run: {_command(site, 'check')}. Then call the coordinator.",
     )
 
 
@@ -166,8 +179,8 @@ def _dates(failure: Failure) -> ClockOrDates:
     return ClockOrDates(
         f"The certificate of {failure.address} is not valid at this time.",
         why=why + ".",
-        remedy="Check this machine's clock first; where it is right, the coordinator renews its "
-        "certificate: cloister server init",
+        remedy="Check this machine's clock first. If it is right, ask the coordinator to renew the "
+        f"certificate: cloister server init FOLDER --address {failure.address}",
     )
 
 
@@ -175,7 +188,7 @@ def _broken_off(failure: Failure) -> CoordinatorUnreachable:
     """TCP stood; it broke off in TLS or before an answer."""
     at_tls = failure.step is Step.TLS
     if failure.cause is Cause.NO_TLS:
-        why = "What answers there speaks no TLS: another program, or a page that blocks."
+        why = "The answer is not TLS: another program, or a proxy's block page."
         remedy = "Compare the port with the coordinator's; ask your network's people what answers."
     elif failure.cause is Cause.TIMEOUT:
         why = f"It did not answer in time, {'in' if at_tls else 'after'} the TLS handshake."
@@ -190,7 +203,7 @@ def _broken_off(failure: Failure) -> CoordinatorUnreachable:
             "the coordinator whether it knows this site's certificate."
         )
     return CoordinatorUnreachable(
-        f"{failure.address} gives no answer that can be used.", why=why, remedy=remedy
+        f"{failure.address} gave no usable answer.", why=why, remedy=remedy
     )
 
 
@@ -202,6 +215,5 @@ _AT_TLS: dict[Cause, Callable[[Failure], CloisterError]] = {
     Cause.UNTRUSTED: _inspected,
     Cause.DATES: _dates,
     Cause.OTHER_NAME: _other_name,
-    Cause.CERTIFICATE_REFUSED: _refused,
     Cause.TOO_LONG: _too_long,
 }

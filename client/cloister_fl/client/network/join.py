@@ -64,12 +64,12 @@ CERTIFICATE = "client.pem"
 _Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 _WHY = {
-    "invite-unknown": "The coordinator does not know the invite.",
+    "invite-unknown": "The invite is unknown to the coordinator.",
     "invite-used": "The invite was used already, with other keys than this site's.",
     "invite-expired": "The invite has expired.",
     "key-in-use": "A key of this site is enrolled under another name.",
     "proof-invalid": "The coordinator did not accept the proof of this site's keys.",
-    "certificate-unknown": "The coordinator does not know this site's certificate.",
+    "certificate-unknown": "This site's certificate is unknown to the coordinator.",
     "certificate-revoked": "The coordinator has revoked this site.",
     "certificate-expired": "This site's certificate has expired.",
     "rate-limited": "Too many requests came from here; wait a minute.",
@@ -106,7 +106,7 @@ def membership(site: Site) -> Membership:
     if not path.exists():
         raise InviteInvalid(
             "This site has joined no federation.",
-            remedy="Run 'cloister client join INVITE-FILE' with the coordinator's invite.",
+            remedy=f"Join with the coordinator's invite: {site.command('join INVITE-FILE')}",
         )
     try:
         return Membership.model_validate_json(read_secret(path))
@@ -147,8 +147,8 @@ def prepare(
     keep_out_of_git(site.root)
     if network is not None and site.network != network:
         raise OptionInvalid(
-            "site.toml is there already, and names another proxy or user.",
-            remedy="Write them there, below [network], and leave the option out.",
+            "site.toml exists, and names another proxy or user.",
+            remedy="Write them there, below [network], and leave out --proxy and --proxy-user.",
         )
     for given, written, key in (
         (dicom, site.dicom, "dicom"),
@@ -156,7 +156,7 @@ def prepare(
     ):
         if given is not None and given != written:
             raise OptionInvalid(
-                f"site.toml is there already, and its {key} is another one.",
+                f"site.toml exists, and its {key} is another one.",
                 remedy=f"Write it there, at '{key}' below [data], and leave --{key} out.",
             )
     if site.name != invite.site:
@@ -168,7 +168,7 @@ def prepare(
         held = membership(site)
         if held.authority != invite.authority.hex() or held.root != invite.root.hex():
             raise InviteInvalid(
-                "The invite is another federation's than this folder's.",
+                "The invite is for another federation than this folder.",
                 remedy="Use a site folder for each federation.",
             )
     create_secret(site.keys / NODE_KEY, ec_keys.generate_pem(Purpose.NODE))
@@ -280,7 +280,7 @@ def _keep_certificate(site: Site, member: Membership, der: bytes) -> None:
         fits = False
     if not fits:
         raise CoordinatorUnproven(
-            "The certificate that came is not for this site's key, or not the authority's.",
+            "The certificate received is not for this site's key, or not issued by the authority.",
             remedy="Tell the coordinator; do not go on.",
         )
     write_atomic(site.keys / CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM))
@@ -292,7 +292,7 @@ def _offer(site: Site, member: Membership, signed: bytes) -> Joined:
     key = roster.public_key(site.name)
     if key is None or not hmac.compare_digest(key, site.identity().public):
         raise RosterMismatch(
-            "The roster offered does not name this site with its own key.",
+            "The roster offered does not list this site with its own key.",
             remedy="Tell the coordinator; do not accept this roster.",
         )
     write_atomic(site.root / OFFERED, signed)
@@ -346,7 +346,7 @@ def _talk(
     """One request over TLS, through the site's proxy if it has one; the answer's body."""
     answer = dial(context, method, address, path, body, proxy=proxy_of(site))
     if isinstance(answer, Failure):
-        raise error_of(answer)
+        raise error_of(answer, site)
     check_status(answer)
     return answer.body
 

@@ -47,7 +47,7 @@ def user_of(site: Site) -> str:
     """
     if not (site.network.proxy and site.network.proxy_user):
         raise OptionInvalid(
-            "site.toml names no proxy and user that a password would be for.",
+            "site.toml names no proxy, or no user for it, so there is no password to set.",
             remedy='Write proxy = "http://HOST:PORT" and proxy_user = "NAME" below [network].',
         )
     return site.network.proxy_user
@@ -80,12 +80,12 @@ def _password(site: Site) -> str:
     path = site.keys / FILE
     if not path.exists():
         raise ProxyLoginRefused(
-            f"The password of {site.network.proxy_user} at the proxy was not set.",
-            remedy="Set it: cloister client proxy",
+            f"The proxy password of {site.network.proxy_user} is not set.",
+            remedy=f"Set it: {site.command('proxy')}",
         )
     try:
         return read_secret(path).decode()
     except UnicodeDecodeError:
         raise FileUnreadable(
-            f"{FILE} is not UTF-8 text.", remedy="Set it again: cloister client proxy"
+            f"{FILE} is not UTF-8 text.", remedy=f"Set it again: {site.command('proxy')}"
         ) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cloister_fl.client.admission import gate
@@ -16,7 +17,7 @@ from cloister_fl.client.data.cohort import Cohort
 from cloister_fl.client.data.labels import read_labels
 from cloister_fl.client.data.loading import Reading, read_cohort
 from cloister_fl.client.data.targets import UNLABELLED
-from cloister_fl.client.site.folder import Site
+from cloister_fl.client.site.folder import Site, command_at
 from cloister_fl.client.site.policy import refusals
 from cloister_fl.client.steward.budget import line, study_promised
 from cloister_fl.errors import DataError, DecoderUnfit, FolderUnreadable, LabelsInvalid, Reject
@@ -163,8 +164,8 @@ def _refusals(site: Site, study: Study) -> tuple[str, ...]:
     return () if short is None else (f"{short.what} {short.why}",)
 
 
-def render(report: DataReport) -> str:
-    """Return the report as text for a terminal."""
+def render(report: DataReport, root: Path | None = None) -> str:
+    """Return the report on the site at ``root`` as text for a terminal."""
     lines = [f"Site {report.site}" + (f", study {report.study}" if report.study else "")]
     lines.append(f"  files       {report.files}")
     word = "volumes" if report.volumes else "images"
@@ -183,25 +184,25 @@ def render(report: DataReport) -> str:
         lines.append(f"  labels      {told} (patients)")
     if report.faded:
         lines.append(
-            f"  too small   what is marked in {counted(report.faded, 'image')}: nothing of it is "
-            "left at the study's size"
+            f"  too small   the segmentation mask of {counted(report.faded, 'image')}: empty at "
+            "the study's size"
         )
     if report.rejects:
-        lines.append("  turned away")
+        lines.append("  rejected")
         lines += [
             f"    {count:>7}  {reason.value}  {reason.title}"
             for reason, count in report.rejects.items()
         ]
-        lines.append("    Which files: cloister client find CODE")
+        lines.append(f"    Which files: {command_at(root, 'find CODE')}")
     study = None if report.study is None else report.promised_study
     lines.append(f"  budget      promised so far, {line(study, report.promised, report.lifetime)}")
     if report.study is None:
-        lines.append("Labels were not checked: give a study with --study.")
+        lines.append("Labels were not checked: name a study with --study STUDY.")
     lines += [f"This site would refuse the study: {sentence}" for sentence in report.policy]
     lines += [str(fault) for fault in report.faults]
-    held = sum(count for reason, count in report.rejects.items() if reason.held)
-    if held:
-        lines.append(f"Held: {held}. Which of them wait for a person: cloister client quarantine")
+    quarantined = sum(count for reason, count in report.rejects.items() if reason.held)
+    if quarantined:
+        lines.append(f"Quarantined: {quarantined}. Review them: {command_at(root, 'quarantine')}")
     if report.faults:
         lines.append("The data cannot be used as they are.")
     elif report.policy:

@@ -94,7 +94,7 @@ class Finding:
 
 
 def found(check: Check, state: State, what: str, remedy: str = "") -> Finding:
-    """A finding that is no failure."""
+    """Return a finding that is not a failure."""
     return Finding(int(check), check.name.lower(), state, what, remedy)
 
 
@@ -105,7 +105,7 @@ def failed(check: Check, error: CloisterError) -> Finding:
 
 
 def skipped(checks: Iterable[Check], why: str) -> list[Finding]:
-    """What was not looked at."""
+    """Return findings of checks that were not run."""
     return [found(check, State.SKIP, why) for check in checks]
 
 
@@ -121,7 +121,7 @@ def machine(site: Site) -> list[Finding]:
 
 def disk(free: int) -> Finding:
     """Judge the bytes free where the site folder lies."""
-    what = f"{free / GIB:.1f} GiB are free where the site folder lies."
+    what = f"{free / GIB:.1f} GiB are free on the disk of the site folder."
     remedy = "Make room: the cache of preprocessed images and the logs grow there."
     if free < DISK_FAIL:
         return failed(Check.DISK, OutputInTheWay(what, remedy=remedy))
@@ -133,14 +133,14 @@ def disk(free: int) -> Finding:
 def memory(available: int | None) -> Finding:
     """Judge the bytes of memory that a training could take now; ``None``: not known."""
     if available is None:
-        return found(Check.MEMORY, State.WARN, "How much memory is available is not told here.")
+        return found(Check.MEMORY, State.WARN, "The available memory is not known.")
     what = f"{available / GIB:.1f} GiB of memory are available."
     if available < MEMORY_WARN:
         return found(
             Check.MEMORY,
             State.WARN,
             what,
-            "End other programs, or give this one more; the system may kill a training.",
+            "Free memory, or add some: with too little, training is killed.",
         )
     return found(Check.MEMORY, State.OK, what)
 
@@ -168,7 +168,7 @@ def available_memory(root: Path = Path("/")) -> int | None:
 
 
 def gpu(there: bool, usable: Callable[[], str | None]) -> Finding:
-    """Tell which processor trains; ``usable`` loads torch and is asked only where a GPU is."""
+    """Find which processor trains; ``usable`` loads torch and is asked only where a GPU is."""
     if not there:
         return found(Check.GPU, State.OK, "None; the CPU is used.")
     name = usable()
@@ -176,14 +176,14 @@ def gpu(there: bool, usable: Callable[[], str | None]) -> Finding:
         return found(
             Check.GPU,
             State.WARN,
-            "There is one that this PyTorch cannot use; the CPU is used.",
-            "Install PyTorch's build for this GPU, or leave it: only time is lost.",
+            "PyTorch cannot use the GPU; the CPU is used.",
+            "Install PyTorch's build for this GPU, or train on the CPU, which takes longer.",
         )
     return found(Check.GPU, State.OK, f"{name}.")
 
 
 def folder(site: Site) -> Finding:
-    """Tell who else could read or change what the site keeps to itself."""
+    """Find what of the site other users could read or change."""
     keys = [site.keys, *sorted(site.keys.iterdir())]
     others = [site.root, site.cache, site.audit, *(site.root / name for name in _PRIVATE)]
     bad = [_shown(site, path) for path in keys if _is_open(path)]
@@ -191,8 +191,8 @@ def folder(site: Site) -> Finding:
         return failed(
             Check.FOLDER,
             FileUnreadable(
-                f"Others can read or change {', '.join(bad)}, or own it.",
-                remedy="Close it (chmod 700 for a folder, 600 for a file). If others used this "
+                f"Other users own {', '.join(bad)}, or can read or change it.",
+                remedy="Restrict it: chmod 700 for a folder, 600 for a file. If others used this "
                 "machine, treat the keys as known to them.",
             ),
         )
@@ -200,10 +200,10 @@ def folder(site: Site) -> Finding:
         return found(
             Check.FOLDER,
             State.WARN,
-            f"Others can read or change {', '.join(loose)}, or own it.",
-            "Close it: chmod 700 for a folder, 600 for a file.",
+            f"Other users own {', '.join(loose)}, or can read or change it.",
+            "Restrict it: chmod 700 for a folder, 600 for a file.",
         )
-    return found(Check.FOLDER, State.OK, "The site's keys and files are its owner's alone.")
+    return found(Check.FOLDER, State.OK, "Only the owner can read the site's keys and files.")
 
 
 def data(report: DataReport) -> list[Finding]:
@@ -217,10 +217,13 @@ def data(report: DataReport) -> list[Finding]:
             f"{report.accepted} images of {report.patients} patients can be used.",
         )
     if report.study is None:
-        return [judged, *skipped([Check.POLICY], "No study was given: --study FILE.")]
+        return [
+            judged,
+            *skipped([Check.POLICY], "Not checked: no study was named (--study STUDY)."),
+        ]
     if report.policy:
         why = " ".join(report.policy)
-        remedy = "Change the study, or the policy, if the steward agrees."
+        remedy = "Change the study; or, if the steward agrees, [policy] in site.toml."
         return [judged, failed(Check.POLICY, PolicyRefused(why, remedy=remedy))]
     return [judged, found(Check.POLICY, State.OK, "It allows the study.")]
 

@@ -1,4 +1,4 @@
-"""The way to the coordinator, judged step by step from one request for the roster.
+"""Network checks: the connection to the coordinator, step by step, from one roster request.
 
 Nothing is asked that a node would not ask, over the connection that a node would take.
 """
@@ -58,19 +58,22 @@ _STEP = {
 def network(site: Site, *, offline: bool = False) -> list[Finding]:
     """Findings 1 to 10; with ``offline`` nothing is dialled."""
     if not (site.root / join.MEMBERSHIP).exists():
-        remedy = "When the coordinator has sent an invite, run: cloister client join INVITE-FILE"
-        told = found(Check.FEDERATION, State.WARN, "This site has not joined a federation.", remedy)
+        remedy = "When the coordinator has sent an invite, run: "
+        remedy += site.command("join INVITE-FILE")
+        missing = found(
+            Check.FEDERATION, State.WARN, "This site has not joined a federation.", remedy
+        )
         rest = (*_ON_THE_WAY, Check.CERTIFICATE, *_ASKED, Check.ROSTER)
-        return [told, *skipped(rest, "Not joined.")]
+        return [missing, *skipped(rest, "Not joined.")]
     try:
         member = join.membership(site)
     except CloisterError as error:
         rest = (*_ON_THE_WAY, Check.CERTIFICATE, *_ASKED, Check.ROSTER)
-        return [failed(Check.FEDERATION, error), *skipped(rest, "1 comes first.")]
+        return [failed(Check.FEDERATION, error), *skipped(rest, _not_checked(Check.FEDERATION))]
     joined = found(Check.FEDERATION, State.OK, f"Joined at {member.fleet} as {member.site}.")
     own = certificate(site)
     if offline:
-        way = skipped((*_ON_THE_WAY, *_ASKED), "--offline: not looked at.")
+        way = skipped((*_ON_THE_WAY, *_ASKED), "Not checked: --offline.")
         reached = None
     else:
         way, reached = _dialled(site, member, own)
@@ -86,24 +89,30 @@ def _dialled(
     try:
         context = join.pinned_context(site) if bare else join.client_context(site)
     except (CloisterError, ssl.SSLError) as error:
-        told = error if isinstance(error, CloisterError) else _damaged()
+        fault = error if isinstance(error, CloisterError) else _damaged()
         rest = (*_ON_THE_WAY[:-1], *_ASKED)
-        return [failed(Check.TLS, told), *skipped(rest, "5 comes first.")], None
+        return [failed(Check.TLS, fault), *skipped(rest, _not_checked(Check.TLS))], None
     try:
         proxy = proxy_of(site)
     except CloisterError as error:
         rest = (Check.NAME, Check.CONNECTION, Check.TLS, *_ASKED)
-        return [failed(Check.PROXY, error), *skipped(rest, "3 comes first.")], None
+        return [failed(Check.PROXY, error), *skipped(rest, _not_checked(Check.PROXY))], None
     reached = dial(context, "GET", member.fleet, PATH_ROSTER, proxy=proxy)
     if bare and isinstance(reached, Failure) and reached.step is Step.ANSWER:
         # The coordinator hangs up on who shows no certificate, after TLS; so the way is open.
         way = _passed(member.fleet, reached.via, _ON_THE_WAY)
         return [*way, *skipped(_ASKED, "This site has no certificate yet.")], None
-    return judge(member, reached), reached
+    return judge(member, reached, site), reached
 
 
-def judge(member: Membership, reached: Answer | Failure) -> list[Finding]:
-    """The findings that one request gives: how far it came, and what was answered."""
+def judge(member: Membership, reached: Answer | Failure, site: Site | None = None) -> list[Finding]:
+    """Return the findings of one request: how far it came, and what was answered.
+
+    Args:
+        member: the site's membership.
+        reached: the answer or the failure.
+        site: goes into the commands of remedies.
+    """
     if isinstance(reached, Failure):
         by_proxy = reached.via and reached.step <= Step.PROXY
         at = Check.PROXY if by_proxy else _STEP[reached.step]
@@ -113,8 +122,8 @@ def judge(member: Membership, reached: Answer | Failure) -> list[Finding]:
         after = [check for check in (*_ON_THE_WAY, *_ASKED) if check > at]
         return [
             *_passed(member.fleet, reached.via, before, reached.cause),
-            failed(at, error_of(reached)),
-            *skipped(after, f"{int(at)} comes first."),
+            failed(at, error_of(reached, site)),
+            *skipped(after, _not_checked(at)),
         ]
     way = _passed(member.fleet, reached.via, _ON_THE_WAY)
     tick = clock(member.fleet, reached.headers.get("date", ""), reached.sent, reached.received)
@@ -122,10 +131,10 @@ def judge(member: Membership, reached: Answer | Failure) -> list[Finding]:
         join.check_status(reached)
     except CloisterError as error:
         refused = failed(Check.ADMISSION, error)
-        return [*way, refused, tick, *skipped([Check.VERSION], "7 comes first.")]
+        return [*way, refused, tick, *skipped([Check.VERSION], _not_checked(Check.ADMISSION))]
     admitted = found(Check.ADMISSION, State.OK, "The coordinator answers this site.")
-    told = (reached.headers.get(name, "") for name in (HEADER_PROTOCOL, HEADER_VERSION))
-    return [*way, admitted, tick, version(*told)]
+    versions = (reached.headers.get(name, "") for name in (HEADER_PROTOCOL, HEADER_VERSION))
+    return [*way, admitted, tick, version(*versions)]
 
 
 def _passed(
@@ -133,13 +142,13 @@ def _passed(
 ) -> list[Finding]:
     """Steps that went well."""
     words = {
-        Check.NAME: f"{via}, the proxy, looks it up." if via else f"{address} is known here.",
-        Check.PROXY: f"{via} opens the connection." if via else "None; the way is direct.",
-        Check.CONNECTION: f"{address} takes connections.",
+        Check.NAME: f"{via}, the proxy, resolves it." if via else f"{address} can be resolved.",
+        Check.PROXY: f"{via} opens the connection." if via else "None; the connection is direct.",
+        Check.CONNECTION: f"{address} accepts connections.",
         Check.TLS: f"TLS 1.3, and {address} has the pinned authority's certificate.",
     }
     if cause is Cause.PROXY_SETTING:
-        words[Check.NAME] = "The proxy looks it up."
+        words[Check.NAME] = "The proxy resolves it."
     return [found(check, State.OK, words[check]) for check in checks]
 
 
@@ -151,7 +160,7 @@ def certificate(site: Site) -> Finding:
             Check.CERTIFICATE,
             State.WARN,
             "The coordinator has not approved this site yet.",
-            "'cloister client start' waits for that; 'cloister client join' asks once.",
+            f"Wait for it: {site.command('start')}. Or ask once: {site.command('join')}",
         )
     try:
         held = x509.load_pem_x509_certificate(read_secret(path))
@@ -166,7 +175,7 @@ def dates(begins: datetime.datetime, ends: datetime.datetime, now: float) -> Fin
     """Judge a certificate of the site by its dates; ``now`` is Unix time in seconds."""
     days = (ends.timestamp() - now) / 86400
     until = f"until {ends:%Y-%m-%d}"
-    anew = "Call the coordinator: the site is enrolled anew, in a new folder under a new name."
+    anew = "Ask the coordinator to enrol the site again, with a new folder and a new name."
     if begins.timestamp() > now:
         early = ClockOrDates(
             f"This site's certificate is valid from {to_minute(begins)} UTC, which is not yet.",
@@ -194,7 +203,7 @@ def clock(address: str, date: str, sent: float, received: float) -> Finding:
     try:
         theirs = parsedate_to_datetime(date).timestamp()
     except (ValueError, TypeError, OverflowError):
-        return found(Check.CLOCK, State.WARN, f"{address} does not tell its time.")
+        return found(Check.CLOCK, State.WARN, f"The answer of {address} has no date.")
     # The true skew lies between these two.
     ahead, behind = sent - theirs - _DATE_S, theirs - received
     remedy = "Set the clock, and keep it set with NTP or chrony."
@@ -210,22 +219,22 @@ def clock(address: str, date: str, sent: float, received: float) -> Finding:
         if behind > BEHIND_FAIL_S:
             return failed(Check.CLOCK, ClockOrDates(what, why=why, remedy=remedy))
         return found(Check.CLOCK, State.WARN, f"{what} {why}", remedy)
-    return found(Check.CLOCK, State.OK, f"It agrees with {address}'s.")
+    return found(Check.CLOCK, State.OK, f"It agrees with the clock of {address}.")
 
 
 def version(protocol: str, wheel: str) -> Finding:
     """Compare what the coordinator says of itself with what is installed here."""
-    theirs = wheel if re.fullmatch(r"[0-9A-Za-z.+-]{1,40}", wheel) else "of no known version"
+    theirs = wheel if re.fullmatch(r"[0-9A-Za-z.+-]{1,40}", wheel) else "(unknown version)"
     if not re.fullmatch(r"[0-9]{1,6}", protocol):
         return found(
             Check.VERSION,
             State.WARN,
-            "The coordinator does not tell its version; it is older than this site's.",
+            "The coordinator does not report its version; it is older than this site's.",
             "Ask the coordinator which version it runs.",
         )
     if int(protocol) != PROTOCOL:
         error = VersionsDiffer(
-            f"The coordinator speaks protocol {int(protocol)}, and this site protocol {PROTOCOL}.",
+            f"The coordinator has protocol version {int(protocol)}, and this site {PROTOCOL}.",
             remedy=f"It runs Cloister {theirs}, and this site {__version__}: install the same.",
         )
         return failed(Check.VERSION, error)
@@ -242,27 +251,28 @@ def version(protocol: str, wheel: str) -> Finding:
 
 def roster(site: Site, member: Membership, reached: Answer | Failure | None) -> Finding:
     """Whether the steward accepted a roster, and whether it is the one offered now."""
-    accept = (
-        "Compare it with the other sites and accept it: cloister client roster, "
-        "or with the next study: cloister client approve"
-    )
+    accept = f"Compare it with the other sites and accept it: {site.command('roster')}"
     try:
         if not site.roster.exists():
-            return found(Check.ROSTER, State.WARN, "No roster was accepted here yet.", accept)
-        held = trusted_roster.read_pin(site.roster)
+            return found(Check.ROSTER, State.WARN, "No roster is trusted at this site yet.", accept)
+        trusted = trusted_roster.read_pin(site.roster)
         if isinstance(reached, Answer) and reached.status == 200:
             offer = trusted_roster.examine(site.roster, reached.body, bytes.fromhex(member.root))
-            if offer.roster.digest != held.digest:
-                what = "The coordinator offers another roster than the accepted one."
+            if offer.roster.digest != trusted.digest:
+                what = "The coordinator offers another roster than the trusted one."
                 return found(Check.ROSTER, State.WARN, what, accept)
     except CloisterError as error:
         return failed(Check.ROSTER, error)
-    if held.public_key(site.name) != site.identity().public:
+    if trusted.public_key(site.name) != site.identity().public:
         wrong = RosterMismatch(
-            "The accepted roster does not name this site with its own key.", remedy=accept
+            "The trusted roster does not list this site with its own key.", remedy=accept
         )
         return failed(Check.ROSTER, wrong)
-    return found(Check.ROSTER, State.OK, f"The accepted one names {len(held.entries)} sites.")
+    return found(Check.ROSTER, State.OK, f"The trusted roster lists {len(trusted.entries)} sites.")
+
+
+def _not_checked(check: Check) -> str:
+    return f"Not checked: check {int(check)} failed."
 
 
 def _span(low: float, high: float) -> str:

@@ -7,7 +7,7 @@
     cache/           preprocessed images, encrypted
     store/           files that were fetched from an archive, encrypted
     index.sqlite     which files did not change; can be lost
-    quarantine.json  which held files a person has released, or not
+    quarantine.json  decisions on quarantined files: released, or kept
     manifests/       what each study was frozen with, signed
     audit/           the signed log of what left the site
     ledger.sqlite    what privacy was spent
@@ -22,6 +22,7 @@ import hashlib
 import hmac
 import re
 import secrets
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,13 +93,17 @@ class Site:
 
     @property
     def roster(self) -> Path:
-        """The roster that the steward accepted; see ``pinned``."""
+        """The roster that the steward accepted; see ``trusted_roster``."""
         return self.root / "roster.pin"
 
     @property
     def keys(self) -> Path:
         """Folder of the site's secrets."""
         return self.root / "keys"
+
+    def command(self, words: str) -> str:
+        """Return ``cloister client WORDS`` for this site, to be pasted into a shell."""
+        return command_at(self.root, words)
 
     def pseudonym_key(self) -> bytes:
         """Return the 32 bytes that pseudonyms are made with; see ``read_secret``."""
@@ -111,6 +116,11 @@ class Site:
     def identity(self) -> Identity:
         """Return the key that the site signs with; see ``read_secret``."""
         return _identity(self.keys / IDENTITY)
+
+
+def command_at(root: Path | None, words: str) -> str:
+    """Return ``cloister client WORDS`` for the site folder ``root``, or for FOLDER if unknown."""
+    return f"cloister client {words} --dir {'FOLDER' if root is None else shlex.quote(str(root))}"
 
 
 def init_site(

@@ -200,10 +200,10 @@ def test_dates(days: tuple[float, float], state: State, code: str) -> None:
     [
         (str(PROTOCOL), __version__, OK, __version__),
         (str(PROTOCOL), "9.9.9", FAIL, "9.9.9"),
-        (str(PROTOCOL), "\x1b[31m", FAIL, "of no known version"),
-        (str(PROTOCOL + 1), __version__, FAIL, f"protocol {PROTOCOL + 1}"),
-        ("", "", WARN, "does not tell"),
-        ("two", __version__, WARN, "does not tell"),
+        (str(PROTOCOL), "\x1b[31m", FAIL, "(unknown version)"),
+        (str(PROTOCOL + 1), __version__, FAIL, f"protocol version {PROTOCOL + 1}"),
+        ("", "", WARN, "does not report its version"),
+        ("two", __version__, WARN, "does not report its version"),
     ],
 )
 def test_version(protocol: str, wheel: str, state: State, words: str) -> None:

@@ -1,4 +1,4 @@
-"""`cloister client fetch`, `freeze`, `quarantine`, `find`, `data-report`: a steward and the data.
+"""Commands `cloister client fetch`, `freeze`, `quarantine`, `find` and `data-report`.
 
 Everything heavy is imported inside the commands, so that ``--help`` is quick.
 """
@@ -6,6 +6,7 @@ Everything heavy is imported inside the commands, so that ``--help`` is quick.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,24 +27,24 @@ if TYPE_CHECKING:
 
 app = FolderTyper(invoke_without_command=True)
 
-Name = Annotated[str, typer.Argument(metavar="ID", help="A file's short name, as listed.")]
+Name = Annotated[str, typer.Argument(metavar="ID", help="A file's id, as listed.")]
 Why = Annotated[
     str,
-    typer.Option(help="Stands in this site's audit log, so name no patient; it is not sent."),
+    typer.Option(help="Why. Written to this site's audit log: name no patient. Not sent."),
 ]
 
 
 def freeze(
     study: Annotated[Path, typer.Argument(help="The study file.")],
     folder: Folder = Path(),
-    again: Annotated[bool, typer.Option("--again", help="Replace what was frozen.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Replace the frozen data.")] = False,
     why: Annotated[
         str,
-        typer.Option(help="Why it is frozen anew; stands in the audit log, so name no patient."),
+        typer.Option(help="Why it is frozen again. Written to the audit log: name no patient."),
     ] = "",
     yes: Yes = False,
 ) -> None:
-    """Sign what a study is trained on here: every image, patient and label; later runs check it.
+    """Freeze a study's training data: sign every image, patient and label; later runs check it.
 
     The first run of a study does so by itself.
     """
@@ -57,8 +58,8 @@ def freeze(
     if again:
         frozen_dataset.require_reason(why)
         confirm(
-            f"What was frozen for {judged_by.study.name}, {judged_by.digest[:16]}, is replaced "
-            "for good by the data that are there now.",
+            f"The data frozen for {judged_by.study.name}, {judged_by.digest[:16]}, are replaced "
+            "for good by the present data.",
             owner=f"site {site.name}",
             folder=site.root,
             command=("cloister", "client", "freeze", str(study), "--again", "--why", why),
@@ -101,11 +102,14 @@ def fetch(
     if as_json:
         typer.echo(json.dumps(fetch.as_dict(done)))
         raise typer.Exit(ArchiveAnswerInvalid.exit_status if missing else 0)
-    typer.echo(f"{done.found} images fit: {done.new} fetched, {done.there} were here already.")
+    typer.echo(f"{done.found} images match: {done.new} fetched, {done.there} already stored.")
     if done.too_large:
-        typer.echo(f"Too large for a file, and left out: {done.too_large}.")
+        typer.echo(f"Too large, and left out: {done.too_large}.")
     if done.not_sent:
-        typer.echo(f"The archive could not send: {done.not_sent}. Ask who runs it.", err=True)
+        typer.echo(
+            f"The archive could not send: {done.not_sent}. Ask the archive's administrator.",
+            err=True,
+        )
     if missing:
         raise typer.Exit(ArchiveAnswerInvalid.exit_status)
 
@@ -113,15 +117,16 @@ def fetch(
 def find(
     what: Annotated[
         str,
-        typer.Argument(help="A short name of a file or a patient, or a code such as CLO-211."),
+        typer.Argument(help="An id of a file or a patient, or a code such as CLO-211."),
     ],
     study: Annotated[
-        Path | None, typer.Option(help="The study that was spoken of: pseudonyms hold for one.")
+        Path | None,
+        typer.Option(help="The study of the message: a patient's id is valid for one study."),
     ] = None,
     folder: Folder = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say which files and patients a name or a code in this site's messages stands for.
+    """Re-identify the files and patients behind an id or a code in this site's messages.
 
     It names patients and stays here. The exit status is 0 where something was found.
     """
@@ -148,9 +153,10 @@ def find(
         raise typer.Exit(0 if found else OptionInvalid.exit_status)
     if not found:
         raise OptionInvalid(
-            f"Nothing here is meant by {what}.",
-            why="Names of files and patients are this site's own; a patient's holds for one study.",
-            remedy="Give the study that was spoken of: --study STUDY.",
+            f"No file or patient at this site matches {what}.",
+            why="Ids are valid at this site only; a patient's id for one study only.",
+            remedy="Give the study of the message: "
+            f"cloister client find {shlex.quote(what)} --study STUDY{dir_option(folder)}",
         )
     for one in found:
         why = "" if one.reason is None else f"  {one.reason.value}  {one.reason.title}"
@@ -158,7 +164,7 @@ def find(
         whose = f"  PatientID {_seen(one.patient)}" if one.patient else ""
         typer.echo(f"{one.short_id}{why}{whose}")
         typer.echo(f"              {_seen(one.path)}")
-    typer.echo("This names patients: keep it here.", err=True)
+    typer.echo("This names patients: keep it at this site.", err=True)
 
 
 def _seen(text: str) -> str:
@@ -167,10 +173,10 @@ def _seen(text: str) -> str:
 
 def data_report(
     out: Annotated[Path, typer.Option(help="The folder to write to.")],
-    study: Annotated[Path | None, typer.Option(help="Look at the data as this study does.")] = None,
+    study: Annotated[Path | None, typer.Option(help="Read the data as this study does.")] = None,
     folder: Folder = Path(),
 ) -> None:
-    """Write what the site's data look like, as HTML and JSON: counts, images, patients twice.
+    """Write a report on the site's data, HTML and JSON: counts, images, duplicate patients.
 
     It shows patients and stays here.
     """
@@ -185,14 +191,15 @@ def data_report(
         report = reports.survey(site, judged_by, progress=progress)
     reports.write(report, out)
     typer.echo(
-        f"Wrote {out / reports.HTML} and {reports.JSON}. They show patients: keep them here."
+        f"Wrote {out / reports.HTML} and {reports.JSON}. They show patients: keep them at this "
+        "site."
     )
     twice = len(report.same_pixels) + len(report.same_person)
     if twice:
-        typer.echo(f"Sets of patient identifiers that may be one patient's: {twice}; see there.")
+        typer.echo(f"Sets of patient identifiers that may be one patient: {twice}; see the report.")
     if report.held:
         command = f"cloister client quarantine{dir_option(folder)}"
-        typer.echo(f"Held until a person has looked: {report.held}; {command}")
+        typer.echo(f"Quarantined files: {report.held}; review them: {command}")
 
 
 @app.callback()
@@ -201,16 +208,16 @@ def quarantine(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     folder: Folder = Path(),
 ) -> None:
-    """List the files that are held until a person has looked at them, and why."""
+    """List the quarantined files, which a person must review, and why."""
     if context.invoked_subcommand is not None:
         return
     from cloister_fl.client.data import quarantine
 
-    _, found = _held(folder)
+    site, found = _quarantined(folder)
     if as_json:
         typer.echo(json.dumps({"held": [one.as_dict() for one in found]}))
         return
-    typer.echo(quarantine.render(found))
+    typer.echo(quarantine.render(found, site.root))
 
 
 @app.command()
@@ -219,24 +226,24 @@ def show(
     png: Annotated[Path | None, typer.Option(help="Write the image here, as PNG.")] = None,
     folder: Folder = Path(),
 ) -> None:
-    """Say where a held file lies, and show its image. Both can name a patient."""
+    """Show the path and the image of a quarantined file. Both can name a patient."""
     from cloister_fl.client.data import quarantine
     from cloister_fl.system.files import write_atomic
 
-    site, found = _held(folder)
+    site, found = _quarantined(folder)
     one = _named(found, name, folder)
     path, data = quarantine.look(site, one)
-    typer.echo(quarantine.render([one]).splitlines()[0])
+    typer.echo(quarantine.render([one], site.root).splitlines()[0])
     # A path can hold what a terminal obeys.
-    typer.echo(f"It lies at {_seen(str(path))}")
+    typer.echo(f"Path: {_seen(str(path))}")
     if png is not None:
         write_atomic(png, quarantine.picture(data))
-        typer.echo(f"Wrote its image to {png}. It may show a patient's name: keep it here.")
+        typer.echo(f"Wrote its image to {png}. It may show a patient's name: keep it at this site.")
 
 
 @app.command()
 def release(name: Name, why: Why, folder: Folder = Path(), yes: Yes = False) -> None:
-    """Let a held file be used: you have looked at it, and it shows no name."""
+    """Release a quarantined file for use: you have looked at it, and it shows no name."""
     from cloister_fl.client.data.quarantine import Decision
 
     _decide("release", name, why, folder, Decision.RELEASED, yes=yes)
@@ -254,9 +261,11 @@ def _decide(verb: str, name: str, why: str, folder: Path, decision: Decision, *,
     from cloister_fl.client.data import quarantine
 
     quarantine.require_reason(why)
-    site, found = _held(folder)
+    site, found = _quarantined(folder)
     one = _named(found, name, folder)
-    held_for = "" if one.reason is None else f", held for {one.reason.value} ({one.reason.title}),"
+    held_for = (
+        "" if one.reason is None else f", quarantined for {one.reason.value} ({one.reason.title}),"
+    )
     effect = {
         quarantine.Decision.RELEASED: "is released: studies are trained on it from now on.",
         quarantine.Decision.KEPT: "is kept out of every study.",
@@ -272,7 +281,7 @@ def _decide(verb: str, name: str, why: str, folder: Path, decision: Decision, *,
     typer.echo(f"{decision.value.capitalize()} at {site.name}: {name}.")
 
 
-def _held(folder: Path) -> tuple[Site, list[Held]]:
+def _quarantined(folder: Path) -> tuple[Site, list[Held]]:
     require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls", "PIL")
     from cloister_fl.client.data import quarantine
     from cloister_fl.client.site.folder import open_site
@@ -287,6 +296,6 @@ def _named(found: list[Held], name: str, folder: Path) -> Held:
         if one.short_id == name:
             return one
     raise OptionInvalid(
-        f"No held file is named {name!r}.",
+        f"No quarantined file has the id {name!r}.",
         remedy=f"List them: cloister client quarantine{dir_option(folder)}",
     )

@@ -1,4 +1,4 @@
-"""What keeps a site's images from being a cohort, in words."""
+"""Errors of a cohort: no usable image, one class only, too few patients."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from cloister_fl.errors import CohortTooSmall, DataError, OneClassOnly, Reject, 
 from cloister_fl.study.schema import Study
 
 
-def no_images(rejects: Counter[Reject]) -> SiteEmpty:
-    """The error of a folder with nothing that can be used, and what was turned away."""
-    told = ", ".join(
+def no_images(site: Site, rejects: Counter[Reject]) -> SiteEmpty:
+    """Return the error of a data folder without a usable image; it counts the rejected files."""
+    counts = ", ".join(
         f"{count} x {reason.title} ({reason.value})" for reason, count in rejects.most_common()
     )
     return SiteEmpty(
-        "The site's data folder holds no image that this study can use.",
-        why=f"Files turned away: {told}." if told else "It holds no file.",
-        remedy="Check 'data.dicom' in site.toml and the study's modalities; "
-        "'cloister client check' explains what was turned away.",
+        "The site's data folder has no image that this study can use.",
+        why=f"Rejected files: {counts}." if counts else "It holds no file.",
+        remedy="Check 'data.dicom' in site.toml and the study's modalities. What was rejected, and "
+        f"why: {site.command('check --offline')}",
     )
 
 
 def class_faults(site: Site, study: Study, counts: Counter[int]) -> list[DataError]:
-    """Say what is wrong with how many patients there are of each class."""
+    """Return the errors in the number of patients of each class."""
     least = site.policy.min_patients_per_class
     if study.target.segment:
         # Patients in whom nothing is marked are welcome, and nothing asks for them.
@@ -33,7 +33,7 @@ def class_faults(site: Site, study: Study, counts: Counter[int]) -> list[DataErr
         return [
             OneClassOnly(
                 f"All patients of the site have the class '{only}'.",
-                why="Nothing can be learned, or measured, from one class.",
+                why="A model cannot be trained or evaluated on one class.",
                 remedy="Check the labels file, or leave this study to other sites.",
             )
         ]

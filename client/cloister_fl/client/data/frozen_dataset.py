@@ -1,4 +1,4 @@
-"""What a study is frozen with at a site: every image, its patient and its label, signed.
+"""Manifests of frozen training data: every image of a study, its patient and label, signed.
 
 The first run of a study freezes the site's data as they are; each later run checks that every
 image is still there, from the same bytes, with the same pixels and the same label. Images that
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cloister_fl.client.dicom.pixels.preprocessing_digest import spec_digest
 from cloister_fl.client.site.audit_log import log_of
-from cloister_fl.client.site.folder import Site
+from cloister_fl.client.site.folder import Site, command_at
 from cloister_fl.encoding.canonical_json import canonical_json
 from cloister_fl.errors import DataChanged, DataError, FileUnreadable, OptionInvalid
 from cloister_fl.membership.identity import verify
@@ -26,10 +26,11 @@ from cloister_fl.study.schema import Study
 from cloister_fl.system import utc
 from cloister_fl.system.file_lock import locked
 from cloister_fl.system.files import make_private_dir, write_atomic
-from cloister_fl.system.text import is_reason
+from cloister_fl.system.text import counted, is_reason
 
 _LABEL = "cloister/manifest/v1"
 _SHOWN = 20
+_AGAIN = "freeze STUDY --again --why '...'"
 
 
 @dataclass(frozen=True, order=True)
@@ -147,7 +148,7 @@ def load(site: Site, study: Study) -> Manifest | None:
         text = path_of(site, study).read_bytes()
     except FileNotFoundError:
         if noted is not None:
-            raise _altered() from None
+            raise _altered(site) from None
         return None
     except OSError:
         raise FileUnreadable(
@@ -165,19 +166,18 @@ def load(site: Site, study: Study) -> Manifest | None:
         canonical = manifest.body(site.name)
         sound = json.loads(canonical) == body and manifest.study == study.digest
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise _altered() from None
+        raise _altered(site) from None
     if not sound or not verify(site.identity().public, signature, _LABEL, canonical):
-        raise _altered()
+        raise _altered(site)
     if noted is None:
         _note(site, manifest, "")
     elif noted != hashlib.sha256(canonical).hexdigest():
         # An older one, put back.
-        raise _altered()
+        raise _altered(site)
     if manifest.spec != spec_digest(study.input, study.target.outlines):
         raise DataChanged(
-            "The study was frozen by a version of Cloister that makes other tensors of the images.",
-            remedy="Go on with that version; or freeze the study anew: cloister client freeze "
-            "STUDY --again --why '...'",
+            "The study was frozen by a version of Cloister that preprocesses images differently.",
+            remedy=f"Install that version; or freeze the study again: {site.command(_AGAIN)}",
         )
     return manifest
 
@@ -262,9 +262,9 @@ def require_reason(why: str) -> None:
     if not is_reason(why):
         raise OptionInvalid(
             "This study is frozen already.",
-            why="Other data under the same study are another training set.",
-            remedy="Say why it is to be frozen anew, in one line of at most 500 characters: "
-            "--again --why '...'. It stands in the audit log, so name no patient.",
+            why="With other data, the training set of the study would change.",
+            remedy="Give a reason for freezing it again, one line of at most 500 characters: "
+            "--again --why '...'. It is written to the audit log: name no patient.",
         )
 
 
@@ -273,6 +273,8 @@ def differences(
     items: Sequence[Item],
     damaged: Iterable[str] = (),
     elsewhere: Collection[str] = (),
+    *,
+    root: Path | None = None,
 ) -> list[DataError]:
     """See whether the frozen images are there, and unchanged.
 
@@ -281,6 +283,7 @@ def differences(
         items: what is there now; what was not frozen is of no concern.
         damaged: pseudonyms of images whose cached pixels did not bear their seal.
         elsewhere: pseudonyms of frozen images that another patient has now.
+        root: the site folder, for the command of the remedy.
 
     Returns:
         Nothing, or one ``DataChanged`` that names the images that differ, by pseudonym.
@@ -301,10 +304,10 @@ def differences(
     more = f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return [
         DataChanged(
-            f"{len(found)} of {len(manifest.items)} images are not what the study was frozen "
-            f"with:{''.join(found[:_SHOWN])}{more}\n",
-            remedy="Restore the files or the labels. Cached pixels were decoded anew: run again. "
-            "If the change is meant: cloister client freeze STUDY --again --why '...'",
+            f"{len(found)} of {counted(len(manifest.items), 'image')} changed since the study was "
+            f"frozen:{''.join(found[:_SHOWN])}{more}\n",
+            remedy="Restore the files or the labels. Cached pixels were decoded again: run again. "
+            f"If the change is intended: {command_at(root, _AGAIN)}",
         )
     ]
 
@@ -313,7 +316,7 @@ def _difference(frozen: Item, now: Item | None, elsewhere: Collection[str]) -> s
     if now is None and frozen.image in elsewhere:
         return "it belongs to another patient"
     if now is None:
-        return "it is gone, or is turned away"
+        return "it is missing or rejected"
     if now.pixels != frozen.pixels:
         return "its pixels changed"
     if now.label != frozen.label:
@@ -328,9 +331,9 @@ def path_of(site: Site, study: Study) -> Path:
     return site.root / "manifests" / f"{study.digest}.json"
 
 
-def _altered() -> DataChanged:
+def _altered(site: Site) -> DataChanged:
     return DataChanged(
-        "The study's manifest is not as this site signed it.",
-        remedy="Restore it from the site's backup. 'cloister client audit' tells when the study "
-        "was frozen; to freeze it anew: cloister client freeze STUDY --again --why '...'",
+        "The study's manifest does not match this site's signature or audit log.",
+        remedy="Restore it from the site's backup. When the study was frozen: "
+        f"{site.command('audit')}. To freeze it again: {site.command(_AGAIN)}",
     )

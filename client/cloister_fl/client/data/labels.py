@@ -1,19 +1,22 @@
-"""The labels file: a CSV that a person keeps, joined to the images and judged as a whole.
+"""Labels file of a site: a CSV kept by a person, checked and joined to the images.
 
 Rows are keyed by SOPInstanceUID, else AccessionNumber, else PatientID: the first of these columns
-that the file has. Faults name lines, never values, for a key is a patient's.
+that the file has. Faults name lines, never values, for a key is a patient's. The cells of the first
+line are named where they look like a header: without digits.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cloister_fl.client.dicom.folder_reader import Keys
+from cloister_fl.client.site.folder import command_at
 from cloister_fl.errors import DataError, LabelMissing, LabelsInvalid, LabelWithoutImage
 from cloister_fl.study.target import Target
 from cloister_fl.system.text import counted, listed
@@ -25,6 +28,12 @@ SHOWN = 20
 """Most lines or images that one message lists."""
 
 _DELIMITERS = (",", ";", "\t")
+_PLURAL = {"has": "have", "is": "are"}
+
+_ROW = re.compile(r"[0-9^]")
+"""What a patient's row holds and a column's name seldom does: digits, or a name's separator."""
+_MOST_NAME = 40
+"""Most characters that a message shows of a column's name."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +84,7 @@ def read_labels(path: Path, target: Target) -> Labels:
     header, delimiter = _header(text, target.column)
     column = next((name for name in KEY_COLUMNS if name in header), None)
     if column is None or header.count(column) > 1 or header.count(target.column) != 1:
-        wanted = " or ".join(KEY_COLUMNS)
-        raise LabelsInvalid(
-            "The labels file lacks a column that it needs, or has it twice.",
-            why=f"It needs {wanted}, and the study's column '{target.column}', in its first line.",
-            remedy="Mend the first line; names must match to the letter.",
-        )
+        raise _header_invalid(header, column, target.column)
     classes = {name.strip(): index for index, name in enumerate(target.classes)}
     at_key, at_value = header.index(column), header.index(target.column)
     rows: dict[str, Label] = {}
@@ -89,16 +93,16 @@ def read_labels(path: Path, target: Target) -> Labels:
         if line == 1 or not any(cells):
             continue
         if len(cells) != len(header):
-            faults.append((line, "has another number of cells than the first line."))
+            faults.append((line, "has another number of cells than the first line"))
         elif not cells[at_key]:
-            faults.append((line, f"has no {column}."))
+            faults.append((line, f"has no {column}"))
         elif not cells[at_value]:
-            faults.append((line, f"has no {target.column}."))
+            faults.append((line, f"has no {target.column}"))
         elif cells[at_value] not in classes:
-            faults.append((line, "has a class that the study does not name."))
+            faults.append((line, "has a class that the study does not name"))
         elif cells[at_key] in rows:
             first = rows[cells[at_key]].line
-            faults.append((line, f"has the same {column} as line {first}."))
+            faults.append((line, f"has the same {column} as line {first}"))
         else:
             rows[cells[at_key]] = Label(line, classes[cells[at_value]])
     if faults:
@@ -106,11 +110,18 @@ def read_labels(path: Path, target: Target) -> Labels:
     return Labels(column, rows)
 
 
-def join(labels: Labels, images: Sequence[Linked]) -> tuple[list[int | None], list[DataError]]:
-    """Give each image its label, and say all that does not fit.
+def join(
+    labels: Labels, images: Sequence[Linked], root: Path | None = None
+) -> tuple[list[int | None], list[DataError]]:
+    """Give each image its label, and list all that does not fit.
 
     A row may speak for several images, never for several patients; a patient has one label. A
     duplicate takes no label of its own, but a row that names it belongs to its patient.
+
+    Args:
+        labels: the labels file, as read.
+        images: the images to join it to.
+        root: the site folder, for the commands of the remedies.
 
     Returns:
         The class index of each image, None where there is none; and the faults found, as errors
@@ -136,25 +147,26 @@ def join(labels: Labels, images: Sequence[Linked]) -> tuple[list[int | None], li
         if label is not None:
             patients_of[key].add(image.patient)
             rows_of[image.patient].add(label)
-    faults = [
-        (labels.rows[key].line, f"has a {labels.column} that several patients share.")
+    faults: list[tuple[int, str]] = [
+        (labels.rows[key].line, f"has a {labels.column} that several patients share")
         for key, patients in patients_of.items()
         if len(patients) > 1
     ]
-    for rows in rows_of.values():
-        if len({row.value for row in rows}) > 1:
-            ordered = sorted(row.line for row in rows)
-            also = listed(map(str, ordered[1:]), SHOWN)
-            faults.append((ordered[0], f"contradicts line {also}: one patient, two classes."))
+    conflicts = sorted(
+        sorted(row.line for row in rows)
+        for rows in rows_of.values()
+        if len({row.value for row in rows}) > 1
+    )
     errors: list[DataError] = []
-    if faults:
-        errors.append(_invalid(faults, "A patient has one label; a row names one patient."))
+    if faults or conflicts:
+        remedy = "Correct these lines: a patient has one class, and a row names one patient."
+        errors.append(_invalid(faults, remedy, conflicts))
     inherited = _from_duplicates(images, direct)
     values = [
         label.value if label is not None else inherited.get(image.patient)
         for image, label in zip(images, direct, strict=True)
     ]
-    errors += _unmatched(labels, images, values, used)
+    errors += _unmatched(labels, images, values, used, root)
     return values, errors
 
 
@@ -168,7 +180,11 @@ def _from_duplicates(images: Sequence[Linked], direct: Sequence[Label | None]) -
 
 
 def _unmatched(
-    labels: Labels, images: Sequence[Linked], values: Sequence[int | None], used: set[str]
+    labels: Labels,
+    images: Sequence[Linked],
+    values: Sequence[int | None],
+    used: set[str],
+    root: Path | None,
 ) -> Iterator[DataError]:
     missing = [
         image.patient[:12]
@@ -178,17 +194,17 @@ def _unmatched(
     if missing:
         yield LabelMissing(
             f"{counted(len(missing), 'image has', 'images have')} no label.",
-            why=f"Their patients' short pseudonyms: {listed(missing, SHOWN)}.",
-            remedy=f"Add a row for each {labels.column}, or take the images out of the folder. Who "
-            "they are: cloister client find.",
+            why=f"Ids of their patients: {listed(missing, SHOWN)}.",
+            remedy=f"Add a row for each {labels.column}, or remove the images from the folder. Who "
+            f"the patients are: {command_at(root, f'find {missing[0]} --study STUDY')}",
         )
     unused = [str(label.line) for key, label in labels.rows.items() if key not in used]
     if unused:
         yield LabelWithoutImage(
             f"{counted(len(unused), 'label belongs', 'labels belong')} to no image.",
             why=f"Lines of the labels file: {listed(unused, SHOWN)}.",
-            remedy="Add the images, or take the rows out. An image that was turned away counts as "
-            "absent; 'cloister client check' says why images are turned away.",
+            remedy="Add the images, or remove the rows. A rejected image counts as missing; which "
+            f"are rejected, and why: {command_at(root, 'check --offline')}",
         )
 
 
@@ -222,7 +238,32 @@ def _header(text: str, wanted: str) -> tuple[list[str], str]:
         parsed.append([cell.strip() for cell in cells])
         if wanted in parsed[-1] and any(name in parsed[-1] for name in KEY_COLUMNS):
             return parsed[-1], delimiter
-    return parsed[0], _DELIMITERS[0]
+    best = max(range(len(parsed)), key=lambda index: len(parsed[index]))
+    return parsed[best], _DELIMITERS[best]
+
+
+def _header_invalid(header: Sequence[str], key: str | None, wanted: str) -> LabelsInvalid:
+    if key is None:
+        names = ", ".join(f"'{name}'" for name in KEY_COLUMNS[:-1])
+        what = f"has no column {names} or '{KEY_COLUMNS[-1]}'"
+    elif header.count(key) > 1:
+        what = f"has the column '{key}' {header.count(key)} times"
+    elif wanted in header:
+        what = f"has the column '{wanted}' {header.count(wanted)} times"
+    else:
+        what = f"has no column '{wanted}'"
+    # A file without a header begins with a patient's row, which no message repeats.
+    if any(not cell.isprintable() or _ROW.search(cell) for cell in header):
+        why = "Its first line may not be a header: it contains digits."
+    else:
+        found = ", ".join(f"'{cell[:_MOST_NAME]}'" for cell in header[:SHOWN] if cell)
+        why = f"Found: {found or 'an empty first line'}."
+    return LabelsInvalid(
+        f"The labels file {what}.",
+        why=why,
+        remedy=f"In its first line, name one column {', '.join(KEY_COLUMNS[:-1])} or "
+        f"{KEY_COLUMNS[-1]}, and one '{wanted}'; spelling and case must match.",
+    )
 
 
 def _rows(
@@ -237,21 +278,39 @@ def _rows(
         except StopIteration:
             return
         except csv.Error:
-            faults.append((line, "is not CSV; a quotation mark may be missing."))
+            faults.append((line, "is not CSV; a quotation mark may be missing"))
             return
         yield line, [cell.strip() for cell in cells]
         line = reader.line_num + 1
 
 
-def _invalid(faults: list[tuple[int, str]], remedy: str) -> LabelsInvalid:
+def _invalid(
+    faults: list[tuple[int, str]], remedy: str, conflicts: Sequence[Sequence[int]] = ()
+) -> LabelsInvalid:
+    """Return the error that lists faults of lines, and lines that give one patient two classes."""
     # The same fault in many rows is one fault with many lines.
     lines_of: dict[str, list[int]] = defaultdict(list)
     for line, message in sorted(faults):
         lines_of[message].append(line)
-    told = [
-        f"\n  line{'s' * (len(lines) > 1)} {listed(map(str, lines), SHOWN)} {message}"
-        for message, lines in list(lines_of.items())[:SHOWN]
+    sentences = [
+        f"{_lines(lines)} {_agree(message, lines)}." for message, lines in lines_of.items()
     ]
-    more = f"\n  and {len(lines_of) - SHOWN} more." if len(lines_of) > SHOWN else ""
-    count = counted(len(faults), "fault", "faults")
-    return LabelsInvalid(f"The labels file has {count}:{''.join(told)}{more}\n", remedy=remedy)
+    sentences += [f"{_lines(lines)} give one patient two classes." for lines in conflicts]
+    rows = "".join(f"\n  {sentence}" for sentence in sentences[:SHOWN])
+    more = f"\n  and {len(sentences) - SHOWN} more." if len(sentences) > SHOWN else ""
+    count = counted(len(faults) + len(conflicts), "fault")
+    return LabelsInvalid(f"The labels file has {count}:{rows}{more}\n", remedy=remedy)
+
+
+def _lines(lines: Sequence[int]) -> str:
+    if len(lines) == 1:
+        return f"Line {lines[0]}"
+    if len(lines) > SHOWN:
+        return f"Lines {listed(map(str, lines), SHOWN)}"
+    return f"Lines {', '.join(map(str, lines[:-1]))} and {lines[-1]}"
+
+
+def _agree(message: str, lines: Sequence[int]) -> str:
+    """Put the verb that begins a message into the plural where it is about several lines."""
+    verb, _, rest = message.partition(" ")
+    return message if len(lines) == 1 else f"{_PLURAL[verb]} {rest}"

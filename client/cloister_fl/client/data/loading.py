@@ -162,7 +162,7 @@ def read_cohort(
 
     Raises:
         FolderUnreadable, DecoderUnfit: nothing can be read at all.
-        FileUnreadable: the decisions on held files cannot be read.
+        FileUnreadable: the decisions on quarantined files cannot be read.
     """
     key, digest = site.pseudonym_key(), study.digest
     part = require_whole(site) if frozen is None else None
@@ -175,7 +175,7 @@ def read_cohort(
         accepted, linked, alone = as_images(accepted, linked, study.input)
         rejects.update(alone.values())
         slices = [one for index, one in enumerate(slices) if index not in alone]
-    faults: list[DataError] = [] if accepted else [no_images(rejects)]
+    faults: list[DataError] = [] if accepted else [no_images(site, rejects)]
     if frozen is None:
         # Nor may a fetch have begun, or ended, while the files were read.
         part = part or require_whole(site, more=names_stored(site) != stored)
@@ -204,7 +204,7 @@ def read_cohort(
     ]
     if frozen is not None:
         # First of all faults: what changed explains the others.
-        faults[:0] = manifests.differences(frozen, items, spoiled, found.elsewhere)
+        faults[:0] = manifests.differences(frozen, items, spoiled, found.elsewhere, root=site.root)
     counted = dict(sorted(rejects.items(), key=lambda item: item[0].value))
     cohort = _assemble(accepted, targets, counted)
     if cohort is not None and require_labels and not faults:

@@ -1,6 +1,6 @@
-"""Outlines joined to the images that they mark, and judged as a whole.
+"""Segmentation masks, matched to the images that they mark.
 
-An image has one outline, from a segmentation of the same patient that lies where the image lies. A
+An image has one mask, from a segmentation of the same patient that lies where the image lies. A
 patient's label is whether anything is marked in any of the patient's images.
 """
 
@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from cloister_fl.client.data.labels import SHOWN, Linked
 from cloister_fl.client.dicom.folder_reader import Accepted, Segmented
 from cloister_fl.client.dicom.geometry import numbers
 from cloister_fl.client.dicom.mask_table import Mask, Outline
+from cloister_fl.client.site.folder import command_at
 from cloister_fl.errors import DataError, LabelMissing, LabelsInvalid, LabelWithoutImage
 from cloister_fl.system.text import counted, listed
 
@@ -76,13 +78,17 @@ class Join:
     def _fault(self, one: Segmented, what: str) -> None:
         self._faults[what][one.short_id] = None
 
-    def faults(self) -> list[DataError]:
-        """All that does not fit, when all segmentations were added."""
+    def faults(self, root: Path | None = None) -> list[DataError]:
+        """Return all faults, once all segmentations were added.
+
+        Args:
+            root: the site folder, for the commands of the remedies.
+        """
         missing = [
             owner for (_, owner), mask in zip(self._images, self.masks, strict=True) if mask is None
         ]
         found = {what: list(names) for what, names in sorted(self._faults.items())}
-        return list(_errors(found, missing, self._unused))
+        return list(_errors(found, missing, self._unused, root))
 
 
 def _misfit(image: Accepted, one: Segmented, outline: Outline) -> str:
@@ -117,34 +123,37 @@ def _near(wanted: str, told: str, count: int, most: float) -> bool:
 
 
 def _errors(
-    faults: Mapping[str, Sequence[str]], missing: Sequence[str], unused: Sequence[str]
+    faults: Mapping[str, Sequence[str]],
+    missing: Sequence[str],
+    unused: Sequence[str],
+    root: Path | None,
 ) -> Iterator[DataError]:
     if faults:
         told = "".join(f"\n  {what}: {listed(names, SHOWN)}" for what, names in faults.items())
         files = len({name for names in faults.values() for name in names})
         yield LabelsInvalid(
             f"{counted(files, 'segmentation does', 'segmentations do')} not fit the images, by "
-            f"the short names of the files:{told}\n",
-            remedy="Take all but one for each image out of the folder, and export what does not "
-            "fit anew.",
+            f"the ids of the files:{told}\n",
+            remedy="Remove all but one for each image from the folder, and export again those "
+            "that do not fit.",
         )
     if missing:
         yield LabelMissing(
-            f"{counted(len(missing), 'image has', 'images have')} no outline.",
-            why="Their patients' short pseudonyms: "
-            f"{listed((name[:12] for name in missing), SHOWN)}.",
+            f"{counted(len(missing), 'image has', 'images have')} no segmentation mask.",
+            why=f"Ids of their patients: {listed((name[:12] for name in missing), SHOWN)}.",
             remedy="Add a DICOM Segmentation for each, an empty one where there is nothing to "
-            "mark, or take the images out of the folder. Who they are: cloister client find.",
+            "mark, or remove the images from the folder. Who the patients are: "
+            + command_at(root, f"find {missing[0][:12]} --study STUDY"),
         )
     if unused:
         yield LabelWithoutImage(
             f"{counted(len(unused), 'segmentation belongs', 'segmentations belong')} to no image.",
-            why=f"By the short names of the files: {listed(unused, SHOWN)}.",
-            remedy="Add the images, or take the segmentations out. An image that was turned away "
-            "counts as absent; 'cloister client check' says why images are turned away.",
+            why=f"Ids of the files: {listed(unused, SHOWN)}.",
+            remedy="Add the images, or remove the segmentations. A rejected image counts as "
+            f"missing; which are rejected, and why: {command_at(root, 'check --offline')}",
         )
 
 
 def digest(mask: Mask | None) -> str | None:
-    """SHA-256 of an outline, 64 hexadecimal digits: what a manifest keeps, keyed, as its label."""
+    """SHA-256 of a mask, 64 hexadecimal digits: what a manifest keeps, keyed, as its label."""
     return None if mask is None else hashlib.sha256(mask.tobytes()).hexdigest()

@@ -1,10 +1,10 @@
-"""Files that wait for a person: what is held, why, and what the site's steward decided.
+"""Quarantined files: why each is quarantined, and what the site's steward decided.
 
-A file is held where its pixels may show a name, or where it may be a program at the same time
-(``Reject.held``). What is held follows from the folder each time it is read; kept are only the
-decisions, by the file's content: the same file under another name needs no second look, and a file
-that was changed needs a new one. Each decision is also an entry of the audit log, and a release
-counts only where the log's last word on the file is that it was released: an older file of
+A file is quarantined where its pixels may show a name, or where it may be a program at the same
+time (``Reject.held``). Which files are follows from the folder each time it is read; kept are only
+the decisions, by the file's content: the same file under another name needs no second look, and a
+file that was changed needs a new one. Each decision is also an entry of the audit log, and a
+release counts only where the log's last word on the file is that it was released: an older file of
 decisions, put back, releases nothing that was taken back since.
 """
 
@@ -35,13 +35,13 @@ from cloister_fl.client.dicom.rejection import RejectedFile
 from cloister_fl.client.dicom.sandbox.pool import shared_pool
 from cloister_fl.client.pacs.sealed_store import Store, Stored
 from cloister_fl.client.site.audit_log import log_of
-from cloister_fl.client.site.folder import Site
+from cloister_fl.client.site.folder import Site, command_at
 from cloister_fl.errors import FileUnreadable, OptionInvalid, Reject
 from cloister_fl.study.schema import Input
 from cloister_fl.system import utc
 from cloister_fl.system.file_lock import locked
 from cloister_fl.system.files import write_atomic
-from cloister_fl.system.text import is_reason
+from cloister_fl.system.text import counted, is_reason
 
 _LISTED = Input(modalities=("CR", "DX", "MG", "CT", "MR", "US"), size=16)
 """For the list, which needs no image: small, since what is accepted is cached."""
@@ -198,8 +198,8 @@ def look(site: Site, one: Held) -> tuple[Path, bytes]:
                 if cache.content(data) == one.content:
                     return item.path, data
     raise OptionInvalid(
-        "The file changed while it was looked at.",
-        remedy="List the held files again: cloister client quarantine",
+        "The file changed while it was read.",
+        remedy=f"List the quarantined files again: {site.command('quarantine')}",
     )
 
 
@@ -216,7 +216,7 @@ def picture(data: bytes) -> bytes:
     except RejectedFile as rejected:
         raise OptionInvalid(
             "The file cannot be shown.",
-            why=f"It would be turned away after a release, too: {rejected.reason.title} "
+            why=f"It would also be rejected after a release: {rejected.reason.title} "
             f"({rejected.reason.value}).",
         ) from None
     out = BytesIO()
@@ -267,15 +267,15 @@ def require_reason(why: str) -> None:
     """
     if not is_reason(why):
         raise OptionInvalid(
-            "A decision needs a reason in one line, of at most 500 characters.",
-            remedy="Say why with --why. It stands in this site's audit log, so name no patient.",
+            "A decision needs a reason: one line of at most 500 characters.",
+            remedy="Give it: --why '...'. It is written to the site's audit log: name no patient.",
         )
 
 
-def render(found: Sequence[Held]) -> str:
-    """As text for a terminal."""
+def render(found: Sequence[Held], root: Path | None = None) -> str:
+    """Return the quarantined files of the site at ``root`` as text for a terminal."""
     if not found:
-        return "Nothing is held."
+        return "No quarantined files."
     lines = []
     for one in found:
         judged = one.judgement
@@ -287,8 +287,9 @@ def render(found: Sequence[Held]) -> str:
     waiting = sum(one.judgement is None for one in found)
     if waiting:
         lines.append(
-            f"{waiting} of {len(found)} wait. Look at one, then release or keep it:\n"
-            "  cloister client quarantine show ID --png FILE"
+            f"{waiting} of {counted(len(found), 'quarantined file')} "
+            f"{'has' if waiting == 1 else 'have'} no decision yet. Show one, then release or keep "
+            f"it:\n  {command_at(root, 'quarantine show ID --png FILE')}"
         )
     return "\n".join(lines)
 
@@ -305,7 +306,7 @@ def _unreadable() -> FileUnreadable:
     return FileUnreadable(
         "quarantine.json cannot be read.",
         why="It is damaged, of another version, or closed to this user.",
-        remedy="Restore it from the site's backup; or remove it, and decide again.",
+        remedy="Restore it from the site's backup; or remove it, and repeat the decisions.",
     )
 
 

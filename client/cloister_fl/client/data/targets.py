@@ -66,7 +66,7 @@ def join_targets(
     """
     if study.target.segment:
         joined = joined or outlined.Join(images, linked)
-        masks, faults = joined.masks, joined.faults()
+        masks, faults = joined.masks, joined.faults(site.root)
         marked = {name for (_, name), one in zip(images, masks, strict=True)
                   if one is not None and one.any()}  # fmt: skip
         labels = [int(name in marked) for _, name in images]
@@ -85,4 +85,4 @@ def _labels(
         labels = read_labels(site.labels, study.target)
     except DataError as error:
         return [None] * len(linked), [error]
-    return join(labels, linked)
+    return join(labels, linked, site.root)

@@ -29,6 +29,6 @@ def unfit(uid: str) -> DecoderUnfit:
     what = "DICOM Segmentations" if uid == SEGMENTATION else f"transfer syntax {uid}"
     return DecoderUnfit(
         f"The decoder of {what} fails its known-answer test.",
-        why="What is installed differs from what Cloister was tested with.",
+        why="The installed versions differ from those that Cloister was tested with.",
         remedy=f"Install the pinned versions: {install_command('client')}",
     )

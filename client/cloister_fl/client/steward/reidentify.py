@@ -52,8 +52,8 @@ def find(
     Args:
         site: the opened site.
         what: the short name of a file; a patient's pseudonym, or 12 digits of it or more; or the
-            code of a reason to turn files away.
-        study: the study that was spoken of; pseudonyms hold for one study. Without one, those of
+            code of a reason for rejecting files.
+        study: the study of the message; pseudonyms hold for one study. Without one, those of
             a data report without a study.
         progress: called with (files done, files in all).
 
@@ -66,9 +66,9 @@ def find(
     code = codes.get(wanted.upper())
     if code is None and not _NAME.fullmatch(wanted.lower()):
         raise OptionInvalid(
-            f"{what!r} is no name of a file or a patient, and no code of a reason.",
-            remedy="Give 12 hexadecimal digits or more as a message shows them, or CLO-210 to "
-            "CLO-236.",
+            f"{what!r} is not a file id, a patient id or a rejection code.",
+            remedy="Give 12 hexadecimal digits or more, as shown in a message, or a code from "
+            "CLO-210 to CLO-236.",
         )
     name = wanted.lower()
     key, judged_by = site.pseudonym_key(), study or any_study()

@@ -85,7 +85,7 @@ def test_the_way_of_a_held_file(site: Site, tmp_path: Path) -> None:
     assert told.splitlines()[-1] == f"Released at north: {name}."
     assert len(load_frozen(site, load_study(tmp_path / "study.toml")).images) == 5
     assert "Kept" in _run(site, "quarantine", "keep", name, "--why", "a name after all", "--yes")
-    with pytest.raises(OptionInvalid, match="No held file"):
+    with pytest.raises(OptionInvalid, match="No quarantined file"):
         _run(site, "quarantine", "release", "0" * 12, "--why", "x")
 
 

@@ -95,7 +95,7 @@ def _flip_cache(site: Site) -> None:
         (_flip_header, "its file changed, its pixels did not"),
         (_flip_label, "its label changed"),
         (_flip_cache, "its cached pixels were altered"),
-        (lambda site: _file(site).unlink(), "it is gone, or is turned away"),
+        (lambda site: _file(site).unlink(), "it is missing or rejected"),
     ],
 )
 def test_one_flipped_byte_is_refused_and_named(
@@ -308,7 +308,7 @@ def test_a_manifest_that_is_not_the_signed_one_is_refused(
         freeze(site, STUDY, again=True, why="a late image")
         load_frozen(site, STUDY)
         path.write_text(text)
-    with pytest.raises(DataChanged, match="not as this site signed it"):
+    with pytest.raises(DataChanged, match="does not match this site's signature"):
         load_frozen(site, STUDY)
 
 
@@ -353,7 +353,7 @@ def test_killed_between_manifest_and_log(
             freeze(site, STUDY, again=again, why="x" if again else "")
     if again:
         # The log knows of the first alone, so the second does not count.
-        with pytest.raises(DataChanged, match="not as this site signed it"):
+        with pytest.raises(DataChanged, match="does not match this site's signature"):
             load_frozen(site, STUDY)
         freeze(site, STUDY, again=True, why="x")
     load_frozen(site, STUDY)

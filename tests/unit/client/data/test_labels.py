@@ -28,6 +28,9 @@ def _fails(tmp_path: Path, text: str | bytes) -> str:
     return str(caught.value)
 
 
+NO_KEY = "no column 'SOPInstanceUID', 'AccessionNumber' or 'PatientID'"
+
+
 def _image(instance: str, patient: str, *, duplicate: bool = False, issuer: str = "") -> Linked:
     keys = Keys(instance, f"acc-{patient}", patient, issuer)
     return Linked(keys, f"pseudonym-{issuer}{patient}", duplicate)
@@ -65,7 +68,7 @@ def test_the_first_key_column_counts(tmp_path: Path) -> None:
 
 def test_line_numbers_hold_behind_cells_of_several_lines(tmp_path: Path) -> None:
     text = 'PatientID,finding,note\nP1,normal,"two\nlines"\nP2,CANARY,x\n'
-    assert "line 4 has a class" in _fails(tmp_path, text)
+    assert "Line 4 has a class" in _fails(tmp_path, text)
 
 
 def test_every_faulty_line_is_listed_and_no_value(tmp_path: Path) -> None:
@@ -85,11 +88,11 @@ def test_every_faulty_line_is_listed_and_no_value(tmp_path: Path) -> None:
     assert "CANARY" not in message
     assert "8 faults" in message
     for lines, words in {
-        "lines 3, 10": "has a class that the study does not name",
-        "line 4": "has no PatientID",
-        "line 5": "has no finding",
-        "lines 6, 7": "has the same PatientID as line 2",
-        "lines 8, 9": "has another number of cells",
+        "Lines 3 and 10": "have a class that the study does not name",
+        "Line 4": "has no PatientID",
+        "Line 5": "has no finding",
+        "Lines 6 and 7": "have the same PatientID as line 2",
+        "Lines 8 and 9": "have another number of cells",
     }.items():
         assert f"  {lines} {words}" in message
     assert "normal, nodule, mass" in message
@@ -98,25 +101,31 @@ def test_every_faulty_line_is_listed_and_no_value(tmp_path: Path) -> None:
 def test_long_lists_are_cut(tmp_path: Path) -> None:
     rows = "".join(f"x{number},y\n" for number in range(50))
     message = _fails(tmp_path, "PatientID,finding\n" + rows)
-    assert message.count("\n  line") == 1
+    assert message.count("\n  Line") == 1
     assert "and 30 more" in message
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "what"),
     [
-        "",
-        "\n",
-        "patientid,finding\nP1,normal\n",
-        "PatientID,Finding\nP1,normal\n",
-        "PatientID,finding,finding\nP1,normal,mass\n",
-        "PatientID,PatientID,finding\nP1,P1,normal\n",
+        ("", f"has {NO_KEY}. Found: an empty first line."),
+        ("\n", f"has {NO_KEY}. Found: an empty first line."),
+        ("patientid,finding\nP1,normal\n", f"has {NO_KEY}. Found: 'patientid', 'finding'."),
+        ("Patienten-ID;Befund\nP1;normal\n", f"has {NO_KEY}. Found: 'Patienten-ID', 'Befund'."),
+        ("CANARY1,normal\n", f"has {NO_KEY}. Its first line may not be a header:"),
+        ("CANARY^ANNA,normal\n", f"has {NO_KEY}. Its first line may not be a header:"),
+        ("PatientID,Finding\nP1,normal\n", "has no column 'finding'. Found: 'PatientID', "),
+        ("PatientID,finding,finding\nP1,normal,mass\n", "has the column 'finding' 2 times."),
+        ("PatientID,PatientID,finding\nP1,P1,normal\n", "has the column 'PatientID' 2 times."),
     ],
 )
-def test_columns_that_lack_or_repeat(tmp_path: Path, text: str) -> None:
+def test_columns_that_lack_or_repeat(tmp_path: Path, text: str, what: str) -> None:
     message = _fails(tmp_path, text)
-    assert "SOPInstanceUID or AccessionNumber or PatientID" in message
-    assert "'finding'" in message
+    assert f"The labels file {what}" in message
+    assert "name one column SOPInstanceUID, AccessionNumber or PatientID, and one 'finding'" in (
+        message
+    )
+    assert "CANARY" not in message
 
 
 def test_not_utf8(tmp_path: Path) -> None:
@@ -126,10 +135,10 @@ def test_not_utf8(tmp_path: Path) -> None:
 
 
 def test_broken_quotes_and_nul(tmp_path: Path) -> None:
-    assert "line 3 is not CSV" in _fails(
+    assert "Line 3 is not CSV" in _fails(
         tmp_path, 'PatientID,finding\nP1,normal\n"P2"x,normal\nP3,normal\n'
     )
-    assert "line 2 is not CSV" in _fails(tmp_path, 'PatientID,finding\n"P1,normal\nP2,normal\n')
+    assert "Line 2 is not CSV" in _fails(tmp_path, 'PatientID,finding\n"P1,normal\nP2,normal\n')
 
 
 def test_no_file_or_a_folder(tmp_path: Path) -> None:
@@ -176,7 +185,7 @@ def test_a_patient_of_two_classes(tmp_path: Path) -> None:
     images = [_image("i1", "a"), _image("i2", "b"), _image("i3", "a")]
     _, (error,) = join(labels, images)
     assert isinstance(error, LabelsInvalid)
-    assert "line 2 contradicts line 4" in str(error)
+    assert "Lines 2 and 4 give one patient two classes." in str(error)
 
 
 def test_a_row_for_two_patients(tmp_path: Path) -> None:
@@ -184,7 +193,7 @@ def test_a_row_for_two_patients(tmp_path: Path) -> None:
     images = [_image("i1", "a", issuer="north"), _image("i2", "a", issuer="south")]
     _, (error,) = join(labels, images)
     assert isinstance(error, LabelsInvalid)
-    assert "line 2 has a PatientID that several patients share" in str(error)
+    assert "Line 2 has a PatientID that several patients share" in str(error)
 
 
 def test_the_label_of_a_duplicate_still_counts(tmp_path: Path) -> None:

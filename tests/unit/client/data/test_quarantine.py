@@ -259,5 +259,5 @@ def test_the_list_in_words() -> None:
     waiting = Held("", Reject.BURNED_IN, None, bytes.fromhex("0123456789abcdef"))
     text = quarantine.render([waiting])
     assert "0123456789ab  waiting   CLO-223  text may be burned into the pixels" in text
-    assert "1 of 1 wait." in text
-    assert quarantine.render([]) == "Nothing is held."
+    assert "1 of 1 quarantined file has no decision yet." in text
+    assert quarantine.render([]) == "No quarantined files."

@@ -448,7 +448,7 @@ def _few(site: Site) -> None:
         (_another_patient, LabelsInvalid, "of another patient than the images that it marks"),
         (_another_size, LabelsInvalid, "of another size than the images that it marks"),
         (_two_for_one, LabelsInvalid, "the second one for the same image"),
-        (_none, LabelMissing, "1 image has no outline"),
+        (_none, LabelMissing, "1 image has no segmentation mask"),
         (_orphan, LabelWithoutImage, "1 segmentation belongs to no image"),
         (_few, CohortTooSmall, "'lungs' has 4"),
     ],

@@ -172,9 +172,9 @@ class Pool:
 
 def _not_started() -> DecoderUnfit:
     return DecoderUnfit(
-        "The process that reads images cannot be started.",
-        why="It died, or gave no sign for a minute, before it was given a file.",
-        remedy="See that a process may use 2 GB of memory, and install the pinned versions: "
+        "The process that decodes images cannot be started.",
+        why="It ended, or did not answer for a minute, before it was given a file.",
+        remedy="Allow a process 2 GB of memory, and install the pinned versions: "
         + install_command("client"),
     )
 

@@ -62,7 +62,7 @@ def test_the_newest_ledger_passes_and_is_noted_in_both_places(site: Site) -> Non
 
 def test_a_ledger_restored_from_an_older_copy(site: Site) -> None:
     roll_back(site, "ledger.sqlite")
-    with pytest.raises(LedgerRolledBack, match=r"high-water file noted entry 3.*ends at 2"):
+    with pytest.raises(LedgerRolledBack, match=r"ledger.high has entry 3.*ends at entry 2"):
         admit(site)
     assert ledger(site).head()[0] == 2
 
@@ -73,7 +73,7 @@ def test_ledger_and_high_water_rolled_back_together_are_found_by_the_audit_log(
     roll_back(site, "ledger.sqlite", FILE)
     with pytest.raises(LedgerRolledBack) as caught:
         admit(site)
-    assert caught.value.why == "The audit log noted entry 3; the ledger ends at 2."
+    assert caught.value.why == "The audit log has entry 3; the ledger ends at entry 2."
 
 
 def test_a_lower_note_written_behind_a_higher_one_takes_nothing_back(site: Site) -> None:
@@ -84,7 +84,7 @@ def test_a_lower_note_written_behind_a_higher_one_takes_nothing_back(site: Site)
     log_of(site).append("ledger", ledger_seq=seq, ledger_hash=digest)
     with pytest.raises(LedgerRolledBack) as caught:
         admit(site)
-    assert caught.value.why == "The audit log noted entry 5; the ledger ends at 2."
+    assert caught.value.why == "The audit log has entry 5; the ledger ends at entry 2."
     # The steward's word does, and only up to here.
     rollback.accept(site)
     admit(site)
@@ -94,9 +94,9 @@ def test_a_lower_note_written_behind_a_higher_one_takes_nothing_back(site: Site)
 @pytest.mark.parametrize(
     ("forged", "why"),
     [
-        ({"ledger_seq": 99, "ledger_hash": "0" * 64}, "noted entry 99; the ledger ends at 3."),
-        ({"ledger_seq": 3, "ledger_hash": "0" * 64}, "noted another entry 3."),
-        ({"ledger_seq": 4, "ledger_hash": "0" * 64}, "noted entry 4; the ledger ends at 3."),
+        ({"ledger_seq": 99, "ledger_hash": "0" * 64}, "has entry 99; the ledger ends at entry 3."),
+        ({"ledger_seq": 3, "ledger_hash": "0" * 64}, "has another entry 3 than the ledger."),
+        ({"ledger_seq": 4, "ledger_hash": "0" * 64}, "has entry 4; the ledger ends at entry 3."),
     ],
 )
 def test_a_head_that_somebody_else_noted(
@@ -122,7 +122,7 @@ def test_a_ledger_that_went_on_from_an_older_copy(site: Site) -> None:
     roll_back(site, "ledger.sqlite")
     ledger(site).start_round(STUDY.digest, "run-1", 2, 1)
     assert ledger(site).head()[0] == newest[0]
-    with pytest.raises(LedgerRolledBack, match="high-water file noted another entry 3"):
+    with pytest.raises(LedgerRolledBack, match=r"ledger\.high has another entry 3"):
         admit(site)
 
 
@@ -135,7 +135,7 @@ def test_what_was_deleted_is_missed(site: Site, gone: str) -> None:
 
 def test_a_high_water_file_that_says_nothing_is_missed(site: Site) -> None:
     (site.root / FILE).write_text('{"seq": true, "hash": ""}')
-    with pytest.raises(LedgerRolledBack, match="high-water file notes no head"):
+    with pytest.raises(LedgerRolledBack, match=r"ledger\.high has no head"):
         admit(site)
 
 
@@ -210,7 +210,7 @@ def test_the_steward_accepts_and_it_is_written_in_both(site: Site) -> None:
     roll_back(site, "ledger.sqlite")
     words = ["budget", "accept-ledger", "--dir", str(site.root)]
     result = CliRunner().invoke(client_group.app, [*words, "--yes"])
-    assert "noted entry 3" in result.output
+    assert "has entry 3" in result.output
     assert "Accepted" in result.output
     admit(site)
     accepted = [entry for entry in ledger(site).entries() if entry.kind == "accepted"]

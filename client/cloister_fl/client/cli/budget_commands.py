@@ -67,17 +67,17 @@ def close(
     folder: Folder = Path(),
     yes: Yes = False,
 ) -> None:
-    """End a study here for good: release the steps that it never started."""
+    """Close a study at this site for good, and release the steps that it has not started."""
     require("client", "numpy", "pydicom")
     from cloister_fl.client.site.folder import open_site
     from cloister_fl.client.steward import budget
 
     site = open_site(site_folder(folder))
     digest = budget.find(site, study)
-    (held,) = [one for one in budget.statement(site).studies if one.study == digest]
+    (account,) = [one for one in budget.statement(site).studies if one.study == digest]
     confirm(
-        f"The study {held.name or 'without a name'}, {digest[:16]}, ends here for good: "
-        f"{counted(held.steps_reserved, 'step')} reserved and not started are released.",
+        f"The study {account.name or 'without a name'}, {digest[:16]}, is closed for good: "
+        f"{counted(account.steps_reserved, 'step')} reserved and not started are released.",
         owner=f"site {site.name}",
         folder=site.root,
         command=("cloister", "client", "budget", "close", study),
@@ -89,7 +89,7 @@ def close(
 
 @app.command(name="accept-ledger")
 def accept_ledger(folder: Folder = Path(), yes: Yes = False) -> None:
-    """Take the ledger for the newest, where the site's notes of it say otherwise; it is logged."""
+    """Accept a ledger that fails rollback detection as the newest; it is logged."""
     require("client", "numpy", "pydicom")
     from cloister_fl.client.ledger.rollback import accept, disagreements
     from cloister_fl.client.site.folder import open_site
@@ -97,10 +97,10 @@ def accept_ledger(folder: Folder = Path(), yes: Yes = False) -> None:
     site = open_site(site_folder(folder))
     found = disagreements(site)
     if not found:
-        typer.echo(f"The ledger of {site.name} fits what was noted of it.")
+        typer.echo(f"The ledger of {site.name} matches ledger.high and the audit log.")
         return
     confirm(
-        f"The ledger is taken for the newest, for good, although: {' '.join(found)}",
+        f"The ledger is accepted as the newest, for good, although: {' '.join(found)}",
         owner=f"site {site.name}",
         folder=site.root,
         command=("cloister", "client", "budget", "accept-ledger"),

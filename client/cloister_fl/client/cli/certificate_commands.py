@@ -5,6 +5,7 @@ Everything heavy is imported inside the command, so that ``--help`` is quick.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ def certificate(
     run: Annotated[str | None, typer.Option(help="The run; else the study's last here.")] = None,
     folder: Folder = Path(),
 ) -> None:
-    """Sign what a run of a study cost this site's patients; no lifetime's figure is in it."""
+    """Sign a certificate of a run's privacy cost at this site; without lifetime figures."""
     require("client", "numpy", "pydicom")
     from cloister_fl.client.site.folder import open_site
     from cloister_fl.client.steward import budget
@@ -31,7 +32,7 @@ def certificate(
     from cloister_fl.system.files import write_atomic
 
     if out is not None and out.exists():
-        raise OutputInTheWay(f"{out} exists already.", remedy="Name another file.")
+        raise OutputInTheWay(f"{out} exists already.", remedy="Name another file: --out FILE")
     site = open_site(site_folder(folder))
     made = certify(site, budget.find(site, study), run=run)
     data = sign(made, site.identity())
@@ -44,4 +45,4 @@ def certificate(
         f"{made.steps_reserved} steps, epsilon {made.epsilon_run:.2f} at delta {made.delta:g}, "
         "patient-level."
     )
-    typer.echo(f"Anybody can check it: cloister verify {out}")
+    typer.echo(f"Anybody can check it: cloister verify {shlex.quote(str(out))}")

@@ -153,7 +153,7 @@ def read(connection: sqlite3.Connection) -> tuple[Entry, ...]:
     """
     found = connection.execute("SELECT type, name, sql FROM sqlite_master ORDER BY name").fetchall()
     if sorted(found) != sorted(_SCHEMA):
-        raise damaged("its tables and triggers are not those that Cloister made")
+        raise damaged("its tables or triggers were changed")
     entries: list[Entry] = []
     previous = GENESIS
     rows = connection.execute("SELECT seq, body, hash FROM entries ORDER BY seq")
@@ -161,7 +161,7 @@ def read(connection: sqlite3.Connection) -> tuple[Entry, ...]:
         if seq != expected:
             raise damaged(f"entry {expected} is missing")
         if not isinstance(text, str) or entry_hash(LABEL, text, beside=previous) != digest:
-            raise damaged(f"entry {seq} does not carry the hash of its content and its predecessor")
+            raise damaged(f"entry {seq} does not have the hash of its content and its predecessor")
         body = parse_canonical(text)
         if body is None or body.get("seq") != seq or not isinstance(body.get("kind"), str):
             raise damaged(f"entry {seq} is not in canonical form")
@@ -175,7 +175,7 @@ def read(connection: sqlite3.Connection) -> tuple[Entry, ...]:
 def damaged(why: str) -> LedgerDamaged:
     return LedgerDamaged(
         "The privacy ledger cannot be trusted.",
-        why=f"In the ledger, {why}.",
+        why=f"{why[0].upper()}{why[1:]}.",
         remedy="Stop, keep the file, and restore the ledger from the site's backup.",
     )
 
@@ -183,5 +183,5 @@ def damaged(why: str) -> LedgerDamaged:
 def _unusable() -> LedgerDamaged:
     return LedgerDamaged(
         "The privacy ledger cannot be read or written, so nothing is trained.",
-        remedy="Check the file's permissions, free space on its disk, and that it is a ledger.",
+        remedy="Check the file's permissions, the free space on its disk, and that it is a ledger.",
     )

@@ -30,6 +30,7 @@ from cloister_fl.client.ledger.replay import (
     close_body,
     replay,
 )
+from cloister_fl.client.site.folder import command_at
 from cloister_fl.errors import (
     BudgetExhausted,
     InternalError,
@@ -84,7 +85,7 @@ class Ledger:
             PolicyRefused: the ledger was made for another delta.
         """
         if not 0 < delta < 1:
-            raise InternalError("A ledger's delta lies between 0 and 1.")
+            raise InternalError("The delta of a ledger must be between 0 and 1.")
         create_file(path)
         ledger = cls(path)
         with transaction(path, write=True) as connection:
@@ -96,8 +97,8 @@ class Ledger:
         if state.delta != delta:
             raise PolicyRefused(
                 f"The ledger was made for delta {state.delta:g}, the policy says {delta:g}.",
-                why="A lifetime's delta cannot change while it lasts.",
-                remedy=f"Set the lifetime delta in the site's policy to {state.delta:g}.",
+                why="The delta of a ledger's lifetime cannot change.",
+                remedy=f"Set policy.ledger_delta in site.toml to {state.delta:g}.",
             )
         return ledger
 
@@ -134,12 +135,12 @@ class Ledger:
             BudgetExhausted: a gate is closed; says what was asked, what is left, and the limit.
             LedgerDamaged: the file is no sound ledger, or cannot be written.
         """
-        _require(_DIGEST.fullmatch(study_digest), "a study's hash")
-        _require(_RUN.fullmatch(run_id), "a run's name")
-        _require(steps >= 1, "a number of steps")
-        _require(0 < delta < 1, "a delta")
-        _require(epsilon_limit_study >= 0 and epsilon_limit_lifetime >= 0, "a limit")
-        _require(release is None or release.sampling_rate == 1, "a release")
+        _require(_DIGEST.fullmatch(study_digest), "study's hash")
+        _require(_RUN.fullmatch(run_id), "run's name")
+        _require(steps >= 1, "number of steps")
+        _require(0 < delta < 1, "delta")
+        _require(epsilon_limit_study >= 0 and epsilon_limit_lifetime >= 0, "limit")
+        _require(release is None or release.sampling_rate == 1, "noised evaluation")
         wanted = Account(study_digest, run_id, mechanism, steps, delta, release)
         with transaction(self._path, write=True) as connection:
             state = replay(read(connection))
@@ -232,8 +233,9 @@ class Ledger:
                 return 0
             if not state.of(study_digest):
                 raise PolicyRefused(
-                    "The study has reserved nothing in this ledger.",
-                    remedy="To keep the site out of it: cloister client deny",
+                    "The study has no reservation in this ledger, so there is nothing to close.",
+                    remedy="To keep this site out of the study: "
+                    + command_at(self._path.parent, f"deny {study_digest[:16]} --why '...'"),
                 )
             body = close_body(
                 study_digest, state.unstarted(study_digest), entries[-1].hash, steward
@@ -242,7 +244,7 @@ class Ledger:
         return int(body["released"])
 
     def accept(self, missed: int, steward: Identity) -> None:
-        """Write that the steward takes this ledger for the newest; see ``high_water``."""
+        """Write that the steward takes this ledger for the newest; see ``rollback``."""
         with transaction(self._path, write=True) as connection:
             entries = read(connection)
             replay(entries)
@@ -271,15 +273,15 @@ class Ledger:
             BudgetExhausted: the run has no reservation, or not so many steps left.
             LedgerDamaged: the file is no sound ledger, or cannot be written.
         """
-        _require(round_number >= 1, "a round")
-        _require(steps >= 1, "a number of steps")
+        _require(round_number >= 1, "round")
+        _require(steps >= 1, "number of steps")
         with transaction(self._path, write=True) as connection:
             account = account_of(replay(read(connection)), study_digest, run_id)
             if round_number in account.rounds:
                 raise RoundAlreadySpent(
                     f"Round {round_number} of this run was already started and is spent.",
-                    why="A process that dies in a round never gets its budget back.",
-                    remedy="Go on with the next round.",
+                    why="What a process that died in a round had charged stays charged.",
+                    remedy="Continue with the next round.",
                 )
             left = account.steps - account.started
             if steps > left:
@@ -293,7 +295,7 @@ class Ledger:
         return account.frozen()
 
     def start_release(self, study_digest: str, run_id: str) -> Reservation:
-        """Spend the study's one release, durably; call it before data are read.
+        """Spend the study's one noised evaluation, durably; call it before data are read.
 
         Args:
             study_digest: hash of the study.
@@ -304,7 +306,7 @@ class Ledger:
 
         Raises:
             ReleaseAlreadySpent: a run of this study charged it before.
-            BudgetExhausted: the run has no reservation, or none for a release.
+            BudgetExhausted: the run has no reservation, or none for a noised evaluation.
             LedgerDamaged: the file is no sound ledger, or cannot be written.
         """
         with transaction(self._path, write=True) as connection:
@@ -312,14 +314,14 @@ class Ledger:
             account = account_of(state, study_digest, run_id)
             if state.released(study_digest):
                 raise ReleaseAlreadySpent(
-                    "The study's release was already charged and is not made again.",
-                    why="A study releases its score histograms once, whatever the run; a process "
-                    "that dies in it never gets its budget back.",
-                    remedy="Use the figures of the first release, or propose another study.",
+                    "The study's noised evaluation was already charged and is not repeated.",
+                    why="A study is evaluated with noise once, whatever the run; what a process "
+                    "that died in it had charged stays charged.",
+                    remedy="Use the first noised evaluation's figures, or propose another study.",
                 )
             if account.release is None:
                 raise BudgetExhausted(
-                    "The run reserved nothing for a release.",
+                    "The run reserved nothing for a noised evaluation.",
                     remedy="Propose a study with an evaluation.release_epsilon above 0.",
                 )
             append(connection, "evaluated", {"study": study_digest, "run": run_id})
@@ -375,4 +377,4 @@ class Ledger:
 
 def _require(holds: object, what: str) -> None:
     if not holds:
-        raise InternalError(f"The ledger was given {what} that cannot be.")
+        raise InternalError(f"The ledger was given an invalid {what}.")

@@ -1,4 +1,4 @@
-"""The rules by which the ledger lets a study in: both limits, fixed terms, no closed study.
+"""Admission rules of the ledger: both limits, fixed parameters, no closed study.
 
 No file is touched here; the ledger asks inside its transaction.
 """
@@ -49,7 +49,8 @@ def account_of(state: State, study_digest: str, run_id: str) -> Account:
     if account is None:
         raise BudgetExhausted(
             "The run has no reservation in the privacy ledger.",
-            remedy="Approve the study; a run that another one replaced cannot go on.",
+            remedy="Approve the study, and start a new run; a run that another one replaced cannot "
+            "continue.",
         )
     return account
 
@@ -63,7 +64,7 @@ def require_open(state: State, study_digest: str) -> None:
     if study_digest in state.closed:
         raise BudgetExhausted(
             "The study is closed at this site.",
-            why="The steward closed it, and the steps that it never started were released.",
+            why="The steward closed it; the steps that it had not started are no longer reserved.",
             remedy="Propose another study; a closed one cannot be opened again.",
         )
 
@@ -73,10 +74,10 @@ def _exhausted(gate: str, *, asked: float, left: float, limit: float) -> BudgetE
     return BudgetExhausted(
         f"The {gate} budget does not suffice: the study asks for epsilon {asked:.3f}, "
         f"{max(0.0, left):.3f} of {limit:.3f} is left.",
-        why="This very study was run here before. " * again
+        why="This study was run at this site before. " * again
         + "Everything reserved or started counts, and nothing is refunded.",
-        remedy="A trial belongs on a copy of the site folder. Another study has a budget of its "
-        "own, within the lifetime's; only the site's steward can raise a limit."
+        remedy="For trials, use a copy of the site folder. Another study has its own budget "
+        "within the lifetime budget; only the site's steward can raise a limit."
         if again
         else "Ask for a study with a smaller epsilon; only the site's steward can raise a limit.",
     )
@@ -108,14 +109,14 @@ def _same(one: Account, other: Account) -> bool:
 
 
 def require_same(held: Account, wanted: Account) -> None:
-    """Hold a run to the terms that it reserved on.
+    """Refuse a run whose privacy parameters differ from those that it reserved.
 
     Raises:
         PolicyRefused: they are others.
     """
     if not _same(held, wanted):
         raise PolicyRefused(
-            "The run asks for other terms than it reserved.",
-            why="Noise, sampling rate, steps and delta of a study never change.",
+            "The run asks for other noise, sampling rate, steps or delta than it reserved.",
+            why="These never change within a run.",
             remedy="Start a new run.",
         )

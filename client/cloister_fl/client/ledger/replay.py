@@ -145,7 +145,7 @@ def replay(entries: Iterable[Entry]) -> State:
         try:
             state = _apply(state, entry)
         except (KeyError, TypeError, ValueError):
-            raise damaged(f"entry {entry.seq} says what no entry can say") from None
+            raise damaged(f"entry {entry.seq} breaks a rule of the ledger") from None
     if state is None:
         raise damaged("entry 1 is missing")
     return state

@@ -1,15 +1,17 @@
-"""Whether the ledger is the newest one: its head as it was noted outside it, compared.
+"""Rollback detection of the ledger: its head, compared with heads noted outside it.
 
 An older copy of a ledger is sound, only shorter. So whenever the ledger reserves or spends, its
-head is noted in two other places: a high-water file beside it, and the site's audit log, which is
-chained and signed. The coordinator notes the audit log's heads, and says at the start of each run
-which it noted, so a folder that was rolled back as a whole is found as well. A ledger that does not
-hold a noted head was rolled back or replaced, and trains nothing until the steward confirms.
+head is noted in two other places: the file ``ledger.high`` beside it, and the site's audit log,
+which is chained and signed. The coordinator notes the audit log's heads, and says at the start of
+each run which it noted, so a folder that was rolled back as a whole is found as well. A ledger that
+does not hold a noted head was rolled back or replaced, and trains nothing until the steward
+confirms.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 
 from cloister_fl.audit_log import Head, heads_told, name_of
@@ -28,6 +30,7 @@ NOTE = "ledger"
 CLAIMED = "audit.claimed"
 """Holds the hash of an entry that the coordinator noted of the audit log, and that is not in it."""
 
+_DENY = "deny HASH --why '...'"
 _IS_NOTE = f'"kind":"{NOTE}"'.encode()
 _IS_ACCEPTED = b'"kind":"accepted"'
 
@@ -43,10 +46,11 @@ def require_newest(site: Site) -> None:
     found = disagreements(site)
     if found:
         raise LedgerRolledBack(
-            "The privacy ledger is not the one that this site noted last.",
+            "The privacy ledger does not match ledger.high or the audit log.",
             why=" ".join(found),
-            remedy="Restore the newest ledger.sqlite. If it is lost: deny what was approved, then "
-            "'cloister client budget accept-ledger'.",
+            remedy="Restore the newest ledger.sqlite. If it is lost, deny each approved study: "
+            f"{site.command(_DENY)}. Then accept the ledger: "
+            + site.command("budget accept-ledger"),
         )
 
 
@@ -70,22 +74,23 @@ def compare(site: Site, heads: str) -> None:
 
 def disagreements(site: Site) -> tuple[str, ...]:
     """What is wrong between the ledger and its notes, a sentence each; empty where all fits."""
-    held, reserved = {}, False
+    entries: dict[int, str] = {}
+    reserved = False
     if site.ledger.exists():
-        entries = Ledger.open(site.ledger, delta=site.policy.ledger_delta).entries()
-        held = {entry.seq: entry.hash for entry in entries}
-        reserved = any(entry.kind == "reserved" for entry in entries)
+        found_there = Ledger.open(site.ledger, delta=site.policy.ledger_delta).entries()
+        entries = {entry.seq: entry.hash for entry in found_there}
+        reserved = any(entry.kind == "reserved" for entry in found_there)
     found = []
-    for where, noted in (("The high-water file", _high(site)), ("The audit log", _noted(site))):
+    for where, noted in ((FILE, _high(site)), ("The audit log", _noted(site))):
         if noted is None:
             if reserved:
-                found.append(f"{where} notes no head of it.")
-        elif noted.seq not in held:
-            found.append(f"{where} noted entry {noted.seq}; the ledger ends at {len(held)}.")
-        elif held[noted.seq] != noted.hash:
-            found.append(f"{where} noted another entry {noted.seq}.")
+                found.append(f"{where} has no head of the ledger.")
+        elif noted.seq not in entries:
+            found.append(f"{where} has entry {noted.seq}; the ledger ends at entry {len(entries)}.")
+        elif entries[noted.seq] != noted.hash:
+            found.append(f"{where} has another entry {noted.seq} than the ledger.")
     if _claimed(site):
-        found.append("The coordinator noted an entry of the audit log that is not in it.")
+        found.append("The coordinator has an entry of the audit log that the log itself lacks.")
     return tuple(found)
 
 
@@ -93,7 +98,7 @@ def note(site: Site, ledger: Ledger) -> None:
     """Note the ledger's head outside it; call it after each entry that reserves or spends.
 
     Raises:
-        OutputInTheWay: the high-water file cannot be written.
+        OutputInTheWay: ``ledger.high`` cannot be written.
         AuditLogDamaged: the log cannot be written.
     """
     with locked(site.root / f".{FILE}.lock"):
@@ -174,13 +179,19 @@ def _in_log(site: Site, digest: str) -> bool:
 
 
 def _lines(site: Site) -> Iterator[bytes]:
+    path = path_of(site)
     try:
-        with path_of(site).open("rb") as file:
+        with path.open("rb") as file:
             yield from file
     except FileNotFoundError:
         return
-    except OSError:
-        raise AuditLogDamaged("The audit log cannot be read.") from None
+    except OSError as error:
+        raise AuditLogDamaged(
+            f"The audit log {path.name} cannot be read.",
+            why=f"{error.strerror or 'The system gave no reason'}.",
+            remedy=f"Check the permissions of {shlex.quote(str(path))}, or restore it from the "
+            "site's backup.",
+        ) from None
 
 
 def _head(held: object, seq: str, digest: str) -> Head | None:

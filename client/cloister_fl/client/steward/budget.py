@@ -166,14 +166,14 @@ def proposal(site: Site, study: Study) -> Proposal:
     """What a run of ``study`` would cost, and what would stand against it; nothing is reserved.
 
     Raises:
-        OptionInvalid: the study trains without privacy, so that no budget speaks of it.
+        OptionInvalid: the study trains without privacy, so that it has no cost.
         EpsilonUnreachable: no noise gives the study's epsilon.
         LedgerDamaged, PolicyRefused: see ``Ledger.open``.
     """
     if not study.privacy.enabled:
         raise OptionInvalid(
             "The study trains without differential privacy, so it has no cost in epsilon.",
-            remedy="See what it asks for: cloister client review",
+            remedy=f"See what it asks for: {site.command('review STUDY')}",
         )
     policy, used = site.policy, charges(study)
     delta = used.delta
@@ -246,10 +246,10 @@ def render(told: Statement) -> str:
             f"  reserved  {counted(one.steps_reserved, 'step')}, not started",
         ]
         if one.releases:
-            made = ", made" if one.released else ", not made"
-            lines.append(f"  release   one of noised score histograms{made}")
+            made = "done" if one.released else "not done"
+            lines.append(f"  noised evaluation: {made}")
     if not told.studies:
-        lines.append("No study has reserved anything here.")
+        lines.append("No study has a reservation at this site.")
     return "\n".join(lines)
 
 
@@ -257,7 +257,7 @@ def render_proposal(told: Proposal) -> str:
     """What a study would cost, in words."""
 
     def passes(yes: bool) -> str:
-        return "passes" if yes else "closed"
+        return "passes" if yes else "exceeded"
 
     lines = [
         f"If it ran now: {told.name} {told.study[:16]}, noise multiplier "
@@ -298,9 +298,13 @@ def export(site: Site, out: Path) -> int:
         LedgerDamaged, PolicyRefused: see ``Ledger.open``.
     """
     if not site.ledger.exists():
-        raise OptionInvalid("The site has no ledger yet.", remedy="Nothing was reserved here.")
+        raise OptionInvalid(
+            "The site has no ledger yet.",
+            why="Nothing was reserved at this site.",
+            remedy=f"See the budget: {site.command('budget')}",
+        )
     if out.exists():
-        raise OutputInTheWay(f"{out} exists already.", remedy="Name another file.")
+        raise OutputInTheWay(f"{out} exists already.", remedy="Name another file: --out FILE")
     entries = Ledger.open(site.ledger, delta=site.policy.ledger_delta).entries()
     lines = [_line({"body": e.body, "previous": e.previous, "hash": e.hash}) for e in entries]
     content, last, identity = b"".join(lines), entries[-1], site.identity()
@@ -315,7 +319,7 @@ def export(site: Site, out: Path) -> int:
 
 
 def close(site: Site, digest: str) -> int:
-    """End a study here, in the ledger and the audit log; see ``Ledger.close``.
+    """Close a study at this site, in the ledger and the audit log; see ``Ledger.close``.
 
     Raises:
         LedgerDamaged, PolicyRefused: see ``Ledger.close``.
@@ -337,9 +341,9 @@ def find(site: Site, prefix: str) -> str:
     found = [one.study for one in statement(site).studies if one.study.startswith(prefix.lower())]
     if len(prefix) < 8 or len(found) != 1:
         raise OptionInvalid(
-            f"{prefix!r} names {'more than one study' if len(found) > 1 else 'no study'} that "
-            "holds something of the budget.",
-            remedy="Give at least 8 digits of a hash that 'cloister client budget' lists.",
+            f"{prefix!r} matches {'more than one study' if len(found) > 1 else 'no study'} with a "
+            "reservation in the ledger.",
+            remedy=f"Give at least 8 digits of a listed hash: {site.command('budget')}",
         )
     return found[0]
 

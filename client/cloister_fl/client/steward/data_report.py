@@ -30,6 +30,13 @@ HTML, JSON = "data-report.html", "data-report.json"
 _SHOWN = 50
 _WORD = 64
 _UNTOLD = "not told"
+"""A key of the JSON; see ``_WORDS``."""
+_WORDS = {
+    _UNTOLD: "not stated",
+    "Images a patient": "Images per patient",
+    "Class, patients": "Patients per class",
+}
+"""How the page shows keys of the JSON."""
 
 Counts = Mapping[str, int]
 
@@ -43,7 +50,7 @@ class Report:
         files, images, patients: how many.
         tables: counts by a heading: modality, maker, year, size, class, images a patient.
         rejects: files that were turned away, by reason.
-        held: how many of them wait in the quarantine.
+        held: how many of them are quarantined.
         same_pixels: pseudonyms of patients who share an image's pixels, each group once.
         same_person: pseudonyms of patients who have one name and date of birth.
         faults: what keeps the data from being used.
@@ -159,11 +166,11 @@ def page(report: Report) -> str:
         f"<h1>{escape(title)}</h1>",
         "<p class=note>This page shows patients' images. It stays at the site.</p>",
         f"<p>{report.files} files, {report.images} images of {report.patients} patients; "
-        f"{sum(report.rejects.values())} files turned away, {report.held} of them held for a "
-        "person to look at.</p>",
+        f"{sum(report.rejects.values())} files rejected, {report.held} of them quarantined for "
+        "review.</p>",
     ]
     parts += [f"<p class=fault>{escape(str(one))}</p>" for one in report.faults]
-    parts.append("<h2>Patients who may be there twice</h2>")
+    parts.append("<h2>Possible duplicate patients</h2>")
     parts.append(
         _groups(
             report.same_pixels,
@@ -175,18 +182,18 @@ def page(report: Report) -> str:
         _groups(
             report.same_person,
             "One name and date of birth under several patient identifiers",
-            "No person has two patient identifiers, as far as the files tell.",
+            "No person has two patient identifiers, according to the files.",
         )
     )
     parts.append("<h2>Counts</h2><div class=tables>")
     parts += [_table(title, counts) for title, counts in report.tables.items()]
     turned = {f"{one.value} {one.title}": number for one, number in report.rejects.items()}
-    parts.append(_table("Turned away", turned) + "</div>")
+    parts.append(_table("Rejected", turned) + "</div>")
     if report.cohort is not None:
         shown, png = contact_sheet(report.cohort)
         image = base64.b64encode(png).decode()
         parts.append(
-            f"<h2>As training sees them</h2><p>One image of each of {shown} patients.</p>"
+            f"<h2>Preprocessed images</h2><p>One image of each of {shown} patients.</p>"
             f'<img alt="contact sheet" src="data:image/png;base64,{image}">'
         )
     return _PAGE.replace("TITLE", escape(title)).replace("BODY", "\n".join(parts))
@@ -239,13 +246,13 @@ def _table(title: str, counts: Counts) -> str:
         return ""
     most = max(counts.values()) or 1
     rows = "".join(
-        f"<tr><td>{escape(word)}</td><td class=n>{number}</td>"
+        f"<tr><td>{escape(_WORDS.get(word, word))}</td><td class=n>{number}</td>"
         f'<td class=bar><div style="width:{100 * number / most:.1f}%"></div></td></tr>'
         for word, number in list(counts.items())[:_SHOWN]
     )
     rest = sum(list(counts.values())[_SHOWN:])
     rows += f"<tr><td>others</td><td class=n>{rest}</td><td></td></tr>" if rest else ""
-    return f"<table><caption>{escape(title)}</caption>{rows}</table>"
+    return f"<table><caption>{escape(_WORDS.get(title, title))}</caption>{rows}</table>"
 
 
 _PAGE = """<!doctype html>

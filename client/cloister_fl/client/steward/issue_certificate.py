@@ -36,13 +36,13 @@ def certify(site: Site, study: str, *, run: str | None = None) -> Certificate:
     """
     known = judgements(site)
     if study not in known or not site.ledger.exists():
-        raise _unknown("study")
+        raise _unknown(site, "study")
     require_newest(site)
     ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
     held = [one for one in ledger.reservations() if one.study_digest == study]
     own = [one for one in held if run in {None, one.run_id}]
     if not own:
-        raise _unknown("run")
+        raise _unknown(site, "run")
     one, asked = own[-1], known[study].study
     entries = entries_of(site)
     head = entries[-1] if entries else EMPTY
@@ -91,8 +91,8 @@ def _release(one: Reservation, held: Sequence[Reservation], study: Study) -> Rel
     )
 
 
-def _unknown(what: str) -> OptionInvalid:
+def _unknown(site: Site, what: str) -> OptionInvalid:
     return OptionInvalid(
-        f"This site charged no such {what}.",
-        remedy="'cloister client budget' lists the studies that hold something of the budget.",
+        f"The site's ledger has no such {what}.",
+        remedy=f"List the studies with a reservation: {site.command('budget')}",
     )

@@ -1,4 +1,4 @@
-"""A proposed study as a human reads it: what it asks, what it costs, what would leave."""
+"""Review of a proposed study in words: its training, its privacy cost, what would leave."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def review(site: Site, judgement: Judgement) -> str:
         f"  trains       {study.network.name}, {counted(study.training.rounds, 'round')} of "
         f"{counted(study.training.steps_per_round, 'step')}, each patient in a step with "
         f"probability {study.training.sampling_rate:g}",
-        *_stands_on(study),
+        *_pretrained_weights(study),
         *_told(
             "  on           ",
             f"{', '.join(study.input.modalities)} {what} of this site, their "
@@ -50,14 +50,14 @@ def review(site: Site, judgement: Judgement) -> str:
     if not objections:
         lines.append("  policy       allows it")
     if judgement.decision is Decision.PENDING:
-        lines.append(f"To allow it: cloister client approve {study.digest[:16]}")
+        lines.append(f"To allow it: {site.command(f'approve {study.digest[:16]}')}")
     return "\n".join(lines)
 
 
 def listing(judgements: dict[str, Judgement]) -> str:
     """All studies, one line each."""
     if not judgements:
-        return "No study was proposed to this site yet."
+        return "No study has been proposed to this site yet."
     return "\n".join(
         f"{digest[:16]}  {one.decision.value:<8}  {one.study.study.name}"
         for digest, one in judgements.items()
@@ -67,7 +67,7 @@ def listing(judgements: dict[str, Judgement]) -> str:
 def _cost(site: Site, study: Study) -> list[str]:
     privacy = study.privacy
     if not privacy.enabled:
-        return ["  costs        NO differential privacy: what leaves may tell of single patients"]
+        return ["  costs        NO differential privacy: what leaves may reveal single patients"]
     return [
         f"  costs        at most epsilon {privacy.epsilon:g} at delta {privacy.delta:g}, a patient",
         "  budget       promised so far, "
@@ -79,31 +79,31 @@ def _leaves(study: Study) -> list[str]:
     noised = "noised " if study.privacy.enabled else ""
     if study.aggregation.secure:
         lines = [
-            f"  would leave  {noised}model updates, masked: the coordinator reads their sum over "
-            f"{study.aggregation.min_sites} sites or more"
+            f"  would leave  {noised}model updates, by secure aggregation: the coordinator "
+            f"reads only their sum over {study.aggregation.min_sites} sites or more"
         ]
     else:
         lines = [f"  would leave  {noised}model updates, which the coordinator can read"]
     if not study.privacy.enabled and study.evaluation.site_fraction:
-        masked = "masked " if study.aggregation.secure else ""
+        secure = ", by secure aggregation" if study.aggregation.secure else ""
         by = "Dice coefficient" if study.target.segment else "score"
-        lines.append(f"               {masked}counts of patients by {by}")
+        lines.append(f"               counts of patients by {by}{secure}")
     if study.releases:
-        masked = "masked " if study.aggregation.secure else ""
+        secure = ", by secure aggregation" if study.aggregation.secure else ""
         lines.append(
-            f"               once, at the end, {masked}noised counts of patients by score: epsilon "
-            f"{study.evaluation.release_epsilon:g}, which the whole above holds"
+            f"               once, at the end, noised counts of patients by score{secure}: "
+            f"epsilon {study.evaluation.release_epsilon:g}, part of the cost above"
         )
     return lines
 
 
-def _stands_on(study: Study) -> list[str]:
+def _pretrained_weights(study: Study) -> list[str]:
     given = study.network.arguments
     sha256 = given.get("weights", given.get("sha256"))
     if not sha256:
         return []
     # The hash has a line of its own, whole: a steward copies it to compare it.
-    return ["  stands on    pretrained weights with the SHA-256", *_told(_MORE, str(sha256))]
+    return ["  starts from  pretrained weights with the SHA-256", *_told(_MORE, str(sha256))]
 
 
 def _told(label: str, words: str) -> list[str]:

@@ -154,7 +154,7 @@ def test_a_ledger_that_fits_is_not_asked_about(tmp_path: Path) -> None:
     assert disagreements(act.site) == ()
     again = act.run()
     assert again.exit_code == 0
-    assert again.output == "The ledger of seafield fits what was noted of it.\n"
+    assert again.output == "The ledger of seafield matches ledger.high and the audit log.\n"
 
 
 def test_a_reason_that_is_none_is_refused_before_anything_is_asked(tmp_path: Path) -> None:

@@ -80,11 +80,11 @@ def test_a_run_that_released_is_not_taken_over(ledger: Ledger) -> None:
 
 def test_who_reserved_none_gets_none(ledger: Ledger) -> None:
     reserve(ledger, release=None)
-    with pytest.raises(BudgetExhausted, match="reserved nothing for a release"):
+    with pytest.raises(BudgetExhausted, match="reserved nothing for a noised evaluation"):
         ledger.start_release(STUDY, "run-1")
     with pytest.raises(BudgetExhausted, match="no reservation"):
         ledger.start_release(OTHER, "run-1")
-    with pytest.raises(PolicyRefused, match="other terms"):
+    with pytest.raises(PolicyRefused, match="other noise, sampling rate, steps or delta"):
         reserve(ledger)
     with pytest.raises(InternalError):
         reserve(ledger, study=OTHER, release=Mechanism(3.0, 0.5))

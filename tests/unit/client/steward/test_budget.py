@@ -84,7 +84,7 @@ def test_a_proposal_is_judged_by_both_gates_and_reserves_nothing(
     assert asked["lifetime_gate"] is False
     assert asked["lifetime_epsilon"] > 9
     assert any("lifetime budget" in sentence for sentence in asked["objections"])
-    assert "lifetime gate  closed" in run(charged, "--study", str(path)).output
+    assert "lifetime gate  exceeded" in run(charged, "--study", str(path)).output
     assert Ledger.open(charged.ledger, delta=charged.policy.ledger_delta).head() == head
 
 

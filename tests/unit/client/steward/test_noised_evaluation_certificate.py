@@ -157,6 +157,6 @@ def test_the_budget_names_the_release(site: Site) -> None:
     (one,) = told.studies
     assert (one.releases, one.released) == (True, True)
     assert one.epsilon_spent == WHOLE.epsilon()
-    assert "release   one of noised score histograms, made" in budget.render(told)
+    assert "noised evaluation: done" in budget.render(told)
     asked = budget.proposal(site, study(evaluation="release_epsilon = 1.0"))
     assert 5.95 < asked.study_epsilon <= 6.0

@@ -1,8 +1,8 @@
-"""The site's service: the node and the executor, kept running, and how the site stands.
+"""Service of a site: it keeps the node and the executor running, and reports their status.
 
 ::
 
-    cloister client start        this module; holds no data, speaks with nobody
+    cloister client start        this module; holds no data, has no connection
       |- supernode.node          talks with the coordinator; sees no data
       `- supernode.executor      reads the data; talks with the node alone, over loopback
 
@@ -57,7 +57,7 @@ Say = Callable[[str], None]
 
 _WHY = {
     "status 401": "the coordinator does not know this site's node key",
-    "status 403": "the coordinator has shut this site out, or its certificate has expired",
+    "status 403": "the coordinator has revoked this site, or its certificate has expired",
     "status 503": "the coordinator is busy",
     "ConnectError": "the coordinator does not answer",
     "ConnectTimeout": "the coordinator does not answer",
@@ -66,8 +66,8 @@ _WHY = {
 
 
 @dataclass
-class Standing:
-    """How the service stands; written to ``run/service.json``.
+class ServiceStatus:
+    """Status of the service; written to ``run/service.json``.
 
     Attributes:
         health: address of grpc.health.v1.
@@ -84,7 +84,7 @@ class Standing:
     node: bool = False
     executor: bool = False
     online: bool = False
-    why: str = "the service starts"
+    why: str = "the service is starting"
     approved: bool = False
     asked: dict[str, int] = field(default_factory=dict)
     last_asked: float = 0.0
@@ -113,8 +113,8 @@ def serve(site: Site, say: Say) -> None:
 
     def taken() -> Exception:
         return ServiceState(
-            "The service of this site runs already.",
-            remedy="See how it stands: cloister client status",
+            "The service of this site is already running.",
+            remedy=f"See its status: {site.command('status')}",
         )
 
     with only_one(site.root / LOCK, taken):
@@ -139,26 +139,29 @@ def stop(site: Site, seconds: float) -> None:
     """
     ended = terminate(site.root / LOCK, seconds)
     if ended is None:
-        raise ServiceState("The service of this site does not run.")
+        raise ServiceState(
+            "The service of this site is not running.", remedy=f"Start it: {site.command('start')}"
+        )
     if not ended:
         raise ServiceState(
-            "The service has not ended yet.", remedy="Wait, or end its process yourself."
+            f"The service has not ended within {seconds:g} s.",
+            remedy=f"Wait longer: {site.command('stop --wait 120')}",
         )
 
 
-def standing(site: Site) -> Standing | None:
-    """How the service stands, or ``None`` where it does not run."""
+def status(site: Site) -> ServiceStatus | None:
+    """Return the status of the service, or ``None`` where it does not run."""
     if running(site) is None:
         return None
     try:
-        return Standing(**json.loads((site.root / RUN / STATE).read_text("utf-8")))
+        return ServiceStatus(**json.loads((site.root / RUN / STATE).read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def is_serving(told: Standing) -> bool:
+def is_serving(now: ServiceStatus) -> bool:
     """Ask the health service itself."""
-    return healthy(told.health)
+    return healthy(now.health)
 
 
 class _Service:
@@ -172,12 +175,12 @@ class _Service:
             self._health = Health(site.health)
         except OSError:
             raise ListenRefused(
-                f"{site.health} cannot be listened on.",
-                why="Another process has the port, or it is not this machine's.",
+                f"The service cannot listen on {site.health}.",
+                why="Another process uses the port, or the address is not of this machine.",
                 remedy="Change service.health in site.toml.",
             ) from None
         host = site.health.rpartition(":")[0]
-        self._now = Standing(health=f"{host}:{self._health.port}")
+        self._now = ServiceStatus(health=f"{host}:{self._health.port}")
 
     def run(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -228,13 +231,13 @@ class _Service:
             if look(self._site).state == "approved":
                 self._say("The coordinator has approved this site.")
                 return
-            told = "the coordinator has not approved this site yet"
+            why = "the coordinator has not approved this site yet"
         except CloisterError as error:
-            # A network that is down now may be up later; what was refused, a person mends.
-            told = " ".join(part for part in (error.what, error.why) if part).rstrip(".")
-        if told != self._now.why:
-            self._now.why = told
-            self._say(f"Waiting: {told}.")
+            # A network that is down now may be up later; what was refused needs a person.
+            why = " ".join(part for part in (error.what, error.why) if part).rstrip(".")
+        if why != self._now.why:
+            self._now.why = why
+            self._say(f"Waiting: {why}.")
             self._keep()
 
     def _asked_to_stop(self, *_: object) -> None:
@@ -244,44 +247,44 @@ class _Service:
         changed = False
         while True:
             try:
-                name, told = self._events.get_nowait()
+                name, event = self._events.get_nowait()
             except queue.Empty:
                 break
-            self._take(name, told)
+            self._take(name, event)
             changed = True
         if changed:
             self._health.serving(self._now.serving)
             self._keep()
 
-    def _take(self, name: str, told: dict[str, Any]) -> None:
+    def _take(self, name: str, event: dict[str, Any]) -> None:
         now = self._now
-        match told.get("event"):
+        match event.get("event"):
             case "ready":
                 setattr(now, name, True)
                 if name == "executor":
-                    self._say("Ready: this site's own code waits for studies that you approved.")
+                    self._say("Ready: waiting for studies that you approved.")
             case "ended":
                 setattr(now, name, False)
                 if name == "node":
-                    now.online, now.why = False, "the node is being started again"
-                self._say(f"The {name} ended; it is started again.")
+                    now.online, now.why = False, "the node is restarting"
+                self._say(f"The {name} ended; restarting it.")
             case "online":
                 now.online, now.why = True, ""
                 self._say("The coordinator answers.")
             case "offline":
-                why = str(told.get("why"))
+                why = str(event.get("why"))
                 now.online, now.why = False, _WHY.get(why, f"the connection failed ({why})")
                 self._say(f"Offline: {now.why}.")
             case "asked":
-                kind = str(told.get("message")) or "unknown"
+                kind = str(event.get("message")) or "unknown"
                 now.asked[kind] = now.asked.get(kind, 0) + 1
                 now.last_asked = time.time()
             case "foreign-bundle":
-                self._say("Refused: the coordinator sent a foreign bundle (CLO-505).")
+                self._say("Refused: the coordinator sent another application bundle (CLO-505).")
             case "failed":
-                self._say(f"The {name} cannot start: {told.get('code')} {told.get('what')}")
+                self._say(f"The {name} cannot start: {event.get('code')} {event.get('what')}")
             case "crashed" | "task-lost":
-                self._say(f"The {name} met a fault ({told.get('type')}); it goes on.")
+                self._say(f"Internal error of the {name} ({event.get('type')}); it continues.")
 
     def _keep(self) -> None:
         text = json.dumps(asdict(self._now))

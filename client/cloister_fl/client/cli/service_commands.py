@@ -1,4 +1,4 @@
-"""`cloister client start`, `stop` and `status`: the site's service.
+"""Commands `cloister client start`, `stop` and `status`: the site's service.
 
 Everything heavy is imported inside the commands, so that ``--help`` is quick.
 """
@@ -19,7 +19,7 @@ from cloister_fl.system import utc
 from cloister_fl.system.optional import require
 
 if TYPE_CHECKING:
-    from cloister_fl.client.service import Standing
+    from cloister_fl.client.service import ServiceStatus
     from cloister_fl.client.site.folder import Site
 
 
@@ -38,9 +38,9 @@ def start(folder: Folder = Path()) -> None:
 
 def stop(
     folder: Folder = Path(),
-    wait: Annotated[float, typer.Option(help="Seconds to wait for its end.")] = 30.0,
+    wait: Annotated[float, typer.Option(help="Seconds to wait until it has ended.")] = 30.0,
 ) -> None:
-    """Stop this site's service; what it was asked in a round is a dropout there."""
+    """Stop this site's service; in a running round, the site counts as a dropout."""
     require("client", "grpc")
     from cloister_fl.client import service
     from cloister_fl.client.site.folder import open_site
@@ -54,19 +54,19 @@ def status(
     folder: Folder = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show whether this site is served, why it last said no, and its budget. Exit 9 where not."""
+    """Show whether this site is serving, its last refusal and its budget. Exit 9 if it is not."""
     require("client", "grpc", "grpc_health")
     from cloister_fl.client import service
     from cloister_fl.client.site.folder import open_site
 
     site = open_site(folder)
-    told = service.standing(site)
-    serving = told is not None and service.is_serving(told)
+    now = service.status(site)
+    serving = now is not None and service.is_serving(now)
     waiting = _waiting(site)
     if as_json:
-        typer.echo(json.dumps(_as_dict(site, told, serving, waiting)))
+        typer.echo(json.dumps(_as_dict(site, now, serving, waiting)))
     else:
-        _show(site, folder, told, serving, waiting)
+        _show(site, folder, now, serving, waiting)
     if not serving:
         raise typer.Exit(ServiceState.exit_status)
 
@@ -82,7 +82,7 @@ def _waiting(site: Site) -> list[str]:
 
 
 def _as_dict(
-    site: Site, told: Standing | None, serving: bool, waiting: list[str]
+    site: Site, now: ServiceStatus | None, serving: bool, waiting: list[str]
 ) -> dict[str, object]:
     from cloister_fl.client.admission import gate
     from cloister_fl.client.site.last_refusal import read_notice
@@ -90,12 +90,12 @@ def _as_dict(
     notice = read_notice(site.root)
     return {
         "site": site.name,
-        "running": told is not None,
+        "running": now is not None,
         "serving": serving,
-        "online": told is not None and told.online,
-        "why": told.why if told else "",
-        "health": told.health if told else "",
-        "asked": told.asked if told else {},
+        "online": now is not None and now.online,
+        "why": now.why if now else "",
+        "health": now.health if now else "",
+        "asked": now.asked if now else {},
         "waiting_for_approval": waiting,
         "last_refusal": asdict(notice) if notice else None,
         "epsilon_promised": gate.promised(site),
@@ -104,28 +104,28 @@ def _as_dict(
 
 
 def _show(
-    site: Site, folder: Path, told: Standing | None, serving: bool, waiting: list[str]
+    site: Site, folder: Path, now: ServiceStatus | None, serving: bool, waiting: list[str]
 ) -> None:
     from cloister_fl.client.site.last_refusal import read_notice
     from cloister_fl.client.steward import budget
 
-    if told is None:
+    if now is None:
         typer.echo(f"{site.name}: not running. Start it: cloister client start{dir_option(folder)}")
     elif serving:
         typer.echo(f"{site.name}: serving; the coordinator answers")
     else:
-        parts = {"node": told.node, "executor": told.executor}
+        parts = {"node": now.node, "executor": now.executor}
         dead = [name for name, alive in parts.items() if not alive]
-        restarting = told.approved and dead
-        why = f"the {' and the '.join(dead)} must start again" if restarting else told.why
+        restarting = now.approved and dead
+        why = f"{' and '.join(dead)} restarting" if restarting else now.why
         typer.echo(f"{site.name}: not serving; {why}")
-    if told is not None and told.last_asked:
-        when = utc.to_second(utc.from_unix(told.last_asked))
-        typer.echo(f"last asked {when} UTC, {sum(told.asked.values())} messages")
+    if now is not None and now.last_asked:
+        when = utc.to_second(utc.from_unix(now.last_asked))
+        typer.echo(f"last message {when} UTC, {sum(now.asked.values())} messages")
     typer.echo(f"budget: {budget.summary(site)}")
     notice = read_notice(site.root)
     if notice is not None:
-        typer.echo(f"last refused {notice.time}: {notice.message}")
+        typer.echo(f"last refusal {notice.time}: {notice.message}")
     for digest in waiting:
         command = f"cloister client review {digest[:16]}{dir_option(folder)}"
-        typer.echo(f"a study waits for you: {command}")
+        typer.echo(f"a study is waiting for a decision: {command}")

@@ -127,7 +127,7 @@ def test_a_model_outlines_new_images_at_their_own_size(
     out = tmp_path / "found"
     result = CliRunner().invoke(app, [str(model), str(images), "--out", str(out)])
     assert result.exit_code == 0, result.output
-    assert "Wrote the outlines of 6 images" in result.stdout
+    assert "Wrote the segmentation masks of 6 images" in result.stdout
     assert sorted(path.name for path in out.iterdir()) == [
         ".gitignore", *(f"2.25.{k}.png" for k in range(4)), "2.25.4-2.png", "2.25.4.png",
     ]  # fmt: skip

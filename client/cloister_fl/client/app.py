@@ -1,8 +1,8 @@
-"""The ClientApp: the one that a deployment, the simulation and the tests all run.
+"""Flower ClientApp of a site; deployment, simulation and tests all run it.
 
 Every answer is a message of ``records.py``. An error becomes a refusal with a reason of the
-closed list; its text stays at the site, as a notice for its operator. Flower is never handed an
-exception: it would send the text to the server.
+closed list; its text stays at the site, as the last refusal that its operator is shown. Flower is
+never handed an exception: it would send the text to the server.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def exchange(kept: Kept, message: Message, context: Context) -> Message:
         study = _admitted(site, task)
         asked = _exchange(kept, site, study, context, task.exchange)
         if asked.mask_request is not None:
-            raise MessageInvalid("A vector was asked for without a model.")
+            raise MessageInvalid("A vector was requested without a model.")
         return Exchanged(site.name, task.round, octets(asked.answer_without_vector()))
 
     return _answer(kept, message, context, Exchange, answer)
@@ -180,7 +180,7 @@ def train(kept: Kept, message: Message, context: Context) -> Message:
     def answer(site: Site, task: TrainTask) -> Update | Exchanged:
         study = _admitted(site, task)
         if not 1 <= task.round <= study.training.rounds:
-            raise MessageInvalid("A round was asked for that the study does not have.")
+            raise MessageInvalid("The study has no such round.")
         # Before the masks: a site that sits a round out keeps its keys, and can help unmask it.
         gate.require_hours(site, datetime.datetime.now().time())
 
@@ -191,7 +191,7 @@ def train(kept: Kept, message: Message, context: Context) -> Message:
             return Update(site=site.name, round=task.round, vector=trained())
         asked = _exchange(kept, site, study, context, task.exchange)
         if asked.mask_request is None:
-            raise MessageInvalid("A model was sent, and no update is asked for.")
+            raise MessageInvalid("A model was sent without a request for an update.")
         claimed = asked.mask_request.session
         expected = sessions.update_session(
             study,
@@ -214,10 +214,10 @@ def evaluate(kept: Kept, message: Message, context: Context) -> Message:
         study = _admitted(site, task)
         gate.require_metric(site, study)
         if study.evaluation.site_fraction == 0:
-            raise MessageInvalid("Nobody is kept apart to be measured on in this study.")
+            raise MessageInvalid("The study has no validation patients.")
         last = study.training.rounds
         if not (last if study.releases else 0) <= task.round <= last:
-            raise MessageInvalid("A round was asked for that the study does not measure.")
+            raise MessageInvalid("The study has no evaluation in this round.")
         if not study.aggregation.secure:
             counts = _histogram(kept, site, study, task)
             return Evaluated(
@@ -225,7 +225,7 @@ def evaluate(kept: Kept, message: Message, context: Context) -> Message:
             )
         asked = _exchange(kept, site, study, context, task.exchange)
         if asked.mask_request is None:
-            raise MessageInvalid("A model was sent, and no histogram is asked for.")
+            raise MessageInvalid("A model was sent without a request for a histogram.")
         claimed = asked.mask_request.session
         expected = sessions.histogram_session(
             study,
@@ -258,7 +258,7 @@ def _exchange(
     kept: Kept, site: Site, study: Study, context: Context, data: Octets
 ) -> masked.Exchange:
     if not study.aggregation.secure:
-        raise MessageInvalid("The study does not mask updates.")
+        raise MessageInvalid("The study is without secure aggregation.")
     return masked.Exchange(site, study, _pin(site, context), data, kept.members)
 
 
@@ -336,22 +336,22 @@ def _respond(
     try:
         site = open_site(Path(str(context.node_config[SITE_KEY])))
         # First, so that a site whose log cannot be written answers nothing.
-        log_of(site).append("asked", **_told(message.content))
+        log_of(site).append("asked", **_described(message.content))
         reply = act(site)
     except CloisterError as error:
         reply = _refuse(site, error, context.node_id)
     except Exception as error:
         # The type alone: the text of a library's exception can quote what it was given.
         fault = InternalError(
-            f"Cloister met a fault of its own ({type(error).__name__}).",
+            f"Internal error ({type(error).__name__}).",
             remedy="Report it, with the version of Cloister and the study file.",
         )
         reply = _refuse(site, fault, context.node_id)
     return Message(content=_logged(kept, site, reply, context.node_id, run), reply_to=message)
 
 
-def _told(records: RecordDict) -> dict[str, str | int]:
-    """What the log says of a message: its kind, size and hash, and the other side's head."""
+def _described(records: RecordDict) -> dict[str, str | int]:
+    """What the log records of a message: its kind, size and hash, and the other side's head."""
     return {
         "message": kind_of(records),
         "bytes": payload_bytes(records),
@@ -371,7 +371,7 @@ def _logged(
         why = WHY[reply.kind]
         if isinstance(reply, Refusal):
             why = f"{why}: {reply.reason}"
-        entry = {**_told(pack(reply)), "to": "coordinator", "why": why, "run": "".join(run)}
+        entry = {**_described(pack(reply)), "to": "coordinator", "why": why, "run": "".join(run)}
         del entry["peer_head"]
         head = log.append("sent", **entry)
         if isinstance(reply, Prepared) or kept.is_signature_due(site, head.seq):

@@ -1,7 +1,7 @@
-"""Use a finished model on a folder of images, on the machine where the images are.
+"""Prediction: score or segment a folder of images with a finished model, where the images are.
 
 The result is the user's own: scores, one row an image, named by its SOP Instance UID, or a volume,
-named by its Series Instance UID; or outlines, one PNG an image. Nothing is sent.
+named by its Series Instance UID; or segmentation masks, one PNG an image. Nothing is sent.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from cloister_fl.client.data.volumes import assemble
 from cloister_fl.client.dicom.folder_reader import Accepted, Refused, read_folder
 from cloister_fl.errors import OptionInvalid, OutputInTheWay, Reject, SiteEmpty
 from cloister_fl.system.files import keep_out_of_git, write_atomic
+from cloister_fl.system.text import counted
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class Prediction:
     """What was written.
 
     Attributes:
-        images: how many images were scored or outlined.
-        rejects: how many files were turned away, by reason.
+        images: how many images were scored or segmented.
+        rejects: how many files were rejected, by reason.
         out: the file or the folder.
-        outlines: whether it is a folder of outlines.
+        outlines: whether it is a folder of segmentation masks.
     """
 
     images: int
@@ -62,17 +63,17 @@ def predict(
     Args:
         model_path: a model that Cloister wrote.
         folder: the images, in any structure.
-        out: the file to write; one that is there is replaced. For outlines, a folder that is not
-            there. None for ``scores.csv`` or ``outlines``.
+        out: the file to write; one that is there is replaced. For segmentation
+            masks, a folder that is not there. None for ``scores.csv`` or ``outlines``.
         device: ``auto``, or what torch calls a device.
         progress: called with (files done, files in all).
 
     Raises:
         FileUnreadable, ModelFileInvalid: the model cannot be used.
-        ExtraMissing, WeightsUnfit: it stands on pretrained weights that are not here.
+        ExtraMissing, WeightsUnfit: it needs pretrained weights that are missing.
         OptionInvalid: there is no such device.
         FolderUnreadable, SiteEmpty: there is nothing to score.
-        OutputInTheWay: the scores cannot be written, or the folder holds something.
+        OutputInTheWay: the scores cannot be written, or the folder is not empty.
     """
     from cloister_fl.client.training.evaluation import image_outlines, image_scores
     from cloister_fl.model_file import load_model
@@ -95,9 +96,9 @@ def predict(
         rejects.update(alone.values())
     if not accepted:
         raise SiteEmpty(
-            "The folder holds no image that this model can score.",
-            why=f"It reads {', '.join(study.input.modalities)}; "
-            f"{sum(rejects.values())} files were turned away.",
+            "The folder has no image that this model can score.",
+            why=f"The model reads {', '.join(study.input.modalities)}. Rejected: "
+            f"{counted(sum(rejects.values()), 'file')}.",
             remedy="Name a folder with images of these modalities.",
         )
     column, name = "SOPInstanceUID", _instance
@@ -129,12 +130,10 @@ def predict(
 
 
 def _write_outlines(folder: Path, accepted: Sequence[Accepted], shown: NDArray[np.bool_]) -> None:
-    """Write the outlines into a folder of their own, which appears when it is complete."""
+    """Write the segmentation masks into a new folder, which appears when it is complete."""
     from PIL import Image
 
-    taken = OutputInTheWay(
-        f"{folder} already holds something.", remedy="Name another folder with --out."
-    )
+    taken = OutputInTheWay(f"{folder} is not empty.", remedy="Name another folder: --out FOLDER")
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise taken
@@ -181,7 +180,7 @@ def _device(name: str) -> str:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise OptionInvalid(
-            f"There is no device {name!r} here.",
-            remedy="Use auto, cpu, or cuda where there is one.",
+            f"This machine has no device {name!r}.",
+            remedy="Use --device auto, cpu, or cuda if there is a GPU.",
         ) from None
     return name

@@ -75,8 +75,8 @@ def judgements(site: Site) -> dict[str, Judgement]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StudyInvalid):
         raise FileUnreadable(
             f"{FILE} cannot be read.",
-            why="No study is approved while that is so.",
-            remedy="Restore it from the site's backup, or move it away and judge again.",
+            why="Until it can be read, no study is approved.",
+            remedy="Restore it from the site's backup, or move it away and repeat the decisions.",
         ) from None
 
 
@@ -100,13 +100,15 @@ def require_approved(site: Site, study: Study, signatures: bytes = b"") -> None:
         return
     denied = held is not None and held.decision is Decision.DENIED
     raise StudyNotApproved(
-        "A steward here denied the study."
+        "The site's steward denied the study."
         if denied
-        else "No steward here has approved the study yet.",
+        else "The site's steward has not approved the study yet.",
         why=f"Its hash is {study.digest[:16]}.",
         remedy="Propose another study."
         if denied
-        else "Read it with 'cloister client review', then 'cloister client approve' or 'deny'.",
+        else f"Read it: {site.command(f'review {study.digest[:16]}')}. Then: "
+        f"{site.command(f'approve {study.digest[:16]}')}. Or keep this site out of it: "
+        + site.command(f"deny {study.digest[:16]} --why '...'"),
     )
 
 
@@ -142,8 +144,8 @@ def find(site: Site, prefix: str) -> Judgement:
     found = [one for digest, one in known.items() if digest.startswith(prefix.lower())]
     if not _PREFIX.fullmatch(prefix.lower()) or len(found) != 1:
         raise OptionInvalid(
-            f"{prefix!r} names {'no study' if not found else 'more than one study'} here.",
-            remedy="Give at least 8 digits of a hash that 'cloister client review' lists.",
+            f"{prefix!r} matches {'no study' if not found else 'several studies'} of this site.",
+            remedy=f"Give at least 8 digits of a listed hash: {site.command('review')}",
         )
     return found[0]
 
@@ -176,7 +178,7 @@ def _settle(site: Site, study: Study, ground: str) -> Judgement:
             for oldest in waiting[: max(0, len(waiting) + 1 - MAX_PENDING)]:
                 del known[oldest]
         if ground or held is not None:
-            why = settled.why or "the policy approves it no more"
+            why = settled.why or "the policy no longer approves it"
             decision = settled.decision.value
             log_of(site).append(
                 "judged", study=study.digest, decision=decision, by="policy", why=why

@@ -1,4 +1,4 @@
-"""The gate at the hospital: what must be true before one file of its data is opened.
+"""Admission of a run at a site: policy, approval and privacy ledger, before data are read.
 
 First the site's policy, then the approval of a person or of a rule that a person set, then the
 ledger: it reserves all steps of the study, and a round is charged, on disk, before its data are
@@ -47,7 +47,7 @@ def consent(site: Site, study: Study, *, invited: int, signatures: bytes = b"") 
         PolicyRefused: the study asks for more than the policy allows, or for an engine that
             does not support its privacy claim, which no policy allows.
         StudyNotApproved: nobody here approved it, nor does the policy; it is kept for review.
-        LedgerRolledBack: the ledger is not the newest one, see ``high_water``.
+        LedgerRolledBack: the ledger is not the newest one, see ``rollback``.
     """
     unsound = unsound_engine(study)
     if unsound:
@@ -108,7 +108,7 @@ def admit(site: Site, study: Study, *, run: str, invited: int, signatures: bytes
 
 
 def require_hours(site: Site, now: datetime.time) -> None:
-    """Begin no round outside the hours of the policy; nothing is charged for the refusal.
+    """Refuse a round outside the training window of the policy; the refusal charges nothing.
 
     Args:
         site: the site.
@@ -119,9 +119,10 @@ def require_hours(site: Site, now: datetime.time) -> None:
     """
     if not within(site.policy.hours, now):
         raise OutsideHours(
-            "The site does not train at this hour.",
-            why=f"policy.hours is {', '.join(site.policy.hours)}; here it is {now:%H:%M}.",
-            remedy="Let the round be asked for again later; nothing was charged.",
+            "Outside the training window (policy.hours).",
+            why=f"The window is {', '.join(site.policy.hours)}; now {now:%H:%M}. Nothing was "
+            "charged.",
+            remedy="Wait for the window, and repeat the round.",
         )
 
 
@@ -133,15 +134,15 @@ def require_metric(site: Site, study: Study) -> None:
     """
     if study.privacy.enabled and not study.releases:
         raise PolicyRefused(
-            "A site does not evaluate while privacy is on and no release is paid for.",
-            why="Its figures would leave uncharged.",
+            "The study reserves nothing for a noised evaluation.",
+            why="With privacy on, the site's evaluation would leave without being charged.",
             remedy="Give the study an evaluation.release_epsilon above 0.",
         )
     if not may_measure(site.policy):
         # Also where the study that was approved asks for none: the server can ask anyhow.
         raise PolicyRefused(
-            "The site lets no score histogram leave.",
-            why="policy.metrics does not allow score-histograms.",
+            "The site's policy does not allow score histograms.",
+            why="policy.metrics does not list score-histograms.",
             remedy="Change the study, or let the steward change [policy] in site.toml.",
         )
 
@@ -189,7 +190,7 @@ def charge(site: Site, study: Study, *, run: str, round_number: int) -> None:
 
 
 def charge_release(site: Site, study: Study, *, run: str) -> None:
-    """Charge the study's one release, durably, before its data are read.
+    """Charge the study's one noised evaluation, durably, before its data are read.
 
     Raises:
         ReleaseAlreadySpent: it was charged before.

@@ -1,4 +1,4 @@
-"""`cloister client join`, `roster` and `proxy`: a site's way into a federation.
+"""Commands `cloister client join`, `roster` and `proxy`.
 
 Everything heavy is imported inside the commands, so that ``--help`` is quick.
 """
@@ -85,7 +85,7 @@ def join(
         joined = look(site)
     if joined.state == "pending":
         where = dir_option(folder)
-        typer.echo("The coordinator has not approved it yet. Call them and compare. Then either")
+        typer.echo("The coordinator has not approved it yet. Call them and compare. Then either:")
         typer.echo(f"  wait for the approval     cloister client start{where}")
         typer.echo(f"  or ask for it again       cloister client join{where}")
         return
@@ -94,7 +94,7 @@ def join(
 
 
 def roster(folder: Folder = Path(), accept_roster: Accept = None) -> None:
-    """Look at the federation's roster again, and accept a changed one."""
+    """Show the federation's roster, and accept it if it has changed."""
     require("client", "httpx")
     from cloister_fl.client.network.join import look
     from cloister_fl.client.site.folder import open_site
@@ -108,7 +108,7 @@ def roster(folder: Folder = Path(), accept_roster: Accept = None) -> None:
 
 
 def proxy(folder: Folder = Path()) -> None:
-    """Keep the outbound proxy's password, asked for or read from standard input."""
+    """Set the password of the outbound proxy, from a prompt or standard input."""
     require("client", "httpx")
     from cloister_fl.client.network.proxy import FILE, set_password, user_of
     from cloister_fl.client.site.folder import open_site
@@ -125,7 +125,7 @@ def proxy(folder: Folder = Path()) -> None:
 
 
 def offer(site: Site, joined: Joined, accepted: str | None, folder: Path) -> None:
-    """Show a roster and how it differs from the pinned one; pin it if the steward says so.
+    """Show a roster and how it differs from the trusted one; trust it if the steward says so.
 
     Args:
         site: the site.
@@ -135,7 +135,7 @@ def offer(site: Site, joined: Joined, accepted: str | None, folder: Path) -> Non
 
     Raises:
         typer.Exit: the steward said no.
-        OptionInvalid, RosterInvalid, RosterMismatch: see ``pinned.accept``.
+        OptionInvalid, RosterInvalid, RosterMismatch: see ``trusted_roster.accept``.
     """
     from cloister_fl.client.network.join import membership
     from cloister_fl.client.site.trusted_roster import accept, examine
@@ -148,7 +148,7 @@ def offer(site: Site, joined: Joined, accepted: str | None, folder: Path) -> Non
         (change.added, change.removed, change.rekeyed, change.reweighted)
     ):
         typer.echo(
-            f"The roster is the accepted one, with {counted(len(offered.roster.entries), 'site')}."
+            f"The roster is the trusted one, with {counted(len(offered.roster.entries), 'site')}."
         )
         return
     typer.echo(f"\nThe roster of {offered.roster.federation}, number {offered.roster.serial}:")
@@ -158,7 +158,7 @@ def offer(site: Site, joined: Joined, accepted: str | None, folder: Path) -> Non
     if change is not None:
         for word, names in (
             ("new", change.added),
-            ("gone", change.removed),
+            ("removed", change.removed),
             ("with another key", change.rekeyed),
             ("with another weight", change.reweighted),
         ):
@@ -170,9 +170,7 @@ def offer(site: Site, joined: Joined, accepted: str | None, folder: Path) -> Non
     elif sys.stdin.isatty():
         typer.echo("Compare the digest, and each fingerprint, with the other sites by telephone.")
         if not typer.confirm("Do all of them agree?"):
-            typer.echo(
-                "Not accepted: this site takes part with the roster accepted before, if any."
-            )
+            typer.echo("Not accepted: this site keeps the roster that it trusted before, if any.")
             raise typer.Exit(RosterMismatch.exit_status)
         confirmed = digest
     else:
@@ -191,14 +189,15 @@ def _read_invite(argument: str | None) -> str:
     if argument is None:
         if not sys.stdin.isatty():
             raise OptionInvalid(
-                "No invite was given.", remedy="Name its file, or - to read standard input."
+                "No invite was given.",
+                remedy="Name its file, or - for standard input: cloister client join INVITE-FILE",
             )
         return str(typer.prompt("Paste the invite (it is not shown)", hide_input=True))
     if looks_like_invite(argument):
         raise InviteInvalid(
-            "The invite stood on the command line.",
+            "The invite was given on the command line.",
             why="Other users of this machine can read a command line while it runs.",
-            remedy="Save it to a file, or run 'cloister client join' and paste it when asked.",
+            remedy="Save it to a file, or run 'cloister client join' and paste it at the prompt.",
         )
     return sys.stdin.read(1 << 16) if argument == "-" else read_text(Path(argument))
 

@@ -1,4 +1,4 @@
-"""`cloister client review`, `approve` and `deny`: what a hospital's data steward decides.
+"""Commands `cloister client review`, `approve` and `deny`: the data steward's decisions.
 
 Everything heavy is imported inside the commands, so that ``--help`` is quick.
 """
@@ -40,7 +40,7 @@ def review(
     ] = None,
     folder: Folder = Path(),
 ) -> None:
-    """List the studies that were proposed, or show one as a human reads it."""
+    """List the proposed studies, or show one in words."""
     require("client", "numpy", "pydicom")
     from cloister_fl.client.admission import approvals
     from cloister_fl.client.site.folder import open_site
@@ -56,14 +56,12 @@ def review(
 def approve(
     study: Annotated[
         str | None,
-        typer.Argument(
-            help="A study file, or a hash that review lists; else the one that waits is shown."
-        ),
+        typer.Argument(help="A study file, or a hash that review lists; else the pending one."),
     ] = None,
     folder: Folder = Path(),
     accept_roster: Accept = None,
 ) -> None:
-    """Let this site train a study, and no other: its hash covers everything in it.
+    """Approve a study at this site, and no other: its hash covers everything in it.
 
     Where the list of sites has changed since it was accepted, it is shown too: a study is trained
     with the sites on the accepted list alone.
@@ -76,9 +74,9 @@ def approve(
     site = open_site(site_folder(folder))
     found = _only_one(site, folder) if study is None else _proposed(site, study)
     typer.echo(words.review(site, found))
-    if study is None and not typer.confirm("Let this site train it?"):
+    if study is None and not typer.confirm("Approve the study at this site?"):
         command = f"cloister client deny {found.study.digest[:16]}{dir_option(folder)} --why '...'"
-        typer.echo(f"Not approved; it waits. To keep this site out of it: {command}")
+        typer.echo(f"Not approved; the study stays pending. To deny it: {command}")
         raise typer.Exit(StudyNotApproved.exit_status)
     _settle_roster(site, accept_roster, folder)
     judge(site, found.study, Decision.APPROVED)
@@ -111,8 +109,8 @@ def site_folder(folder: Path) -> Path:
 
     if not (folder / SITE_FILE).exists():
         raise OptionInvalid(
-            f"{folder} is no site folder.",
-            remedy=f"Make it one: cloister client init {shlex.quote(str(folder))}",
+            f"{folder} is not a site folder.",
+            remedy=f"Create one: cloister client init {shlex.quote(str(folder))}",
         )
     return folder
 
@@ -140,16 +138,20 @@ def _only_one(site: Site, folder: Path) -> Judgement:
     waiting = [one for one in judgements(site).values() if one.decision is Decision.PENDING]
     if len(waiting) != 1:
         raise OptionInvalid(
-            f"{len(waiting) or 'No'} {'studies wait' if len(waiting) > 1 else 'study waits'} here.",
-            remedy=f"Name one that is listed: cloister client review{dir_option(folder)}"
+            f"{len(waiting)} studies are waiting for a decision."
             if waiting
-            else "The coordinator proposes one: cloister server run STUDY",
+            else "No study is waiting for a decision.",
+            remedy=f"List them: cloister client review{dir_option(folder)}. Then name one: "
+            f"cloister client approve HASH{dir_option(folder)}"
+            if waiting
+            else "Ask the coordinator to propose one: cloister server run STUDY",
         )
     if not sys.stdin.isatty():
         raise OptionInvalid(
-            "Not a terminal: nobody can be asked whether the study is approved.",
-            remedy=f"Read it, then run: cloister client approve {waiting[0].study.digest[:16]}"
-            f"{dir_option(folder)}",
+            "Not a terminal: pass the study's hash.",
+            why="Without a hash, the approval is asked for at the terminal.",
+            remedy="Read the study, then run: "
+            f"cloister client approve {waiting[0].study.digest[:16]}{dir_option(folder)}",
         )
     return waiting[0]
 
@@ -165,8 +167,8 @@ def _settle_roster(site: Site, accept_roster: str | None, folder: Path) -> None:
     except _NO_WAY as error:
         if accept_roster is not None:
             raise
-        typer.echo(f"The list of sites was not looked at: {error.what}", err=True)
-        typer.echo(f"Do so later: cloister client roster{dir_option(folder)}", err=True)
+        typer.echo(f"The roster was not checked: {error.what}", err=True)
+        typer.echo(f"Check it later: cloister client roster{dir_option(folder)}", err=True)
         return
     if joined.state == "pending":
         typer.echo("The coordinator has not approved this site yet, so there is no roster.")

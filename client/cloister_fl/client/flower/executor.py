@@ -136,9 +136,9 @@ class Executor:
                 message,
                 context,
                 BundleRefused(
-                    "The coordinator named another bundle than this version's own.",
-                    why="It holds code, or the coordinator runs another version of Cloister.",
-                    remedy="Compare 'cloister --version' on both sides.",
+                    "The coordinator sent another application bundle than this version's own.",
+                    why="It contains code, or the coordinator runs another version of Cloister.",
+                    remedy="Install the same version on both sides; compare: cloister --version",
                 ),
             )
         flower.push_message(client, reply, context)

@@ -234,7 +234,7 @@ class GetArchive:
             yield
         except (ArchiveUnreachable, NotSent):
             if late:
-                raise unreachable("It took too long.") from None
+                raise unreachable("It took too long to answer.") from None
             raise
         finally:
             over.set()
@@ -285,10 +285,10 @@ class GetArchive:
         )
         if association.is_rejected:
             raise ArchiveRefused(
-                "The archive does not accept this site.",
+                "The archive refused this site.",
                 why="It rejected the association.",
-                remedy="Have this site's AE title ('calling') entered at the archive, and check "
-                "'called' in site.toml.",
+                remedy="Ask the archive's administrator to enter this site's AE title ('calling'), "
+                "and check 'called' in site.toml.",
             )
         if not association.is_established:
             raise unreachable(self._why_not())
@@ -306,7 +306,7 @@ class GetArchive:
                 ):
                     pass
             except ssl.SSLCertVerificationError:
-                return "Its certificate is not one that this site trusts."
+                return "This site does not trust its certificate."
             except OSError:
                 pass
         return "It does not answer, or not as this site asks."

@@ -22,6 +22,7 @@ from cloister_fl.client.dicom.rejection import RejectedFile
 from cloister_fl.client.dicom.size_limits import MAX_FILE_BYTES
 from cloister_fl.client.pacs.multipart import InvalidAnswer, single_part
 from cloister_fl.client.site.archive_settings import UID, DicomWeb, NotSent, Query
+from cloister_fl.client.site.folder import command_at
 from cloister_fl.errors import (
     ArchiveAnswerInvalid,
     ArchiveRefused,
@@ -74,6 +75,7 @@ class WebArchive:
     def __init__(self, settings: DicomWeb, secret: str | None, root: Path) -> None:
         import httpx
 
+        self._root = root
         self._url = settings.url
         self._overdue = False
         self._told = 0
@@ -148,7 +150,7 @@ class WebArchive:
             kind, body = self._ask(path, {}, accept, MAX_FILE_BYTES + (64 << 10))
         except _Status as status:
             if status.code in {401, 403} or status.code < 400:
-                raise _refusal(status.code) from None
+                raise _refusal(status.code, self._root) from None
             # Of this instance alone, such as a coding that it neither sends nor converts.
             raise NotSent from None
         except _TooMuch:
@@ -167,7 +169,7 @@ class WebArchive:
                     path, {**asked, **paging}, "application/dicom+json", _MAX_RESULTS_BYTES
                 )
             except _Status as status:
-                raise _refusal(status.code) from None
+                raise _refusal(status.code, self._root) from None
             except _TooMuch:
                 raise invalid() from None
             results = _json(body)
@@ -215,7 +217,7 @@ class WebArchive:
             # It ended in the middle of an answer.
             raise (_slow() if self._overdue else invalid()) from None
         except (httpx.InvalidURL, UnicodeError):
-            raise unreachable("Its address is none.") from None
+            raise unreachable("Its address is invalid.") from None
         except (httpx.HTTPError, RuntimeError) as error:
             # RuntimeError: closed for it.
             raise (_slow() if self._overdue else _unreachable(error)) from None
@@ -288,18 +290,19 @@ def _uid(result: dict[str, object], tag: str) -> str:
     return uid
 
 
-def _refusal(status: int) -> ArchiveRefused | ArchiveAnswerInvalid:
+def _refusal(status: int, root: Path) -> ArchiveRefused | ArchiveAnswerInvalid:
     if status in {401, 403}:
         return ArchiveRefused(
-            "The archive does not accept this site's password or token.",
+            "The archive refused this site's password or token.",
             why=f"It answered {status}.",
             remedy="Check 'auth' and 'user' in site.toml, and set the secret anew: "
-            "cloister client fetch --ask-secret",
+            + command_at(root, "fetch --ask-secret"),
         )
     return ArchiveAnswerInvalid(
-        "The archive did not answer a request.",
+        "The archive refused a request.",
         why=f"It answered with the HTTP status {status}.",
-        remedy="Check 'url' in site.toml; then ask who runs the archive. What was fetched is kept.",
+        remedy="Check 'url' in site.toml; then ask the archive's administrator. What was fetched "
+        "is kept.",
     )
 
 
@@ -307,8 +310,8 @@ def invalid() -> ArchiveAnswerInvalid:
     """The error of an answer that cannot be used."""
     return ArchiveAnswerInvalid(
         "The archive's answer was cut short, too large, or not what was asked for.",
-        remedy="Fetch again: what was fetched is kept. If it happens again, ask who runs the "
-        "archive.",
+        remedy="Fetch again: what was fetched is kept. If it happens again, ask the archive's "
+        "administrator.",
     )
 
 
@@ -318,12 +321,12 @@ def _unreachable(error: Exception) -> ArchiveUnreachable:
         return _slow()
     why = "It does not answer."
     if "certificate" in told:
-        why = "Its certificate is not one that this site trusts."
+        why = "This site does not trust its certificate."
     return unreachable(why)
 
 
 def _slow() -> ArchiveUnreachable:
-    return unreachable("It took too long.")
+    return unreachable("It took too long to answer.")
 
 
 def unreachable(why: str) -> ArchiveUnreachable:

@@ -111,7 +111,7 @@ def _fetch(
             found = list(dict.fromkeys(islice(archive.find(site.query), MAX_INSTANCES + 1)))
             if len(found) > MAX_INSTANCES:
                 raise OptionInvalid(
-                    f"More than {MAX_INSTANCES} images fit the query.",
+                    f"More than {MAX_INSTANCES} images match the query.",
                     remedy="Narrow [data.query] in site.toml.",
                 )
             done["found"] = len(found)
@@ -149,7 +149,7 @@ def _fetch(
 
 
 def require_whole(site: Site, *, more: bool = False) -> FetchUnfinished | None:
-    """What keeps a site's data from being frozen while a fetch has begun and not ended.
+    """Return the error that keeps a site's data from being frozen while a fetch is incomplete.
 
     Args:
         site: the opened site.
@@ -158,16 +158,17 @@ def require_whole(site: Site, *, more: bool = False) -> FetchUnfinished | None:
     if site.archive is None or not (more or (site.root / UNFINISHED).exists()):
         return None
     return FetchUnfinished(
-        "A fetch from the archive has begun and not ended.",
-        why="It was cut off or runs at this moment; the store holds a part of what fits the query.",
-        remedy="Run 'cloister client fetch' to its end, with the query that it began with; it goes "
-        "on with what is missing. To give that query up, remove the folder 'store' and the file "
-        f"'{UNFINISHED}' from the site folder, and fetch anew.",
+        "A fetch from the archive is incomplete.",
+        why="It was interrupted or is still running; the store has only part of what the query "
+        "matches.",
+        remedy=f"Complete it, with the same query: {site.command('fetch')}. It continues with what "
+        "is missing. To give that query up, remove the folder 'store' and the file "
+        f"'{UNFINISHED}' from the site folder, and fetch again.",
     )
 
 
 def names_stored(site: Site) -> tuple[bytes, ...]:
-    """Names of what the store holds: more of them, and a fetch was at work."""
+    """Names of what the store holds: more of them, and a fetch was running."""
     return tuple(one.name for one in Store(site.store, site.cache_key()).items())
 
 
@@ -197,7 +198,7 @@ def _mark(site: Site, unfinished: set[str]) -> None:
 def _alone(site: Site) -> Iterator[None]:
     def taken() -> Exception:
         return FetchUnfinished(
-            "Another fetch of this site runs.", remedy="Wait for its end, or stop it."
+            "Another fetch is running.", remedy="Wait until it has ended, or stop it."
         )
 
     with locked(site.root / _LOCK, taken):
@@ -209,8 +210,9 @@ def _require_room(site: Site) -> None:
     if free < FREE_BYTES + MAX_FILE_BYTES:
         raise OutputInTheWay(
             "The disk of the site folder is nearly full.",
-            why=f"{free >> 20} MiB are free; the ledger and the audit log need room, too.",
-            remedy="Make room, or narrow [data.query] in site.toml; then fetch on.",
+            why=f"{free >> 20} MiB are free; the ledger and the audit log need space, too.",
+            remedy="Make room, or narrow [data.query] in site.toml. Then continue: "
+            + site.command("fetch"),
         )
 
 
@@ -266,7 +268,7 @@ def _secret(site: Site) -> str:
     path = site.keys / SECRET
     if not path.exists():
         raise FileUnreadable(
-            "The archive's password or token was not set.",
-            remedy="Set it: cloister client fetch --ask-secret",
+            "The archive's password or token is not set.",
+            remedy=f"Set it: {site.command('fetch --ask-secret')}",
         )
     return read_secret(path).decode("ascii", "replace")

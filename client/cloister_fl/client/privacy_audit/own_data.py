@@ -114,7 +114,8 @@ def prepare(site: Site, study: Study, asked: Asked, *, progress: Progress | None
     rounds = study.training.rounds if asked.rounds is None else asked.rounds
     if rounds > study.training.rounds:
         raise OptionInvalid(
-            f"The study has {study.training.rounds} rounds, and --rounds asks for {rounds}."
+            f"The study has {study.training.rounds} rounds, and --rounds asks for {rounds}.",
+            remedy=f"Use --rounds {study.training.rounds} at most.",
         )
     sigma = gate.mechanism(study).noise_multiplier
     module = study_network.build_for(study, models=site.root / MODELS_FOLDER)
@@ -127,7 +128,8 @@ def prepare(site: Site, study: Study, asked: Asked, *, progress: Progress | None
     canaries = _canaries(len(cohort.patients), layout_of(module).size, asked.canaries)
     if any(number > canaries for number in asked.guesses):
         raise OptionInvalid(
-            f"There are {canaries} canaries, and --guesses asks for more guesses than that."
+            f"There are {canaries} canaries, and --guesses asks for more guesses than that.",
+            remedy=f"Use --guesses {canaries} at most.",
         )
     return Ready(module, cohort, study, sigma, rounds, canaries, asked.guesses)
 
@@ -137,19 +139,19 @@ def _canaries(patients: int, size: int, asked: int | None) -> int:
     if patients < FEWEST:
         raise CohortTooSmall(
             f"The site has {patients} patients.",
-            why=f"Fewer than {FEWEST} coins show nothing, however many are guessed.",
-            remedy="Audit the code without --study: that needs no patients.",
+            why=f"An audit with fewer than {FEWEST} canaries shows nothing.",
+            remedy="Audit the code without patients: leave --study out.",
         )
     if asked is None:
         return min(patients, fit)
     if asked > patients:
         raise OptionInvalid(
             f"The site has {patients} patients, and --canaries asks for {asked}.",
-            remedy="Leave it out: then all are canaries.",
+            remedy="Leave --canaries out: then all are canaries.",
         )
     if asked > fit:
         raise OptionInvalid(
             f"{asked} canaries of a network with {size:,} trained weights do not fit into memory.",
-            remedy=f"Ask for {fit} at most.",
+            remedy=f"Use --canaries {fit} at most.",
         )
     return asked

@@ -103,7 +103,7 @@ class Members:
 
 
 def require_roster(site: Site, pin: Path, digest: str) -> None:
-    """Refuse a run over another roster than the pinned one, or one without this site.
+    """Refuse a run over another roster than the trusted one, or one without this site.
 
     Raises:
         RosterMismatch: see above.
@@ -112,13 +112,15 @@ def require_roster(site: Site, pin: Path, digest: str) -> None:
     roster = read_pin(pin)
     if roster.digest.hex() != digest:
         raise RosterMismatch(
-            "The run is for another roster than the one pinned at this site.",
-            remedy="Compare the roster with the other sites, then accept it, or refuse.",
+            "The run is for another roster than the trusted one of this site.",
+            remedy="Compare the roster with the other sites, then accept it or not: "
+            + site.command("roster"),
         )
     if roster.public_key(site.name) != site.identity().public:
         raise RosterMismatch(
-            "The pinned roster does not hold this site with its key.",
-            remedy="Ask the coordinator to enrol this site's key, and accept that roster.",
+            "The trusted roster does not list this site with its own key.",
+            remedy="Ask the coordinator to enrol this site's key, then accept that roster: "
+            + site.command("roster"),
         )
 
 
@@ -128,7 +130,7 @@ class Exchange:
     Args:
         site: the hospital.
         study: the approved study.
-        pin: file of the pinned roster.
+        pin: file of the trusted roster.
         data: a ``Bundle``, encoded.
         members: where the site's part in the study lives.
 
@@ -140,11 +142,11 @@ class Exchange:
     def __init__(self, site: Site, study: Study, pin: Path, data: Octets, members: Members) -> None:
         message = secagg.decode(data.tobytes())
         if not isinstance(message, Bundle):
-            raise WireInvalid("A bundle of requests was expected.")
+            raise WireInvalid("The message is not a bundle of requests.")
         self._parts = message.parts
         masks = [part for part in self._parts if isinstance(part, MaskRequest)]
         if len(masks) > 1:
-            raise WireInvalid("Two vectors are asked for in one message.")
+            raise WireInvalid("One message requests two vectors.")
         self.mask_request = masks[0] if masks else None
         self._site = site
         self._member = members.of(site, study, pin)

@@ -54,8 +54,9 @@ class RoundMemory:
             )
             if begun >= self._most_epochs:
                 raise ParameterRefused(
-                    f"The study has begun {begun} key epochs here, more than it can need.",
-                    remedy="The coordinator is at fault, or the study was run very often.",
+                    f"The study has started {begun} key epochs here, more than it can need.",
+                    why="The coordinator is faulty, or the study was run very often.",
+                    remedy="Ask the coordinator, and propose a new study.",
                 )
             append(connection, "epoch", {"epoch": kid.hex(), "study": self._subject})
             return True

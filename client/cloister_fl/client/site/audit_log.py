@@ -121,7 +121,7 @@ def as_dict(site: Site, entries: tuple[Entry, ...]) -> dict[str, object]:
 def render(site: Site, entries: tuple[Entry, ...]) -> str:
     """The log in words, for a terminal."""
     if not entries:
-        return f"Site {site.name}: nothing was asked of it yet, and nothing left."
+        return f"Site {site.name}: no request yet, and nothing left."
     asked = sum(entry.kind == "asked" for entry in entries)
     lines = [
         f"Site {site.name}: what left it",
@@ -133,12 +133,12 @@ def render(site: Site, entries: tuple[Entry, ...]) -> str:
     ]
     decisions = judged(entries)
     if decisions:
-        lines.append("What was decided on studies here")
+        lines.append("Decisions on studies")
     lines += [
         f"  {one.time}  {one.study[:16]} {one.decision} by the {one.by or 'steward'}"
         + (f": {one.why}" if one.why else "")
         for one in decisions
     ]
-    lines.append("Nothing else left through Cloister. The log is sound within itself; to see")
-    lines.append("whether its end was cut off, hold it against the coordinator's: cloister verify.")
+    lines.append("Nothing else left through Cloister. The log is consistent in itself. To see")
+    lines.append("whether its end was cut off, compare it with the coordinator's: cloister verify.")
     return "\n".join(lines)

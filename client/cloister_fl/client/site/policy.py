@@ -31,7 +31,7 @@ def _is_hash(value: str) -> str:
     if not _HEX.fullmatch(value):
         raise ValueError(
             f"{value[:20]!r} is not the whole hash of a study: 64 digits of 0-9 and a-f, "
-            "as 'cloister study check' tells it."
+            "as shown by: cloister study check STUDY"
         )
     return value
 
@@ -40,7 +40,7 @@ def _is_key(value: str) -> str:
     if not _HEX.fullmatch(value) or not usable_public_key(bytes.fromhex(value)):
         raise ValueError(
             f"{value[:20]!r} is not an Ed25519 public key: 64 digits of 0-9 and a-f, "
-            "as 'cloister study key' tells it."
+            "as shown by: cloister study key"
         )
     return value
 
@@ -100,7 +100,7 @@ class Policy(FileModel):
             if name not in REGISTRY:
                 near = difflib.get_close_matches(name, REGISTRY, 1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"names {name!r}, which is no network of this version.{hint}")
+                raise ValueError(f"names {name!r}, which is not a network of this version.{hint}")
         return names
 
     @model_validator(mode="after")
@@ -144,8 +144,9 @@ def refusals(policy: Policy, study: Study, invited_sites: int) -> tuple[str, ...
     else:
         if study.releases and not may_measure(policy):
             found.append(
-                "policy.metrics does not allow score-histograms; the study asks for a release of "
-                f"them with evaluation.release_epsilon = {study.evaluation.release_epsilon:g}."
+                "policy.metrics does not allow score-histograms; the study asks for a noised "
+                "evaluation with "
+                f"evaluation.release_epsilon = {study.evaluation.release_epsilon:g}."
             )
         if privacy.epsilon > policy.max_epsilon_study:
             found.append(
@@ -195,7 +196,8 @@ def _of_aggregation(policy: Policy, study: Study, invited_sites: int) -> Iterato
         if policy.require_secure_aggregation:
             yield (
                 "policy.require_secure_aggregation is true; "
-                "the study sets aggregation.secure to false and would send updates unmasked."
+                "the study sets aggregation.secure to false and would send updates without secure "
+                "aggregation."
             )
     elif aggregation.colluders < policy.colluders:
         yield (
@@ -208,4 +210,4 @@ def _of_aggregation(policy: Policy, study: Study, invited_sites: int) -> Iterato
             f"the study sets aggregation.min_sites = {aggregation.min_sites}."
         )
     if invited_sites < policy.min_sites:
-        yield f"policy.min_sites is {policy.min_sites}; {invited_sites} are invited."
+        yield f"policy.min_sites is {policy.min_sites}; {invited_sites} are on the roster."

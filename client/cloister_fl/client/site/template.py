@@ -29,9 +29,9 @@ dicom = {_quote(dicom)}
 labels = {_quote(labels)}
 
 [network]
-# The hospital's outbound proxy, http://HOST:PORT; empty: HTTPS_PROXY holds, if it is set.
+# The hospital's outbound proxy, http://HOST:PORT; empty: HTTPS_PROXY is used, if set.
 proxy = {_quote(network.proxy)}
-# Where the proxy asks for a user; set the password with: cloister client proxy
+# Where the proxy asks for a user; set the password with: cloister client proxy --dir FOLDER
 proxy_user = {_quote(network.proxy_user)}
 
 [policy]
@@ -44,22 +44,22 @@ ledger_delta = {policy.ledger_delta!r}
 patients_at_most = {policy.patients_at_most}
 # Fewest patients of each class before this site trains.
 min_patients_per_class = {policy.min_patients_per_class}
-# true: an update leaves only masked, and the coordinator can read nothing but the sum.
+# true: updates leave only by secure aggregation; the coordinator reads nothing but their sum.
 require_secure_aggregation = {_bool(policy.require_secure_aggregation)}
 # Sites that may work with the coordinator without its learning this site's update.
 colluders = {policy.colluders}
 # Fewest sites that must take part.
 min_sites = {policy.min_sites}
 max_rounds = {policy.max_rounds}
-# true only where the data are public: what leaves then may tell of single patients.
+# true only where the data are public: what leaves then may reveal single patients.
 allow_without_privacy = {_bool(policy.allow_without_privacy)}
-# Empty lists allow all that Cloister knows.
+# Empty lists allow all that Cloister supports.
 networks = {words(policy.networks)}
 modalities = {words(policy.modalities)}
 # Metrics that may leave; empty allows none. "score-histograms": how many patients have which
 # score; exact in a study without privacy, noised, charged and once in a study with it.
 metrics = {words(policy.metrics)}
-# When a round may begin, local time, such as ["20:00-06:00"]; empty allows any time.
+# Training window: when a round may begin, in local time, such as ["20:00-06:00"]; empty: any time.
 hours = {words(policy.hours)}
 # What is approved without a person here: "none"; "listed", the studies of approved_hashes;
 # "signed", those that a key of trusted_signers has signed (cloister study sign).

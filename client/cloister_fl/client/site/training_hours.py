@@ -22,7 +22,7 @@ def is_span(value: str) -> str:
     found = _SPAN.fullmatch(value)
     if found is None:
         raise ValueError(
-            f"{value[:20]!r} is not a span of hours such as '20:00-06:00', from 00:00 to 23:59."
+            f"{value[:20]!r} is not a training window such as '20:00-06:00', from 00:00 to 23:59."
         )
     if found.group(1, 2) == found.group(3, 4):
         raise ValueError(f"{value!r} ends when it begins; for any time, leave the list empty.")

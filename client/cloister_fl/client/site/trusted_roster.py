@@ -1,4 +1,4 @@
-"""The roster that this site trusts: the one its steward accepted, and no other.
+"""Trusted roster of a site: the one that its steward accepted, and no other.
 
 The coordinator's root signs a roster, but a coordinator that lies can enrol sites of its own. So
 a site takes part only with the roster whose digest its steward compared with the other sites'
@@ -11,6 +11,7 @@ import hmac
 from dataclasses import dataclass
 from pathlib import Path
 
+from cloister_fl.client.site.folder import SITE_FILE, command_at
 from cloister_fl.encoding.framing import FrameError, Reader, frame
 from cloister_fl.errors import FileUnreadable, RosterInvalid, RosterMismatch
 from cloister_fl.membership.identity import KEY_BYTES
@@ -22,14 +23,14 @@ _LABEL = b"cloister/pin/v1"
 
 @dataclass(frozen=True)
 class Offer:
-    """A signed roster that someone offers, and how it differs from the pinned one, if any."""
+    """A signed roster that someone offers, and how it differs from the trusted one, if any."""
 
     roster: Roster
     change: RosterChange | None
 
 
 def read_pin(path: Path) -> Roster:
-    """Return the pinned roster.
+    """Return the trusted roster.
 
     Raises:
         RosterMismatch: no roster was accepted here.
@@ -49,30 +50,30 @@ def examine(path: Path, signed: bytes, root: bytes) -> Offer:
 
     Raises:
         RosterInvalid: the file is malformed or not signed by that root.
-        RosterMismatch: the pinned roster is another federation's, or has another root; or the
+        RosterMismatch: the trusted roster is another federation's, or has another root; or the
             offered one is older.
     """
     roster = open_roster(signed, root)
     if not path.exists():
         return Offer(roster, None)
-    pinned_root, pinned = _read(path)
-    if not hmac.compare_digest(pinned_root, root) or pinned.federation != roster.federation:
+    trusted_root, trusted = _read(path)
+    if not hmac.compare_digest(trusted_root, root) or trusted.federation != roster.federation:
         raise RosterMismatch(
-            "The roster is another federation's than the pinned one.",
+            "The roster offered is for another federation than the trusted one.",
             remedy="Use a site folder for each federation, or ask the coordinator what changed.",
         )
-    change = compare(pinned, roster)
+    change = compare(trusted, roster)
     if change.rolled_back:
         raise RosterMismatch(
-            "The roster offered is not newer than the pinned one, and differs from it.",
+            "The roster offered is not newer than the trusted one, and differs from it.",
             why="An old roster would bring back a site or a key that was removed.",
-            remedy="Ask the coordinator for the present roster.",
+            remedy="Ask the coordinator for the current roster, then look again: " + _command(path),
         )
     return Offer(roster, change)
 
 
 def accept(path: Path, signed: bytes, root: bytes, *, confirmed: bytes) -> Roster:
-    """Pin a roster; the steward's act.
+    """Trust a roster; the steward's act.
 
     Args:
         path: the site's pin, replaced atomically.
@@ -93,14 +94,20 @@ def accept(path: Path, signed: bytes, root: bytes, *, confirmed: bytes) -> Roste
     return roster
 
 
+def _command(path: Path) -> str:
+    """The command that shows and accepts a roster, for the site that the pin belongs to."""
+    return command_at(path.parent if (path.parent / SITE_FILE).exists() else None, "roster")
+
+
 def _read(path: Path) -> tuple[bytes, Roster]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise RosterMismatch(
-            "No roster is pinned at this site.",
-            why="Updates leave only masked, for the sites on a roster that the steward accepted.",
-            remedy="Accept the federation's roster first.",
+            "No roster is trusted at this site.",
+            why="Updates leave only by secure aggregation, with the sites on a roster that the "
+            "steward accepted.",
+            remedy=f"Compare and accept the federation's roster: {_command(path)}",
         ) from None
     except OSError:
         raise FileUnreadable(
@@ -114,6 +121,8 @@ def _read(path: Path) -> tuple[bytes, Roster]:
         reader.end()
     except FrameError:
         raise RosterInvalid(
-            "The pinned roster is damaged.", remedy="Restore it, or accept the roster again."
+            "The trusted roster is damaged.",
+            remedy=f"Restore {path.name} from the site's backup, or remove it and accept the "
+            f"roster again: {_command(path)}",
         ) from None
     return root, open_roster(signed, root)

@@ -100,7 +100,7 @@ def train_round(
         check(delta, len(before))
     except UpdateInvalid:
         raise UpdateInvalid(
-            "Training led to weights that are not finite.",
+            "Training produced weights that are not finite.",
             why="The learning rate is too large for the noise or for the model.",
             remedy="Lower training.learning_rate in the study.",
         ) from None

@@ -100,7 +100,7 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         The patients come in any order.
         """
         if self.engine == "book-keeping" and self._kept_books_agree(_shape(cohort)):
-            yield from self._by_book_keeping(cohort, bags)
+            yield from self._by_ghost_clipping(cohort, bags)
             return
         for _, block in self._placed_blocks(cohort, bags):
             yield block
@@ -200,11 +200,11 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
     def _of_bag(self, cohort: Cohort | FeatureCohort, bag: Bag) -> Sequence[Tensor]:
         return self._of_patient(pixels_of(cohort, [bag]), targets_of(cohort, [bag]))
 
-    def _by_book_keeping(
+    def _by_ghost_clipping(
         self, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]
     ) -> Iterator[Block]:
         if not math.isfinite(self._limit):
-            raise InternalError("Book-keeping needs the clipping norm.")
+            raise InternalError("Ghost clipping needs the clipping norm.")
 
         def groups(run: Sequence[Bag]) -> list[Clipped]:
             pixels, targets = pixels_of(cohort, run), targets_of(cohort, run)

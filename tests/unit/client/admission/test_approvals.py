@@ -49,7 +49,7 @@ def _named(number: int) -> Study:
 
 
 def test_a_new_study_is_refused_and_kept_for_review(site: Site) -> None:
-    with pytest.raises(StudyNotApproved, match="No steward here has approved"):
+    with pytest.raises(StudyNotApproved, match="steward has not approved"):
         require_approved(site, study())
     (held,) = judgements(site).values()
     assert (held.study, held.decision) == (study(), Decision.PENDING)
@@ -170,7 +170,7 @@ def test_review_says_what_matters(site: Site, tmp_path: Path) -> None:
         "their label 'finding' (no, yes)",
         "at most epsilon 6 at delta 1e-05",
         "patient-level, this study: 0.00; lifetime on this data: 0.00 of 8",
-        "noised model updates, masked",
+        "noised model updates, by secure aggregation",
         "policy allows it",
         f"cloister client approve {study().digest[:16]}",
     ):
@@ -207,10 +207,10 @@ def test_review_names_the_weights_that_a_study_stands_on(site: Site) -> None:
             require_approved(site, asked)
         expected = PINNED.get(name, "5" * 64)
         told = _unbroken(review(site, judgements(site)[asked.digest]))
-        assert f"stands on pretrained weights with the SHA-256 {expected}" in told
+        assert f"starts from pretrained weights with the SHA-256 {expected}" in told
     with pytest.raises(StudyNotApproved):
         require_approved(site, study())
-    assert "stands on" not in review(site, judgements(site)[study().digest])
+    assert "starts from" not in review(site, judgements(site)[study().digest])
 
 
 def test_the_commands_judge_and_a_run_follows(

@@ -102,7 +102,7 @@ def test_a_rule_that_is_taken_back_ends_what_it_approved(
 ) -> None:
     require_approved(_with(site, **policy), study(), signatures)
     for _ in range(2):
-        with pytest.raises(StudyNotApproved, match="No steward here"):
+        with pytest.raises(StudyNotApproved, match="steward has not approved"):
             require_approved(_with(site, **later), study())
     assert [entry.body["decision"] for entry in entries_of(site)] == ["approved", "pending"]
     require_approved(_with(site, **policy), study(), signatures)

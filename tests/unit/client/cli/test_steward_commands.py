@@ -157,7 +157,7 @@ def test_a_coordinator_that_is_away_does_not_hinder_and_one_that_refuses_does(
         approve(site, study().digest[:16], "--accept-roster", "00" * 32)
     assert decision(site) is Decision.PENDING
     if goes_on:
-        assert "was not looked at: It is so." in approve(site, study().digest[:16]).output
+        assert "was not checked: It is so." in approve(site, study().digest[:16]).output
     else:
         with pytest.raises(error):
             approve(site, study().digest[:16])
@@ -168,7 +168,7 @@ def test_nobody_is_asked_where_nobody_sits(site: Site) -> None:
     with pytest.raises(OptionInvalid, match="Not a terminal: "):
         approve(site, said="y\ny\n")
     judge(site, study(), Decision.DENIED, why="no")
-    with pytest.raises(OptionInvalid, match="No study waits here"):
+    with pytest.raises(OptionInvalid, match="No study is waiting for a decision"):
         approve(site)
     for number in (1, 2):
         with pytest.raises(StudyNotApproved):

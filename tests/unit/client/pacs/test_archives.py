@@ -270,7 +270,7 @@ def test_a_part_of_what_fits_is_not_frozen(tmp_path: Path, archive: Archive) -> 
     ended = subprocess.run(command, timeout=60, check=False)
     assert ended.returncode == -signal.SIGKILL
     assert len(list(site.store.iterdir())) == 6
-    with pytest.raises(FetchUnfinished, match="has begun and not ended"):
+    with pytest.raises(FetchUnfinished, match="from the archive is incomplete"):
         load_frozen(site, STUDY)
     with pytest.raises(FetchUnfinished):
         freeze(site, STUDY)
@@ -295,7 +295,7 @@ def test_the_end_of_another_query_makes_no_data_whole(tmp_path: Path, archive: A
     query = '[data.query]\nmodality = ["CT"]\n\n[network]'
     (site.root / "site.toml").write_text(text.replace("[network]", query))
     assert fetch(open_site(site.root)).found == 0
-    with pytest.raises(FetchUnfinished, match="has begun and not ended"):
+    with pytest.raises(FetchUnfinished, match="from the archive is incomplete"):
         freeze(open_site(site.root), STUDY)
     (site.root / "site.toml").write_text(text)
     assert fetch(open_site(site.root)) == Fetched(8, 2, 6, 0)
@@ -742,7 +742,7 @@ def test_the_command(tmp_path: Path, archive: Archive) -> None:
     words = ["fetch", "--dir", str(site.root)]
     first = CliRunner().invoke(client_group.app, [*words, "--ask-secret"], input=SECRET + "\n")
     assert first.exit_code == 0
-    assert first.stdout == "8 images fit: 8 fetched, 0 were here already.\n"
+    assert first.stdout == "8 images match: 8 fetched, 0 already stored.\n"
     again = CliRunner().invoke(client_group.app, [*words, "--json"])
     assert json.loads(again.stdout) == {
         "found": 8,

@@ -113,7 +113,7 @@ def test_a_policy_names_networks_that_there_are(tmp_path: Path) -> None:
     init_site(tmp_path)
     path = tmp_path / "site.toml"
     path.write_text(path.read_text().replace("networks = []", 'networks = ["unet", "unett"]'))
-    with pytest.raises(SiteFileInvalid, match="'unett', which is no network") as caught:
+    with pytest.raises(SiteFileInvalid, match="'unett', which is not a network") as caught:
         open_site(tmp_path)
     assert "Did you mean 'unet'?" in str(caught.value)
     assert [fault.key for fault in caught.value.faults] == ["policy.networks"]

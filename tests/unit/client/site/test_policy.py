@@ -66,7 +66,7 @@ def test_defaults() -> None:
             ("metrics", "score-histograms", "evaluation.release_epsilon = 1"),
         ),
         ({"max_rounds": 10}, {"training": {"rounds": 11}}, 5, ("max_rounds", "10", "11")),
-        ({"min_sites": 3}, {}, 2, ("min_sites", "3", "2 are invited")),
+        ({"min_sites": 3}, {}, 2, ("min_sites", "3", "2 are on the roster")),
         (
             {"min_sites": 3},
             {"aggregation": {"min_sites": 2}},

@@ -74,5 +74,5 @@ def test_the_gate_says_what_the_hours_are(tmp_path: Path) -> None:
     site = init_site(tmp_path, policy=Policy(hours=("20:00-06:00", "12:00-13:00")))
     assert open_site(tmp_path).policy.hours == ("20:00-06:00", "12:00-13:00")
     gate.require_hours(site, datetime.time(3))
-    with pytest.raises(OutsideHours, match=r"20:00-06:00, 12:00-13:00; here it is 14:12"):
+    with pytest.raises(OutsideHours, match=r"20:00-06:00, 12:00-13:00; now 14:12"):
         gate.require_hours(site, datetime.time(14, 12))

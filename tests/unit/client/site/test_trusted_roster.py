@@ -32,7 +32,7 @@ def test_what_was_accepted_is_read_back(tmp_path: Path) -> None:
 
 
 def test_nothing_is_pinned_before_a_steward_accepts(tmp_path: Path) -> None:
-    with pytest.raises(RosterMismatch, match="No roster is pinned"):
+    with pytest.raises(RosterMismatch, match="No roster is trusted"):
         read_pin(tmp_path / "roster.pin")
 
 

@@ -343,7 +343,7 @@ def test_the_policy_must_allow_it(tmp_path: Path) -> None:
     assert not site.ledger.exists()
     told = review(site, judgements(site)[ASKED.digest])
     assert "evaluation.release_epsilon = 1" in told
-    assert "noised counts of patients by score: epsilon 1" in told
+    assert "noised counts of patients by score" in told
 
 
 def test_nobody_kept_apart_is_trained_on(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_a_wrong_password_and_none(north: Hospital) -> None:
         told(site, Check.PROXY, ProxyLoginRefused, "wants a user and a password")
         site = behind(north, proxy, LOGIN[0])
         (site.keys / FILE).unlink(missing_ok=True)
-        with pytest.raises(ProxyLoginRefused, match="was not set"):
+        with pytest.raises(ProxyLoginRefused, match="is not set"):
             join.look(site)
         assert at(network(site), Check.PROXY).code == "CLO-812"
         set_password(site, "wrong")

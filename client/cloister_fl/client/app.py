@@ -25,7 +25,7 @@ from cloister_fl.client.ledger.rollback import compare
 from cloister_fl.client.secure_aggregation import exchange as masked
 from cloister_fl.client.site.audit_log import WHY, log_of
 from cloister_fl.client.site.folder import Site, open_site
-from cloister_fl.client.site.last_refusal import clear_notice, leave_notice
+from cloister_fl.client.site.last_refusal import clear_last_refusal, keep_last_refusal
 from cloister_fl.client.training.csprng import SecureRandom
 from cloister_fl.client.training.evaluation import score_histogram
 from cloister_fl.client.training.feature_cache import features_of
@@ -317,7 +317,7 @@ def _answer(
     def act(site: Site) -> RoundMessage:
         task = unpack(message.content, kind)
         run.append(str(getattr(task, "run", "")))
-        clear_notice(site.root)
+        clear_last_refusal(site.root)
         return handler(site, task)
 
     return _respond(kept, message, context, act, run)
@@ -387,7 +387,7 @@ def _refuse(site: Site | None, error: CloisterError, node: int) -> Refusal:
     reason = next((r for kind, r in _REASONS if isinstance(error, kind)), Refused.DECLINED)
     if site is None:
         return Refusal(site="", reason=reason.value)
-    leave_notice(site.root, error)
+    keep_last_refusal(site.root, error)
     said = signed_answer(site.name, node, reason.value)
     return Refusal(site.name, reason.value, site.identity().sign(*said))
 

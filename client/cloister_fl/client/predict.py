@@ -35,13 +35,13 @@ class Prediction:
         images: how many images were scored or segmented.
         rejects: how many files were rejected, by reason.
         out: the file or the folder.
-        outlines: whether it is a folder of segmentation masks.
+        masks: whether it is a folder of segmentation masks.
     """
 
     images: int
     rejects: Mapping[Reject, int]
     out: Path
-    outlines: bool
+    masks: bool
 
 
 def predict(
@@ -52,12 +52,12 @@ def predict(
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Prediction:
-    """Write the scores of all usable images of a folder as CSV, or their outlines, whole or not.
+    """Write the scores of all usable images of a folder as CSV, or their masks, whole or not.
 
     The columns are ``SOPInstanceUID``, for volumes ``SeriesInstanceUID``, and ``score_<class>`` for
     each class of the model's study, probabilities that sum to 1; the rows are sorted by the first.
     Outlines are PNG files ``<SOPInstanceUID>.png``, of the size that the image is stored with: 255
-    where the model outlines what its study asks for, else 0. Images are preprocessed as the study
+    where the model segments what its study asks for, else 0. Images are preprocessed as the study
     inside the model says.
 
     Args:
@@ -75,7 +75,7 @@ def predict(
         FolderUnreadable, SiteEmpty: there is nothing to score.
         OutputInTheWay: the scores cannot be written, or the folder is not empty.
     """
-    from cloister_fl.client.training.evaluation import image_outlines, image_scores
+    from cloister_fl.client.training.evaluation import image_scores, segmentation_masks
     from cloister_fl.model_file import load_model
     from cloister_fl.networks.frozen_backbone import FrozenBackbone
 
@@ -116,7 +116,7 @@ def predict(
     )
     if study.target.segment:
         folder = Path("outlines") if out is None else out
-        _write_outlines(folder, accepted, image_outlines(module, images))
+        _write_masks(folder, accepted, segmentation_masks(module, images))
         return Prediction(len(accepted), told, folder, True)
     scores = image_scores(module, images)
     path = Path("scores.csv") if out is None else out
@@ -129,7 +129,7 @@ def predict(
     return Prediction(len(accepted), told, path, False)
 
 
-def _write_outlines(folder: Path, accepted: Sequence[Accepted], shown: NDArray[np.bool_]) -> None:
+def _write_masks(folder: Path, accepted: Sequence[Accepted], shown: NDArray[np.bool_]) -> None:
     """Write the segmentation masks into a new folder, which appears when it is complete."""
     from PIL import Image
 

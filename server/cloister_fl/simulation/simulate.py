@@ -319,9 +319,9 @@ def _distinct(names: list[str]) -> None:
 
 def _with_notices(error: CloisterError, sites: list[Site]) -> CloisterError:
     """Add what each site's operator would read; in a simulation that is the same person."""
-    from cloister_fl.client.site.last_refusal import read_notice
+    from cloister_fl.client.site.last_refusal import read_last_refusal
 
-    notices = [(site.name, read_notice(site.root)) for site in sites]
+    notices = [(site.name, read_last_refusal(site.root)) for site in sites]
     told = "\n".join(f"  {name}: {notice.message}" for name, notice in notices if notice)
     if not told:
         return error

@@ -1,1 +1,1 @@
-"""`cloister client` and `cloister predict`: what a hospital's own people type."""
+"""Command line of the client: `cloister client` and `cloister predict`."""

@@ -1,4 +1,4 @@
-"""`cloister client budget`: what this site's patients have spent, and what is left.
+"""Commands `cloister client budget`: the privacy budget, spent and left.
 
 Everything heavy is imported inside the commands, so that ``--help`` is quick.
 """

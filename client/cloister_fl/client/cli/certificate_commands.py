@@ -1,4 +1,4 @@
-"""`cloister client certificate`: what a run cost this site's patients, signed, for others to check.
+"""Command `cloister client certificate`: a run's privacy cost at this site, signed.
 
 Everything heavy is imported inside the command, so that ``--help`` is quick.
 """

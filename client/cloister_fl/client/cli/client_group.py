@@ -170,7 +170,7 @@ def predict(
                 why=error.why,
                 remedy="Name a folder with DICOM files, and check its permissions.",
             ) from None
-    what = "segmentation masks" if done.outlines else "scores"
+    what = "segmentation masks" if done.masks else "scores"
     typer.echo(f"Wrote the {what} of {done.images} images to {done.out}.")
     for reason, count in done.rejects.items():
         typer.echo(f"  rejected: {count} ({reason.value}, {reason.title})", err=True)

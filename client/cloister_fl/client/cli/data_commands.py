@@ -22,7 +22,7 @@ from cloister_fl.errors import ArchiveAnswerInvalid, OptionInvalid
 from cloister_fl.system.optional import require
 
 if TYPE_CHECKING:
-    from cloister_fl.client.data.quarantine import Decision, Held
+    from cloister_fl.client.data.quarantine import Decision, QuarantinedFile
     from cloister_fl.client.site.folder import Site
 
 app = FolderTyper(invoke_without_command=True)
@@ -281,17 +281,17 @@ def _decide(verb: str, name: str, why: str, folder: Path, decision: Decision, *,
     typer.echo(f"{decision.value.capitalize()} at {site.name}: {name}.")
 
 
-def _quarantined(folder: Path) -> tuple[Site, list[Held]]:
+def _quarantined(folder: Path) -> tuple[Site, list[QuarantinedFile]]:
     require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls", "PIL")
     from cloister_fl.client.data import quarantine
     from cloister_fl.client.site.folder import open_site
 
     site = open_site(site_folder(folder))
     with progress_bar("Reading images") as progress:
-        return site, list(quarantine.held(site, progress=progress))
+        return site, list(quarantine.quarantined_files(site, progress=progress))
 
 
-def _named(found: list[Held], name: str, folder: Path) -> Held:
+def _named(found: list[QuarantinedFile], name: str, folder: Path) -> QuarantinedFile:
     for one in found:
         if one.short_id == name:
             return one

@@ -1,4 +1,4 @@
-"""`cloister client privacy-audit`: attack the installed training, and say what came of it.
+"""Command `cloister client privacy-audit`: attack the installed training, and report the result.
 
 Everything heavy is imported inside the command, so that ``--help`` is quick.
 """

@@ -1,4 +1,4 @@
-"""A bar for what takes a while, on a terminal alone."""
+"""Progress bar, on a terminal only."""
 
 from __future__ import annotations
 

@@ -85,9 +85,9 @@ def _as_dict(
     site: Site, now: ServiceStatus | None, serving: bool, waiting: list[str]
 ) -> dict[str, object]:
     from cloister_fl.client.admission import gate
-    from cloister_fl.client.site.last_refusal import read_notice
+    from cloister_fl.client.site.last_refusal import read_last_refusal
 
-    notice = read_notice(site.root)
+    refusal = read_last_refusal(site.root)
     return {
         "site": site.name,
         "running": now is not None,
@@ -97,7 +97,7 @@ def _as_dict(
         "health": now.health if now else "",
         "asked": now.asked if now else {},
         "waiting_for_approval": waiting,
-        "last_refusal": asdict(notice) if notice else None,
+        "last_refusal": asdict(refusal) if refusal else None,
         "epsilon_promised": gate.promised(site),
         "epsilon_lifetime": site.policy.max_epsilon_lifetime,
     }
@@ -106,7 +106,7 @@ def _as_dict(
 def _show(
     site: Site, folder: Path, now: ServiceStatus | None, serving: bool, waiting: list[str]
 ) -> None:
-    from cloister_fl.client.site.last_refusal import read_notice
+    from cloister_fl.client.site.last_refusal import read_last_refusal
     from cloister_fl.client.steward import budget
 
     if now is None:
@@ -123,9 +123,9 @@ def _show(
         when = utc.to_second(utc.from_unix(now.last_asked))
         typer.echo(f"last message {when} UTC, {sum(now.asked.values())} messages")
     typer.echo(f"budget: {budget.summary(site)}")
-    notice = read_notice(site.root)
-    if notice is not None:
-        typer.echo(f"last refusal {notice.time}: {notice.message}")
+    refusal = read_last_refusal(site.root)
+    if refusal is not None:
+        typer.echo(f"last refusal {refusal.time}: {refusal.message}")
     for digest in waiting:
         command = f"cloister client review {digest[:16]}{dir_option(folder)}"
         typer.echo(f"a study is waiting for a decision: {command}")

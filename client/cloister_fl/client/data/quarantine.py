@@ -68,7 +68,7 @@ class Judgement:
 
 
 @dataclass(frozen=True)
-class Held:
+class QuarantinedFile:
     """A file that is held, or was.
 
     Attributes:
@@ -152,7 +152,9 @@ def releases(site: Site) -> frozenset[bytes]:
     return frozenset(key for key, one in judged.items() if one.decision is Decision.RELEASED)
 
 
-def held(site: Site, *, progress: Callable[[int, int], None] | None = None) -> Sequence[Held]:
+def quarantined_files(
+    site: Site, *, progress: Callable[[int, int], None] | None = None
+) -> Sequence[QuarantinedFile]:
     """Read the folder, and list what is held and what was released, in the order of the paths.
 
     Raises:
@@ -174,13 +176,13 @@ def held(site: Site, *, progress: Callable[[int, int], None] | None = None) -> S
             judgement = judged.get(one.content)
             # Also one that is turned away although it was released: a decision can be taken back.
             if isinstance(one, Refused) and (one.reason.held or judgement is not None):
-                found.append(Held(one.short_id, one.reason, judgement, one.content))
+                found.append(QuarantinedFile(one.short_id, one.reason, judgement, one.content))
             elif isinstance(one, Accepted) and judgement is not None:
-                found.append(Held(one.short_id, None, judgement, one.content))
+                found.append(QuarantinedFile(one.short_id, None, judgement, one.content))
     return found
 
 
-def look(site: Site, one: Held) -> tuple[Path, bytes]:
+def look(site: Site, one: QuarantinedFile) -> tuple[Path, bytes]:
     """Where a held file lies, and its bytes. Both can name a patient: for the steward's eyes.
 
     Raises:
@@ -224,7 +226,7 @@ def picture(data: bytes) -> bytes:
     return out.getvalue()
 
 
-def decide(site: Site, one: Held, decision: Decision, *, why: str) -> None:
+def decide(site: Site, one: QuarantinedFile, decision: Decision, *, why: str) -> None:
     """Note a decision. A release is logged first, for what is not in the log has not happened; one
     that is taken back is so before that is logged.
 
@@ -272,7 +274,7 @@ def require_reason(why: str) -> None:
         )
 
 
-def render(found: Sequence[Held], root: Path | None = None) -> str:
+def render(found: Sequence[QuarantinedFile], root: Path | None = None) -> str:
     """Return the quarantined files of the site at ``root`` as text for a terminal."""
     if not found:
         return "No quarantined files."

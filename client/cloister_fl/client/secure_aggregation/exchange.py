@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from cloister_fl import secagg
 from cloister_fl.client.secure_aggregation.ledger_round_store import RoundMemory
 from cloister_fl.client.site.folder import Site
-from cloister_fl.client.site.last_refusal import leave_notice
+from cloister_fl.client.site.last_refusal import keep_last_refusal
 from cloister_fl.client.site.trusted_roster import read_pin
 from cloister_fl.errors import CloisterError, RosterMismatch, SecureAggregationError, WireInvalid
 from cloister_fl.membership.roster import Roster
@@ -231,4 +231,4 @@ class Exchange:
 
 def _note(site: Site, error: Exception) -> None:
     if isinstance(error, CloisterError):
-        leave_notice(site.root, error)
+        keep_last_refusal(site.root, error)

@@ -1,4 +1,4 @@
-"""Why the site last said no, for its own operator; the coordinator gets a coarse reason only."""
+"""Last refusal of a site, for its own operator; the coordinator gets a coarse reason only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILE = "notice.json"
 
 
 @dataclass(frozen=True)
-class Notice:
+class LastRefusal:
     """The last refusal: error code, its message (never a patient's data), and when."""
 
     code: str
@@ -23,10 +23,10 @@ class Notice:
     time: str
 
 
-def leave_notice(root: Path, error: CloisterError) -> None:
-    """Replace the site's notice by this error; where it cannot be written, there is none.
+def keep_last_refusal(root: Path, error: CloisterError) -> None:
+    """Store this error as the site's last refusal; where it cannot be written, there is none.
 
-    It raises nothing: what a full disk does to the notice must not become the site's answer.
+    It raises nothing: a full disk must not change the site's answer.
     """
     now = utc.timestamp()
     note = {"code": error.code, "message": str(error), "time": now}
@@ -34,18 +34,18 @@ def leave_notice(root: Path, error: CloisterError) -> None:
         write_atomic(root / FILE, json.dumps(note, indent=1).encode())
     except OutputInTheWay:
         with contextlib.suppress(OSError):
-            clear_notice(root)
+            clear_last_refusal(root)
 
 
-def read_notice(root: Path) -> Notice | None:
-    """Return the site's notice, or None where there is none."""
+def read_last_refusal(root: Path) -> LastRefusal | None:
+    """Return the site's last refusal, or None where there is none."""
     try:
         note = json.loads((root / FILE).read_text("utf-8"))
-        return Notice(str(note["code"]), str(note["message"]), str(note["time"]))
+        return LastRefusal(str(note["code"]), str(note["message"]), str(note["time"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def clear_notice(root: Path) -> None:
-    """Forget the notice: the site has since said yes."""
+def clear_last_refusal(root: Path) -> None:
+    """Remove the last refusal: the site has accepted a request since."""
     (root / FILE).unlink(missing_ok=True)

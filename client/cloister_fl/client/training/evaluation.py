@@ -1,4 +1,4 @@
-"""Scores and outlines of a model on a cohort, by patient."""
+"""Evaluation: scores and segmentation masks of a model on a cohort, by patient."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def image_scores(module: nn.Module, cohort: Cohort) -> npt.NDArray[np.float64]:
     return _passed(module, cohort, lambda logits: torch.softmax(logits.double(), dim=1))
 
 
-def image_outlines(module: nn.Module, cohort: Cohort) -> npt.NDArray[np.bool_]:
+def segmentation_masks(module: nn.Module, cohort: Cohort) -> npt.NDArray[np.bool_]:
     """Pixels of each image that the model outlines: (N, S, S), in the order of ``images``."""
     return _passed(module, cohort, lambda logits: logits[:, 0] >= 0)
 
@@ -77,7 +77,7 @@ def cohort_dice(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Whether anything is marked, (P,) 0 or 1, and the Dice coefficient, (P,), by patient."""
     assert cohort.masks is not None
-    shown, marked = image_outlines(module, cohort), cohort.masks == 1
+    shown, marked = segmentation_masks(module, cohort), cohort.masks == 1
     labels = np.array([patient.label for patient in cohort.patients], np.int64)
     each = [list(patient.images) for patient in cohort.patients]
     return labels, np.array([coefficient(marked[places], shown[places]) for places in each])

@@ -14,7 +14,7 @@ from cloister_fl.client.admission import gate
 from cloister_fl.client.admission.approvals import Decision, judge
 from cloister_fl.client.site.audit_log import entries_of
 from cloister_fl.client.site.folder import Site
-from cloister_fl.client.site.last_refusal import read_notice
+from cloister_fl.client.site.last_refusal import read_last_refusal
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.site.trusted_roster import read_pin
 from cloister_fl.membership.identity import Identity
@@ -107,7 +107,7 @@ def test_book_keeping_with_privacy_is_refused_under_any_policy_before_a_file_is_
         assert (reply.site, reply.reason) == ("anker", "policy"), kind
     assert watched.seen == []
     assert not site.ledger.exists()
-    notice = read_notice(site.root)
+    notice = read_last_refusal(site.root)
     assert notice is not None
     assert "training.engine is 'book-keeping'" in notice.message
     assert 'engine = "patients"' in notice.message
@@ -138,7 +138,7 @@ def test_a_tighter_policy_refuses_before_a_file_is_touched(
     sent = [entry.body for entry in entries_of(site) if entry.kind == "sent"]
     assert len(sent) == len(kinds)
     assert {str(body["why"]) for body in sent} == {f"a reason of the closed list: {reason}"}
-    assert read_notice(site.root) is not None
+    assert read_last_refusal(site.root) is not None
 
 
 def test_what_fits_the_policy_is_read(tmp_path: Path, watched: Watch) -> None:
@@ -192,7 +192,7 @@ def test_too_few_patients_is_declined_and_no_more_is_said(tmp_path: Path, least:
         return
     assert isinstance(reply, Refusal)
     assert reply.reason == "declined"
-    notice = read_notice(site.root)
+    notice = read_last_refusal(site.root)
     assert notice is not None
     assert "CLO-207" in notice.message
     assert "patients" not in "".join(str(e.body) for e in entries_of(site) if e.kind == "sent")

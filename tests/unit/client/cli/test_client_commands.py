@@ -17,7 +17,7 @@ from cloister_fl import model_file
 from cloister_fl.client.cli import client_group
 from cloister_fl.client.predict import predict
 from cloister_fl.client.site.folder import init_site
-from cloister_fl.client.site.last_refusal import clear_notice, leave_notice
+from cloister_fl.client.site.last_refusal import clear_last_refusal, keep_last_refusal
 from cloister_fl.client.training import evaluation
 from cloister_fl.errors import (
     ExtraMissing,
@@ -75,7 +75,7 @@ def test_check_as_json_and_sheet(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert json.loads(result.stdout)["accepted"] == 6
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
-    assert "keep it here" in result.stderr
+    assert "keep them at this site" in result.stderr
 
 
 def test_check_fails_with_the_status_of_a_data_error(tmp_path: Path) -> None:
@@ -207,11 +207,13 @@ def test_status_tells_the_operator_why_the_site_last_said_no(tmp_path: Path) -> 
     """The coordinator is told one word of a closed list, and to ask the site's own operator."""
     site = init_site(tmp_path / "north")
     assert "refused" not in _run("status", "--dir", site.root)[1]
-    leave_notice(site.root, FolderUnreadable("The data folder cannot be read.", remedy="Mend it."))
+    keep_last_refusal(
+        site.root, FolderUnreadable("The data folder cannot be read.", remedy="Mend it.")
+    )
     status, told = _run("status", "--dir", site.root)
     assert status == 9
     assert "CLO-205: The data folder cannot be read. Mend it." in told
     told = json.loads(_run("status", "--json", "--dir", site.root)[1])
     assert told["last_refusal"]["code"] == "CLO-205"
-    clear_notice(site.root)
+    clear_last_refusal(site.root)
     assert "refused" not in _run("status", "--dir", site.root)[1]

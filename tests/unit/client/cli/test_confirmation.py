@@ -142,7 +142,7 @@ def test_what_is_closed_is_told_before(tmp_path: Path) -> None:
     act = Act("close", tmp_path)
     rest = STUDY.training.total_steps - STUDY.training.steps_per_round
     output = act.run("--yes").output
-    assert f"The study {STUDY.study.name}, {STUDY.digest[:16]}, ends here for good" in output
+    assert f"The study {STUDY.study.name}, {STUDY.digest[:16]}, is closed for good" in output
     assert f"{rest} steps reserved" in output
     assert budget.statement(act.site).studies[0].closed
 
@@ -150,7 +150,7 @@ def test_what_is_closed_is_told_before(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("at_a_terminal")
 def test_a_ledger_that_fits_is_not_asked_about(tmp_path: Path) -> None:
     act = Act("accept-ledger", tmp_path)
-    assert "the ledger ends at 0." in act.run("--yes").output
+    assert "the ledger ends at entry 0." in act.run("--yes").output
     assert disagreements(act.site) == ()
     again = act.run()
     assert again.exit_code == 0
@@ -160,6 +160,6 @@ def test_a_ledger_that_fits_is_not_asked_about(tmp_path: Path) -> None:
 def test_a_reason_that_is_none_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
     act = Act("release", tmp_path)
     act.words[-1] = "two\nlines"
-    with pytest.raises(OptionInvalid, match="needs a reason in one line"):
+    with pytest.raises(OptionInvalid, match="needs a reason: one line"):
         act.run()
     assert not any(entry.kind == "quarantine" for entry in entries_of(act.site))

@@ -173,7 +173,7 @@ def test_nobody_is_asked_where_nobody_sits(site: Site) -> None:
     for number in (1, 2):
         with pytest.raises(StudyNotApproved):
             require_approved(site, study(study=f'name = "study-{number}"'))
-    with pytest.raises(OptionInvalid, match="2 studies wait here"):
+    with pytest.raises(OptionInvalid, match="2 studies are waiting for a decision"):
         approve(site)
     assert decision(site) is Decision.DENIED
 

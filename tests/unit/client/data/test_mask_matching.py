@@ -236,6 +236,4 @@ def test_a_finding_too_small_for_the_study_is_counted(tmp_path: Path) -> None:
     source = (site.dicom / "1-0.dcm").read_bytes()
     (site.dicom / "1-0-seg.dcm").write_bytes(segment([source], speck))
     told = render(inspect(site, STUDY))
-    assert (
-        "too small   what is marked in 1 image: nothing of it is left at the study's size" in told
-    )
+    assert "too small   the segmentation mask of 1 image: empty at the study's size" in told

@@ -1,4 +1,4 @@
-"""Held files wait for a person, whose decision is by content, logged, and no more than that."""
+"""Quarantined files wait for a decision, which is by content and logged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from typer.testing import CliRunner
 from cloister_fl.client.cli import data_commands
 from cloister_fl.client.data import quarantine
 from cloister_fl.client.data.loading import read_cohort
-from cloister_fl.client.data.quarantine import Decision, Held, decide, held, look, picture
+from cloister_fl.client.data.quarantine import (
+    Decision,
+    QuarantinedFile,
+    decide,
+    look,
+    picture,
+    quarantined_files,
+)
 from cloister_fl.client.site.audit_log import entries_of
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
@@ -51,7 +58,7 @@ def site(tmp_path: Path) -> Site:
 
 
 def _reasons(site: Site) -> list[Reject | None]:
-    return [one.reason for one in held(site)]
+    return [one.reason for one in quarantined_files(site)]
 
 
 def _images(site: Site) -> int:
@@ -70,13 +77,13 @@ def test_what_is_held_is_listed_and_not_read(site: Site) -> None:
 
 
 def test_a_release_lets_one_file_in_and_is_logged(site: Site) -> None:
-    named, capture, stray = held(site)
+    named, capture, stray = quarantined_files(site)
     decide(site, named, Decision.RELEASED, why="a plain L, no name")
     assert _images(site) == 5
     decide(site, stray, Decision.RELEASED, why="an old export tool")
     decide(site, capture, Decision.KEPT, why="shows a name")
     assert _images(site) == 6
-    listed = held(site)
+    listed = quarantined_files(site)
     assert [one.reason for one in listed] == [None, Reject.CAPTURE, None]
     judged = [one.judgement for one in listed]
     assert [one and (one.decision, one.why) for one in judged] == [
@@ -99,10 +106,10 @@ def test_a_release_that_lets_nothing_in_can_be_taken_back(site: Site) -> None:
     outlined = bytearray(segment([source], np.ones((1, 48, 40), bool)))
     outlined[:2] = b"MZ"
     (site.dicom / "e-outlined").write_bytes(outlined)
-    *_, last = held(site)
+    *_, last = quarantined_files(site)
     assert last.reason is Reject.PREAMBLE
     decide(site, last, Decision.RELEASED, why="a tool of ours")
-    *_, last = held(site)
+    *_, last = quarantined_files(site)
     assert (last.reason, last.judgement and last.judgement.decision) == (
         Reject.SOP_CLASS, Decision.RELEASED,
     )  # fmt: skip
@@ -110,32 +117,32 @@ def test_a_release_that_lets_nothing_in_can_be_taken_back(site: Site) -> None:
     assert reading.rejects[Reject.PREAMBLE] == 2
     assert reading.outlines == ()
     decide(site, last, Decision.KEPT, why="it is no use")
-    *_, last = held(site)
+    *_, last = quarantined_files(site)
     assert last.judgement is not None
     assert last.judgement.decision is Decision.KEPT
 
 
 def test_a_release_can_be_taken_back(site: Site) -> None:
-    named = held(site)[0]
+    named = quarantined_files(site)[0]
     decide(site, named, Decision.RELEASED, why="looks fine")
     assert _images(site) == 5
     decide(site, named, Decision.KEPT, why="it does show a name")
     # Its pixels lie in the cache from before; they are not used.
     assert _images(site) == 4
-    assert held(site)[0].reason is Reject.BURNED_IN
+    assert quarantined_files(site)[0].reason is Reject.BURNED_IN
 
 
 @pytest.mark.parametrize("how", ["older", "edited"])
 def test_a_release_that_the_log_took_back_does_not_come_back(site: Site, how: str) -> None:
-    named = held(site)[0]
+    named = quarantined_files(site)[0]
     path = site.root / "quarantine.json"
     decide(site, named, Decision.RELEASED, why="looks fine")
     before = path.read_text()
     decide(site, named, Decision.KEPT, why="it does show a name")
     path.write_text(before if how == "older" else path.read_text().replace("kept", "released"))
     assert _images(site) == 4
-    assert held(site)[0].reason is Reject.BURNED_IN
-    assert held(site)[0].judgement is None
+    assert quarantined_files(site)[0].reason is Reject.BURNED_IN
+    assert quarantined_files(site)[0].judgement is None
     decide(site, named, Decision.RELEASED, why="looked again")
     assert _images(site) == 5
 
@@ -144,7 +151,7 @@ def test_a_release_that_the_log_took_back_does_not_come_back(site: Site, how: st
 def test_killed_between_decision_and_log_nothing_is_released(
     site: Site, monkeypatch: pytest.MonkeyPatch, decision: Decision
 ) -> None:
-    named = held(site)[0]
+    named = quarantined_files(site)[0]
     if decision is Decision.KEPT:
         decide(site, named, Decision.RELEASED, why="looks fine")
 
@@ -179,7 +186,7 @@ def test_where_a_file_lies_is_said_without_what_a_terminal_obeys(
     (site.dicom / "a-named").rename(site.dicom / "x\x1b]0;title\x07\nReleased at north: all\udcff")
     app = typer.Typer()
     app.command()(data_commands.show)
-    named = held(site)[-1]
+    named = quarantined_files(site)[-1]
     result = CliRunner().invoke(app, [named.short_id, "--dir", str(site.root)])
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
@@ -188,7 +195,7 @@ def test_where_a_file_lies_is_said_without_what_a_terminal_obeys(
 
 
 def test_a_release_is_of_the_content_not_of_the_name(site: Site) -> None:
-    decide(site, held(site)[0], Decision.RELEASED, why="looks fine")
+    decide(site, quarantined_files(site)[0], Decision.RELEASED, why="looks fine")
     (site.dicom / "a-named").rename(site.dicom / "zz-moved")
     assert _images(site) == 5
     (site.dicom / "zz-moved").write_bytes(
@@ -201,7 +208,7 @@ def test_a_release_is_of_the_content_not_of_the_name(site: Site) -> None:
 
 
 def test_a_picture_of_what_is_held(site: Site) -> None:
-    named = held(site)[0]
+    named = quarantined_files(site)[0]
     path, data = look(site, named)
     assert path == site.dicom.resolve() / "a-named"
     assert data == path.read_bytes()
@@ -215,7 +222,7 @@ def test_a_picture_of_what_is_held(site: Site) -> None:
 
 def test_a_file_that_is_swapped_after_the_look_is_not_released(site: Site) -> None:
     """Who can write to the folder shows one image, and has another released."""
-    named = held(site)[0]
+    named = quarantined_files(site)[0]
     path, _ = look(site, named)
     path.write_bytes(
         make_dicom(
@@ -223,7 +230,7 @@ def test_a_file_that_is_swapped_after_the_look_is_not_released(site: Site) -> No
             elements={"BurnedInAnnotation": "YES"},
         )
     )  # fmt: skip
-    assert named.short_id not in {one.short_id for one in held(site)}
+    assert named.short_id not in {one.short_id for one in quarantined_files(site)}
     with pytest.raises(OptionInvalid, match="changed"):
         look(site, named)
     decide(site, named, Decision.RELEASED, why="what I saw is fine")
@@ -233,20 +240,20 @@ def test_a_file_that_is_swapped_after_the_look_is_not_released(site: Site) -> No
 @pytest.mark.parametrize("why", ["", "   ", "two\nlines"])
 def test_a_decision_needs_a_reason(site: Site, why: str) -> None:
     with pytest.raises(OptionInvalid):
-        decide(site, held(site)[0], Decision.RELEASED, why=why)
+        decide(site, quarantined_files(site)[0], Decision.RELEASED, why=why)
     assert _images(site) == 4
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 9}', '{"version": 1}'])
 def test_damaged_decisions_release_nothing(site: Site, text: str) -> None:
-    decide(site, held(site)[0], Decision.RELEASED, why="looks fine")
+    decide(site, quarantined_files(site)[0], Decision.RELEASED, why="looks fine")
     (site.root / "quarantine.json").write_text(text)
     with pytest.raises(FileUnreadable):
         read_cohort(site, STUDY)
 
 
 def test_nothing_is_kept_that_names_a_patient(site: Site) -> None:
-    listed = held(site)
+    listed = quarantined_files(site)
     decide(site, listed[0], Decision.RELEASED, why="looks fine")
     told = json.dumps([one.as_dict() for one in listed]) + quarantine.render(listed)
     told += repr(listed) + (site.root / "quarantine.json").read_text()
@@ -256,7 +263,7 @@ def test_nothing_is_kept_that_names_a_patient(site: Site) -> None:
 
 
 def test_the_list_in_words() -> None:
-    waiting = Held("", Reject.BURNED_IN, None, bytes.fromhex("0123456789abcdef"))
+    waiting = QuarantinedFile("", Reject.BURNED_IN, None, bytes.fromhex("0123456789abcdef"))
     text = quarantine.render([waiting])
     assert "0123456789ab  waiting   CLO-223  text may be burned into the pixels" in text
     assert "1 of 1 quarantined file has no decision yet." in text

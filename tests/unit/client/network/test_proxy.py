@@ -35,7 +35,7 @@ def test_proxy_of(tmp_path: Path) -> None:
     assert open_to_all.auth is None
     site = _site(tmp_path)
     assert site.network == PROXY
-    with pytest.raises(ProxyLoginRefused, match="was not set"):
+    with pytest.raises(ProxyLoginRefused, match="is not set"):
         proxy_of(site)
     for text in ("word\n", "other ü:\r\n"):
         set_password(site, text)
@@ -60,9 +60,9 @@ def test_what_is_no_password(tmp_path: Path, text: str) -> None:
 
 def test_a_password_wants_a_user(tmp_path: Path) -> None:
     site = _site(tmp_path, None)
-    with pytest.raises(OptionInvalid, match="names no proxy and user"):
+    with pytest.raises(OptionInvalid, match="names no proxy, or no user"):
         set_password(site, "word")
-    with pytest.raises(OptionInvalid, match="names no proxy and user"):
+    with pytest.raises(OptionInvalid, match="names no proxy, or no user"):
         CliRunner().invoke(
             client_group.app,
             ["proxy", "--dir", str(site.root)],

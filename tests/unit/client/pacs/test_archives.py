@@ -389,7 +389,7 @@ def test_a_wrong_password_is_told_and_a_right_one_goes_on(
         archive.password = SECRET
     else:
         archive.token = SECRET
-    with pytest.raises(FileUnreadable, match="was not set"):
+    with pytest.raises(FileUnreadable, match="is not set"):
         fetch(site)
     set_secret(site, "wrong")
     with pytest.raises(ArchiveRefused, match="401"):

@@ -305,7 +305,7 @@ def test_a_study_that_the_budget_cannot_bear_is_told_here_already(tmp_path: Path
     gate.charge(site, asked, run="one", round_number=1)
     spent = inspect(site, asked)
     (told,) = spent.policy
-    assert "This very study was run here before" in told
+    assert "This study was run at this site before" in told
     assert "would not take part" in render(spent)
     assert spent.as_dict()["would_take_part"] is False
     assert spent.as_dict()["epsilon_promised"] > 2.9

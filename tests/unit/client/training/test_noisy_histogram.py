@@ -22,7 +22,7 @@ from cloister_fl.client.app_state import Kept
 from cloister_fl.client.data.cohort import Cohort, Patient, subset
 from cloister_fl.client.ledger.ledger import Ledger
 from cloister_fl.client.site.folder import Site, init_site
-from cloister_fl.client.site.last_refusal import read_notice
+from cloister_fl.client.site.last_refusal import read_last_refusal
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward.review import review
 from cloister_fl.client.training.csprng import SecureRandom
@@ -302,7 +302,7 @@ def test_a_second_release_is_refused(tmp_path: Path) -> None:
         assert _reason(_evaluate(site, **more)) == "round-spent"  # type: ignore[arg-type]
     assert _ledger(site).entries() == before
     assert _reason(_evaluate(site, run="another")) == "round-spent"
-    notice = read_notice(site.root)
+    notice = read_last_refusal(site.root)
     assert notice is not None
     assert "CLO-311" in notice.message
     assert [entry.kind for entry in _ledger(site).entries()].count("evaluated") == 1

@@ -1,1 +1,1 @@
-"""The hospital: its data, its policy, its ledger and its training."""
+"""Client side, at the hospital: data, policy, privacy ledger and training."""

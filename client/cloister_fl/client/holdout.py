@@ -1,4 +1,4 @@
-"""What a coordinator measures a model with on a hold-out: the reading that a site trains with.
+"""Hold-out cohort of a coordinator, read as a site reads its training data.
 
 The server finds ``measure_on`` as the entry point ``measure`` of the group
 ``cloister_fl.holdout`` and imports nothing of the client.

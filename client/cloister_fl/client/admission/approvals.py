@@ -1,4 +1,4 @@
-"""Which studies are approved at this hospital, by hash; nothing else is trained here.
+"""Approvals of studies at a site, by hash; no other study is trained.
 
 A study that is proposed and not yet judged is kept, so that the steward can read it; the answer
 is given once, and can be changed until the study has begun to cost. The policy can approve by

@@ -1,4 +1,4 @@
-"""What approves a study without a person's decision: a list of hashes, or a trusted signature.
+"""Auto-approval rules: a list of study hashes, or trusted signatures.
 
 The rule is asked again whenever the study is: a hash that the steward takes off the list, or a
 key that is trusted no more, ends what it approved.

@@ -1,4 +1,4 @@
-"""The patients of a site, as training sees them: pseudonyms, labels and pixels, nothing else."""
+"""Cohort of a site: patients with pseudonyms, labels and pixels, nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of the files of a data folder, so that only those that changed are opened again.
+"""File index of a data folder, so that only changed files are opened again.
 
 A file is known by a keyed hash of its path and by its stamp (``discover.Found.stamp``); of its
 content a keyed hash is kept, and the reason where it was turned away. Nothing here is a secret, a

@@ -1,4 +1,4 @@
-"""What a site remembers of its files, opened together: the cache, the index and the releases."""
+"""File memory of a site: cache, index and releases, opened together."""
 
 from __future__ import annotations
 

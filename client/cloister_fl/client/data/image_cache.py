@@ -1,4 +1,4 @@
-"""Preprocessed images on disk, encrypted, so that a file is decoded once.
+"""Encrypted cache of preprocessed images on disk, so that a file is decoded once.
 
 An entry is named by keyed hashes of the file's content and of the preprocessing, so neither a
 changed file nor a changed study can find a stale image, and the name tells nothing of the file.

@@ -1,4 +1,4 @@
-"""What a site's files come to before they are a cohort: images and outlines by patient, counts."""
+"""Ingest of a site's files: images and segmentation masks by patient, and counts."""
 
 from __future__ import annotations
 

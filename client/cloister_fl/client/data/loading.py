@@ -1,4 +1,4 @@
-"""Read a cohort from a site: files, labels and segmentation masks to patients, with all faults."""
+"""Cohort loading: files, labels and segmentation masks of a site to patients, with all faults."""
 
 from __future__ import annotations
 

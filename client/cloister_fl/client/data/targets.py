@@ -1,4 +1,4 @@
-"""What is to be learned of each image of a site: a class from the labels file, or an outline."""
+"""Training targets of a site's images: classes from the labels file, or segmentation masks."""
 
 from __future__ import annotations
 

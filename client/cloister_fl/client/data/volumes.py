@@ -1,4 +1,4 @@
-"""From slices to volumes: which belong together, in which order, and at which distances.
+"""Volumes from slices: which belong together, in which order, and at which distances.
 
 A series of CT or MR is a volume if its slices lie parallel, above each other and evenly apart.
 One that does not is turned away whole, each of its slices counted under one reason; the other

@@ -1,1 +1,1 @@
-"""From DICOM files to normalised arrays."""
+"""DICOM files: checks, header, pixels and segmentation masks, to normalised arrays."""

@@ -1,4 +1,4 @@
-"""What a file must be before a decoder sees its pixels; cheap checks first.
+"""Acceptance checks of a file before a decoder sees its pixels; cheap checks first.
 
 Closed lists only: a transfer syntax, SOP class or pixel description that is not named here is
 refused, so a new kind of file is a decision and not an accident.

@@ -1,4 +1,4 @@
-"""Ask the codestream itself how large it is, before a decoder believes it.
+"""Size check of compressed codestreams, before a decoder believes it.
 
 A header of 512 x 512 over a codestream of 60,000 x 60,000 has killed decoders at 22 GB. The frame
 header of each coding is a few fixed bytes: JPEG (ITU-T T.81 B.2.2), JPEG-LS (T.87 C.2.2),

@@ -1,4 +1,4 @@
-"""What is known of one image, or of one segmentation, besides its pixels."""
+"""Facts of one image or one segmentation besides its pixels."""
 
 from __future__ import annotations
 

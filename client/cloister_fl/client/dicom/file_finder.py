@@ -1,4 +1,4 @@
-"""Find the files of a data folder, whatever its structure, in an order that never changes.
+"""File finder: the files of a data folder, whatever its structure, in a fixed order.
 
 Nothing is opened here. Symbolic links are not followed: one that points inside the folder leads
 to a file that is found anyway, one that points outside is turned away and counted. A DICOMDIR

@@ -1,4 +1,4 @@
-"""Read a folder of DICOM files into preprocessed images, one outcome a file.
+"""Folder reader: a folder of DICOM files to preprocessed images, one outcome a file.
 
     discover -> read -> cache, or: worker (precheck -> decode -> preprocess) -> cache
 

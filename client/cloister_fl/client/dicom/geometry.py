@@ -1,4 +1,4 @@
-"""Where a slice lies in the patient: what of a header says so, and how it travels as text.
+"""Geometry of a slice in the patient: the header's values, and how they travel as text.
 
 An image of which this is unknown is still an image; only a volume needs it (``volumes``). So what
 is missing or no sound number is empty here, and no reason to turn the file away.

@@ -1,4 +1,4 @@
-"""The DICOM elements that are read; every other one is dropped before a library sees it.
+"""DICOM header: the elements that are read; all others are dropped before a library sees them.
 
 ``parse_tags`` receives a data set that holds nothing but the wanted elements (``structure``), so
 neither a patient's name nor a private block can turn up in a warning or an exception.

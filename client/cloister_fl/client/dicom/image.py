@@ -1,4 +1,4 @@
-"""From a file that passed ``precheck`` to its preprocessed image and its facts."""
+"""Preprocessed image and facts of a DICOM file that passed ``precheck``."""
 
 from __future__ import annotations
 

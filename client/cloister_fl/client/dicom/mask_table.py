@@ -1,4 +1,4 @@
-"""Outlines on their way from a worker: which images a segmentation names, and what it marks there.
+"""Table of segmentation masks from a worker: the images named, and what is marked in each.
 
 A DICOM Segmentation marks pixels of other images, of one or of a whole series. It names many in
 which nothing is marked; of those only the name is kept. The table is as a worker writes it and as

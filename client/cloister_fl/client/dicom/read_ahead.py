@@ -1,4 +1,4 @@
-"""Files on their way through the workers: read ahead, remembered, and given back in order.
+"""Read-ahead of files through the workers: remembered, and returned in order.
 
 What was read once is looked up (``Memory``), under a digest of the very code that read it: what
 an earlier version took or turned away says nothing about this one.

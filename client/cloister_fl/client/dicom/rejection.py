@@ -1,4 +1,4 @@
-"""The exceptions by which a step turns a file away, or all files of a coding."""
+"""Rejections: the exceptions that reject a file, or all files of a transfer syntax."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits that the process with the data and the processes that read files share.
+"""Size limits shared by the process with the data and the processes that read files.
 
 Kept apart from the readers, so that the first need not load what only the second use.
 """

@@ -1,4 +1,4 @@
-"""A bounded walk over the bytes of a DICOM file (PS3.5 section 7, PS3.10 section 7).
+"""DICOM structure parser: a bounded walk over a file's bytes (PS3.5 section 7, PS3.10 section 7).
 
 Parsers for DICOM accept almost anything: files cut short, lengths past the end, items nested
 until the stack overflows. This walk reads element headers alone, checks every length against its

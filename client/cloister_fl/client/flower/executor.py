@@ -1,4 +1,4 @@
-"""The executor: runs this site's part of a study, in one warm process, and nothing else.
+"""Run executor of a site: its part of a study, in one warm process, and nothing else.
 
 Run as ``python -m cloister_fl.client.flower.executor DIR PORT`` by ``service``. It asks the node
 for tasks over loopback with a secret that only this site's user can read. A task names a bundle;

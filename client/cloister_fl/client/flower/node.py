@@ -1,4 +1,4 @@
-"""Flower's SuperNode, embedded: the process of a site that talks with the coordinator.
+"""Flower SuperNode, embedded: the process of a site that talks with the coordinator.
 
 Run as ``python -m cloister_fl.client.flower.node DIR PORT`` by ``service``. It holds the site's
 TLS and node keys and no patient's data. What it changes in Flower:

@@ -1,1 +1,1 @@
-"""The hospital's privacy ledger: what its patients were promised, and what is used up."""
+"""Privacy ledger of a hospital: what its patients were promised, and what is used up."""

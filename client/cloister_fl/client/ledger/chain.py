@@ -1,4 +1,4 @@
-"""The ledger's file: an append-only, hash-chained table in SQLite, and nothing about budgets.
+"""Ledger file: an append-only, hash-chained table in SQLite, and nothing about budgets.
 
 Each entry's hash is SHA-256 over a label, the previous entry's hash and the entry's canonical JSON,
 so no entry can be changed, removed, added or moved without a break that ``read`` names. Cutting off

@@ -1,4 +1,4 @@
-"""The hospital's privacy ledger: what its patients have been promised, and what is used up.
+"""Privacy ledger of a hospital: what its patients were promised, and what is used up.
 
 Privacy is spent before it is used. Approval of a study reserves all its steps, atomically, against
 two gates: the study's epsilon (privacy-loss distribution, parameters fixed beforehand) and the

@@ -1,4 +1,4 @@
-"""What a ledger's entries add up to, and the rules that each must keep: no file, no gate.
+"""Replay of a ledger: the state its entries add up to, and the rules that each must keep.
 
 ``replay`` reads the entries anew at every call; every rule that held when an entry was written
 must hold again, so an entry that was forged with a sound chain is found where it breaks one.

@@ -1,1 +1,1 @@
-"""The way to the coordinator: HTTPS requests, proxy, joining a federation."""
+"""Connection to the coordinator: HTTPS requests, proxy, joining a federation."""

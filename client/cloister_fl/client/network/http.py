@@ -1,4 +1,4 @@
-"""One request to the coordinator: its answer, or where on the way it broke off, in words.
+"""HTTP client for requests to the coordinator: the answer, or the step that failed and why.
 
 httpcore's trace tells which machine was dialled, so whether a proxy stands between is seen, not
 guessed from settings. A failure names the step and the cause from a closed list; what a peer

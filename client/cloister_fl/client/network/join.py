@@ -1,4 +1,4 @@
-"""How a site joins a federation, and what it then knows of the coordinator.
+"""Enrolment of a site in a federation, and what the site then knows of the coordinator.
 
 ::
 

@@ -1,4 +1,4 @@
-"""The hospital's outbound proxy, for what talks to the coordinator and for nothing else.
+"""Outbound HTTP proxy of the hospital, used for connections to the coordinator only.
 
 ``site.toml`` names the proxy and the user; the password lies in ``keys/proxy.password``, so that
 it is in no argument list, no environment and no file that people edit. Where ``site.toml`` names

@@ -1,1 +1,1 @@
-"""Archives that a site may fetch its images from: DICOMweb and C-GET."""
+"""PACS clients, DICOMweb and C-GET, and the encrypted store of fetched images."""

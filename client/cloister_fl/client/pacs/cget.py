@@ -1,4 +1,4 @@
-"""Find and fetch instances by C-FIND and C-GET (PS3.4 annex C), over TLS.
+"""PACS client for DICOM C-FIND and C-GET over TLS (PS3.4 annex C).
 
 C-GET brings the images over the connection that this site opened; C-MOVE would need a port that
 the archive can reach, and is not used. What arrives is kept as it came; it is decoded nowhere but

@@ -1,4 +1,4 @@
-"""Find and fetch instances by QIDO-RS and WADO-RS (PS3.18 sections 10.6 and 10.4).
+"""PACS client for DICOMweb: QIDO-RS and WADO-RS (PS3.18 sections 10.6 and 10.4).
 
 The archive is believed as little as any other: answers are bounded, checked, and never followed to
 another address. URLs hold identifiers, so httpx' own log is off.

@@ -1,4 +1,4 @@
-"""Fetch what is missing from a site's archive into its sealed store.
+"""Fetch of what is missing from a site's PACS into its encrypted store.
 
 Each instance is kept as soon as it is there, so a fetch that fails or is killed goes on where it
 ended. An archive that cannot be reached, refuses, or answers nonsense ends a fetch with an error

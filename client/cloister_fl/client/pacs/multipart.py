@@ -1,4 +1,4 @@
-"""Take the one file out of a WADO-RS answer (PS3.18 section 8.6.1.2, RFC 2046 section 5.1.1).
+"""Multipart parser of WADO-RS answers (PS3.18 section 8.6.1.2, RFC 2046 section 5.1.1).
 
 The answer is read whole before, within a bound. Everything in it is checked: an answer that was
 cut short has no closing delimiter, and is no file.

@@ -1,4 +1,4 @@
-"""Files that were fetched from an archive, each sealed: nothing plain comes to lie on the disk.
+"""Encrypted store of files fetched from a PACS: nothing plain comes to lie on the disk.
 
 One file an instance, named by a keyed hash of its SOP Instance UID, sealed with AES-256-GCM under a
 key of its own, and bound to its name. It is written whole or not at all, so a fetch that was killed

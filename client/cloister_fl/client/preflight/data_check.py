@@ -1,4 +1,4 @@
-"""Look at a site's data before a study does: what is there, and all that is wrong with it.
+"""Data checks before a study: counts of a site's data, and everything wrong with them.
 
 The report speaks in counts. It names no patient, file or path, so that it can be shown to
 whoever helps to mend the data; pseudonyms in it are cut short and hold for one study only.

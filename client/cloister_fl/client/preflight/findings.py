@@ -1,4 +1,4 @@
-"""Whether a site could take part now: numbered findings, each with what to do about it.
+"""Findings of the checks before a run, numbered, each with its remedy.
 
 A finding is judged from what was seen and touches nothing, so it can be repeated at will. The
 numbers are stable: a guide or a ticket can name them. ``preflight_network`` judges the way to the

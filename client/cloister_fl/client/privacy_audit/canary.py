@@ -1,4 +1,4 @@
-"""The canary audit: does the installed step leak more about one patient than it claims?
+"""Canary audit: does the installed step leak more about one patient than it claims?
 
 White box (Nasr et al. 2023, "Tight Auditing of Differentially Private Machine Learning"): the
 adversary chooses the global models, knows every other patient, and sees what each round returns.

@@ -1,4 +1,4 @@
-"""An audit in words, and what it does not show."""
+"""Canary audit in words, and what it does not show."""
 
 from __future__ import annotations
 

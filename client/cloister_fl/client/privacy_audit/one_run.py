@@ -1,4 +1,4 @@
-"""The one-run audit: train once on half of a site's patients, and guess which half.
+"""One-run audit: train once on half of a site's patients, and guess which half.
 
 Steinke, Nasr and Jagielski 2023 (see ``binomial``), white box: each canary patient is trained on
 or left out by a fair coin of its own, all with all images, and the adversary sees what each step

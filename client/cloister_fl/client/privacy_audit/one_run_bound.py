@@ -1,4 +1,4 @@
-"""From right guesses to a lower bound on epsilon: the arithmetic of the one-run audit.
+"""Lower bound on epsilon from right guesses: the arithmetic of the one-run audit.
 
 Steinke, Nasr and Jagielski 2023, "Privacy Auditing with One (1) Training Run" (NeurIPS 2023;
 arXiv:2305.08846), Theorem 5.2 and Appendix D. Each of m canaries is in the data by a fair coin of

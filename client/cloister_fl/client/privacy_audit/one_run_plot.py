@@ -1,4 +1,4 @@
-"""A one-run audit as a picture: the scores, how well they tell, and the epsilons side by side."""
+"""Plot of a one-run audit: scores, ROC curve, and the epsilons side by side."""
 
 from __future__ import annotations
 

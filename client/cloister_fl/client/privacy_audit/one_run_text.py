@@ -1,4 +1,4 @@
-"""A one-run audit in words and as JSON, and what it does not show."""
+"""One-run audit in words and as JSON, and what it does not show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one-run audit on a site's own patients: what is checked first, and what is told.
+"""One-run audit on a site's own patients: its preconditions and its result.
 
 It trains without charging the ledger. That is sound for one reason alone: nothing of it leaves the
 site. The model is thrown away, no message is sent, and the log entry is written before data are

@@ -1,4 +1,4 @@
-"""What the site remembers of secure aggregation, in the ledger's own chain.
+"""Store of key epochs and rounds of secure aggregation, in the ledger's own chain.
 
 Three facts, none of them secret: which key epochs were begun, whom a round invited, and for which
 sites it was answered. They stand in the ledger's file so that whoever restores an old copy of it

@@ -1,4 +1,4 @@
-"""What a person writes in ``site.toml`` of the archive that images are fetched from.
+"""Settings in ``site.toml`` of the PACS that images are fetched from.
 
 ::
 

@@ -1,4 +1,4 @@
-"""What left this hospital, and what was asked of it: the site's audit log, in words."""
+"""Audit log of a site, in words: what was asked of it, and what left it."""
 
 from __future__ import annotations
 

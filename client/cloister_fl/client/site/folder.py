@@ -1,4 +1,4 @@
-"""A hospital's site folder: its file, its keys, and where its data and records lie.
+"""Site folder of a hospital: its file, its keys, and where its data and records lie.
 
 ::
 

@@ -1,4 +1,4 @@
-"""The site's policy: what a hospital allows, whatever a study asks for.
+"""Policy of a site: what the hospital allows, whatever a study asks for.
 
 The policy stands in the site's own file, is read anew for each study, and can only narrow: a
 study that asks for more is refused with the key that refuses it.

@@ -1,4 +1,4 @@
-"""The file `site.toml`: its tables and what each value may be."""
+"""Settings of `site.toml`: its tables and what each value may be."""
 
 from __future__ import annotations
 

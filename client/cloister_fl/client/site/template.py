@@ -1,4 +1,4 @@
-"""The text of a new ``site.toml``, with what a person should know beside each key."""
+"""Template of a new ``site.toml``, with what a person should know beside each key."""
 
 from __future__ import annotations
 

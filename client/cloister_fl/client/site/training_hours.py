@@ -1,4 +1,4 @@
-"""The hours in which a site trains: spans of the local day, which may cross midnight.
+"""Training window of a site: spans of the local day, which may cross midnight.
 
 Only the clock on the wall counts: a span says "from eight in the evening", and on the two nights
 of a year on which clocks are set it is an hour shorter or longer, as a night is.

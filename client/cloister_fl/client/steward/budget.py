@@ -1,4 +1,4 @@
-"""The site's budget as its steward reads it: spent, reserved, left, and what a study would cost.
+"""Budget statement of a site: spent, reserved, left, and the privacy cost of a proposed study.
 
 Nothing here leaves the site: what its patients have spent in a lifetime is shown here only.
 """

@@ -1,4 +1,4 @@
-"""Images as training sees them, side by side, for a person's eyes."""
+"""Contact sheet: preprocessed images side by side, for a person to look at."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a site's data look like, for its steward: counts, pictures, and where patients may leak.
+"""Data report for the steward: counts, images, and possible duplicate patients.
 
 The report stays on the site. It names no patient: people stand by their pseudonym within the
 study. Two checks look for patients who are in a cohort twice, where a split by patient would put

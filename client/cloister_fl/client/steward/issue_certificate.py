@@ -1,4 +1,4 @@
-"""A site's certificate for a run: what its ledger, its audit log and its code say, signed by it."""
+"""Privacy certificate of a run, from ledger, audit log and code, signed by the site."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whom and what a short name or a code in a site's own messages stands for.
+"""Re-identification of the short ids and codes in a site's own messages.
 
 Messages name files and patients by pseudonyms, so that they can be sent to whoever helps. Who mends
 the data has to know which they are: this says it, at the site, and writes it down nowhere.

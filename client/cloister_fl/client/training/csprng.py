@@ -1,4 +1,4 @@
-"""Randomness that privacy rests on: AES-256 in counter mode, keyed by the operating system.
+"""Cryptographic random numbers for noise and sampling: AES-256-CTR, keyed by the operating system.
 
 Noise and sampling that someone can repeat protect nobody, and torch's generator can be repeated by
 anyone who calls ``manual_seed``. So there is no seed here: no argument, no environment variable, no

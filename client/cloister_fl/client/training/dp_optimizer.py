@@ -1,4 +1,4 @@
-"""Opacus' optimiser with the clipping, the summing and the noise that our proof needs.
+"""DP-SGD optimiser on Opacus: the clipping, the sum and the noise that the proof needs.
 
 Opacus sums clipped gradients in float32, so one patient can move the sum by a little more than C;
 it adds float noise, whose low bits tell of the sum (Mironov 2012); it takes both from generators

@@ -1,4 +1,4 @@
-"""The sum of patients' clipped gradients, exact, with a sensitivity that no rounding exceeds.
+"""Exact sum of clipped per-patient gradients; rounding never exceeds the sensitivity.
 
 A float32 sum of clipped gradients moves by a little more than C when one patient is added: its
 rounding depends on who else is in it. So each clipped gradient is truncated toward zero to whole

@@ -1,4 +1,4 @@
-"""What the fixed part of a network makes of a cohort: computed once an image, and kept in memory.
+"""In-memory cache of the frozen backbone's features, computed once an image.
 
 Each image goes through by itself, so its features are the same whoever else is in the cohort: the
 exact sensitivity of a step begins at the pixels. (For a backbone on a CPU it is also the fastest.)

@@ -1,4 +1,4 @@
-"""The release: score histograms of a site's own patients, noised before they leave the site.
+"""Noised evaluation: score histograms of a site's patients, noised before they leave the site.
 
 A patient has one score a class, the mean over all images, and counts in one cell of each curve,
 ``charges.UNITS`` each; so one patient more or less moves the whole by ``charges.sensitivity``, L,

@@ -1,4 +1,4 @@
-"""One gradient a patient, by one of three engines behind Opacus' interface.
+"""Per-patient gradients, by one of three engines behind Opacus' interface.
 
 A patient's gradient is that of the mean loss (``objective``) over the patient's images.
 

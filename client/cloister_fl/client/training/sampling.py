@@ -1,4 +1,4 @@
-"""Which patients, which of their images, and how an image is turned into numbers.
+"""Poisson sampling of patients and their images, and the tensors made of them.
 
 Everything random about one patient is drawn for that patient alone ("inside the unit"), so that a
 patient contributes one gradient, whatever the number of images.

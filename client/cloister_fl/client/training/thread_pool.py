@@ -1,4 +1,4 @@
-"""Work on one patient a core: a patient's few images are too little to share between cores.
+"""Thread pool, one patient a core: a patient's few images are too little to share between cores.
 
 torch divides each operation over all cores, which pays for large batches. For the handful of
 images of one patient it costs more than it brings: with ResNet-18 and four images of 128 pixels,

@@ -1,4 +1,4 @@
-"""A known segmentation: two slices of 6 x 5 pixels of a CT series, and two segments.
+"""Known-answer segmentation: two slices of 6 x 5 pixels of a CT series, and two segments.
 
 A worker reads it before its first file, for two reasons: what is wrong with the library is known
 before a patient is marked wrongly, and what the library loads when first used is loaded by then.

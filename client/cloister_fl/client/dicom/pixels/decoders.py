@@ -1,4 +1,4 @@
-"""Pixel bytes in, stored values out: the one door through which hostile bytes reach a decoder.
+"""Pixel decoders: the only path by which hostile bytes reach a decoder.
 
 Runs in a worker process (``worker``), which a decoder may crash or exhaust.
 

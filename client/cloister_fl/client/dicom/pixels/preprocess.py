@@ -1,4 +1,4 @@
-"""From stored values to the tensor's pixels: a pure function of the image and the study's input.
+"""Preprocessing of stored values to tensor pixels; a pure function of image and study input.
 
 Every step up to the resize maps one stored value to one shade, so it is worked out once for each
 of the at most 65,536 values, in float64, and looked up for the pixels. The resize adds whole

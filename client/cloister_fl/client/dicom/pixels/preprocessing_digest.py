@@ -1,4 +1,4 @@
-"""The digest of everything that shapes preprocessed pixels: a key of caches and frozen data."""
+"""Digest of everything that shapes preprocessed pixels: a key of caches and frozen data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Take from a process what a reader of hostile files has no need of (Linux).
+"""Confinement of a process that reads hostile files: drop what it has no need of (Linux).
 
 Two steps, for a process needs its libraries before it can do without files: ``confine`` before
 they are loaded, ``seal`` before the first hostile byte. What the system does not allow is left

@@ -1,4 +1,4 @@
-"""What passes between the process with the data and a worker that reads its files.
+"""Messages between the process with the data and a worker that reads its files.
 
 A worker has met hostile bytes, so what it says is judged like them: every length, range, code and
 character is checked here before anything is made of it. Numbers are big endian; each message is

@@ -1,4 +1,4 @@
-"""Worker processes that read files, kept alive between them.
+"""Pool of worker processes that read files, kept alive between them.
 
 Each worker has a thread here that starts it, hands it one file at a time, waits no longer than a
 file may take, and replaces it when it dies, dawdles or says what no sound worker says. A file on

@@ -1,4 +1,4 @@
-"""The process in which files are parsed and decoded, and which they may crash or exhaust.
+"""Worker process in which files are parsed and decoded, and which they may crash or exhaust.
 
 Started by ``pool`` in a clean interpreter, with three descriptors (a socket of datagrams, the
 memory with the file, the memory for the image) and the parent's process id as arguments. Reads

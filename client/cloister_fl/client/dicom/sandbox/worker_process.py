@@ -1,4 +1,4 @@
-"""One worker process, seen from the process with the data: start, ask, replace.
+"""Handle of one worker process, in the process with the data: start, ask, replace.
 
 A clean interpreter is started, never a fork: this process may hold threads, keys and patients.
 The worker inherits three descriptors, no variable but those named here, and no terminal.

@@ -131,7 +131,7 @@ def test_a_foreign_bundle(
     for hospital in three.hospitals.values():
         sent = [entry.body for entry in entries_of(hospital.site) if entry.kind == "sent"]
         assert sent[-1]["why"] == "a reason of the closed list: bundle"
-        assert "foreign bundle" in hospital.told()
+        assert "another application bundle" in hospital.told()
         assert study.digest not in judgements(hospital.site)
 
 

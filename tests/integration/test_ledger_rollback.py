@@ -182,7 +182,10 @@ def test_all_three_rolled_back_together_are_found_by_the_coordinators_note(site:
     compare(site, told(site, log_of(site).head().hash))
     with pytest.raises(LedgerRolledBack) as caught:
         admit(site)
-    assert caught.value.why == "The coordinator noted an entry of the audit log that is not in it."
+    assert (
+        caught.value.why
+        == "The coordinator has an entry of the audit log that the log itself lacks."
+    )
     assert (site.root / CLAIMED).stat().st_mode & 0o777 == 0o600
 
 
@@ -220,5 +223,5 @@ def test_the_steward_accepts_and_it_is_written_in_both(site: Site) -> None:
     assert disagreements(site) == ()
     before = path_of(site).read_bytes()
     again = CliRunner().invoke(client_group.app, words)
-    assert "fits" in again.output
+    assert "matches" in again.output
     assert path_of(site).read_bytes() == before

@@ -254,7 +254,7 @@ def test_a_site_folder_that_was_rolled_back_as_a_whole_is_found_by_what_the_coor
     assert summary["refused"] == {"anker": "declined"}
     assert summary["rounds"] == 3
     site = open_site(anker)
-    wrong = ("The coordinator noted an entry of the audit log that is not in it.",)
+    wrong = ("The coordinator has an entry of the audit log that the log itself lacks.",)
     assert disagreements(site) == wrong
     spent = Ledger.open(site.ledger, delta=site.policy.ledger_delta).spent(study().digest)
     assert sum(steps for _, steps in spent) == 2

@@ -94,7 +94,7 @@ def test_the_report_is_written(site: Site, tmp_path: Path) -> None:
     told = _run(site, "data-report", "--study", str(tmp_path / "study.toml"), "--out", str(out))
     assert "Quarantined files: 1;" in told
     # All four are one person, by name and date of birth.
-    assert "that may be one patient's: 1;" in told
+    assert "that may be one patient: 1;" in told
     assert json.loads((out / "data-report.json").read_text())["images"] == 4
 
 

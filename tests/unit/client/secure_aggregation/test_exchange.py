@@ -208,7 +208,7 @@ def test_an_epoch_is_over_when_training_fails(hospitals: Hospitals) -> None:
 def test_two_vectors_in_one_message_are_refused(hospitals: Hospitals) -> None:
     session = hospitals.session()
     one, two = hospitals.epoch(session), hospitals.epoch(session)
-    with pytest.raises(WireInvalid, match="Two vectors"):
+    with pytest.raises(WireInvalid, match="requests two vectors"):
         hospitals.exchange("anker", one.mask_request("anker"), two.mask_request("anker"))
 
 
@@ -250,7 +250,7 @@ def test_another_key_than_the_roster_s_takes_no_part(hospitals: Hospitals, tmp_p
     sites = hospitals.sites
     require_roster(sites["anker"], sites["anker"].roster, digest)
     stranger = init_site(tmp_path / "stranger", name="anker")
-    with pytest.raises(RosterMismatch, match="does not hold this site"):
+    with pytest.raises(RosterMismatch, match="does not list this site"):
         require_roster(stranger, sites["anker"].roster, digest)
     with pytest.raises(RosterMismatch, match="another roster"):
         require_roster(sites["anker"], sites["anker"].roster, "00" * 32)

@@ -1,51 +1,36 @@
 """Flower ClientApp of a site; deployment, simulation and tests all run it.
 
-Every answer is a message of ``records.py``. An error becomes a refusal with a reason of the
-closed list; its text stays at the site, as the last refusal that its operator is shown. Flower is
-never handed an exception: it would send the text to the server.
+Every answer is a message of ``protocol.round_messages``; ``envelope`` logs it, and turns errors
+into refusals.
 """
 
 from __future__ import annotations
 
 import datetime
 import functools
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
 from cloister_fl.client.admission import gate
 from cloister_fl.client.app_state import Kept
 from cloister_fl.client.data.loading import load_frozen
+from cloister_fl.client.envelope import answer_message, respond
 from cloister_fl.client.ledger.rollback import compare
 from cloister_fl.client.secure_aggregation import exchange as masked
-from cloister_fl.client.site.audit_log import WHY, log_of
-from cloister_fl.client.site.folder import Site, open_site
-from cloister_fl.client.site.last_refusal import clear_last_refusal, keep_last_refusal
+from cloister_fl.client.site.folder import Site
 from cloister_fl.client.training.csprng import SecureRandom
 from cloister_fl.client.training.evaluation import score_histogram
 from cloister_fl.client.training.feature_cache import features_of
 from cloister_fl.client.training.local_training import train_round
 from cloister_fl.client.training.noisy_histogram import exact_histogram, noised
 from cloister_fl.errors import (
-    BudgetExhausted,
-    BundleRefused,
     CloisterError,
-    InternalError,
     MessageInvalid,
-    OutsideHours,
-    PolicyRefused,
-    ReleaseAlreadySpent,
-    RosterInvalid,
-    RosterMismatch,
-    RoundAlreadySpent,
-    SecureAggregationError,
-    StudyNotApproved,
-    WireInvalid,
 )
 from cloister_fl.networks import flat_parameters
 from cloister_fl.networks.batch_independence import require_private
@@ -54,30 +39,20 @@ from cloister_fl.networks.pretrained import MODELS_FOLDER
 from cloister_fl.protocol import sessions
 from cloister_fl.protocol.round_messages import (
     ROSTER_KEY,
-    SITE_KEY,
     Counts,
     Evaluated,
     EvaluateTask,
     Exchange,
     Exchanged,
-    MessageT,
     Octets,
     Prepare,
     Prepared,
-    Refusal,
-    Refused,
     RoundMessage,
     TrainTask,
     Update,
     Vector,
-    head_of,
-    kind_of,
     octets,
-    pack,
-    payload_bytes,
-    payload_hash,
     signed_answer,
-    unpack,
 )
 from cloister_fl.study import study_network
 from cloister_fl.study.cost import release_mechanism
@@ -85,22 +60,6 @@ from cloister_fl.study.schema import Study, study_from_canonical
 
 if TYPE_CHECKING:
     from torch import nn
-
-_REASONS: tuple[tuple[type[CloisterError], Refused], ...] = (
-    (BundleRefused, Refused.BUNDLE),
-    (PolicyRefused, Refused.POLICY),
-    (StudyNotApproved, Refused.APPROVAL),
-    (OutsideHours, Refused.HOURS),
-    (BudgetExhausted, Refused.BUDGET),
-    (RoundAlreadySpent, Refused.SPENT),
-    (ReleaseAlreadySpent, Refused.SPENT),
-    (MessageInvalid, Refused.MESSAGE),
-    (WireInvalid, Refused.MESSAGE),
-    (RosterMismatch, Refused.ROSTER),
-    (RosterInvalid, Refused.ROSTER),
-    (SecureAggregationError, Refused.PROTOCOL),
-)
-"""The first that fits; what is not here may depend on data and is declined without a reason."""
 
 
 class SiteApp(ClientApp):
@@ -131,7 +90,7 @@ class SiteApp(ClientApp):
         def no(site: Site) -> RoundMessage:
             raise error
 
-        return _respond(self.kept, message, context, no)
+        return respond(self.kept, message, context, no)
 
 
 def prepare(kept: Kept, message: Message, context: Context) -> Message:
@@ -158,7 +117,7 @@ def prepare(kept: Kept, message: Message, context: Context) -> Message:
         said = signed_answer(site.name, context.node_id, f"{task.run} {study.digest}")
         return Prepared(site=site.name, signature=site.identity().sign(*said))
 
-    return _answer(kept, message, context, Prepare, answer)
+    return answer_message(kept, message, context, Prepare, answer)
 
 
 def exchange(kept: Kept, message: Message, context: Context) -> Message:
@@ -171,7 +130,7 @@ def exchange(kept: Kept, message: Message, context: Context) -> Message:
             raise MessageInvalid("A vector was requested without a model.")
         return Exchanged(site.name, task.round, octets(asked.answer_without_vector()))
 
-    return _answer(kept, message, context, Exchange, answer)
+    return answer_message(kept, message, context, Exchange, answer)
 
 
 def train(kept: Kept, message: Message, context: Context) -> Message:
@@ -204,7 +163,7 @@ def train(kept: Kept, message: Message, context: Context) -> Message:
         answers = asked.answer(expected, trained, run=task.run, saturate=study.privacy.enabled)
         return Exchanged(site.name, task.round, octets(answers))
 
-    return _answer(kept, message, context, TrainTask, answer)
+    return answer_message(kept, message, context, TrainTask, answer)
 
 
 def evaluate(kept: Kept, message: Message, context: Context) -> Message:
@@ -241,7 +200,7 @@ def evaluate(kept: Kept, message: Message, context: Context) -> Message:
         answers = asked.answer(expected, counted, run=task.run, saturate=study.releases)
         return Exchanged(site.name, task.round, octets(answers))
 
-    return _answer(kept, message, context, EvaluateTask, answer)
+    return answer_message(kept, message, context, EvaluateTask, answer)
 
 
 def _admitted(site: Site, task: TrainTask | EvaluateTask | Exchange) -> Study:
@@ -303,93 +262,6 @@ def _histogram(kept: Kept, site: Site, study: Study, task: EvaluateTask) -> Coun
     gate.charge_release(site, study, run=task.run)
     _, held_out = kept.parts(site, study, lambda: load_frozen(site, study))
     return noised(exact_histogram(module, held_out, study), study, release, SecureRandom())
-
-
-def _answer(
-    kept: Kept,
-    message: Message,
-    context: Context,
-    kind: type[MessageT],
-    handler: Callable[[Site, MessageT], RoundMessage],
-) -> Message:
-    run: list[str] = []
-
-    def act(site: Site) -> RoundMessage:
-        task = unpack(message.content, kind)
-        run.append(str(getattr(task, "run", "")))
-        clear_last_refusal(site.root)
-        return handler(site, task)
-
-    return _respond(kept, message, context, act, run)
-
-
-def _respond(
-    kept: Kept,
-    message: Message,
-    context: Context,
-    act: Callable[[Site], RoundMessage],
-    run: Sequence[str] = (),
-) -> Message:
-    """Act, and log what leaves; ``act`` tells in ``run`` which run it is for, once it knows."""
-    site: Site | None = None
-    reply: RoundMessage
-    try:
-        site = open_site(Path(str(context.node_config[SITE_KEY])))
-        # First, so that a site whose log cannot be written answers nothing.
-        log_of(site).append("asked", **_described(message.content))
-        reply = act(site)
-    except CloisterError as error:
-        reply = _refuse(site, error, context.node_id)
-    except Exception as error:
-        # The type alone: the text of a library's exception can quote what it was given.
-        fault = InternalError(
-            f"Internal error ({type(error).__name__}).",
-            remedy="Report it, with the version of Cloister and the study file.",
-        )
-        reply = _refuse(site, fault, context.node_id)
-    return Message(content=_logged(kept, site, reply, context.node_id, run), reply_to=message)
-
-
-def _described(records: RecordDict) -> dict[str, str | int]:
-    """What the log records of a message: its kind, size and hash, and the other side's head."""
-    return {
-        "message": kind_of(records),
-        "bytes": payload_bytes(records),
-        "sha256": payload_hash(records),
-        "peer_head": head_of(records),
-    }
-
-
-def _logged(
-    kept: Kept, site: Site | None, reply: RoundMessage, node: int, run: Sequence[str]
-) -> RecordDict:
-    """Pack a reply once the log says that it leaves, and why it may."""
-    if site is None:
-        return pack(reply)
-    try:
-        log = log_of(site)
-        why = WHY[reply.kind]
-        if isinstance(reply, Refusal):
-            why = f"{why}: {reply.reason}"
-        entry = {**_described(pack(reply)), "to": "coordinator", "why": why, "run": "".join(run)}
-        del entry["peer_head"]
-        head = log.append("sent", **entry)
-        if isinstance(reply, Prepared) or kept.is_signature_due(site, head.seq):
-            head = log.sign()
-            kept.signed(site, head.seq)
-    except CloisterError as error:
-        # What is not in the log does not leave.
-        return pack(_refuse(site, error, node))
-    return pack(reply, log_head=log.note(head))
-
-
-def _refuse(site: Site | None, error: CloisterError, node: int) -> Refusal:
-    reason = next((r for kind, r in _REASONS if isinstance(error, kind)), Refused.DECLINED)
-    if site is None:
-        return Refusal(site="", reason=reason.value)
-    keep_last_refusal(site.root, error)
-    said = signed_answer(site.name, node, reason.value)
-    return Refusal(site.name, reason.value, site.identity().sign(*said))
 
 
 app = SiteApp()

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from cloister_fl.client.data.cohort import Cohort, same, split
+from cloister_fl.client.data.cohort import Cohort, same, split, split_apart
 from cloister_fl.client.data.feature_store import Features, Rows
 from cloister_fl.client.secure_aggregation.exchange import Members
 from cloister_fl.client.site.folder import Site
-from cloister_fl.client.training.noisy_histogram import split_apart
 from cloister_fl.study.schema import Study
 
 COHORTS = 16

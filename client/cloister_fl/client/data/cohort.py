@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from cloister_fl.client.data.feature_store import Features
 from cloister_fl.errors import Reject
 
+_APART_LABEL = b"cloister/release/v1\0"
+
 
 @dataclass(frozen=True)
 class Patient:
@@ -117,4 +119,28 @@ def subset(cohort: Cohort, patients: Sequence[Patient]) -> Cohort:
         modalities=cohort.modalities,
         shapes=cohort.shapes,
         features=cohort.features.part(),
+    )
+
+
+def apart(pseudonym: str, fraction: float) -> bool:
+    """Whether a patient is kept apart for the release: a coin of the patient's own.
+
+    The coin is a hash of the pseudonym, which is keyed by the site and the study. Nobody else's
+    coming or going moves the patient, so adding one patient changes one side only, by that one.
+
+    Args:
+        pseudonym: 64 hexadecimal digits.
+        fraction: chance to be kept apart, 0 to 1.
+    """
+    digest = hashlib.sha256(_APART_LABEL + pseudonym.encode()).digest()
+    return int.from_bytes(digest[:8]) < fraction * 2.0**64
+
+
+def split_apart(cohort: Cohort, fraction: float) -> tuple[Cohort, Cohort]:
+    """Whom to train on, and whom to keep apart for the release; either may be empty."""
+    chosen = [apart(one.pseudonym, fraction) for one in cohort.patients]
+    pairs = list(zip(cohort.patients, chosen, strict=True))
+    return (
+        subset(cohort, [one for one, yes in pairs if not yes]),
+        subset(cohort, [one for one, yes in pairs if yes]),
     )

@@ -12,7 +12,6 @@ so S + round(N) = round(S + N), which is post-processing of a Gaussian.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cloister_fl.client.data.cohort import Cohort, subset
+from cloister_fl.client.data.cohort import Cohort
 from cloister_fl.client.training.csprng import SecureRandom
 from cloister_fl.client.training.evaluation import BATCH
 from cloister_fl.client.training.feature_cache import features_of
@@ -30,32 +29,6 @@ from cloister_fl.privacy.dp_events import Mechanism
 from cloister_fl.protocol.round_messages import Counts
 from cloister_fl.study.cost import RELEASE_BINS, UNITS, sensitivity
 from cloister_fl.study.schema import Study
-
-_LABEL = b"cloister/release/v1\0"
-
-
-def apart(pseudonym: str, fraction: float) -> bool:
-    """Whether a patient is kept apart for the release: a coin of the patient's own.
-
-    The coin is a hash of the pseudonym, which is keyed by the site and the study. Nobody else's
-    coming or going moves the patient, so adding one patient changes one side only, by that one.
-
-    Args:
-        pseudonym: 64 hexadecimal digits.
-        fraction: chance to be kept apart, 0 to 1.
-    """
-    digest = hashlib.sha256(_LABEL + pseudonym.encode()).digest()
-    return int.from_bytes(digest[:8]) < fraction * 2.0**64
-
-
-def split_apart(cohort: Cohort, fraction: float) -> tuple[Cohort, Cohort]:
-    """Whom to train on, and whom to keep apart for the release; either may be empty."""
-    chosen = [apart(one.pseudonym, fraction) for one in cohort.patients]
-    pairs = list(zip(cohort.patients, chosen, strict=True))
-    return (
-        subset(cohort, [one for one, yes in pairs if not yes]),
-        subset(cohort, [one for one, yes in pairs if yes]),
-    )
 
 
 def exact_histogram(module: nn.Module, cohort: Cohort, study: Study) -> Counts:

@@ -19,7 +19,7 @@ from cloister_fl.client import app as client
 from cloister_fl.client.admission import gate
 from cloister_fl.client.admission.approvals import Decision, judge, judgements
 from cloister_fl.client.app_state import Kept
-from cloister_fl.client.data.cohort import Cohort, Patient, subset
+from cloister_fl.client.data.cohort import Cohort, Patient, apart, split_apart, subset
 from cloister_fl.client.ledger.ledger import Ledger
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.last_refusal import read_last_refusal
@@ -27,7 +27,7 @@ from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward.review import review
 from cloister_fl.client.training.csprng import SecureRandom
 from cloister_fl.client.training.local_training import train_round
-from cloister_fl.client.training.noisy_histogram import apart, exact_histogram, noised, split_apart
+from cloister_fl.client.training.noisy_histogram import exact_histogram, noised
 from cloister_fl.errors import ReleaseAlreadySpent
 from cloister_fl.networks import flat_parameters, registry
 from cloister_fl.networks.frozen_backbone import FixedFeatures

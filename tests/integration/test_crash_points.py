@@ -223,7 +223,7 @@ def few(place: Place) -> list[int]:
 
 def test_the_points_are_those_of_a_round(place: Place) -> None:
     names = place.points.names
-    order = ["_respond", "admit", "charge", "Ledger.start_round", "note", "fsync", "load_frozen"]
+    order = ["respond", "admit", "charge", "Ledger.start_round", "note", "fsync", "load_frozen"]
     order += ["draw_bags", "SecureRandom.normal", "PatientDPOptimizer.zero_grad", "_logged"]
     places, start = [], 0
     for name in order:

@@ -85,7 +85,7 @@ class SiteApp(ClientApp):
         return "app"
 
     def refuse(self, message: Message, context: Context, error: CloisterError) -> Message:
-        """Answer a message that is not read at all, as one of a run with a foreign bundle."""
+        """Answer a message that is not read at all, as one of a run with another bundle."""
 
         def no(site: Site) -> RoundMessage:
             raise error

@@ -252,7 +252,7 @@ def test_a_study_frozen_by_another_preprocessing_is_refused(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preprocessing_digest, "SPEC_LABEL", b"cloister/preprocess/v2\0")
-    with pytest.raises(DataChanged, match="other tensors"):
+    with pytest.raises(DataChanged, match="preprocesses images differently"):
         load_frozen(site, STUDY)
     freeze(site, STUDY, again=True, why="a new version")
     load_frozen(site, STUDY)

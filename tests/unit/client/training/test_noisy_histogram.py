@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cloister_fl.client import app as client
+from cloister_fl.client import envelope
 from cloister_fl.client.admission import gate
 from cloister_fl.client.admission.approvals import Decision, judge, judgements
 from cloister_fl.client.app_state import Kept
@@ -266,7 +267,7 @@ def test_it_is_charged_before_data_are_read_and_stays_so(
         (Kept, "parts", True),
         (client, "exact_histogram", True),
         (client, "noised", True),
-        (client, "_logged", True),
+        (envelope, "_logged", True),
     ],
 )
 def test_a_kill_during_a_release_gives_nothing_back(

@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytestmark = pytest.mark.process
+
+
 ROOT = Path(__file__).parents[2]
 
 # Libraries do set things up when they are imported: flwr and torch give themselves log handlers

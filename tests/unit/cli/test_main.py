@@ -20,6 +20,9 @@ from cloister_fl.errors import BudgetExhausted, CloisterError, TooFewSites
 from cloister_fl.study.file import parse_study
 from cloister_fl.version import __version__
 
+pytestmark = pytest.mark.process
+
+
 HEAVY = ("torch", "flwr", "opacus", "pydicom", "numpy", "matplotlib", "monai", "ray")
 
 

@@ -14,6 +14,9 @@ import pytest
 
 from cloister_fl.system.file_lock import locked, try_lock, unlock
 
+pytestmark = pytest.mark.process
+
+
 HOLD = """
 import sys, pathlib
 from cloister_fl.system.file_lock import locked

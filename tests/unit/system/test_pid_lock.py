@@ -13,6 +13,9 @@ import pytest
 from cloister_fl.errors import ServiceState
 from cloister_fl.system.pid_lock import holder, only_one
 
+pytestmark = pytest.mark.process
+
+
 HOLD = """
 import sys, pathlib
 from cloister_fl.system.pid_lock import only_one

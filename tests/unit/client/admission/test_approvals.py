@@ -38,6 +38,8 @@ from cloister_fl.simulation.simulate import Simulation, simulate
 from cloister_fl.study.schema import Study
 from support.federations import study, study_text, write_cohort, write_federation
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:

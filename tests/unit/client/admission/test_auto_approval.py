@@ -20,6 +20,9 @@ from cloister_fl.simulation.simulate import Simulation, simulate
 from cloister_fl.study import signatures as signing
 from support.federations import study, study_text, write_federation
 
+pytestmark = pytest.mark.process
+
+
 SPONSOR, STRANGER = Identity.generate(), Identity.generate()
 SIGNED = signing.sign(study(), SPONSOR)
 LISTS = {"approve": "listed", "approved_hashes": (study().digest,)}

@@ -31,6 +31,9 @@ from cloister_fl.errors import (
 from support import commands, studies
 from support.dicom import radiograph, write_dicom, write_site
 
+pytestmark = pytest.mark.process
+
+
 STUDY_TOML = studies.study_text()
 STUDY = studies.study()
 runner = CliRunner()

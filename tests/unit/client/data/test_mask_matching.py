@@ -23,6 +23,9 @@ from cloister_fl.errors import LabelsInvalid, Reject
 from support.segmentations import saved, segment, segmentation
 from support.segmented_site import STUDY, image, mask, slices, uid_of, write, written
 
+pytestmark = pytest.mark.process
+
+
 COUNT = 6
 
 

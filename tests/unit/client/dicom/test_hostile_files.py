@@ -26,6 +26,9 @@ from cloister_fl.study.schema import Input
 from support.dicom import make_dicom, radiograph
 from support.hostile_dicom import Hostile, bombs, corpus, precinct_bomb
 
+pytestmark = pytest.mark.process
+
+
 SPEC = Input(size=32, modalities=("CR", "DX", "MG", "CT", "MR"))
 SOUND = make_dicom()
 GROWTH_BYTES = 1 << 30

@@ -143,7 +143,7 @@ def test_another_hello(hello: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "facts",
+    "altered",
     [
         {"rows": 0},
         {"columns": 0},
@@ -159,8 +159,8 @@ def test_another_hello(hello: bytes) -> None:
         {"patient_id": ""},
     ],
 )
-def test_facts_that_cannot_be(facts: dict[str, str | int]) -> None:
-    wrong = facts.Facts(**{**FACTS.__dict__, **facts})
+def test_facts_that_cannot_be(altered: dict[str, str | int]) -> None:
+    wrong = facts.Facts(**{**FACTS.__dict__, **altered})
     with pytest.raises(ipc.InvalidMessage):
         ipc.parse_answer(ipc.pack_facts(7, wrong), REQUEST, UNFIT)
 

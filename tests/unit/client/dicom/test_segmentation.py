@@ -44,6 +44,9 @@ from support.dicom import make_dicom, radiograph
 from support.segmentations import saved, segment, segmentation
 from support.segmented_site import SPEC, STUDY, Mask, image, mask, slices, uid_of, write, written
 
+pytestmark = pytest.mark.process
+
+
 POSITIONS = ("", "1.0\\-2.5\\3.25", "0.0\\0.0\\0.0")
 
 

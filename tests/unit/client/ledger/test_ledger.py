@@ -38,6 +38,9 @@ from cloister_fl.privacy.dp_events import Mechanism, compose
 from cloister_fl.privacy.renyi_filter import ORDERS
 from cloister_fl.system import utc
 
+pytestmark = pytest.mark.process
+
+
 STUDY, OTHER = "a" * 64, "b" * 64
 DELTA = 1e-5
 STEPS = 20

@@ -53,6 +53,9 @@ from support import studies
 from support.certificates import self_signed
 from support.dicom import make_dicom, radiograph, uid
 
+pytestmark = pytest.mark.process
+
+
 CANARY, SECRET = "CANARYNAME", "s3cret-token"
 STUDY = studies.study()
 

@@ -164,7 +164,10 @@ DX = tuple(name for name, kinds in acceptance.SOP_CLASSES.items() if kinds & {"C
 
 
 # pynetdicom leaves the socket of a handshake that failed to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(autouse=True)

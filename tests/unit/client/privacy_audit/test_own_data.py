@@ -47,7 +47,7 @@ ASKED = {
 }
 PRIVACY = {"epsilon": 2.0, "clipping_norm": 0.3}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("one_thread")]
 
 
 def _site(root: Path, patients: int) -> Site:

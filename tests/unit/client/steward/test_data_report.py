@@ -15,6 +15,9 @@ from cloister_fl.errors import Reject
 from support import studies
 from support.dicom import make_dicom, radiograph, write_dicom, write_site
 
+pytestmark = pytest.mark.process
+
+
 STUDY = studies.study()
 
 

@@ -18,6 +18,8 @@ from cloister_fl.errors import LabelMissing, OptionInvalid
 from support import studies
 from support.dicom import make_dicom, radiograph, write_site
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:

@@ -23,6 +23,8 @@ from cloister_fl.client.training import csprng
 from cloister_fl.client.training.csprng import SecureRandom
 from cloister_fl.errors import InternalError
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def fixed_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,5 +213,5 @@ def test_there_is_no_switch() -> None:
     # Nothing else in the wheel touches the key.
     roots = [Path(each) for each in cloister_fl.__path__]
     for path in [path for root in roots for path in root.rglob("*.py")]:
-        if path.name != "randomness.py":
+        if path.name != "csprng.py":
             assert "_fresh_key" not in path.read_text(encoding="utf-8"), path

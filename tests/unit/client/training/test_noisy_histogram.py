@@ -49,6 +49,9 @@ from cloister_fl.study.cost import RELEASE_BINS, UNITS, charges, release_mechani
 from cloister_fl.study.schema import Study
 from support.federations import study, write_cohort
 
+pytestmark = pytest.mark.process
+
+
 ASKED = study(aggregation="secure = false", evaluation="release_epsilon = 1.0\nsite_fraction = 0.5")
 THREE = study(target='classes = ["no", "yes", "perhaps"]', evaluation="release_epsilon = 1.0")
 

@@ -8,6 +8,11 @@ import sys
 from dataclasses import fields
 from importlib.metadata import version
 
+import pytest
+
+pytestmark = pytest.mark.process
+
+
 HEAVY = ("flwr", "uvicorn", "httpx", "cryptography", "grpc", "fastapi", "torch", "sqlalchemy")
 
 

@@ -18,6 +18,9 @@ from cloister_fl.server.results.report import RoundRow, RunReport, SiteRow, rend
 from cloister_fl.study.schema import Study
 from support import studies
 
+pytestmark = pytest.mark.process
+
+
 QUESTION = "Does the radiograph show a pulmonary nodule?"
 VOID = {"meta", "img", "source", "br", "link", "input", "hr"}
 

@@ -22,6 +22,9 @@ from cloister_fl.simulation.simulate import Simulation, simulate
 from support.coordinator_process import new_coordinator
 from support.federations import study, study_text, write_cohort, write_federation
 
+pytestmark = pytest.mark.process
+
+
 PYPROJECT = Path(__file__).resolve().parents[4] / "pyproject.toml"
 
 

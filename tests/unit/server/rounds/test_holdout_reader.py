@@ -103,14 +103,14 @@ def test_the_client_s_reading_is_found_as_an_entry_point() -> None:
 def test_a_distribution_that_is_found_twice_offers_one_reading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    twin = tmp_path / "cloister-0.1.0.dist-info"
+    twin = tmp_path / "cloister_fl-0.1.0.dist-info"
     twin.mkdir()
-    (twin / "METADATA").write_text("Metadata-Version: 2.1\nName: cloister\nVersion: 0.1.0\n")
+    (twin / "METADATA").write_text("Metadata-Version: 2.1\nName: cloister-fl\nVersion: 0.1.0\n")
     (twin / "entry_points.txt").write_text(
         f"[{GROUP}]\n{NAME} = cloister_fl.client.holdout:measure_on\n"
     )
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    named = [one for one in importlib.metadata.distributions() if one.name == "cloister"]
+    named = [one for one in importlib.metadata.distributions() if one.name == "cloister-fl"]
     assert len(named) > 1
     assert load_reader() is measure_on
 

@@ -95,6 +95,10 @@
     │   └── ServiceState           CLO-820
     └── InternalError              CLO-901, exit 70: an internal error
 
+The families are classes. An error under them is a class where the program catches it or tests for
+its type; otherwise it is an ``ErrorKind``, whose call returns an instance of the family with the
+kind's code and title.
+
 A message says what happened, why, and what to do. It never carries a patient's data, a path
 inside a site's data folder, or the text of a library's exception: such text quotes values.
 Files that are rejected one by one do not raise; they carry a ``Reject`` reason, which has a
@@ -106,7 +110,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Generic, Self, TypeVar, overload
 
 
 class CloisterError(Exception):
@@ -118,26 +122,75 @@ class CloisterError(Exception):
         remedy: what the reader can do about it.
     """
 
-    code: ClassVar[str] = "CLO-900"
-    title: ClassVar[str] = "Cloister error"
+    code: str = "CLO-900"
+    title: str = "Cloister error"
     exit_status: ClassVar[int] = 1
 
     def __init__(self, what: str, *, why: str = "", remedy: str = "") -> None:
         self.what = what
         self.why = why
         self.remedy = remedy
-        super().__init__(self._compose())
+        super().__init__(what)
 
-    def _compose(self) -> str:
+    def __str__(self) -> str:
         parts = [self.what, self.why, self.remedy]
         return f"{self.code}: " + " ".join(part for part in parts if part)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
+    @property
+    def kind(self) -> ErrorKind[Self]:
+        """What makes another error of this code."""
+        return ErrorKind(type(self), self.code, self.title)
+
     def __reduce__(self) -> tuple[object, ...]:
         # Ray carries errors between processes; the default would drop the keyword arguments.
-        return (_rebuild, (type(self), self.what, self.why, self.remedy), dict(self.__dict__))
+        return (_rebuild, (self.kind, self.what, self.why, self.remedy), dict(self.__dict__))
 
 
-def _rebuild(kind: type[CloisterError], what: str, why: str, remedy: str) -> CloisterError:
+_ErrorT_co = TypeVar("_ErrorT_co", bound=CloisterError, covariant=True)
+
+
+@dataclass(frozen=True)
+class ErrorKind(Generic[_ErrorT_co]):
+    """An error with a code of its own and no class; a call returns an exception of its family.
+
+    Attributes:
+        family: class of the exceptions.
+        code: their code, ``CLO-nnn``.
+        title: title of the code's page.
+    """
+
+    family: type[_ErrorT_co]
+    code: str
+    title: str
+
+    @property
+    def exit_status(self) -> int:
+        """Status with which the commands exit on it."""
+        return self.family.exit_status
+
+    @overload
+    def __call__(
+        self: ErrorKind[SecureAggregationError],
+        what: str,
+        *,
+        why: str = "",
+        remedy: str = "",
+        blamed: str = "",
+    ) -> SecureAggregationError: ...
+
+    @overload
+    def __call__(self, what: str, *, why: str = "", remedy: str = "") -> _ErrorT_co: ...
+
+    def __call__(self, what: str, *, why: str = "", remedy: str = "", **more: str) -> CloisterError:
+        error = self.family(what, why=why, remedy=remedy, **more)
+        error.code, error.title = self.code, self.title
+        return error
+
+
+def _rebuild(kind: ErrorKind[CloisterError], what: str, why: str, remedy: str) -> CloisterError:
     return kind(what, why=why, remedy=remedy)
 
 
@@ -203,14 +256,8 @@ class OutputInTheWay(InputError):
     title = "The output exists already or cannot be written"
 
 
-class TooFewSitesGiven(InputError):
-    code = "CLO-105"
-    title = "Fewer sites than the study requires"
-
-
-class OptionInvalid(InputError):
-    code = "CLO-106"
-    title = "A value on the command line is not valid"
+TooFewSitesGiven = ErrorKind(InputError, "CLO-105", "Fewer sites than the study requires")
+OptionInvalid = ErrorKind(InputError, "CLO-106", "A value on the command line is not valid")
 
 
 class DataError(CloisterError):
@@ -218,9 +265,7 @@ class DataError(CloisterError):
     exit_status = 3
 
 
-class LabelMissing(DataError):
-    code = "CLO-201"
-    title = "Images have no label"
+LabelMissing = ErrorKind(DataError, "CLO-201", "Images have no label")
 
 
 class LabelWithoutImage(DataError):
@@ -228,14 +273,8 @@ class LabelWithoutImage(DataError):
     title = "Labels without an image"
 
 
-class SiteEmpty(DataError):
-    code = "CLO-203"
-    title = "The site has no usable image"
-
-
-class OneClassOnly(DataError):
-    code = "CLO-204"
-    title = "All patients of the site have the same class"
+SiteEmpty = ErrorKind(DataError, "CLO-203", "The site has no usable image")
+OneClassOnly = ErrorKind(DataError, "CLO-204", "All patients of the site have the same class")
 
 
 class FolderUnreadable(DataError):
@@ -248,9 +287,7 @@ class LabelsInvalid(DataError):
     title = "The labels file is not valid"
 
 
-class CohortTooSmall(DataError):
-    code = "CLO-207"
-    title = "The site has too few patients of a class"
+CohortTooSmall = ErrorKind(DataError, "CLO-207", "The site has too few patients of a class")
 
 
 class DecoderUnfit(DataError):
@@ -258,9 +295,7 @@ class DecoderUnfit(DataError):
     title = "An image decoder failed its self-test"
 
 
-class DataChanged(DataError):
-    code = "CLO-209"
-    title = "The site's data changed after the study was frozen"
+DataChanged = ErrorKind(DataError, "CLO-209", "The site's data changed after the study was frozen")
 
 
 class ArchiveUnreachable(DataError):
@@ -268,19 +303,9 @@ class ArchiveUnreachable(DataError):
     title = "The archive cannot be reached"
 
 
-class ArchiveRefused(DataError):
-    code = "CLO-251"
-    title = "The archive refused access"
-
-
-class ArchiveAnswerInvalid(DataError):
-    code = "CLO-252"
-    title = "The archive's response is not valid"
-
-
-class FetchUnfinished(DataError):
-    code = "CLO-253"
-    title = "A fetch from the archive is not complete"
+ArchiveRefused = ErrorKind(DataError, "CLO-251", "The archive refused access")
+ArchiveAnswerInvalid = ErrorKind(DataError, "CLO-252", "The archive's response is not valid")
+FetchUnfinished = ErrorKind(DataError, "CLO-253", "A fetch from the archive is not complete")
 
 
 class PrivacyError(CloisterError):
@@ -293,9 +318,7 @@ class BudgetExhausted(PrivacyError):
     title = "The privacy budget is not sufficient"
 
 
-class LedgerDamaged(PrivacyError):
-    code = "CLO-302"
-    title = "The privacy ledger is damaged"
+LedgerDamaged = ErrorKind(PrivacyError, "CLO-302", "The privacy ledger is damaged")
 
 
 class PolicyRefused(PrivacyError):
@@ -303,9 +326,9 @@ class PolicyRefused(PrivacyError):
     title = "The site's policy does not allow the study"
 
 
-class EpsilonUnreachable(PrivacyError):
-    code = "CLO-304"
-    title = "No noise level meets the requested epsilon"
+EpsilonUnreachable = ErrorKind(
+    PrivacyError, "CLO-304", "No noise level meets the requested epsilon"
+)
 
 
 class RoundAlreadySpent(PrivacyError):
@@ -328,14 +351,12 @@ class OutsideHours(PrivacyError):
     title = "Outside the site's training window"
 
 
-class LedgerRolledBack(PrivacyError):
-    code = "CLO-309"
-    title = "The privacy ledger may have been rolled back"
-
-
-class CertificateInvalid(PrivacyError):
-    code = "CLO-310"
-    title = "A privacy certificate or ledger export is not valid"
+LedgerRolledBack = ErrorKind(
+    PrivacyError, "CLO-309", "The privacy ledger may have been rolled back"
+)
+CertificateInvalid = ErrorKind(
+    PrivacyError, "CLO-310", "A privacy certificate or ledger export is not valid"
+)
 
 
 class ReleaseAlreadySpent(PrivacyError):
@@ -353,9 +374,7 @@ class NetworkUnfit(ModelError):
     title = "The network cannot be trained as the study asks"
 
 
-class ModelFileInvalid(ModelError):
-    code = "CLO-402"
-    title = "The file is not a Cloister model"
+ModelFileInvalid = ErrorKind(ModelError, "CLO-402", "The file is not a Cloister model")
 
 
 class UpdateInvalid(ModelError):
@@ -363,9 +382,9 @@ class UpdateInvalid(ModelError):
     title = "A weight or update vector is not valid"
 
 
-class WeightsUnfit(ModelError):
-    code = "CLO-404"
-    title = "Pretrained weights are missing or do not match the study"
+WeightsUnfit = ErrorKind(
+    ModelError, "CLO-404", "Pretrained weights are missing or do not match the study"
+)
 
 
 class RunError(CloisterError):
@@ -383,14 +402,8 @@ class MessageInvalid(RunError):
     title = "A message is malformed"
 
 
-class ResumeMismatch(RunError):
-    code = "CLO-503"
-    title = "The run to resume belongs to another study"
-
-
-class NothingToResume(RunError):
-    code = "CLO-504"
-    title = "There is no run to resume"
+ResumeMismatch = ErrorKind(RunError, "CLO-503", "The run to resume belongs to another study")
+NothingToResume = ErrorKind(RunError, "CLO-504", "There is no run to resume")
 
 
 class BundleRefused(RunError):
@@ -413,9 +426,7 @@ class InstallError(CloisterError):
     exit_status = 7
 
 
-class ExtraMissing(InstallError):
-    code = "CLO-601"
-    title = "A component of Cloister is not installed"
+ExtraMissing = ErrorKind(InstallError, "CLO-601", "A component of Cloister is not installed")
 
 
 class SecureAggregationError(CloisterError):
@@ -434,9 +445,9 @@ class SecureAggregationError(CloisterError):
         self.blamed = blamed
 
 
-class ParameterRefused(SecureAggregationError):
-    code = "CLO-701"
-    title = "A parameter is outside what the site or the protocol allows"
+ParameterRefused = ErrorKind(
+    SecureAggregationError, "CLO-701", "A parameter is outside what the site or the protocol allows"
+)
 
 
 class RosterMismatch(SecureAggregationError):
@@ -444,59 +455,31 @@ class RosterMismatch(SecureAggregationError):
     title = "A site is not on the trusted roster, or the roster differs"
 
 
-class SignatureInvalid(SecureAggregationError):
-    code = "CLO-703"
-    title = "A signature does not match the trusted roster's key"
-
-
-class EpochReused(SecureAggregationError):
-    code = "CLO-704"
-    title = "A key epoch was used before"
-
-
-class KeyReused(SecureAggregationError):
-    code = "CLO-705"
-    title = "A key was sent twice"
-
-
-class LowOrderKey(SecureAggregationError):
-    code = "CLO-706"
-    title = "A key is of low order or not canonical"
-
-
-class OwnRecordAltered(SecureAggregationError):
-    code = "CLO-707"
-    title = "The site's own record came back altered or is missing"
-
-
-class BoxTampered(SecureAggregationError):
-    code = "CLO-708"
-    title = "Encrypted shares are not those that their dealer signed"
-
-
-class DealerBlamed(SecureAggregationError):
-    code = "CLO-709"
-    title = "A dealer sent shares that do not match its secret"
-
-
-class ShareMismatch(SecureAggregationError):
-    code = "CLO-710"
-    title = "A share is not the one that was dealt"
-
-
-class SplitView(SecureAggregationError):
-    code = "CLO-711"
-    title = "The sites do not agree on what is summed"
-
-
-class OverlapRefused(SecureAggregationError):
-    code = "CLO-712"
-    title = "A set of surviving sites was refused"
-
-
-class UpdateReuse(SecureAggregationError):
-    code = "CLO-713"
-    title = "The round was already answered for another set of sites"
+SignatureInvalid = ErrorKind(
+    SecureAggregationError, "CLO-703", "A signature does not match the trusted roster's key"
+)
+EpochReused = ErrorKind(SecureAggregationError, "CLO-704", "A key epoch was used before")
+KeyReused = ErrorKind(SecureAggregationError, "CLO-705", "A key was sent twice")
+LowOrderKey = ErrorKind(SecureAggregationError, "CLO-706", "A key is of low order or not canonical")
+OwnRecordAltered = ErrorKind(
+    SecureAggregationError, "CLO-707", "The site's own record came back altered or is missing"
+)
+BoxTampered = ErrorKind(
+    SecureAggregationError, "CLO-708", "Encrypted shares are not those that their dealer signed"
+)
+DealerBlamed = ErrorKind(
+    SecureAggregationError, "CLO-709", "A dealer sent shares that do not match its secret"
+)
+ShareMismatch = ErrorKind(
+    SecureAggregationError, "CLO-710", "A share is not the one that was dealt"
+)
+SplitView = ErrorKind(SecureAggregationError, "CLO-711", "The sites do not agree on what is summed")
+OverlapRefused = ErrorKind(
+    SecureAggregationError, "CLO-712", "A set of surviving sites was refused"
+)
+UpdateReuse = ErrorKind(
+    SecureAggregationError, "CLO-713", "The round was already answered for another set of sites"
+)
 
 
 class TooFewSurvivors(SecureAggregationError):
@@ -504,24 +487,20 @@ class TooFewSurvivors(SecureAggregationError):
     title = "Too few sites are left for secure aggregation"
 
 
-class StageRepeated(SecureAggregationError):
-    code = "CLO-715"
-    title = "A stage was requested again with other content"
-
-
-class StageOutOfOrder(SecureAggregationError):
-    code = "CLO-716"
-    title = "A stage was requested out of order"
-
-
-class SessionUnknown(SecureAggregationError):
-    code = "CLO-717"
-    title = "The site has no such key epoch or secure-aggregation session"
-
-
-class SessionMismatch(SecureAggregationError):
-    code = "CLO-718"
-    title = "A secure-aggregation session does not match the approved study"
+StageRepeated = ErrorKind(
+    SecureAggregationError, "CLO-715", "A stage was requested again with other content"
+)
+StageOutOfOrder = ErrorKind(SecureAggregationError, "CLO-716", "A stage was requested out of order")
+SessionUnknown = ErrorKind(
+    SecureAggregationError,
+    "CLO-717",
+    "The site has no such key epoch or secure-aggregation session",
+)
+SessionMismatch = ErrorKind(
+    SecureAggregationError,
+    "CLO-718",
+    "A secure-aggregation session does not match the approved study",
+)
 
 
 class EncodingOverflow(SecureAggregationError):
@@ -534,9 +513,9 @@ class NotFinite(SecureAggregationError):
     title = "An update is not finite"
 
 
-class WeightAboveCap(SecureAggregationError):
-    code = "CLO-721"
-    title = "A weight lies outside the allowed range"
+WeightAboveCap = ErrorKind(
+    SecureAggregationError, "CLO-721", "A weight lies outside the allowed range"
+)
 
 
 class WireInvalid(SecureAggregationError):
@@ -549,9 +528,7 @@ class TranscriptMismatch(SecureAggregationError):
     title = "A transcript does not replay to its stated result"
 
 
-class SiteAborted(SecureAggregationError):
-    code = "CLO-724"
-    title = "A site aborted secure aggregation"
+SiteAborted = ErrorKind(SecureAggregationError, "CLO-724", "A site aborted secure aggregation")
 
 
 class RosterInvalid(SecureAggregationError):
@@ -569,14 +546,10 @@ class DeploymentError(CloisterError):
     exit_status = 9
 
 
-class ServerFolderInvalid(DeploymentError):
-    code = "CLO-801"
-    title = "The coordinator's folder cannot be used"
-
-
-class InviteInvalid(DeploymentError):
-    code = "CLO-802"
-    title = "The invite cannot be used"
+ServerFolderInvalid = ErrorKind(
+    DeploymentError, "CLO-801", "The coordinator's folder cannot be used"
+)
+InviteInvalid = ErrorKind(DeploymentError, "CLO-802", "The invite cannot be used")
 
 
 class EnrolmentRefused(DeploymentError):
@@ -589,14 +562,12 @@ class CoordinatorUnreachable(DeploymentError):
     title = "The coordinator cannot be reached"
 
 
-class CoordinatorUnproven(DeploymentError):
-    code = "CLO-805"
-    title = "The coordinator's identity could not be verified"
-
-
-class SiteStateInvalid(DeploymentError):
-    code = "CLO-806"
-    title = "The site's enrolment state does not allow the command"
+CoordinatorUnproven = ErrorKind(
+    DeploymentError, "CLO-805", "The coordinator's identity could not be verified"
+)
+SiteStateInvalid = ErrorKind(
+    DeploymentError, "CLO-806", "The site's enrolment state does not allow the command"
+)
 
 
 class ListenRefused(DeploymentError):
@@ -604,9 +575,9 @@ class ListenRefused(DeploymentError):
     title = "The program cannot listen on an address"
 
 
-class ServerState(DeploymentError):
-    code = "CLO-808"
-    title = "The server is already running, or is not running"
+ServerState = ErrorKind(
+    DeploymentError, "CLO-808", "The server is already running, or is not running"
+)
 
 
 class ProxyUnusable(DeploymentError):
@@ -629,14 +600,12 @@ class ClockOrDates(DeploymentError):
     title = "A clock is wrong, or a certificate is not valid now"
 
 
-class VersionsDiffer(DeploymentError):
-    code = "CLO-815"
-    title = "Site and coordinator run different versions"
-
-
-class ServiceState(DeploymentError):
-    code = "CLO-820"
-    title = "The site's service is already running, or is not running"
+VersionsDiffer = ErrorKind(
+    DeploymentError, "CLO-815", "Site and coordinator run different versions"
+)
+ServiceState = ErrorKind(
+    DeploymentError, "CLO-820", "The site's service is already running, or is not running"
+)
 
 
 class InternalError(CloisterError):
@@ -722,14 +691,14 @@ _REJECT_TITLES = {
 }
 
 
-def all_errors() -> Iterator[type[CloisterError]]:
-    """Yield every concrete error class, in the order of the codes."""
-    found: dict[str, type[CloisterError]] = {}
-    stack: list[type[CloisterError]] = [CloisterError]
-    while stack:
-        kind = stack.pop()
-        stack.extend(kind.__subclasses__())
-        if "code" in kind.__dict__ and kind is not CloisterError:
-            found[kind.code] = kind
+def all_errors() -> Iterator[ErrorKind[CloisterError]]:
+    """Yield every error that has a code, classes as kinds too, in the order of the codes."""
+    found: dict[str, ErrorKind[CloisterError]] = {}
+    for value in tuple(globals().values()):
+        if isinstance(value, ErrorKind):
+            found[value.code] = value
+        elif isinstance(value, type) and issubclass(value, CloisterError) and "code" in vars(value):
+            found[value.code] = ErrorKind(value, value.code, value.title)
+    del found[CloisterError.code]
     for code in sorted(found):
         yield found[code]

@@ -31,6 +31,7 @@ from cloister_fl.secagg.messages.codec import (
 )
 from cloister_fl.secagg.parameters import Parameters
 from cloister_fl.secagg.server import ServerEpoch
+from support.errors import raises
 from support.secagg import Federation, identity_of, over
 
 FIRST, SECOND, THIRD, FOURTH, LAST = (f"site-{number:02d}" for number in range(1, 6))
@@ -54,7 +55,7 @@ def test_key_substitution() -> None:
     federation.advertise(server)
     request = server.share_request()
     mine = replace(request.records[1], enc_pk=fresh(), mask_pk=fresh())
-    with pytest.raises(SignatureInvalid):
+    with raises(SignatureInvalid):
         federation.sites[FIRST].share(over(swapped(request, mine)))
     federation.assert_no_secret()
 
@@ -65,7 +66,7 @@ def test_key_substitution_signed_by_another_hospital() -> None:
     federation.advertise(server)
     request = server.share_request()
     mine = replace(request.records[1], mask_pk=fresh()).signed_by(identity_of(THIRD))
-    with pytest.raises(SignatureInvalid):
+    with raises(SignatureInvalid):
         federation.sites[FIRST].share(over(swapped(request, mine)))
     federation.assert_no_secret()
 
@@ -76,7 +77,7 @@ def test_own_record_altered() -> None:
     federation.advertise(server)
     request = server.share_request()
     without = replace(request, records=request.records[1:])
-    with pytest.raises(OwnRecordAltered):
+    with raises(OwnRecordAltered):
         federation.sites[FIRST].share(over(without))
     federation.assert_no_secret()
 
@@ -91,7 +92,7 @@ def test_low_order_key(point: int) -> None:
     bad = replace(request.records[1], mask_pk=point.to_bytes(32, "little"))
     # A hospital that helps the server signs it.
     bad = bad.signed_by(identity_of(SECOND))
-    with pytest.raises(LowOrderKey) as caught:
+    with raises(LowOrderKey) as caught:
         federation.sites[FIRST].share(over(swapped(request, bad)))
     assert caught.value.blamed == SECOND
     federation.assert_no_secret()
@@ -104,7 +105,7 @@ def test_one_key_for_two_sites() -> None:
     request = server.share_request()
     copy = replace(request.records[1], enc_pk=request.records[2].enc_pk)
     copy = copy.signed_by(identity_of(SECOND))
-    with pytest.raises(KeyReused):
+    with raises(KeyReused):
         federation.sites[FIRST].share(over(swapped(request, copy)))
     federation.assert_no_secret()
 
@@ -141,16 +142,16 @@ def test_sybils_invited_past_the_pinned_roster() -> None:
 def test_threshold_of_one() -> None:
     federation = Federation(5)
     request = ServerEpoch(federation.terms(), federation.roster).advertise_request()
-    with pytest.raises(ParameterRefused):
+    with raises(ParameterRefused):
         federation.sites[FIRST].advertise(over(replace(request, threshold=1)))
-    with pytest.raises(ParameterRefused):
+    with raises(ParameterRefused):
         federation.sites[FIRST].advertise(over(replace(request, survivors=2)))
 
 
 def test_fewer_colluders_than_approved() -> None:
     federation = Federation(7)
     terms = federation.terms(colluders=0)
-    with pytest.raises(ParameterRefused):
+    with raises(ParameterRefused):
         federation.sites[FIRST].advertise(
             over(ServerEpoch(terms, federation.roster).advertise_request())
         )
@@ -158,14 +159,14 @@ def test_fewer_colluders_than_approved() -> None:
 
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_a_sum_of_two(n: int) -> None:
-    with pytest.raises(ParameterRefused):
+    with raises(ParameterRefused):
         Parameters.derive(n, 0)
 
 
 def test_a_small_federation_where_a_large_one_was_approved() -> None:
     federation = Federation(5)
     terms = federation.terms(invited=federation.names[:4])
-    with pytest.raises(ParameterRefused):
+    with raises(ParameterRefused):
         federation.sites[FIRST].advertise(
             over(ServerEpoch(terms, federation.roster).advertise_request())
         )
@@ -174,7 +175,7 @@ def test_a_small_federation_where_a_large_one_was_approved() -> None:
 def test_another_study() -> None:
     federation = Federation(5)
     terms = federation.terms(study=hashlib.sha256(b"not approved").digest())
-    with pytest.raises(ParameterRefused):
+    with raises(ParameterRefused):
         federation.sites[FIRST].advertise(
             over(ServerEpoch(terms, federation.roster).advertise_request())
         )
@@ -197,12 +198,12 @@ def test_split_view_of_u3() -> None:
     server.close_vectors()
     whole = server.unmask_request()
     part = UnmaskRequest(sid, fewer, tuple(sorted(consents.items())))
-    with pytest.raises(SplitView):
+    with raises(SplitView):
         federation.sites[FIRST].unmask(over(part))
     federation.assert_no_secret()
     # Signatures over U2 do not stand for another set.
     moved = UnmaskRequest(sid, fewer, whole.signatures[:-1])
-    with pytest.raises(SplitView):
+    with raises(SplitView):
         federation.sites[SECOND].unmask(over(moved))
     federation.assert_no_secret()
 
@@ -221,7 +222,7 @@ def test_active_and_dead_overlap() -> None:
         for name in fewer
     )
     federation.note(federation.sites[FIRST].unmask(whole))
-    with pytest.raises(StageRepeated):
+    with raises(StageRepeated):
         federation.sites[FIRST].unmask(over(UnmaskRequest(server.sid, fewer, consents)))
     federation.assert_no_secret(stage_four=True)
     reply = federation.released()[0]
@@ -242,7 +243,7 @@ def test_dropped_sites_are_the_sites_own_conclusion() -> None:
 def test_unknown_site_in_u3() -> None:
     federation = Federation(5)
     server = federation.masked()
-    with pytest.raises(OverlapRefused):
+    with raises(OverlapRefused):
         federation.sites[FIRST].consent(
             over(ConsistencyRequest(server.sid, (*federation.names[:4], "zz-unknown")))
         )
@@ -252,7 +253,7 @@ def test_unknown_site_in_u3() -> None:
 def test_u3_without_the_site_itself() -> None:
     federation = Federation(5)
     server = federation.masked()
-    with pytest.raises(OverlapRefused):
+    with raises(OverlapRefused):
         federation.sites[FIRST].consent(over(ConsistencyRequest(server.sid, federation.names[1:])))
     federation.assert_no_secret()
 
@@ -270,7 +271,7 @@ def test_a_second_other_u3() -> None:
     server = federation.masked()
     site = federation.sites[FIRST]
     site.consent(over(ConsistencyRequest(server.sid, federation.names[:6])))
-    with pytest.raises(StageRepeated):
+    with raises(StageRepeated):
         site.consent(over(ConsistencyRequest(server.sid, federation.names[:5])))
     federation.assert_no_secret()
 
@@ -281,10 +282,10 @@ def test_one_signature_for_many() -> None:
     server = federation.masked()
     server.close_vectors()
     request = server.unmask_request()
-    with pytest.raises(SplitView):
+    with raises(SplitView):
         federation.sites[FIRST].unmask(over(replace(request, signatures=request.signatures[:3])))
     copied = tuple((name, request.signatures[0][1]) for name in federation.names)
-    with pytest.raises(SplitView):
+    with raises(SplitView):
         federation.sites[SECOND].unmask(over(replace(request, signatures=copied)))
     federation.assert_no_secret()
 

@@ -26,6 +26,7 @@ from cloister_fl.secagg.messages.codec import (
     UnmaskRequest,
 )
 from cloister_fl.secagg.server import ServerEpoch
+from support.errors import raises
 from support.secagg import Federation, MemoryStore, over
 
 FIRST, SECOND, THIRD, FOURTH, LAST = (f"site-{number:02d}" for number in range(1, 6))
@@ -36,7 +37,7 @@ def test_keys_sent_ahead_used_in_two_sessions() -> None:
     server = federation.masked()
     request = over(server.mask_request(FIRST))
     other = federation.session(round_number=1)
-    with pytest.raises(StageRepeated):
+    with raises(StageRepeated):
         federation.sites[FIRST].open(replace(request, session=other), other)
     federation.assert_no_secret()
 
@@ -46,10 +47,10 @@ def test_second_stage_two_with_another_u2() -> None:
     server = federation.masked()
     request = over(server.mask_request(FIRST))
     fewer = replace(request, parcels=request.parcels[:-1])
-    with pytest.raises(StageRepeated):
+    with raises(StageRepeated):
         federation.sites[FIRST].open(fewer, federation.session())
     # Nor does the site mask again: the epoch is over.
-    with pytest.raises(SessionUnknown):
+    with raises(SessionUnknown):
         federation.sites[FIRST].mask(request.kid, federation.updates[FIRST], saturate=False)
     federation.assert_no_secret()
 
@@ -59,7 +60,7 @@ def test_second_stage_two_with_another_model() -> None:
     server = federation.masked()
     request = over(server.mask_request(FIRST))
     other = federation.session(model=model_hash(b"another model"))
-    with pytest.raises(StageRepeated):
+    with raises(StageRepeated):
         federation.sites[FIRST].open(replace(request, session=other), other)
     federation.assert_no_secret()
 
@@ -86,12 +87,12 @@ def test_site_directory_restored_from_a_snapshot_in_mid_session() -> None:
     assert not any(secret.hex() in repr(disk) for secret in federation.secrets)
     federation.stores[FIRST] = disk
     restored = federation.make_site(FIRST)
-    with pytest.raises(SessionUnknown):
+    with raises(SessionUnknown):
         restored.open(over(server.mask_request(FIRST)), session)
-    with pytest.raises(EpochReused):
+    with raises(EpochReused):
         restored.advertise(over(server.advertise_request()))
     server.close_vectors()
-    with pytest.raises(SessionUnknown):
+    with raises(SessionUnknown):
         restored.unmask(over(server.unmask_request()))
     federation.assert_no_secret()
 
@@ -104,7 +105,7 @@ def test_site_directory_restored_from_before_the_epoch() -> None:
     federation.stores[FIRST] = disk
     restored = federation.make_site(FIRST)
     restored.advertise(over(server.advertise_request()))
-    with pytest.raises(OwnRecordAltered):
+    with raises(OwnRecordAltered):
         restored.share(ShareRequest(server.terms.kid, tuple(server._records.values())))
     federation.assert_no_secret()
 
@@ -127,7 +128,7 @@ def test_retry_minus_one_site() -> None:
     server = retry(federation, federation.names[:-1])
     session = federation.session(attempt=1)
     server.start(session)
-    with pytest.raises(UpdateReuse):
+    with raises(UpdateReuse):
         federation.sites[FIRST].open(over(server.mask_request(FIRST)), session)
     federation.assert_no_secret(stage_four=True)
 
@@ -141,7 +142,7 @@ def test_retry_with_all_boxes_minus_one_survivor() -> None:
     federation.mask(server, federation.session(attempt=1), absent=federation.names[-1:])
     request = server.close_vectors()
     assert request is not None
-    with pytest.raises(UpdateReuse):
+    with raises(UpdateReuse):
         federation.sites[FIRST].consent(over(request))
     assert len(federation.released()) == before
 
@@ -156,7 +157,7 @@ def test_two_sessions_at_once_answered_for_two_sets() -> None:
     federation.consent(one)
     federation.consent(other)
     federation.note(federation.sites[FIRST].unmask(over(one.unmask_request())))
-    with pytest.raises(UpdateReuse):
+    with raises(UpdateReuse):
         federation.sites[FIRST].unmask(over(other.unmask_request()))
     federation.assert_no_secret(stage_four=True)
 
@@ -171,7 +172,7 @@ def test_resume_under_a_new_run_id_minus_one_site() -> None:
     server = retry(federation, fewer, run="run-2", invited=fewer)
     session = federation.session(attempt=1, weights=federation.weights[:-1])
     server.start(session)
-    with pytest.raises(UpdateReuse):
+    with raises(UpdateReuse):
         federation.sites[FIRST].open(over(server.mask_request(FIRST)), session)
     federation.assert_no_secret(stage_four=True)
 
@@ -184,7 +185,7 @@ def test_attempt_with_other_invited_sites() -> None:
     server = retry(federation, fewer, invited=fewer)
     session = federation.session(attempt=1, weights=federation.weights[:-1])
     server.start(session)
-    with pytest.raises(UpdateReuse):
+    with raises(UpdateReuse):
         federation.sites[FIRST].open(over(server.mask_request(FIRST)), session)
     federation.assert_no_secret()
 
@@ -201,14 +202,14 @@ def test_another_model_to_one_site() -> None:
     odd = federation.note(
         federation.sites[FIRST].mask(request.kid, federation.updates[FIRST], saturate=False)
     )
-    with pytest.raises(SessionMismatch):
+    with raises(SessionMismatch):
         server.receive_masked(odd)
     # The server lies on: it lists the site among the survivors and asks both sides to unmask.
     consents = tuple(sorted({**server._consents, FIRST: odd.consent}.items()))
     for name, sid in ((FIRST, odd.sid), (SECOND, server.sid)):
         asked = UnmaskRequest(sid, federation.names, consents)
         if name == FIRST:
-            with pytest.raises(SplitView):
+            with raises(SplitView):
                 federation.sites[name].unmask(over(asked))
         else:
             federation.note(federation.sites[name].unmask(over(asked)))
@@ -220,7 +221,7 @@ def test_model_other_than_the_one_received() -> None:
     federation = Federation(5)
     server = federation.prepared()
     server.start(federation.session(model=model_hash(b"what the server says")))
-    with pytest.raises(SessionMismatch):
+    with raises(SessionMismatch):
         federation.sites[FIRST].open(over(server.mask_request(FIRST)), federation.session())
     federation.assert_no_secret()
 
@@ -234,7 +235,7 @@ def test_altered_boxes() -> None:
     parcel = request.parcels[1]
     spoilt = Parcel(parcel.dealing, bytes([parcel.box[0] ^ 1]) + parcel.box[1:])
     bad = replace(request, parcels=(request.parcels[0], spoilt, *request.parcels[2:]))
-    with pytest.raises(BoxTampered):
+    with raises(BoxTampered):
         federation.sites[FIRST].open(over(bad), session)
     federation.assert_no_secret()
 
@@ -255,7 +256,7 @@ def test_reordered_boxes() -> None:
             *request.parcels[3:],
         ),
     )
-    with pytest.raises(BoxTampered):
+    with raises(BoxTampered):
         federation.sites[FIRST].open(over(bad), session)
     federation.assert_no_secret()
 
@@ -274,7 +275,7 @@ def test_box_for_another_site() -> None:
             *request.parcels[2:],
         ),
     )
-    with pytest.raises(BoxTampered):
+    with raises(BoxTampered):
         federation.sites[FIRST].open(over(bad), session)
     federation.assert_no_secret()
 
@@ -302,7 +303,7 @@ def test_boxes_withheld_from_one_site_unequal_u2() -> None:
     odd = federation.note(
         federation.sites[FIRST].mask(request.kid, federation.updates[FIRST], saturate=False)
     )
-    with pytest.raises(SessionMismatch):
+    with raises(SessionMismatch):
         server.receive_masked(odd)
     u3 = tuple(fewer.u2)
     consents = {FIRST: odd.consent}
@@ -310,7 +311,7 @@ def test_boxes_withheld_from_one_site_unequal_u2() -> None:
         reply = federation.sites[name].consent(over(ConsistencyRequest(server.sid, u3)))
         consents[name] = federation.note(reply).signature
     asked = UnmaskRequest(server.sid, u3, tuple(sorted(consents.items())))
-    with pytest.raises(SplitView):
+    with raises(SplitView):
         federation.sites[FIRST].unmask(over(asked))
     federation.assert_no_secret()
 
@@ -325,7 +326,7 @@ def test_a_dealing_of_another_epoch() -> None:
     server.start(session)
     request = server.mask_request(FIRST)
     bad = replace(request, parcels=(request.parcels[0], stale, *request.parcels[2:]))
-    with pytest.raises(SignatureInvalid):
+    with raises(SignatureInvalid):
         federation.sites[FIRST].open(over(bad), session)
     federation.assert_no_secret()
 
@@ -336,5 +337,5 @@ def test_an_epoch_id_a_second_time() -> None:
     federation.sites[FIRST].advertise(request)
     federation.look(FIRST)
     federation.sites[FIRST].close()
-    with pytest.raises(EpochReused):
+    with raises(EpochReused):
         federation.sites[FIRST].advertise(request)

@@ -23,6 +23,7 @@ from cloister_fl.secagg import share_keys
 from cloister_fl.secagg.crypto import hashes, shamir
 from cloister_fl.secagg.messages.codec import Dealing, Shares
 from cloister_fl.secagg.server import ServerEpoch
+from support.errors import raises
 from support.secagg import Federation, identity_of, over
 
 FIRST, SECOND, THIRD, FOURTH, LAST = (f"site-{number:02d}" for number in range(1, 6))
@@ -46,7 +47,7 @@ def test_wrong_share_as_holder() -> None:
     lie = replace(
         honest, b_shares=(honest.b_shares[0], (dealer, wrong), *honest.b_shares[2:])
     ).signed_by(identity_of(FIRST))
-    with pytest.raises(ShareMismatch) as caught:
+    with raises(ShareMismatch) as caught:
         server.receive_unmasked(over(lie))
     assert caught.value.blamed == FIRST
     # The others suffice; the liar costs nobody the round.
@@ -61,7 +62,7 @@ def test_shares_of_other_sites_as_holder() -> None:
     server.close_vectors()
     honest = federation.sites[FIRST].unmask(over(server.unmask_request()))
     lie = replace(honest, b_shares=honest.b_shares[:-1]).signed_by(identity_of(FIRST))
-    with pytest.raises(ShareMismatch) as caught:
+    with raises(ShareMismatch) as caught:
         server.receive_unmasked(over(lie))
     assert caught.value.blamed == FIRST
 
@@ -87,7 +88,7 @@ def test_wrong_secret_as_dealer(monkeypatch: pytest.MonkeyPatch) -> None:
     federation.mask(server, federation.session())
     federation.consent(server)
     federation.unmask(server)
-    with pytest.raises(DealerBlamed) as caught:
+    with raises(DealerBlamed) as caught:
         server.finish()
     assert caught.value.blamed == SECOND
 
@@ -97,7 +98,7 @@ def test_wrong_mask_key_as_dealer(monkeypatch: pytest.MonkeyPatch) -> None:
     federation.mask(server, federation.session(), absent=[SECOND])
     federation.consent(server)
     federation.unmask(server)
-    with pytest.raises(DealerBlamed) as caught:
+    with raises(DealerBlamed) as caught:
         server.finish()
     assert caught.value.blamed == SECOND
 
@@ -122,7 +123,7 @@ def test_shares_that_are_no_field_elements(monkeypatch: pytest.MonkeyPatch) -> N
     federation.mask(server, federation.session())
     federation.consent(server)
     federation.unmask(server)
-    with pytest.raises(DealerBlamed) as caught:
+    with raises(DealerBlamed) as caught:
         server.finish()
     assert caught.value.blamed == SECOND
 
@@ -148,7 +149,7 @@ def test_box_that_does_not_open_as_dealer() -> None:
         server.receive_shares(federation.note(shares))
     session = federation.session()
     server.start(session)
-    with pytest.raises(DealerBlamed) as caught:
+    with raises(DealerBlamed) as caught:
         federation.sites[FIRST].open(over(server.mask_request(FIRST)), session)
     assert caught.value.blamed == SECOND
     federation.assert_no_secret()
@@ -168,7 +169,7 @@ def test_share_other_than_signed_as_dealer(field: str) -> None:
         server.receive_shares(federation.note(shares))
     session = federation.session()
     server.start(session)
-    with pytest.raises(DealerBlamed) as caught:
+    with raises(DealerBlamed) as caught:
         federation.sites[FIRST].open(over(server.mask_request(FIRST)), session)
     assert caught.value.blamed == SECOND
     federation.assert_no_secret()
@@ -180,7 +181,7 @@ def test_dealing_for_other_sites_as_dealer() -> None:
     federation.advertise(server)
     shares = federation.sites[SECOND].share(over(server.share_request()))
     short = resigned(shares, server._keys, dealt=shares.dealing.dealt[:-1])
-    with pytest.raises(DealerBlamed) as caught:
+    with raises(DealerBlamed) as caught:
         server.receive_shares(over(short))
     assert caught.value.blamed == SECOND
 
@@ -191,11 +192,11 @@ def test_boxes_other_than_signed() -> None:
     federation.advertise(server)
     shares = federation.sites[SECOND].share(over(server.share_request()))
     (one, box), (two, other) = shares.boxes[:2]
-    with pytest.raises(BoxTampered):
+    with raises(BoxTampered):
         server.receive_shares(
             over(replace(shares, boxes=((one, other), (two, box), *shares.boxes[2:])))
         )
-    with pytest.raises(BoxTampered):
+    with raises(BoxTampered):
         server.receive_shares(over(replace(shares, boxes=shares.boxes[1:])))
 
 
@@ -206,7 +207,7 @@ def test_stage_four_reply_forged_by_another_hospital() -> None:
     request = over(server.unmask_request())
     own = federation.sites[SECOND].unmask(request)
     forged = replace(own, site=FIRST).signed_by(identity_of(SECOND))
-    with pytest.raises(SignatureInvalid):
+    with raises(SignatureInvalid):
         server.receive_unmasked(over(forged))
     for name in federation.names:
         server.receive_unmasked(federation.note(federation.sites[name].unmask(request)))
@@ -223,7 +224,7 @@ def test_vector_forged_by_another_hospital() -> None:
     federation.sites[FIRST].open(request, session)
     masked = federation.sites[FIRST].mask(request.kid, federation.updates[FIRST], saturate=False)
     spoilt = replace(masked, vector=bytes(len(masked.vector)))
-    with pytest.raises(SignatureInvalid):
+    with raises(SignatureInvalid):
         server.receive_masked(over(spoilt))
     assert (server._total == before).all()
     server.receive_masked(over(masked))
@@ -235,7 +236,7 @@ def test_consent_forged_by_another_hospital() -> None:
     request = server.close_vectors()
     assert request is not None
     own = federation.sites[SECOND].consent(over(request))
-    with pytest.raises(SignatureInvalid):
+    with raises(SignatureInvalid):
         server.receive_consistent(over(replace(own, site=FIRST)))
 
 
@@ -244,7 +245,7 @@ def test_record_forged_by_another_hospital() -> None:
     server = ServerEpoch(federation.terms(), federation.roster)
     request = over(server.advertise_request())
     own = federation.sites[SECOND].advertise(request)
-    with pytest.raises(SignatureInvalid):
+    with raises(SignatureInvalid):
         server.receive_advertisement(over(replace(own, site=FIRST).signed_by(identity_of(SECOND))))
     with pytest.raises(RosterMismatch):
         server.receive_advertisement(over(replace(own, site="zz-unknown")))
@@ -257,7 +258,7 @@ def test_a_second_record() -> None:
     server.receive_advertisement(over(record))
     server.receive_advertisement(over(record))
     other = replace(record, commitment=bytes(32)).signed_by(identity_of(SECOND))
-    with pytest.raises(StageRepeated) as caught:
+    with raises(StageRepeated) as caught:
         server.receive_advertisement(over(other))
     assert caught.value.blamed == SECOND
 
@@ -270,11 +271,11 @@ def test_another_sites_key_and_a_low_order_key() -> None:
     server.receive_advertisement(over(first))
     second = federation.sites[SECOND].advertise(request)
     copied = replace(second, mask_pk=first.mask_pk).signed_by(identity_of(SECOND))
-    with pytest.raises(KeyReused) as caught:
+    with raises(KeyReused) as caught:
         server.receive_advertisement(over(copied))
     assert caught.value.blamed == SECOND
     low = replace(second, enc_pk=bytes(32)).signed_by(identity_of(SECOND))
-    with pytest.raises(LowOrderKey) as blamed:
+    with raises(LowOrderKey) as blamed:
         server.receive_advertisement(over(low))
     assert blamed.value.blamed == SECOND
 
@@ -285,5 +286,5 @@ def test_a_dropped_site_comes_back_at_stage_four() -> None:
     federation.consent(server)
     reply = federation.sites[FIRST].unmask(over(server.unmask_request()))
     late = replace(reply, site=LAST).signed_by(identity_of(LAST))
-    with pytest.raises(OverlapRefused):
+    with raises(OverlapRefused):
         server.receive_unmasked(over(late))

@@ -9,6 +9,7 @@ import pytest
 from cloister_fl.errors import StageRepeated, UpdateReuse
 from cloister_fl.secagg.crypto.hashes import model_hash
 from cloister_fl.secagg.server import ServerEpoch
+from support.errors import raises
 from support.secagg import Federation, over
 
 FIRST = "site-01"
@@ -27,7 +28,7 @@ def test_attempt_with_other_weights() -> None:
     federation.share(server)
     session = federation.session(attempt=1, weights=lighter)
     server.start(session)
-    with pytest.raises(UpdateReuse):
+    with raises(UpdateReuse):
         federation.sites[FIRST].open(over(server.mask_request(FIRST)), session)
     assert len(federation.released()) == 5
 
@@ -41,7 +42,7 @@ def test_attempt_with_another_encoding(change: dict[str, float]) -> None:
     federation.share(server)
     session = federation.session(attempt=1, **change)
     server.start(session)
-    with pytest.raises(UpdateReuse):
+    with raises(UpdateReuse):
         federation.sites[FIRST].open(over(server.mask_request(FIRST)), session)
 
 
@@ -51,7 +52,7 @@ def test_repeated_request_against_another_model() -> None:
     server = federation.masked()
     request = over(server.mask_request(FIRST))
     received = federation.session(model=model_hash(b"what came with the replay"))
-    with pytest.raises(StageRepeated):
+    with raises(StageRepeated):
         federation.sites[FIRST].open(request, received)
     federation.assert_no_secret()
 
@@ -63,7 +64,7 @@ def test_repeated_request_after_the_shares() -> None:
     request = over(server.mask_request(FIRST))
     federation.consent(server)
     federation.unmask(server)
-    with pytest.raises(StageRepeated):
+    with raises(StageRepeated):
         federation.sites[FIRST].open(request, federation.session())
     assert len(federation.released()) == 5
 

@@ -32,6 +32,7 @@ from cloister_fl.server.coordinator.certificate_authority import Authority, pem
 from cloister_fl.server.coordinator.site_approval import revoke_site
 from support import coordinator_process
 from support.coordinator_process import Hospital, Running, tls, wait_for
+from support.errors import raises
 
 PULL = "/v1/fleet/pull-messages"
 PUSH = "/v1/fleet/push-messages"
@@ -294,7 +295,7 @@ def test_a_key_that_the_asker_does_not_hold(running: Running, tmp_path: Path, mi
 def test_a_request_made_for_another_coordinator(running: Running, tmp_path: Path) -> None:
     invite = replace(running.invite("carried"), authority=bytes(32))
     site = join.prepare(tmp_path / "carried", invite)
-    with pytest.raises(CoordinatorUnproven):
+    with raises(CoordinatorUnproven):
         join.ask(site, invite)
     request = Request.make(
         invite,
@@ -319,7 +320,7 @@ def test_a_man_in_the_middle_gets_nothing(
         server.invite("anybody")
         host, port = server.enrolment
         lured = replace(invite, enrolment=f"{host}:{port}")
-        with pytest.raises(CoordinatorUnproven):
+        with raises(CoordinatorUnproven):
             join.ask(join.prepare(tmp_path / "lured", lured), lured)
         member = join.membership(north.site)
         away = f"{server.fleet[0]}:{server.fleet[1]}"
@@ -328,7 +329,7 @@ def test_a_man_in_the_middle_gets_nothing(
         kept = path.read_bytes()
         path.write_text(text)
         try:
-            with pytest.raises(CoordinatorUnproven):
+            with raises(CoordinatorUnproven):
                 join.look(north.site)
         finally:
             path.write_bytes(kept)

@@ -23,6 +23,7 @@ from cloister_fl.server.cli import server_group
 from cloister_fl.server.coordinator.site_approval import revoke_site
 from support import coordinator_process
 from support.coordinator_process import PROTOBUF, Running, wait_for
+from support.errors import raises
 
 runner = CliRunner()
 
@@ -106,11 +107,11 @@ def test_the_commands(running: Running, tmp_path: Path) -> None:
     assert "seen 2" in output
     told = json.loads(command(running, "status", "--json")[1])
     assert (told["running"], told["serving"]) == (True, True)
-    with pytest.raises(SiteStateInvalid):
+    with raises(SiteStateInvalid):
         command(running, "approve", "nobody", "--fingerprint", print_)
-    with pytest.raises(SiteStateInvalid):
+    with raises(SiteStateInvalid):
         command(running, "invite", "east")
-    with pytest.raises(SiteStateInvalid):
+    with raises(SiteStateInvalid):
         command(running, "revoke", "nobody")
     assert command(running, "revoke", "beta", "--yes")[0] == 0
     told = json.loads(command(running, "sites", "--json")[1])
@@ -124,9 +125,9 @@ def test_a_wrong_fingerprint_is_not_approved(running: Running, tmp_path: Path) -
     site = join.prepare(tmp_path / "twin", invite)
     join.ask(site, invite)
     print_ = fingerprint(site.identity().public)
-    with pytest.raises(SiteStateInvalid):
+    with raises(SiteStateInvalid):
         command(running, "approve", "twin", "--fingerprint", print_[:-1] + "x")
-    with pytest.raises(SiteStateInvalid):
+    with raises(SiteStateInvalid):
         command(running, "approve", "twin", "--fingerprint", "")
     with pytest.raises(Exception, match="was not compared"):
         command(running, "approve", "twin")
@@ -179,5 +180,5 @@ def test_stop_and_kill(tmp_path: Path) -> None:
         assert second.process.wait(5) == 0
     finally:
         second.stop()
-    with pytest.raises(ServerState):
+    with raises(ServerState):
         command(second, "stop")

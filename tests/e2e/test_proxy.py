@@ -30,6 +30,7 @@ from cloister_fl.errors import (
     CoordinatorUnproven,
     CoordinatorUnreachable,
     EnrolmentRefused,
+    ErrorKind,
     OptionInvalid,
     ProxyForbids,
     ProxyLoginRefused,
@@ -43,8 +44,10 @@ from cloister_fl.server.coordinator.site_approval import approve_site, revoke_si
 from cloister_fl.system.child_process import local_environment
 from support import coordinator_process, deployment
 from support.coordinator_process import Hospital, Running, wait_for
+from support.errors import is_of, raises
 from support.proxies import INSPECTOR, Mode, Proxy
 
+Error = type[CloisterError] | ErrorKind[CloisterError]
 LOGIN = ("fl-node", "s3cret:with colon ü")
 PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY")
 
@@ -93,9 +96,9 @@ def at(findings: list[Finding], check: Check) -> Finding:
     return next(finding for finding in findings if finding.number == check)
 
 
-def told(site: Site, check: Check, error: type[CloisterError], *words: str) -> None:
+def told(site: Site, check: Check, error: Error, *words: str) -> None:
     """What ``look`` raises and what ``check`` finds is the same, and nothing after it is told."""
-    with pytest.raises(error) as caught:
+    with raises(error) as caught:
         join.look(site)
     text = str(caught.value)
     for word in words:
@@ -158,7 +161,7 @@ def test_the_commands_join_through_a_proxy(running: Running, tmp_path: Path) -> 
         assert len(proxy.targets) == 2
         other = ["--dir", str(site), "--proxy", "http://127.0.0.1:1"]
         refused = runner.invoke(client_group.app, ["join", "-", *other], input=invite)
-        assert isinstance(refused.exception, OptionInvalid)
+        assert is_of(refused.exception, OptionInvalid)
 
 
 @pytest.mark.slow
@@ -247,7 +250,7 @@ def test_a_proxy_that_inspects(
         name = f"seen-{newest[-1]}"
         invite = running.invite(name)
         site = join.prepare(tmp_path / "site", invite, network_of(proxy.url))
-        with pytest.raises(CoordinatorUnproven, match=INSPECTOR):
+        with raises(CoordinatorUnproven, match=INSPECTOR):
             join.ask(site, invite)
         assert running.row(name) is None
 

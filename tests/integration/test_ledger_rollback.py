@@ -20,6 +20,7 @@ from cloister_fl.client.site.audit_log import entries_of, log_of, path_of
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.errors import LedgerRolledBack, RoundAlreadySpent
+from support.errors import raises
 from support.federations import study
 
 STUDY = study()
@@ -62,7 +63,7 @@ def test_the_newest_ledger_passes_and_is_noted_in_both_places(site: Site) -> Non
 
 def test_a_ledger_restored_from_an_older_copy(site: Site) -> None:
     roll_back(site, "ledger.sqlite")
-    with pytest.raises(LedgerRolledBack, match=r"ledger.high has entry 3.*ends at entry 2"):
+    with raises(LedgerRolledBack, match=r"ledger.high has entry 3.*ends at entry 2"):
         admit(site)
     assert ledger(site).head()[0] == 2
 
@@ -71,7 +72,7 @@ def test_ledger_and_high_water_rolled_back_together_are_found_by_the_audit_log(
     site: Site,
 ) -> None:
     roll_back(site, "ledger.sqlite", FILE)
-    with pytest.raises(LedgerRolledBack) as caught:
+    with raises(LedgerRolledBack) as caught:
         admit(site)
     assert caught.value.why == "The audit log has entry 3; the ledger ends at entry 2."
 
@@ -82,7 +83,7 @@ def test_a_lower_note_written_behind_a_higher_one_takes_nothing_back(site: Site)
     roll_back(site, "ledger.sqlite", FILE)
     seq, digest = ledger(site).head()
     log_of(site).append("ledger", ledger_seq=seq, ledger_hash=digest)
-    with pytest.raises(LedgerRolledBack) as caught:
+    with raises(LedgerRolledBack) as caught:
         admit(site)
     assert caught.value.why == "The audit log has entry 5; the ledger ends at entry 2."
     # The steward's word does, and only up to here.
@@ -103,7 +104,7 @@ def test_a_head_that_somebody_else_noted(
     site: Site, forged: dict[str, str | int], why: str
 ) -> None:
     log_of(site).append("ledger", **forged)
-    with pytest.raises(LedgerRolledBack) as caught:
+    with raises(LedgerRolledBack) as caught:
         admit(site)
     assert caught.value.why == f"The audit log {why}"
 
@@ -122,20 +123,20 @@ def test_a_ledger_that_went_on_from_an_older_copy(site: Site) -> None:
     roll_back(site, "ledger.sqlite")
     ledger(site).start_round(STUDY.digest, "run-1", 2, 1)
     assert ledger(site).head()[0] == newest[0]
-    with pytest.raises(LedgerRolledBack, match=r"ledger\.high has another entry 3"):
+    with raises(LedgerRolledBack, match=r"ledger\.high has another entry 3"):
         admit(site)
 
 
 @pytest.mark.parametrize("gone", ["ledger.sqlite", FILE, "audit/audit.jsonl"])
 def test_what_was_deleted_is_missed(site: Site, gone: str) -> None:
     (site.root / gone).unlink()
-    with pytest.raises(LedgerRolledBack):
+    with raises(LedgerRolledBack):
         admit(site)
 
 
 def test_a_high_water_file_that_says_nothing_is_missed(site: Site) -> None:
     (site.root / FILE).write_text('{"seq": true, "hash": ""}')
-    with pytest.raises(LedgerRolledBack, match=r"ledger\.high has no head"):
+    with raises(LedgerRolledBack, match=r"ledger\.high has no head"):
         admit(site)
 
 
@@ -180,7 +181,7 @@ def test_all_three_rolled_back_together_are_found_by_the_coordinators_note(site:
     compare(site, told(site, newest))
     # What the site answers now is what the coordinator notes next: it fits, and changes nothing.
     compare(site, told(site, log_of(site).head().hash))
-    with pytest.raises(LedgerRolledBack) as caught:
+    with raises(LedgerRolledBack) as caught:
         admit(site)
     assert (
         caught.value.why
@@ -198,7 +199,7 @@ def test_what_the_steward_accepted_is_not_held_against_the_site_again(site: Site
     compare(site, told(site, newest))
     admit(site)
     compare(site, told(site, "5" * 64))
-    with pytest.raises(LedgerRolledBack):
+    with raises(LedgerRolledBack):
         admit(site)
 
 

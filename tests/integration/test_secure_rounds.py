@@ -34,6 +34,7 @@ from cloister_fl.protocol.round_messages import (
 )
 from cloister_fl.secagg.messages.codec import Bundle, Masked, MaskRequest
 from cloister_fl.simulation.simulate import Simulation, simulate
+from support.errors import raises
 from support.federations import NAMES, study, write_federation
 from support.message_tap import OPEN, Between, asks_to_unmask, charges
 
@@ -346,7 +347,7 @@ def test_too_few_to_sum_in_secret_is_refused_with_what_to_do(
     tmp_path: Path, count: int, lines: str, words: tuple[str, ...]
 ) -> None:
     few = write_federation(tmp_path / "sites", names=NAMES[:count], patients=20, images=1)
-    with pytest.raises(ParameterRefused) as caught:
+    with raises(ParameterRefused) as caught:
         simulate(Simulation(study(aggregation=lines), few, tmp_path / "run"))
     for word in words:
         assert word in str(caught.value)
@@ -355,7 +356,7 @@ def test_too_few_to_sum_in_secret_is_refused_with_what_to_do(
 
 def test_fewer_sites_than_the_study_wants(tmp_path: Path) -> None:
     few = write_federation(tmp_path / "sites", names=NAMES[:4], patients=20, images=1)
-    with pytest.raises(TooFewSitesGiven, match=r"lower aggregation\.min_sites"):
+    with raises(TooFewSitesGiven, match=r"lower aggregation\.min_sites"):
         simulate(Simulation(study(), few, tmp_path / "run"))
 
 

@@ -30,6 +30,7 @@ from cloister_fl.server.results.audit_report import account, render
 from cloister_fl.server.rounds.events import Event, Measured
 from cloister_fl.simulation.simulate import FEDERATION, Simulation, simulate
 from support.coordinator_process import new_coordinator
+from support.errors import raises
 from support.federations import NAMES, study, write_federation
 from support.message_tap import Between
 
@@ -115,10 +116,10 @@ def test_what_cannot_be_logged_is_not_approved_and_a_revoked_site_is_out_all_the
 def test_a_decision_that_was_refused_is_not_logged(tmp_path: Path) -> None:
     place = new_coordinator(tmp_path / "fed")
     for act in (approve_site, revoke_site):
-        with pytest.raises(SiteStateInvalid):
+        with raises(SiteStateInvalid):
             act(place, "nobody")
     _asked(place, "north")
-    with pytest.raises(SiteStateInvalid):
+    with raises(SiteStateInvalid):
         invite_site(place, "north", 600, to_file=False)
     assert _kinds(place) == ["roster", "invited"]
 

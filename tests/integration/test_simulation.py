@@ -21,6 +21,7 @@ from cloister_fl.server.flower.engines import InProcessGrid
 from cloister_fl.server.results.artifacts import CHANCE
 from cloister_fl.server.rounds.checkpoint import Checkpoints
 from cloister_fl.simulation.simulate import Simulation, simulate, site_name
+from support.errors import raises
 from support.federations import NAMES, approve, study, with_engine, write_cohort, write_federation
 
 
@@ -266,7 +267,7 @@ def test_a_folder_without_a_run_is_not_said_to_be_resumable(folders: Path, tmp_p
 def test_no_hospital_is_dropped_in_silence(tmp_path: Path) -> None:
     for name in ("anker", "birke"):
         (tmp_path / "sites" / name / ("dicom" if name == "anker" else "dcm")).mkdir(parents=True)
-    with pytest.raises(OptionInvalid, match=r"birke in .* is not a site folder"):
+    with raises(OptionInvalid, match=r"birke in .* is not a site folder"):
         simulate(
             Simulation(study(aggregation="min_sites = 1"), tmp_path / "sites", tmp_path / "run")
         )
@@ -287,7 +288,7 @@ def test_what_a_killed_writer_left_is_swept_on_resume(folders: Path, tmp_path: P
 
 def test_site_names_come_from_folder_names() -> None:
     assert site_name(Path("/data/St. Anna (Nord)")) == "st-anna-nord"
-    with pytest.raises(OptionInvalid):
+    with raises(OptionInvalid):
         site_name(Path("/data/___"))
 
 
@@ -295,5 +296,5 @@ def test_two_folders_of_one_name_are_refused(folders: Path, tmp_path: Path) -> N
     sites = tmp_path / "sites"
     for name in ("North 1", "north-1", "c", "d", "e"):
         (sites / name / "dicom").mkdir(parents=True)
-    with pytest.raises(OptionInvalid, match="north-1"):
+    with raises(OptionInvalid, match="north-1"):
         simulate(Simulation(study(), sites, tmp_path / "run"))

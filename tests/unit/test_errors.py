@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cloister_fl import errors
-from cloister_fl.errors import CloisterError, Fault, Reject, StudyInvalid, all_errors
+from cloister_fl.errors import (
+    CloisterError,
+    ErrorKind,
+    Fault,
+    Reject,
+    StudyInvalid,
+    all_errors,
+)
+from support.errors import raises
 
 PAGES = Path(__file__).parents[2] / "docs" / "errors"
 KINDS = list(all_errors())
+NAMED: dict[str, type[CloisterError] | ErrorKind[CloisterError]] = {
+    name: value
+    for name, value in vars(errors).items()
+    if isinstance(value, ErrorKind)
+    or (isinstance(value, type) and issubclass(value, CloisterError) and not name.startswith("_"))
+}
+"""Families, leaf classes and kinds by their names."""
 CODES = [kind.code for kind in KINDS] + [reason.value for reason in Reject]
 FAMILIES = {
     "InputError": ("1", 2),
@@ -45,19 +63,16 @@ def test_codes_are_unique_and_well_formed() -> None:
     assert len(set(titles)) == len(titles)
 
 
-def test_all_errors_yields_the_classes_in_the_order_of_their_codes() -> None:
+def test_all_errors_yields_the_errors_in_the_order_of_their_codes() -> None:
     assert [kind.code for kind in KINDS] == sorted(kind.code for kind in KINDS)
-    named = {
-        value
-        for value in vars(errors).values()
-        if isinstance(value, type) and issubclass(value, CloisterError) and "code" in vars(value)
-    }
-    assert set(KINDS) == named - {CloisterError}
+    assert {kind.code for kind in KINDS} == {error.code for error in NAMED.values()} - {"CLO-900"}
+    assert errors.SiteEmpty in KINDS
+    assert ErrorKind(StudyInvalid, "CLO-101", "The study file is not valid") in KINDS
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.code)
-def test_each_family_has_its_digit_and_its_exit_status(kind: type[CloisterError]) -> None:
-    (family,) = [name for name in FAMILIES if issubclass(kind, getattr(errors, name))]
+def test_each_family_has_its_digit_and_its_exit_status(kind: ErrorKind[CloisterError]) -> None:
+    (family,) = [name for name in FAMILIES if issubclass(kind.family, getattr(errors, name))]
     digit, status = FAMILIES[family]
     assert kind.code[4] == digit
     assert kind.exit_status == status
@@ -91,25 +106,22 @@ def test_the_tree_that_is_drawn_is_the_tree_that_is() -> None:
         drawn[name] = stack[-1][1] if stack else ""
         notes[name] = match.group(3) or match.group(4) or ""
         stack.append((depth, name))
-    real = {
-        name: _public_parent(kind)
-        for name, kind in vars(errors).items()
-        if isinstance(kind, type) and issubclass(kind, CloisterError) and not name.startswith("_")
-    }
-    assert drawn == real
+    assert drawn == {name: _public_parent(error) for name, error in NAMED.items()}
     for name, note in notes.items():
-        kind = getattr(errors, name)
-        if "code" in vars(kind) and kind is not CloisterError:
-            assert note.startswith(kind.code)
+        error = NAMED[name]
+        if error.code != CloisterError.code:
+            assert note.startswith(error.code)
         status = re.search(r"exit (\d+)", note)
         if status:
-            assert int(status.group(1)) == kind.exit_status
+            assert int(status.group(1)) == error.exit_status
 
 
-def _public_parent(kind: type[CloisterError]) -> str:
-    if kind is CloisterError:
+def _public_parent(error: type[CloisterError] | ErrorKind[CloisterError]) -> str:
+    if isinstance(error, ErrorKind):
+        return error.family.__name__
+    if error is CloisterError:
         return ""
-    return next(base.__name__ for base in kind.__mro__[1:] if not base.__name__.startswith("_"))
+    return next(base.__name__ for base in error.__mro__[1:] if not base.__name__.startswith("_"))
 
 
 # Messages
@@ -137,16 +149,72 @@ def test_faults_are_told_in_the_order_of_the_file() -> None:
     assert "has 1 fault:" in str(StudyInvalid.of("s.toml", faults[:1]))
 
 
-@pytest.mark.parametrize("kind", [CloisterError, *KINDS], ids=lambda kind: kind.__name__)
-def test_errors_survive_the_way_between_processes(kind: type[CloisterError]) -> None:
-    error = kind("What.", why="Why.", remedy="Remedy.")
-    rebuild, arguments, *state = error.__reduce__()
+BASE = ErrorKind(CloisterError, CloisterError.code, CloisterError.title)
+
+
+def ways(error: CloisterError) -> Iterator[Any]:
+    """Yield the error as it arrives by each way in which something carries it."""
+    rebuild, arguments, _ = error.__reduce__()
     assert callable(rebuild)
-    for again in (rebuild(*arguments), copy.copy(error), copy.deepcopy(error)):
-        assert type(again) is kind
+    assert isinstance(arguments, tuple)
+    yield rebuild(*arguments)
+    yield copy.copy(error)
+    yield copy.deepcopy(error)
+    yield pickle.loads(pickle.dumps(error))
+
+
+@pytest.mark.parametrize("kind", [BASE, *KINDS], ids=lambda kind: kind.code)
+def test_errors_survive_the_way_between_processes(kind: ErrorKind[CloisterError]) -> None:
+    error = kind("What.", why="Why.", remedy="Remedy.")
+    assert str(error) == f"{kind.code}: What. Why. Remedy."
+    for again in ways(error):
+        assert type(again) is kind.family
+        assert again.kind == kind
         assert str(again) == str(error)
         assert (again.what, again.why, again.remedy) == ("What.", "Why.", "Remedy.")
-    assert state == [vars(error)]
+    assert error.__reduce__()[-1] == vars(error)
+
+
+def test_a_kind_gives_an_error_of_its_family_under_its_own_code_and_title() -> None:
+    error = errors.SiteEmpty("What.")
+    assert type(error) is errors.DataError
+    assert (error.code, error.title) == ("CLO-203", "The site has no usable image")
+    assert (error.exit_status, errors.SiteEmpty.exit_status) == (3, 3)
+    assert repr(error) == "DataError('CLO-203: What.')"
+    # The family itself is as it was.
+    assert errors.DataError("What.").code == "CLO-900"
+    assert error.kind == errors.SiteEmpty
+
+
+@pytest.mark.parametrize("kind", [errors.BoxTampered, errors.WireInvalid], ids=["kind", "class"])
+def test_whom_an_error_blames_survives_copying_and_pickling(kind: Any) -> None:
+    error = kind("What.", blamed="birke")
+    _, *copies = ways(error)
+    assert [one.blamed for one in (error, *copies)] == ["birke"] * 4
+    assert kind("What.").blamed == ""
+
+
+@pytest.mark.parametrize(
+    ("expected", "raised", "met"),
+    [
+        (errors.SiteEmpty, errors.SiteEmpty, True),
+        (errors.SiteEmpty, errors.LabelMissing, False),
+        (errors.SiteEmpty, errors.DataError, False),
+        (errors.DataError, errors.SiteEmpty, True),
+        (errors.DecoderUnfit, errors.DecoderUnfit, True),
+        ((errors.LabelMissing, errors.SiteEmpty), errors.SiteEmpty, True),
+        ((errors.LabelMissing, errors.DecoderUnfit), errors.SiteEmpty, False),
+    ],
+)
+def test_tests_tell_kinds_of_one_family_apart(expected: Any, raised: Any, met: bool) -> None:
+    try:
+        with raises(expected, match="What"):
+            raise raised("What.")
+    except (AssertionError, pytest.fail.Exception):
+        told = False
+    else:
+        told = True
+    assert told is met
 
 
 def test_the_faults_of_a_file_survive_it_too() -> None:
@@ -171,7 +239,8 @@ def test_each_code_has_a_page_with_its_title_and_advice(code: str) -> None:
     else:
         kind = next(kind for kind in KINDS if kind.code == code)
         assert f"\n\nExit status: {kind.exit_status}.\n\n" in text
-        assert f"`{kind.__name__}`" not in text, "names of classes are of no use to a reader"
+        (name,) = [name for name, error in NAMED.items() if error.code == code]
+        assert f"`{name}`" not in text, "names of classes are of no use to a reader"
 
 
 COMMAND = re.compile(

@@ -43,7 +43,7 @@ def measure_on(study: Study, folder: Path, out: Path) -> Callable[[Vector], Metr
     try:
         cohort = load_cohort(site, study)
     except DataError as error:
-        raise type(error)(
+        raise error.kind(
             f"In the hold-out: {error.what}",
             why=error.why,
             remedy=f"{error.remedy} The hold-out is what --holdout names.",

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cloister_fl.errors import ExtraMissing, WeightsUnfit
+from cloister_fl.errors import ExtraMissing, ModelError, WeightsUnfit
 from cloister_fl.system.installation import install_command
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def _read(weights: Weights, path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _unfit(weights: Weights, why: str) -> WeightsUnfit:
+def _unfit(weights: Weights, why: str) -> ModelError:
     return WeightsUnfit(
         f"The weights that the study names are not of {weights.architecture}.",
         why=why,

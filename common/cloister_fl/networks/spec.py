@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from cloister_fl.errors import ExtraMissing
+from cloister_fl.errors import ExtraMissing, InstallError
 from cloister_fl.system.installation import install_command
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def nearest(name: str, known: Mapping[str, object]) -> str:
     return f"Known: {', '.join(known)}." if known else "It takes no arguments."
 
 
-def missing_package(package: str) -> ExtraMissing:
+def missing_package(package: str) -> InstallError:
     return ExtraMissing(
         f"The package '{package}' is not installed.",
         remedy=f"Run: {install_command('client')}",

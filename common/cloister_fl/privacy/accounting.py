@@ -16,7 +16,7 @@ import math
 import warnings
 from typing import Any
 
-from cloister_fl.errors import EpsilonUnreachable
+from cloister_fl.errors import EpsilonUnreachable, PrivacyError
 from cloister_fl.privacy.dp_events import MAX_NOISE, Composition, Mechanism, compose
 
 SMALLEST_DELTA = 1e-12
@@ -180,7 +180,7 @@ def _by_rdp(epsilon: float, delta: float, q: float, steps: int) -> float:
     return high
 
 
-def _unreachable(epsilon: float, delta: float, q: float, steps: int) -> EpsilonUnreachable:
+def _unreachable(epsilon: float, delta: float, q: float, steps: int) -> PrivacyError:
     return EpsilonUnreachable(
         f"No noise up to {MAX_NOISE:g} times the clipping norm gives epsilon {epsilon:g}.",
         why=f"The study takes {steps} steps at sampling rate {q:g}, delta {delta:g}.",

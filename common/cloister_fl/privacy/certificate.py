@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 import cloister_fl
-from cloister_fl.errors import CertificateInvalid
+from cloister_fl.errors import CertificateInvalid, PrivacyError
 from cloister_fl.membership.identity import Identity, usable_public_key, verify
 
 LABEL = "cloister/certificate/v1"
@@ -195,7 +195,7 @@ def _canonical(held: dict[str, object]) -> str:
     return json.dumps(held, sort_keys=True, indent=2, allow_nan=False) + "\n"
 
 
-def _invalid(why: str) -> CertificateInvalid:
+def _invalid(why: str) -> PrivacyError:
     return CertificateInvalid(
         "The certificate is not valid.",
         why=why,

@@ -15,7 +15,7 @@ from typing import Any
 from cloister_fl.encoding.canonical_json import canonical_json
 from cloister_fl.encoding.framing import u64
 from cloister_fl.encoding.hash_chain import GENESIS, entry_hash
-from cloister_fl.errors import CertificateInvalid
+from cloister_fl.errors import CertificateInvalid, PrivacyError
 from cloister_fl.membership.identity import usable_public_key, verify
 from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
 
@@ -165,7 +165,7 @@ def _object(line: bytes, number: int) -> dict[str, Any]:
     return held
 
 
-def _invalid(why: str) -> CertificateInvalid:
+def _invalid(why: str) -> PrivacyError:
     return CertificateInvalid(
         "The ledger's export is not valid.",
         why=why,

@@ -325,4 +325,4 @@ def _with_notices(error: CloisterError, sites: list[Site]) -> CloisterError:
     told = "\n".join(f"  {name}: {notice.message}" for name, notice in notices if notice)
     if not told:
         return error
-    return type(error)(error.what, why=error.why, remedy=f"{error.remedy}\n{told}")
+    return error.kind(error.what, why=error.why, remedy=f"{error.remedy}\n{told}")

@@ -21,6 +21,7 @@ from cloister_fl.networks.flat_parameters import flatten, layout_of, load
 from cloister_fl.networks.pretrained import PINNED, Weights, backbone, require
 from cloister_fl.networks.registry import build
 from cloister_fl.study.schema import Network, Study, study_from_canonical
+from support.errors import raises
 
 LITE0 = Weights("efficientnet-lite0", PINNED["efficientnet-lite0"], packaged=True)
 
@@ -108,10 +109,10 @@ def test_one_byte_makes_other_weights(monkeypatch: pytest.MonkeyPatch, tmp_path:
     data = bytearray(copy.read_bytes())
     data[len(data) // 2] ^= 1
     copy.write_bytes(data)
-    with pytest.raises(WeightsUnfit, match="do not have the expected hash"):
+    with raises(WeightsUnfit, match="do not have the expected hash"):
         require(LITE0)
     pretrained._backbone.cache_clear()
-    with pytest.raises(WeightsUnfit, match="do not have the expected hash"):
+    with raises(WeightsUnfit, match="do not have the expected hash"):
         backbone(LITE0)
 
 
@@ -120,13 +121,13 @@ def test_bytes_that_change_between_check_and_use_are_refused(
 ) -> None:
     sha256 = written(tmp_path / "models", "resnet18")
     monkeypatch.setattr(Path, "read_bytes", lambda self: b"other")
-    with pytest.raises(WeightsUnfit, match="changed while it was read"):
+    with raises(WeightsUnfit, match="changed while it was read"):
         backbone(Weights("resnet18", sha256))
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
-    with pytest.raises(ExtraMissing, match=r"install.*pretrained"):
+    with raises(ExtraMissing, match=r"install.*pretrained"):
         require(LITE0)
 
 
@@ -175,7 +176,7 @@ def test_a_network_is_built_without_its_weights(monkeypatch: pytest.MonkeyPatch)
     pretrained._backbone.cache_clear()
     network = build(Network(name="efficientnet-lite0"), 2, size=64, seed=0)
     assert flatten(network).size == 1281
-    with pytest.raises(ExtraMissing):
+    with raises(ExtraMissing):
         network(images(1))
 
 
@@ -229,7 +230,7 @@ def test_the_folder_of_the_machine_and_the_current_one_are_looked_into(
 ) -> None:
     sha256 = written(tmp_path / "shared", "resnet18")
     weights = Weights("resnet18", sha256, models=tmp_path / "site" / "models")
-    with pytest.raises(WeightsUnfit, match=f"None of 0 .* {sha256}"):
+    with raises(WeightsUnfit, match=f"None of 0 .* {sha256}"):
         require(weights)
     monkeypatch.setenv(pretrained.MODELS_VARIABLE, str(tmp_path / "shared"))
     assert require(weights).parent == tmp_path / "shared"
@@ -244,7 +245,7 @@ def test_weights_with_another_hash_are_refused(tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(WeightsUnfit, match="None of 1 safetensors files"):
+    with raises(WeightsUnfit, match="None of 1 safetensors files"):
         require(Weights("resnet18", sha256))
 
 
@@ -267,7 +268,7 @@ def test_what_is_no_such_network_is_refused(
     else:
         save_file(content, file)
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    with pytest.raises(WeightsUnfit, match=says):
+    with raises(WeightsUnfit, match=says):
         backbone(Weights("resnet18", sha256))
 
 

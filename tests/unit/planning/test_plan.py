@@ -22,6 +22,7 @@ from cloister_fl.study import study_network
 from cloister_fl.study.file import parse_study
 from cloister_fl.study.schema import Study
 from support.accountants import epsilon_rdp
+from support.errors import raises
 from support.federations import with_engine
 from support.studies import Table, merged, study_text
 
@@ -167,7 +168,7 @@ def test_a_study_without_privacy_has_no_noise_to_plan() -> None:
 def test_an_epsilon_that_no_noise_gives_is_refused() -> None:
     study = study_of().model_copy(deep=True)
     privacy = study.privacy.model_copy(update={"epsilon": 1e-9})
-    with pytest.raises(EpsilonUnreachable):
+    with raises(EpsilonUnreachable):
         make_plan(study.model_copy(update={"privacy": privacy}), [9], weights=9, pace=Pace(1.0))
 
 

@@ -21,6 +21,7 @@ from cloister_fl.privacy.accounting import (
 )
 from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
 from support.accountants import epsilon_prv, epsilon_rdp
+from support.errors import raises
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -179,9 +180,9 @@ def test_calibration_is_monotone(epsilon: float, steps: int, q: float) -> None:
 
 
 def test_what_no_noise_can_give_is_refused() -> None:
-    with pytest.raises(EpsilonUnreachable, match="No noise"):
+    with raises(EpsilonUnreachable, match="No noise"):
         calibrate(1e-6, 1e-5, 1.0, 100_000)
-    with pytest.raises(EpsilonUnreachable, match="too small"):
+    with raises(EpsilonUnreachable, match="too small"):
         calibrate(1.0, 1e-14, 1.0, 10)
 
 

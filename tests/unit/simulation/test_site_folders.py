@@ -8,6 +8,7 @@ import pytest
 
 from cloister_fl.errors import OptionInvalid
 from cloister_fl.simulation.simulate import find_sites
+from support.errors import raises
 from support.federations import study
 
 
@@ -25,6 +26,6 @@ def test_what_is_not_a_site_folder_is_named(
     (tmp_path / "site" / "dicom").mkdir(parents=True)
     for name in names:
         (tmp_path / name).mkdir()
-    with pytest.raises(OptionInvalid) as error:
+    with raises(OptionInvalid) as error:
         find_sites(tmp_path, study())
     assert str(error.value).startswith("CLO-106: " + told.format(tmp_path))

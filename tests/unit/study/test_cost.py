@@ -9,6 +9,7 @@ from cloister_fl.privacy.accounting import calibrate, epsilon_of, epsilon_pld, e
 from cloister_fl.study.cost import charges, release_mechanism
 from cloister_fl.study.schema import Study
 from support import studies
+from support.errors import raises
 
 
 def study(rate: float, rounds: int, release: float, epsilon: float = 3.0) -> Study:
@@ -62,5 +63,5 @@ def test_without_a_release_all_is_as_before() -> None:
 def test_a_release_that_leaves_nothing_is_refused() -> None:
     release = release_mechanism(study(1.0, 5, 2.999))
     assert release is not None
-    with pytest.raises(EpsilonUnreachable, match="uses all of epsilon 2"):
+    with raises(EpsilonUnreachable, match="uses all of epsilon 2"):
         calibrate(2.0, 1e-5, 1.0, 5, ((release, 1),))

@@ -17,6 +17,7 @@ from cloister_fl.system import installation
 from cloister_fl.system.installation import DISTRIBUTION, WHEEL, install_command
 from cloister_fl.system.optional import require
 from cloister_fl.version import __version__
+from support.errors import raises
 
 ROOT = Path(__file__).parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -139,7 +140,7 @@ def test_no_metadata_gives_the_wheel_by_its_name(monkeypatch: pytest.MonkeyPatch
 def test_a_missing_extra_gives_the_command(installed: Path, tmp_path: Path) -> None:
     root = checkout(tmp_path / "checkout")
     told(installed, root.as_uri(), dir_info={"editable": True})
-    with pytest.raises(ExtraMissing) as caught:
+    with raises(ExtraMissing) as caught:
         require("server", "no_such_module_of_ours")
     assert caught.value.remedy == f"Run: {install_command('server')}"
     assert str(root) in caught.value.remedy
@@ -149,7 +150,7 @@ def test_damaged_weights_are_installed_again_at_their_pinned_version(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(pretrained, "_packaged", lambda: tmp_path / "none")
-    with pytest.raises(WeightsUnfit) as caught:
+    with raises(WeightsUnfit) as caught:
         pretrained.require(pretrained.Weights("efficientnet-lite0", "0" * 64, packaged=True))
     (pinned,) = PROJECT["optional-dependencies"]["pretrained"]
     assert caught.value.remedy.endswith(f"--force-reinstall --no-deps {pinned}")

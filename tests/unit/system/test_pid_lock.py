@@ -8,10 +8,9 @@ import sys
 import threading
 from pathlib import Path
 
-import pytest
-
 from cloister_fl.errors import ServiceState
 from cloister_fl.system.pid_lock import holder, only_one
+from support.errors import raises
 
 pytestmark = pytest.mark.process
 
@@ -38,7 +37,7 @@ def test_the_holder_is_named_and_nobody_else_gets_in(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == b"held\n"
         assert holder(lock) == process.pid
-        with pytest.raises(ServiceState, match="runs already"), only_one(lock, _taken):
+        with raises(ServiceState, match="runs already"), only_one(lock, _taken):
             pass
         process.kill()
         process.wait()

@@ -9,7 +9,7 @@ from cloister_fl.errors import CohortTooSmall, DataError, OneClassOnly, Reject, 
 from cloister_fl.study.schema import Study
 
 
-def no_images(site: Site, rejects: Counter[Reject]) -> SiteEmpty:
+def no_images(site: Site, rejects: Counter[Reject]) -> DataError:
     """Return the error of a data folder without a usable image; it counts the rejected files."""
     counts = ", ".join(
         f"{count} x {reason.title} ({reason.value})" for reason, count in rejects.most_common()

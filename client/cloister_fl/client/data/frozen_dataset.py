@@ -331,7 +331,7 @@ def path_of(site: Site, study: Study) -> Path:
     return site.root / "manifests" / f"{study.digest}.json"
 
 
-def _altered(site: Site) -> DataChanged:
+def _altered(site: Site) -> DataError:
     return DataChanged(
         "The study's manifest does not match this site's signature or audit log.",
         remedy="Restore it from the site's backup. When the study was frozen: "

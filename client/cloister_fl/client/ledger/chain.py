@@ -23,7 +23,7 @@ from typing import Any
 
 from cloister_fl.encoding.canonical_json import canonical_json, parse_canonical
 from cloister_fl.encoding.hash_chain import GENESIS, entry_hash
-from cloister_fl.errors import LedgerDamaged
+from cloister_fl.errors import LedgerDamaged, PrivacyError
 from cloister_fl.system import utc
 
 LABEL = b"cloister/ledger/v1\0"
@@ -172,7 +172,7 @@ def read(connection: sqlite3.Connection) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
-def damaged(why: str) -> LedgerDamaged:
+def damaged(why: str) -> PrivacyError:
     return LedgerDamaged(
         "The privacy ledger cannot be trusted.",
         why=f"{why[0].upper()}{why[1:]}.",
@@ -180,7 +180,7 @@ def damaged(why: str) -> LedgerDamaged:
     )
 
 
-def _unusable() -> LedgerDamaged:
+def _unusable() -> PrivacyError:
     return LedgerDamaged(
         "The privacy ledger cannot be read or written, so nothing is trained.",
         remedy="Check the file's permissions, the free space on its disk, and that it is a ledger.",

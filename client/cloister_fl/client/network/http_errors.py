@@ -12,6 +12,7 @@ from cloister_fl.errors import (
     CloisterError,
     CoordinatorUnproven,
     CoordinatorUnreachable,
+    DeploymentError,
     EnrolmentRefused,
     ProxyForbids,
     ProxyLoginRefused,
@@ -133,7 +134,7 @@ def _command(site: Site | None, words: str) -> str:
     return command_at(None if site is None else site.root, words)
 
 
-def _inspected(failure: Failure) -> CoordinatorUnproven:
+def _inspected(failure: Failure) -> DeploymentError:
     by = failure.seen.issuer if failure.seen is not None else ""
     whose = f"by {by}" if by else "by an unnamed issuer"
     return CoordinatorUnproven(
@@ -145,7 +146,7 @@ def _inspected(failure: Failure) -> CoordinatorUnproven:
     )
 
 
-def _other_name(failure: Failure) -> CoordinatorUnproven:
+def _other_name(failure: Failure) -> DeploymentError:
     return CoordinatorUnproven(
         f"The certificate at {failure.address} is for another name.",
         why="The coordinator's authority issued it. Nothing secret was sent.",
@@ -154,7 +155,7 @@ def _other_name(failure: Failure) -> CoordinatorUnproven:
     )
 
 
-def _too_long(failure: Failure) -> CoordinatorUnproven:
+def _too_long(failure: Failure) -> DeploymentError:
     return CoordinatorUnproven(
         f"{failure.address} is not the coordinator that the invite names.",
         why="Its answer is longer than any of a coordinator. Nothing secret was sent.",

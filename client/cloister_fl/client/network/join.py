@@ -32,6 +32,7 @@ from cloister_fl.client.site.folder import Site, init_site, open_site
 from cloister_fl.client.site.settings import Network
 from cloister_fl.errors import (
     CoordinatorUnproven,
+    DeploymentError,
     EnrolmentRefused,
     FileUnreadable,
     InviteInvalid,
@@ -367,7 +368,7 @@ def check_status(answer: Answer) -> None:
     )
 
 
-def _unproven(address: str) -> CoordinatorUnproven:
+def _unproven(address: str) -> DeploymentError:
     return CoordinatorUnproven(
         f"{address} is not the coordinator that the invite names.",
         why="Nothing secret was sent.",

@@ -27,6 +27,7 @@ from cloister_fl.errors import (
     ArchiveAnswerInvalid,
     ArchiveRefused,
     ArchiveUnreachable,
+    DataError,
     FileUnreadable,
     Reject,
 )
@@ -290,7 +291,7 @@ def _uid(result: dict[str, object], tag: str) -> str:
     return uid
 
 
-def _refusal(status: int, root: Path) -> ArchiveRefused | ArchiveAnswerInvalid:
+def _refusal(status: int, root: Path) -> DataError:
     if status in {401, 403}:
         return ArchiveRefused(
             "The archive refused this site's password or token.",
@@ -306,7 +307,7 @@ def _refusal(status: int, root: Path) -> ArchiveRefused | ArchiveAnswerInvalid:
     )
 
 
-def invalid() -> ArchiveAnswerInvalid:
+def invalid() -> DataError:
     """The error of an answer that cannot be used."""
     return ArchiveAnswerInvalid(
         "The archive's answer was cut short, too large, or not what was asked for.",

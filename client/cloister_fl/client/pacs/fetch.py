@@ -26,6 +26,7 @@ from cloister_fl.client.site.audit_log import log_of
 from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import (
     CloisterError,
+    DataError,
     FetchUnfinished,
     FileUnreadable,
     OptionInvalid,
@@ -148,7 +149,7 @@ def _fetch(
     return Fetched(**done)
 
 
-def require_whole(site: Site, *, more: bool = False) -> FetchUnfinished | None:
+def require_whole(site: Site, *, more: bool = False) -> DataError | None:
     """Return the error that keeps a site's data from being frozen while a fetch is incomplete.
 
     Args:

@@ -12,7 +12,7 @@ from cloister_fl.client.ledger.rollback import require_newest
 from cloister_fl.client.site.audit_log import entries_of, what_left
 from cloister_fl.client.site.folder import Site
 from cloister_fl.client.site.trusted_roster import read_pin
-from cloister_fl.errors import OptionInvalid
+from cloister_fl.errors import InputError, OptionInvalid
 from cloister_fl.privacy.accounting import epsilon_of
 from cloister_fl.privacy.certificate import Certificate, Head, Left, Release, code_hash
 from cloister_fl.study.cost import sensitivity
@@ -91,7 +91,7 @@ def _release(one: Reservation, held: Sequence[Reservation], study: Study) -> Rel
     )
 
 
-def _unknown(site: Site, what: str) -> OptionInvalid:
+def _unknown(site: Site, what: str) -> InputError:
     return OptionInvalid(
         f"The site's ledger has no such {what}.",
         remedy=f"List the studies with a reservation: {site.command('budget')}",

@@ -10,6 +10,6 @@ LOCAL_FAULTS = (EncodingOverflow, NotFinite)
 ABORT_CODES = frozenset(
     kind.code
     for kind in all_errors()
-    if issubclass(kind, SecureAggregationError) and not issubclass(kind, LOCAL_FAULTS)
+    if issubclass(kind.family, SecureAggregationError) and not issubclass(kind.family, LOCAL_FAULTS)
 )
 """The closed list of codes that an abort may carry."""

@@ -166,8 +166,8 @@ def _ended(found: RunFolder, folder: Path, status: Status) -> CloisterError:
     """Return the error that ended a run, as the run executor recorded it."""
     from cloister_fl.errors import RunStopped, all_errors
 
-    kind = next((k for k in all_errors() if k.code == status.code), RunStopped)
-    return kind(
+    kind = next((kind for kind in all_errors() if kind.code == status.code), None)
+    return (kind or RunStopped)(
         f"The run {found.name} ended: {status.told}",
         remedy="Correct the cause, then run: "
         f"cloister server resume {found.name}{dir_option(folder)}",

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from cloister_fl.cli.folder_option import dir_option
-from cloister_fl.errors import EnrolmentRefused, SiteStateInvalid
+from cloister_fl.errors import DeploymentError, EnrolmentRefused, SiteStateInvalid
 from cloister_fl.membership.enrolment import INVITE_ID_BYTES, SECRET_BYTES, Request, secret_hash
 
 PICKUP_S = 7 * 86400
@@ -305,7 +305,7 @@ class Registry:
         if held is None or held.state != state:
             raise self._wrong_state(name, held)
 
-    def _wrong_state(self, name: str, held: SiteRow | None) -> SiteStateInvalid:
+    def _wrong_state(self, name: str, held: SiteRow | None) -> DeploymentError:
         state = f"is {held.state} already" if held else "has not asked to join"
         return SiteStateInvalid(
             f"{name} {state}.", remedy=f"List the sites: cloister server sites{self._folder_option}"

@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from cloister_fl.errors import ExtraMissing, InternalError
+from cloister_fl.errors import ExtraMissing, InstallError, InternalError
 from cloister_fl.protocol.round_messages import Vector
 from cloister_fl.study.schema import Study
 
@@ -70,7 +70,7 @@ def load_reader() -> Reader:
     return reader
 
 
-def _missing(what: str) -> ExtraMissing:
+def _missing(what: str) -> InstallError:
     return ExtraMissing(
         f"Evaluation on a hold-out needs {what}, which is not installed.",
         remedy="Run: pip install 'cloister[client,server]'",

@@ -36,6 +36,7 @@ from cloister_fl.errors import (
 from cloister_fl.networks.pretrained import PINNED
 from cloister_fl.simulation.simulate import Simulation, simulate
 from cloister_fl.study.schema import Study
+from support.errors import raises
 from support.federations import study, study_text, write_cohort, write_federation
 
 pytestmark = pytest.mark.process
@@ -150,7 +151,7 @@ def test_a_study_is_found_by_the_first_digits_of_its_hash(site: Site) -> None:
     judge(site, study(), Decision.APPROVED)
     assert find(site, study().digest[:8].upper()).study == study()
     for wrong in (study().digest[:7], "ffffffff", "*", ""):
-        with pytest.raises(OptionInvalid):
+        with raises(OptionInvalid):
             find(site, wrong)
 
 

@@ -30,6 +30,7 @@ from cloister_fl.errors import (
 )
 from support import commands, studies
 from support.dicom import radiograph, write_dicom, write_site
+from support.errors import raises
 
 pytestmark = pytest.mark.process
 
@@ -150,9 +151,9 @@ def test_predict_failures_leave_no_file(tmp_path: Path, model: Path) -> None:
     with pytest.raises(FolderUnreadable):
         predict(model, folder, out, device="cpu")
     folder.mkdir()
-    with pytest.raises(SiteEmpty, match="CR, DX"):
+    with raises(SiteEmpty, match="CR, DX"):
         predict(model, folder, out, device="cpu")
-    with pytest.raises(OptionInvalid):
+    with raises(OptionInvalid):
         predict(model, folder, out, device="warp")
     write_dicom(folder / "1")
     with pytest.raises(OutputInTheWay):
@@ -201,7 +202,7 @@ def test_predict_with_a_pretrained_model(tmp_path: Path, monkeypatch: pytest.Mon
     assert 0.001 < float(row[2]) < 0.999
     (tmp_path / "s.csv").unlink()
     monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
-    with pytest.raises(ExtraMissing, match=r"install.*pretrained"):
+    with raises(ExtraMissing, match=r"install.*pretrained"):
         predict(path, tmp_path / "none", tmp_path / "s.csv", device="cpu")
     assert not (tmp_path / "s.csv").exists()
 

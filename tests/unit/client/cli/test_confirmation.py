@@ -22,6 +22,7 @@ from cloister_fl.client.steward import budget
 from cloister_fl.errors import OptionInvalid
 from support import commands
 from support.dicom import make_dicom, radiograph, write_dicom
+from support.errors import raises
 from support.federations import study, study_text
 
 STUDY = study()
@@ -126,7 +127,7 @@ def test_the_option_acts_without_a_question(act: Act) -> None:
 
 def test_without_a_terminal_the_command_to_paste_is_told(act: Act) -> None:
     before = act.left()
-    with pytest.raises(OptionInvalid, match="Not a terminal: ") as error:
+    with raises(OptionInvalid, match="Not a terminal: ") as error:
         act.run(said="y\n")
     assert act.left() == before
     assert f"site seafield in {act.site.root.resolve()}" in error.value.what
@@ -160,6 +161,6 @@ def test_a_ledger_that_fits_is_not_asked_about(tmp_path: Path) -> None:
 def test_a_reason_that_is_none_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
     act = Act("release", tmp_path)
     act.words[-1] = "two\nlines"
-    with pytest.raises(OptionInvalid, match="needs a reason: one line"):
+    with raises(OptionInvalid, match="needs a reason: one line"):
         act.run()
     assert not any(entry.kind == "quarantine" for entry in entries_of(act.site))

@@ -19,6 +19,7 @@ from cloister_fl.client.site.policy import Policy
 from cloister_fl.errors import CloisterError, OptionInvalid
 from cloister_fl.study.file import load_study
 from support.dicom import make_dicom, radiograph, write_dicom
+from support.errors import raises
 from support.studies import study_text
 
 CANARY, MRN, BORN = "CANARYNAME", "90210777", "19440402"
@@ -65,7 +66,7 @@ def test_freeze_then_again_with_a_reason(site: Site, tmp_path: Path) -> None:
     told = _run(site, "freeze", study)
     assert "Frozen at north: s, " in told
     assert "4 images of 4 patients." in told
-    with pytest.raises(OptionInvalid, match="frozen already"):
+    with raises(OptionInvalid, match="frozen already"):
         _run(site, "freeze", study)
     assert "4 images" in _run(site, "freeze", study, "--again", "--why", "sent again", "--yes")
 
@@ -85,7 +86,7 @@ def test_the_way_of_a_held_file(site: Site, tmp_path: Path) -> None:
     assert told.splitlines()[-1] == f"Released at north: {name}."
     assert len(load_frozen(site, load_study(tmp_path / "study.toml")).images) == 5
     assert "Kept" in _run(site, "quarantine", "keep", name, "--why", "a name after all", "--yes")
-    with pytest.raises(OptionInvalid, match="No quarantined file"):
+    with raises(OptionInvalid, match="No quarantined file"):
         _run(site, "quarantine", "release", "0" * 12, "--why", "x")
 
 

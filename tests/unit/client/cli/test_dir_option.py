@@ -22,6 +22,7 @@ from cloister_fl.client.site.folder import SITE_FILE, Site, init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward import budget
 from cloister_fl.errors import OptionInvalid, StudyNotApproved
+from support.errors import raises
 from support.federations import study
 
 STUDY = study()
@@ -97,14 +98,14 @@ def test_two_folders_on_a_line_are_refused(path: tuple[str, ...], run: Run) -> N
     ]
     lines += [{level: ["--dir", "../seafield", "--dir", "here"]} for level in range(len(path))]
     for words in lines:
-        with pytest.raises(OptionInvalid, match=r"\.\./seafield and here"):
+        with raises(OptionInvalid, match=r"\.\./seafield and here"):
             run(path, words)
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 def test_an_empty_dir_does_not_mean_here(path: tuple[str, ...], run: Run) -> None:
     for level in range(len(path)):
-        with pytest.raises(OptionInvalid, match="--dir is empty"):
+        with raises(OptionInvalid, match="--dir is empty"):
             run(path, {level: ["--dir", ""]})
 
 
@@ -176,7 +177,7 @@ def test_the_folder_of_a_coordinator_is_not_guessed(
 def test_one_folder() -> None:
     assert one_folder(None, None) is None
     assert one_folder(Path("a"), None) == one_folder(None, Path("a")) == Path("a")
-    with pytest.raises(OptionInvalid):
+    with raises(OptionInvalid):
         one_folder(Path("a"), Path("b"))
 
 

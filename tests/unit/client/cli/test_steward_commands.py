@@ -27,6 +27,7 @@ from cloister_fl.membership.roster import Roster, RosterEntry, sign_roster
 from cloister_fl.protocol.round_messages import SITE_KEY, Prepare, Refusal, Refused, pack, unpack
 from cloister_fl.server.flower.engines import InProcessGrid
 from support import commands
+from support.errors import raises
 from support.federations import study
 
 ROOT = Identity.generate()
@@ -165,15 +166,15 @@ def test_a_coordinator_that_is_away_does_not_hinder_and_one_that_refuses_does(
 
 
 def test_nobody_is_asked_where_nobody_sits(site: Site) -> None:
-    with pytest.raises(OptionInvalid, match="Not a terminal: "):
+    with raises(OptionInvalid, match="Not a terminal: "):
         approve(site, said="y\ny\n")
     judge(site, study(), Decision.DENIED, why="no")
-    with pytest.raises(OptionInvalid, match="No study is waiting for a decision"):
+    with raises(OptionInvalid, match="No study is waiting for a decision"):
         approve(site)
     for number in (1, 2):
         with pytest.raises(StudyNotApproved):
             require_approved(site, study(study=f'name = "study-{number}"'))
-    with pytest.raises(OptionInvalid, match="2 studies are waiting for a decision"):
+    with raises(OptionInvalid, match="2 studies are waiting for a decision"):
         approve(site)
     assert decision(site) is Decision.DENIED
 

@@ -47,6 +47,7 @@ from cloister_fl.errors import (
 from cloister_fl.study.schema import Input
 from support import studies
 from support.dicom import make_dicom, radiograph, write_dicom, write_site
+from support.errors import raises
 
 STUDY = studies.study()
 
@@ -130,7 +131,7 @@ def test_without_labels(tmp_path: Path) -> None:
 def test_missing_label(tmp_path: Path) -> None:
     site = _site(tmp_path)
     _edit_labels(site, lambda lines: lines[:-1])
-    with pytest.raises(LabelMissing, match="1 image has no label"):
+    with raises(LabelMissing, match="1 image has no label"):
         load_cohort(site, STUDY)
 
 
@@ -160,10 +161,10 @@ def test_empty_site(tmp_path: Path) -> None:
     site = init_site(tmp_path)
     site.dicom.mkdir()
     site.labels.write_text("PatientID,finding\n")
-    with pytest.raises(SiteEmpty, match="It holds no file"):
+    with raises(SiteEmpty, match="It holds no file"):
         load_cohort(site, STUDY)
     (site.dicom / "notes.txt").write_text("CANARY")
-    with pytest.raises(SiteEmpty, match=r"1 x not a DICOM file \(CLO-210\)"):
+    with raises(SiteEmpty, match=r"1 x not a DICOM file \(CLO-210\)"):
         load_cohort(site, STUDY)
 
 
@@ -183,13 +184,13 @@ def test_unreadable_folder(tmp_path: Path) -> None:
 def test_one_class(tmp_path: Path) -> None:
     site = _site(tmp_path, 4)
     _edit_labels(site, lambda lines: [line.replace("nodule", "normal") for line in lines])
-    with pytest.raises(OneClassOnly, match="'normal'"):
+    with raises(OneClassOnly, match="'normal'"):
         load_cohort(site, STUDY)
 
 
 def test_nine_patients_are_too_few(tmp_path: Path) -> None:
     site = _site(tmp_path, 19, least=10)
-    with pytest.raises(CohortTooSmall, match="'nodule' has 9") as caught:
+    with raises(CohortTooSmall, match="'nodule' has 9") as caught:
         load_cohort(site, STUDY)
     assert "'normal'" not in str(caught.value)
     assert "policy.min_patients_per_class" in str(caught.value)

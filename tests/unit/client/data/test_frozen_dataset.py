@@ -22,6 +22,7 @@ from cloister_fl.client.site.policy import Policy
 from cloister_fl.errors import DataChanged, LabelsInvalid, OptionInvalid, SiteEmpty
 from support import studies
 from support.dicom import radiograph, write_dicom, write_site
+from support.errors import raises
 
 STUDY = studies.study()
 MRN = "MRN00002"
@@ -102,7 +103,7 @@ def test_one_flipped_byte_is_refused_and_named(
     site: Site, change: Callable[[Site], None], told: str
 ) -> None:
     change(site)
-    with pytest.raises(DataChanged) as caught:
+    with raises(DataChanged) as caught:
         load_frozen(site, STUDY)
     message = str(caught.value)
     assert "1 of 6 images" in message
@@ -112,7 +113,7 @@ def test_one_flipped_byte_is_refused_and_named(
         # It was decoded anew from the file, whose bytes are those that were frozen.
         load_frozen(site, STUDY)
     else:
-        with pytest.raises(DataChanged):
+        with raises(DataChanged):
             load_frozen(site, STUDY)
 
 
@@ -194,7 +195,7 @@ def test_freezing_beside_a_first_run_does_not_replace_what_that_froze(
     write_site(tmp_path, 6, 1, key="PatientID")
     site = init_site(tmp_path, name="site", policy=Policy(min_patients_per_class=1))
     _another_comes_first(site, monkeypatch, before=False)
-    with pytest.raises(OptionInvalid, match="frozen already"):
+    with raises(OptionInvalid, match="frozen already"):
         freeze(site, STUDY)
     assert len(load_frozen(site, STUDY).images) == 6
     assert len([one for one in entries_of(site) if one.kind == "frozen"]) == 1
@@ -252,7 +253,7 @@ def test_a_study_frozen_by_another_preprocessing_is_refused(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preprocessing_digest, "SPEC_LABEL", b"cloister/preprocess/v2\0")
-    with pytest.raises(DataChanged, match="preprocesses images differently"):
+    with raises(DataChanged, match="preprocesses images differently"):
         load_frozen(site, STUDY)
     freeze(site, STUDY, again=True, why="a new version")
     load_frozen(site, STUDY)
@@ -308,7 +309,7 @@ def test_a_manifest_that_is_not_the_signed_one_is_refused(
         freeze(site, STUDY, again=True, why="a late image")
         load_frozen(site, STUDY)
         path.write_text(text)
-    with pytest.raises(DataChanged, match="does not match this site's signature"):
+    with raises(DataChanged, match="does not match this site's signature"):
         load_frozen(site, STUDY)
 
 
@@ -319,7 +320,7 @@ def test_freezing_anew_needs_a_reason_and_is_logged(site: Site) -> None:
         {"again": True, "why": "two\nlines"},
         {"again": True, "why": "\u00e9" * 501},
     ):
-        with pytest.raises(OptionInvalid):
+        with raises(OptionInvalid):
             freeze(site, STUDY, **options)  # type: ignore[arg-type]
     _flip_pixel(site)
     freeze(site, STUDY, again=True, why="sent again by the archive")
@@ -332,7 +333,7 @@ def test_freezing_anew_needs_a_reason_and_is_logged(site: Site) -> None:
 
 def test_a_manifest_that_is_gone_cannot_be_made_anew_without_a_word(site: Site) -> None:
     manifests.path_of(site, STUDY).unlink()
-    with pytest.raises(OptionInvalid, match="frozen already"):
+    with raises(OptionInvalid, match="frozen already"):
         freeze(site, STUDY)
     freeze(site, STUDY, again=True, why="restored without it")
     load_frozen(site, STUDY)
@@ -353,7 +354,7 @@ def test_killed_between_manifest_and_log(
             freeze(site, STUDY, again=again, why="x" if again else "")
     if again:
         # The log knows of the first alone, so the second does not count.
-        with pytest.raises(DataChanged, match="does not match this site's signature"):
+        with raises(DataChanged, match="does not match this site's signature"):
             load_frozen(site, STUDY)
         freeze(site, STUDY, again=True, why="x")
     load_frozen(site, STUDY)
@@ -369,6 +370,6 @@ def _interrupt(*_: object) -> None:
 def test_data_with_faults_are_not_frozen(tmp_path: Path) -> None:
     site = init_site(tmp_path / "empty", name="site")
     site.dicom.mkdir()
-    with pytest.raises(SiteEmpty):
+    with raises(SiteEmpty):
         load_frozen(site, STUDY)
     assert not manifests.path_of(site, STUDY).exists()

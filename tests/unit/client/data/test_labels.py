@@ -12,6 +12,7 @@ from cloister_fl.client.data.labels import Labels, Linked, join, read_labels
 from cloister_fl.client.dicom.folder_reader import Keys
 from cloister_fl.errors import LabelMissing, LabelsInvalid, LabelWithoutImage
 from cloister_fl.study.target import Target
+from support.errors import is_of
 
 TARGET = Target(column="finding", classes=("normal", "nodule", "mass"))
 
@@ -165,7 +166,7 @@ def test_image_without_label(tmp_path: Path) -> None:
     labels = _read(tmp_path, "PatientID,finding\na,normal\n")
     values, (error,) = join(labels, [_image("i1", "a"), _image("i2", "b"), _image("i3", "b")])
     assert values == [0, None, None]
-    assert isinstance(error, LabelMissing)
+    assert is_of(error, LabelMissing)
     assert "2 images have no label" in str(error)
     assert "pseudonym-b"[:12] in str(error)
 
@@ -209,8 +210,8 @@ def test_the_label_of_a_duplicate_still_counts(tmp_path: Path) -> None:
 def test_all_join_faults_at_once(tmp_path: Path) -> None:
     labels = _read(tmp_path, "SOPInstanceUID,finding\ni1,normal\ni2,mass\ni9,mass\n")
     images = [_image("i1", "a"), _image("i2", "a"), _image("i3", "b")]
-    kinds = [type(error) for error in join(labels, images)[1]]
-    assert kinds == [LabelsInvalid, LabelMissing, LabelWithoutImage]
+    codes = [error.code for error in join(labels, images)[1]]
+    assert codes == [LabelsInvalid.code, LabelMissing.code, LabelWithoutImage.code]
 
 
 @settings(max_examples=150, deadline=None)

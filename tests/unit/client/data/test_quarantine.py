@@ -29,6 +29,7 @@ from cloister_fl.client.site.policy import Policy
 from cloister_fl.errors import FileUnreadable, OptionInvalid, Reject
 from support import studies
 from support.dicom import make_dicom, radiograph, write_site
+from support.errors import raises
 from support.segmentations import segment
 from support.segmented_site import STUDY as OUTLINED
 
@@ -216,7 +217,7 @@ def test_a_picture_of_what_is_held(site: Site) -> None:
         assert (image.size, image.mode, image.info) == ((512, 512), "L", {})
         pixels = np.asarray(image)
     assert int(pixels.max()) - int(pixels.min()) > 200
-    with pytest.raises(OptionInvalid, match="CLO-218"):
+    with raises(OptionInvalid, match="CLO-218"):
         picture((site.dicom / "d-colour").read_bytes())
 
 
@@ -231,7 +232,7 @@ def test_a_file_that_is_swapped_after_the_look_is_not_released(site: Site) -> No
         )
     )  # fmt: skip
     assert named.short_id not in {one.short_id for one in quarantined_files(site)}
-    with pytest.raises(OptionInvalid, match="changed"):
+    with raises(OptionInvalid, match="changed"):
         look(site, named)
     decide(site, named, Decision.RELEASED, why="what I saw is fine")
     assert _images(site) == 4
@@ -239,7 +240,7 @@ def test_a_file_that_is_swapped_after_the_look_is_not_released(site: Site) -> No
 
 @pytest.mark.parametrize("why", ["", "   ", "two\nlines"])
 def test_a_decision_needs_a_reason(site: Site, why: str) -> None:
-    with pytest.raises(OptionInvalid):
+    with raises(OptionInvalid):
         decide(site, quarantined_files(site)[0], Decision.RELEASED, why=why)
     assert _images(site) == 4
 

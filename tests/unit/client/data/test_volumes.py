@@ -41,6 +41,7 @@ from cloister_fl.study.schema import Input
 from support import studies
 from support.ct_series import AXIAL, OBLIQUE, decimals, phantom, place, write_series
 from support.dicom import make_dicom, uid
+from support.errors import raises
 
 Shades = NDArray[np.uint16]
 
@@ -422,7 +423,7 @@ def test_one_flipped_pixel_of_one_slice_is_found_after_freezing(tmp_path: Path) 
     data = bytearray(path.read_bytes())
     data[-30] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DataChanged, match=r"(?s)1 of 36 images .*its pixels changed"):
+    with raises(DataChanged, match=r"(?s)1 of 36 images .*its pixels changed"):
         load_frozen(site, STUDY)
     data[-30] ^= 1
     path.write_bytes(data)
@@ -444,7 +445,7 @@ def test_a_volume_without_a_label_is_missed(tmp_path: Path) -> None:
     site = ct_site(tmp_path)
     lines = site.labels.read_text().splitlines()
     site.labels.write_text("\n".join(lines[:-1]) + "\n")
-    with pytest.raises(LabelMissing, match="1 image has no label"):
+    with raises(LabelMissing, match="1 image has no label"):
         load_cohort(site, STUDY)
 
 

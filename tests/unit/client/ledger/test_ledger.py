@@ -37,6 +37,7 @@ from cloister_fl.privacy.accounting import calibrate, epsilon_pld
 from cloister_fl.privacy.dp_events import Mechanism, compose
 from cloister_fl.privacy.renyi_filter import ORDERS
 from cloister_fl.system import utc
+from support.errors import raises
 
 pytestmark = pytest.mark.process
 
@@ -193,7 +194,7 @@ def test_a_closing_that_no_steward_signed_here_is_named(
         ledger.close(STUDY, STEWARD)
         body = close_body(STUDY, 0, ledger.head()[1], STEWARD)
     forge(path, "closed", **body)
-    with pytest.raises(LedgerDamaged, match="breaks a rule of the ledger"):
+    with raises(LedgerDamaged, match="breaks a rule of the ledger"):
         ledger.verify()
 
 
@@ -204,7 +205,7 @@ def test_an_acceptance_that_no_steward_signed_here_is_named(
     ledger.accept(3, STEWARD)
     ledger.verify()
     forge(path, "accepted", **{**accept_body(3, ledger.head()[1], STEWARD), **change})
-    with pytest.raises(LedgerDamaged, match="Entry 3 breaks a rule"):
+    with raises(LedgerDamaged, match="Entry 3 breaks a rule"):
         ledger.verify()
 
 
@@ -212,7 +213,7 @@ def test_a_start_after_the_closing_is_named(ledger: Ledger, path: Path) -> None:
     reserve(ledger)
     ledger.close(STUDY, STEWARD)
     forge(path, "started", study=STUDY, run="run-1", round=1, steps=1)
-    with pytest.raises(LedgerDamaged, match="Entry 4 breaks a rule"):
+    with raises(LedgerDamaged, match="Entry 4 breaks a rule"):
         ledger.verify()
 
 
@@ -339,7 +340,7 @@ def test_tampering_is_named(filled: Ledger, path: Path, statement: str, says: st
         lambda: filled.start_round(STUDY, "run-1", 9, 1),
         lambda: reserve(filled, OTHER),
     ):
-        with pytest.raises(LedgerDamaged, match=says):
+        with raises(LedgerDamaged, match=says):
             use()
 
 
@@ -353,7 +354,7 @@ def test_a_number_that_is_not_finite_is_named_though_its_hash_is_right(
         path,
         f"UPDATE entries SET body = '{text}', hash = '{digest.hexdigest()}' WHERE seq = {last.seq}",
     )
-    with pytest.raises(LedgerDamaged, match=f"Entry {last.seq} is not in canonical form"):
+    with raises(LedgerDamaged, match=f"Entry {last.seq} is not in canonical form"):
         filled.verify()
 
 
@@ -384,7 +385,7 @@ def test_well_chained_nonsense_is_named(
     filled: Ledger, path: Path, kind: str, body: dict[str, object]
 ) -> None:
     forge(path, kind, **body)
-    with pytest.raises(LedgerDamaged, match="Entry 6 breaks a rule"):
+    with raises(LedgerDamaged, match="Entry 6 breaks a rule"):
         filled.verify()
 
 
@@ -417,14 +418,14 @@ def test_triggers_refuse_changes(filled: Ledger, path: Path, statement: str) -> 
 def test_triggers_taken_away_are_missed(filled: Ledger, path: Path) -> None:
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("DROP TRIGGER no_update")
-    with pytest.raises(LedgerDamaged, match="tables or triggers"):
+    with raises(LedgerDamaged, match="tables or triggers"):
         filled.verify()
 
 
 @pytest.mark.parametrize("content", [b"no database, but long enough" * 100, b"SQLite format 3\0"])
 def test_another_file_is_refused_without_quoting_the_path(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    with pytest.raises(LedgerDamaged) as caught:
+    with raises(LedgerDamaged) as caught:
         Ledger.open(path, delta=1e-6)
     assert str(path) not in str(caught.value)
     assert path.name not in str(caught.value)
@@ -433,7 +434,7 @@ def test_another_file_is_refused_without_quoting_the_path(path: Path, content: b
 def test_a_link_is_not_followed(ledger: Ledger, path: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.sqlite"
     link.symlink_to(path)
-    with pytest.raises(LedgerDamaged):
+    with raises(LedgerDamaged):
         Ledger.open(link, delta=1e-6)
 
 
@@ -453,7 +454,7 @@ def test_a_full_disk_refuses_and_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(sqlite3, "connect", small)
         fill = (ledger.start_round(STUDY, "run-1", number, 1) for number in range(1, STEPS))
-        with pytest.raises(LedgerDamaged, match="cannot be read or written"):
+        with raises(LedgerDamaged, match="cannot be read or written"):
             list(fill)
     assert ledger.head()[0] >= head[0]
     ledger.verify()

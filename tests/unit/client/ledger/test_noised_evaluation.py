@@ -20,6 +20,7 @@ from cloister_fl.membership.identity import Identity
 from cloister_fl.privacy.accounting import calibrate, epsilon_of
 from cloister_fl.privacy.dp_events import Mechanism, compose
 from cloister_fl.privacy.renyi_filter import lifetime_epsilon
+from support.errors import raises
 
 STUDY, OTHER, DELTA, STEPS = "a" * 64, "b" * 64, 1e-5, 4
 RELEASE = Mechanism(calibrate(1.0, DELTA, 1.0, 1), 1.0)
@@ -123,5 +124,5 @@ def test_an_entry_against_the_rules_is_damage(
     ledger.verify()
     with transaction(tmp_path / "ledger.sqlite", write=True) as connection:
         append(connection, kind, body)
-    with pytest.raises(LedgerDamaged):
+    with raises(LedgerDamaged):
         ledger.verify()

@@ -20,6 +20,7 @@ from cloister_fl.errors import (
     SiteFileInvalid,
 )
 from cloister_fl.system.child_process import local_environment
+from support.errors import raises
 
 PROXY = Network(proxy="http://proxy.hospital.example:3128", proxy_user="fl-node")
 
@@ -52,7 +53,7 @@ def test_proxy_of(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "\n", "two\nlines", "x" * 1025, "bell\x07", "\udcff"])
 def test_what_is_no_password(tmp_path: Path, text: str) -> None:
     site = _site(tmp_path)
-    with pytest.raises(OptionInvalid) as caught:
+    with raises(OptionInvalid) as caught:
         set_password(site, text)
     assert not (site.keys / FILE).exists()
     assert not text.strip() or text not in str(caught.value)
@@ -60,9 +61,9 @@ def test_what_is_no_password(tmp_path: Path, text: str) -> None:
 
 def test_a_password_wants_a_user(tmp_path: Path) -> None:
     site = _site(tmp_path, None)
-    with pytest.raises(OptionInvalid, match="names no proxy, or no user"):
+    with raises(OptionInvalid, match="names no proxy, or no user"):
         set_password(site, "word")
-    with pytest.raises(OptionInvalid, match="names no proxy, or no user"):
+    with raises(OptionInvalid, match="names no proxy, or no user"):
         CliRunner().invoke(
             client_group.app,
             ["proxy", "--dir", str(site.root)],
@@ -84,7 +85,7 @@ BAD_PROXIES = (
 
 @pytest.mark.parametrize("url", BAD_PROXIES)
 def test_bad_proxies(tmp_path: Path, url: str) -> None:
-    with pytest.raises(OptionInvalid) as caught:
+    with raises(OptionInvalid) as caught:
         network_of(url)
     assert "hunter2" not in str(caught.value)
     site = _site(tmp_path)

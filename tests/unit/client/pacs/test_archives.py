@@ -41,7 +41,6 @@ from cloister_fl.errors import (
     ArchiveAnswerInvalid,
     ArchiveRefused,
     ArchiveUnreachable,
-    CloisterError,
     FetchUnfinished,
     FileUnreadable,
     OptionInvalid,
@@ -52,6 +51,7 @@ from cloister_fl.errors import (
 from support import studies
 from support.certificates import self_signed
 from support.dicom import make_dicom, radiograph, uid
+from support.errors import Expected, is_of, raises
 
 pytestmark = pytest.mark.process
 
@@ -273,9 +273,9 @@ def test_a_part_of_what_fits_is_not_frozen(tmp_path: Path, archive: Archive) -> 
     ended = subprocess.run(command, timeout=60, check=False)
     assert ended.returncode == -signal.SIGKILL
     assert len(list(site.store.iterdir())) == 6
-    with pytest.raises(FetchUnfinished, match="from the archive is incomplete"):
+    with raises(FetchUnfinished, match="from the archive is incomplete"):
         load_frozen(site, STUDY)
-    with pytest.raises(FetchUnfinished):
+    with raises(FetchUnfinished):
         freeze(site, STUDY)
     assert "CLO-253" in render(inspect(site, STUDY))
     assert not list(site.root.glob("manifests/*"))
@@ -285,7 +285,7 @@ def test_a_part_of_what_fits_is_not_frozen(tmp_path: Path, archive: Archive) -> 
     new = _instances(5)
     archive.misbehave = {key[2]: _shut for key in new.keys() - archive.instances.keys()}
     archive.instances.update(new)
-    with pytest.raises(ArchiveRefused):
+    with raises(ArchiveRefused):
         fetch(site)
     assert len(load_frozen(site, STUDY).images) == 8
 
@@ -298,7 +298,7 @@ def test_the_end_of_another_query_makes_no_data_whole(tmp_path: Path, archive: A
     query = '[data.query]\nmodality = ["CT"]\n\n[network]'
     (site.root / "site.toml").write_text(text.replace("[network]", query))
     assert fetch(open_site(site.root)).found == 0
-    with pytest.raises(FetchUnfinished, match="from the archive is incomplete"):
+    with raises(FetchUnfinished, match="from the archive is incomplete"):
         freeze(open_site(site.root), STUDY)
     (site.root / "site.toml").write_text(text)
     assert fetch(open_site(site.root)) == Fetched(8, 2, 6, 0)
@@ -318,7 +318,7 @@ def test_what_a_fetch_brings_while_files_are_read_is_not_left_out(
         if done == 6:
             assert fetch(site).new == 2
 
-    with pytest.raises(FetchUnfinished):
+    with raises(FetchUnfinished):
         freeze(site, STUDY, progress=meanwhile)
     assert not list(site.root.glob("manifests/*"))
 
@@ -328,7 +328,7 @@ def test_one_fetch_at_a_time(tmp_path: Path, archive: Archive) -> None:
     second: list[str] = []
 
     def meanwhile(*_: int) -> None:
-        with pytest.raises(FetchUnfinished, match="Another fetch") as caught:
+        with raises(FetchUnfinished, match="Another fetch") as caught:
             fetch(site)
         second.append(caught.value.code)
 
@@ -395,7 +395,7 @@ def test_a_wrong_password_is_told_and_a_right_one_goes_on(
     with pytest.raises(FileUnreadable, match="is not set"):
         fetch(site)
     set_secret(site, "wrong")
-    with pytest.raises(ArchiveRefused, match="401"):
+    with raises(ArchiveRefused, match="401"):
         fetch(site)
     set_secret(site, SECRET)
     assert fetch(site).new == 8
@@ -404,7 +404,7 @@ def test_a_wrong_password_is_told_and_a_right_one_goes_on(
 @pytest.mark.parametrize("secret", ["", "\n", "two\nlines", "x" * 5000, "schlüssel"])
 def test_what_cannot_be_a_secret(tmp_path: Path, archive: Archive, secret: str) -> None:
     site = _site(tmp_path, archive.url, "token")
-    with pytest.raises(OptionInvalid):
+    with raises(OptionInvalid):
         set_secret(site, secret)
     assert not (site.keys / "archive.secret").exists()
 
@@ -491,13 +491,13 @@ def test_an_archive_that_stumbles_is_told_and_the_next_fetch_goes_on(
     tmp_path: Path,
     archive: Archive,
     deed: Callable[[Handler], None],
-    error: type[CloisterError],
+    error: Expected,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dicomweb, "MAX_FILE_BYTES", 8 << 20)
     site = _site(tmp_path, archive.url)
     archive.misbehave[_last(archive)] = deed
-    with pytest.raises(error) as caught:
+    with raises(error) as caught:
         fetch(site)
     assert "2.25." not in str(caught.value)
     kept = len(list(site.store.iterdir()))
@@ -595,7 +595,7 @@ def test_a_redirect_is_not_followed(tmp_path: Path, archive: Archive) -> None:
     archive.misbehave["studies"] = redirect
     site = _site(tmp_path, archive.url, "token")
     set_secret(site, SECRET)
-    with pytest.raises(ArchiveAnswerInvalid, match="302"):
+    with raises(ArchiveAnswerInvalid, match="302"):
         fetch(site)
     with listener, pytest.raises(TimeoutError):
         elsewhere.append(listener.accept()[0].recv(100))
@@ -612,7 +612,7 @@ def test_a_redirect_is_not_followed(tmp_path: Path, archive: Archive) -> None:
 )  # fmt: skip
 def test_results_that_are_none(tmp_path: Path, archive: Archive, results: bytes) -> None:
     archive.misbehave["studies"] = lambda handler: handler.answer("application/json", results)
-    with pytest.raises(ArchiveAnswerInvalid):
+    with raises(ArchiveAnswerInvalid):
         fetch(_site(tmp_path, archive.url))
 
 
@@ -665,7 +665,7 @@ def test_a_list_without_end_has_one(
     tmp_path: Path, archive: Archive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetching, "MAX_INSTANCES", 7)
-    with pytest.raises(OptionInvalid, match="Narrow"):
+    with raises(OptionInvalid, match="Narrow"):
         fetch(_site(tmp_path, archive.url))
     assert not [path for path in archive.asked if path.count("/") > 8]
 
@@ -756,4 +756,4 @@ def test_the_command(tmp_path: Path, archive: Archive) -> None:
     }
     bare = init_site(tmp_path / "bare", name="bare")
     refused = CliRunner().invoke(client_group.app, ["fetch", "--dir", str(bare.root)])
-    assert isinstance(refused.exception, OptionInvalid)
+    assert is_of(refused.exception, OptionInvalid)

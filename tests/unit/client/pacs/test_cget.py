@@ -32,13 +32,13 @@ from cloister_fl.errors import (
     ArchiveAnswerInvalid,
     ArchiveRefused,
     ArchiveUnreachable,
-    CloisterError,
     FileUnreadable,
 )
 from cloister_fl.study.schema import Study
 from support import studies
 from support.certificates import self_signed
 from support.dicom import make_dicom, radiograph, uid
+from support.errors import Expected, raises
 from support.segmentations import segment
 
 CANARY = "CANARYNAME"
@@ -256,11 +256,11 @@ def test_segmentations_come_with_their_images_where_they_are_asked_for(
     ],
 )
 def test_what_goes_wrong_is_told_and_the_next_fetch_goes_on(
-    tmp_path: Path, archive: Archive, deed: str, error: type[CloisterError]
+    tmp_path: Path, archive: Archive, deed: str, error: Expected
 ) -> None:
     archive.deed = deed
     site = _site(tmp_path, archive.port)
-    with pytest.raises(error) as caught:
+    with raises(error) as caught:
         fetch(site)
     assert "2.25." not in str(caught.value)
     kept = _kept(site)
@@ -278,7 +278,7 @@ def test_an_answer_that_pydicom_cannot_read_is_invalid(
     site = _site(tmp_path, archive.port)
     with cget.GetArchive(site.archive, site.root) as asking, monkeypatch.context() as odd:
         odd.setattr(Dataset, "get", quoting)
-        with pytest.raises(ArchiveAnswerInvalid) as caught:
+        with raises(ArchiveAnswerInvalid) as caught:
             list(asking.find(site.query))
     assert CANARY not in str(caught.value)
     assert caught.value.__cause__ is None
@@ -346,7 +346,7 @@ def test_an_archive_that_sends_without_end_is_cut_off(
 ) -> None:
     monkeypatch.setattr(cget, "MAX_FILE_BYTES", -(60 << 10))
     site = _site(tmp_path, archive.port)
-    with pytest.raises(ArchiveAnswerInvalid):
+    with raises(ArchiveAnswerInvalid):
         fetch(site)
     assert _kept(site) == 0
 
@@ -358,7 +358,7 @@ def test_what_is_no_uid_is_not_kept_until_all_answers_are_in(
     began = time.monotonic()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's, in the archive's own thread
-        with pytest.raises(ArchiveAnswerInvalid):
+        with raises(ArchiveAnswerInvalid):
             fetch(_site(tmp_path, archive.port))
     # Nor is it asked for its leave, which would come behind all that it still says.
     assert time.monotonic() - began < 20
@@ -439,7 +439,7 @@ def test_an_answer_to_a_question_has_a_length(
     tmp_path: Path, archive: Archive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive.deed = "long"
-    with pytest.raises(ArchiveAnswerInvalid):
+    with raises(ArchiveAnswerInvalid):
         fetch(_site(tmp_path, archive.port))
     monkeypatch.setattr(cget, "_MOST_FOUND_BYTES", 8 << 20)
     # Many of a sound length are no long one.
@@ -463,7 +463,7 @@ def test_a_slow_image_is_waited_for_as_long_as_it_comes(
 
 
 def test_an_unknown_title_is_refused(tmp_path: Path, archive: Archive) -> None:
-    with pytest.raises(ArchiveRefused, match="AE title"):
+    with raises(ArchiveRefused, match="AE title"):
         fetch(_site(tmp_path, archive.port, called="ANOTHER"))
 
 

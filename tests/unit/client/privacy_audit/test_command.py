@@ -15,6 +15,7 @@ from cloister_fl.client.training import local_training
 from cloister_fl.errors import OptionInvalid
 from cloister_fl.privacy.accounting import epsilon_pld
 from support import commands
+from support.errors import raises
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,6 +60,6 @@ def test_code_that_adds_a_third_of_the_noise_is_refuted(
 
 
 def test_draws_come_in_pairs(site: Site) -> None:
-    with pytest.raises(OptionInvalid, match="odd"):
+    with raises(OptionInvalid, match="odd"):
         run(site, "--draws", "201")
     assert entries_of(site) == ()

@@ -36,6 +36,7 @@ from cloister_fl.privacy.accounting import calibrate, epsilon_pld
 from cloister_fl.study.file import load_study
 from support import commands
 from support.dicom import write_site
+from support.errors import raises
 from support.federations import with_engine
 from support.studies import study_text
 
@@ -127,7 +128,7 @@ def test_the_log_says_what_was_done_and_nothing_of_the_patients(
     # A site without data has the same entry: it is written before they are read.
     empty = init_site(tmp_path / "empty")
     empty.dicom.mkdir(parents=True)
-    with pytest.raises(SiteEmpty):
+    with raises(SiteEmpty):
         run(empty, "--study", study)
     assert [(entry.kind, dict(entry.body)) for entry in entries_of(empty)] == [
         ("audited", expected)
@@ -174,7 +175,7 @@ def test_few_guesses_are_no_test_and_the_words_say_so(
 def test_options_that_do_not_fit_are_refused(
     stocked: Site, study: Path, words: tuple[object, ...], says: str
 ) -> None:
-    with pytest.raises(OptionInvalid, match=says):
+    with raises(OptionInvalid, match=says):
         run(stocked, "--study", study, *words)
 
 
@@ -182,14 +183,14 @@ def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_done(
     stocked: Site, study: Path
 ) -> None:
     entries = len(entries_of(stocked))
-    with pytest.raises(OptionInvalid, match=r"audit\.jpg"):
+    with raises(OptionInvalid, match=r"audit\.jpg"):
         run(stocked, "--study", study, "--plot", "audit.jpg")
     assert len(entries_of(stocked)) == entries
 
 
 @pytest.mark.parametrize("option", ["--rounds", "--canaries", "--guesses", "--plot"])
 def test_options_of_a_study_need_one(stocked: Site, option: str) -> None:
-    with pytest.raises(OptionInvalid, match=f"{option} is for the audit of a study"):
+    with raises(OptionInvalid, match=f"{option} is for the audit of a study"):
         run(stocked, option, 8)
 
 
@@ -204,14 +205,14 @@ def test_book_keeping_is_not_audited(stocked: Site, study: Path) -> None:
 def test_a_study_without_privacy_claims_nothing(stocked: Site, study: Path) -> None:
     study.write_text(study_text(**ASKED, privacy=PRIVACY | {"enabled": False}))
     entries = len(entries_of(stocked))
-    with pytest.raises(OptionInvalid, match="without privacy"):
+    with raises(OptionInvalid, match="without privacy"):
         run(stocked, "--study", study)
     assert len(entries_of(stocked)) == entries
 
 
 def test_a_site_without_enough_data_refuses(tmp_path: Path, study: Path) -> None:
     few = _site(tmp_path / "few", 6)
-    with pytest.raises(CohortTooSmall, match="has 6 patients"):
+    with raises(CohortTooSmall, match="has 6 patients"):
         run(few, "--study", study)
     (few.root / "labels.csv").unlink()
     with pytest.raises(CloisterError) as caught:
@@ -225,7 +226,7 @@ def test_a_large_network_has_as_many_canaries_as_fit(monkeypatch: pytest.MonkeyP
     assert own_data._canaries(10, 1_000, None) == 10
     assert own_data._canaries(100, 10_000_000, None) == 8
     assert own_data._canaries(100, 1_000, 12) == 12
-    with pytest.raises(OptionInvalid, match="do not fit into memory"):
+    with raises(OptionInvalid, match="do not fit into memory"):
         own_data._canaries(100, 1_000, 13)
 
 

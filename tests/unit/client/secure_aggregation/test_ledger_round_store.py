@@ -13,6 +13,7 @@ from cloister_fl.client.ledger.ledger import Ledger
 from cloister_fl.client.secure_aggregation.ledger_round_store import RoundMemory
 from cloister_fl.errors import LedgerDamaged, ParameterRefused
 from cloister_fl.privacy.dp_events import Mechanism
+from support.errors import raises
 
 STUDY = bytes(range(32))
 OTHER = bytes(32)
@@ -49,7 +50,7 @@ def test_what_makes_the_same_update_shares_a_memory(tmp_path: Path) -> None:
 def test_a_server_cannot_fill_the_ledger_with_epochs(tmp_path: Path) -> None:
     memory = RoundMemory(tmp_path / "ledger.sqlite", delta=DELTA, subject=STUDY, most_epochs=3)
     assert all(memory.claim_epoch(bytes([number]) * 32) for number in range(3))
-    with pytest.raises(ParameterRefused, match="3 key epochs"):
+    with raises(ParameterRefused, match="3 key epochs"):
         memory.claim_epoch(b"x" * 32)
     assert memory.claim_epoch(bytes(32)) is False
 
@@ -86,7 +87,7 @@ def test_an_answer_that_was_changed_by_hand_is_found(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "ledger.sqlite") as connection:
         connection.execute("DROP TRIGGER no_update")
         connection.execute("""UPDATE entries SET body = replace(body, '"b"', '"c"')""")
-    with pytest.raises(LedgerDamaged):
+    with raises(LedgerDamaged):
         _memory(tmp_path).committed(STUDY, 2)
 
 

@@ -16,6 +16,7 @@ from cloister_fl.client.site.folder import init_site, open_site, pseudonym
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.errors import FileUnreadable, OptionInvalid, OutputInTheWay, SiteFileInvalid
 from cloister_fl.system.files import create_secret, make_private_dir, read_secret, write_atomic
+from support.errors import raises
 
 KEYS = ("identity.pem", "pseudonym.key", "cache.key")
 
@@ -83,13 +84,13 @@ def test_written_policy_and_paths_come_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "Nord", "a b", "-a", "x" * 64, 'a"\n'])
 def test_bad_name(tmp_path: Path, name: str) -> None:
-    with pytest.raises(OptionInvalid):
+    with raises(OptionInvalid):
         init_site(tmp_path / "new", name=name)
     assert not (tmp_path / "new").exists()
 
 
 def test_path_that_no_toml_can_hold(tmp_path: Path) -> None:
-    with pytest.raises(OptionInvalid):
+    with raises(OptionInvalid):
         init_site(tmp_path, dicom="a\udcff")
 
 

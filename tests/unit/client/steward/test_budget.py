@@ -22,6 +22,7 @@ from cloister_fl.encoding.framing import u64
 from cloister_fl.errors import BudgetExhausted, OptionInvalid, OutputInTheWay
 from cloister_fl.membership.identity import verify
 from support import commands
+from support.errors import raises
 from support.federations import study, study_text
 
 STUDY = study()
@@ -96,7 +97,7 @@ def test_looking_at_a_site_without_a_ledger_makes_none(site: Site, tmp_path: Pat
     assert asked["lifetime_promised"] == 0
     assert asked["proposal"]["lifetime_gate"] is True
     assert not site.ledger.exists()
-    with pytest.raises(OptionInvalid, match="no ledger"):
+    with raises(OptionInvalid, match="no ledger"):
         run(site, "export", "--out", str(tmp_path / "out"))
 
 
@@ -141,5 +142,5 @@ def test_a_closed_study_gives_its_steps_back_and_never_starts_again(charged: Sit
         gate.admit(charged, STUDY, run="run-1", invited=SITES)
     with pytest.raises(BudgetExhausted, match="closed"):
         gate.charge(charged, STUDY, run="run-1", round_number=2)
-    with pytest.raises(OptionInvalid, match="no study"):
+    with raises(OptionInvalid, match="no study"):
         run(charged, "close", "f" * 64)

@@ -28,6 +28,7 @@ from cloister_fl.verify import ledger_export
 from cloister_fl.verify.certificate_check import check
 from support import commands
 from support.accountants import epsilon_prv, epsilon_rdp
+from support.errors import raises
 from support.federations import study, with_engine
 
 STUDY = study()
@@ -124,7 +125,7 @@ def test_a_certificate_with_one_character_changed(data: bytes, place: int, to: i
     place %= len(data)
     if data[place] == to:
         return
-    with pytest.raises(CertificateInvalid, match="CLO-310"):
+    with raises(CertificateInvalid, match="CLO-310"):
         certificate.read(data[:place] + bytes([to]) + data[place + 1 :])
 
 
@@ -132,18 +133,18 @@ def test_every_digit_matters(data: bytes) -> None:
     for place, byte in enumerate(data):
         if chr(byte).isdigit():
             other = b"1" if byte != ord("1") else b"2"
-            with pytest.raises(CertificateInvalid):
+            with raises(CertificateInvalid):
                 certificate.read(data[:place] + other + data[place + 1 :])
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, -1])
 def test_a_certificate_that_was_cut(data: bytes, cut: int) -> None:
-    with pytest.raises(CertificateInvalid):
+    with raises(CertificateInvalid):
         certificate.read(data[:cut])
 
 
 def test_another_key_than_asked_for(data: bytes) -> None:
-    with pytest.raises(CertificateInvalid, match="another key"):
+    with raises(CertificateInvalid, match="another key"):
         certificate.read(data, key=Identity.generate().public)
 
 
@@ -210,7 +211,7 @@ def test_an_export_with_one_digit_changed(exported: bytes, line: int) -> None:
             new = lines[line][:place] + other + lines[line][place + 1 :]
             broken = [*lines]
             broken[line] = new
-            with pytest.raises(CertificateInvalid):
+            with raises(CertificateInvalid):
                 ledger_export.read(b"".join(broken))
 
 
@@ -220,7 +221,7 @@ def test_an_export_whose_last_line_says_what_nobody_signed(exported: bytes, fiel
     said = json.loads(last)
     assert ledger_export.read(exported).site == said["site"] == "anker"
     said[field] = "birke" if field == "site" else said["format"] + 1
-    with pytest.raises(CertificateInvalid, match="does not sign"):
+    with raises(CertificateInvalid, match="does not sign"):
         ledger_export.read(b"".join(lines) + json.dumps(said).encode() + b"\n")
 
 
@@ -228,14 +229,14 @@ def test_an_export_with_a_number_that_is_not_finite(exported: bytes) -> None:
     first, *rest = exported.splitlines(keepends=True)
     said = json.loads(first)
     said["body"]["delta"] = float("nan")
-    with pytest.raises(CertificateInvalid, match="line 1 holds a number that is not finite"):
+    with raises(CertificateInvalid, match="line 1 holds a number that is not finite"):
         ledger_export.read(json.dumps(said).encode() + b"\n" + b"".join(rest))
 
 
 def test_an_export_that_lacks_a_line(exported: bytes) -> None:
     lines = exported.splitlines(keepends=True)
     for gone in (0, 2, len(lines) - 2, len(lines) - 1):
-        with pytest.raises(CertificateInvalid):
+        with raises(CertificateInvalid):
             ledger_export.read(b"".join(lines[:gone] + lines[gone + 1 :]))
 
 
@@ -278,8 +279,8 @@ def test_the_commands_write_and_check(
     with pytest.raises(OutputInTheWay):
         invoke(charged, STUDY.digest[:16], "--out", str(out))
     assert invoke(charged, STUDY.digest[:16]).output.startswith('{\n  "clipping_norm"')
-    with pytest.raises(OptionInvalid, match="no such run"):
+    with raises(OptionInvalid, match="no such run"):
         invoke(charged, STUDY.digest[:16], "--run", "another")
     out.write_bytes(out.read_bytes().replace(b'"steps_started": ', b'"steps_started": 1'))
-    with pytest.raises(CertificateInvalid, match="CLO-310"):
+    with raises(CertificateInvalid, match="CLO-310"):
         verify_command(out, against=None, ledger=None, key=None, as_json=False)

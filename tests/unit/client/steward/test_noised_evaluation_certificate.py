@@ -27,6 +27,7 @@ from cloister_fl.privacy.accounting import epsilon_prv_of
 from cloister_fl.study.cost import charges
 from cloister_fl.verify import ledger_export
 from cloister_fl.verify.certificate_check import check
+from support.errors import raises
 from support.federations import study
 
 ASKED = study(evaluation="release_epsilon = 2.0")
@@ -128,7 +129,7 @@ def test_the_file_holds_no_form_but_its_own(data: bytes) -> None:
     assert held["release"]["charged"] is True
     for release in (None, {**held["release"], "charged": False}):
         text = json.dumps({**held, "release": release}, sort_keys=True, indent=2) + "\n"
-        with pytest.raises(CertificateInvalid):
+        with raises(CertificateInvalid):
             certificate.read(text.encode())
     # Signed anew without it, the file has the form of before; a null in it is another form.
     identity = Identity.generate()
@@ -137,7 +138,7 @@ def test_the_file_holds_no_form_but_its_own(data: bytes) -> None:
     assert b'"release"' not in signed
     assert certificate.read(signed) == plain
     null = {**json.loads(signed), "release": None}
-    with pytest.raises(CertificateInvalid, match="canonical form"):
+    with raises(CertificateInvalid, match="canonical form"):
         certificate.read((json.dumps(null, sort_keys=True, indent=2) + "\n").encode())
 
 

@@ -17,6 +17,7 @@ from cloister_fl.client.steward.data_report import survey
 from cloister_fl.errors import LabelMissing, OptionInvalid
 from support import studies
 from support.dicom import make_dicom, radiograph, write_site
+from support.errors import is_of
 
 pytestmark = pytest.mark.process
 
@@ -51,7 +52,7 @@ def test_a_pseudonym_of_a_message_names_its_patient(site: Site) -> None:
     (lost,) = [row for row in rows if row.startswith("MRN00002,")] or [rows[2]]
     site.labels.write_text("\n".join(row for row in rows if row != lost) + "\n")
     (fault, *_) = read_cohort(site, study).faults
-    assert isinstance(fault, LabelMissing)
+    assert is_of(fault, LabelMissing)
     name = next(word for word in str(fault).replace(".", " ").split() if len(word) == 12
                 and set(word) <= set("0123456789abcdef"))  # fmt: skip
     status, told, _ = _told(site, name, "--study", str(site.root / "study.toml"), "--json")
@@ -79,5 +80,5 @@ def test_a_report_s_pseudonyms_are_found_without_a_study(site: Site) -> None:
 @pytest.mark.parametrize("what", ["CLO-999", "MRN00001", "abc", "", "f" * 12])
 def test_what_stands_for_nothing_is_told(site: Site, what: str) -> None:
     result = CliRunner().invoke(client_group.app, ["find", what, "--dir", str(site.root)])
-    assert isinstance(result.exception, OptionInvalid)
+    assert is_of(result.exception, OptionInvalid)
     assert not result.stdout

@@ -21,6 +21,7 @@ from cloister_fl.server.coordinator.folder import (
     open_coordinator,
 )
 from support import commands
+from support.errors import raises
 
 NAMES = ("anker", "birke", "clara")
 
@@ -57,7 +58,7 @@ def test_a_path_that_join_would_not_use_is_told(tmp_path: Path, place: Coordinat
     invite = Invite.decode((place.root / "invites" / f"{name}.invite").read_text())
     site = join.prepare(tmp_path / "new", invite, dicom=tmp_path / "wrong")
     for key in ("dicom", "labels"):
-        with pytest.raises(OptionInvalid, match=f"its {key} is another one"):
+        with raises(OptionInvalid, match=f"its {key} is another one"):
             join.prepare(tmp_path / "new", invite, **{key: tmp_path / "right"})
     again = join.prepare(tmp_path / "new", invite, dicom=tmp_path / "wrong")
     assert again.dicom == site.dicom == tmp_path / "wrong"
@@ -79,7 +80,7 @@ def test_init_invites_at_once(tmp_path: Path) -> None:
 
 def test_init_makes_nothing_where_a_site_cannot_be_named_so(tmp_path: Path) -> None:
     folder = tmp_path / "fed"
-    with pytest.raises(OptionInvalid, match="'North!'"):
+    with raises(OptionInvalid, match="'North!'"):
         command("init", folder, "--address", "h:9443", "--invite", "anker", "--invite", "North!")
     assert not folder.exists()
 
@@ -100,13 +101,13 @@ def test_approve_asks_for_each_site_that_waits(place: Coordinator) -> None:
     again = command("approve", "--dir", place.root, said="y\n")
     assert again.exit_code == 0
     assert "anker's key" not in again.output
-    with pytest.raises(SiteStateInvalid, match="No site waits"):
+    with raises(SiteStateInvalid, match="No site waits"):
         command("approve", "--dir", place.root)
 
 
 @pytest.mark.usefixtures("at_a_terminal")
 def test_approve_takes_several_names_and_all_of_them_must_be_known(place: Coordinator) -> None:
-    with pytest.raises(SiteStateInvalid, match="dorn has not asked"):
+    with raises(SiteStateInvalid, match="dorn has not asked"):
         command("approve", "anker", "dorn", "--dir", place.root, said="y\ny\n")
     assert set(states(place).values()) == {"pending"}
     assert command("approve", "anker", "birke", "--dir", place.root, said="y\ny\n").exit_code == 0
@@ -114,14 +115,14 @@ def test_approve_takes_several_names_and_all_of_them_must_be_known(place: Coordi
 
 
 def test_nobody_is_approved_unseen(place: Coordinator) -> None:
-    with pytest.raises(OptionInvalid, match="Not a terminal: the fingerprint was not compared"):
+    with raises(OptionInvalid, match="Not a terminal: the fingerprint was not compared"):
         command("approve", "--dir", place.root, said="y\ny\ny\n")
     with place.registry() as registry:
         mark = fingerprint(registry.sites()[0].identity)
     for names in ((), ("anker", "birke")):
-        with pytest.raises(OptionInvalid, match="exactly one site"):
+        with raises(OptionInvalid, match="exactly one site"):
             command("approve", *names, "--fingerprint", mark, "--dir", place.root)
-    with pytest.raises(SiteStateInvalid, match="does not have this fingerprint"):
+    with raises(SiteStateInvalid, match="does not have this fingerprint"):
         command("approve", "birke", "--fingerprint", mark, "--dir", place.root)
     assert set(states(place).values()) == {"pending"}
     assert on_roster(place) == set()
@@ -139,7 +140,7 @@ def test_revoke_names_the_federation_and_asks(place: Coordinator) -> None:
 
 
 def test_revoke_without_a_terminal_tells_the_command_to_paste(place: Coordinator) -> None:
-    with pytest.raises(OptionInvalid, match="Not a terminal: ") as error:
+    with raises(OptionInvalid, match="Not a terminal: ") as error:
         command("revoke", "birke", "--dir", place.root, said="y\n")
     assert states(place)["birke"] == "pending"
     words = shlex.split(error.value.remedy.partition("run: ")[2])
@@ -147,5 +148,5 @@ def test_revoke_without_a_terminal_tells_the_command_to_paste(place: Coordinator
     assert words == ["cloister", "server", "revoke", "birke", *where]
     assert command(*words[2:]).exit_code == 0
     assert states(place)["birke"] == "revoked"
-    with pytest.raises(SiteStateInvalid):
+    with raises(SiteStateInvalid):
         command("revoke", "nobody", "--dir", place.root)

@@ -31,6 +31,7 @@ from cloister_fl.server.network.tls_listener import (
     server_context,
 )
 from cloister_fl.version import PROTOCOL, __version__
+from support.errors import raises
 
 KEY = b"-----a key-----"
 
@@ -170,7 +171,7 @@ def test_a_private_port_is_loopback_or_the_folder_does_not_open(tmp_path: Path, 
     place = init_coordinator(tmp_path / "fed", Layout(("127.0.0.1:9443",)))
     path = place.root / "server.toml"
     path.write_text(path.read_text().replace(f'{key} = "127.0.0.1', f'{key} = "0.0.0.0'))
-    with pytest.raises(ServerFolderInvalid, match="loopback"):
+    with raises(ServerFolderInvalid, match="loopback"):
         open_coordinator(place.root)
 
 

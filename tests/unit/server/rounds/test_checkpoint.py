@@ -13,6 +13,7 @@ from cloister_fl.server.rounds.checkpoint import Checkpoints, Figures, Progress,
 from cloister_fl.server.rounds.strategies import OptimizerState
 from cloister_fl.study.schema import Study
 from support import studies
+from support.errors import raises
 
 
 @pytest.fixture
@@ -79,12 +80,12 @@ def test_another_study_is_refused(tmp_path: Path, study: Study) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(study, _state())
     other = studies.study(privacy={"epsilon": 2})
-    with pytest.raises(ResumeMismatch, match="CLO-503"):
+    with raises(ResumeMismatch, match="CLO-503"):
         checkpoints.load(other)
 
 
 def test_an_empty_folder_has_nothing_to_resume(tmp_path: Path, study: Study) -> None:
-    with pytest.raises(NothingToResume, match="CLO-504"):
+    with raises(NothingToResume, match="CLO-504"):
         Checkpoints(tmp_path).load(study)
 
 
@@ -93,7 +94,7 @@ def test_a_damaged_checkpoint_is_a_named_error(tmp_path: Path, study: Study, dam
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(study, _state())
     (tmp_path / "state.safetensors").write_bytes(damage)
-    with pytest.raises(NothingToResume):
+    with raises(NothingToResume):
         checkpoints.load(study)
 
 

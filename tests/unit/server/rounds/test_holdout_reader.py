@@ -20,6 +20,7 @@ from cloister_fl.server.rounds.holdout_reader import GROUP, NAME, load_reader
 from cloister_fl.simulation.holdout_overlap import refuse_overlap
 from cloister_fl.simulation.simulate import Simulation, simulate
 from support.coordinator_process import new_coordinator
+from support.errors import raises
 from support.federations import study, study_text, write_cohort, write_federation
 
 pytestmark = pytest.mark.process
@@ -49,7 +50,7 @@ def test_one_image_under_another_name_is_found(folders: Path, tmp_path: Path) ->
     shutil.copytree(folders / "holdout", holdout)
     image = next((folders / "sites" / "birke" / "dicom").rglob("*.dcm"))
     shutil.copy(image, holdout / "dicom" / "renamed.bin")
-    with pytest.raises(OptionInvalid, match="shares 1 image with birke"):
+    with raises(OptionInvalid, match="shares 1 image with birke"):
         refuse_overlap(holdout / "dicom", _sites(folders))
 
 
@@ -63,7 +64,7 @@ def test_the_same_junk_in_two_places_means_nothing(folders: Path, tmp_path: Path
 def test_a_site_as_hold_out_is_refused_before_a_round(tmp_path: Path) -> None:
     sites = write_federation(tmp_path / "sites", patients=20, images=1)
     run = Simulation(study(), sites, tmp_path / "run", holdout=sites / "clara")
-    with pytest.raises(OptionInvalid, match="shares 20 images with clara"):
+    with raises(OptionInvalid, match="shares 20 images with clara"):
         simulate(run)
     assert not (tmp_path / "run" / "checkpoint").exists()
 
@@ -72,7 +73,7 @@ def test_a_start_that_failed_can_be_repeated_in_its_folder(tmp_path: Path) -> No
     sites = write_federation(tmp_path / "sites", patients=24, images=1)
     out = tmp_path / "run"
     asked = study(training="rounds = 1")
-    with pytest.raises(OptionInvalid, match="shares 24 images"):
+    with raises(OptionInvalid, match="shares 24 images"):
         simulate(Simulation(asked, sites, out, holdout=sites / "clara"))
     assert simulate(Simulation(asked, sites, out))["rounds"] == 1
 
@@ -80,7 +81,7 @@ def test_a_start_that_failed_can_be_repeated_in_its_folder(tmp_path: Path) -> No
 def test_a_hold_out_that_is_not_there_is_told_before_anything_is_made(tmp_path: Path) -> None:
     sites = write_federation(tmp_path / "sites", patients=4, images=1)
     run = Simulation(study(), sites, tmp_path / "run", holdout=tmp_path / "nowhere")
-    with pytest.raises(OptionInvalid, match=r"nowhere has no folder dicom/"):
+    with raises(OptionInvalid, match=r"nowhere has no folder dicom/"):
         simulate(run)
     assert not (tmp_path / "run").exists()
 
@@ -117,13 +118,13 @@ def test_a_distribution_that_is_found_twice_offers_one_reading(
 
 def test_without_a_client_a_hold_out_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch)
-    with pytest.raises(ExtraMissing, match=r"pip install 'cloister\[client,server\]'"):
+    with raises(ExtraMissing, match=r"pip install 'cloister\[client,server\]'"):
         load_reader()
 
 
 def test_a_package_that_the_client_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, "cloister_fl.client.not_there:measure_on")
-    with pytest.raises(ExtraMissing, match=r"needs cloister_fl.client.not_there, which"):
+    with raises(ExtraMissing, match=r"needs cloister_fl.client.not_there, which"):
         load_reader()
 
 
@@ -143,6 +144,6 @@ def test_no_run_is_proposed_where_its_hold_out_cannot_be_read(
     for check in ("_require_serving", "_require_sites"):
         monkeypatch.setattr(run_commands, check, lambda *given: None)
     offer(monkeypatch)
-    with pytest.raises(ExtraMissing, match="hold-out"):
+    with raises(ExtraMissing, match="hold-out"):
         run_commands.run(file, place.root, folders / "holdout", follow=False)
     assert {path for path in place.root.rglob("*") if path.is_dir()} == before

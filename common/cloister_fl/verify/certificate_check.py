@@ -196,14 +196,17 @@ def _release_in_ledger(certificate: Certificate, spent: Iterable[Spent]) -> Iter
     ):
         if held != told:
             has, says = ("a", "none") if held else ("no", "one")
-            yield f"The ledger charged {has} evaluation of {what}; the certificate says {says}."
+            yield (
+                f"The ledger charged {has} noised evaluation of {what}; "
+                f"the certificate says {says}."
+            )
     if release is None:
         return
     for run, mechanism in charged.items():
         if mechanism.noise_multiplier != release.noise_multiplier:
             yield (
-                f"The ledger states noise {mechanism.noise_multiplier:g} for the evaluation of run "
-                f"{run}."
+                f"The ledger states noise {mechanism.noise_multiplier:g} for the noised evaluation "
+                f"of run {run}."
             )
 
 

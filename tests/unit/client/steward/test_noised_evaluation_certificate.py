@@ -93,10 +93,10 @@ def test_it_holds_the_whole(site: Site, data: bytes, ledger: ledger_export.Ledge
         ({"release": {"charged": False}}, "Epsilon of this run is"),
         ({"release": {"charged_of_study": False}}, "Epsilon of the study is"),
         ({"release": {"noise_multiplier": 5.0}}, "Epsilon of this run is"),
-        ({"release": {"noise_multiplier": 1.0}}, "The release costs epsilon"),
+        ({"release": {"noise_multiplier": 1.0}}, "The noised evaluation costs epsilon"),
         ({"release": {"noise_multiplier": 0.0}}, "Epsilon of this run is"),
         ({"release": {"sensitivity": 1}}, "sensitivity is 1 in the certificate and 16"),
-        ({"release": None}, "The release of figures is in one of certificate and study"),
+        ({"release": None}, "The noised evaluation is in only one of certificate and study"),
         ({"epsilon_run": WHOLE.epsilon(released=False)}, "Epsilon of this run is"),
     ],
 )
@@ -115,13 +115,15 @@ def test_the_ledger_says_whether_it_was_charged(
     told = check(
         changed(data, release=release, epsilon_run=free, epsilon_study=free), ledger=ledger
     )
-    assert "The ledger holds a charged release of this run; the certificate says none." in (
-        told.faults
+    assert told.faults == (
+        "The ledger charged a noised evaluation of this run; the certificate says none.",
+        "The ledger charged a noised evaluation of the study; the certificate says none.",
     )
     bodies = tuple(body for body in ledger.bodies if body["kind"] != "evaluated")
     less = replace(ledger, bodies=bodies)
     told = check(certificate.read(data), ledger=less)
-    assert any("holds no charged release of the study" in fault for fault in told.faults)
+    missing = "The ledger charged no noised evaluation of the study; the certificate says one."
+    assert missing in told.faults
 
 
 def test_the_file_holds_no_form_but_its_own(data: bytes) -> None:
@@ -149,7 +151,7 @@ def test_verify_says_it_in_words(data: bytes, tmp_path: Path) -> None:
     app.command()(verify_command)
     result = CliRunner().invoke(app, [str(path)])
     assert result.exit_code == 0, result.output
-    assert "release      of score histograms, charged: noise" in result.output
+    assert "evaluation   noised, of score histograms, charged: noise" in result.output
     assert "epsilon      " in result.output
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from cloister_fl.errors import ExtraMissing, InstallError, InternalError
 from cloister_fl.protocol.round_messages import Vector
 from cloister_fl.study.schema import Study
+from cloister_fl.system.installation import install_command
 
 if TYPE_CHECKING:
     from cloister_fl.metrics.classification import Metrics
@@ -73,5 +74,5 @@ def load_reader() -> Reader:
 def _missing(what: str) -> InstallError:
     return ExtraMissing(
         f"Evaluation on a hold-out needs {what}, which is not installed.",
-        remedy="Run: pip install 'cloister[client,server]'",
+        remedy=f"Run: {install_command('client,server')}",
     )

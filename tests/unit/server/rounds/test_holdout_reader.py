@@ -19,6 +19,7 @@ from cloister_fl.server.rounds import holdout_reader as of_server
 from cloister_fl.server.rounds.holdout_reader import GROUP, NAME, load_reader
 from cloister_fl.simulation.holdout_overlap import refuse_overlap
 from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.system.installation import DISTRIBUTION, install_command
 from support.coordinator_process import new_coordinator
 from support.errors import raises
 from support.federations import study, study_text, write_cohort, write_federation
@@ -104,22 +105,23 @@ def test_the_client_s_reading_is_found_as_an_entry_point() -> None:
 def test_a_distribution_that_is_found_twice_offers_one_reading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    twin = tmp_path / "cloister_fl-0.1.0.dist-info"
+    twin = tmp_path / f"{DISTRIBUTION.replace('-', '_')}-0.1.0.dist-info"
     twin.mkdir()
-    (twin / "METADATA").write_text("Metadata-Version: 2.1\nName: cloister-fl\nVersion: 0.1.0\n")
+    (twin / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {DISTRIBUTION}\nVersion: 0.1.0\n")
     (twin / "entry_points.txt").write_text(
         f"[{GROUP}]\n{NAME} = cloister_fl.client.holdout:measure_on\n"
     )
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    named = [one for one in importlib.metadata.distributions() if one.name == "cloister-fl"]
+    named = [one for one in importlib.metadata.distributions() if one.name == DISTRIBUTION]
     assert len(named) > 1
     assert load_reader() is measure_on
 
 
 def test_without_a_client_a_hold_out_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch)
-    with raises(ExtraMissing, match=r"pip install 'cloister\[client,server\]'"):
+    with raises(ExtraMissing) as caught:
         load_reader()
+    assert caught.value.remedy == f"Run: {install_command('client,server')}"
 
 
 def test_a_package_that_the_client_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

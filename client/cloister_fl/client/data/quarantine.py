@@ -74,7 +74,7 @@ class QuarantinedFile:
     Attributes:
         short_id: 12 hexadecimal digits of ``content``. A release is of what was looked at: a file
             that was changed since has another.
-        file: what stands for its path; see ``folder.short_id``.
+        file: what stands for its path; see ``folder_reader.short_id``.
         reason: why it is held; None for one that was released.
         judgement: what was decided, or None while it waits.
         content: keyed hash of its content, 32 bytes.

@@ -78,7 +78,7 @@ class Checked:
 
     Attributes:
         tags: the allow-listed elements.
-        person: see ``tags.person``.
+        person: see ``header.person``.
         transfer_syntax: its UID, one of ``TRANSFER_SYNTAXES``.
         pixels: native bytes or one encoded frame.
     """

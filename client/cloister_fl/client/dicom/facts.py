@@ -18,7 +18,7 @@ class Facts:
         modality: CR, DX, MG, CT, MR or US; SEG for a segmentation.
         manufacturer, year: of the device and of the study, as far as the file tells.
         sop_instance, accession, patient_id, issuer: what it can be linked by; not in ``repr``.
-        person: see ``tags.person``.
+        person: see ``header.person``.
         series, frame, position, orientation, pixel_spacing: see ``geometry.Place``.
     """
 

@@ -31,7 +31,7 @@ _AHEAD_BYTES = 128 << 20
 
 
 class Item(Protocol):
-    """Where the bytes of one file come from; see ``discover.Found``."""
+    """Where the bytes of one file come from; see ``file_finder.Found``."""
 
     @property
     def name(self) -> bytes: ...

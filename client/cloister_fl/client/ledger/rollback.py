@@ -61,7 +61,7 @@ def compare(site: Site, heads: str) -> None:
 
     Args:
         site: the site.
-        heads: what the coordinator said, see ``audit.told_heads``.
+        heads: what the coordinator said, see ``audit_log.told_heads``.
 
     Raises:
         AuditLogDamaged: the log cannot be read.

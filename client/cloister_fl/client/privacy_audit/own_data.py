@@ -101,7 +101,7 @@ def prepare(site: Site, study: Study, asked: Asked, *, progress: Progress | None
         StudyInvalid: its engine does not support its privacy claim.
         OptionInvalid: the study has no privacy, or ``asked`` does not fit study or patients.
         CohortTooSmall: there are fewer patients than an audit can say anything of.
-        DataError: the site's data cannot be used; see ``cohort.load_cohort``.
+        DataError: the site's data cannot be used; see ``loading.load_cohort``.
         ExtraMissing, WeightsUnfit, NetworkUnfit, EpsilonUnreachable: as for training.
     """
     if not study.privacy.enabled:

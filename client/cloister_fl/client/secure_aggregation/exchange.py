@@ -172,7 +172,7 @@ class Exchange:
             produce: charges and trains; called only once every check has passed, and not again
                 for another attempt at the same sum in this process.
             run: the run, which the kept vector belongs to.
-            saturate: see ``encoding.encode_into``.
+            saturate: see ``fixed_point.encode_into``.
 
         Raises:
             CloisterError: whatever ``produce`` raised; the key epoch is then given up.

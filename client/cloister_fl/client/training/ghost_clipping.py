@@ -20,7 +20,7 @@ N = 2,048 places a group at most, and M = sum over places of |input| |output gra
 clipping also bounds M by R = 16 C' (a patient whose terms cancel more than that is scaled down).
 
 1. Norms: inner products in float64 err by less than 2^-40 M^2, which is added to each square;
-   the squares of kept layers are taken from above (``grid_sum.squares_at_most``).
+   the squares of kept layers are taken from above (``exact_sum.squares_at_most``).
 2. The second product in float32 errs, in the probabilistic model of rounding (Higham and Mary 2019,
    lambda = 4), by at most lambda sqrt(N) u G R = 4 * 45.3 * 2^-24 * 16 * 16 C' = 0.0028 C' a group.
    Kept layers, products of 16 terms, lie far below.
@@ -117,7 +117,7 @@ def clipped_groups(
         module: a network that ``supported`` accepts.
         pixels: float32 (images, channels, S, S) or (images, channels, D, S, S), patient after
             patient.
-        targets: of each image; see ``objective.image_losses``.
+        targets: of each image; see ``losses.image_losses``.
         sizes: images of each patient, at least 1.
         norm: C', above 0.
 

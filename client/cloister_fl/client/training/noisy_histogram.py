@@ -1,7 +1,7 @@
 """Noised evaluation: score histograms of a site's patients, noised before they leave the site.
 
 A patient has one score a class, the mean over all images, and counts in one cell of each curve,
-``charges.UNITS`` each; so one patient more or less moves the whole by ``charges.sensitivity``, L,
+``cost.UNITS`` each; so one patient more or less moves the whole by ``cost.sensitivity``, L,
 in L1, and by at most L in L2. The scores of a patient are computed from that patient's images
 alone, in passes of their own: in a batch with others, rounding may depend on who else is there,
 and a score at the edge of a bin would then move with another patient.
@@ -63,7 +63,7 @@ def noised(table: Counts, study: Study, mechanism: Mechanism, random: SecureRand
     Args:
         table: from ``exact_histogram``.
         study: whose sensitivity the noise is a multiple of.
-        mechanism: of the release, see ``charges.release_mechanism``.
+        mechanism: of the noised evaluation, see ``cost.release_mechanism``.
         random: the noise.
     """
     std = mechanism.noise_multiplier * sensitivity(study)

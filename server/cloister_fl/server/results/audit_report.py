@@ -76,7 +76,7 @@ class TurnedAway:
 
     Attributes:
         listener: ``fleet`` or ``enrolment``.
-        code: the reason, see ``refusals.Refused``.
+        code: the reason, see ``rejection_log.Refused``.
         count: how many, those that a flood kept out of the log among them.
         peers: from how many addresses.
         sites: sites whose certificate was shown.

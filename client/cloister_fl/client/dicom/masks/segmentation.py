@@ -56,7 +56,7 @@ _UID = re.compile(r"[0-9.]{1,64}")  # PS3.5 section 9.1
 
 
 class Asked(Protocol):
-    """What is read of a segmentation; see ``wire.Request``."""
+    """What is read of a segmentation; see ``ipc.Request``."""
 
     @property
     def size(self) -> int: ...

@@ -43,7 +43,7 @@ def decode(data: bytes, transfer_syntax: str, layout: PixelLayout) -> Stored:
 
     Args:
         data: native pixel bytes, or one encoded frame.
-        transfer_syntax: its UID, one of ``precheck.TRANSFER_SYNTAXES``.
+        transfer_syntax: its UID, one of ``acceptance.TRANSFER_SYNTAXES``.
         layout: the pixel description of the header.
 
     Returns:

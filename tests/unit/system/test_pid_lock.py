@@ -8,6 +8,8 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
+
 from cloister_fl.errors import ServiceState
 from cloister_fl.system.pid_lock import holder, only_one
 from support.errors import raises

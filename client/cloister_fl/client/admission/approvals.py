@@ -49,7 +49,7 @@ class Judgement:
         decision: pending, approved or denied.
         why: the steward's words; they stay here.
         time: when it was proposed or judged last, ISO 8601.
-        ground: on what the policy approved it; empty where a person judged, see ``automatic``.
+        ground: on what the policy approved it; empty where a person judged, see ``auto_approval``.
     """
 
     study: Study
@@ -86,7 +86,7 @@ def require_approved(site: Site, study: Study, signatures: bytes = b"") -> None:
     Args:
         site: the site.
         study: the study that is asked for.
-        signatures: who vouches for it, see ``signing``.
+        signatures: who vouches for it, see ``study.signatures``.
 
     Raises:
         StudyNotApproved: it is new, waits, or was denied.

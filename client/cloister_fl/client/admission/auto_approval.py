@@ -20,7 +20,7 @@ def ground_of(policy: Policy, study: Study, signatures: bytes) -> str:
     Args:
         policy: the site's.
         study: what is proposed.
-        signatures: who vouches for it, see ``signing``.
+        signatures: who vouches for it, see ``study.signatures``.
 
     Raises:
         MessageInvalid: the signatures are looked at, and do not have the agreed form.

@@ -40,7 +40,7 @@ def consent(site: Site, study: Study, *, invited: int, signatures: bytes = b"") 
         site: the site.
         study: the study that is asked for.
         invited: number of sites on the federation's list, this one included.
-        signatures: who vouches for the study, see ``signing``.
+        signatures: who vouches for the study, see ``study.signatures``.
 
     Raises:
         MessageInvalid: the signatures are no signatures.

@@ -28,7 +28,7 @@ from cloister_fl.system import utc
 
 LABEL = b"cloister/ledger/v1\0"
 PROTOCOL_KINDS = frozenset({"epoch", "round", "answered"})
-"""Entries of ``round_memory``: they spend nothing, and share the chain."""
+"""Entries of ``ledger_round_store``: they spend nothing, and share the chain."""
 
 _WAIT_SECONDS = 60.0
 

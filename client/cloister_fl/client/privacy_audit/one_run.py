@@ -1,6 +1,6 @@
 """One-run audit: train once on half of a site's patients, and guess which half.
 
-Steinke, Nasr and Jagielski 2023 (see ``binomial``), white box: each canary patient is trained on
+Steinke, Nasr and Jagielski 2023 (see ``one_run_bound``), white box: each canary patient is trained on
 or left out by a fair coin of its own, all with all images, and the adversary sees what each step
 of the installed ``training.train_round`` gives off. It is the adversary that the study's epsilon
 is claimed against: it knows every patient, and not the coins.

@@ -284,7 +284,7 @@ def as_dict(told: Statement, asked: Proposal | None) -> dict[str, object]:
 def export(site: Site, out: Path) -> int:
     """Write the ledger's entries to a file, one a line, and a last line that signs its head.
 
-    Each line holds ``body``, ``previous`` and ``hash``; the hash is that of ``ledger_schema``, so
+    Each line holds ``body``, ``previous`` and ``hash``; the hash is that of ``ledger.chain``, so
     that whoever has the file can check the chain. The last line's signature, by the site's
     identity, is over the label, the site's name, the number and hash of the last entry, and the
     SHA-256 of all lines before it.

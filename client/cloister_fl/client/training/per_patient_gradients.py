@@ -15,7 +15,7 @@ patient's images, and sums the image gradients by patient. Its matrix products s
 so the rounding error of one patient's gradient (about 1e-7 of it) may depend on who else is in the
 batch; the proof of sensitivity starts after that rounding.
 
-``book-keeping`` gives sums of clipped gradients from one backward pass, see ``book_keeping``.
+``book-keeping`` gives sums of clipped gradients from one backward pass, see ``ghost_clipping``.
 Before it is used for a network and a size of image, it is tried: single patients must come out as
 from the loop. Where they do not, or a layer has no rule, the loop is used, with the whole clipping
 norm. It does not support a privacy claim (see there), and no study with privacy may name it.

@@ -111,7 +111,7 @@ class Worker:
 
         Returns:
             What is known of the image, and its shades (size, size); or of a segmentation, and its
-            table (see ``outlines``).
+            table (see ``mask_table``).
 
         Afterwards ``alive`` tells whether the worker can be asked again.
 

@@ -30,11 +30,13 @@ from flwr.app import Context, Message
 import cloister_fl
 import cloister_fl.client
 from cloister_fl.client import app as client
+from cloister_fl.client.admission import gate
+from cloister_fl.client.ledger import ledger
 from cloister_fl.client.ledger.ledger import Ledger
 from cloister_fl.client.ledger.rollback import disagreements
 from cloister_fl.client.site.audit_log import entries_of, log_of, path_of
 from cloister_fl.client.site.folder import Site, open_site
-from cloister_fl.client.training import csprng, local_training
+from cloister_fl.client.training import csprng, dp_optimizer, local_training
 from cloister_fl.client.training.csprng import SecureRandom
 from cloister_fl.networks import registry
 from cloister_fl.networks.flat_parameters import flatten
@@ -53,7 +55,7 @@ from support.hand_asked_site import ask, fits, rounds_charged, write_hospital
 
 STUDY = study(aggregation="secure = false", training='momentum = 0.9\noptimizer = "sgd"')
 PACKAGES = tuple(cloister_fl.__path__)
-WHOLLY = tuple(f"{PACKAGES[0]}/{n}.py" for n in ("gate", "ledger", "training", "dp_optimizer"))
+WHOLLY = tuple(module.__file__ for module in (gate, ledger, local_training, dp_optimizer))
 DURABLE = (os.fsync, os.replace, os.rename, os.link)
 
 

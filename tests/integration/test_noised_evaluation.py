@@ -77,7 +77,7 @@ def test_the_sum_is_measured_and_marked_as_noised(run: Path) -> None:
     assert summary["epsilon_max"] > charges(ASKED).epsilon(released=False) + 1
     assert not any("The model was not evaluated" in warning for warning in summary["warnings"])
     report = (run / "report.html").read_text()
-    assert "Released once, noised" in report
+    assert "<strong>Noised evaluation</strong>, once, for" in report
     assert f"AUROC {release['auroc']['value']:.3f} (noised)" in report
 
 
@@ -188,4 +188,5 @@ def test_a_release_that_nobody_answers_costs_no_model(tmp_path: Path) -> None:
     assert epsilons == dict.fromkeys(("a", "b"), charges(PLAIN).epsilon())
     (tmp_path / "out").mkdir()
     write_outputs(tmp_path / "out", PLAIN, outcome, seconds=1.0)
-    assert "No figure came of it" in (tmp_path / "out" / "report.html").read_text()
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "It gave no figure: too few sites answered" in report

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cloister_fl.client.cli import client_group as client_cli
 from cloister_fl.client.network.join import prepare
-from cloister_fl.client.predict import _write_outlines
+from cloister_fl.client.predict import _write_masks
 from cloister_fl.client.site.folder import init_site
 from cloister_fl.client.steward.data_report import HTML, JSON, Report, write
 from cloister_fl.errors import OutputInTheWay
@@ -173,8 +173,8 @@ def test_a_data_report_in_a_folder_of_its_own(repository: Path) -> None:
     assert not (repository / "mine" / GIT_IGNORE).exists()
 
 
-def test_outlines(repository: Path) -> None:
-    _write_outlines(repository / "found", [], np.zeros((0, 8, 8), bool))
+def test_segmentation_masks(repository: Path) -> None:
+    _write_masks(repository / "found", [], np.zeros((0, 8, 8), bool))
     assert files(repository / "found") == 1
     (repository / "found" / "2.25.1.png").touch()
     assert offered(repository) == []

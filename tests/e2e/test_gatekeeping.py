@@ -73,7 +73,7 @@ def test_a_tighter_policy_refuses_before_an_image_is_read(federation: Deployment
         )
         assert federation.status(run)["state"] == "waiting"
         told = cloister("server", "status", "--dir", federation.folder)
-        assert "northgate takes no part: its policy does not allow the study" in told
+        assert "northgate does not take part: its policy does not allow the study" in told
         assert _touched(other.site.dicom) > 24
         assert _touched(strict.site.dicom) == 0
         reasons = [entry.body.get("why") for entry in entries_of(strict.site)]

@@ -206,7 +206,7 @@ def test_a_wrong_secret(running: Running, tmp_path: Path) -> None:
     site = join.prepare(tmp_path / "guessed", wrong)
 
     def act() -> None:
-        with pytest.raises(EnrolmentRefused, match="does not know the invite"):
+        with pytest.raises(EnrolmentRefused, match="The invite is unknown to the coordinator"):
             join.ask(site, wrong)
 
     running.refused(act, "invite-unknown")
@@ -231,7 +231,7 @@ def test_an_expired_invite(running: Running, tmp_path: Path) -> None:
     time.sleep(2.1)
 
     def act() -> None:
-        with pytest.raises(EnrolmentRefused, match="expired"):
+        with pytest.raises(EnrolmentRefused, match="The invite has expired"):
             join.ask(site, invite)
 
     running.refused(act, "invite-expired")

@@ -199,7 +199,7 @@ def test_the_environment_names_the_proxy_where_the_site_does_not(
         assert at(network(site), Check.PROXY).what == f"{proxy.address} opens the connection."
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         assert join.look(site).state == "approved"
-        assert at(network(site), Check.PROXY).what == "None; the way is direct."
+        assert at(network(site), Check.PROXY).what == "None; the connection is direct."
         assert len(proxy.targets) == 2
         # What the site says comes first.
         assert join.look(behind(north, own)).state == "approved"

@@ -83,7 +83,7 @@ class Hospital:
     def standing(self) -> dict[str, Any]:
         from cloister_fl.client import service
 
-        told = service.standing(self.site)
+        told = service.status(self.site)
         if told is None:
             return {}
         return {**told.__dict__, "serving": told.serving}

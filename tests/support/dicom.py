@@ -34,6 +34,7 @@ _PYDICOM_ENCODES = {
     acceptance.JPEG_2000_LOSSLESS: {},
     acceptance.JPEG_2000: {"j2k_psnr": [90]},
 }
+_HTJ2K = (acceptance.HTJ2K_LOSSLESS, acceptance.HTJ2K_LOSSLESS_RPCL, acceptance.HTJ2K)
 
 
 def uid(*words: object) -> str:
@@ -91,7 +92,10 @@ def encode(
         return bytes(
             imagecodecs.ljpeg_encode(raw & raw.dtype.type(mask), bitspersample=bits_stored)
         )
-    return bytes(imagecodecs.htj2k_encode(pixels, reversible=transfer_syntax != acceptance.HTJ2K))
+    if transfer_syntax in _HTJ2K:
+        reversible = transfer_syntax != acceptance.HTJ2K
+        return bytes(imagecodecs.htj2k_encode(pixels, reversible=reversible))
+    raise ValueError(f"no encoder for transfer syntax {transfer_syntax!r}")
 
 
 def make_dicom(

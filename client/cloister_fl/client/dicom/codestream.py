@@ -28,6 +28,15 @@ _FRAMES = {
     "1.2.840.10008.1.2.4.80": frozenset((_LS,)),
     "1.2.840.10008.1.2.4.81": frozenset((_LS,)),
 }
+_JPEG_2000 = frozenset(
+    (
+        "1.2.840.10008.1.2.4.90",
+        "1.2.840.10008.1.2.4.91",
+        "1.2.840.10008.1.2.4.201",
+        "1.2.840.10008.1.2.4.202",
+        "1.2.840.10008.1.2.4.203",
+    )
+)
 _ANY_FRAME = (frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}) | {_LS}
 
 
@@ -46,7 +55,8 @@ def check_codestream(data: bytes, transfer_syntax: str, layout: PixelLayout) -> 
 
     Raises:
         RejectedFile: ``PIXEL_FORMAT`` where they contradict each other, ``DECODE_FAILED`` where
-            there is no such codestream, ``TRUNCATED`` where its end is missing.
+            there is no such codestream, ``TRUNCATED`` where its end is missing,
+            ``TRANSFER_SYNTAX`` where the syntax is not listed here.
     """
     if transfer_syntax == RLE:
         _rle(data, layout)
@@ -65,14 +75,17 @@ def read_frame(data: bytes, transfer_syntax: str) -> Frame:
     """Read the frame header of a JPEG, JPEG-LS or JPEG 2000 codestream of one component.
 
     Raises:
-        RejectedFile: ``DECODE_FAILED``, ``COLOUR`` or ``TOO_LARGE``.
+        RejectedFile: ``DECODE_FAILED``, ``COLOUR``, ``PIXEL_FORMAT`` or ``TOO_LARGE``;
+            ``TRANSFER_SYNTAX`` where the syntax is not listed here.
     """
     try:
         if transfer_syntax in _FRAMES:
             return _jpeg(data, _FRAMES[transfer_syntax])
-        return _jpeg2000(data)
+        if transfer_syntax in _JPEG_2000:
+            return _jpeg2000(data)
     except (struct.error, IndexError):
         raise RejectedFile(Reject.DECODE_FAILED) from None
+    raise RejectedFile(Reject.TRANSFER_SYNTAX)
 
 
 def _jpeg(data: bytes, expected: frozenset[int]) -> Frame:

@@ -39,7 +39,7 @@ Stored = NDArray[np.int32]
 
 
 def decode(data: bytes, transfer_syntax: str, layout: PixelLayout) -> Stored:
-    """Decode one frame of a file that passed ``precheck``.
+    """Decode one frame of a file that passed ``acceptance.precheck``.
 
     Args:
         data: native pixel bytes, or one encoded frame.
@@ -51,7 +51,7 @@ def decode(data: bytes, transfer_syntax: str, layout: PixelLayout) -> Stored:
         ``bits_stored`` bits.
 
     Raises:
-        RejectedFile: ``DECODE_FAILED``.
+        RejectedFile: ``DECODE_FAILED``, or ``TRANSFER_SYNTAX`` where no decoder is listed for it.
         DecoderUnfit: the decoder fails its known-answer test.
     """
     if transfer_syntax in syntax.NATIVE:
@@ -74,11 +74,12 @@ def check_decoder(transfer_syntax: str) -> None:
     """Decode a known image once a process, before the first image of a syntax is trusted.
 
     Raises:
+        RejectedFile: ``TRANSFER_SYNTAX``, where no known image is listed for the syntax.
         DecoderUnfit: the answer is wrong, or the decoder is not installed.
     """
     name = _VECTOR.get(transfer_syntax)
     if name is None:
-        return
+        raise RejectedFile(Reject.TRANSFER_SYNTAX)
     try:
         frame = base64.b64decode(ENCODED[name])
         ours = transfer_syntax == syntax.RLE

@@ -9,6 +9,7 @@ sum that secure aggregation has revealed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import assert_never
 
 import numpy as np
 
@@ -54,15 +55,19 @@ def step(
             remedy="Lower training.learning_rate or aggregation.server_learning_rate.",
         )
     rate = np.float32(settings.server_learning_rate)
-    if settings.strategy in ("fedavg", "fedprox"):
-        return (model + rate * mean).astype(np.float32), state
+    match settings.strategy:
+        case "fedavg" | "fedprox":
+            return (model + rate * mean).astype(np.float32), state
+        case "fedadam":
+            square: Vector = mean * mean
+            change: Vector = square - state.second
+        case "fedyogi":
+            square = mean * mean
+            change = np.asarray(square * np.sign(square - state.second), np.float32)
+        case _:
+            assert_never(settings.strategy)
     beta1, beta2 = np.float32(settings.beta1), np.float32(settings.beta2)
     first = np.asarray(beta1 * state.first + (1 - beta1) * mean, np.float32)
-    square: Vector = mean * mean
-    if settings.strategy == "fedadam":
-        change: Vector = square - state.second
-    else:
-        change = np.asarray(square * np.sign(square - state.second), np.float32)
     second = np.asarray(state.second + (1 - beta2) * change, np.float32)
     scaled = np.asarray(first / (np.sqrt(second) + np.float32(settings.tau)), np.float32)
     return (model + rate * scaled).astype(np.float32), OptimizerState(first, second)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
@@ -109,3 +111,21 @@ def test_weighted_mean_sums_in_double_precision() -> None:
     updates = [np.array([1e8], np.float32), np.array([1.0], np.float32)]
     updates.append(np.array([-1e8], np.float32))
     np.testing.assert_allclose(weighted_mean(updates, [1.0] * 3), [1 / 3], rtol=1e-6)
+
+
+def test_a_strategy_without_a_step_is_an_error() -> None:
+    # As a study would hold it once the schema lists a name that no branch here implements.
+    settings = _settings("fedyogi").model_copy(update={"strategy": "fedadagrad"})
+    model = np.zeros(2, np.float32)
+    state = OptimizerState(np.zeros(2, np.float32), np.zeros(2, np.float32))
+    with pytest.raises(AssertionError, match="fedadagrad"):
+        step(model, np.ones(2, np.float32), state, settings)
+
+
+@pytest.mark.parametrize("name", get_args(Aggregation.model_fields["strategy"].annotation))
+def test_every_strategy_of_a_study_has_a_step(name: str) -> None:
+    other = {"proximal_mu": 0.1} if name == "fedprox" else {}
+    settings = _settings(name, **other)
+    model = np.zeros(2, np.float32)
+    moved, _ = step(model, np.ones(2, np.float32), OptimizerState.fresh(2, settings), settings)
+    assert (moved > 0).all()

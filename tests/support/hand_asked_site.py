@@ -79,7 +79,7 @@ def fits(asked: Study) -> dict[str, Any]:
 
 
 def write_hospital(root: Path, policy: dict[str, Any]) -> Site:
-    """A site ``anker`` below ``root``: 24 patients, one image each, and a pinned roster of five."""
+    """A site ``anker`` below ``root``: 24 patients of one image, and a trusted roster of five."""
     write_cohort(root / "anker", np.random.default_rng(0), "MRN", patients=24, images=1)
     site = init_site(root / "anker", name="anker", policy=Policy(**policy))
     keys = {name: Identity.generate().public for name in NAMES} | {"anker": site.identity().public}

@@ -2,8 +2,8 @@
 
 One ``secagg.Site`` for each hospital and study lives in ``Members``, and nowhere else: its
 secrets are never written down, and a restart gives its key epochs up. The server's requests are
-input: which study, which sites, which model, how many survivors, all is checked against what this
-site has approved and pinned, before anything is charged or trained.
+input: which study, which sites, which model, how many survivors, all is checked against the study
+that this site approved and the roster that it trusts, before anything is charged or trained.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Exchange:
 
     @property
     def roster(self) -> Roster:
-        """The pinned roster."""
+        """The trusted roster."""
         return self._member.roster
 
     def answer(

@@ -1,4 +1,4 @@
-"""The pinned roster: what a steward accepted, and nothing that came later by itself."""
+"""The trusted roster: what a steward accepted, and nothing that came later by itself."""
 
 from __future__ import annotations
 

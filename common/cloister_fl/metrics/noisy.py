@@ -10,7 +10,8 @@ found, noise drawn anew, brought to counts again. They reach over both the perce
 interval (Davison and Hinkley 1997, 5.2 and 5.3.1): the noise leaves a bias towards 0.5, which the
 first adds twice and the second turns round. At an AUROC of 0.94 and epsilon 1 a site they held it
 in 0.96 of draws with 400 to 2,000 patients of up to five sites, in 0.91 with 150 of three. They are
-drawn from a fixed seed, as in ``metrics``. All of it is post-processing of what was released.
+drawn from a fixed seed, as in ``classification``. All of it is post-processing of what was
+released.
 """
 
 from __future__ import annotations

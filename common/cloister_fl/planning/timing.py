@@ -30,7 +30,7 @@ def measure(study: Study) -> tuple[Pace, int]:
         What one patient takes, the median of a few, and the number of trained weights.
 
     Raises:
-        NetworkUnfit, ExtraMissing: see ``networks.build``.
+        NetworkUnfit, ExtraMissing: see ``registry.build``.
     """
     module = study_network.build_for(study)
     side, count = study.input.size, study.training.images_per_patient

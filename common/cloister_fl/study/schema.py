@@ -136,7 +136,7 @@ class Training(ShownModel):
     engine: Literal["patients", "opacus", "book-keeping"] = "patients"
     """``patients``: one gradient a patient; ``opacus``: through Opacus' own hooks;
     ``book-keeping``: sums of clipped gradients from one backward pass (Bu et al. 2023), refused
-    where privacy is on (``engines``)."""
+    where privacy is on (``gradient_engines``)."""
     augment: bool = False
     """Mirror and shift the images of a patient at random, inside the unit."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -216,7 +216,7 @@ class Aggregation(ShownModel):
 
     @property
     def fewest_sites(self) -> int:
-        """How few sites can train it: below c + 3, ``secagg.Parameters.derive`` refuses."""
+        """How few sites can train it: below c + 3, ``Parameters.derive`` of secagg refuses."""
         return max(self.min_sites, self.colluders + 3) if self.secure else self.min_sites
 
     @model_validator(mode="after")

@@ -1,1 +1,1 @@
-"""The coordinating site: rounds, optimisers, checkpoints, reports and the simulation."""
+"""Server side, at the coordinator: network, runs and their rounds, results."""

@@ -2,7 +2,7 @@
 
 A study that is proposed and not yet judged is kept, so that the steward can read it; the answer
 is given once, and can be changed until the study has begun to cost. The policy can approve by
-itself (``automatic``), never what a person denied, and only for as long as it says so.
+itself (``auto_approval``), never what a person denied, and only for as long as it says so.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Patient:
     """One patient, the unit of privacy.
 
     Attributes:
-        pseudonym: 64 hexadecimal digits; see ``site.pseudonym``.
+        pseudonym: 64 hexadecimal digits; see ``site.folder.pseudonym``.
         label: index into the study's classes, or ``UNLABELLED``.
         images: indices into ``Cohort.images``, at least one.
         mark: 64 hexadecimal digits of the patient's first image. It orders patients: unlike the

@@ -1,6 +1,6 @@
 """File index of a data folder, so that only changed files are opened again.
 
-A file is known by a keyed hash of its path and by its stamp (``discover.Found.stamp``); of its
+A file is known by a keyed hash of its path and by its stamp (``file_finder.Found.stamp``); of its
 content a keyed hash is kept, and the reason where it was turned away. Nothing here is a secret, a
 path or an identifier, and nothing is trusted that this site did not write: each row is sealed with
 a keyed hash. A file without a row, or with another stamp, is read.

@@ -124,7 +124,7 @@ def read_folder(
         memory: what is known from before, and takes up what is new; or None.
         also: files from elsewhere, read after those of the folder.
         segment: what is outlined in the segmentations of the folder; empty to turn them away.
-        first: contents, as ``memory`` names them, that come before all others: of two files of one
+        first: contents, as ``Memory`` names them, that come before all others: of two files of one
             image the first is used.
         progress: called with (files done, files in all) after each file.
 

@@ -1,4 +1,4 @@
-"""Preprocessed image and facts of a DICOM file that passed ``precheck``."""
+"""Preprocessed image and facts of a DICOM file that passed ``acceptance.precheck``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def read_image(checked: Checked, recipe: Recipe) -> tuple[Facts, NDArray[np.uint
     """Decode and preprocess one image.
 
     Args:
-        checked: what ``precheck`` cut out of the file.
+        checked: what ``acceptance.precheck`` cut out of the file.
         recipe: the study's input.
 
     Returns:

@@ -122,7 +122,7 @@ class GetArchive:
         """Yield the UIDs of the study, the series and the instance of each image that fits.
 
         Raises:
-            ArchiveUnreachable, ArchiveRefused, ArchiveAnswerInvalid: see ``pacs.fetch.fetch``.
+            ArchiveUnreachable, ArchiveRefused, ArchiveAnswerInvalid: see ``fetch.fetch``.
         """
         self._modalities = query.modality
         asked = {"StudyDate": query.study_date, "StudyDescription": query.study_description}
@@ -143,7 +143,7 @@ class GetArchive:
         """Fetch one instance, as a DICOM file.
 
         Raises:
-            ArchiveUnreachable, ArchiveRefused, ArchiveAnswerInvalid: see ``pacs.fetch.fetch``.
+            ArchiveUnreachable, ArchiveRefused, ArchiveAnswerInvalid: see ``fetch.fetch``.
             NotSent: the archive cannot send it.
         """
         asked = _identifier(

@@ -115,7 +115,7 @@ class WebArchive:
         """Yield the UIDs of the study, the series and the instance of each image that fits.
 
         Raises:
-            ArchiveUnreachable, ArchiveRefused, ArchiveAnswerInvalid: see ``pacs.fetch.fetch``.
+            ArchiveUnreachable, ArchiveRefused, ArchiveAnswerInvalid: see ``fetch.fetch``.
         """
         asked = {}
         if query.study_date:
@@ -141,7 +141,7 @@ class WebArchive:
         """Fetch one instance as it is stored, a DICOM file.
 
         Raises:
-            ArchiveUnreachable, ArchiveRefused, ArchiveAnswerInvalid: see ``pacs.fetch.fetch``.
+            ArchiveUnreachable, ArchiveRefused, ArchiveAnswerInvalid: see ``fetch.fetch``.
             NotSent: the archive cannot send it.
             RejectedFile: ``TOO_LARGE``.
         """

@@ -100,7 +100,7 @@ class Stored:
             raise RejectedFile(Reject.UNREADABLE) from None
 
     def stamp(self) -> str:
-        """See ``discover.Found.stamp``."""
+        """See ``file_finder.Found.stamp``."""
         return Found(self.path, self.name).stamp()
 
 

@@ -1,7 +1,7 @@
 """Findings of the checks before a run, numbered, each with its remedy.
 
 A finding is judged from what was seen and touches nothing, so it can be repeated at will. The
-numbers are stable: a guide or a ticket can name them. ``preflight_network`` judges the way to the
+numbers are stable: a guide or a ticket can name them. ``network_check`` judges the way to the
 coordinator (2 to 10), this module the machine, the folder and the data.
 """
 
@@ -207,7 +207,7 @@ def folder(site: Site) -> Finding:
 
 
 def data(report: DataReport) -> list[Finding]:
-    """The data, and what the site's policy says to the study, as ``check`` found them."""
+    """The data, and what the site's policy says to the study, as ``data_check`` found them."""
     if report.faults:
         judged = failed(Check.DATA, report.faults[0])
     else:

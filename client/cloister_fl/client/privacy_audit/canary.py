@@ -2,8 +2,8 @@
 
 White box (Nasr et al. 2023, "Tight Auditing of Differentially Private Machine Learning"): the
 adversary chooses the global models, knows every other patient, and sees what each round returns.
-It runs ``training.train_round`` as it is installed, many times, half of them with the canary, a
-patient of five images, and guesses whether the canary was there.
+It runs ``local_training.train_round`` as it is installed, many times, half of them with the canary,
+a patient of five images, and guesses whether the canary was there.
 
 A draw is two rounds in a row. In the second the adversary hands out the same model with the sign
 of its head turned, so that the canary's gradient turns about, too. Noise that is fresh in each

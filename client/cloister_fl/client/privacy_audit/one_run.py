@@ -1,9 +1,9 @@
 """One-run audit: train once on half of a site's patients, and guess which half.
 
-Steinke, Nasr and Jagielski 2023 (see ``one_run_bound``), white box: each canary patient is trained on
-or left out by a fair coin of its own, all with all images, and the adversary sees what each step
-of the installed ``training.train_round`` gives off. It is the adversary that the study's epsilon
-is claimed against: it knows every patient, and not the coins.
+Steinke, Nasr and Jagielski 2023 (see ``one_run_bound``), white box: each canary patient is trained
+on or left out by a fair coin of its own, all with all images, and the adversary sees what each step
+of the installed ``local_training.train_round`` gives off. It is the adversary that the study's
+epsilon is claimed against: it knows every patient, and not the coins.
 
 A step gives off, in units of the clipping norm, y = q (g_1 s_1 + ... + g_m s_m + o) + noise: g_i
 is canary i's clipped gradient at the model before the step, s_i its coin (0 or 1), o the sum of
@@ -159,7 +159,7 @@ def audit_training(
 
     Raises:
         ValueError: an argument is outside its range.
-        UpdateInvalid: see ``training.train_round``.
+        UpdateInvalid: see ``local_training.train_round``.
     """
     numbers = sorted(set(guesses or usual_guesses(canaries)), reverse=True)
     if not FEWEST <= canaries <= len(cohort.patients):

@@ -57,7 +57,7 @@ class Site:
         policy: what the hospital allows.
         network: the way out of the hospital; see ``proxy``.
         health: HOST:PORT on loopback of the service's health; port 0 takes a free one.
-        archive: where images are fetched from, or None; see ``pacs``.
+        archive: where images are fetched from, or None; see ``archive_settings``.
         query: which of them.
     """
 

@@ -7,7 +7,7 @@ early is carried into the next step. Here
 
 - a patient's gradient that is not finite counts as zero;
 - clipped gradients are put on a grid of 2^-30 C and summed exactly, so that adding or removing one
-  patient moves the sum by at most C, not C (1 + something): ``grid_sum``;
+  patient moves the sum by at most C, not C (1 + something): ``exact_sum``;
 - noise of standard deviation sigma C is rounded to the same grid, so that the noised sum is a
   rounding of (sum + Gaussian): post-processing of the Gaussian mechanism;
 - the divisor is a public constant, never the number of patients who happened to be drawn;

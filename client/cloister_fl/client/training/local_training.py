@@ -67,7 +67,7 @@ def train_round(
         site: the site's name; keys the sampling where privacy is off.
 
     Returns:
-        New weights less old, float32, in the order of ``vectors``.
+        New weights less old, float32, in the order of ``flat_parameters``.
 
     Raises:
         InternalError: privacy is on without noise or without a source of it, or with an engine

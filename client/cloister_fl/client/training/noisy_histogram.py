@@ -63,7 +63,7 @@ def noised(table: Counts, study: Study, mechanism: Mechanism, random: SecureRand
     Args:
         table: from ``exact_histogram``.
         study: whose sensitivity the noise is a multiple of.
-        mechanism: of the noised evaluation, see ``cost.release_mechanism``.
+        mechanism: of the release, see ``cost.release_mechanism``.
         random: the noise.
     """
     std = mechanism.noise_multiplier * sensitivity(study)

@@ -1,6 +1,6 @@
 """Per-patient gradients, by one of three engines behind Opacus' interface.
 
-A patient's gradient is that of the mean loss (``objective``) over the patient's images.
+A patient's gradient is that of the mean loss (``losses``) over the patient's images.
 
 ``patients`` goes from patient to patient, one on each core. It takes any layer, needs the memory
 of a bag a core, and computes each gradient from nothing but that patient's images, so that the

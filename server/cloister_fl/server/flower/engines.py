@@ -1,6 +1,6 @@
 """The one package of this side that touches what Flower does not promise to keep.
 
-Pinned to flwr 1.41.0. ``deployment`` embeds the SuperLink. Here is what simulates: two engines run
+Pinned to flwr 1.41.0. ``superlink`` embeds the SuperLink. Here is what simulates: two engines run
 the same ServerApp and ClientApp, an in-process grid that calls the ClientApp directly, and
 Flower's own simulation engine on Ray.
 """

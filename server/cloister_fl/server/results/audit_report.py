@@ -1,7 +1,7 @@
 """Report of the coordinator's logs: messages to and from each site, and rejected requests.
 
 Two logs: the signed one, of decisions, runs and messages (``Federation.log``), and the listener's
-own, of connections that never got as far (``refusals``). The second is not signed: the process
+own, of connections that never got as far (``rejection_log``). The second is not signed: the process
 that writes it faces the network, and holds no key of the federation.
 """
 

@@ -95,7 +95,7 @@ class RunReport:
             unless it says True), ``simulated`` (bool: all sites ran on one machine), ``model``
             (name of the model file), ``measured_on`` (words: on whom the figures were measured),
             ``auroc_initial`` or ``dice_initial`` (where no row has round 0), ``seconds`` (of the
-            whole run), ``predict`` (command that uses the model), ``release`` (what ``outputs``
+            whole run), ``predict`` (command that uses the model), ``release`` (what ``artifacts``
             says of it).
             Figures that the rows tell are left out; others are listed as they are.
         rounds: by rising round.

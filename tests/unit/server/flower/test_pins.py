@@ -1,4 +1,4 @@
-"""What `superlink` and `listener` lean on without a promise; these fail loudly when a pin moves."""
+"""What `flower` and `tls_listener` use that is not promised; fails when a pin moves."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Each worker has a thread here that starts it, hands it one file at a time, waits no longer than a
 file may take, and replaces it when it dies, dawdles or says what no sound worker says. A file on
 which that happens is turned away; the next one meets a fresh worker. What a worker says is
-checked (``wire``), and nothing of it is shown or logged.
+checked (``ipc``), and nothing of it is shown or logged.
 
 A thread for each worker is more than convenience: the system ends a worker with the thread that
 started it, so none outlives this process, whatever happens to it.

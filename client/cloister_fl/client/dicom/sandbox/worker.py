@@ -3,7 +3,7 @@
 Started by ``pool`` in a clean interpreter, with three descriptors (a socket of datagrams, the
 memory with the file, the memory for the image) and the parent's process id as arguments. Reads
 one file after another until the socket closes. Loads neither torch nor anything that trains. See
-``wire`` for what it says, ``limits`` for what it may.
+``ipc`` for what it says, ``confinement`` for what it may.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class Worker:
         Args:
             data: the file.
             spec: the study's input.
-            released: as for ``precheck``.
+            released: as for ``acceptance.precheck``.
             segment: what is asked of segmentations; empty where they are not read.
 
         Returns:

@@ -34,6 +34,9 @@ SENTENCES = (
     "No roster is pinned",
     "will not be listened on without TLS",
     "its own operator sees why",
+    "network's people",
+    "or for the proxy's address",
+    "a page that blocks",
 )
 
 

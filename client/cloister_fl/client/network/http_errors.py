@@ -48,7 +48,7 @@ def error_of(failure: Failure, site: Site | None = None) -> CloisterError:
             f"{failure.address} cannot be reached from {failure.via}, the proxy.",
             why=f"The proxy answered {failure.status}.",
             remedy="Ask the coordinator whether the server runs and your invite is open, then "
-            f"your network's people whether the proxy may go to {failure.address}.",
+            f"your network team whether the proxy may go to {failure.address}.",
         )
     if failure.via and failure.step <= Step.PROXY:
         return _proxy(failure, site)
@@ -73,8 +73,9 @@ def _unreached(failure: Failure) -> str:
     if failure.cause is Cause.REFUSED:
         return "Ask the coordinator whether the server runs and your invite is open."
     return (
-        f"Ask your network's people to allow outbound TCP to {failure.address}, or for the "
-        "proxy's address; then the coordinator whether the server runs."
+        f"Ask your network team to allow outbound TCP to {failure.address}. If the hospital uses a "
+        "proxy, ask for its address and write it as proxy below [network] in site.toml. Then ask "
+        "the coordinator whether the server runs."
     )
 
 
@@ -91,7 +92,7 @@ def _proxy(failure: Failure, site: Site | None) -> CloisterError:
             why=f"It answered {failure.status}."
             if failure.status
             else "It gave an invalid answer.",
-            remedy=f"Ask your network's people to allow CONNECT to {failure.address}.",
+            remedy=f"Ask your network team to allow CONNECT to {failure.address}.",
         )
     if failure.cause is Cause.TIMEOUT:
         return ProxyUnusable(
@@ -159,7 +160,7 @@ def _too_long(failure: Failure) -> DeploymentError:
     return CoordinatorUnproven(
         f"{failure.address} is not the coordinator that the invite names.",
         why="Its answer is longer than any of a coordinator. Nothing secret was sent.",
-        remedy="Ask your network's people whether TLS is inspected on the way.",
+        remedy="Ask your network team whether TLS is inspected on the way.",
     )
 
 
@@ -190,17 +191,17 @@ def _broken_off(failure: Failure) -> CoordinatorUnreachable:
     at_tls = failure.step is Step.TLS
     if failure.cause is Cause.NO_TLS:
         why = "The answer is not TLS: another program, or a proxy's block page."
-        remedy = "Compare the port with the coordinator's; ask your network's people what answers."
+        remedy = "Compare the port with the coordinator's; ask your network team what answers."
     elif failure.cause is Cause.TIMEOUT:
         why = f"It did not answer in time, {'in' if at_tls else 'after'} the TLS handshake."
         remedy = (
-            f"Ask your network's people to let TLS to {failure.address} through unchanged; then "
+            f"Ask your network team to let TLS to {failure.address} through unchanged, and "
             "the coordinator whether the server runs."
         )
     else:
         why = f"The connection was cut {'in' if at_tls else 'after'} the TLS handshake."
         remedy = (
-            f"Ask your network's people to let TLS to {failure.address} through unchanged, and "
+            f"Ask your network team to let TLS to {failure.address} through unchanged, and "
             "the coordinator whether it knows this site's certificate."
         )
     return CoordinatorUnreachable(

@@ -372,5 +372,5 @@ def _unproven(address: str) -> DeploymentError:
     return CoordinatorUnproven(
         f"{address} is not the coordinator that the invite names.",
         why="Nothing secret was sent.",
-        remedy="Ask your network's people whether TLS is inspected on the way.",
+        remedy="Ask your network team whether TLS is inspected on the way.",
     )

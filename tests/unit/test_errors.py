@@ -299,6 +299,21 @@ def test_a_remedy_is_told_from_a_statement(paragraph: str, expected: bool) -> No
     assert has_remedy(paragraph) is expected
 
 
+@pytest.mark.parametrize("code", CODES)
+def test_a_page_for_both_sides_says_whose_folder_it_means(code: str) -> None:
+    """A reader at a hospital must not take the coordinator's folder for the site's."""
+    text = (PAGES / f"{code}.md").read_text("utf-8")
+    commands = re.findall(r"`cloister (client|server) ([^`]*)`", text)
+    own = {"client": "SITE-FOLDER", "server": "COORDINATOR-FOLDER"}
+    sides = {side for side, words in commands if "FOLDER" in words}
+    others = [
+        words
+        for side, words in commands
+        if not set(re.findall(r"[A-Z-]*FOLDER", words)) <= {own[side]}
+    ]
+    assert sides != set(own) or others == []
+
+
 def test_each_page_has_a_code() -> None:
     assert {path.stem for path in PAGES.glob("*.md")} == {*CODES, "README"}
 

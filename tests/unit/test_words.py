@@ -37,6 +37,8 @@ SENTENCES = (
     "network's people",
     "or for the proxy's address",
     "a page that blocks",
+    "try on a copy",
+    "use a copy of the site folder",
 )
 
 

@@ -76,8 +76,8 @@ def _exhausted(gate: str, *, asked: float, left: float, limit: float) -> BudgetE
         f"{max(0.0, left):.3f} of {limit:.3f} is left.",
         why="This study was run at this site before. " * again
         + "Everything reserved or started counts, and nothing is refunded.",
-        remedy="For trials, use a copy of the site folder. Another study has its own budget "
-        "within the lifetime budget; only the site's steward can raise a limit."
+        remedy="For trials, use public or generated data: cloister demo. Another study has its own "
+        "budget within the lifetime budget; only the site's steward can raise a limit."
         if again
         else "Ask for a study with a smaller epsilon; only the site's steward can raise a limit.",
     )

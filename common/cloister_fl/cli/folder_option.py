@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -59,11 +59,27 @@ class FolderGroup(typer.core.TyperGroup):
         return super().parse_args(ctx, _with_folder(self, ctx, args))
 
 
-class FolderTyper(typer.Typer):
-    """An application whose groups and commands all take ``--dir``; see ``folder_option``."""
+def _ordered(order: Sequence[str]) -> type[FolderGroup]:
+    """A group that lists its commands so; Typer would list all commands before the groups."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**{"cls": FolderGroup, **settings})
+    class Ordered(FolderGroup):
+        def list_commands(self, ctx: click.Context) -> list[str]:
+            place = {name: number for number, name in enumerate(order)}
+            return sorted(super().list_commands(ctx), key=lambda name: place.get(name, len(place)))
+
+    return Ordered
+
+
+class FolderTyper(typer.Typer):
+    """An application whose groups and commands all take ``--dir``; see ``folder_option``.
+
+    Args:
+        order: names of its commands and groups, as its help lists them; others come last.
+        settings: as of ``typer.Typer``.
+    """
+
+    def __init__(self, *, order: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(**{"cls": _ordered(order), **settings})
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[Function], Function]:
         """Register a command, as in ``typer.Typer``."""

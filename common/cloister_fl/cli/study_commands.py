@@ -76,7 +76,10 @@ def plan(
         Path | None, typer.Option(help="Draw epsilon over rounds; a .png or .svg.")
     ] = None,
 ) -> None:
-    """Estimate what a study costs and can learn: noise, epsilon by round, time, bytes."""
+    """Estimate what a study costs and can learn.
+
+    It shows the noise, epsilon after each round, time and bytes.
+    """
     from cloister_fl.system.optional import require
 
     require("client", "torch", "dp_accounting", "matplotlib")
@@ -132,7 +135,10 @@ def sign(
     file: Annotated[Path, typer.Argument(help="The study file.")],
     key: Annotated[Path, typer.Option(help="The signer's key: cloister study key FILE.")],
 ) -> None:
-    """Sign a study for hospitals that trust your key; the signature lies beside the study."""
+    """Sign a study for hospitals that trust your key.
+
+    The signature is written beside the study.
+    """
     from cloister_fl.membership.identity import Identity
     from cloister_fl.study import signatures
     from cloister_fl.system.files import read_secret

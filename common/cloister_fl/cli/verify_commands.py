@@ -35,7 +35,7 @@ def verify(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check an audit log for changes, or a certificate for errors; offline.
+    """Check an audit log or a privacy certificate, offline.
 
     A log: every line that was edited, deleted, inserted or moved. A certificate: signature, form,
     and epsilon by another accountant. The exit status is 0 where nothing was found.

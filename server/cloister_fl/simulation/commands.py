@@ -67,7 +67,10 @@ def demo(
     engine: EngineOption = Engine.IN_PROCESS,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw five hospitals' radiographs and train on them: a whole federation, in a minute."""
+    """Draw five hospitals' radiographs and train on them.
+
+    It is a whole federation, and takes about a minute.
+    """
     require("simulation", "flwr", "torch", "opacus", "pydicom", "jinja2")
     # Before torch is imported: on a network this small a second thread only waits for the first,
     # for minutes where other work shares the cores.

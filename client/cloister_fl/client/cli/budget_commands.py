@@ -28,7 +28,10 @@ def budget(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     folder: Folder = Path(),
 ) -> None:
-    """Show what was spent, by which study, what is reserved and what is left."""
+    """Show the privacy budget: epsilon spent, reserved and left.
+
+    The table has a line for each study, and the patients' lifetime figure.
+    """
     if context.invoked_subcommand is not None:
         return
     require("client", "numpy", "pydicom")
@@ -52,7 +55,7 @@ def export(
     out: Annotated[Path, typer.Option(help="The file to write, JSON Lines.")],
     folder: Folder = Path(),
 ) -> None:
-    """Write the ledger's entries to a file, with its head signed by this site."""
+    """Export the ledger to a file, its head signed by this site."""
     require("client", "numpy", "pydicom")
     from cloister_fl.client.site.folder import open_site
     from cloister_fl.client.steward import budget
@@ -67,7 +70,10 @@ def close(
     folder: Folder = Path(),
     yes: Yes = False,
 ) -> None:
-    """Close a study at this site for good, and release the steps that it has not started."""
+    """Close a study at this site for good.
+
+    The steps that it reserved and has not started are released.
+    """
     require("client", "numpy", "pydicom")
     from cloister_fl.client.site.folder import open_site
     from cloister_fl.client.steward import budget
@@ -89,7 +95,10 @@ def close(
 
 @app.command(name="accept-ledger")
 def accept_ledger(folder: Folder = Path(), yes: Yes = False) -> None:
-    """Accept a ledger that fails rollback detection as the newest; it is logged."""
+    """Accept a ledger that fails rollback detection.
+
+    It is the newest from then on; the ledger and the audit log record it.
+    """
     require("client", "numpy", "pydicom")
     from cloister_fl.client.ledger.rollback import accept, disagreements
     from cloister_fl.client.site.folder import open_site

@@ -22,7 +22,10 @@ def certificate(
     run: Annotated[str | None, typer.Option(help="The run; else the study's last here.")] = None,
     folder: Folder = Path(),
 ) -> None:
-    """Sign a certificate of a run's privacy cost at this site; without lifetime figures."""
+    """Sign a certificate of a run's privacy cost at this site.
+
+    It holds no lifetime figures.
+    """
     require("client", "numpy", "pydicom")
     from cloister_fl.client.site.folder import open_site
     from cloister_fl.client.steward import budget

@@ -23,7 +23,17 @@ from cloister_fl.client.cli.steward_commands import approve, deny, review, site_
 from cloister_fl.errors import FolderUnreadable, OptionInvalid
 from cloister_fl.system.optional import require
 
-app = FolderTyper(help="Set up and check a hospital's site.", no_args_is_help=True)
+_ORDER = (
+    *("init", "join", "check", "start", "stop", "status"),
+    *("fetch", "quarantine", "data-report", "freeze"),
+    *("review", "approve", "deny", "roster"),
+    *("budget", "certificate", "audit", "find"),
+    *("privacy-audit", "proxy"),
+)
+"""Commands as a site's day needs them: service, data, studies, accounts, the rest."""
+
+
+app = FolderTyper(order=_ORDER, no_args_is_help=True)
 
 
 app.command()(join)
@@ -47,7 +57,7 @@ app.add_typer(budget_commands.app, name="budget")
 
 @app.callback()
 def client(folder: Folder = Path()) -> None:
-    """Set up and check a hospital's site."""
+    """Run a hospital's site: set-up, service, approvals, accounts."""
     del folder  # of the commands; see FolderTyper
 
 
@@ -65,7 +75,10 @@ def init(
     ] = None,
     option: Annotated[Path | None, folder_option("The site folder, as DIR.")] = None,
 ) -> None:
-    """Create a site folder and its keys, or what is missing in one. Nothing is replaced."""
+    """Create a site folder and its keys.
+
+    In a folder that exists already, what is missing is created and nothing is replaced.
+    """
     folder = one_folder(positional, option) or Path()
     require("client", "numpy", "pydicom")
     from cloister_fl.client.site.folder import SITE_FILE, init_site
@@ -96,7 +109,7 @@ def check(
         typer.Option("--contact-sheet", help="Write the preprocessed images, as PNG."),
     ] = None,
 ) -> None:
-    """Check the connection to the coordinator, this machine and the site's data.
+    """Check the network, this machine and the site's data.
 
     The exit status is 0 where nothing failed, else that of the first failure.
     """
@@ -135,7 +148,10 @@ def audit(
     folder: Folder = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what left this site, to whom and why, from its audit log."""
+    """Show what left this site, to whom and why.
+
+    It is read from the site's audit log.
+    """
     require("client", "numpy", "pydicom")
     from cloister_fl.client.site.audit_log import as_dict, entries_of, render
     from cloister_fl.client.site.folder import open_site
@@ -157,7 +173,10 @@ def predict(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Score or segment a folder of images with a finished model, on this machine."""
+    """Score or segment a folder of images with a finished model.
+
+    It runs on this machine, and nothing is sent.
+    """
     require("client", "torch", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls")
     from cloister_fl.client import predict as prediction
 

@@ -44,9 +44,10 @@ def freeze(
     ] = "",
     yes: Yes = False,
 ) -> None:
-    """Freeze a study's training data: sign every image, patient and label; later runs check it.
+    """Freeze a study's training data, which later runs check.
 
-    The first run of a study does so by itself.
+    Every image, patient and label is listed, and the list is signed. The first run of a study does
+    so by itself.
     """
     require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls")
     from cloister_fl.client.data import frozen_dataset, loading
@@ -81,9 +82,10 @@ def fetch(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Fetch what is missing from the archive that site.toml names; each file is kept sealed.
+    """Fetch missing images from the archive in site.toml.
 
-    The exit status is 0 where all that fits is here.
+    Each file is kept sealed (encrypted) in the site folder. The exit status is 0 where all that
+    fits is here.
     """
     require("client", "httpx", "numpy", "pydicom", "pynetdicom")
     from cloister_fl.client.pacs import fetch
@@ -126,9 +128,10 @@ def find(
     folder: Folder = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Re-identify the files and patients behind an id or a code in this site's messages.
+    """Re-identify the files and patients behind an id or a code.
 
-    It names patients and stays here. The exit status is 0 where something was found.
+    Such ids and codes are in this site's messages. The answer names patients and stays here. The
+    exit status is 0 where something was found.
     """
     require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls")
     from cloister_fl.client.site.folder import open_site
@@ -176,9 +179,9 @@ def data_report(
     study: Annotated[Path | None, typer.Option(help="Read the data as this study does.")] = None,
     folder: Folder = Path(),
 ) -> None:
-    """Write a report on the site's data, HTML and JSON: counts, images, duplicate patients.
+    """Write a report on the site's data, as HTML and JSON.
 
-    It shows patients and stays here.
+    It has counts, images and patients that may be one patient. It shows patients and stays here.
     """
     require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls", "PIL")
     from cloister_fl.client.site.folder import open_site
@@ -208,7 +211,10 @@ def quarantine(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     folder: Folder = Path(),
 ) -> None:
-    """List the quarantined files, which a person must review, and why."""
+    """List the quarantined files, which a person must review.
+
+    Each has the reason for which it is quarantined.
+    """
     if context.invoked_subcommand is not None:
         return
     from cloister_fl.client.data import quarantine
@@ -243,7 +249,10 @@ def show(
 
 @app.command()
 def release(name: Name, why: Why, folder: Folder = Path(), yes: Yes = False) -> None:
-    """Release a quarantined file for use: you have looked at it, and it shows no name."""
+    """Release a quarantined file that shows no name, for use.
+
+    Look at it first: `cloister client quarantine show ID`.
+    """
     from cloister_fl.client.data.quarantine import Decision
 
     _decide("release", name, why, folder, Decision.RELEASED, yes=yes)

@@ -27,7 +27,10 @@ POLL_S = 5.0
 Accept = Annotated[
     str | None,
     typer.Option(
-        "--accept-roster", metavar="DIGEST", help="The digest that was compared by telephone."
+        "--accept-roster",
+        metavar="DIGEST",
+        help="Digest of the roster, as `cloister client roster` shows it, once compared with the "
+        "other hospitals.",
     ),
 ]
 
@@ -52,7 +55,11 @@ def join(
     ] = None,
     proxy_user: Annotated[str, typer.Option(help="The user, where the proxy asks for one.")] = "",
 ) -> None:
-    """Join a federation: make keys, ask for a place, and pick up the approval. Repeat at will."""
+    """Join a federation with an invite, or fetch its approval.
+
+    The site's keys are created, and its place is asked for. Repeat it, without the invite, to fetch
+    the approval.
+    """
     require("client", "httpx")
     from cloister_fl.client.network.join import MEMBERSHIP, ask, look, prepare
     from cloister_fl.client.site.folder import open_site
@@ -94,7 +101,10 @@ def join(
 
 
 def roster(folder: Folder = Path(), accept_roster: Accept = None) -> None:
-    """Show the federation's roster, and accept it if it has changed."""
+    """Show the federation's roster; accept it if it has changed.
+
+    The roster lists the sites and their keys. Compare its digest with the other hospitals.
+    """
     require("client", "httpx")
     from cloister_fl.client.network.join import look
     from cloister_fl.client.site.folder import open_site
@@ -108,7 +118,10 @@ def roster(folder: Folder = Path(), accept_roster: Accept = None) -> None:
 
 
 def proxy(folder: Folder = Path()) -> None:
-    """Set the password of the outbound proxy, from a prompt or standard input."""
+    """Set the outbound proxy's password.
+
+    It is read from a prompt or from standard input.
+    """
     require("client", "httpx")
     from cloister_fl.client.network.proxy import FILE, set_password, user_of
     from cloister_fl.client.site.folder import open_site

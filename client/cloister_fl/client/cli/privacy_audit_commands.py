@@ -36,12 +36,16 @@ def privacy_audit(
     ] = None,
     canaries: Annotated[
         int | None,
-        typer.Option(min=8, help="With --study: patients whose coins are guessed, else all."),
+        typer.Option(
+            min=8, help="With --study: how many patients the guesses are about, else all."
+        ),
     ] = None,
     guesses: Annotated[
         list[int] | None,
         typer.Option(
-            min=1, help="With --study: how many coins to guess; if given twice, both share 5 %."
+            min=1,
+            help="With --study: how many guesses to make. Can be repeated: the 5 % chance of a "
+            "false alarm is then divided among the numbers.",
         ),
     ] = None,
     plot: Annotated[
@@ -58,11 +62,11 @@ def privacy_audit(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     folder: Folder = Path(),
 ) -> None:
-    """Attack the installed training: does it show more of a patient than it claims?
+    """Attack the installed training, to test its privacy claim.
 
-    Without --study it attacks one step, on made-up patients. With --study it trains on half of the
-    site's own patients, chosen by coins, and guesses which half; the model is thrown away and
-    nothing leaves the site, so no budget is spent. Keep what it shows here. An audit is a lower
+    Without --study it attacks one step, on made-up patients. With --study it trains on a random
+    half of the site's own patients, and guesses which half; the model is thrown away and nothing
+    leaves the site, so no budget is spent. Keep what it shows here. An audit is a lower
     bound, never evidence of privacy. The exit status is 4 where the claim is refuted, else 0.
     """
     require("client", "numpy", "torch", "opacus", "dp_accounting", "pydicom")

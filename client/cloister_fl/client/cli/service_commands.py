@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 
 def start(folder: Folder = Path()) -> None:
-    """Serve this site to its federation, in the foreground, until SIGTERM or 'client stop'.
+    """Serve this site in the foreground until it is stopped.
 
-    A site that the coordinator has not approved yet waits for that here.
+    To stop it, run `cloister client stop` or send SIGTERM. A site that the coordinator has not
+    approved yet waits for that here.
     """
     require("client", "flwr", "torch", "grpc", "grpc_health", "httpx", "uvicorn")
     from cloister_fl.client.service import serve
@@ -40,7 +41,10 @@ def stop(
     folder: Folder = Path(),
     wait: Annotated[float, typer.Option(help="Seconds to wait until it has ended.")] = 30.0,
 ) -> None:
-    """Stop this site's service; in a running round, the site counts as a dropout."""
+    """Stop this site's service.
+
+    In a running round, the site counts as a dropout.
+    """
     require("client", "grpc")
     from cloister_fl.client import service
     from cloister_fl.client.site.folder import open_site
@@ -54,7 +58,10 @@ def status(
     folder: Folder = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show whether this site is serving, its last refusal and its budget. Exit 9 if it is not."""
+    """Show the service's state, the last refusal and the budget.
+
+    Studies that wait for a decision are listed. Exit status 9 if it is not serving.
+    """
     require("client", "grpc", "grpc_health")
     from cloister_fl.client import service
     from cloister_fl.client.site.folder import open_site

@@ -61,10 +61,11 @@ def approve(
     folder: Folder = Path(),
     accept_roster: Accept = None,
 ) -> None:
-    """Approve a study at this site, and no other: its hash covers everything in it.
+    """Approve a study at this site, and no other study.
 
-    Where the list of sites has changed since it was accepted, it is shown too: a study is trained
-    with the sites on the accepted list alone.
+    The approval is for the study's hash, which covers everything in it. Where the roster has
+    changed since it was accepted, it is shown too: a study is trained with the sites on the
+    accepted roster alone.
     """
     require("client", "numpy", "pydicom", "httpx")
     from cloister_fl.client.admission.approvals import Decision, judge

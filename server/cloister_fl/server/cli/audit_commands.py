@@ -23,7 +23,10 @@ def audit(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Report decisions, messages to and from each site, and rejected requests."""
+    """Report decisions, messages and rejected requests.
+
+    Messages are counted for each site and run, from the signed log.
+    """
     require("server", "flwr", "numpy")
     from cloister_fl.server.coordinator.federation import AUDIT
     from cloister_fl.server.coordinator.folder import SERVER_FILE, open_coordinator

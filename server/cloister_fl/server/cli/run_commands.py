@@ -44,15 +44,17 @@ def run(
     timeout: Annotated[
         float,
         typer.Option(
-            help="Minutes after which a stage continues without a site that does not answer."
+            help="Minutes to wait for a site's answer to one message; then the round goes on "
+            "without the site."
         ),
     ] = 60.0,
     follow: Follow = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Propose a study to the sites, and train it once enough of them have approved it.
+    """Propose a study to the sites, and train it once approved.
 
-    The server does the work: leaving this command (Ctrl-C) leaves the run alone.
+    Training begins once enough sites have approved it. The server does the work: if this command
+    is ended with Ctrl-C, the run goes on.
     """
     _require()
     from cloister_fl.server.coordinator.folder import open_coordinator
@@ -99,7 +101,7 @@ def resume(
     follow: Follow = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Resume a run that was stopped, or that failed, from its last checkpoint.
+    """Resume a stopped or failed run from its last checkpoint.
 
     A run that a crash interrupted resumes by itself.
     """
@@ -119,7 +121,7 @@ def report(
     folder: Folder = Path(),
     as_json: JsonOption = False,
 ) -> None:
-    """Show the results of a finished run, its privacy cost, and where its files are."""
+    """Show a finished run's results, privacy cost and files."""
     _require()
     from cloister_fl.server.coordinator.folder import open_coordinator
     from cloister_fl.server.coordinator.run_queue import find_run

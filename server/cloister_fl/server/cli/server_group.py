@@ -29,7 +29,15 @@ if TYPE_CHECKING:
     from cloister_fl.server.coordinator.run_queue import Status
     from cloister_fl.server.coordinator.site_database import SiteRow
 
-app = FolderTyper(help="Run a federation's coordinating server.", no_args_is_help=True)
+_ORDER = (
+    *("init", "start", "stop", "status"),
+    *("invite", "sites", "approve", "revoke"),
+    *("run", "resume", "report", "audit"),
+)
+"""Commands as a coordinator needs them: the service, the sites, the runs."""
+
+
+app = FolderTyper(order=_ORDER, no_args_is_help=True)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -72,7 +80,10 @@ def init(
     ] = None,
     option: Annotated[Path | None, folder_option("The coordinator's folder, as DIR.")] = None,
 ) -> None:
-    """Create a coordinator's folder and its keys, or add what is missing. No key is replaced."""
+    """Create a coordinator's folder and its keys.
+
+    In a folder that exists already, what is missing is created; no key is replaced.
+    """
     _require()
     from cloister_fl.membership.identity import fingerprint
     from cloister_fl.server.coordinator.folder import SERVER_FILE, Layout, init_coordinator
@@ -115,7 +126,10 @@ def invite(
         bool, typer.Option("--print", help="Print the invite, and write no file.")
     ] = False,
 ) -> None:
-    """Create a one-time invite for each site: one line, for that hospital only."""
+    """Create a one-time invite for each site.
+
+    It is one line of text, for that hospital only.
+    """
     _require()
     if not 0 < days <= 90:
         raise OptionInvalid(
@@ -183,7 +197,10 @@ def approve(
         typer.Option(help="Fingerprint that the hospital read out by telephone; for one site."),
     ] = None,
 ) -> None:
-    """Approve sites that asked to join, after comparing each fingerprint by telephone."""
+    """Approve sites, after comparing fingerprints by telephone.
+
+    These are sites that asked to join; each has the fingerprint of its own key.
+    """
     _require()
     from cloister_fl.server.coordinator.site_approval import approve_site
 
@@ -255,7 +272,10 @@ def revoke(
     folder: Folder = Path(),
     yes: Yes = False,
 ) -> None:
-    """Revoke a site permanently; its open connections are closed at once."""
+    """Revoke a site permanently.
+
+    Its open connections are closed at once.
+    """
     _require()
     from cloister_fl.server.coordinator.site_approval import revoke_site
 
@@ -280,7 +300,10 @@ def revoke(
 
 @app.command()
 def start(folder: Folder = Path()) -> None:
-    """Run the server, in the foreground, until SIGTERM or 'cloister server stop'."""
+    """Run the server in the foreground until it is stopped.
+
+    To stop it, run `cloister server stop` or send SIGTERM.
+    """
     _require()
     from cloister_fl.server.service.supervisor import serve
 
@@ -302,7 +325,10 @@ def stop(
         float, typer.Option(help="Seconds to wait until the server has stopped.")
     ] = 30.0,
 ) -> None:
-    """Stop the server, or one run. The runs of a stopped server resume when it starts again."""
+    """Stop the server, or one run.
+
+    The runs of a stopped server resume when it starts again.
+    """
     _require()
     place = _open(folder)
     if only is not None:
@@ -330,7 +356,10 @@ def stop(
 
 @app.command()
 def status(folder: Folder = Path(), as_json: JsonOption = False) -> None:
-    """Show the server, its sites and runs, and why a site takes no part. Exit 9 if not serving."""
+    """Show the server, its sites and its runs.
+
+    For each run, it says why a site takes no part. Exit status 9 if the server is not serving.
+    """
     _require()
     from cloister_fl.server.coordinator.run_queue import runs
     from cloister_fl.server.service.supervisor import is_serving, running

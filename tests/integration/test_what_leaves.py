@@ -48,7 +48,7 @@ PROTOCOL = {
     "advertise": {"kid", "site", "enc_pk", "mask_pk", "commitment", "signature"},
     "share": {"kid", "dealing", "boxes"},
     "mask": {"sid", "site", "u2_hash", "vector", "signature", "consent"},
-    "consistency": {"sid", "site", "u3", "signature"},
+    "consistent": {"sid", "site", "u3", "signature"},
     "unmask": {"sid", "site", "u3", "b_shares", "mask_key_shares", "signature"},
     "abort": {"kid", "site", "code", "blamed", "signature"},
 }

@@ -20,7 +20,7 @@ WHY: Mapping[str, str] = {
     "them, charged or without privacy",
     "refusal": "a reason of the closed list",
 }
-"""Why a message of each kind may leave; the list of what leaves is closed."""
+"""Why a message of each kind may leave; no other kind leaves."""
 
 
 @dataclass(frozen=True)

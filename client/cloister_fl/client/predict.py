@@ -56,7 +56,7 @@ def predict(
 
     The columns are ``SOPInstanceUID``, for volumes ``SeriesInstanceUID``, and ``score_<class>`` for
     each class of the model's study, probabilities that sum to 1; the rows are sorted by the first.
-    Outlines are PNG files ``<SOPInstanceUID>.png``, of the size that the image is stored with: 255
+    Masks are PNG files ``<SOPInstanceUID>.png``, of the size that the image is stored with: 255
     where the model segments what its study asks for, else 0. Images are preprocessed as the study
     inside the model says.
 
@@ -64,7 +64,7 @@ def predict(
         model_path: a model that Cloister wrote.
         folder: the images, in any structure.
         out: the file to write; one that is there is replaced. For segmentation
-            masks, a folder that is not there. None for ``scores.csv`` or ``outlines``.
+            masks, a folder that is not there. None for ``scores.csv`` or ``masks``.
         device: ``auto``, or what torch calls a device.
         progress: called with (files done, files in all).
 
@@ -115,7 +115,7 @@ def predict(
         shapes={},
     )
     if study.target.segment:
-        folder = Path("outlines") if out is None else out
+        folder = Path("masks") if out is None else out
         _write_masks(folder, accepted, segmentation_masks(module, images))
         return Prediction(len(accepted), told, folder, True)
     scores = image_scores(module, images)

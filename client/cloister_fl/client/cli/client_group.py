@@ -168,7 +168,7 @@ def predict(
         Path | None,
         typer.Option(
             help="The CSV file to write; for a model that segments, a new folder.",
-            show_default="scores.csv or outlines",
+            show_default="scores.csv or masks",
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

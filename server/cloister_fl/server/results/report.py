@@ -156,7 +156,7 @@ def _context(report: RunReport) -> dict[str, Any]:
         "predict": str(
             summary.get("predict")
             or f"cloister predict {model} FOLDER --out "
-            + ("outlines" if study.target.segment else "scores.csv")
+            + ("masks" if study.target.segment else "scores.csv")
         ),
         "extra": [(key, value) for key, value in summary.items() if key not in _KNOWN],
         "rounds": rounds,

@@ -78,7 +78,7 @@ class Certificate(_Part):
         made: when, UTC, ISO 8601.
         site: the site's name.
         key: the site's public key (Ed25519), 64 hexadecimal digits.
-        roster: digest of the list of sites that the site accepted; empty in a study of one site.
+        roster: digest of the roster that the site accepted; empty in a study of one site.
         study: the study in canonical form; its hash is ``study_hash``.
         run: the run.
         relation: neighbours differ by one patient, with all of the patient's images.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -95,10 +96,26 @@ def _note_start(event: str, _: tuple[object, ...]) -> None:
 sys.addaudithook(_note_start)
 
 
+def _watch_workers() -> None:
+    """Count a file for the workers as a start: only the first test that has one starts them."""
+    module = sys.modules.get("cloister_fl.client.dicom.sandbox.pool")
+    if module is None or hasattr(module.Pool.submit, "__wrapped__"):
+        return
+    submit = module.Pool.submit
+
+    @functools.wraps(submit)
+    def counted(*given: Any, **named: Any) -> Any:
+        started.append("a DICOM worker")
+        return submit(*given, **named)
+
+    module.Pool.submit = counted
+
+
 @pytest.fixture(autouse=True)
 def _no_process_without_a_mark(request: pytest.FixtureRequest) -> Iterator[None]:
     """What ``scripts/check`` runs starts no process: then it is quick, and the same everywhere."""
     marks = {mark.name for mark in request.node.iter_markers()}
+    _watch_workers()
     before = len(started)
     yield
     if "unit" in marks and not marks & {"process", "slow"} and len(started) > before:

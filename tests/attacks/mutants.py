@@ -454,8 +454,11 @@ MUTANTS = (
     _mutant(
         "blame for a box that does not open on nobody",
         "peer_checks.py",
-        'does not open.", blamed=dealer)',
-        'does not open.")',
+        """decrypted.",
+            remedy=remedies.ASK_STEWARD,
+            blamed=dealer,""",
+        """decrypted.",
+            remedy=remedies.ASK_STEWARD,""",
         "test_box_that_does_not_open_as_dealer",
     ),
     _mutant(

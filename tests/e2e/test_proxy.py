@@ -212,21 +212,22 @@ def test_the_environment_names_the_proxy_where_the_site_does_not(
 def test_a_wrong_password_and_none(north: Hospital) -> None:
     with Proxy(login=LOGIN) as proxy:
         site = behind(north, proxy)
-        told(site, Check.PROXY, ProxyLoginRefused, "wants a user and a password")
+        told(site, Check.PROXY, ProxyLoginRefused, "requires a user and a password")
         site = behind(north, proxy, LOGIN[0])
         (site.keys / FILE).unlink(missing_ok=True)
         with pytest.raises(ProxyLoginRefused, match="is not set"):
             join.look(site)
         assert at(network(site), Check.PROXY).code == "CLO-812"
         set_password(site, "wrong")
-        told(site, Check.PROXY, ProxyLoginRefused, "did not accept the user fl-node", proxy.address)
+        refused = "did not accept the password of the user fl-node"
+        told(site, Check.PROXY, ProxyLoginRefused, refused, proxy.address)
         assert proxy.carried == 0
 
 
 def test_a_proxy_that_knows_no_passwords(north: Hospital) -> None:
     with Proxy(login=LOGIN, offers=("Negotiate", "NTLM", "\x1b[31mX")) as proxy:
         site = behind(north, proxy)
-        told(site, Check.PROXY, ProxyLoginRefused, "by NTLM or Negotiate only", "Basic")
+        told(site, Check.PROXY, ProxyLoginRefused, "accepts only NTLM or Negotiate", "Basic")
 
 
 def test_a_proxy_that_forbids(north: Hospital, running: Running) -> None:
@@ -243,7 +244,7 @@ def test_a_proxy_that_inspects(
         words = (
             f"TLS is inspected on the way to {fleet(running)} by {INSPECTOR}",
             f"Ask for an exemption for {fleet(running)}",
-            "does not go on",
+            "accepts certificates of the coordinator's authority only",
         )
         told(behind(north, proxy), Check.TLS, CoordinatorUnproven, *words)
         # Already the first step of joining says it, and no secret went through.
@@ -267,12 +268,18 @@ def test_a_proxy_that_cuts_and_one_that_is_not_there(north: Hospital) -> None:
         url = proxy.url
     told(behind(north, url), Check.PROXY, ProxyUnusable, "cannot be reached", "nothing listens")
     nameless = behind(north, "http://proxy.invalid:3128")
-    told(nameless, Check.PROXY, ProxyUnusable, "proxy.invalid:3128", "No name server")
+    told(
+        nameless,
+        Check.PROXY,
+        ProxyUnusable,
+        "proxy.invalid:3128",
+        "Its name cannot be resolved (DNS)",
+    )
 
 
 def test_a_page_that_blocks(north: Hospital) -> None:
     with Proxy(Mode.BLOCK_PAGE) as proxy:
-        told(behind(north, proxy), Check.TLS, CoordinatorUnreachable, "speaks no TLS")
+        told(behind(north, proxy), Check.TLS, CoordinatorUnreachable, "The answer is not TLS")
 
 
 def test_a_proxy_of_a_kind_that_is_not_spoken(
@@ -288,7 +295,7 @@ def test_a_proxy_of_a_kind_that_is_not_spoken(
 @pytest.mark.parametrize(
     ("address", "check", "words"),
     [
-        ("nobody.invalid:9443", Check.NAME, "No name server"),
+        ("nobody.invalid:9443", Check.NAME, "Its name cannot be resolved (DNS)"),
         ("127.0.0.1:1", Check.CONNECTION, "nothing listens"),
         ("127.0.0.1:1", Check.CONNECTION, "cannot be reached from 127.0.0.1:"),
     ],

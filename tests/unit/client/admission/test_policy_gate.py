@@ -34,6 +34,9 @@ from cloister_fl.study.schema import Study
 from support.federations import study, with_engine
 from support.hand_asked_site import SPONSOR, WATCH, Watch, ask, fits, rounds_charged, write_hospital
 
+pytestmark = pytest.mark.process
+
+
 STRANGER = Identity.generate()
 ALL = ("prepare", "exchange", "train", "evaluate")
 MODEL: Vector = np.zeros(3, np.float32)

@@ -25,6 +25,9 @@ from support.dicom import make_dicom, radiograph, write_dicom
 from support.errors import raises
 from support.federations import study, study_text
 
+pytestmark = pytest.mark.process
+
+
 STUDY = study()
 
 

@@ -22,6 +22,9 @@ from support.dicom import make_dicom, radiograph, write_dicom
 from support.errors import raises
 from support.studies import study_text
 
+pytestmark = pytest.mark.process
+
+
 CANARY, MRN, BORN = "CANARYNAME", "90210777", "19440402"
 
 

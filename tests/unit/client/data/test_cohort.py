@@ -49,6 +49,9 @@ from support import studies
 from support.dicom import make_dicom, radiograph, write_dicom, write_site
 from support.errors import raises
 
+pytestmark = pytest.mark.process
+
+
 STUDY = studies.study()
 
 

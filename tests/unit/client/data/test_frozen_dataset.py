@@ -24,6 +24,9 @@ from support import studies
 from support.dicom import radiograph, write_dicom, write_site
 from support.errors import raises
 
+pytestmark = pytest.mark.process
+
+
 STUDY = studies.study()
 MRN = "MRN00002"
 

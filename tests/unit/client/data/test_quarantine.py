@@ -33,6 +33,9 @@ from support.errors import raises
 from support.segmentations import segment
 from support.segmented_site import STUDY as OUTLINED
 
+pytestmark = pytest.mark.process
+
+
 STUDY = studies.study()
 
 

@@ -43,6 +43,9 @@ from support.ct_series import AXIAL, OBLIQUE, decimals, phantom, place, write_se
 from support.dicom import make_dicom, uid
 from support.errors import raises
 
+pytestmark = pytest.mark.process
+
+
 Shades = NDArray[np.uint16]
 
 SPEC = Input(

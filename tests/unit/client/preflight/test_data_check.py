@@ -23,6 +23,9 @@ from cloister_fl.study.schema import Study
 from support import studies
 from support.dicom import make_dicom, radiograph, write_dicom, write_site
 
+pytestmark = pytest.mark.process
+
+
 CANARY = "CANARYNAME"
 MRN = "CANARYMRN77"
 

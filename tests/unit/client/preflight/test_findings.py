@@ -40,6 +40,9 @@ from support import commands
 from support.dicom import write_site
 from support.studies import study_text
 
+pytestmark = pytest.mark.process
+
+
 MEMBER = Membership(
     fleet="fl.example.org:9443",
     enrolment="fl.example.org:9444",

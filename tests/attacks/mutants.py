@@ -562,7 +562,7 @@ MUTANTS = (
     _mutant(
         "local faults told",
         "messages/abort_codes.py",
-        "and not issubclass(kind, LOCAL_FAULTS)",
+        "and not issubclass(kind.family, LOCAL_FAULTS)",
         "",
         "test_refusal_that_depends_on_data",
     ),

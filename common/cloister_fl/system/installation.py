@@ -73,4 +73,4 @@ def _pins(folder: Path) -> list[str]:
 
 
 def _pip(*arguments: str) -> str:
-    return shlex.join([sys.executable or "python3", "-m", "pip", "install", *arguments])
+    return shlex.join([sys.executable or "python3", "-P", "-m", "pip", "install", *arguments])

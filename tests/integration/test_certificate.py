@@ -15,12 +15,13 @@ from cloister_fl.client.admission import gate
 from cloister_fl.client.admission.approvals import Decision, judge
 from cloister_fl.client.cli import client_group
 from cloister_fl.client.ledger.ledger import Ledger
+from cloister_fl.client.site import policy as policies
 from cloister_fl.client.site.audit_log import entries_of, log_of, path_of
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward import budget
 from cloister_fl.client.steward.issue_certificate import certify
-from cloister_fl.errors import CertificateInvalid, OptionInvalid, OutputInTheWay
+from cloister_fl.errors import CertificateInvalid, OptionInvalid, OutputInTheWay, StudyInvalid
 from cloister_fl.membership.identity import Identity
 from cloister_fl.privacy import certificate
 from cloister_fl.privacy.accounting import epsilon_pld
@@ -117,6 +118,22 @@ def test_a_study_whose_engine_does_not_keep_the_claim_is_a_fault(data: bytes) ->
     made = changed(data, Identity.generate(), study=asked.canonical(), study_hash=asked.digest)
     (fault,) = check(made).faults
     assert "training.engine is 'book-keeping'" in fault
+
+
+def test_no_certificate_is_signed_for_an_engine_that_does_not_keep_the_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of an earlier version: its ledger is there, and its epsilon never held."""
+    asked = with_engine(STUDY, "book-keeping")
+    site = init_site(tmp_path / "anker", policy=Policy(max_epsilon_study=20))
+    judge(site, asked, Decision.APPROVED)
+    with monkeypatch.context() as earlier:
+        for module in (gate, policies):
+            earlier.setattr(module, "unsound_engine", lambda study: "")
+        gate.admit(site, asked, run="run-1", invited=SITES)
+        gate.charge(site, asked, run="run-1", round_number=1)
+    with pytest.raises(StudyInvalid, match="one patient can move"):
+        certify(site, asked.digest)
 
 
 @settings(deadline=None, max_examples=400)

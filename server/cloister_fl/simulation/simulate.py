@@ -14,7 +14,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -109,6 +109,14 @@ def simulate(
 
     study = simulation.study
     require_sound_engine(study)
+    if simulation.engine == "ray":
+        # Its processes start in another folder; see ``run_on_ray``.
+        simulation = replace(
+            simulation,
+            sites=simulation.sites.absolute(),
+            out=simulation.out.absolute(),
+            holdout=simulation.holdout and simulation.holdout.absolute(),
+        )
     folders = find_sites(simulation.sites, study)
     if simulation.holdout is not None and not (simulation.holdout / "dicom").is_dir():
         raise OptionInvalid(

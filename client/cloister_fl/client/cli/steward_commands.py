@@ -71,10 +71,13 @@ def approve(
     from cloister_fl.client.admission.approvals import Decision, judge
     from cloister_fl.client.site.folder import open_site
     from cloister_fl.client.steward import review as words
+    from cloister_fl.study.gradient_engines import require_sound_engine
 
     site = open_site(site_folder(folder))
     found = _only_one(site, folder) if study is None else _proposed(site, study)
     typer.echo(words.review(site, found))
+    # It could never be trained, and an approval would say that its epsilon was accepted.
+    require_sound_engine(found.study)
     if study is None and not typer.confirm("Approve the study at this site?"):
         command = f"cloister client deny {found.study.digest[:16]}{dir_option(folder)} --why '...'"
         typer.echo(f"Not approved; the study stays pending. To deny it: {command}")

@@ -16,6 +16,7 @@ from cloister_fl.errors import InputError, OptionInvalid
 from cloister_fl.privacy.accounting import epsilon_of
 from cloister_fl.privacy.certificate import Certificate, Head, Left, Release, code_hash
 from cloister_fl.study.cost import sensitivity
+from cloister_fl.study.gradient_engines import require_sound_engine
 from cloister_fl.study.schema import Study
 from cloister_fl.system import utc
 from cloister_fl.version import __version__
@@ -31,6 +32,7 @@ def certify(site: Site, study: str, *, run: str | None = None) -> Certificate:
 
     Raises:
         OptionInvalid: the site knows no such study or run, or reserved nothing for it.
+        StudyInvalid: the study's engine does not support its privacy claim.
         LedgerRolledBack: the ledger is not the newest one.
         LedgerDamaged, PolicyRefused, AuditLogDamaged, FileUnreadable: a file is not sound.
     """
@@ -44,6 +46,8 @@ def certify(site: Site, study: str, *, run: str | None = None) -> Certificate:
     if not own:
         raise _unknown(site, "run")
     one, asked = own[-1], known[study].study
+    # It would promise an epsilon that does not hold.
+    require_sound_engine(asked)
     entries = entries_of(site)
     head = entries[-1] if entries else EMPTY
     counts: Counter[str] = Counter()

@@ -13,6 +13,7 @@ import importlib
 import logging
 import os
 import secrets
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -151,6 +152,8 @@ def run_on_ray(
 ) -> None:
     """Run a whole federation on Flower's simulation engine, on loopback, without a dashboard.
 
+    The working folder is another one meanwhile, so all paths must be absolute.
+
     Raises:
         ExtraMissing: Ray is not installed.
         CloisterError: whatever the ServerApp raised.
@@ -185,7 +188,7 @@ def run_on_ray(
         },
         "client_resources": {"num_cpus": cpus_per_site, "num_gpus": 0.0},
     }
-    with _quiet_flower(), _pinned_actors(), _safe_path(), warnings.catch_warnings():
+    with _quiet_flower(), _pinned_actors(), _empty_folder(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             _run_simulation(
@@ -209,17 +212,14 @@ def run_on_ray(
 
 
 @contextlib.contextmanager
-def _safe_path() -> Iterator[None]:
-    """Keep Ray's processes, as our own, from importing what lies in the working directory."""
-    before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
-    try:
+def _empty_folder() -> Iterator[None]:
+    """Work in an empty folder of our own while Ray runs.
+
+    Ray puts the working folder first on the module path of its processes, whatever they are told:
+    a package of our import name that somebody left there would be run beside patients' images.
+    """
+    with tempfile.TemporaryDirectory(prefix="cloister-ray-") as folder, contextlib.chdir(folder):
         yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONSAFEPATH"]
-        else:
-            os.environ["PYTHONSAFEPATH"] = before
 
 
 def _remember_errors(server_app: ServerApp, caught: list[BaseException]) -> ServerApp:

@@ -8,14 +8,13 @@ independently, so equal numbers mean nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from cloister_fl.errors import ExtraMissing, InstallError, InternalError
 from cloister_fl.protocol.round_messages import Vector
 from cloister_fl.study.schema import Study
-from cloister_fl.system.installation import install_command
+from cloister_fl.system.installation import install_command, own_entry_points
 
 if TYPE_CHECKING:
     from cloister_fl.metrics.classification import Metrics
@@ -53,7 +52,7 @@ def load_reader() -> Reader:
         ExtraMissing: no installed package reads hold-outs, or what it needs is not installed.
         InternalError: several packages offer to read them.
     """
-    found = entry_points(group=GROUP, name=NAME)
+    found = [entry for entry in own_entry_points(GROUP) if entry.name == NAME]
     if not found:
         raise _missing("the client of Cloister")
     if len(found) > 1:

@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 import pytest
 import typer.main
+from click.testing import CliRunner
 
 from cloister_fl.cli import main
 from cloister_fl.cli.folder_option import dir_option, one_folder
@@ -22,7 +23,7 @@ from cloister_fl.client.site.folder import SITE_FILE, Site, init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward import budget
 from cloister_fl.errors import OptionInvalid, StudyNotApproved
-from support.errors import raises
+from support.errors import is_of, raises
 from support.federations import study
 
 STUDY = study()
@@ -248,3 +249,17 @@ def test_the_next_command_is_for_the_same_site(
         main.main(["client", "--dir", "../seafield", *words.split()])
     printed = capsys.readouterr()
     assert told in printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    "words", [("client", "init", ""), ("server", "init", "", "--address", "a:1")]
+)
+def test_an_empty_positional_folder_is_not_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    """An unset variable in ``init "$SITE"`` made a site, or a federation, where one stood."""
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(typer.main.get_command(main.build()), list(words))
+    assert is_of(result.exception, OptionInvalid)
+    assert "DIR is empty" in str(result.exception)
+    assert list(tmp_path.iterdir()) == []

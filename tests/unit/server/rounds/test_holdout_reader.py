@@ -93,7 +93,7 @@ def test_a_hold_out_that_is_not_there_is_told_before_anything_is_made(tmp_path: 
 def offer(monkeypatch: pytest.MonkeyPatch, *values: str) -> None:
     """Let these be all that is installed for reading hold-outs."""
     found = [EntryPoint(NAME, value, GROUP) for value in values]
-    monkeypatch.setattr(of_server, "entry_points", lambda group, name: found)
+    monkeypatch.setattr(of_server, "own_entry_points", lambda group: found)
 
 
 def test_the_client_s_reading_is_found_as_an_entry_point() -> None:

@@ -17,7 +17,7 @@ from cloister_fl.client.network.join import prepare
 from cloister_fl.client.predict import _write_masks
 from cloister_fl.client.site.folder import init_site
 from cloister_fl.client.steward.data_report import HTML, JSON, Report, write
-from cloister_fl.errors import OutputInTheWay
+from cloister_fl.errors import OptionInvalid, OutputInTheWay
 from cloister_fl.membership.enrolment import Invite
 from cloister_fl.server.cli.server_group import app as server_cli
 from cloister_fl.server.coordinator.folder import Layout, init_coordinator
@@ -25,6 +25,7 @@ from cloister_fl.server.results.progress import Display
 from cloister_fl.simulation import demo
 from cloister_fl.simulation.simulate import Simulation, simulate
 from cloister_fl.system.files import GIT_IGNORE, is_unused, keep_out_of_git
+from support.errors import raises
 from support.federations import study, write_federation
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +73,7 @@ def test_both_sides_folders(repository: Path) -> None:
     asked = ["init", str(repository / "fed"), "--address", "127.0.0.1:9443", "--invite", "north"]
     made = run(server_cli, asked)
     assert made.exit_code == 0, made.output
-    (invite,) = (repository / "fed" / "invites").iterdir()
+    (invite,) = (repository / "fed" / "invites").glob("*.invite")
     prepare(repository / "joined", Invite.decode(invite.read_text().strip()))
     for name, least in (("north", 5), ("fed", 10), ("joined", 5)):
         assert files(repository / name) >= least
@@ -95,7 +96,8 @@ def test_a_folder_of_an_earlier_version_gets_one_and_a_persons_own_stays(
         init_coordinator(folder, Layout(("127.0.0.1:9443",)))
     else:
         init_site(folder)
-    (folder / GIT_IGNORE).unlink()
+    for each in folder.rglob(GIT_IGNORE):
+        each.unlink()
     assert len(offered(repository)) >= 4
     again(folder)
     assert offered(repository) == []
@@ -111,7 +113,7 @@ def test_joining_with_an_older_folder(repository: Path) -> None:
     assert (
         CliRunner().invoke(server_cli, ["invite", "north", "--dir", str(place.root)]).exit_code == 0
     )
-    (invite,) = (repository / "fed" / "invites").iterdir()
+    (invite,) = (repository / "fed" / "invites").glob("*.invite")
     prepare(repository / "north", Invite.decode(invite.read_text().strip()))
     assert offered(repository) == []
 
@@ -204,3 +206,32 @@ def test_a_gitignore_is_written_whole_and_once(tmp_path: Path) -> None:
     assert not is_unused(tmp_path)
     with pytest.raises(OutputInTheWay):
         keep_out_of_git(tmp_path / "nowhere")
+
+
+def test_keys_and_invites_stay_out_under_a_persons_own_gitignore(repository: Path) -> None:
+    """``init .`` in a clone: what is there covers something else, so the commands say so."""
+    for words in (
+        ["client", "init", "site"],
+        ["server", "init", "fed", "--address", "127.0.0.1:9443", "--invite", "a"],
+    ):
+        folder = repository / words[2]
+        folder.mkdir()
+        (folder / ".gitignore").write_text("*.pyc\n")
+        words[2] = str(folder)
+        side = client_cli.app if words[0] == "client" else server_cli
+        result = CliRunner().invoke(side, words[1:])
+        assert result.exit_code == 0, result.output
+        assert "add a line with * to it" in result.stderr
+    assert [name for name in offered(repository) if "/keys/" in name or "/invites/" in name] == []
+
+
+def test_a_folder_is_one_sides_alone(tmp_path: Path) -> None:
+    """Both sides keep keys under the same names; the second would have added its own to them."""
+    site = init_site(tmp_path / "site").root
+    fed = init_coordinator(tmp_path / "fed", Layout(("127.0.0.1:9443",))).root
+    before = files(site), files(fed)
+    with raises(OptionInvalid, match="is a coordinator's folder"):
+        init_site(fed)
+    with raises(OptionInvalid, match="is a site folder"):
+        init_coordinator(site, Layout(("127.0.0.1:9443",)))
+    assert (files(site), files(fed)) == before

@@ -110,6 +110,27 @@ def keep_out_of_git(folder: Path) -> None:
     create_secret(folder / GIT_IGNORE, _IGNORE_ALL)
 
 
+def uncovered_by_git_ignore(folder: Path) -> str:
+    """Say what to do where a person's own ``.gitignore`` does not cover all of a folder.
+
+    Args:
+        folder: as for ``keep_out_of_git``, after it.
+
+    Returns:
+        Two sentences; empty where a line of it is ``*``, or it cannot be read.
+    """
+    try:
+        lines = (folder / GIT_IGNORE).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    if "*" in (line.strip() for line in lines):
+        return ""
+    return (
+        f"{folder / GIT_IGNORE} was here before and does not cover the ledgers and logs of this "
+        "folder. If it lies in a git repository, add a line with * to it."
+    )
+
+
 def is_unused(folder: Path) -> bool:
     """Whether a folder holds nothing, but perhaps a ``.gitignore``.
 

@@ -82,9 +82,12 @@ def init(
     folder = one_folder(positional, option) or Path()
     require("client", "numpy", "pydicom")
     from cloister_fl.client.site.folder import SITE_FILE, init_site
+    from cloister_fl.system.files import uncovered_by_git_ignore
 
     new = not (folder / SITE_FILE).exists()
     site = init_site(folder, name=name, dicom=dicom, labels=labels)
+    if gap := uncovered_by_git_ignore(folder):
+        typer.echo(gap, err=True)
     if new:
         for path, what in (
             (site.dicom, "folder of images"),

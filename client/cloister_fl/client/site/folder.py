@@ -40,6 +40,7 @@ IDENTITY = "identity.pem"
 PSEUDONYM_KEY = "pseudonym.key"
 CACHE_KEY = "cache.key"
 KEY_BYTES = 32
+_COORDINATORS_FILE = "server.toml"
 
 _PSEUDONYM_LABEL = b"cloister/pseudonym/v1\0"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -158,11 +159,19 @@ def init_site(
         policy or Policy(),
         network or Network(),
     )
+    if (root / _COORDINATORS_FILE).exists():
+        raise OptionInvalid(
+            f"{root} is a coordinator's folder.",
+            why="A site and a coordinator keep different keys under the same names.",
+            remedy="Name another folder: cloister client init FOLDER",
+        )
     if not root.is_dir():
         make_private_dir(root)
     keep_out_of_git(root)
     for folder in ("keys", "cache", "audit"):
         make_private_dir(root / folder)
+    # Also where a person's own .gitignore lies above.
+    keep_out_of_git(root / "keys")
     create_secret(root / "keys" / IDENTITY, Identity.generate().to_pem())
     create_secret(root / "keys" / PSEUDONYM_KEY, secrets.token_bytes(KEY_BYTES))
     create_secret(root / "keys" / CACHE_KEY, secrets.token_bytes(KEY_BYTES))

@@ -88,6 +88,7 @@ def init(
     from cloister_fl.membership.identity import fingerprint
     from cloister_fl.server.coordinator.folder import SERVER_FILE, Layout, init_coordinator
     from cloister_fl.server.coordinator.site_approval import require_site_name
+    from cloister_fl.system.files import uncovered_by_git_ignore
 
     folder = one_folder(positional, option)
     if folder is None:
@@ -106,6 +107,8 @@ def init(
         )
     layout = Layout(tuple(address or ()), name, listen, enrolment_port, private_port)
     made = init_coordinator(folder, layout)
+    if gap := uncovered_by_git_ignore(folder):
+        typer.echo(gap, err=True)
     where = dir_option(folder)
     state = "ready" if fresh else "complete"
     typer.echo(f"The folder of {made.file.federation.name} is {state}: {made.root}")

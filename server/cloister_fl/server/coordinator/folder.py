@@ -50,6 +50,7 @@ from cloister_fl.system.files import (
 from cloister_fl.system.toml import FileModel, parse, read_text
 
 SERVER_FILE = "server.toml"
+_SITES_FILE = "site.toml"
 ROOT_PUBLIC = "root.pub"
 SERVER_KEY = "server.key"
 SERVER_CERTIFICATE = "server.pem"
@@ -258,11 +259,19 @@ def init_coordinator(root: Path, layout: Layout | None) -> Coordinator:
     fresh = not written.exists()
     text = (layout or Layout(())).toml() if fresh else read_text(written)
     coordinator = Coordinator(root, _parse(text))
+    if (root / _SITES_FILE).exists():
+        raise OptionInvalid(
+            f"{root} is a site folder.",
+            why="A site and a coordinator keep different keys under the same names.",
+            remedy="Name another folder: cloister server init FOLDER --address HOST:PORT",
+        )
     make_private_dir(root)
     keep_out_of_git(root)
     for folder in _FOLDERS:
         make_private_dir(root / folder)
     keys = coordinator.keys
+    # Also where a person's own .gitignore lies above.
+    keep_out_of_git(keys)
     root_public = Federation(keys).root.hex().encode()
     create_secret(keys / ROOT_PUBLIC, root_public)
     authority = Authority.create(keys, coordinator.file.federation.name)

@@ -14,7 +14,7 @@ from cloister_fl.membership.enrolment import Invite
 from cloister_fl.membership.identity import fingerprint
 from cloister_fl.membership.roster import SITE_ID
 from cloister_fl.server.coordinator.folder import Coordinator, publish_roster
-from cloister_fl.system.files import make_private_dir, write_atomic
+from cloister_fl.system.files import keep_out_of_git, make_private_dir, write_atomic
 
 
 def require_site_name(name: str) -> None:
@@ -68,6 +68,7 @@ def invite_site(
         if not to_file:
             return line, None
         make_private_dir(place.root / "invites")
+        keep_out_of_git(place.root / "invites")
         path = place.root / "invites" / f"{name}.invite"
         write_atomic(path, line.encode() + b"\n")
     return line, path

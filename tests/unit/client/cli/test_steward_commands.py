@@ -20,6 +20,7 @@ from cloister_fl.errors import (
     EnrolmentRefused,
     OptionInvalid,
     RosterMismatch,
+    StudyInvalid,
     StudyNotApproved,
 )
 from cloister_fl.membership.identity import Identity
@@ -28,7 +29,7 @@ from cloister_fl.protocol.round_messages import SITE_KEY, Prepare, Refusal, Refu
 from cloister_fl.server.flower.engines import InProcessGrid
 from support import commands
 from support.errors import raises
-from support.federations import study
+from support.federations import study, with_engine
 
 ROOT = Identity.generate()
 OTHERS = {name: Identity.generate().public for name in ("birke", "clara", "dorn", "esche")}
@@ -201,3 +202,12 @@ def test_a_study_is_proposed_before_a_list_of_sites_is_accepted_and_reserves_not
     pin(site, offered)
     assert prepare() == Refused.DECLINED  # it comes as far as the data, and there are none
     assert site.ledger.exists()
+
+
+def test_a_study_of_an_engine_that_does_not_keep_the_claim_is_not_approved(site: Site) -> None:
+    """It could never be trained, and its epsilon would stand in the log as accepted."""
+    asked = with_engine(study(), "book-keeping")
+    judge(site, asked, Decision.PENDING)
+    with pytest.raises(StudyInvalid, match="one patient can move"):
+        approve(site, asked.digest[:16])
+    assert judgements(site)[asked.digest].decision is Decision.PENDING

@@ -235,3 +235,16 @@ def test_a_folder_is_one_sides_alone(tmp_path: Path) -> None:
     with raises(OptionInvalid, match="is a site folder"):
         init_coordinator(site, Layout(("127.0.0.1:9443",)))
     assert (files(site), files(fed)) == before
+
+
+def test_joining_says_what_a_persons_own_gitignore_leaves_out(repository: Path) -> None:
+    place = init_coordinator(repository / "fed", Layout(("127.0.0.1:1",)))
+    run = CliRunner().invoke
+    assert run(server_cli, ["invite", "north", "--dir", str(place.root)]).exit_code == 0
+    (repository / "north").mkdir()
+    (repository / "north" / ".gitignore").write_text("*.pyc\n")
+    invite = place.root / "invites" / "north.invite"
+    # Nobody answers: it is said before the coordinator is asked.
+    result = run(client_cli.app, ["join", str(invite), "--dir", str(repository / "north")])
+    assert "add a line with * to it" in result.stderr
+    assert [name for name in offered(repository) if "/keys/" in name] == []

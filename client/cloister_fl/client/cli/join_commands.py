@@ -66,6 +66,7 @@ def join(
     from cloister_fl.client.site.settings import network_of
     from cloister_fl.membership.enrolment import Invite
     from cloister_fl.membership.identity import fingerprint
+    from cloister_fl.system.files import uncovered_by_git_ignore
 
     named = proxy is not None or bool(proxy_user)
     network = network_of(proxy or "", proxy_user) if named else None
@@ -81,6 +82,8 @@ def join(
             dicom=dicom.absolute() if dicom else None,
             labels=labels.absolute() if labels else None,
         )
+        if gap := uncovered_by_git_ignore(folder):
+            typer.echo(gap, err=True)
         for path, what in ((site.dicom, "folder of images"), (site.labels, "labels file")):
             if not path.exists():
                 typer.echo(f"There is no {what} yet: {path}. site.toml says where it is.")

@@ -84,7 +84,7 @@ def read_labels(path: Path, target: Target) -> Labels:
     header, delimiter = _header(text, target.column)
     column = next((name for name in KEY_COLUMNS if name in header), None)
     if column is None or header.count(column) > 1 or header.count(target.column) != 1:
-        raise _header_invalid(header, column, target.column)
+        raise _header_invalid(header, column, target)
     classes = {name.strip(): index for index, name in enumerate(target.classes)}
     at_key, at_value = header.index(column), header.index(target.column)
     rows: dict[str, Label] = {}
@@ -242,7 +242,8 @@ def _header(text: str, wanted: str) -> tuple[list[str], str]:
     return parsed[best], _DELIMITERS[best]
 
 
-def _header_invalid(header: Sequence[str], key: str | None, wanted: str) -> LabelsInvalid:
+def _header_invalid(header: Sequence[str], key: str | None, target: Target) -> LabelsInvalid:
+    wanted = target.column
     if key is None:
         names = ", ".join(f"'{name}'" for name in KEY_COLUMNS[:-1])
         what = f"has no column {names} or '{KEY_COLUMNS[-1]}'"
@@ -253,8 +254,11 @@ def _header_invalid(header: Sequence[str], key: str | None, wanted: str) -> Labe
     else:
         what = f"has no column '{wanted}'"
     # A file without a header begins with a patient's row, which no message repeats.
-    if any(not cell.isprintable() or _ROW.search(cell) for cell in header):
-        why = "Its first line may not be a header: it contains digits."
+    classes = {name.casefold() for name in target.classes}
+    if any(
+        not cell.isprintable() or _ROW.search(cell) or cell.casefold() in classes for cell in header
+    ):
+        why = "Its first line may not be a header: it contains digits or a class of the study."
     else:
         found = ", ".join(f"'{cell[:_MOST_NAME]}'" for cell in header[:SHOWN] if cell)
         why = f"Found: {found or 'an empty first line'}."

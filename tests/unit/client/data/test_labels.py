@@ -115,6 +115,7 @@ def test_long_lists_are_cut(tmp_path: Path) -> None:
         ("Patienten-ID;Befund\nP1;normal\n", f"has {NO_KEY}. Found: 'Patienten-ID', 'Befund'."),
         ("CANARY1,normal\n", f"has {NO_KEY}. Its first line may not be a header:"),
         ("CANARY^ANNA,normal\n", f"has {NO_KEY}. Its first line may not be a header:"),
+        ("CANARY ANNA,Normal\n", f"has {NO_KEY}. Its first line may not be a header:"),
         ("PatientID,Finding\nP1,normal\n", "has no column 'finding'. Found: 'PatientID', "),
         ("PatientID,finding,finding\nP1,normal,mass\n", "has the column 'finding' 2 times."),
         ("PatientID,PatientID,finding\nP1,P1,normal\n", "has the column 'PatientID' 2 times."),

@@ -116,7 +116,7 @@ def contestant(name: str, network: str, size: int) -> tuple[Callable[[], Any], i
 
     cohort = Images(pixels)
     each = 4 if name.startswith("loop") else 1
-    bags = [sampling.Bag(u % 2, np.arange(u * each, (u + 1) * each)) for u in range(UNITS)]
+    bags = [sampling.Bag(np.arange(u * each, (u + 1) * each)) for u in range(UNITS)]
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     sgd = torch.optim.SGD(weights, lr=1e-3)
     labels = torch.arange(UNITS) % 2

@@ -15,12 +15,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from cloister_fl.client.data.cohort import Cohort
 from cloister_fl.client.data.loading import load_cohort
 from cloister_fl.client.site.folder import open_site
-from cloister_fl.client.training.evaluation import image_scores
+from cloister_fl.client.training.evaluation import answers_for
 from cloister_fl.metrics.classification import measure
 from cloister_fl.model_file import load_model
 from cloister_fl.simulation.simulate import Simulation, simulate
@@ -92,10 +90,7 @@ def by_image(out: Path, study: Study) -> float:
     """AUROC over the single images of the hold-out."""
     cohort: Cohort = load_cohort(open_site(out / "holdout"), study)
     module, _ = load_model(out / "model.safetensors")
-    labels = np.zeros(len(cohort.images), np.int64)
-    for patient in cohort.patients:
-        labels[list(patient.images)] = patient.label
-    found = measure(labels, image_scores(module, cohort)).auroc
+    found = measure(cohort.targets, answers_for(module, cohort, study.task)).auroc
     assert found is not None
     return found.value
 

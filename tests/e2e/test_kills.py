@@ -305,7 +305,7 @@ def recomputed(battered: Battered, ended: Ended, kept: dict[int, tuple[str, ...]
         name: load_cohort(hospital.site, study) for name, hospital in federation.hospitals.items()
     }
     module = registry.build(
-        study.network, outputs=study.outputs, size=study.input.size, seed=study.training.seed
+        study.network, outputs=study.task.outputs, size=study.input.size, seed=study.training.seed
     )
     model = flat_parameters.flatten(module)
     state = OptimizerState.fresh(model.size, study.aggregation)

@@ -68,17 +68,19 @@ def test_the_sum_is_measured_and_marked_as_noised(run: Path) -> None:
     assert used.release is not None
     assert release["noise_per_cell"] == pytest.approx(used.release.noise_multiplier * 5**0.5)
     # About half of 200 patients; a bright upper half is easily learned.
-    assert 70 <= release["patients"] <= 130
-    assert release["auroc"]["value"] > 0.9
-    low, high = release["auroc"]["low"], release["auroc"]["high"]
-    assert 0.6 < low <= release["auroc"]["value"] <= high <= 1
+    noised = release["metrics"]
+    assert 70 <= noised["patients"] <= 130
+    assert len(noised["class_counts"]) == 2
+    assert noised["auroc"]["value"] > 0.9
+    low, high = noised["auroc"]["low"], noised["auroc"]["high"]
+    assert 0.6 < low <= noised["auroc"]["value"] <= high <= 1
     assert summary["auroc_final"] is None
     assert summary["epsilon_max"] == charges(ASKED).epsilon() <= 100.0
     assert summary["epsilon_max"] > charges(ASKED).epsilon(released=False) + 1
     assert not any("The model was not evaluated" in warning for warning in summary["warnings"])
     report = (run / "report.html").read_text()
     assert "<strong>Noised evaluation</strong>, once, for" in report
-    assert f"AUROC {release['auroc']['value']:.3f} (noised)" in report
+    assert f"AUROC {noised['auroc']['value']:.3f} (noised)" in report
 
 
 def test_every_site_charged_the_whole_and_can_show_it(run: Path, tmp_path: Path) -> None:
@@ -154,8 +156,9 @@ def test_noised_counts_may_be_negative_and_are_added(tmp_path: Path) -> None:
     assert (release.asked, release.sites) == (("a", "b"), 2)
     # sigma of one site is 3.73 patients; two sites add their noise.
     assert release.noise == pytest.approx(3.7307 * 2**0.5, abs=1e-3)
-    assert release.metrics["patients"] == 2 * 2 * (500 - 15 * 3)
-    assert release.metrics["auroc"]["value"] > 0.99
+    assert release.metrics.patients == 2 * 2 * (500 - 15 * 3)
+    assert release.metrics.auroc is not None
+    assert release.metrics.auroc.value > 0.99
     assert told[-1] == ReleaseMade(release)
     # It is kept, and a run that is resumed at its end does not ask again.
     assert Checkpoints(tmp_path).load(PLAIN)[0].release == release

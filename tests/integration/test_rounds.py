@@ -11,7 +11,8 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 from cloister_fl.errors import TooFewSites
-from cloister_fl.metrics.classification import BINS, Metrics
+from cloister_fl.metrics.classification import BINS
+from cloister_fl.metrics.figures import Metrics
 from cloister_fl.protocol.round_messages import (
     Evaluated,
     EvaluateTask,
@@ -238,7 +239,7 @@ def test_the_moving_average_is_measured_released_and_kept_over_a_crash(tmp_path:
 
     def evaluate(model: np.ndarray) -> Metrics:
         measured.append(model)
-        return Metrics(None, None, None, 0, ())
+        return Metrics({}, 0, ())
 
     sites = Sites({"a": _add(1.0), "b": _add(1.0)})
     state = _run(sites, study, tmp_path, resume=True, evaluate=evaluate).state
@@ -272,14 +273,18 @@ def test_a_finished_run_can_be_resumed_and_trains_nothing(tmp_path: Path) -> Non
 def test_without_privacy_the_sites_measure(tmp_path: Path) -> None:
     study = _study(privacy="enabled = false")
     outcome = _run(Sites({"a": _add(0.0), "b": _add(0.0)}), study, tmp_path)
-    assert outcome.state.figures[0].auroc == 1.0
+    metrics = outcome.state.figures[0].metrics
+    assert metrics is not None
+    assert metrics.auroc is not None
+    assert metrics.auroc.value == 1.0
+    assert metrics.patients == sum(metrics.class_counts) > 0
 
 
 def test_with_privacy_no_site_is_asked_for_a_figure(tmp_path: Path) -> None:
     sites = Sites({"a": _add(0.0), "b": _add(0.0)})
     outcome = _run(sites, _study(), tmp_path)
     assert "evaluate" not in {kind for _, kind, _ in sites.seen}
-    assert outcome.state.figures[-1].auroc is None
+    assert outcome.state.figures[-1].metrics is None
 
 
 def test_epsilon_grows_with_the_rounds_up_to_what_was_asked(tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def test_a_private_run_leaves_a_model_and_an_honest_summary(folders: Path, tmp_p
         assert 3 * 4 * size < count < 3 * (4 * size + 3000)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
-    assert rows[-1]["auroc"] == summary["auroc_final"]
+    assert rows[-1]["metrics"]["auroc"]["value"] == summary["auroc_final"]
+    assert rows[-1]["metrics"] == summary["metrics_final"]
     assert "Each update was masked" in (out / "report.html").read_text()
 
 

@@ -103,7 +103,7 @@ def test_batches_of_fixed_size_are_noticed(monkeypatch: pytest.MonkeyPatch) -> N
     def shuffled(cohort: Patients, source: SecureRandom, *, rate: float, **_: Any) -> list[Bag]:
         order = source.shuffle(range(len(cohort.patients)))
         chosen = sorted(order[: round(rate * len(order))])
-        return [Bag(cohort.patients[i].label, np.array(cohort.patients[i].images)) for i in chosen]
+        return [Bag(np.array(cohort.patients[i].images)) for i in chosen]
 
     monkeypatch.setattr(local_training, "draw_bags", shuffled)
     assert not sizes_are_those_of_a_poisson_sample(monkeypatch)

@@ -83,7 +83,7 @@ class Tap:
                     yield name, part
 
 
-def outline(tap: Tap) -> list[object]:
+def marking(tap: Tap) -> list[object]:
     """All that the messages show, but values that are noised, masked, sealed, keys or hashes."""
     told: list[object] = []
     for name, kind, _, records in tap.seen:
@@ -187,7 +187,7 @@ SWAPS = [
 def before(sites: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[object]]:
     out = tmp_path_factory.mktemp("before")
     studies = {"masked": MASKED, "plain": PLAIN}
-    return functools.cache(lambda how: outline(run(studies[how], sites, out / how)))
+    return functools.cache(lambda how: marking(run(studies[how], sites, out / how)))
 
 
 @pytest.mark.parametrize("how", ["masked", pytest.param("plain", marks=pytest.mark.slow)])
@@ -202,7 +202,7 @@ def test_one_patient_for_another_changes_nothing_that_shows(
     shutil.copytree(sites, tmp_path / "sites")
     swap(tmp_path / "sites" / "birke")
     asked = MASKED if how == "masked" else PLAIN
-    after = outline(run(asked, tmp_path / "sites", tmp_path / "out"))
+    after = marking(run(asked, tmp_path / "sites", tmp_path / "out"))
     assert len(after) == len(before(how))
     for one, other in zip(after, before(how), strict=True):
         assert one == other
@@ -222,7 +222,7 @@ def test_a_patient_who_cannot_be_used_costs_one_word_before_anything_is_trained(
             simulate(simulation, client_app=tap)
         assert {kind for _, kind, _, _ in tap.seen} == {"query.prepare"}
         require_listed(tap)
-        words.append(outline(tap))
+        words.append(marking(tap))
         assert charges(out, "birke") == []
     # What was wrong with the patient does not show.
     assert words[0] == words[1]

@@ -1,4 +1,4 @@
-"""Images with outlines, and the study that learns them, for tests."""
+"""Images with masks, and the study that learns them, for tests."""
 
 from __future__ import annotations
 

@@ -25,8 +25,10 @@ MOST_MODULES = 15
 TWICE = {
     "app": "Flower's own terms: each side has one app",
     "audit_log": "the format that both sides write, and a site's own log",
+    "classification": "the task, and its figures",
     "folder": "each side keeps its state in one folder",
     "ledger": "the class, in the package that is named after it",
+    "segmentation": "the task, and the reader of DICOM Segmentations",
     "server": "one of the two parties of secure aggregation, and the coordinating side",
     "service": "each side has one service",
 }

@@ -24,10 +24,10 @@ from cloister_fl.client.ledger.rollback import compare
 from cloister_fl.client.secure_aggregation import exchange as masked
 from cloister_fl.client.site.folder import Site
 from cloister_fl.client.training.csprng import SecureRandom
-from cloister_fl.client.training.evaluation import score_histogram
+from cloister_fl.client.training.evaluation import exact_counts
 from cloister_fl.client.training.feature_cache import features_of
 from cloister_fl.client.training.local_training import train_round
-from cloister_fl.client.training.noisy_histogram import exact_histogram, noised
+from cloister_fl.client.training.noised_evaluation import counts_in_units, noised
 from cloister_fl.errors import (
     CloisterError,
     MessageInvalid,
@@ -256,12 +256,12 @@ def _histogram(kept: Kept, site: Site, study: Study, task: EvaluateTask) -> Coun
     release = release_mechanism(study)
     if release is None:
         _, held_out = kept.parts(site, study, lambda: load_frozen(site, study))
-        return score_histogram(module, held_out, study)
+        return exact_counts(module, held_out, study)
     # As for a round: a network that mixes patients would break the release's sensitivity, too.
     require_private(module, size=study.input.size, depth=study.input.depth)
     gate.charge_release(site, study, run=task.run)
     _, held_out = kept.parts(site, study, lambda: load_frozen(site, study))
-    return noised(exact_histogram(module, held_out, study), study, release, SecureRandom())
+    return noised(counts_in_units(module, held_out, study), study, release, SecureRandom())
 
 
 app = SiteApp()

@@ -14,7 +14,7 @@ from cloister_fl.client.site.folder import init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.training.evaluation import measured
 from cloister_fl.errors import DataError
-from cloister_fl.metrics.classification import Metrics
+from cloister_fl.metrics.figures import Metrics
 from cloister_fl.networks import flat_parameters
 from cloister_fl.protocol.round_messages import Vector
 from cloister_fl.study import study_network

@@ -54,8 +54,9 @@ def predict(
 ) -> Prediction:
     """Write the scores of all usable images of a folder as CSV, or their masks, whole or not.
 
-    The columns are ``SOPInstanceUID``, for volumes ``SeriesInstanceUID``, and ``score_<class>`` for
-    each class of the model's study, probabilities that sum to 1; the rows are sorted by the first.
+    The columns are ``SOPInstanceUID``, for volumes ``SeriesInstanceUID``, and those of the
+    study's task: of a classification ``score_<class>``, probabilities that sum to 1. The rows are
+    sorted by the first.
     Masks are PNG files ``<SOPInstanceUID>.png``, of the size that the image is stored with: 255
     where the model segments what its study asks for, else 0. Images are preprocessed as the study
     inside the model says.
@@ -75,7 +76,7 @@ def predict(
         FolderUnreadable, SiteEmpty: there is nothing to score.
         OutputInTheWay: the scores cannot be written, or the folder is not empty.
     """
-    from cloister_fl.client.training.evaluation import image_scores, segmentation_masks
+    from cloister_fl.client.training.evaluation import answers_for
     from cloister_fl.model_file import load_model
     from cloister_fl.networks.frozen_backbone import FrozenBackbone
 
@@ -114,16 +115,16 @@ def predict(
         modalities={},
         shapes={},
     )
-    if study.target.segment:
+    answers = answers_for(module, images, study.task)
+    if study.task.answers == "pixel":
         folder = Path("masks") if out is None else out
-        _write_masks(folder, accepted, segmentation_masks(module, images))
+        _write_masks(folder, accepted, answers)
         return Prediction(len(accepted), told, folder, True)
-    scores = image_scores(module, images)
     path = Path("scores.csv") if out is None else out
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow([column, *(f"score_{name}" for name in study.target.classes)])
-    for one, row in zip(accepted, scores, strict=True):
+    writer.writerow([column, *study.task.columns])
+    for one, row in zip(accepted, answers, strict=True):
         writer.writerow([name(one), *(f"{score:.6f}" for score in row)])
     write_atomic(path, text.getvalue().encode())
     return Prediction(len(accepted), told, path, False)
@@ -147,11 +148,11 @@ def _write_masks(folder: Path, accepted: Sequence[Accepted], shown: NDArray[np.b
     try:
         keep_out_of_git(building)
         written: Counter[str] = Counter()
-        for one, outline in zip(accepted, shown, strict=True):
+        for one, mask in zip(accepted, shown, strict=True):
             # Two patients may have an image each under one UID.
             written[name := _instance(one)] += 1
             name += f"-{written[name]}" if written[name] > 1 else ""
-            image = Image.fromarray(outline.astype(np.uint8) * 255)
+            image = Image.fromarray(mask.astype(np.uint8) * 255)
             size = (one.facts.columns, one.facts.rows)
             file = io.BytesIO()
             image.resize(size, Image.Resampling.NEAREST).save(file, "PNG")

@@ -177,7 +177,7 @@ def _in_words(study: Study) -> str:
         (
             f"{study.study.name}: {study.study.question}",
             f"  input      {', '.join(given.modalities)}, {shape}",
-            f"  target     {study.target.described}",
+            f"  target     {study.task.described}",
             f"  network    {study.network.name}",
             f"  training   {counted(training.rounds, 'round')} of "
             f"{counted(training.steps_per_round, 'step')}, "

@@ -18,12 +18,14 @@ Sources: Bamber 1975 (AUROC as a rank statistic, ties count half); Hanley and Mc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from cloister_fl.metrics.curves import Curve
+from cloister_fl.metrics.figures import Estimate, Metrics, MetricsInputInvalid, of_classes
 
 RESAMPLES = 1000
 """Bootstrap resamples; the percentiles then move by about 0.1 of the interval's width."""
@@ -41,83 +43,6 @@ _CELLS = 1 << 22
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-
-
-class MetricsInputInvalid(ValueError):
-    """Labels, probabilities or counts do not have the form that is asked for."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure in [0, 1] with its 95 % interval; ``low <= value <= high``."""
-
-    value: float
-    low: float
-    high: float
-
-    def to_json(self) -> dict[str, float]:
-        """The three numbers by name, ready for ``json.dumps``."""
-        return {"value": self.value, "low": self.low, "high": self.high}
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """What a model was measured to do on a group of patients.
-
-    Attributes:
-        auroc: area under the ROC curve; ``None`` where a class has no patient.
-        auprc: average precision (of class 1, or the mean over classes); ``None`` likewise.
-        balanced_accuracy: mean recall over the classes; ``None`` likewise.
-        patients: number of patients measured.
-        class_counts: patients of each class, in the order of the study's classes.
-        dice: mean Dice coefficient over the patients in whom something is marked; of a
-            segmentation, which has none of the figures above. ``None`` without such patients.
-    """
-
-    auroc: Estimate | None
-    auprc: Estimate | None
-    balanced_accuracy: Estimate | None
-    patients: int
-    class_counts: tuple[int, ...]
-    dice: Estimate | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """A dictionary ready for ``json.dumps``; undefined figures are ``None``."""
-        outlined = {"dice": self.dice.to_json()} if self.dice else {}
-        return outlined | {
-            "auroc": self.auroc.to_json() if self.auroc else None,
-            "auprc": self.auprc.to_json() if self.auprc else None,
-            "balanced_accuracy": (
-                self.balanced_accuracy.to_json() if self.balanced_accuracy else None
-            ),
-            "patients": self.patients,
-            "class_counts": list(self.class_counts),
-        }
-
-
-def patient_scores(image_probs: ArrayLike, patient_of_image: ArrayLike) -> Floats:
-    """Average the probabilities of each patient's images.
-
-    Args:
-        image_probs: (N, K) probabilities, one row an image.
-        patient_of_image: (N,) index of each image's patient, 0 to P - 1; no patient is skipped.
-
-    Returns:
-        (P, K), row p for patient p.
-
-    Raises:
-        MetricsInputInvalid: wrong shapes or values, or a patient below the largest index has no
-            image: rows would then no longer line up with the labels.
-    """
-    probs = _probabilities(image_probs)
-    owners = _indices(patient_of_image, "patient_of_image")
-    if len(owners) != len(probs):
-        raise MetricsInputInvalid("image_probs and patient_of_image differ in length.")
-    images = np.bincount(owners)
-    if np.any(images == 0):
-        raise MetricsInputInvalid("a patient below the largest index has no image.")
-    sums = [np.bincount(owners, weights=column, minlength=len(images)) for column in probs.T]
-    return np.clip(np.stack(sums, axis=1) / images[:, None], 0.0, 1.0)
 
 
 def measure(labels: ArrayLike, probs: ArrayLike) -> Metrics:
@@ -147,20 +72,20 @@ def measure(labels: ArrayLike, probs: ArrayLike) -> Metrics:
     else:
         measured, called = list(range(classes)), np.argmax(scores, axis=1)
     if np.any(counts == 0):
-        return Metrics(None, None, None, len(truth), _as_counts(counts))
+        return _unmeasured(len(truth), counts)
 
     curves = [Curve(scores[:, k], truth == k) for k in measured]
     right = called == truth
 
     def figures(weights: Floats) -> Floats:
-        areas = np.mean([curve.areas(weights) for curve in curves], axis=0)
+        of_curves = np.mean([curve.figures(weights) for curve in curves], axis=0)
         recalls = [weights[:, truth == k] @ right[truth == k] / counts[k] for k in range(classes)]
-        return np.concatenate([areas, np.mean(recalls, axis=0)[None]])
+        return np.concatenate([of_curves, np.mean(recalls, axis=0)[None]])
 
     value = figures(np.ones((1, len(truth))))[:, 0]
     drawn = _resampled(figures, lambda rng, rows: _patients(rng, rows, truth, counts), len(truth))
-    auroc, auprc, balanced = (_estimate(value[i], drawn[i]) for i in range(3))
-    return Metrics(auroc, auprc, balanced, len(truth), _as_counts(counts))
+    found = {name: _estimate(value[i], drawn[i]) for i, name in enumerate(of_classes())}
+    return Metrics(found, len(truth), _as_counts(counts))
 
 
 def histogram(
@@ -216,7 +141,7 @@ def measure_histogram(counts: ArrayLike) -> Metrics:
     sizes = table.sum(axis=1)
     patients = int(sizes.sum())
     if np.any(sizes == 0):
-        return Metrics(None, None, None, patients, _as_counts(sizes))
+        return _unmeasured(patients, sizes)
 
     # Each cell is one "patient" that weighs as much as it counts.
     cells = table.astype(np.float64).reshape(1, -1)
@@ -227,7 +152,7 @@ def measure_histogram(counts: ArrayLike) -> Metrics:
     def figures(weights: Floats) -> Floats:
         hits = weights * (called_one == is_one)
         recalls = (hits[:, ~is_one].sum(1) / sizes[0] + hits[:, is_one].sum(1) / sizes[1]) / 2
-        return np.concatenate([curve.areas(weights), recalls[None]])
+        return np.concatenate([curve.figures(weights), recalls[None]])
 
     def draw(rng: np.random.Generator, rows: int) -> Floats:
         return np.concatenate(
@@ -236,34 +161,49 @@ def measure_histogram(counts: ArrayLike) -> Metrics:
 
     value = figures(cells)[:, 0]
     drawn = _resampled(figures, draw, 2 * bins)
-    auroc = _hanley_mcneil(float(value[0]), int(sizes[1]), int(sizes[0]))
-    auprc, balanced = (_estimate(value[i], drawn[i]) for i in (1, 2))
-    return Metrics(auroc, auprc, balanced, patients, _as_counts(sizes))
+    found = {name: _estimate(value[i], drawn[i]) for i, name in enumerate(of_classes())}
+    found["auroc"] = _hanley_mcneil(found["auroc"].value, int(sizes[1]), int(sizes[0]))
+    return Metrics(found, patients, _as_counts(sizes))
 
 
-class Curve:
-    """One class against the rest: sorted once, then measured for any weights of the patients."""
+def measure_histograms(counts: ArrayLike) -> Metrics:
+    """Measure a model from the histograms of its curves: of one, as ``measure_histogram``.
 
-    def __init__(self, scores: Floats, is_class: NDArray[np.bool_]) -> None:
-        # Best first; the stable sort keeps the figures the same whatever the platform's sort.
-        self._order = np.argsort(-scores, kind="stable")
-        ranked = scores[self._order]
-        self._ends = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))
-        self._sign = is_class[self._order].astype(np.float64)
+    More are averaged, one class against the rest; averaging the ends of their intervals gives an
+    interval that is at least as wide as the true one.
 
-    def areas(self, weights: Floats) -> Floats:
-        """AUROC and average precision, (2, R), for weights (R, P) with both classes present."""
-        ranked = weights[:, self._order]
-        # Only the ends of a run of equal scores are points of the curves: ties share a threshold.
-        hits = np.cumsum(ranked * self._sign, axis=1)[:, self._ends]
-        called = np.cumsum(ranked, axis=1)[:, self._ends]
-        new_hits = np.diff(hits, axis=1, prepend=0.0)
-        false = called - hits
-        new_false = np.diff(false, axis=1, prepend=0.0)
-        positives, negatives = hits[:, -1], false[:, -1]
-        auroc = np.sum(new_false * (hits - new_hits / 2), axis=1) / (positives * negatives)
-        precision = hits / np.maximum(called, 1.0)
-        return np.stack([auroc, np.sum(new_hits * precision, axis=1) / positives])
+    Args:
+        counts: (curves, 2, bins).
+
+    Raises:
+        MetricsInputInvalid: see ``measure_histogram``.
+    """
+    curves = list(np.asarray(counts))
+    if not curves:
+        raise MetricsInputInvalid("counts must have a curve.")
+    measured = [measure_histogram(curve) for curve in curves]
+    if len(measured) == 1:
+        return measured[0]
+    return Metrics(
+        {name: _mean([one.get(name) for one in measured]) for name in of_classes()},
+        measured[0].patients,
+        tuple(int(curve[1].sum()) for curve in curves),
+    )
+
+
+def _mean(estimates: Sequence[Estimate | None]) -> Estimate | None:
+    known = [estimate for estimate in estimates if estimate is not None]
+    if len(known) < len(estimates):
+        return None
+    value, low, high = (
+        float(np.mean([getattr(estimate, end) for estimate in known]))
+        for end in ("value", "low", "high")
+    )
+    return Estimate(value, low, high)
+
+
+def _unmeasured(patients: int, counts: NDArray[Any]) -> Metrics:
+    return Metrics(dict.fromkeys(of_classes()), patients, _as_counts(counts))
 
 
 def _resampled(

@@ -1,7 +1,7 @@
 """Dice coefficient of segmentation masks (Dice 1945), by patient.
 
 A patient's coefficient is 2 |A and B| / (|A| + |B|) over the pixels of all the patient's images,
-A what is marked and B what the model outlines. Where nothing is marked it tells only whether the
+A what is marked and B what the model segments. Where nothing is marked it tells only whether the
 model kept silent, 1 or 0; such patients are counted and stay out of the mean.
 """
 
@@ -10,16 +10,17 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cloister_fl.metrics.classification import RESAMPLES, Estimate, Metrics, MetricsInputInvalid
+from cloister_fl.metrics.classification import RESAMPLES
+from cloister_fl.metrics.figures import Estimate, Metrics, MetricsInputInvalid
 
 _SEED = 20_240_229
 _TAIL = 0.025
 
 
-def coefficient(marked: NDArray[np.bool_], outlined: NDArray[np.bool_]) -> float:
+def coefficient(marked: NDArray[np.bool_], shown: NDArray[np.bool_]) -> float:
     """Dice coefficient of two masks of one shape, 0 to 1; 1 where both are empty."""
-    total = int(marked.sum()) + int(outlined.sum())
-    return 2 * int((marked & outlined).sum()) / total if total else 1.0
+    total = int(marked.sum()) + int(shown.sum())
+    return 2 * int((marked & shown).sum()) / total if total else 1.0
 
 
 def measure_dice(labels: ArrayLike, coefficients: ArrayLike) -> Metrics:
@@ -41,13 +42,13 @@ def measure_dice(labels: ArrayLike, coefficients: ArrayLike) -> Metrics:
     # Sorted, so that the order of patients has no say in the interval.
     shown = np.sort(values[truth == 1])
     if not len(shown):
-        return Metrics(None, None, None, len(truth), counts)
+        return Metrics({"dice": None}, len(truth), counts)
     rng = np.random.default_rng(_SEED)
     drawn = [float(rng.choice(shown, len(shown)).mean()) for _ in range(RESAMPLES)]
     value = float(shown.mean())
     low, high = (float(end) for end in np.quantile(drawn, [_TAIL, 1 - _TAIL]))
     dice = Estimate(value, min(low, value), max(high, value))
-    return Metrics(None, None, None, len(truth), counts, dice)
+    return Metrics({"dice": dice}, len(truth), counts)
 
 
 def measure_dice_histogram(counts: ArrayLike) -> Metrics:

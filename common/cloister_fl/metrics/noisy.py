@@ -21,14 +21,9 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cloister_fl.metrics.classification import (
-    RESAMPLES,
-    Curve,
-    Estimate,
-    Floats,
-    Metrics,
-    MetricsInputInvalid,
-)
+from cloister_fl.metrics.classification import RESAMPLES, Floats
+from cloister_fl.metrics.curves import Curve
+from cloister_fl.metrics.figures import Estimate, Metrics, MetricsInputInvalid, of_classes
 
 _SEED = 20_240_301
 _TAIL = 0.025
@@ -62,11 +57,11 @@ def measure_noised(counts: ArrayLike, noise: float) -> Metrics:
     classes = sizes[0] if len(table) == 1 else sizes[:, 1]
     told = tuple(int(size) for size in classes)
     if np.any(totals < 1):
-        return Metrics(None, None, None, patients, told)
+        return Metrics(dict.fromkeys(of_classes()), patients, told)
     value = _figures(np.stack([nearest_counts(curve) for curve in table])[None])[:, 0]
     drawn = _figures(_resamples(table, sizes, noise))
-    auroc, auprc, balanced = (_estimate(value[i], drawn[i]) for i in range(3))
-    return Metrics(auroc, auprc, balanced, patients, told)
+    found = {name: _estimate(value[i], drawn[i]) for i, name in enumerate(of_classes())}
+    return Metrics(found, patients, told)
 
 
 def nearest_counts(noised: Floats) -> Floats:
@@ -85,19 +80,19 @@ def nearest_counts(noised: Floats) -> Floats:
 
 
 def _figures(tables: Floats) -> Floats:
-    """AUROC, average precision and balanced accuracy, (3, R), of tables (R, curves, 2, bins)."""
+    """``of_classes``, (F, R), of tables (R, curves, 2, bins)."""
     rows, curves, _, bins = tables.shape
     is_one = np.repeat([False, True], bins)
     curve = Curve(np.tile(np.arange(bins, dtype=np.float64), 2), is_one)
     hits = np.tile(np.arange(bins) >= bins // 2, 2) == is_one
-    total: Floats = np.zeros((3, rows))
+    total: Floats = np.zeros((len(of_classes()), rows))
     for index in range(curves):
         # Each cell is one "patient" that weighs as much as it counts.
         weights = tables[:, index].reshape(rows, -1) + _LEAST / bins
         recalls = [
             (weights * (hits & side)).sum(1) / (weights * side).sum(1) for side in (is_one, ~is_one)
         ]
-        total += np.concatenate([curve.areas(weights), np.mean(recalls, axis=0)[None]])
+        total += np.concatenate([curve.figures(weights), np.mean(recalls, axis=0)[None]])
     mean: Floats = total / curves
     return mean
 

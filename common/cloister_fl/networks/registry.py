@@ -47,8 +47,8 @@ def build(
 
     Returns:
         A module in training mode: (batch, in_channels, size, size), of volumes (batch,
-        in_channels, depth, size, size), to (batch, outputs) logits; of one that outlines, to
-        (batch, outputs, size, size).
+        in_channels, depth, size, size), to (batch, outputs) logits; of one that answers for
+        each pixel, to (batch, outputs, size, size).
 
     Raises:
         NetworkUnfit: the network or an argument is unknown, or the input is too small or has
@@ -244,7 +244,7 @@ REGISTRY: Mapping[str, Entry] = {
                 "width": Argument(8, 4, 64, multiple=4),  # channels of the first level
             },
             builder=_unet,
-            outlines=True,
+            answers="pixel",
         ),
         # Fixed oriented filters, 500 weights on top: for little data and privacy.
         Entry(

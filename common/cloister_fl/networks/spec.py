@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from cloister_fl.errors import ExtraMissing, InstallError
 from cloister_fl.system.installation import install_command
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 Value: TypeAlias = int | str
+Answers: TypeAlias = Literal["image", "pixel"]
+"""Whether a network answers for each image or for each pixel."""
 Builder: TypeAlias = Callable[[int, int, Mapping[str, Any], Path | None], "nn.Module"]
 
 
@@ -100,7 +102,7 @@ class Entry:
         arguments: arguments by name.
         builder: makes it from (outputs, input channels, arguments, folder of models).
         dimensions: 2 where it reads images, 3 where it reads volumes.
-        outlines: whether it gives a logit a pixel, and none an image.
+        answers: whether it gives logits for each image, or one for each pixel.
     """
 
     name: str
@@ -108,7 +110,7 @@ class Entry:
     builder: Builder = field(repr=False)
     arguments: Mapping[str, Argument | Word] = field(default_factory=dict)
     dimensions: int = 2
-    outlines: bool = False
+    answers: Answers = "image"
 
     def misfits(self, arguments: Mapping[str, object], size: int) -> Iterator[Misfit]:
         """What keeps the network from being built so: all of it, not only the first.

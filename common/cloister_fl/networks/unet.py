@@ -2,7 +2,7 @@
 
 It differs from the paper's where privacy or a small machine ask for it: GroupNorm after each
 convolution, strides in the place of pooling, nearest-neighbour enlargement in the place of
-transposed convolutions, zero padding so that the outline has the image's size, and an eighth of
+transposed convolutions, zero padding so that the mask has the image's size, and an eighth of
 the width.
 """
 

@@ -10,7 +10,6 @@ import torch
 
 from cloister_fl.networks.flat_parameters import layout_of
 from cloister_fl.networks.frozen_backbone import FixedFeatures
-from cloister_fl.networks.losses import anything, patient_loss
 from cloister_fl.planning.plan import Pace
 from cloister_fl.study import study_network
 from cloister_fl.study.schema import Study
@@ -47,10 +46,11 @@ def measure(study: Study) -> tuple[Pace, int]:
             once = _median(lambda: fixed.features(images))
             images = fixed.features(images)
         part = fixed.head
-    targets = anything(images, study.outputs, outlines=bool(study.target.segment))
+    task = study.task
+    targets = task.example(images)
 
     def gradient() -> None:
-        torch.autograd.grad(patient_loss(part(images), targets), weights)
+        torch.autograd.grad(task.loss(part(images), targets), weights)
 
     return Pace(_median(gradient), once), layout_of(module).size
 

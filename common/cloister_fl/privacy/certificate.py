@@ -56,17 +56,17 @@ class Left(_Part):
 
 
 class Release(_Part):
-    """The study's noised evaluation by score histograms, after training.
+    """The study's noised evaluation, after training.
 
     Attributes:
         noise_multiplier: sigma of the one Gaussian, over the sensitivity.
-        sensitivity: L, whole units: most that one patient moves the histograms by.
+        sensitivity: most that one patient moves the sums by, in units, in L2.
         charged: whether this run charged it; then it is spent, whether or not it left.
         charged_of_study: whether any run of the study here did.
     """
 
     noise_multiplier: _Finite
-    sensitivity: _Count
+    sensitivity: _Finite
     charged: bool
     charged_of_study: bool
 

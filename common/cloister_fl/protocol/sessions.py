@@ -8,6 +8,7 @@ nothing about the other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -68,20 +69,15 @@ def histogram_session(
         round=2 * round_number + 1,
         attempt=attempt,
         model=model_hash(_bytes(model)),
-        dimension=histogram_size(study),
+        dimension=math.prod(counts_shape(study)),
         clip=COUNT_BOUND,
         weights=tuple((site, 1.0) for site in invited),
     )
 
 
-def curves(study: Study) -> int:
-    """Curves of a histogram: one for a binary target, else one a class."""
-    return study.curves
-
-
-def histogram_size(study: Study) -> int:
-    """Numbers in a histogram: curves, without and with the class, bins."""
-    return curves(study) * 2 * bins(study)
+def counts_shape(study: Study) -> tuple[int, ...]:
+    """Shape of what an evaluation counts; see ``Task.count``."""
+    return study.task.counts_shape(bins(study))
 
 
 def bins(study: Study) -> int:

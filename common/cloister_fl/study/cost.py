@@ -85,10 +85,13 @@ def release_mechanism(study: Study) -> Mechanism | None:
     return Mechanism(noise_multiplier=noise, sampling_rate=1.0)
 
 
-def sensitivity(study: Study) -> int:
-    """L: most that one patient moves a noised histogram by, in its units, in L1 and so in L2.
+def sensitivity(study: Study) -> float:
+    """Most that one patient moves the noised counts by, in units, in L2: ``Task.sensitivity``.
 
-    A patient has one score a class, the mean over all images, and so one cell in each curve. It
-    counts ``UNITS`` there; all cells together are L, one patient.
+    Raises:
+        ValueError: the study's task has no noised evaluation.
     """
-    return UNITS * study.curves
+    of_one = study.task.sensitivity
+    if of_one is None:
+        raise ValueError(f"{study.target.kind} has no noised evaluation.")
+    return UNITS * of_one

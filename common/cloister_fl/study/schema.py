@@ -1,10 +1,9 @@
 """Schema of the study: what a federation trains, on which data, under which privacy.
 
 A study is configuration only. Its canonical form is JSON of the validated model with every
-default filled in (but ``release_epsilon``, left out at 0, and what describes volumes and
-segmentations, left out where there are none), keys sorted, no white space; its hash is SHA-256
-over a label and that form. Sites approve the hash, so two files that mean the same have the same
-hash, and no site can train with another preprocessing than its neighbour.
+default filled in, keys sorted, no white space; its hash is SHA-256 over a label and that form.
+Sites approve the hash, so two files that mean the same have the same hash, and no site can train
+with another preprocessing than its neighbour.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
+    PlainValidator,
+    SerializeAsAny,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -24,8 +25,8 @@ from pydantic import (
 from cloister_fl.encoding.canonical_json import canonical_json
 from cloister_fl.errors import StudyInvalid
 from cloister_fl.networks.pretrained import PINNED
-from cloister_fl.study.target import Target
 from cloister_fl.system.toml import KeyedValueError, ShownModel
+from cloister_fl.tasks import Target, Task, read_target
 
 HASH_LABEL = b"cloister/study/v1\0"
 UPDATE_LABEL = b"cloister/update/v1\0"
@@ -246,7 +247,7 @@ class Study(ShownModel):
 
     study: About
     input: Input = Input()
-    target: Target
+    target: Annotated[SerializeAsAny[Target], PlainValidator(read_target)]
     network: Network = Network()
     training: Training = Training()
     privacy: Privacy = Privacy()
@@ -255,10 +256,12 @@ class Study(ShownModel):
 
     @field_validator("target")
     @classmethod
-    def _flat(cls, target: Target, info: ValidationInfo) -> Target:
+    def _dimensions_fit(cls, target: Target, info: ValidationInfo) -> Target:
         given = info.data.get("input")
-        if target.segment and given is not None and given.dimensions == 3:
-            raise KeyedValueError("kind", "cannot be 'segmentation' for input.dimensions = 3.")
+        if given is not None and given.dimensions not in target.task.dimensions:
+            raise KeyedValueError(
+                "kind", f"cannot be '{target.kind}' for input.dimensions = {given.dimensions}."
+            )
         return target
 
     @field_validator("evaluation")
@@ -277,24 +280,16 @@ class Study(ShownModel):
         if not evaluation.site_fraction:
             raise KeyedValueError("release_epsilon", "needs a site_fraction above 0.")
         target = info.data.get("target")
-        if target is not None and target.segment:
+        if target is not None and target.task.sensitivity is None:
             raise KeyedValueError(
-                "release_epsilon", "must be 0 for a segmentation, which has no noised evaluation."
+                "release_epsilon",
+                f"must be 0 for kind = '{target.kind}', which has no noised evaluation.",
             )
         return evaluation
 
     def canonical(self) -> str:
         """The canonical JSON that is hashed, approved and sent."""
-        held = self.model_dump(mode="json")
-        held["target"] = self.target.canonical()
-        if self.input.dimensions == 2:
-            # As below: there were flat images before there were volumes.
-            for key in VOLUME_KEYS:
-                del held["input"][key]
-        if not self.evaluation.release_epsilon:
-            # A study without a release keeps the hash it was approved under before there was one.
-            del held["evaluation"]["release_epsilon"]
-        return canonical_json(held)
+        return canonical_json(self.model_dump(mode="json"))
 
     @property
     def digest(self) -> str:
@@ -321,14 +316,9 @@ class Study(ShownModel):
         return self.privacy.enabled and self.evaluation.release_epsilon > 0
 
     @property
-    def outputs(self) -> int:
-        """Width of the network's last layer: one logit a class; of a segmentation, one a pixel."""
-        return 1 if self.target.segment else len(self.target.classes)
-
-    @property
-    def curves(self) -> int:
-        """Score curves that are measured: one for a binary target or of Dice, else one a class."""
-        return 1 if self.outputs <= 2 else self.outputs
+    def task(self) -> Task:
+        """What kind of labels there are, and all that follows from it."""
+        return self.target.task
 
 
 def study_from_canonical(text: str) -> Study:

@@ -24,7 +24,7 @@ def build_for(study: Study, *, models: Path | None = None) -> nn.Module:
     resolve_for(study)
     return build(
         study.network,
-        outputs=study.outputs,
+        outputs=study.task.outputs,
         size=study.input.size,
         depth=study.input.depth,
         seed=study.training.seed,
@@ -39,12 +39,12 @@ def resolve_for(study: Study) -> tuple[Entry, dict[str, Value]]:
         NetworkUnfit: it does not.
     """
     entry, values = resolve(study.network, size=study.input.size, depth=study.input.depth)
-    if entry.outlines != bool(study.target.segment):
-        fit = [one.name for one in REGISTRY.values() if one.outlines != entry.outlines]
+    wanted = study.task.answers
+    if entry.answers != wanted:
+        fit = [one.name for one in REGISTRY.values() if one.answers == wanted]
         raise NetworkUnfit(
-            f"The network '{entry.name}' "
-            + ("segments" if entry.outlines else "classifies")
-            + f" images, and target.kind is '{study.target.kind}'.",
+            f"The network '{entry.name}' answers for each {entry.answers}, and target.kind = "
+            f"'{study.target.kind}' needs an answer for each {wanted}.",
             remedy=f"Choose one of: {', '.join(fit)}.",
         )
     return entry, values

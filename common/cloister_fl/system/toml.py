@@ -10,6 +10,7 @@ import difflib
 import re
 import stat
 import tomllib
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +48,15 @@ class ShownModel(FileModel):
         if not all(map(is_plain, _texts(value))):
             raise ValueError("holds a line break or another character that cannot be seen.")
         return value
+
+
+class VariantModel(ShownModel):
+    """A table whose keys depend on one of them."""
+
+    @classmethod
+    @abstractmethod
+    def model_of(cls, given: object) -> type[ShownModel]:
+        """The model that judges a table, for hints about its keys."""
 
 
 def _texts(value: object) -> Iterator[str]:
@@ -169,7 +179,7 @@ def _faults(
     key = ".".join(path) or "file"
     line = _line([part for part in given if isinstance(part, str)], lines)
     if kind == "extra_forbidden":
-        yield Fault(line, key, "is not a known key.", _nearest(path, model))
+        yield Fault(line, key, "is not a known key.", _nearest(path, model, data))
     elif kind == "missing":
         yield Fault(line, key, "is missing.")
     elif kind == "value_error":
@@ -230,12 +240,16 @@ def _line(path: Sequence[str], lines: Mapping[KeyPath, int]) -> int:
     return 0
 
 
-def _nearest(path: KeyPath, model: type[BaseModel]) -> str:
+def _nearest(path: KeyPath, model: type[BaseModel], data: Mapping[str, Any]) -> str:
     """Name the valid key that is most like the last part of ``path``."""
     here: Any = model
+    given: Any = data
     for part in path[:-1]:
         fields = getattr(here, "model_fields", {})
         here = fields[part].annotation if part in fields else None
+        given = given.get(part) if isinstance(given, Mapping) else None
+        if isinstance(here, type) and issubclass(here, VariantModel):
+            here = here.model_of(given)
     if not (isinstance(here, type) and issubclass(here, BaseModel)):
         return ""
     names = list(here.model_fields)

@@ -14,7 +14,7 @@ from cloister_fl.study.schema import Study
 from cloister_fl.system.text import counted
 
 if TYPE_CHECKING:
-    from cloister_fl.metrics.classification import Metrics
+    from cloister_fl.metrics.figures import Metrics
 
     Reader: TypeAlias = Callable[[Study, Path, Path], Callable[[Vector], Metrics]]
 

@@ -109,11 +109,7 @@ def test_images_clipped_one_by_one_are_accused(monkeypatch: pytest.MonkeyPatch) 
     honest = local_training.draw_bags
 
     def draw(*given: Any, **named: Any) -> list[Bag]:
-        return [
-            Bag(bag.label, np.array([image]))
-            for bag in honest(*given, **named)
-            for image in bag.images
-        ]
+        return [Bag(np.array([image])) for bag in honest(*given, **named) for image in bag.images]
 
     monkeypatch.setattr(local_training, "draw_bags", draw)
     assert audited(400) > 1

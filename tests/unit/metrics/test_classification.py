@@ -14,13 +14,11 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score, ro
 
 from cloister_fl.metrics.classification import (
     BINS,
-    Metrics,
-    MetricsInputInvalid,
     histogram,
     measure,
     measure_histogram,
-    patient_scores,
 )
+from cloister_fl.metrics.figures import Metrics, MetricsInputInvalid
 
 FIGURES = ("auroc", "auprc", "balanced_accuracy")
 
@@ -209,40 +207,6 @@ def test_fast_enough_for_every_round() -> None:
     start = time.process_time()
     measure(labels, two_columns(scores))
     assert time.process_time() - start < 0.6  # about 0.06 s on an idle core
-
-
-# Patients and images
-
-
-def test_patient_scores_are_means_in_the_order_of_the_index() -> None:
-    probs = [[1.0, 0.0], [0.5, 0.5], [0.2, 0.8], [0.0, 1.0]]
-    found = patient_scores(probs, [1, 1, 0, 2])
-    assert found == pytest.approx(np.array([[0.2, 0.8], [0.75, 0.25], [0.0, 1.0]]))
-
-
-def test_a_patient_counts_once_whatever_the_number_of_images() -> None:
-    labels, scores = cohort(40, 9)
-    owners = np.repeat(np.arange(40), np.arange(40) % 5 + 1)
-    assert measure(labels, patient_scores(two_columns(scores)[owners], owners)).patients == 40
-    assert values(measure(labels, patient_scores(two_columns(scores)[owners], owners))) == (
-        pytest.approx(values(measure(labels, two_columns(scores))), abs=0.02)
-    )
-
-
-@pytest.mark.parametrize(
-    ("probs", "owners"),
-    [
-        ([[0.5, 0.5]], [0, 1]),
-        ([[0.5, 0.5], [0.5, 0.5]], [0, 2]),
-        ([[0.5, 0.5]], [-1]),
-        ([[0.5, 0.5]], [0.0]),
-        ([0.5], [0]),
-        ([[float("nan"), 0.5]], [0]),
-    ],
-)
-def test_patient_scores_refuse_what_would_not_line_up(probs: object, owners: object) -> None:
-    with pytest.raises(MetricsInputInvalid):
-        patient_scores(probs, owners)  # type: ignore[arg-type]
 
 
 # Degenerate and malformed input

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from cloister_fl.metrics.classification import MetricsInputInvalid, histogram, measure_histogram
+from cloister_fl.metrics.classification import histogram, measure_histogram
+from cloister_fl.metrics.figures import MetricsInputInvalid
 from cloister_fl.metrics.noisy import measure_noised, nearest_counts
 
 TRUE = 0.939

@@ -137,7 +137,7 @@ def check(
     else:
         typer.echo(f"{preflight.render(findings)}\n\n{render(report, site.root)}")
     if sheet is not None and report.cohort is not None:
-        shown, png = contact_sheet(report.cohort)
+        shown, png = contact_sheet(report.cohort, judged_by.task if judged_by else None)
         write_atomic(sheet, png)
         typer.echo(
             f"Wrote {shown} images to {sheet}. They show patients: keep them at this site.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ class Patient:
 
     Attributes:
         pseudonym: 64 hexadecimal digits; see ``site.folder.pseudonym``.
-        label: index into the study's classes, or ``UNLABELLED``.
+        label: ``Task.label``: index into the strata, or ``UNLABELLED``.
         images: indices into ``Cohort.images``, at least one.
         mark: 64 hexadecimal digits of the patient's first image. It orders patients: unlike the
             pseudonym it does not depend on the site's keys, so a study without privacy can be
@@ -45,7 +46,7 @@ class Cohort:
         rejects: how many files were turned away, by reason.
         modalities: how many images were accepted, by modality.
         shapes: how many images were accepted, by stored (rows, columns) of a slice.
-        masks: of a segmentation, uint8 (N, S, S), 1 where something is marked; else None.
+        targets: of the images, (N, ...), see ``Task``; empty where none were read.
         features: what a network's fixed part made of the images.
 
     Rejects, modalities and shapes describe the folder as it was read; ``split`` hands them on
@@ -57,18 +58,17 @@ class Cohort:
     rejects: Mapping[Reject, int]
     modalities: Mapping[str, int]
     shapes: Mapping[tuple[int, int], int]
-    masks: NDArray[np.uint8] | None = field(default=None, repr=False)
+    targets: NDArray[Any] = field(default_factory=lambda: np.empty(0), repr=False)
     features: Features = field(default_factory=Features, repr=False)
 
 
 def same(one: Cohort, other: Cohort) -> bool:
     """Whether two cohorts are of the same patients with the same targets and pixels."""
-    if one.masks is not None and other.masks is not None:
-        outlined = np.array_equal(one.masks, other.masks)
-    else:
-        outlined = one.masks is other.masks
-    images = np.array_equal(one.images, other.images)
-    return one.patients == other.patients and images and outlined
+    return (
+        one.patients == other.patients
+        and np.array_equal(one.images, other.images)
+        and np.array_equal(one.targets, other.targets)
+    )
 
 
 def split(cohort: Cohort, fraction: float) -> tuple[Cohort, Cohort]:
@@ -111,7 +111,7 @@ def subset(cohort: Cohort, patients: Sequence[Patient]) -> Cohort:
     places = np.asarray(kept, dtype=np.int64)
     return Cohort(
         images=cohort.images[places],
-        masks=None if cohort.masks is None else cohort.masks[places],
+        targets=cohort.targets[places] if len(cohort.targets) else cohort.targets,
         patients=tuple(
             replace(one, images=tuple(moved[index] for index in one.images)) for one in patients
         ),

@@ -24,12 +24,9 @@ def no_images(site: Site, rejects: Counter[Reject]) -> DataError:
 
 def class_faults(site: Site, study: Study, counts: Counter[int]) -> list[DataError]:
     """Return the errors in the number of patients of each class."""
-    least = site.policy.min_patients_per_class
-    if study.target.segment:
-        # Patients in whom nothing is marked are welcome, and nothing asks for them.
-        asked = [(1, study.target.segment)]
-    elif len(counts) < 2:
-        only = study.target.classes[next(iter(counts))]
+    least, task = site.policy.min_patients_per_class, study.task
+    if len(task.needed) > 1 and len(counts) < 2:
+        only = task.strata[next(iter(counts))]
         return [
             OneClassOnly(
                 f"All patients of the site have the class '{only}'.",
@@ -37,9 +34,11 @@ def class_faults(site: Site, study: Study, counts: Counter[int]) -> list[DataErr
                 remedy="Check the labels file, or leave this study to other sites.",
             )
         ]
-    else:
-        asked = list(enumerate(study.target.classes))
-    few = [f"'{name}' has {counts[index]}" for index, name in asked if counts[index] < least]
+    few = [
+        f"'{task.strata[label]}' has {counts[label]}"
+        for label in task.needed
+        if counts[label] < least
+    ]
     if not few:
         return []
     return [

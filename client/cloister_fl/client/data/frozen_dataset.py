@@ -61,19 +61,20 @@ class Manifest:
         spec: ``spec_digest`` of what is made of the files.
         time: when it was frozen.
         items: the images.
-        outlines: keyed hashes of the segmentations' files, of a study that segments.
+        segmentations: keyed hashes of the files that the masks came from.
     """
 
     study: str
     spec: str
     time: str
     items: tuple[Item, ...]
-    outlines: tuple[str, ...] = ()
+    segmentations: tuple[str, ...] = ()
 
     @property
     def contents(self) -> frozenset[bytes]:
         """Keyed hashes of all files, 32 bytes each."""
-        return frozenset(map(bytes.fromhex, (*(one.file for one in self.items), *self.outlines)))
+        files = (*(one.file for one in self.items), *self.segmentations)
+        return frozenset(map(bytes.fromhex, files))
 
     @property
     def images(self) -> frozenset[tuple[str, str]]:
@@ -83,10 +84,7 @@ class Manifest:
 
     def body(self, site: str) -> bytes:
         """The canonical JSON that is signed."""
-        told = {"version": 1, "site": site, **asdict(self)}
-        if not self.outlines:
-            del told["outlines"]
-        return canonical_json(told).encode()
+        return canonical_json({"version": 1, "site": site, **asdict(self)}).encode()
 
 
 def item_of(
@@ -97,7 +95,7 @@ def item_of(
     patient: str,
     content: bytes,
     pixels: str,
-    label: int | str | None,
+    label: str | None,
 ) -> Item:
     """Describe one image.
 
@@ -108,7 +106,7 @@ def item_of(
         patient: the patient's pseudonym.
         content: keyed hash of the file's content.
         pixels: ``Facts.pixels``.
-        label: index of the class, digest of the outline, or None.
+        label: ``Task.token`` of the record, or None.
     """
 
     image = image_name(key, study, sop_instance)
@@ -159,8 +157,8 @@ def load(site: Site, study: Study) -> Manifest | None:
         signature = bytes.fromhex(told["signature"])
         body = told["body"]
         items = tuple(Item(**one) for one in body["items"])
-        outlines = tuple(str(one) for one in body.get("outlines", ()))
-        manifest = Manifest(body["study"], body["spec"], body["time"], items, outlines)
+        files = tuple(str(one) for one in body["segmentations"])
+        manifest = Manifest(body["study"], body["spec"], body["time"], items, files)
         # Every hash has the form of one.
         _ = manifest.contents
         canonical = manifest.body(site.name)
@@ -174,7 +172,7 @@ def load(site: Site, study: Study) -> Manifest | None:
     elif noted != hashlib.sha256(canonical).hexdigest():
         # An older one, put back.
         raise _altered(site)
-    if manifest.spec != spec_digest(study.input, study.target.outlines):
+    if manifest.spec != spec_digest(study.input, study.task.segment_read):
         raise DataChanged(
             "The study was frozen by a version of Cloister that preprocesses images differently.",
             remedy=f"Install that version; or freeze the study again: {site.command(_AGAIN)}",
@@ -204,7 +202,7 @@ def freeze(
     study: Study,
     items: Iterable[Item],
     *,
-    outlines: Iterable[bytes] = (),
+    segmentations: Iterable[bytes] = (),
     why: str = "",
 ) -> Manifest:
     """Sign and keep what a study is trained on from now on, and say so in the audit log.
@@ -216,15 +214,15 @@ def freeze(
         site: the opened site.
         study: the study.
         items: its images.
-        outlines: contents of the segmentations that outline them.
+        segmentations: contents of the segmentations that mark them.
         why: why another manifest is replaced; empty for the first.
 
     Raises:
         OutputInTheWay, AuditLogDamaged: it cannot be kept.
     """
     now = utc.timestamp()
-    spec = spec_digest(study.input, study.target.outlines)
-    files = tuple(sorted(one.hex() for one in outlines))
+    spec = spec_digest(study.input, study.task.segment_read)
+    files = tuple(sorted(one.hex() for one in segmentations))
     manifest = Manifest(study.digest, spec, now, tuple(sorted(items)), files)
     body = manifest.body(site.name)
     path = path_of(site, study)

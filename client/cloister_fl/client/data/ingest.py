@@ -27,8 +27,8 @@ class Gathered:
         linked: what labels are joined to: one for each of ``accepted``, in its order, and between
             them one for each that was turned away as a duplicate or came later.
         rejects: how many files were turned away, by reason.
-        outlines: contents of the segmentations.
-        joined: what they outline, or None where there are none.
+        segmentations: contents of the segmentations.
+        joined: what they mark, or None where there are none.
         later: how many images and segmentations came after the study was frozen.
         elsewhere: pseudonyms of images that are there under patients who were not frozen with them.
     """
@@ -36,7 +36,7 @@ class Gathered:
     accepted: list[tuple[Accepted, str]] = field(default_factory=list)
     linked: list[Linked] = field(default_factory=list)
     rejects: Counter[Reject] = field(default_factory=Counter)
-    outlines: list[bytes] = field(default_factory=list)
+    segmentations: list[bytes] = field(default_factory=list)
     joined: Join | None = None
     later: int = 0
     elsewhere: set[str] = field(default_factory=set)
@@ -44,7 +44,9 @@ class Gathered:
     @property
     def files(self) -> int:
         """How many files there are."""
-        return len(self.accepted) + len(self.outlines) + self.later + sum(self.rejects.values())
+        return (
+            len(self.accepted) + len(self.segmentations) + self.later + sum(self.rejects.values())
+        )
 
 
 def gather(
@@ -61,7 +63,7 @@ def gather(
         site: the opened site.
         study: what is read of the files.
         progress: called with (files done, files in all).
-        segmentations: whether a study that segments reads its outlines.
+        segmentations: whether segmentations are read, where the study's task is about them.
         frozen: what the study was frozen with; files that came later are counted and left out.
 
     Raises:
@@ -80,7 +82,7 @@ def gather(
             key=key,
             memory=memory,
             also=Store(site.store, site.cache_key()).items(),
-            segment=study.target.outlines if segmentations else "",
+            segment=study.task.segment_read if segmentations else "",
             first=contents,
             progress=progress,
         ):
@@ -94,7 +96,7 @@ def gather(
                 if frozen is not None and outcome.content not in contents:
                     found.later += 1
                     continue
-                found.outlines.append(outcome.content)
+                found.segmentations.append(outcome.content)
                 # All images are known by now: segmentations come last.
                 found.joined = found.joined or Join(found.accepted, found.linked)
                 found.joined.add(outcome, name)

@@ -11,15 +11,15 @@ import csv
 import io
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cloister_fl.client.dicom.folder_reader import Keys
 from cloister_fl.client.site.folder import command_at
 from cloister_fl.errors import DataError, LabelMissing, LabelsInvalid, LabelWithoutImage
-from cloister_fl.study.target import Target
 from cloister_fl.system.text import counted, listed
+from cloister_fl.tasks import LabelsFile, Task
 
 KEY_COLUMNS = ("SOPInstanceUID", "AccessionNumber", "PatientID")
 MAX_BYTES = 64 << 20
@@ -38,10 +38,10 @@ _MOST_NAME = 40
 
 @dataclass(frozen=True)
 class Label:
-    """One row of the file: its 1-based line and the index of its class."""
+    """One row of the file: its 1-based line and the record that it holds, see ``Task``."""
 
     line: int
-    value: int
+    value: Hashable
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,19 @@ class Linked:
     later: bool = False
 
 
-def read_labels(path: Path, target: Target) -> Labels:
-    """Read and judge a labels file.
+def read_labels(path: Path, task: Task) -> Labels:
+    """Read and judge the labels file of a task that has one.
 
     Raises:
         LabelsInvalid: with every faulty line.
     """
     text = _read_text(path)
-    header, delimiter = _header(text, target.column)
+    wanted = task.source.columns if isinstance(task.source, LabelsFile) else ()
+    header, delimiter = _header(text, wanted)
     column = next((name for name in KEY_COLUMNS if name in header), None)
-    if column is None or header.count(column) > 1 or header.count(target.column) != 1:
-        raise _header_invalid(header, column, target)
-    classes = {name.strip(): index for index, name in enumerate(target.classes)}
-    at_key, at_value = header.index(column), header.index(target.column)
+    if column is None or any(header.count(name) != 1 for name in (column, *wanted)):
+        raise _header_invalid(header, column, wanted, task)
+    at_key, at_values = header.index(column), [header.index(name) for name in wanted]
     rows: dict[str, Label] = {}
     faults: list[tuple[int, str]] = []
     for line, cells in _rows(text, delimiter, faults):
@@ -96,23 +96,26 @@ def read_labels(path: Path, target: Target) -> Labels:
             faults.append((line, "has another number of cells than the first line"))
         elif not cells[at_key]:
             faults.append((line, f"has no {column}"))
-        elif not cells[at_value]:
-            faults.append((line, f"has no {target.column}"))
-        elif cells[at_value] not in classes:
-            faults.append((line, "has a class that the study does not name"))
+        elif empty := [header[place] for place in at_values if not cells[place]]:
+            faults.append((line, f"has no {empty[0]}"))
         elif cells[at_key] in rows:
             first = rows[cells[at_key]].line
             faults.append((line, f"has the same {column} as line {first}"))
         else:
-            rows[cells[at_key]] = Label(line, classes[cells[at_value]])
+            try:
+                record = task.record([cells[place] for place in at_values])
+            except ValueError as error:
+                faults.append((line, str(error)))
+            else:
+                rows[cells[at_key]] = Label(line, record)
     if faults:
-        raise _invalid(faults, f"Classes are: {', '.join(target.classes)}.")
+        raise _invalid(faults, task.allowed)
     return Labels(column, rows)
 
 
 def join(
     labels: Labels, images: Sequence[Linked], root: Path | None = None
-) -> tuple[list[int | None], list[DataError]]:
+) -> tuple[list[Hashable | None], list[DataError]]:
     """Give each image its label, and list all that does not fit.
 
     A row may speak for several images, never for several patients; a patient has one label. A
@@ -124,7 +127,7 @@ def join(
         root: the site folder, for the commands of the remedies.
 
     Returns:
-        The class index of each image, None where there is none; and the faults found, as errors
+        The record of each image, None where there is none; and the faults found, as errors
         that the caller may raise or list.
     """
     attribute = {
@@ -170,7 +173,9 @@ def join(
     return values, errors
 
 
-def _from_duplicates(images: Sequence[Linked], direct: Sequence[Label | None]) -> dict[str, int]:
+def _from_duplicates(
+    images: Sequence[Linked], direct: Sequence[Label | None]
+) -> dict[str, Hashable]:
     """Return what rows for duplicates say of their patients; the kept twin may have no row."""
     return {
         image.patient: label.value
@@ -182,7 +187,7 @@ def _from_duplicates(images: Sequence[Linked], direct: Sequence[Label | None]) -
 def _unmatched(
     labels: Labels,
     images: Sequence[Linked],
-    values: Sequence[int | None],
+    values: Sequence[Hashable | None],
     used: set[str],
     root: Path | None,
 ) -> Iterator[DataError]:
@@ -226,7 +231,7 @@ def _read_text(path: Path) -> str:
         ) from None
 
 
-def _header(text: str, wanted: str) -> tuple[list[str], str]:
+def _header(text: str, wanted: Sequence[str]) -> tuple[list[str], str]:
     """Return the first line's cells and what separates them: comma, semicolon or tab."""
     first = text.splitlines()[0] if text.strip() else ""
     parsed: list[list[str]] = []
@@ -236,14 +241,17 @@ def _header(text: str, wanted: str) -> tuple[list[str], str]:
         except csv.Error:
             cells = []
         parsed.append([cell.strip() for cell in cells])
-        if wanted in parsed[-1] and any(name in parsed[-1] for name in KEY_COLUMNS):
+        if set(wanted) <= set(parsed[-1]) and any(name in parsed[-1] for name in KEY_COLUMNS):
             return parsed[-1], delimiter
     best = max(range(len(parsed)), key=lambda index: len(parsed[index]))
     return parsed[best], _DELIMITERS[best]
 
 
-def _header_invalid(header: Sequence[str], key: str | None, target: Target) -> LabelsInvalid:
-    wanted = target.column
+def _header_invalid(
+    header: Sequence[str], key: str | None, columns: Sequence[str], task: Task
+) -> LabelsInvalid:
+    # The first that is not there once; the key column is judged before it.
+    wanted = next((name for name in columns if header.count(name) != 1), columns[0])
     if key is None:
         names = ", ".join(f"'{name}'" for name in KEY_COLUMNS[:-1])
         what = f"has no column {names} or '{KEY_COLUMNS[-1]}'"
@@ -254,7 +262,7 @@ def _header_invalid(header: Sequence[str], key: str | None, target: Target) -> L
     else:
         what = f"has no column '{wanted}'"
     # A file without a header begins with a patient's row, which no message repeats.
-    classes = {name.casefold() for name in target.classes}
+    classes = {name.casefold() for name in task.strata}
     if any(
         not cell.isprintable() or _ROW.search(cell) or cell.casefold() in classes for cell in header
     ):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cloister_fl.client.data import frozen_dataset as manifests
 from cloister_fl.client.data.cohort import Cohort, Patient
@@ -19,11 +18,11 @@ from cloister_fl.client.data.targets import UNLABELLED, Targets, join_targets, u
 from cloister_fl.client.data.volumes import as_images
 from cloister_fl.client.dicom.facts import Facts
 from cloister_fl.client.dicom.folder_reader import Accepted
-from cloister_fl.client.dicom.mask_table import Mask
 from cloister_fl.client.pacs.fetch import names_stored, require_whole
 from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import DataError, LabelWithoutImage, Reject
 from cloister_fl.study.schema import Study
+from cloister_fl.tasks import Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +37,7 @@ class Reading:
         later: how many images and segmentations came after the study was frozen.
         damaged: how many cached images did not bear their seal, and were decoded anew.
         items: the images as a manifest names them.
-        outlines: contents of the segmentations, as a manifest names them.
+        segmentations: contents of the segmentations, as a manifest names them.
         faded: how many images have something marked of which nothing is left at the study's size.
         facts: what the files say of each image, in no order; see ``data_report``.
     """
@@ -50,7 +49,7 @@ class Reading:
     later: int = 0
     damaged: int = 0
     items: tuple[Item, ...] = ()
-    outlines: tuple[bytes, ...] = ()
+    segmentations: tuple[bytes, ...] = ()
     faded: int = 0
     facts: tuple[tuple[Facts, str], ...] = field(default=(), repr=False)
 
@@ -95,7 +94,7 @@ def load_frozen(
         with manifests.alone(site):
             frozen = manifests.load(site, study)
             if frozen is None:
-                manifests.freeze(site, study, reading.items, outlines=reading.outlines)
+                manifests.freeze(site, study, reading.items, segmentations=reading.segmentations)
                 return cohort
         # Another run froze the data while these were read, and more may have come since.
         reading = read_cohort(site, study, progress=progress, frozen=frozen)
@@ -135,7 +134,7 @@ def freeze(
         # Another may have frozen it meanwhile.
         require_reason()
         return manifests.freeze(
-            site, study, reading.items, outlines=reading.outlines, why=why.strip()
+            site, study, reading.items, segmentations=reading.segmentations, why=why.strip()
         )
 
 
@@ -192,9 +191,11 @@ def read_cohort(
     items = tuple(
         item_of(
             key, digest, sop_instance=one.keys.sop_instance, patient=name,
-            content=one.content, pixels=one.facts.pixels, label=label,
+            content=one.content, pixels=one.facts.pixels, label=token,
         )
-        for (one, name), label in zip(slices, targets.frozen(accepted, slices), strict=True)
+        for (one, name), token in zip(
+            slices, targets.tokens(study.task, accepted, slices), strict=True
+        )
     )  # fmt: skip
     torn = joined.torn if joined else set()
     spoiled = [
@@ -206,13 +207,13 @@ def read_cohort(
         # First of all faults: what changed explains the others.
         faults[:0] = manifests.differences(frozen, items, spoiled, found.elsewhere, root=site.root)
     counted = dict(sorted(rejects.items(), key=lambda item: item[0].value))
-    cohort = _assemble(accepted, targets, counted)
+    cohort = _assemble(accepted, targets if require_labels else None, counted, study.task)
     if cohort is not None and require_labels and not faults:
         faults += class_faults(site, study, Counter(one.label for one in cohort.patients))
     facts = tuple((_described(one), name) for one, name in accepted)
     return Reading(
         cohort, tuple(faults), files, counted, found.later, len(spoiled), items,
-        tuple(found.outlines), joined.faded if joined else 0, facts,
+        tuple(found.segmentations), joined.faded if joined else 0, facts,
     )  # fmt: skip
 
 
@@ -225,8 +226,9 @@ def _described(one: Accepted) -> Facts:
 
 def _assemble(
     accepted: Sequence[tuple[Accepted, str]],
-    targets: Targets,
+    targets: Targets | None,
     rejects: Mapping[Reject, int],
+    task: Task,
 ) -> Cohort | None:
     """Order the images by patient and instance, whatever the folder's structure."""
     if not accepted:
@@ -242,13 +244,15 @@ def _assemble(
     order: list[int] = []
     patients: list[Patient] = []
     for mark, name, indices in sorted(marked):
-        label = targets.labels[indices[0]]
+        label = UNLABELLED if targets is None else targets.label(task, indices)
         places = tuple(range(len(order), len(order) + len(indices)))
-        patients.append(Patient(name, UNLABELLED if label is None else label, places, mark))
+        patients.append(Patient(name, label, places, mark))
         order += indices
     return Cohort(
         images=np.stack([accepted[index][0].image for index in order]),
-        masks=_stacked([targets.masks[index] for index in order]) if targets.masks else None,
+        targets=np.empty(0)
+        if targets is None
+        else task.stack([targets.records[index] for index in order]),
         patients=tuple(patients),
         rejects=rejects,
         modalities=dict(sorted(Counter(one.facts.modality for one, _ in accepted).items())),
@@ -256,9 +260,3 @@ def _assemble(
             sorted(Counter((one.facts.rows, one.facts.columns) for one, _ in accepted).items())
         ),
     )
-
-
-def _stacked(masks: Sequence[Mask | None]) -> NDArray[np.uint8]:
-    """One array; an image whose outline is missing, which is a fault, has an empty one."""
-    size = next((mask.shape for mask in masks if mask is not None), (1, 1))
-    return np.stack([np.zeros(size, np.uint8) if mask is None else mask for mask in masks])

@@ -6,7 +6,6 @@ patient's label is whether anything is marked in any of the patient's images.
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from cloister_fl.client.data.labels import SHOWN, Linked
 from cloister_fl.client.dicom.folder_reader import Accepted, Segmented
 from cloister_fl.client.dicom.geometry import numbers
-from cloister_fl.client.dicom.mask_table import Mask, Outline
+from cloister_fl.client.dicom.mask_table import Marking, Mask
 from cloister_fl.client.site.folder import command_at
 from cloister_fl.errors import DataError, LabelMissing, LabelsInvalid, LabelWithoutImage
 from cloister_fl.system.text import counted, listed
@@ -28,15 +27,15 @@ _SAME_PLACE = 0.01
 
 
 class Join:
-    """Gives each image its outline. Segmentations come one at a time, and are not kept.
+    """Gives each image its mask. Segmentations come one at a time, and are not kept.
 
     Args:
         images: each with its patient's pseudonym.
         linked: all images, also those that were turned away as duplicates or came later.
 
     Attributes:
-        masks: the outline of each image, None where there is none.
-        torn: places of the images whose outline was cached, and did not bear its seal.
+        masks: the mask of each image, None where there is none.
+        torn: places of the images whose mask was cached, and did not bear its seal.
         faded: how many images have something marked of which nothing is left at the study's size.
     """
 
@@ -55,23 +54,23 @@ class Join:
 
     def add(self, one: Segmented, patient: str) -> None:
         """Lay a segmentation of a patient over the images that it names."""
-        if self._known.isdisjoint(one.outlines.uids):
+        if self._known.isdisjoint(one.masks.uids):
             self._unused.append(one.short_id)
-        for uid in one.outlines.uids:
+        for uid in one.masks.uids:
             place = self._place_of.get((patient, uid))
             if place is None:
                 if uid in self._used:
                     self._fault(one, "of another patient than the images that it marks")
                 continue
-            outline = one.outlines.outline(uid)
-            misfit = _misfit(self._images[place][0], one, outline)
+            marking = one.masks.marking(uid)
+            misfit = _misfit(self._images[place][0], one, marking)
             if misfit:
                 self._fault(one, misfit)
             elif self.masks[place] is not None:
                 self._fault(one, "the second one for the same image")
             else:
-                self.masks[place] = one.outlines.whole(outline)
-                self.faded += outline.mask is not None and not outline.mask.any()
+                self.masks[place] = one.masks.whole(marking)
+                self.faded += marking.mask is not None and not marking.mask.any()
                 if one.damaged:
                     self.torn.add(place)
 
@@ -91,8 +90,8 @@ class Join:
         return list(_errors(found, missing, self._unused, root))
 
 
-def _misfit(image: Accepted, one: Segmented, outline: Outline) -> str:
-    """What keeps an outline from being laid over an image of the same patient, or nothing.
+def _misfit(image: Accepted, one: Segmented, marking: Marking) -> str:
+    """What keeps a mask from being laid over an image of the same patient, or nothing.
 
     What an image says of where it lies (a slice of CT or MR does), the segmentation has to say too
     (PS3.3 C.8.20.2, A.51.3): rows and columns alone fit many images.
@@ -109,7 +108,7 @@ def _misfit(image: Accepted, one: Segmented, outline: Outline) -> str:
         return "of another pixel spacing than the images that it marks"
     if place.frame != one.facts.frame and place.frame:
         return "of another frame of reference than the images that it marks"
-    if outline.mask is not None and not _near(place.position, outline.position, 3, _SAME_PLACE):
+    if marking.mask is not None and not _near(place.position, marking.position, 3, _SAME_PLACE):
         return "at another position than the images that it marks"
     return ""
 
@@ -152,8 +151,3 @@ def _errors(
             remedy="Add the images, or remove the segmentations. A rejected image counts as "
             f"missing; which are rejected, and why: {command_at(root, 'check --offline')}",
         )
-
-
-def digest(mask: Mask | None) -> str | None:
-    """SHA-256 of a mask, 64 hexadecimal digits: what a manifest keeps, keyed, as its label."""
-    return None if mask is None else hashlib.sha256(mask.tobytes()).hexdigest()

@@ -1,17 +1,18 @@
-"""Training targets of a site's images: classes from the labels file, or segmentation masks."""
+"""Training targets of a site's images, from where the study's task finds them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
-from cloister_fl.client.data import mask_matching as outlined
 from cloister_fl.client.data.labels import Linked, join, read_labels
+from cloister_fl.client.data.mask_matching import Join
 from cloister_fl.client.dicom.folder_reader import Accepted
-from cloister_fl.client.dicom.mask_table import Mask
 from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import DataError, LabelsInvalid
 from cloister_fl.study.schema import Study
+from cloister_fl.tasks import LabelsFile, Segmentations, Task
 
 UNLABELLED = -1
 """Label of a patient that was read with ``require_labels=False``."""
@@ -25,26 +26,40 @@ class Targets:
     """The targets of a reading.
 
     Attributes:
-        labels: by image, the index of its patient's class; None where there is none.
-        masks: by image, its outline, None where there is none; empty for a classification.
+        records: by image, see ``Task``; None where there is none.
         faults: what does not fit.
     """
 
-    labels: Sequence[int | None]
-    masks: Sequence[Mask | None] = field(default=(), repr=False)
+    records: Sequence[Any]
     faults: tuple[DataError, ...] = ()
 
-    def frozen(self, images: Sequence[Named], slices: Sequence[Named]) -> list[int | str | None]:
-        """What a manifest keeps of each slice: its patient's class, or its outline's digest."""
-        if self.masks:
-            return [outlined.digest(mask) for mask in self.masks]
-        label_of = {name: label for (_, name), label in zip(images, self.labels, strict=True)}
-        return [label_of[name] for _, name in slices]
+    def tokens(
+        self, task: Task, images: Sequence[Named], slices: Sequence[Named]
+    ) -> list[str | None]:
+        """What a manifest keeps of each slice: ``Task.token`` of its record; a slice of a volume
+        has its patient's."""
+        own: dict[tuple[str, str], Any] = {}
+        of_patient: dict[str, Any] = {}
+        for (one, name), record in zip(images, self.records, strict=True):
+            own[name, one.keys.sop_instance] = record
+            of_patient[name] = record
+        found = (
+            own[name, one.keys.sop_instance]
+            if (name, one.keys.sop_instance) in own
+            else of_patient[name]
+            for one, name in slices
+        )
+        return [None if record is None else task.token(record) for record in found]
+
+    def label(self, task: Task, places: Sequence[int]) -> int:
+        """The label of the patient whose images are at ``places``."""
+        known = [self.records[place] for place in places if self.records[place] is not None]
+        return task.label(known) if known else UNLABELLED
 
 
 def unlabelled(images: Sequence[Named]) -> Targets:
     """The targets of a reading that is not about them."""
-    return Targets([UNLABELLED] * len(images))
+    return Targets([None] * len(images))
 
 
 def join_targets(
@@ -52,37 +67,46 @@ def join_targets(
     study: Study,
     images: Sequence[Named],
     linked: Sequence[Linked],
-    joined: outlined.Join | None,
+    joined: Join | None,
 ) -> Targets:
-    """Join what the study's target asks for to the images.
+    """Join what the study's task asks for to the images.
 
     Args:
-        site: whose labels file is read, for a classification.
+        site: whose labels file is read, where the task has one.
         study: the study.
         images: images or volumes, each with its patient.
         linked: what labels are joined to: one for each of ``images``, in its order, and between
             them one for each that was turned away as a duplicate or came later.
-        joined: the outlines, for a segmentation that has any.
+        joined: the masks that segmentations gave; None where there is none.
     """
-    if study.target.segment:
-        joined = joined or outlined.Join(images, linked)
-        masks, faults = joined.masks, joined.faults(site.root)
-        marked = {name for (_, name), one in zip(images, masks, strict=True)
-                  if one is not None and one.any()}  # fmt: skip
-        labels = [int(name in marked) for _, name in images]
-        return Targets(labels, masks, tuple(faults) if images else ())
-    found, faults = _labels(site, study, linked)
-    # Where no image could be used, that labels have no image is no news; a bad file is.
-    faults = [one for one in faults if images or isinstance(one, LabelsInvalid)]
-    kept = [value for value, one in zip(found, linked, strict=True) if not one.duplicate]
-    return Targets(kept, (), tuple(faults))
+    match study.task.source:
+        case Segmentations():
+            joined = joined or Join(images, linked)
+            return Targets(joined.masks, tuple(joined.faults(site.root)) if images else ())
+        case LabelsFile():
+            found, faults = _labels(site, study.task, linked)
+            # Where no image could be used, that labels have no image is no news; a bad file is.
+            faults = [one for one in faults if images or isinstance(one, LabelsInvalid)]
+            kept = [value for value, one in zip(found, linked, strict=True) if not one.duplicate]
+            return Targets(kept, tuple(faults))
 
 
-def _labels(
-    site: Site, study: Study, linked: Sequence[Linked]
-) -> tuple[list[int | None], list[DataError]]:
+def faults_alone(site: Site, task: Task) -> list[DataError]:
+    """What is wrong with the targets by themselves, where no image can be read."""
+    match task.source:
+        case Segmentations():
+            return []
+        case LabelsFile():
+            try:
+                read_labels(site.labels, task)
+            except LabelsInvalid as error:
+                return [error]
+            return []
+
+
+def _labels(site: Site, task: Task, linked: Sequence[Linked]) -> tuple[list[Any], list[DataError]]:
     try:
-        labels = read_labels(site.labels, study.target)
+        labels = read_labels(site.labels, task)
     except DataError as error:
         return [None] * len(linked), [error]
     return join(labels, linked, site.root)

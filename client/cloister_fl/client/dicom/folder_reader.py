@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from cloister_fl.client.dicom.facts import Facts
 from cloister_fl.client.dicom.file_finder import discover
 from cloister_fl.client.dicom.geometry import Place
-from cloister_fl.client.dicom.mask_table import MODALITY, Outlines
+from cloister_fl.client.dicom.mask_table import MODALITY, Masks
 from cloister_fl.client.dicom.read_ahead import Item, Memory, Reader, Waiting
 from cloister_fl.client.dicom.sandbox.pool import Reading
 from cloister_fl.errors import Reject
@@ -72,13 +72,13 @@ class Segmented:
     Attributes:
         short_id, keys, facts, content, damaged: see ``Accepted``; rows and columns are the
             images'.
-        outlines: what it marks.
+        masks: what it marks.
     """
 
     short_id: str
     keys: Keys
     facts: Facts
-    outlines: Outlines = field(repr=False)
+    masks: Masks = field(repr=False)
     content: bytes = b""
     damaged: bool = False
 
@@ -123,7 +123,7 @@ def read_folder(
         key: keys the short names of files; the site's pseudonym key, or any secret.
         memory: what is known from before, and takes up what is new; or None.
         also: files from elsewhere, read after those of the folder.
-        segment: what is outlined in the segmentations of the folder; empty to turn them away.
+        segment: what is marked in the segmentations of the folder; empty to turn them away.
         first: contents, as ``Memory`` names them, that come before all others: of two files of one
             image the first is used.
         progress: called with (files done, files in all) after each file.
@@ -199,8 +199,8 @@ class _Judge:
         keys = _keys(facts)
         if self._again(keys, ("segmentation", keys.sop_instance)):
             return Refused(name, Reject.DUPLICATE, content=waiting.content)
-        outlines = Outlines(table, self._spec.size)
-        return Segmented(name, keys, facts, outlines, waiting.content, waiting.damaged)
+        masks = Masks(table, self._spec.size)
+        return Segmented(name, keys, facts, masks, waiting.content, waiting.damaged)
 
     def _again(self, keys: Keys, *traits: tuple[str, ...]) -> bool:
         """Whether the patient had one with one of these traits before; remembers them if not."""

@@ -39,7 +39,7 @@ class InvalidTable(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class Outline:
+class Marking:
     """What a segmentation says of one image.
 
     Attributes:
@@ -57,8 +57,8 @@ def longest(size: int, images: int, marked: int) -> int:
     return _COUNTS.size + images * _UID_BYTES + marked * (_POSITION.size + bits)
 
 
-def pack(found: Mapping[str, Outline]) -> Table:
-    """Write outlines by SOP Instance UID; at least one."""
+def pack(found: Mapping[str, Marking]) -> Table:
+    """Write masks by SOP Instance UID; at least one."""
     marked = {uid: one for uid, one in found.items() if one.mask is not None}
     ordered = [*marked, *(uid for uid in found if uid not in marked)]
     table = bytearray(_COUNTS.pack(len(ordered), len(marked)))
@@ -73,7 +73,7 @@ def pack(found: Mapping[str, Outline]) -> Table:
     return np.frombuffer(bytes(table), "<u2").astype(np.uint16).reshape(1, -1)
 
 
-class Outlines:
+class Masks:
     """A table that was judged. Masks stay bits until they are asked for.
 
     Args:
@@ -108,22 +108,22 @@ class Outlines:
         """SOP Instance UIDs of the images."""
         return self._places.keys()
 
-    def outline(self, uid: str) -> Outline:
+    def marking(self, uid: str) -> Marking:
         """What it says of an image that it names."""
         place = self._places[uid]
         if place >= self._marked:
-            return Outline()
+            return Marking()
         position = _POSITION.unpack_from(self._raw, self._positions + place * _POSITION.size)
         length = 2 * -(-(self._size**2) // 16)
         at = self._positions + self._marked * _POSITION.size + place * length
         bits = np.frombuffer(self._raw, np.uint8, length, at)
         mask = np.unpackbits(bits, count=self._size**2).reshape(self._size, self._size)
-        return Outline(mask, geometry.text_of(position, 3))
+        return Marking(mask, geometry.text_of(position, 3))
 
-    def whole(self, outline: Outline) -> Mask:
-        """The mask of an outline, also where nothing is marked."""
+    def whole(self, marking: Marking) -> Mask:
+        """The mask of a mask, also where nothing is marked."""
         shape = (self._size, self._size)
-        return np.zeros(shape, np.uint8) if outline.mask is None else outline.mask
+        return np.zeros(shape, np.uint8) if marking.mask is None else marking.mask
 
 
 def _uid(raw: bytes) -> str:

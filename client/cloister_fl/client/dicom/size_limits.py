@@ -15,7 +15,7 @@ MAX_SIDE = 1024
 """Largest side of a preprocessed image; the study's own bound."""
 
 MAX_OUT_BYTES = 32 << 20
-"""Most bytes that are made of one file: an image has 2 MiB, 1,000 outlines of side 512 have 32."""
+"""Most bytes that are made of one file: an image has 2 MiB, 1,000 masks of side 512 have 32."""
 
 MAX_KEY_BYTES = 1024
 """Longest identifier in UTF-8; the standard allows 64 characters, archives some more."""

@@ -14,22 +14,21 @@ from typing import Any
 
 from cloister_fl.client.admission import gate
 from cloister_fl.client.data.cohort import Cohort
-from cloister_fl.client.data.labels import read_labels
 from cloister_fl.client.data.loading import Reading, read_cohort
-from cloister_fl.client.data.targets import UNLABELLED
+from cloister_fl.client.data.targets import UNLABELLED, faults_alone
 from cloister_fl.client.site.folder import Site, command_at
 from cloister_fl.client.site.policy import refusals
 from cloister_fl.client.steward.budget import line, study_promised
-from cloister_fl.errors import DataError, DecoderUnfit, FolderUnreadable, LabelsInvalid, Reject
+from cloister_fl.errors import DataError, DecoderUnfit, FolderUnreadable, Reject
 from cloister_fl.study.schema import About, Input, Study
-from cloister_fl.study.target import Target
 from cloister_fl.system.text import counted
+from cloister_fl.tasks.classification import ClassificationTarget
 
 _SIZES_SHOWN = 6
 _ANY_STUDY = Study(
     study=About(name="check", question="What is there?"),
     input=Input(modalities=("CR", "DX", "MG", "CT", "MR", "US")),
-    target=Target(column="none", classes=("none", "other")),
+    target=ClassificationTarget(column="none", classes=("none", "other")),
 )
 
 
@@ -126,7 +125,7 @@ def inspect(
         faults += reading.faults
     except (FolderUnreadable, DecoderUnfit) as error:
         faults.append(error)
-        faults += _labels_alone(site, study)
+        faults += [] if study is None else faults_alone(site, study.task)
     cohort = reading.cohort if reading is not None else None
     patients = cohort.patients if cohort is not None else ()
     labels = Counter(patient.label for patient in patients if patient.label != UNLABELLED)
@@ -141,7 +140,7 @@ def inspect(
         images_per_patient=dict(sorted(Counter(len(one.images) for one in patients).items())),
         labels={}
         if study is None or not labels
-        else {name: labels[index] for index, name in enumerate(study.target.classes)},
+        else {name: labels[index] for index, name in enumerate(study.task.strata)},
         modalities=cohort.modalities if cohort is not None else {},
         sizes=cohort.shapes if cohort is not None else {},
         rejects=reading.rejects if reading is not None else {},
@@ -210,16 +209,6 @@ def render(report: DataReport, root: Path | None = None) -> str:
     else:
         lines.append("The data can be used.")
     return "\n".join(lines)
-
-
-def _labels_alone(site: Site, study: Study | None) -> list[DataError]:
-    if study is None or study.target.segment:
-        return []
-    try:
-        read_labels(site.labels, study.target)
-    except LabelsInvalid as error:
-        return [error]
-    return []
 
 
 def _brackets(counts: Mapping[str, int]) -> str:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -37,7 +37,7 @@ from cloister_fl.networks.flat_parameters import flatten
 from cloister_fl.privacy.accounting import epsilon_pld
 from cloister_fl.study.gradient_engines import require_sound_engine
 from cloister_fl.study.schema import About, Input, Privacy, Study, Training
-from cloister_fl.study.target import Target
+from cloister_fl.tasks.classification import ClassificationTarget
 
 CANARY_IMAGES = 5
 _OTHERS = 3
@@ -86,6 +86,7 @@ class _Patient:
 class _Cohort:
     images: NDArray[np.uint16]
     patients: tuple[_Patient, ...]
+    targets: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def audit_step(
     require_sound_engine(_study(1.0, engine))
     claimed = epsilon_pld(noise_multiplier, 1.0, _ROUNDS, delta)
     with_canary, canary = _patients()
-    without = _Cohort(with_canary.images, with_canary.patients[:-1])
+    without = replace(with_canary, patients=with_canary.patients[:-1])
     modules = _modules()
     clip = min(float(_gradient(module, with_canary, canary).norm()) for module in modules) / 4
     study = _study(clip, engine)
@@ -180,7 +181,7 @@ def _study(clip: float, engine: local_training.Engine) -> Study:
     return Study(
         study=About(name="canary", question="Was the canary there?"),
         input=Input(size=_SIDE),
-        target=Target(column="canary", classes=("no", "yes")),
+        target=ClassificationTarget(column="canary", classes=("no", "yes")),
         training=Training(
             sampling_rate=1.0,
             expected_batch=1,
@@ -214,7 +215,8 @@ def _patients() -> tuple[_Cohort, _Patient]:
     images = (pixels + near).reshape(-1, _SIDE, _SIDE).astype(np.uint16)
     places = np.arange(len(images)).reshape(-1, CANARY_IMAGES).tolist()
     patients = tuple(_Patient(index % 2, tuple(row)) for index, row in enumerate(places))
-    return _Cohort(images, patients), patients[-1]
+    targets = np.repeat([patient.label for patient in patients], CANARY_IMAGES)
+    return _Cohort(images, patients, targets), patients[-1]
 
 
 def _modules() -> list[nn.Module]:
@@ -232,7 +234,7 @@ def _modules() -> list[nn.Module]:
 def _gradient(module: nn.Module, cohort: _Cohort, patient: _Patient) -> Tensor:
     """A patient's gradient by the definition, float64: of the mean cross entropy."""
     precise = copy.deepcopy(module).double()
-    images = pixels_of(cohort, [Bag(patient.label, np.array(patient.images))]).double()
+    images = pixels_of(cohort, [Bag(np.array(patient.images))]).double()
     loss = F.cross_entropy(precise(images), torch.full((len(images),), patient.label))
     gradients = torch.autograd.grad(loss, list(precise.parameters()))
     return torch.cat([gradient.reshape(-1) for gradient in gradients])

@@ -21,6 +21,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from cloister_fl.client.privacy_audit.one_run_bound import epsilon_lower
 from cloister_fl.client.training import local_training
 from cloister_fl.client.training.csprng import SecureRandom
 from cloister_fl.client.training.per_patient_gradients import PatientGradSampleModule
-from cloister_fl.client.training.sampling import Bag, Cohort, FeatureCohort, Patient, masks_of
+from cloister_fl.client.training.sampling import Bag, Cohort, FeatureCohort, Patient
 from cloister_fl.networks.flat_parameters import flatten, load
 from cloister_fl.privacy.accounting import epsilon_pld
 from cloister_fl.study.schema import Study
@@ -175,7 +176,7 @@ def audit_training(
     coins = random.bernoulli(0.5, canaries)
     kept = [place for place, coin in zip(drawn, coins, strict=True) if coin]
     here = [cohort.patients[place] for place in sorted(kept + rest)]
-    present = _Patients(cohort.images, here, masks_of(cohort))
+    present = _Patients(cohort.images, here, cohort.targets)
     watch = _Adversary(cohort, drawn, rest, study)
     steps = rounds * study.training.steps_per_round
     plain = _plain(study)
@@ -236,7 +237,7 @@ class _Patients:
 
     images: NDArray[np.uint16]
     patients: Sequence[Patient]
-    masks: NDArray[np.uint8] | None
+    targets: NDArray[Any]
 
 
 class _Adversary:
@@ -260,7 +261,7 @@ class _Adversary:
     def see(self, module: nn.Module, change: NDArray[np.float32], rate: float) -> None:
         """Take in one step: the model before it, and how the step changed the weights."""
         trained, seen = local_training.trained_part(module, self._cohort, self._training)
-        network = PatientGradSampleModule(trained, engine="patients")
+        network = PatientGradSampleModule(trained, self._study.task)
         clip, rest = self._study.privacy.clipping_norm, np.zeros(len(change))
         many = max(1, min(_AT_ONCE[0], _AT_ONCE[1] // len(change)))
         try:
@@ -320,7 +321,7 @@ def _clipped(
     clip: float,
 ) -> NDArray[np.float32]:
     """Clipped gradients in units of ``clip``, (patients, size); what is not finite is zero."""
-    bags = [Bag(one.label, np.asarray(one.images, dtype=np.int64)) for one in patients]
+    bags = [Bag(np.asarray(one.images, dtype=np.int64)) for one in patients]
     network.fill_grad_samples(seen, bags)
     rows = torch.cat([p.grad_sample.flatten(start_dim=1) for p in network.trained], dim=1)  # type: ignore[attr-defined]
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)

@@ -7,6 +7,7 @@ import io
 import numpy as np
 
 from cloister_fl.client.data.cohort import Cohort
+from cloister_fl.tasks import Task
 
 SHEET_IMAGES = 48
 """Most images on a contact sheet."""
@@ -15,7 +16,7 @@ SHEET_TILE = 128
 """Side of an image on a contact sheet, in pixels."""
 
 
-def contact_sheet(cohort: Cohort) -> tuple[int, bytes]:
+def contact_sheet(cohort: Cohort, task: Task | None) -> tuple[int, bytes]:
     """Preprocessed images, one a patient, as a grid; a volume is shown by its middle slice, and the
     edge of what is marked in white.
 
@@ -34,8 +35,9 @@ def contact_sheet(cohort: Cohort) -> tuple[int, bytes]:
             image = image[len(image) // 2]
         shades = (image >> 8).astype(np.uint8)
         tile = Image.fromarray(shades).resize((SHEET_TILE, SHEET_TILE), Image.Resampling.BOX)
-        if cohort.masks is not None:
-            mask = Image.fromarray(cohort.masks[index] * np.uint8(255))
+        target = task.overlay(cohort.targets[index]) if task and len(cohort.targets) else None
+        if target is not None:
+            mask = Image.fromarray(target * np.uint8(255))
             mask = mask.resize((SHEET_TILE, SHEET_TILE), Image.Resampling.NEAREST)
             edge = ImageChops.subtract(mask, mask.filter(ImageFilter.MinFilter(3)))
             tile = ImageChops.lighter(tile, edge)

@@ -25,6 +25,7 @@ from cloister_fl.client.steward.contact_sheet import contact_sheet
 from cloister_fl.errors import DataError, Reject
 from cloister_fl.study.schema import Study
 from cloister_fl.system.files import keep_out_of_git, make_private_dir, write_atomic
+from cloister_fl.tasks import Task
 
 HTML, JSON = "data-report.html", "data-report.json"
 _SHOWN = 50
@@ -55,6 +56,7 @@ class Report:
         same_person: pseudonyms of patients who have one name and date of birth.
         faults: what keeps the data from being used.
         cohort: the images, or None.
+        task: of the study, or None.
     """
 
     site: str
@@ -69,6 +71,7 @@ class Report:
     same_person: tuple[tuple[str, ...], ...]
     faults: tuple[DataError, ...]
     cohort: Cohort | None = field(default=None, repr=False, compare=False)
+    task: Task | None = field(default=None, repr=False, compare=False)
 
     def as_dict(self) -> dict[str, object]:
         """What JSON can say."""
@@ -124,7 +127,7 @@ def count(site: str, study: Study | None, reading: Reading) -> Report:
     }
     if study is not None and labels:
         tables["Class, patients"] = {
-            name: labels[index] for index, name in enumerate(study.target.classes)
+            name: labels[index] for index, name in enumerate(study.task.strata)
         }
     return Report(
         site=site,
@@ -139,6 +142,7 @@ def count(site: str, study: Study | None, reading: Reading) -> Report:
         same_person=_shared((one.person, name) for one, name in reading.facts if one.person),
         faults=reading.faults,
         cohort=reading.cohort,
+        task=None if study is None else study.task,
     )
 
 
@@ -190,7 +194,7 @@ def page(report: Report) -> str:
     turned = {f"{one.value} {one.title}": number for one, number in report.rejects.items()}
     parts.append(_table("Rejected", turned) + "</div>")
     if report.cohort is not None:
-        shown, png = contact_sheet(report.cohort)
+        shown, png = contact_sheet(report.cohort, report.task)
         image = base64.b64encode(png).decode()
         parts.append(
             f"<h2>Preprocessed images</h2><p>One image of each of {shown} patients.</p>"

@@ -83,7 +83,7 @@ def find(
             key=key,
             memory=memory,
             also=stored,
-            segment=judged_by.target.outlines,
+            segment=judged_by.task.segment_read,
             progress=progress,
         ):
             reason = one.reason if isinstance(one, Refused) else None

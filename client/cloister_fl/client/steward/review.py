@@ -38,7 +38,7 @@ def review(site: Site, judgement: Judgement) -> str:
         *_told(
             "  on           ",
             f"{', '.join(study.input.modalities)} {what} of this site, their "
-            f"{'' if study.target.segment else 'label '}{study.target.described}",
+            f"{study.task.described}",
         ),
         *_cost(site, study),
         *_leaves(study),
@@ -86,12 +86,13 @@ def _leaves(study: Study) -> list[str]:
         lines = [f"  would leave  {noised}model updates, which the coordinator can read"]
     if not study.privacy.enabled and study.evaluation.site_fraction:
         secure = ", by secure aggregation" if study.aggregation.secure else ""
-        by = "Dice coefficient" if study.target.segment else "score"
+        by = study.task.counted_by
         lines.append(f"               counts of patients by {by}{secure}")
     if study.releases:
         secure = ", by secure aggregation" if study.aggregation.secure else ""
         lines.append(
-            f"               once, at the end, noised counts of patients by score{secure}: "
+            f"               once, at the end, noised counts of patients by "
+            f"{study.task.counted_by}{secure}: "
             f"epsilon {study.evaluation.release_epsilon:g}, part of the cost above"
         )
     return lines

@@ -35,7 +35,7 @@ def features_of(module: FixedFeatures, cohort: Cohort) -> FeatureCohort:
     if module.fixed not in kept.whole:
         rows = [_row(module, cohort, place, kept.rows) for place in range(len(cohort.images))]
         kept.whole[module.fixed] = np.stack(rows) if rows else np.empty((0, 0), np.float32)
-    return FeatureCohort(kept.whole[module.fixed], cohort.patients)
+    return FeatureCohort(kept.whole[module.fixed], cohort.patients, cohort.targets)
 
 
 def _row(module: FixedFeatures, cohort: Cohort, place: int, rows: Rows) -> NDArray[np.float32]:
@@ -53,6 +53,6 @@ def _compute(module: FixedFeatures, cohort: Cohort, place: int) -> NDArray[np.fl
     assert isinstance(module, nn.Module)
     device = next(module.parameters()).device
     with torch.no_grad():
-        pixels = pixels_of(cohort, [Bag(0, np.array([place]))]).to(device)
+        pixels = pixels_of(cohort, [Bag(np.array([place]))]).to(device)
         features: NDArray[np.float32] = module.features(pixels)[0].cpu().numpy()
     return features

@@ -56,7 +56,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cloister_fl.client.training.exact_sum import squares_at_most
-from cloister_fl.networks.losses import image_losses
+from cloister_fl.tasks import Task
 
 ETA = 2.0**-5
 """Excess of the sensitivity over the norm that patients are clipped to."""
@@ -106,7 +106,12 @@ class UnfitPass(Exception):
 
 
 def clipped_groups(
-    module: nn.Module, pixels: Tensor, targets: Tensor, sizes: Sequence[int], norm: float
+    module: nn.Module,
+    task: Task,
+    pixels: Tensor,
+    targets: Tensor,
+    sizes: Sequence[int],
+    norm: float,
 ) -> Iterator[list[Tensor]]:
     """Yield sums of gradients, each patient's clipped to ``norm``, group by group.
 
@@ -115,9 +120,10 @@ def clipped_groups(
 
     Args:
         module: a network that ``supported`` accepts.
+        task: gives the losses.
         pixels: float32 (images, channels, S, S) or (images, channels, D, S, S), patient after
             patient.
-        targets: of each image; see ``losses.image_losses``.
+        targets: of each image; see ``Task.losses``.
         sizes: images of each patient, at least 1.
         norm: C', above 0.
 
@@ -128,7 +134,7 @@ def clipped_groups(
         UnfitPass: a layer ran more than once, or on an input that no rule covers.
     """
     owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    seen = _backward(module, pixels, targets, sizes, owner)
+    seen = _backward(module, task, pixels, targets, sizes, owner)
     squares = torch.zeros(len(sizes), dtype=torch.float64)
     masses = torch.zeros(len(sizes), dtype=torch.float64)
     kept: dict[nn.Parameter, Tensor] = {}
@@ -165,21 +171,26 @@ def clipped_groups(
 
 
 def unit_norms(
-    module: nn.Module, pixels: Tensor, targets: Tensor, sizes: Sequence[int]
+    module: nn.Module, task: Task, pixels: Tensor, targets: Tensor, sizes: Sequence[int]
 ) -> list[Tensor]:
     """Sums of single patients, unclipped: what a trial compares with the loop."""
     found: list[Tensor] = []
     start = 0
     for size in sizes:
         some = slice(start, start + size)
-        (parts,) = clipped_groups(module, pixels[some], targets[some], [size], 1e30)
+        (parts,) = clipped_groups(module, task, pixels[some], targets[some], [size], 1e30)
         found.append(torch.cat([part.reshape(-1) for part in parts]))
         start += size
     return found
 
 
 def _backward(
-    module: nn.Module, pixels: Tensor, targets: Tensor, sizes: Sequence[int], owner: Tensor
+    module: nn.Module,
+    task: Task,
+    pixels: Tensor,
+    targets: Tensor,
+    sizes: Sequence[int],
+    owner: Tensor,
 ) -> list[_Seen]:
     layers: list[nn.Module] = []
     given: list[Tensor] = []
@@ -201,7 +212,7 @@ def _backward(
     trained = [m for m in trained if next(m.parameters(recurse=False)).requires_grad]
     handles = [layer.register_forward_hook(note) for layer in trained]
     try:
-        losses = image_losses(module(pixels), targets)
+        losses = task.losses(module(pixels), targets)
     finally:
         for handle in handles:
             handle.remove()

@@ -32,7 +32,6 @@ from cloister_fl.client.training.sampling import (
 from cloister_fl.errors import InternalError, UpdateInvalid
 from cloister_fl.networks.flat_parameters import Vector, check, flatten
 from cloister_fl.networks.frozen_backbone import FixedFeatures
-from cloister_fl.networks.losses import image_losses
 from cloister_fl.study.gradient_engines import REMEDY, unsound_engine
 from cloister_fl.study.schema import Study, Training
 
@@ -128,7 +127,7 @@ def _train_private(
     # Opacus calls the hook after the noise: the pull depends on public weights alone.
     optimizer.attach_step_hook(lambda _: pull.add())
     patients = PatientGradSampleModule(
-        module, engine=training.engine, clipping_norm=study.privacy.clipping_norm
+        module, study.task, engine=training.engine, clipping_norm=study.privacy.clipping_norm
     )
     try:
         for _ in range(steps):
@@ -151,7 +150,8 @@ def _train_open(
         total = sum(len(bag.images) for bag in bags)
         optimizer.zero_grad()
         for run in chunks(bags, images_at_once(cohort, _IMAGES_AT_ONCE)):
-            losses = image_losses(module(pixels_of(cohort, run)), targets_of(cohort, run))
+            targets = targets_of(study.task, cohort, run)
+            losses = study.task.losses(module(pixels_of(cohort, run)), targets)
             torch.autograd.backward(losses.sum() / total)
         pull.add()
         optimizer.step()

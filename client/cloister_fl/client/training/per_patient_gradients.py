@@ -1,6 +1,6 @@
 """Per-patient gradients, by one of three engines behind Opacus' interface.
 
-A patient's gradient is that of the mean loss (``losses``) over the patient's images.
+A patient's gradient is that of the mean loss (``Task.losses``) over the patient's images.
 
 ``patients`` goes from patient to patient, one on each core. It takes any layer, needs the memory
 of a bag a core, and computes each gradient from nothing but that patient's images, so that the
@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from opacus.grad_sample import GradSampleModule
@@ -42,15 +42,16 @@ from cloister_fl.client.training.sampling import (
     FeatureCohort,
     chunks,
     images_at_once,
-    masks_of,
     pixels_of,
     targets_of,
 )
 from cloister_fl.client.training.thread_pool import side_by_side
 from cloister_fl.errors import InternalError
-from cloister_fl.networks.losses import anything, image_losses, patient_loss
+from cloister_fl.tasks import Task
 
 Key: TypeAlias = tuple[object, ...]
+Shape: TypeAlias = tuple[int, ...]
+"""Shape of one image as the network gets it."""
 Engine: TypeAlias = Literal["patients", "opacus", "book-keeping"]
 
 _PLACES = 16
@@ -74,6 +75,7 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
 
     Args:
         m: the network, in training mode.
+        task: gives losses and targets.
         engine: they give the same gradients up to rounding.
         clipping_norm: C; ``book-keeping`` needs it, for it clips by itself.
 
@@ -81,9 +83,15 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
     """
 
     def __init__(
-        self, m: nn.Module, *, engine: Engine = "patients", clipping_norm: float = math.inf
+        self,
+        m: nn.Module,
+        task: Task,
+        *,
+        engine: Engine = "patients",
+        clipping_norm: float = math.inf,
     ) -> None:
         super().__init__(m, batch_first=True, loss_reduction="sum")
+        self.task = task
         self.engine: Engine = engine
         self._limit = clipping_norm / (1 + ghost_clipping.ETA)
         self._small = sum(parameter.numel() for parameter in self.trained) <= _SMALL
@@ -124,7 +132,7 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         if self._hooked is not None:
             start = 0
             for run in chunks(bags, images_at_once(cohort, _IMAGES_AT_ONCE)):
-                pixels, targets = pixels_of(cohort, run), targets_of(cohort, run)
+                pixels, targets = pixels_of(cohort, run), targets_of(self.task, cohort, run)
                 block = self._by_hooks(self._hooked, pixels, targets, run)
                 yield list(range(start, start + len(run))), block
                 start += len(run)
@@ -137,7 +145,7 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
                 for start in range(0, len(places), _PLACES):
                     some = places[start : start + _PLACES]
                     run = [bags[place] for place in some]
-                    pixels, targets = pixels_of(cohort, run), targets_of(cohort, run)
+                    pixels, targets = pixels_of(cohort, run), targets_of(self.task, cohort, run)
                     yield some, self._side_by_side(pixels, targets, images)
             else:
                 gradients = side_by_side(
@@ -161,7 +169,7 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
 
         def loss(trained: dict[str, Tensor], bag: Tensor, target: Tensor) -> Tensor:
             logits = functional_call(self._module, {**trained, **fixed}, (bag,))
-            return patient_loss(logits, target)
+            return self.task.loss(logits, target)
 
         gradients = vmap(grad(loss), in_dims=(None, 0, 0))(
             weights, filled_up(pixels), filled_up(targets)
@@ -169,20 +177,20 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         flat = torch.cat([gradients[name].flatten(start_dim=1) for name in names], dim=1)
         return flat[:count]
 
-    def _independent(self, images: int, one: _Shape) -> bool:
+    def _independent(self, images: int, one: Shape) -> bool:
         """Whether side by side, a patient's gradient is the same whoever is there; tried once."""
         shapes = tuple((name, tuple(p.shape)) for name, p in self._module.named_parameters())
-        key: Key = (type(self._module), shapes, images, one, torch.get_num_threads())
+        key: Key = (type(self._module), shapes, self.task, images, one, torch.get_num_threads())
         if key not in _tried:
             _tried[key] = self._try_places(images, one)
         return _tried[key]
 
-    def _try_places(self, images: int, one: _Shape) -> bool:
+    def _try_places(self, images: int, one: Shape) -> bool:
         # Public numbers, unlike anything that privacy rests on.
         generator = torch.Generator().manual_seed(0)
-        shape = (_PLACES, images, *one.places)
+        shape = (_PLACES, images, *one)
         crowd = torch.randn(shape, generator=generator).to(self.trained[0].dtype)
-        targets = anything(crowd.flatten(0, 1), 1, outlines=one.outlined)
+        targets = self.task.example(crowd.flatten(0, 1))
         seen: list[Tensor] = []
         for place, neighbours in (
             (0, 1.0), (0, 0.0), (7, 100.0), (7, float("nan")), (_PLACES - 1, 1.0)
@@ -195,10 +203,10 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         return all(torch.equal(gradient, seen[0]) for gradient in seen)
 
     def _of_patient(self, images: Tensor, targets: Tensor) -> Sequence[Tensor]:
-        return torch.autograd.grad(patient_loss(self._module(images), targets), self.trained)
+        return torch.autograd.grad(self.task.loss(self._module(images), targets), self.trained)
 
     def _of_bag(self, cohort: Cohort | FeatureCohort, bag: Bag) -> Sequence[Tensor]:
-        return self._of_patient(pixels_of(cohort, [bag]), targets_of(cohort, [bag]))
+        return self._of_patient(pixels_of(cohort, [bag]), targets_of(self.task, cohort, [bag]))
 
     def _by_ghost_clipping(
         self, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]
@@ -207,9 +215,11 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
             raise InternalError("Ghost clipping needs the clipping norm.")
 
         def groups(run: Sequence[Bag]) -> list[Clipped]:
-            pixels, targets = pixels_of(cohort, run), targets_of(cohort, run)
+            pixels, targets = pixels_of(cohort, run), targets_of(self.task, cohort, run)
             sizes = [len(bag.images) for bag in run]
-            found = ghost_clipping.clipped_groups(self._module, pixels, targets, sizes, self._limit)
+            found = ghost_clipping.clipped_groups(
+                self._module, self.task, pixels, targets, sizes, self._limit
+            )
             return [Clipped(parts) for parts in found]
 
         # All cores together hold as many images as the other engines in one pass, or a group each.
@@ -225,26 +235,26 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
                 factor = self._limit / max(norm, self._limit)
                 yield Clipped([part * factor for part in alone])
 
-    def _kept_books_agree(self, one: _Shape) -> bool:
+    def _kept_books_agree(self, one: Shape) -> bool:
         """Whether book-keeping gives single patients what the loop gives; tried once."""
         shapes = tuple((name, tuple(p.shape)) for name, p in self._module.named_parameters())
-        key: Key = ("book-keeping", type(self._module), shapes, one)
+        key: Key = ("book-keeping", type(self._module), shapes, self.task, one)
         if not ghost_clipping.supported(self._module):
             return False
         if key not in _tried:
             _tried[key] = self._try_books(one)
         return _tried[key]
 
-    def _try_books(self, one: _Shape) -> bool:
+    def _try_books(self, one: Shape) -> bool:
         # Public numbers; one patient of one image, one of three, as others see the second alone.
-        pixels = torch.randn((4, *one.places), generator=torch.Generator().manual_seed(0))
+        pixels = torch.randn((4, *one), generator=torch.Generator().manual_seed(0))
         pixels = pixels.to(self.trained[0].dtype)
-        targets, sizes = torch.tensor([0, 1, 1, 1]), [1, 3]
-        if one.outlined:
-            targets = anything(pixels, 1, outlines=True)
+        targets, sizes = self.task.example(pixels), [1, 3]
         try:
-            apart = ghost_clipping.unit_norms(self._module, pixels, targets, sizes)
-            (both,) = ghost_clipping.clipped_groups(self._module, pixels, targets, sizes, 1e30)
+            apart = ghost_clipping.unit_norms(self._module, self.task, pixels, targets, sizes)
+            (both,) = ghost_clipping.clipped_groups(
+                self._module, self.task, pixels, targets, sizes, 1e30
+            )
         except ghost_clipping.UnfitPass:
             return False
         exact = [
@@ -261,7 +271,7 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         owner = torch.repeat_interleave(torch.arange(len(run)), sizes)
         hooked.set_grad_sample_to_none()
         try:
-            losses = image_losses(hooked(images), targets)
+            losses = self.task.losses(hooked(images), targets)
             with warnings.catch_warnings():
                 # torch remarks that no input of the first layer needs a gradient; none should.
                 warnings.filterwarnings("ignore", message="Full backward hook is firing")
@@ -290,14 +300,6 @@ def _flat(block: Block) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts]).unsqueeze(0)
 
 
-class _Shape(NamedTuple):
-    """Shape of one image as the network gets it, and whether it comes with an outline."""
-
-    places: tuple[int, ...]
-    outlined: bool
-
-
-def _shape(cohort: Cohort | FeatureCohort) -> _Shape:
+def _shape(cohort: Cohort | FeatureCohort) -> Shape:
     shape = cohort.images.shape[1:]
-    places = shape if isinstance(cohort, FeatureCohort) else (1, *shape)
-    return _Shape(places, masks_of(cohort) is not None)
+    return shape if isinstance(cohort, FeatureCohort) else (1, *shape)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from cloister_fl.client.training.csprng import Source, bernoulli_from
+from cloister_fl.tasks import Task
 
 PixelT = TypeVar("PixelT", np.uint8, np.uint16)
 
@@ -24,20 +26,21 @@ _SHIFT = 16
 
 
 class Patient(Protocol):
-    """One patient of a cohort: a class and the places of the images."""
-
-    @property
-    def label(self) -> int: ...
+    """One patient of a cohort: the places of the images."""
 
     @property
     def images(self) -> tuple[int, ...]: ...
 
 
 class Cohort(Protocol):
-    """A site's patients: uint16 (N, S, S) or (N, D, S, S), from 0 (black) to 65535."""
+    """A site's patients: images uint16 (N, S, S) or (N, D, S, S), from 0 (black) to 65535, and
+    their targets (N, ...), see ``Task``."""
 
     @property
     def images(self) -> NDArray[np.uint16]: ...
+
+    @property
+    def targets(self) -> NDArray[Any]: ...
 
     @property
     def patients(self) -> Sequence[Patient]: ...
@@ -48,12 +51,10 @@ class Bag:
     """The images of one sampled patient, not yet read.
 
     Attributes:
-        label: class.
         images: places in the cohort's array, at least one.
         moves: int64 (images, 3) of mirrored (0 or 1), rows down, columns right; None for as is.
     """
 
-    label: int
     images: NDArray[np.int64]
     moves: NDArray[np.int64] | None = None
 
@@ -108,7 +109,7 @@ def draw_bags(
             images = images[np.sort(np.argsort(keys, kind="stable")[:most])]
         if len(images):
             moves = _draw_moves(source, len(images), side) if augment else None
-            bags.append(Bag(patient.label, images, moves))
+            bags.append(Bag(images, moves))
     return bags
 
 
@@ -125,11 +126,12 @@ class FeatureCohort:
 
     Attributes:
         images: float32 (N, channels, side, side): that part's answers, in the cohort's order.
-        patients: the cohort's.
+        patients, targets: the cohort's.
     """
 
     images: NDArray[np.float32]
     patients: Sequence[Patient]
+    targets: NDArray[Any]
 
 
 def pixels_of(cohort: Cohort | FeatureCohort, bags: Sequence[Bag]) -> torch.Tensor:
@@ -146,24 +148,12 @@ def pixels_of(cohort: Cohort | FeatureCohort, bags: Sequence[Bag]) -> torch.Tens
     return torch.from_numpy((stack / 65535.0 - 0.5) / 0.25).unsqueeze(1)
 
 
-def masks_of(cohort: Cohort | FeatureCohort) -> NDArray[np.uint8] | None:
-    """The outlines of a cohort that has some."""
-    masks: NDArray[np.uint8] | None = getattr(cohort, "masks", None)
-    return masks
-
-
-def targets_of(cohort: Cohort | FeatureCohort, bags: Sequence[Bag]) -> torch.Tensor:
-    """What the network should say of each image of some bags, one after the other.
-
-    Returns:
-        int64 (images,), the patients' classes; of a cohort with outlines, float32
-        (images, 1, S, S) of 0 and 1, moved as the images are.
-    """
-    masks = masks_of(cohort)
-    if masks is None:
-        return torch.tensor([bag.label for bag in bags for _ in bag.images], dtype=torch.int64)
-    parts = [moved(masks[bag.images], bag.moves) for bag in bags]
-    return torch.from_numpy(np.concatenate(parts).astype(np.float32)).unsqueeze(1)
+def targets_of(task: Task, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]) -> torch.Tensor:
+    """What the network should say of each image of some bags, one after the other: (images, ...),
+    as ``Task.losses`` takes it; what has a place in the image is moved as the image is."""
+    return torch.cat(
+        [task.tensor(cohort.targets[bag.images], partial(moved, moves=bag.moves)) for bag in bags]
+    )
 
 
 def moved(images: NDArray[PixelT], moves: NDArray[np.int64] | None) -> NDArray[PixelT]:

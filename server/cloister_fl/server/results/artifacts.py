@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
+from cloister_fl.metrics.figures import Estimate, Metrics
 from cloister_fl.model_file import save_model
 from cloister_fl.secagg.parameters import Parameters
-from cloister_fl.server.results.report import RoundRow, RunReport, SiteRow, write_report
-from cloister_fl.server.rounds.checkpoint import Figures, Released, RunState
+from cloister_fl.server.results.report import MODEL, RunReport, SiteRow, write_report
+from cloister_fl.server.rounds.checkpoint import Released, RunState
 from cloister_fl.server.rounds.collector import REASONS
 from cloister_fl.server.rounds.run import Outcome, study_epsilon
 from cloister_fl.study.schema import Study
 from cloister_fl.system.files import write_atomic
 
-MODEL = "model.safetensors"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 REPORT = "report.html"
@@ -35,7 +34,7 @@ NOT_RELEASED = (
     "is not repeated."
 )
 CHANCE = (
-    "The interval of the AUROC does not rule out chance: the model may have learnt nothing. More "
+    "The interval does not rule out chance: the model may have learnt nothing. More "
     "patients, another network (filter-bank for little data) or more rounds may help."
 )
 WEAK_EPSILON = 10.0
@@ -45,7 +44,7 @@ LARGE_DELTA = 1e-4
 def write_outputs(out: Path, study: Study, outcome: Outcome, *, seconds: float) -> None:
     """Write all files of a finished run into ``out``, each atomically, the summary last."""
     summary = summarise(study, outcome, seconds=seconds)
-    rows = [json.dumps(asdict(figures)) for figures in outcome.state.figures]
+    rows = [json.dumps(figures.to_json()) for figures in outcome.state.figures]
     write_atomic(out / METRICS, ("\n".join(rows) + "\n").encode(), mode=0o644)
     facts = {key: summary[key] for key in ("epsilon_max", "delta", "rounds", "sites")}
     save_model(out / MODEL, study, outcome.state.released, facts)
@@ -68,12 +67,10 @@ def summarise(study: Study, outcome: Outcome, *, seconds: float) -> dict[str, ob
         "study": study.study.name,
         "study_hash": study.digest,
         "run": state.run,
-        "auroc_initial": first.auroc,
-        "auroc_final": last.auroc,
-        "auroc_final_interval": None if last.auroc is None else [last.auroc_low, last.auroc_high],
-        "auprc_final": last.auprc,
-        "balanced_accuracy_final": last.balanced_accuracy,
-        **(_dice_figures(first, last) if study.target.segment else {}),
+        "headline": study.task.headline,
+        **_headline(study.task.headline, first.metrics, last.metrics),
+        "metrics_initial": first.metrics and first.metrics.to_json(),
+        "metrics_final": last.metrics and last.metrics.to_json(),
         "release": _release(study, state.release),
         "privacy": "patient-level differential privacy" if private else "off",
         "epsilon_max": max(known) if known else None,
@@ -91,13 +88,13 @@ def summarise(study: Study, outcome: Outcome, *, seconds: float) -> dict[str, ob
     }
 
 
-def _dice_figures(first: Figures, last: Figures) -> dict[str, object]:
-    """Return the figures of a segmentation, which replace AUROC and the others."""
-    interval = None if last.dice is None else [last.dice_low, last.dice_high]
+def _headline(name: str, first: Metrics | None, last: Metrics | None) -> dict[str, object]:
+    """Return the task's first figure by itself, under its own name."""
+    before, after = (one and one.get(name) for one in (first, last))
     return {
-        "dice_initial": first.dice,
-        "dice_final": last.dice,
-        "dice_final_interval": interval,
+        f"{name}_initial": before and before.value,
+        f"{name}_final": after and after.value,
+        f"{name}_final_interval": after and [after.low, after.high],
     }
 
 
@@ -120,7 +117,7 @@ def _release(study: Study, release: Released | None) -> dict[str, object] | None
         "epsilon": study.evaluation.release_epsilon,
         "sites": release.sites,
         "noise_per_cell": release.noise,
-        **(release.metrics or {"auroc": None, "auprc": None, "balanced_accuracy": None}),
+        "metrics": release.metrics and release.metrics.to_json(),
     }
 
 
@@ -136,17 +133,15 @@ def warnings(study: Study, outcome: Outcome) -> tuple[str, ...]:
         found.append(NOT_PRIVATE)
     else:
         found.extend(_weak(study))
-    last = outcome.state.figures[-1]
-    release = outcome.state.release
+    task, release = study.task, outcome.state.release
     if release is not None and release.metrics is None:
         found.append(NOT_RELEASED)
-    if last.auroc is None and study.privacy.enabled and study.releases:
-        auroc = None if release is None or release.metrics is None else release.metrics["auroc"]
-        if auroc is not None and auroc["low"] <= 0.5:
-            found.append(CHANCE)
-    elif last.auroc is None and last.dice is None:
+    headline = _first(task.headline, outcome.state.figures[-1].metrics)
+    if headline is None and release is not None:
+        headline = _first(task.headline, release.metrics)
+    elif headline is None and not study.releases:
         found.append(NOT_MEASURED)
-    elif last.auroc_low is not None and last.auroc_low <= 0.5:
+    if headline is not None and task.chance is not None and headline.low <= task.chance:
         found.append(CHANCE)
     if outcome.state.lost:
         rounds = ", ".join(str(number) for number in outcome.state.lost)
@@ -155,6 +150,10 @@ def warnings(study: Study, outcome: Outcome) -> tuple[str, ...]:
             "charged, and they are not trained again."
         )
     return tuple(found)
+
+
+def _first(name: str, metrics: Metrics | None) -> Estimate | None:
+    return None if metrics is None else metrics.get(name)
 
 
 def _weak(study: Study) -> Iterator[str]:
@@ -171,21 +170,6 @@ def _weak(study: Study) -> Iterator[str]:
 def _report(study: Study, outcome: Outcome, summary: Mapping[str, object]) -> RunReport:
     state = outcome.state
     epsilons = site_epsilons(study, state)
-    rounds = [
-        RoundRow(
-            round=f.round,
-            value=f.auroc if f.dice is None else f.dice,
-            low=f.auroc_low if f.dice is None else f.dice_low,
-            high=f.auroc_high if f.dice is None else f.dice_high,
-            auprc=f.auprc,
-            balanced_accuracy=f.balanced_accuracy,
-            update_norm=f.update_norm,
-            sites=f.sites,
-            seconds=f.seconds,
-            epsilon=f.epsilon,
-        )
-        for f in state.figures
-    ]
     names = sorted({*outcome.sites, *outcome.refused, *state.started})
     sites = [
         SiteRow(
@@ -200,7 +184,7 @@ def _report(study: Study, outcome: Outcome, summary: Mapping[str, object]) -> Ru
     return RunReport(
         study=study,
         summary=summary,
-        rounds=rounds,
+        rounds=state.figures,
         sites=sites,
         lost_rounds=state.lost,
         warnings=warnings(study, outcome),

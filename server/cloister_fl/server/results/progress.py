@@ -8,6 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from cloister_fl.metrics.figures import title_of
 from cloister_fl.server.rounds.checkpoint import Figures, Released
 from cloister_fl.server.rounds.collector import REASONS
 from cloister_fl.server.rounds.events import Began, Event, Lost, ReleaseMade, Waiting
@@ -94,10 +95,13 @@ class Display:
 
     def _measured(self, figures: Figures, rounds: int) -> None:
         parts = []
-        if figures.auroc is not None:
-            parts.append(f"AUROC {figures.auroc:.3f}")
-        if figures.dice is not None:
-            parts.append(f"Dice {figures.dice:.3f}")
+        if figures.metrics is not None:
+            parts += [
+                f"{title_of(name)} {one.value:.3f}"
+                for name, one in figures.metrics.figures.items()
+                if one is not None
+            ]
+            parts.append(counted(figures.metrics.patients, "patient"))
         if figures.epsilon is not None:
             parts.append(f"epsilon {figures.epsilon:.2f}")
         note = ", ".join(parts)
@@ -117,6 +121,10 @@ class Display:
 def _released(release: Released) -> str:
     if release.metrics is None:
         return "The noised evaluation failed; its privacy cost stays charged"
-    auroc = release.metrics["auroc"]
-    told = "no AUROC: a class has too few patients" if auroc is None else f"{auroc['value']:.3f}"
-    return f"noised AUROC on patients of {counted(release.sites, 'site')}: {told}"
+    found = [
+        f"{title_of(name)} {one.value:.3f}"
+        for name, one in release.metrics.figures.items()
+        if one is not None
+    ]
+    told = ", ".join(found) or "no figure, since a label has too few patients"
+    return f"noised evaluation on patients of {counted(release.sites, 'site')}: {told}"

@@ -18,52 +18,26 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from cloister_fl.metrics.figures import Estimate, Metrics, title_of
+from cloister_fl.server.rounds.checkpoint import Figures
 from cloister_fl.study.cost import RELEASE_BINS
 from cloister_fl.study.schema import Study
 from cloister_fl.system.files import write_atomic
 from cloister_fl.version import __version__
 
 TEMPLATE = "templates/report.html.j2"
-DEFAULT_MODEL = "model.safetensors"
+MODEL = "model.safetensors"
 
 # Told elsewhere in the report; what else a summary holds is listed as it is.
 # fmt: off
 _KNOWN = frozenset((
-    "secure_aggregation", "simulated", "model", "measured_on", "predict", "study", "study_hash",
+    "secure_aggregation", "study", "study_hash",
     "privacy", "epsilon_max", "epsilon_per_site", "delta", "sites", "site_names", "refused",
-    "rounds", "rounds_lost", "seconds", "bytes_sent_per_site", "warnings", "auroc_initial",
-    "auroc_final", "auroc_final_interval", "auprc_final", "balanced_accuracy_final", "release",
-    "dice_initial", "dice_final", "dice_final_interval",
+    "rounds", "rounds_lost", "seconds", "bytes_sent_per_site", "warnings", "release", "headline",
+    "metrics_initial", "metrics_final",
 ))
+_HEADLINE = ("initial", "final", "final_interval")
 # fmt: on
-
-
-@dataclass(frozen=True)
-class RoundRow:
-    """One model of the run; round 0 is the initial model.
-
-    Attributes:
-        round: number of the round whose result was measured.
-        value: AUROC, of a segmentation the mean Dice coefficient, 0 to 1, with its 95 % interval
-            from ``low`` to ``high``; ``None`` where it was not measured.
-        auprc: average precision, 0 to 1.
-        balanced_accuracy: mean recall over the classes, 0 to 1.
-        update_norm: L2 norm of the mean update.
-        sites: sites whose updates went into it.
-        seconds: wall time of the round.
-        epsilon: privacy spent so far, at the study's delta; ``None`` where privacy is off.
-    """
-
-    round: int
-    value: float | None
-    low: float | None
-    high: float | None
-    auprc: float | None
-    balanced_accuracy: float | None
-    update_norm: float
-    sites: int
-    seconds: float
-    epsilon: float | None
 
 
 @dataclass(frozen=True)
@@ -91,14 +65,10 @@ class RunReport:
 
     Attributes:
         study: what was trained.
-        summary: facts about the run. Known keys, all optional: ``secure_aggregation`` (bool; off
-            unless it says True), ``simulated`` (bool: all sites ran on one machine), ``model``
-            (name of the model file), ``measured_on`` (words: on whom the figures were measured),
-            ``auroc_initial`` or ``dice_initial`` (where no row has round 0), ``seconds`` (of the
-            whole run), ``predict`` (command that uses the model), ``release`` (what ``artifacts``
-            says of it).
-            Figures that the rows tell are left out; others are listed as they are.
-        rounds: by rising round.
+        summary: facts about the run, as ``artifacts.summarise`` gives them. Read of it are
+            ``secure_aggregation`` (bool; off unless it says True), ``seconds`` (of the whole run)
+            and ``release``. What the rows tell is left out; the rest is listed as it is.
+        rounds: the models; the initial one has round 0.
         sites: in any order; they are sorted by name.
         lost_rounds: rounds that were sent, and charged, but never finished.
         warnings: sentences that a reader must not miss.
@@ -106,7 +76,7 @@ class RunReport:
 
     study: Study
     summary: Mapping[str, object]
-    rounds: Sequence[RoundRow]
+    rounds: Sequence[Figures]
     sites: Sequence[SiteRow]
     lost_rounds: Sequence[int]
     warnings: Sequence[str]
@@ -137,28 +107,27 @@ def _context(report: RunReport) -> dict[str, Any]:
     study, summary = report.study, report.summary
     rounds = sorted(report.rounds, key=lambda row: row.round)
     sites = sorted(report.sites, key=lambda row: row.name)
-    model = str(summary.get("model") or DEFAULT_MODEL)
+    known = {*_KNOWN, *(f"{study.task.headline}_{end}" for end in _HEADLINE)}
     seconds = summary.get("seconds")
     spent = [row.epsilon for row in sites if row.epsilon is not None]
     spent += [row.epsilon for row in rounds if row.epsilon is not None]
     return {
         "version": __version__,
         "study": study,
-        "measure": _measure(study),
+        "task": study.task,
+        "measure": _title(study),
+        "titles": {name: title_of(name) for name in study.task.figures},
         "settings": list(_flat(json.loads(study.canonical()))),
         "result": _result(report, rounds),
         "masked": summary.get("secure_aggregation") is True,
-        "simulated": summary.get("simulated") is True,
-        "measured_on": summary.get("measured_on"),
         "release": summary.get("release"),
+        "noised": _noised(study, summary.get("release")),
+        "strata": partial(_strata, study),
         "release_bins": RELEASE_BINS,
-        "model": model,
-        "predict": str(
-            summary.get("predict")
-            or f"cloister predict {model} FOLDER --out "
-            + ("masks" if study.target.segment else "scores.csv")
-        ),
-        "extra": [(key, value) for key, value in summary.items() if key not in _KNOWN],
+        "model": MODEL,
+        "predict": f"cloister predict {MODEL} FOLDER --out "
+        + ("masks" if study.task.answers == "pixel" else "scores.csv"),
+        "extra": [(key, value) for key, value in summary.items() if key not in known],
         "rounds": rounds,
         "trained": sum(row.round > 0 for row in rounds),
         "sites": sites,
@@ -176,31 +145,45 @@ def _context(report: RunReport) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Result:
-    """The verdict: the first and the last figure that were measured."""
+    """The verdict: the headline figure of the first and the last model that were measured."""
 
     before: float | None
-    after: RoundRow | None
+    after: Estimate | None
+    metrics: Metrics | None
     better: bool
     above_chance: bool
+    in_words: str
 
 
-def _result(report: RunReport, rounds: Sequence[RoundRow]) -> _Result:
-    measured = [row for row in rounds if row.value is not None]
-    before = next((row.value for row in measured if row.round == 0), None)
-    given = report.summary.get(f"{_measure(report.study).lower()}_initial")
-    if before is None and isinstance(given, int | float):
-        before = float(given)
-    after = measured[-1] if measured and measured[-1].round > 0 else None
-    if after is None or after.value is None:
-        return _Result(before, None, False, False)
-    low = after.value if after.low is None else after.low
-    # An outline that is met half is no chance.
-    above = bool(report.study.target.segment) or low > 0.5
-    return _Result(before, after, before is not None and low > before, above)
+def _headline(study: Study, row: Figures) -> Estimate | None:
+    return None if row.metrics is None else row.metrics.get(study.task.headline)
 
 
-def _measure(study: Study) -> str:
-    return "Dice" if study.target.segment else "AUROC"
+def _result(report: RunReport, rounds: Sequence[Figures]) -> _Result:
+    task = report.study.task
+    measured = [(row, one) for row in rounds if (one := _headline(report.study, row)) is not None]
+    before = next((one.value for row, one in measured if row.round == 0), None)
+    row, after = measured[-1] if measured else (None, None)
+    if row is None or after is None or row.round == 0:
+        return _Result(before, None, None, False, False, "")
+    better = before is not None and after.low > before
+    above = task.chance is None or after.low > task.chance
+    return _Result(before, after, row.metrics, better, above, task.told(after.value))
+
+
+def _noised(study: Study, release: Any) -> Any:
+    """The headline figure of the noised evaluation, as ``summarise`` tells it; None without."""
+    return release and release["metrics"] and release["metrics"][study.task.headline]
+
+
+def _strata(study: Study, counts: Sequence[int]) -> str:
+    """How many patients have each label."""
+    pairs = zip(study.task.strata, counts, strict=True)
+    return ", ".join(f"{name} {count}" for name, count in pairs)
+
+
+def _title(study: Study) -> str:
+    return title_of(study.task.headline)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Sequence[tuple[str, str]]:
@@ -292,19 +275,21 @@ _LIGHT = _Theme("#1d2b33", "#52636d", "#d9e1e5", "#0b6e75", "#a8480f")
 _DARK = _Theme("#e6eef1", "#a3b4bd", "#33444e", "#5cc8cf", "#f0a271")
 
 
-def _plots(report: RunReport, rounds: Sequence[RoundRow]) -> list[_Plot]:
+def _plots(report: RunReport, rounds: Sequence[Figures]) -> list[_Plot]:
     plots = []
-    measured = [row for row in rounds if row.value is not None]
+    measured = [
+        (row.round, one) for row in rounds if (one := _headline(report.study, row)) is not None
+    ]
     if measured:
-        first, last, name = measured[0], measured[-1], _measure(report.study)
-        alt = f"Line chart of {name} by round: {_figure(first.value)} at round {first.round}, "
-        alt += f"{_figure(last.value)} at round {last.round}"
-        if last.low is not None:
-            alt += f", 95 % interval {_figure(last.low)} to {_figure(last.high)}"
+        (first_round, first), (last_round, last) = measured[0], measured[-1]
+        name = _title(report.study)
+        alt = f"Line chart of {name} by round: {_figure(first.value)} at round {first_round}, "
+        alt += f"{_figure(last.value)} at round {last_round}"
+        alt += f", 95 % interval {_figure(last.low)} to {_figure(last.high)}"
         caption = f"{name} of the shared model after each round; the band is the 95 % interval."
         if report.lost_rounds:
             caption += " A dotted upright line is a round that never finished."
-        chance = None if report.study.target.segment else 0.5
+        chance = report.study.task.chance
         draw = partial(
             _draw_measure,
             name=name, chance=chance, measured=measured, lost_rounds=report.lost_rounds,
@@ -366,19 +351,14 @@ def _draw_measure(
     theme: _Theme,
     name: str,
     chance: float | None,
-    measured: Sequence[RoundRow],
+    measured: Sequence[tuple[int, Estimate]],
     lost_rounds: Sequence[int],
 ) -> None:
-    banded = [
-        (row.round, row.low, row.high)
-        for row in measured
-        if row.low is not None and row.high is not None
-    ]
-    if banded:
-        axes.fill_between(*zip(*banded, strict=True), color=theme.line, alpha=0.2, linewidth=0)
-    values = [row.value for row in measured if row.value is not None]
-    _line(axes, theme, measured, values)
-    lowest = min([low for _, low, _ in banded] + values)
+    numbers = [number for number, _ in measured]
+    lows, highs = [one.low for _, one in measured], [one.high for _, one in measured]
+    axes.fill_between(numbers, lows, highs, color=theme.line, alpha=0.2, linewidth=0)
+    _line(axes, theme, numbers, [one.value for _, one in measured])
+    lowest = min(lows)
     if chance is not None:
         axes.axhline(chance, color=theme.faint, linewidth=1, linestyle=_DASHES)
         _label(axes, "chance", (1, chance), theme.faint, ha="right", xytext=(0, 3))
@@ -389,9 +369,9 @@ def _draw_measure(
     axes.set_ylabel(name)
 
 
-def _draw_epsilon(axes: Any, theme: _Theme, charged: Sequence[RoundRow], budget: float) -> None:
+def _draw_epsilon(axes: Any, theme: _Theme, charged: Sequence[Figures], budget: float) -> None:
     spent = [row.epsilon for row in charged if row.epsilon is not None]
-    _line(axes, theme, charged, spent)
+    _line(axes, theme, [row.round for row in charged], spent)
     axes.axhline(budget, color=theme.accent, linewidth=1.5, linestyle=_DASHES)
     words = f"the study's limit, {budget:g}"
     _label(axes, words, (0, budget), theme.accent, ha="left", xytext=(4, 3))
@@ -399,8 +379,7 @@ def _draw_epsilon(axes: Any, theme: _Theme, charged: Sequence[RoundRow], budget:
     axes.set_ylabel("Epsilon spent")
 
 
-def _line(axes: Any, theme: _Theme, rows: Sequence[RoundRow], values: Sequence[float]) -> None:
-    numbers = [row.round for row in rows]
+def _line(axes: Any, theme: _Theme, numbers: Sequence[int], values: Sequence[float]) -> None:
     axes.plot(numbers, values, color=theme.line, linewidth=2, marker="o", markersize=4)
 
 

@@ -10,7 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cloister_fl.server.results.artifacts import METRICS, MODEL, REPORT
+from cloister_fl.metrics.figures import Metrics, title_of
+from cloister_fl.server.results.artifacts import METRICS, REPORT
+from cloister_fl.server.results.report import MODEL
 
 
 def show(summary: Mapping[str, Any], out: Path) -> None:
@@ -29,25 +31,22 @@ def show(summary: Mapping[str, Any], out: Path) -> None:
 
 def _results(summary: Mapping[str, Any]) -> Table:
     table = Table(title=f"Study {summary['study']}", box=box.SIMPLE, show_header=False)
-    for measure in ("AUROC", "Dice"):
-        key = measure.lower()
-        before, after = summary.get(f"{key}_initial"), summary.get(f"{key}_final")
-        if after is not None:
-            low, high = summary[f"{key}_final_interval"]
-            table.add_row(f"{measure} before training", _figure(before))
-            table.add_row(
-                f"{measure} after training", f"{after:.3f} (95 % interval {low:.3f} to {high:.3f})"
-            )
-    release = summary.get("release")
+    headline = summary["headline"]
+    before, after = summary["metrics_initial"], summary["metrics_final"]
+    if after is not None:
+        first = before and before[headline]
+        table.add_row(f"{_title(headline)} before training", _figure(first and first["value"]))
+        _add(table, after, " after training")
+        table.add_row("Patients measured", str(after["patients"]))
+    release = summary["release"]
     if release is not None:
-        auroc = release["auroc"]
-        table.add_row(
-            f"AUROC at {release['sites']} sites, noised",
-            "none"
-            if auroc is None
-            else f"{auroc['value']:.3f} (95 % interval {auroc['low']:.3f} to {auroc['high']:.3f}; "
-            f"epsilon {release['epsilon']:g} of the study's)",
-        )
+        noised = f" at {release['sites']} sites, noised"
+        if release["metrics"] is None:
+            table.add_row(f"{_title(headline)}{noised}", "none")
+        else:
+            _add(table, release["metrics"], noised)
+            table.add_row(f"Patients{noised}", str(release["metrics"]["patients"]))
+        table.add_row("Its epsilon, of the study's", f"{release['epsilon']:g}")
     if summary["epsilon_max"] is not None:
         table.add_row(
             "Privacy",
@@ -62,6 +61,20 @@ def _results(summary: Mapping[str, Any]) -> Table:
     table.add_row("Rounds", f"{rounds - lost} of {rounds}" if lost else str(rounds))
     table.add_row("Seconds", f"{summary['seconds']:.0f}")
     return table
+
+
+def _add(table: Table, metrics: Mapping[str, Any], where: str) -> None:
+    """Add a row for each figure, as ``Metrics.to_json`` tells it."""
+    for name, one in Metrics.from_json(metrics).figures.items():
+        told = "none" if one is None else (
+            f"{one.value:.3f} (95 % interval {one.low:.3f} to {one.high:.3f})"
+        )  # fmt: skip
+        table.add_row(f"{_title(name)}{where}", told)
+
+
+def _title(name: str) -> str:
+    title = title_of(name)
+    return title[:1].upper() + title[1:]
 
 
 def _sites(summary: Mapping[str, Any]) -> Table:
@@ -80,12 +93,11 @@ def _in_words(summary: Mapping[str, Any]) -> str:
     kind = " and ".join(
         word for word, on in (("noised", private), ("securely aggregated", secure)) if on
     )
-    counts = "Dice" if "dice_final" in summary else "score"
-    what = f"model updates and {counts} histograms; no image"
+    what = "model updates and counts of patients; no image"
     if private:
         what = "model updates; no image, count or score"
         if summary.get("release") is not None:
-            what = "model updates and, once, score histograms; no image"
+            what = "model updates and, once, counts of patients; no image"
     return f"{kind} {what}".strip()
 
 

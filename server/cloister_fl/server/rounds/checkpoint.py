@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cloister_fl.errors import NothingToResume, ResumeMismatch
+from cloister_fl.metrics.figures import Metrics
 from cloister_fl.protocol.round_messages import Vector
 from cloister_fl.server.rounds.strategies import OptimizerState
 from cloister_fl.study.schema import Study
 from cloister_fl.system.files import write_atomic
 
-FORMAT = "cloister/checkpoint/v3"
+FORMAT = "cloister/checkpoint/v4"
 CHECKPOINT_FOLDER = "checkpoint"
 """Its name inside the folder of a run."""
 
@@ -32,25 +33,38 @@ _PROGRESS = "progress.json"
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures of the model after a round; None where it was not, or may not be, evaluated."""
+    """A model of the run, as it is told.
+
+    Attributes:
+        round: whose result it is; 0 for the initial model.
+        sites: how many sites' updates went into it.
+        seconds: wall time of the round.
+        update_norm: L2 norm of the mean update.
+        epsilon: privacy spent so far, at the study's delta; None where privacy is off.
+        metrics: what it was measured to do; None where it was not, or may not be, evaluated.
+    """
 
     round: int
     sites: int
     seconds: float
     update_norm: float
     epsilon: float | None = None
-    auroc: float | None = None
-    auroc_low: float | None = None
-    auroc_high: float | None = None
-    auprc: float | None = None
-    auprc_low: float | None = None
-    auprc_high: float | None = None
-    balanced_accuracy: float | None = None
-    balanced_accuracy_low: float | None = None
-    balanced_accuracy_high: float | None = None
-    dice: float | None = None
-    dice_low: float | None = None
-    dice_high: float | None = None
+    metrics: Metrics | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary ready for ``json.dumps``."""
+        metrics = self.metrics and self.metrics.to_json()
+        return {**vars(self), "metrics": metrics}
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Figures:
+        """Read what ``to_json`` gave.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is something else.
+        """
+        metrics = told["metrics"] and Metrics.from_json(told["metrics"])
+        return cls(**{**told, "metrics": metrics})
 
 
 @dataclass(frozen=True)
@@ -61,13 +75,27 @@ class Released:
         asked: ids of the sites that it was asked of, rising; they count as charged.
         sites: how many are in the sum; 0 where there is none, and never will be.
         noise: standard deviation of the noise in each cell of the sum, in patients.
-        metrics: what was measured, ``Metrics.to_json``; None where there is no sum.
+        metrics: what was measured, noised throughout; None where there is no sum.
     """
 
     asked: tuple[str, ...]
     sites: int = 0
     noise: float = 0.0
-    metrics: dict[str, Any] | None = None
+    metrics: Metrics | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary ready for ``json.dumps``."""
+        return {**vars(self), "metrics": self.metrics and self.metrics.to_json()}
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Released:
+        """Read what ``to_json`` gave.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is something else.
+        """
+        metrics = told["metrics"] and Metrics.from_json(told["metrics"])
+        return cls(**{**told, "asked": tuple(told["asked"]), "metrics": metrics})
 
 
 @dataclass(frozen=True)
@@ -149,13 +177,13 @@ class Checkpoints:
         plain = {
             "run": state.run,
             "completed": state.completed,
-            "figures": [asdict(figures) for figures in state.figures],
+            "figures": [figures.to_json() for figures in state.figures],
             "lost": list(state.lost),
             "invited": list(state.invited),
             "started": state.started,
             "sent": state.sent,
             "seconds": state.seconds,
-            "release": None if state.release is None else asdict(state.release),
+            "release": state.release and state.release.to_json(),
         }
         metadata = {"format": FORMAT, "study": study.canonical(), "state": json.dumps(plain)}
         write_atomic(self._folder / _STATE, save(tensors, metadata=metadata))
@@ -198,22 +226,19 @@ class Checkpoints:
                 why="A study's hash covers everything in it, so a changed study is a new one.",
                 remedy="Resume with the study file that it was started with.",
             )
-        release = plain.get("release")
-        if release is not None:
-            release = Released(**{**release, "asked": tuple(release["asked"])})
         state = RunState(
             run=plain["run"],
             completed=plain["completed"],
             model=np.array(tensors["model"], np.float32),
             optimizer=OptimizerState(tensors["first"], tensors["second"]),
-            figures=tuple(Figures(**figures) for figures in plain["figures"]),
+            figures=tuple(Figures.from_json(figures) for figures in plain["figures"]),
             lost=tuple(plain["lost"]),
             invited=tuple(plain["invited"]),
             started=plain["started"],
             sent=plain["sent"],
             seconds=plain["seconds"],
             average=np.array(tensors["average"], np.float32) if "average" in tensors else None,
-            release=release,
+            release=plain["release"] and Released.from_json(plain["release"]),
         )
         return state, sent
 

@@ -6,6 +6,7 @@ Two ways to collect: here in plain messages, for studies without secure aggregat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -154,17 +155,17 @@ class PlainCollector:
         task = EvaluateTask(self._canonical, members.run, number, members.asked, octets(), model)
         replies = self._messenger.ask(members.nodes, task, Evaluated)
         answers = [reply.message for reply in replies if isinstance(reply.message, Evaluated)]
-        size = sessions.histogram_size(self._study)
+        shape = sessions.counts_shape(self._study)
         noised = self._study.releases
         usable = [
             a.counts
             for a in answers
-            if a.counts.size == size and (noised or bool((a.counts >= 0).all()))
+            if a.counts.size == math.prod(shape) and (noised or bool((a.counts >= 0).all()))
         ]
         if not usable:
             return None
         total: Counts = np.sum(usable, axis=0)
-        return Histograms(total.reshape(sessions.curves(self._study), 2, -1), len(usable))
+        return Histograms(total.reshape(shape), len(usable))
 
 
 def require_sites(needed: int, present: int, asked: int, refused: Mapping[str, str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from cloister_fl.metrics.classification import Metrics
+from cloister_fl.metrics.figures import Metrics
 from cloister_fl.protocol.round_messages import Vector
 from cloister_fl.server.rounds.checkpoint import Figures, Released
 

@@ -17,7 +17,7 @@ from cloister_fl.study.schema import Study
 from cloister_fl.system.installation import install_command, own_entry_points
 
 if TYPE_CHECKING:
-    from cloister_fl.metrics.classification import Metrics
+    from cloister_fl.metrics.figures import Metrics
 
     Reader: TypeAlias = Callable[[Study, Path, Path], Callable[[Vector], Metrics]]
 

@@ -27,7 +27,6 @@ from cloister_fl.errors import (
     TooFewSurvivors,
 )
 from cloister_fl.membership.roster import Roster
-from cloister_fl.metrics.noisy import measure_noised
 from cloister_fl.networks import flat_parameters
 from cloister_fl.protocol.round_messages import Counts, Vector
 from cloister_fl.server.rounds.checkpoint import Checkpoints, Figures, Progress, Released, RunState
@@ -40,7 +39,6 @@ from cloister_fl.server.rounds.collector import (
     RoundLost,
 )
 from cloister_fl.server.rounds.events import Began, Hooks, Lost, Measured, ReleaseMade
-from cloister_fl.server.rounds.figures import figures_of, measure_counts
 from cloister_fl.server.rounds.messenger import Messenger
 from cloister_fl.server.rounds.participants import Participants
 from cloister_fl.server.rounds.secure_collector import SecureCollector
@@ -262,11 +260,11 @@ class Run:
     ) -> Figures:
         due = number % self._study.evaluation.every == 0 or number == self._study.training.rounds
         if due and self._hooks.evaluate is not None:
-            figures = figures_of(figures, self._hooks.evaluate(state.released))
+            figures = replace(figures, metrics=self._hooks.evaluate(state.released))
         elif due and not self._study.privacy.enabled and self._study.evaluation.site_fraction:
             counts = self._histogram(collector, number, state.released)
             if counts is not None:
-                figures = figures_of(figures, measure_counts(counts, self._study))
+                figures = replace(figures, metrics=self._study.task.measure_counts(counts))
         self._hooks.notify(Measured(figures, self._study.training.rounds))
         return figures
 
@@ -289,8 +287,8 @@ class Run:
         assert mechanism is not None
         cell = mechanism.noise_multiplier * sensitivity(self._study) / UNITS
         noise = cell * math.sqrt(found.sites)
-        metrics = measure_noised(found.total / UNITS, noise)
-        return Released(asked, found.sites, noise, metrics.to_json())
+        metrics = self._study.task.measure_counts(found.total / UNITS, noise)
+        return Released(asked, found.sites, noise, metrics)
 
     def _histogram(self, collector: Collector, number: int, model: Vector) -> Counts | None:
         try:

@@ -156,7 +156,7 @@ class SecureCollector:
         except RoundLost:
             return None
         counts = np.rint(aggregate.sum()).astype(np.int64)
-        total = counts.reshape(sessions.curves(study), 2, -1)
+        total = counts.reshape(sessions.counts_shape(study))
         return Histograms(total, len(aggregate.survivors))
 
     def _sum(self, wanted: _Sum) -> secagg.Aggregate:

@@ -109,10 +109,10 @@ def test_module_import_is_light() -> None:
 
 
 class _FakeNetwork:
-    """Stands in for a network; ``predict`` hands it to ``image_scores`` only."""
+    """Stands in for a network; ``predict`` hands it to ``answers_for`` only."""
 
 
-def _fake_scores(_module: object, cohort: evaluation.Cohort) -> np.ndarray:
+def _fake_scores(_module: object, cohort: evaluation.Cohort, _task: object) -> np.ndarray:
     mean = cohort.images.mean(axis=(1, 2)) / 65535
     return np.stack([1 - mean, mean], axis=1)
 
@@ -120,7 +120,7 @@ def _fake_scores(_module: object, cohort: evaluation.Cohort) -> np.ndarray:
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(model_file, "load_model", lambda _path, _device: (_FakeNetwork(), STUDY))
-    monkeypatch.setattr(evaluation, "image_scores", _fake_scores)
+    monkeypatch.setattr(evaluation, "answers_for", _fake_scores)
     return Path("model.safetensors")
 
 
@@ -191,13 +191,15 @@ def test_predict_with_a_pretrained_model(tmp_path: Path, monkeypatch: pytest.Mon
     assert path.stat().st_size < 10_000
     write_dicom(tmp_path / "images" / "1")
     seen: list[Cohort] = []
-    honest = evaluation.image_scores
-    monkeypatch.setattr(evaluation, "image_scores", lambda m, c: seen.append(c) or honest(m, c))
+    honest = evaluation.answers_for
+    monkeypatch.setattr(
+        evaluation, "answers_for", lambda m, c, task: seen.append(c) or honest(m, c, task)
+    )
     predict(path, tmp_path / "images", tmp_path / "s.csv", device="cpu")
     with (tmp_path / "s.csv").open(newline="") as file:
         row = list(csv.reader(file))[1]
     with torch.no_grad():
-        expected = torch.softmax(module(pixels_of(seen[0], [Bag(0, np.array([0]))])), dim=1)[0]
+        expected = torch.softmax(module(pixels_of(seen[0], [Bag(np.array([0]))])), dim=1)[0]
     assert float(row[2]) == pytest.approx(float(expected[1]), abs=2e-6)
     assert 0.001 < float(row[2]) < 0.999
     (tmp_path / "s.csv").unlink()

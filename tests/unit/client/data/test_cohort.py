@@ -500,7 +500,7 @@ def test_pixels_run_from_minus_two_to_two() -> None:
     cohort = Cohort(
         np.array([[[0, 65535], [1, 32768]]], dtype=np.uint16).repeat(3, 0), (), {}, {}, {}
     )
-    found = pixels_of(cohort, [Bag(0, np.array([2])), Bag(0, np.array([0]))])
+    found = pixels_of(cohort, [Bag(np.array([2])), Bag(np.array([0]))])
     assert found.shape == (2, 1, 2, 2)
     assert str(found.dtype) == "torch.float32"
     expected = [-2, 2, (1 / 65535 - 0.5) / 0.25, (32768 / 65535 - 0.5) / 0.25]

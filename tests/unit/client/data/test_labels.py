@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from cloister_fl.client.data.labels import Labels, Linked, join, read_labels
 from cloister_fl.client.dicom.folder_reader import Keys
 from cloister_fl.errors import LabelMissing, LabelsInvalid, LabelWithoutImage
-from cloister_fl.study.target import Target
+from cloister_fl.tasks.classification import Classification
 from support.errors import is_of
 
-TARGET = Target(column="finding", classes=("normal", "nodule", "mass"))
+TASK = Classification("finding", ("normal", "nodule", "mass"))
 
 
 def _read(tmp_path: Path, text: str | bytes) -> Labels:
     path = tmp_path / "labels.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read_labels(path, TARGET)
+    return read_labels(path, TASK)
 
 
 def _fails(tmp_path: Path, text: str | bytes) -> str:
@@ -146,7 +146,7 @@ def test_broken_quotes_and_nul(tmp_path: Path) -> None:
 def test_no_file_or_a_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "CANARY.csv", tmp_path):
         with pytest.raises(LabelsInvalid) as caught:
-            read_labels(path, TARGET)
+            read_labels(path, TASK)
         assert "CANARY" not in str(caught.value)
         assert str(tmp_path) not in str(caught.value)
 
@@ -223,7 +223,7 @@ def test_any_text_is_read_or_refused_in_words(
     path = tmp_path_factory.getbasetemp() / "any.csv"
     path.write_bytes(("PatientID,finding\n" + text).encode("utf-8", "surrogatepass"))
     try:
-        labels = read_labels(path, TARGET)
+        labels = read_labels(path, TASK)
     except LabelsInvalid:
         return
     assert all(key and label.value in (0, 1, 2) for key, label in labels.rows.items())
@@ -233,7 +233,7 @@ def test_any_text_is_read_or_refused_in_words(
 @given(
     st.dictionaries(
         st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1),
-        st.sampled_from(TARGET.classes),
+        st.sampled_from(TASK.classes),
         max_size=8,
     )
 )
@@ -245,5 +245,5 @@ def test_what_csv_writes_comes_back(
     path = tmp_path_factory.getbasetemp() / "written.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("PatientID", "finding"), *rows.items()])
-    found = read_labels(path, TARGET).rows
-    assert {key: TARGET.classes[label.value] for key, label in found.items()} == rows
+    found = read_labels(path, TASK).rows
+    assert {key: TASK.classes[label.value] for key, label in found.items()} == rows

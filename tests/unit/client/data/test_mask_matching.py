@@ -1,4 +1,4 @@
-"""Outlines lie where their images lie, are the patient's own, and touch no other patient's."""
+"""Masks lie where their images lie, are the patient's own, and touch no other patient's."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def site(tmp_path: Path) -> Site:
     made = init_site(tmp_path, name="site", policy=Policy(min_patients_per_class=1))
     for number, source in enumerate(slices(COUNT)):
         (made.dicom / f"{number}.dcm").write_bytes(source)
-    put(made, outlined())
+    put(made, segmented())
     return made
 
 
-def outlined() -> Dataset:
+def segmented() -> Dataset:
     return segmentation(slices(COUNT), np.concatenate([mask(k) for k in range(COUNT)]))
 
 
@@ -72,7 +72,7 @@ def _shifted(file: Dataset) -> None:
 
 
 def _exchanged(file: Dataset) -> None:
-    """The outlines of two slices, each said to be of the other."""
+    """The masks of two slices, each said to be of the other."""
     first, third = (file.PerFrameFunctionalGroupsSequence[place] for place in (0, 2))
     one, other = (frame.DerivationImageSequence for frame in (first, third))
     first.DerivationImageSequence = copy.deepcopy(other)
@@ -94,7 +94,7 @@ def test_what_lies_elsewhere_is_a_fault(
     site: Site, change: Callable[[Dataset], None], told: str
 ) -> None:
     assert read_cohort(site, STUDY).faults == ()
-    file = outlined()
+    file = segmented()
     change(file)
     put(site, file)
     (fault, *_) = read_cohort(site, STUDY).faults
@@ -103,7 +103,7 @@ def test_what_lies_elsewhere_is_a_fault(
 
 
 def test_frames_that_lie_differently_are_turned_away(site: Site) -> None:
-    file = outlined()
+    file = segmented()
     planes = file.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
     frame = file.PerFrameFunctionalGroupsSequence[0]
     frame.PlaneOrientationSequence = copy.deepcopy(planes)
@@ -113,7 +113,7 @@ def test_frames_that_lie_differently_are_turned_away(site: Site) -> None:
 
 
 def test_a_coordinate_that_was_rounded_is_the_same_place(site: Site) -> None:
-    file = outlined()
+    file = segmented()
     for frame in file.PerFrameFunctionalGroupsSequence:
         x, y, z = frame.PlanePositionSequence[0].ImagePositionPatient
         frame.PlanePositionSequence[0].ImagePositionPatient = [x, y, f"{z + 0.004:.4f}"]
@@ -124,12 +124,11 @@ def test_a_coordinate_that_was_rounded_is_the_same_place(site: Site) -> None:
 def _targets(cohort: Cohort | None) -> dict[str, tuple[int, bytes, bytes]]:
     """What training sees of each patient."""
     assert cohort is not None
-    assert cohort.masks is not None
     return {
         one.pseudonym: (
             one.label,
             cohort.images[list(one.images)].tobytes(),
-            cohort.masks[list(one.images)].tobytes(),
+            cohort.targets[list(one.images)].tobytes(),
         )
         for one in cohort.patients
     }
@@ -178,7 +177,7 @@ def test_a_segmentation_that_comes_after_freezing_disturbs_nobody(tmp_path: Path
     site = init_site(tmp_path, name="site", policy=Policy(min_patients_per_class=5))
     frozen = _targets(load_frozen(site, STUDY))
     source = (site.dicom / "1-0.dcm").read_bytes()
-    # First in the folder: another outline of a frozen image, and one of an image that is not here.
+    # First in the folder: another marking of a frozen image, and one of an image that is not here.
     (site.dicom / "!.dcm").write_bytes(segment([source], mask(5), name="another"))
     (site.dicom / "!!.dcm").write_bytes(segment([image("MRN00001", 77)], mask(6)))
     assert _targets(load_frozen(site, STUDY)) == frozen
@@ -220,10 +219,9 @@ def test_what_is_not_marked_takes_no_room(tmp_path: Path) -> None:
     (site.dicom / "seg.dcm").write_bytes(segment(sources, marked))
     study = STUDY.model_copy(update={"input": STUDY.input.model_copy(update={"size": 512})})
     cohort = load_cohort(site, study)
-    assert cohort.masks is not None
-    assert cohort.masks.shape == (1, 512, 512)
-    assert cohort.masks.any()
-    # The image, and an outline of 32 kB with 200 names of 64 bytes.
+    assert cohort.targets.shape == (1, 512, 512)
+    assert cohort.targets.any()
+    # The image, and a mask of 32 kB with 200 names of 64 bytes.
     sizes = sorted(path.stat().st_size for path in site.cache.iterdir())
     assert len(sizes) == 2
     assert sizes[0] < 50_000

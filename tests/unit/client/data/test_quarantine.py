@@ -119,7 +119,7 @@ def test_a_release_that_lets_nothing_in_can_be_taken_back(site: Site) -> None:
     )  # fmt: skip
     reading = read_cohort(site, OUTLINED)
     assert reading.rejects[Reject.PREAMBLE] == 2
-    assert reading.outlines == ()
+    assert reading.segmentations == ()
     decide(site, last, Decision.KEPT, why="it is no use")
     *_, last = quarantined_files(site)
     assert last.judgement is not None

@@ -392,7 +392,7 @@ def test_a_cohort_of_volumes(tmp_path: Path, key: str) -> None:
         (index,) = [i for i in range(4) if np.array_equal(cohort.images[i], expected)]
         (patient,) = [one for one in cohort.patients if one.images == (index,)]
         assert patient.label == number % 2
-    seen = pixels_of(cohort, [Bag(0, np.array([2, 0]))])
+    seen = pixels_of(cohort, [Bag(np.array([2, 0]))])
     assert seen.shape == (2, 1, 9, 24, 24)
     share = int(cohort.images[2, 3, 4, 5]) / 65535
     assert float(seen[0, 0, 3, 4, 5]) == pytest.approx((share - 0.5) / 0.25, abs=1e-6)
@@ -460,7 +460,7 @@ def test_the_check_counts_volumes_and_shows_their_middle(tmp_path: Path) -> None
     assert "4 patients with 1 volume\n" in text
     assert "          8  CLO-228  slice of a series too short for a volume\n" in text
     assert report.cohort is not None
-    shown, png = contact_sheet(report.cohort)
+    shown, png = contact_sheet(report.cohort, None)
     assert shown == 4
     sheet = np.asarray(Image.open(io.BytesIO(png)))
     middle = (report.cohort.images[0][4] >> 8).astype(np.uint8)
@@ -486,7 +486,7 @@ def test_a_model_of_volumes_scores_series(tmp_path: Path) -> None:
         (name,) = [one for one in ("a", "b") if uid("series", "P1", one) == row[0]]
         volume = alone(stored + np.uint16(ord(name)))
         cohort = Cohort(volume[None], (), {}, {}, {})
-        scores = loaded(pixels_of(cohort, [Bag(0, np.array([0]))])).softmax(dim=1)[0]
+        scores = loaded(pixels_of(cohort, [Bag(np.array([0]))])).softmax(dim=1)[0]
         assert [float(one) for one in row[1:]] == pytest.approx(scores.tolist(), abs=2e-6)
 
 
@@ -495,11 +495,11 @@ def test_augmentation_moves_all_slices_of_a_volume_alike() -> None:
     patients = (Patient("a", 0, (0, 1)),)
     cohort = Cohort(images, patients, {}, {}, {})
     moves = np.array([[1, 2, -1], [0, -2, 0]])
-    moved = pixels_of(cohort, [Bag(0, np.array([0, 1]), moves)])
+    moved = pixels_of(cohort, [Bag(np.array([0, 1]), moves)])
     assert moved.shape == (2, 1, 5, 32, 32)
     for layer in range(5):
         flat = Cohort(images[:, layer], patients, {}, {}, {})
-        expected = pixels_of(flat, [Bag(0, np.array([0, 1]), moves)])
+        expected = pixels_of(flat, [Bag(np.array([0, 1]), moves)])
         assert np.array_equal(moved[:, :, layer], expected)
     assert images_at_once(cohort, 64) == 12
     assert images_at_once(flat, 64) == 64

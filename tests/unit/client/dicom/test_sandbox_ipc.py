@@ -59,7 +59,7 @@ MASKS = dataclasses.replace(FACTS, modality="SEG")
 
 def test_outlines_come_back_as_they_were_where_they_were_asked_for() -> None:
     for length in (2, MAX_OUT_BYTES):
-        said = ipc.pack_outlines(7, MASKS, length)
+        said = ipc.pack_masks(7, MASKS, length)
         assert ipc.parse_answer(said, OUTLINED, UNFIT) == (MASKS, length)
         with pytest.raises(ipc.InvalidMessage):
             ipc.parse_answer(said, REQUEST, UNFIT)
@@ -82,7 +82,7 @@ def test_outlines_come_back_as_they_were_where_they_were_asked_for() -> None:
     ],
 )
 def test_outlines_that_no_sound_worker_tells_of(change: dict[str, object], length: int) -> None:
-    said = ipc.pack_outlines(7, dataclasses.replace(MASKS, **change), length)  # type: ignore[arg-type]
+    said = ipc.pack_masks(7, dataclasses.replace(MASKS, **change), length)  # type: ignore[arg-type]
     with pytest.raises(ipc.InvalidMessage):
         ipc.parse_answer(said, OUTLINED, UNFIT)
     for end in (9, 12):

@@ -1,4 +1,4 @@
-"""DICOM Segmentations become outlines of the images that they mark, or are turned away."""
+"""DICOM Segmentations become masks of the images that they mark, or are turned away."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def read(pool: Pool, file: bytes, name: str = "lungs") -> dict[str, mask_table.M
 
 
 def unpack(table: mask_table.Table, size: int) -> dict[str, mask_table.Mask]:
-    found = mask_table.Outlines(table, size)
-    return {uid: found.whole(found.outline(uid)) for uid in found.uids}
+    found = mask_table.Masks(table, size)
+    return {uid: found.whole(found.marking(uid)) for uid in found.uids}
 
 
 def refused(pool: Pool, file: bytes, name: str = "lungs") -> Reject:
@@ -282,9 +282,9 @@ def test_an_unfit_library_stops_the_reading_and_says_what(pool: Pool) -> None:
 @settings(max_examples=30)
 def test_a_table_comes_back_to_the_bit(told: dict[str, tuple[int, str] | None], size: int) -> None:
     given = {
-        uid: mask_table.Outline()
+        uid: mask_table.Marking()
         if one is None
-        else mask_table.Outline(
+        else mask_table.Marking(
             np.random.default_rng(one[0]).integers(0, 2, (size, size)).astype(np.uint8), one[1]
         )
         for uid, one in told.items()
@@ -292,10 +292,10 @@ def test_a_table_comes_back_to_the_bit(told: dict[str, tuple[int, str] | None], 
     table = mask_table.pack(given)
     marked = sum(one is not None for one in told.values())
     assert table.nbytes == mask_table.longest(size, len(given), marked)
-    back = mask_table.Outlines(table, size)
+    back = mask_table.Masks(table, size)
     assert back.uids == given.keys()
     for uid, one in given.items():
-        found = back.outline(uid)
+        found = back.marking(uid)
         assert found.position == one.position
         assert (found.mask is None) == (one.mask is None)
         assert one.mask is None or np.array_equal(found.mask, one.mask)
@@ -303,8 +303,8 @@ def test_a_table_comes_back_to_the_bit(told: dict[str, tuple[int, str] | None], 
 
 
 def test_a_table_that_a_captured_worker_made_up_is_refused() -> None:
-    whole = mask_table.Outline(np.ones((16, 16), np.uint8), "1.0\\2.0\\3.0")
-    table = mask_table.pack({"1.2": whole, "1.3": whole, "1.4": mask_table.Outline()})
+    whole = mask_table.Marking(np.ones((16, 16), np.uint8), "1.0\\2.0\\3.0")
+    table = mask_table.pack({"1.2": whole, "1.3": whole, "1.4": mask_table.Marking()})
     assert len(unpack(table, 16)) == 3
     twice, nameless, named, many, none, more = (table.copy() for _ in range(6))
     twice[0, 4:36] = twice[0, 36:68]
@@ -330,7 +330,7 @@ def site(tmp_path: Path) -> Site:
 def test_a_cohort_has_the_outline_of_each_image(tmp_path: Path) -> None:
     marked = write(tmp_path)
     site = init_site(tmp_path, name="site", policy=Policy(min_patients_per_class=5))
-    # Whoever read the folder without an eye on outlines has turned the segmentations away.
+    # Whoever read the folder without an eye on masks has turned the segmentations away.
     plain = read_cohort(site, STUDY, require_labels=False)
     assert dict(plain.rejects) == {Reject.SOP_CLASS: 12}
     reading = read_cohort(site, STUDY)
@@ -338,22 +338,19 @@ def test_a_cohort_has_the_outline_of_each_image(tmp_path: Path) -> None:
     assert reading.files == 24
     cohort = reading.cohort
     assert cohort is not None
-    assert cohort.masks is not None
-    assert (cohort.masks.shape, cohort.masks.dtype) == ((12, 24, 24), np.uint8)
+    assert (cohort.targets.shape, cohort.targets.dtype) == ((12, 24, 24), np.uint8)
     assert sorted(one.label for one in cohort.patients) == [0, 1, 1, 1, 1, 1]
     wanted = {
         image_(name): by_area(box, 24).tobytes()
         for name, box in zip(_pixels(tmp_path), marked.values(), strict=True)
     }
-    for pixels, outline in zip(cohort.images, cohort.masks, strict=True):
-        assert wanted[pixels.tobytes()] == outline.tobytes()
+    for pixels, marking in zip(cohort.images, cohort.targets, strict=True):
+        assert wanted[pixels.tobytes()] == marking.tobytes()
     ours, held = split(cohort, 0.4)
-    assert held.masks is not None
-    assert ours.masks is not None
-    assert len(held.masks) == len(held.images) == 12 - len(ours.masks)
+    assert len(held.targets) == len(held.images) == 12 - len(ours.targets)
     # A second reading opens nothing and decodes nothing.
     again = load_cohort(site, STUDY)
-    assert np.array_equal(again.masks, cohort.masks)
+    assert np.array_equal(again.targets, cohort.targets)
 
 
 def _pixels(folder: Path) -> list[Path]:
@@ -370,9 +367,8 @@ def image_(path: Path) -> bytes:
 def test_nothing_plain_of_an_outline_lies_on_the_disk(site: Site) -> None:
     load_frozen(site, STUDY)
     cohort = load_cohort(site, STUDY)
-    assert cohort.masks is not None
-    plain = {np.packbits(mask).tobytes()[:40] for mask in cohort.masks if mask.any()}
-    plain |= {mask.tobytes()[200:300] for mask in cohort.masks if mask[9:12].any()}
+    plain = {np.packbits(mask).tobytes()[:40] for mask in cohort.targets if mask.any()}
+    plain |= {mask.tobytes()[200:300] for mask in cohort.targets if mask[9:12].any()}
     plain |= {b"MRN0", b"2.25.", b"lungs"}
     assert len(plain) > 10
     files = [path for path in site.root.rglob("*") if path.is_file()]
@@ -389,8 +385,10 @@ def test_the_steward_sees_what_is_marked(site: Site) -> None:
     assert "labels      nothing marked 1, lungs 5 (patients)" in told
     assert "The data can be used." in told
     cohort = load_cohort(site, STUDY)
-    shown = Image.open(io.BytesIO(contact_sheet(cohort)[1]))
-    plain = Image.open(io.BytesIO(contact_sheet(load_cohort(site, STUDY, require_labels=False))[1]))
+    shown = Image.open(io.BytesIO(contact_sheet(cohort, STUDY.task)[1]))
+    plain = Image.open(
+        io.BytesIO(contact_sheet(load_cohort(site, STUDY, require_labels=False), STUDY.task)[1])
+    )
     whiter = np.asarray(shown).astype(int) - np.asarray(plain)
     assert whiter.min() == 0
     assert (np.asarray(shown)[whiter > 0] == 255).all()
@@ -503,17 +501,17 @@ def test_a_byte_of_a_cached_mask_is_named(site: Site) -> None:
     assert hits == 4
 
 
-def test_an_outline_moves_with_its_image() -> None:
+def test_a_mask_moves_with_its_image() -> None:
     rng = np.random.default_rng(1)
 
     class Both:
         images = rng.integers(0, 2, (3, 32, 32)).astype(np.uint16) * 65535
-        masks = (images == 65535).astype(np.uint8)
+        targets = (images == 65535).astype(np.uint8)
         patients = ()
 
     moves = np.array([[1, 2, -1], [0, -2, 2], [1, 0, 1]])
-    bag = Bag(1, np.arange(3), moves)
-    seen, wanted = pixels_of(Both(), [bag]), targets_of(Both(), [bag])
+    bag = Bag(np.arange(3), moves)
+    seen, wanted = pixels_of(Both(), [bag]), targets_of(STUDY.task, Both(), [bag])
     assert wanted.shape == (3, 1, 32, 32)
     assert np.array_equal((seen > 0).numpy(), wanted.numpy() == 1)
-    assert not np.array_equal(wanted[:, 0].numpy(), Both.masks)
+    assert not np.array_equal(wanted[:, 0].numpy(), Both.targets)

@@ -149,7 +149,7 @@ def test_many_sizes_are_summed_up(tmp_path: Path) -> None:
 
 def test_contact_sheet(tmp_path: Path) -> None:
     cohort = load_cohort(_site(tmp_path / "site", 10, 2), STUDY)
-    shown, png = contact_sheet(cohort)
+    shown, png = contact_sheet(cohort, None)
     assert shown == 10
     with Image.open(io.BytesIO(png)) as sheet:
         assert sheet.size == (8 * SHEET_TILE, 2 * SHEET_TILE)
@@ -165,7 +165,7 @@ def test_contact_sheet(tmp_path: Path) -> None:
 
 def test_contact_sheet_shows_at_most_48(tmp_path: Path) -> None:
     cohort = load_cohort(_site(tmp_path / "site", 50), STUDY)
-    assert contact_sheet(cohort)[0] == 48
+    assert contact_sheet(cohort, None)[0] == 48
 
 
 def _canary_elements() -> dict[str, object]:
@@ -253,7 +253,7 @@ def test_the_canary_is_nowhere(
             said += [str(error), repr(error), repr(error.__cause__)]
         assert report.cohort is not None
         said += [repr(report.cohort), repr(report.cohort.patients)]
-        (tmp_path / "sheet.png").write_bytes(contact_sheet(report.cohort)[1])
+        (tmp_path / "sheet.png").write_bytes(contact_sheet(report.cohort, None)[1])
     said += [caplog.text, *capfd.readouterr()]
     written = [path.read_bytes() for path in site.cache.iterdir()]
     written.append((tmp_path / "sheet.png").read_bytes())

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from cloister_fl.client.data.feature_store import Features, Rows
 from cloister_fl.client.training import feature_cache
-from cloister_fl.client.training.evaluation import image_scores
+from cloister_fl.client.training.evaluation import answers_for
 from cloister_fl.client.training.feature_cache import features_of
 from cloister_fl.client.training.sampling import Bag, pixels_of
 from cloister_fl.networks.flat_parameters import load
 from cloister_fl.networks.frozen_backbone import FrozenBackbone
 from cloister_fl.networks.registry import build
 from cloister_fl.study.schema import Network
+from support.cohorts import TASK
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Some:
     images: NDArray[np.uint16]
     features: Features = field(default_factory=Features)
     patients: tuple[()] = ()
+    targets: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 def cohort(count: int, seed: int = 0) -> Some:
@@ -113,9 +115,9 @@ def test_nothing_outlives_its_cohort_and_no_cohort_sees_anothers(computed: list[
 def test_scores_are_those_of_the_whole_network(computed: list[int]) -> None:
     module, whole = pretrained_network(), cohort(3)
     with torch.no_grad():
-        logits = module(pixels_of(whole, [Bag(0, np.arange(3))])).double()
-    scores = image_scores(module, whole)
+        logits = module(pixels_of(whole, [Bag(np.arange(3))])).double()
+    scores = answers_for(module, whole, TASK)
     np.testing.assert_allclose(scores, torch.softmax(logits, dim=1).numpy(), atol=1e-6)
     assert np.ptp(scores[:, 1]) > 1e-3
-    image_scores(module, whole)
+    answers_for(module, whole, TASK)
     assert computed == [0, 1, 2]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
@@ -28,7 +27,9 @@ from cloister_fl.client.training.sampling import Bag, FeatureCohort
 from cloister_fl.errors import InternalError
 from cloister_fl.networks.registry import REGISTRY, build
 from cloister_fl.study.schema import Network
-from support.cohorts import OnePatient, every_bag, patients_of
+from cloister_fl.tasks import Task
+from cloister_fl.tasks.segmentation import Segmentation
+from support.cohorts import TASK, OnePatient, every_bag, patients_of, targets_by
 
 UNIT = 2**GRID_BITS
 SIZES = (2, 1, 5, 3, 4)
@@ -52,23 +53,26 @@ def cohort_of(
     pixels = (
         np.random.default_rng(seed).normal(size=(sum(sizes), 1, *depth, side, side)).astype(dtype)
     )
-    cohort = FeatureCohort(pixels, patients_of(sizes))
+    patients = patients_of(sizes)
+    cohort = FeatureCohort(pixels, patients, targets_by(patients))
     return cohort, every_bag(cohort)
 
 
-@dataclass(frozen=True)
-class Outlined(FeatureCohort):
-    masks: NDArray[np.uint8]
+MASKS = Segmentation("lungs")
 
 
-def outlined(cohort: FeatureCohort) -> Outlined:
-    """The same cohort with an outline each, one of them empty."""
+def task_of(cohort: FeatureCohort) -> Task:
+    return MASKS if cohort.targets.ndim > 1 else TASK
+
+
+def segmented(cohort: FeatureCohort) -> FeatureCohort:
+    """The same cohort with a mask each, one of them empty."""
     masks = (cohort.images[:, 0] > 0.5).astype(np.uint8)
     masks[1] = 0
-    return Outlined(cohort.images, cohort.patients, masks)
+    return FeatureCohort(cohort.images, cohort.patients, masks)
 
 
-def outline_loss(logits: Tensor, masks: NDArray[np.uint8]) -> Tensor:
+def mask_loss(logits: Tensor, masks: NDArray[np.uint8]) -> Tensor:
     """Cross entropy of each pixel and soft Dice, written out, of one patient."""
     total = torch.zeros((), dtype=torch.float64)
     for row, mask in zip(logits[:, 0], torch.from_numpy(masks.astype(np.float64)), strict=True):
@@ -86,17 +90,25 @@ def loop(module: nn.Module, cohort: FeatureCohort, bags: list[Bag]) -> Tensor:
     rows = []
     for bag in bags:
         images = torch.from_numpy(cohort.images[bag.images]).double()
-        if isinstance(cohort, Outlined):
-            loss = outline_loss(precise(images), cohort.masks[bag.images])
+        if cohort.targets.ndim > 1:
+            loss = mask_loss(precise(images), cohort.targets[bag.images])
         else:
-            loss = F.cross_entropy(precise(images), torch.full((len(images),), bag.label))
+            loss = F.cross_entropy(precise(images), torch.from_numpy(cohort.targets[bag.images]))
         rows.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, weights)]))
     return torch.stack(rows)
 
 
+def by_books(module: nn.Module, cohort: FeatureCohort, clip: float) -> PatientGradSampleModule:
+    return PatientGradSampleModule(
+        module, task_of(cohort), engine="book-keeping", clipping_norm=clip
+    )
+
+
 def book_sum(module: nn.Module, cohort: FeatureCohort, bags: list[Bag], clip: float) -> Tensor:
     """The float sum of what the engine yields, which must come from book-keeping."""
-    patients = PatientGradSampleModule(module, engine="book-keeping", clipping_norm=clip)
+    patients = PatientGradSampleModule(
+        module, task_of(cohort), engine="book-keeping", clipping_norm=clip
+    )
     blocks = list(patients.blocks(cohort, bags))
     patients.to_standard_module()
     assert blocks
@@ -122,16 +134,16 @@ TRAINED = [name for name in REGISTRY if name not in {"efficientnet-lite0", "froz
 def test_every_network_equals_the_float64_loop_in_each_mode(name: str) -> None:
     side = REGISTRY[name].smallest
     depth = (5,) if REGISTRY[name].dimensions == 3 else ()
-    outputs = 1 if REGISTRY[name].outlines else 2
+    outputs = 1 if REGISTRY[name].answers == "pixel" else 2
     network = Network(name=name)
     module = build(network, outputs, 1, size=side, seed=1, depth=5 if depth else None).double()
     cohort, bags = cohort_of(SIZES, side, depth=depth)
-    if REGISTRY[name].outlines:
-        cohort = outlined(cohort)
+    if REGISTRY[name].answers == "pixel":
+        cohort = segmented(cohort)
     exact = loop(module, cohort, bags)
     modes: tuple[Engine, ...] = ("patients", "opacus")
     for engine in modes:
-        patients = PatientGradSampleModule(module, engine=engine)
+        patients = PatientGradSampleModule(module, task_of(cohort), engine=engine)
         patients.fill_grad_samples(cohort, bags)
         weights = [weight for weight in module.parameters() if weight.requires_grad]
         rows = torch.cat([w.grad_sample.flatten(1) for w in weights], dim=1)  # type: ignore[attr-defined]
@@ -152,7 +164,7 @@ def test_a_head_on_features_equals_the_float64_loop_in_each_mode() -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(256, 2)).double()
     exact = loop(module, cohort, bags)
     for engine in ("patients", "opacus"):
-        patients = PatientGradSampleModule(module, engine=engine)
+        patients = PatientGradSampleModule(module, task_of(cohort), engine=engine)
         patients.fill_grad_samples(cohort, bags)
         weights = list(module.parameters())
         rows = torch.cat([w.grad_sample.flatten(1) for w in weights], dim=1)  # type: ignore[attr-defined]
@@ -202,10 +214,16 @@ def test_a_patient_moves_the_step_by_at_most_c(kind: str) -> None:
         "broken": np.full((2, 1, 16, 16), math.nan),
     }[kind].astype(np.float32)
     images = np.concatenate([cohort.images, added])
-    bag = Bag(1, np.arange(len(cohort.images), len(images)))
-    wide = FeatureCohort(images, cohort.patients)
+    bag = Bag(np.arange(len(cohort.images), len(images)))
+    wide = FeatureCohort(
+        images,
+        cohort.patients,
+        np.append(cohort.targets, [1] * len(added)),
+    )
     module, clip = tiny(), 1e-3
-    patients = PatientGradSampleModule(module, engine="book-keeping", clipping_norm=clip)
+    patients = PatientGradSampleModule(
+        module, task_of(cohort), engine="book-keeping", clipping_norm=clip
+    )
     size = sum(weight.numel() for weight in module.parameters())
     without = clipped_sum(patients.blocks(wide, bags), size, clip)
     for place in (0, 17, 40):
@@ -265,7 +283,9 @@ def test_squared_norms_are_bounds_and_close_ones(size: int, scales: list[float],
 def test_the_sum_is_on_the_grid() -> None:
     cohort, bags = cohort_of(SIZES, 16, "float32")
     module, clip = tiny(), 0.25
-    patients = PatientGradSampleModule(module, engine="book-keeping", clipping_norm=clip)
+    patients = PatientGradSampleModule(
+        module, task_of(cohort), engine="book-keeping", clipping_norm=clip
+    )
     size = sum(weight.numel() for weight in module.parameters())
     total = clipped_sum(patients.blocks(cohort, bags), size, clip)
     assert total.dtype == torch.int64
@@ -295,7 +315,7 @@ def test_a_patient_without_finite_gradient_counts_as_zero_and_spoils_no_other() 
     images[bags[2].images[1], 0, 0, 0] = 9
     images[bags[4].images] = math.nan
     module = Broken().double()
-    spoilt = FeatureCohort(images, cohort.patients)  # type: ignore[arg-type]
+    spoilt = FeatureCohort(images, cohort.patients, cohort.targets)  # type: ignore[arg-type]
     sound = [bags[0], bags[1], bags[3]]
     wanted = loop(module, cohort, sound).sum(dim=0)
     assert close(book_sum(module, spoilt, bags, 1e20), wanted)
@@ -341,7 +361,9 @@ def test_what_has_no_rule_goes_from_patient_to_patient(make: type[nn.Module]) ->
     size = sum(weight.numel() for weight in module.parameters())
     sums = [
         clipped_sum(
-            PatientGradSampleModule(module, engine=engine, clipping_norm=clip).blocks(cohort, bags),
+            PatientGradSampleModule(
+                module, task_of(cohort), engine=engine, clipping_norm=clip
+            ).blocks(cohort, bags),
             size,
             clip,
         )
@@ -374,13 +396,17 @@ def test_one_patient_can_move_the_sum_by_many_times_the_clipping_norm() -> None:
     rows = [np.zeros((16, 100)), *[[each, -each * (1 - 2e-3)] for _ in range(24)]]
     features = np.concatenate(rows).astype(np.float32).reshape(-1, 100, 1, 1)
     ends = np.cumsum([0, *(len(row) for row in rows)])
-    bags = [Bag(0, np.arange(start, end)) for start, end in pairwise(ends)]
-    cohort = FeatureCohort(features, [OnePatient(0, tuple(bag.images)) for bag in bags])
+    bags = [Bag(np.arange(start, end)) for start, end in pairwise(ends)]
+    cohort = FeatureCohort(
+        features,
+        [OnePatient(0, tuple(bag.images)) for bag in bags],
+        np.zeros(len(features), np.int64),
+    )
     network = nn.Sequential(nn.Flatten(), nn.Linear(100, 2, bias=False)).train()
     nn.init.zeros_(network[1].weight)
     sums = []
     for engine in ("book-keeping", "patients"):
-        patients = PatientGradSampleModule(network, engine=engine, clipping_norm=clip)
+        patients = PatientGradSampleModule(network, TASK, engine=engine, clipping_norm=clip)
         whole, rest = (
             clipped_sum(patients.blocks(cohort, some), 200, clip) for some in (bags, bags[1:])
         )
@@ -393,4 +419,4 @@ def test_one_patient_can_move_the_sum_by_many_times_the_clipping_norm() -> None:
 def test_it_needs_the_clipping_norm() -> None:
     cohort, bags = cohort_of((1,), 16, "float32")
     with pytest.raises(InternalError, match="clipping norm"):
-        list(PatientGradSampleModule(tiny(), engine="book-keeping").blocks(cohort, bags))
+        list(PatientGradSampleModule(tiny(), TASK, engine="book-keeping").blocks(cohort, bags))

@@ -34,7 +34,7 @@ from cloister_fl.networks.flat_parameters import flatten
 from cloister_fl.networks.registry import build
 from cloister_fl.study.schema import Network, Study
 from support import studies
-from support.cohorts import OnePatient, Patients, cohort_of, every_bag
+from support.cohorts import TASK, OnePatient, Patients, cohort_of, every_bag, targets_by
 from support.federations import with_engine
 
 ENGINES: tuple[Engine, ...] = ("patients", "opacus")
@@ -154,7 +154,7 @@ def test_a_patient_moves_the_whole_step_by_at_most_c(kind: str) -> None:
         "spread": np.where(np.arange(256) == 7, 65535, 0).reshape(1, 16, 16),
     }[kind].astype(np.uint16)
     network = small(seed=3)
-    engine = PatientGradSampleModule(network, engine="patients")
+    engine = PatientGradSampleModule(network, TASK, engine="patients")
     size = len(flatten(network))
     images = np.concatenate([others.images, pixels])
     added = OnePatient(1, tuple(range(len(others.images), len(others.images) + count)))
@@ -174,7 +174,7 @@ def test_any_patient_may_go_and_the_step_moves_by_at_most_c(removed: int) -> Non
     cohort.images[1:3] = 0
     cohort.images[6:11] = np.indices((16, 16)).sum(axis=0) % 2 * 65535
     network = small(seed=3)
-    engine = PatientGradSampleModule(network, engine="patients")
+    engine = PatientGradSampleModule(network, TASK, engine="patients")
     size = len(flatten(network))
     bags = every_bag(cohort)
     rest = [bag for index, bag in enumerate(bags) if index != removed]
@@ -193,12 +193,12 @@ def test_a_value_that_is_none_in_one_patients_features_moves_nothing_else(
     features[4, 1, 0, 1] = value
     patients = tuple(OnePatient(place % 2, (2 * place, 2 * place + 1)) for place in range(4))
     network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).train()
-    module = PatientGradSampleModule(network, engine=engine, clipping_norm=1.0)
-    whole = FeatureCohort(features, patients)
-    rest = FeatureCohort(features, patients[:2] + patients[3:])
+    module = PatientGradSampleModule(network, TASK, engine=engine, clipping_norm=1.0)
+    whole = FeatureCohort(features, patients, targets_by(patients))
+    rest = FeatureCohort(features, patients[:2] + patients[3:], whole.targets)
     sums = []
     for cohort in (whole, rest):
-        bags = [Bag(one.label, np.array(one.images)) for one in cohort.patients]
+        bags = [Bag(np.array(one.images)) for one in cohort.patients]
         sums.append(clipped_sum(module.blocks(cohort, bags), 34, 1.0))
     module.to_standard_module()
     assert sums[1].any()
@@ -223,7 +223,7 @@ def test_a_patient_without_finite_gradient_counts_as_zero(engine: Engine) -> Non
     cohort = cohort_of([2] * 5)
     cohort.images[4:6] = 0
     rest = Patients(cohort.images, cohort.patients[:2] + cohort.patients[3:])
-    patients = PatientGradSampleModule(Explosive().train(), engine=engine)
+    patients = PatientGradSampleModule(Explosive().train(), TASK, engine=engine)
     size = sum(weight.numel() for weight in patients.trained)
     broken = clipped_sum(patients.blocks(cohort, every_bag(cohort)), size, 1.0)
     sound = clipped_sum(patients.blocks(rest, every_bag(rest)), size, 1.0)
@@ -251,13 +251,13 @@ def test_unit_gradients_equal_a_float64_loop(network: Network, size: int) -> Non
     expected = []
     for bag in bags:
         loss = F.cross_entropy(
-            precise(pixels_of(cohort, [bag]).double()), torch.full((len(bag.images),), bag.label)
+            precise(pixels_of(cohort, [bag]).double()), torch.from_numpy(cohort.targets[bag.images])
         )
         gradients = torch.autograd.grad(loss, list(precise.parameters()))
         expected.append(torch.cat([gradient.reshape(-1) for gradient in gradients]))
     exact = torch.stack(expected)
     for engine in ENGINES:
-        patients = PatientGradSampleModule(module, engine=engine)
+        patients = PatientGradSampleModule(module, TASK, engine=engine)
         patients.fill_grad_samples(cohort, bags)
         samples = [p.grad_sample.flatten(start_dim=1) for p in module.parameters()]  # type: ignore[attr-defined]
         patients.to_standard_module()
@@ -270,7 +270,7 @@ def test_side_by_side_is_used_and_equals_the_loop(monkeypatch: pytest.MonkeyPatc
     module = small()
     tries: dict[tuple[object, ...], bool] = {}
     monkeypatch.setattr(per_patient_gradients, "_tried", tries)
-    patients = PatientGradSampleModule(module)
+    patients = PatientGradSampleModule(module, TASK)
     size = len(flatten(module))
     fast = clipped_sum(patients.blocks(cohort, every_bag(cohort)), size, 1.0)
     assert len(tries) == 3
@@ -282,12 +282,12 @@ def test_side_by_side_is_used_and_equals_the_loop(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_network_that_mixes_patients_fails_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    patients = PatientGradSampleModule(small())
+    patients = PatientGradSampleModule(small(), TASK)
     honest = patients._side_by_side
     monkeypatch.setattr(
         patients, "_side_by_side", lambda p, c, i: honest(p, c, i) + 1e-7 * p[0].nan_to_num().mean()
     )
-    assert not patients._try_places(1, per_patient_gradients._Shape((1, 16, 16), outlined=False))
+    assert not patients._try_places(1, (1, 16, 16))
 
 
 def step_of(engine: Engine, cohort: Patients, **training: object) -> NDArray[np.float32]:
@@ -301,7 +301,7 @@ def step_of(engine: Engine, cohort: Patients, **training: object) -> NDArray[np.
         expected_batch_size=12.5,
         random=None,
     )
-    patients = PatientGradSampleModule(module, engine=engine)
+    patients = PatientGradSampleModule(module, TASK, engine=engine)
     optimizer.step_on(patients.blocks(cohort, every_bag(cohort)))
     patients.to_standard_module()
     return flatten(module) - before
@@ -316,7 +316,7 @@ def test_engines_agree() -> None:
 
 def test_opacus_leaves_no_trace() -> None:
     module = small()
-    PatientGradSampleModule(module, engine="opacus").to_standard_module()
+    PatientGradSampleModule(module, TASK, engine="opacus").to_standard_module()
     assert not hasattr(module, "autograd_grad_sample_hooks")
     assert not any(hasattr(weight, "grad_sample") for weight in module.parameters())
     assert not any(layer._forward_hooks or layer._backward_hooks for layer in module.modules())
@@ -384,7 +384,7 @@ def test_nothing_is_carried_over_after_an_abort(engine: Engine) -> None:
     bags = every_bag(cohort)
     module = small()
     optimizer = optimizer_of(module, 0.0)
-    patients = PatientGradSampleModule(module, engine=engine)
+    patients = PatientGradSampleModule(module, TASK, engine=engine)
     start = flatten(module)
 
     def aborted() -> Iterator[Block]:
@@ -399,7 +399,7 @@ def test_nothing_is_carried_over_after_an_abort(engine: Engine) -> None:
     assert np.array_equal(flatten(module), start)
     optimizer.step_on(patients.blocks(cohort, bags))
     fresh = small()
-    other = PatientGradSampleModule(fresh, engine=engine)
+    other = PatientGradSampleModule(fresh, TASK, engine=engine)
     optimizer_of(fresh, 0.0).step_on(other.blocks(cohort, bags))
     assert np.array_equal(flatten(module), flatten(fresh))
 
@@ -407,12 +407,12 @@ def test_nothing_is_carried_over_after_an_abort(engine: Engine) -> None:
 def test_step_works_as_in_opacus() -> None:
     cohort = cohort_of([1, 2, 3])
     module, other = small(), small()
-    patients = PatientGradSampleModule(module)
+    patients = PatientGradSampleModule(module, TASK)
     patients.fill_grad_samples(cohort, every_bag(cohort))
     optimizer = optimizer_of(module, 0.0)
     optimizer.step()
     optimizer_of(other, 0.0).step_on(
-        PatientGradSampleModule(other).blocks(cohort, every_bag(cohort))
+        PatientGradSampleModule(other, TASK).blocks(cohort, every_bag(cohort))
     )
     assert np.array_equal(flatten(module), flatten(other))
     with pytest.raises(ValueError, match="not initialized"):
@@ -459,7 +459,8 @@ def test_patients_are_sampled_whole_and_images_capped() -> None:
                 == len(bag.images)
                 == min(4, len(cohort.patients[owner].images))
             )
-            assert bag.label == cohort.patients[owner].label
+            label = cohort.patients[owner].label
+            assert (cohort.targets[bag.images] == label).all()
             seen[owner] |= set(bag.images.tolist())
     assert abs(drawn - 720) < 4.5 * math.sqrt(1_800 * 0.24)
     assert [len(images) for images in seen] == [1, 5, 30]
@@ -467,7 +468,7 @@ def test_patients_are_sampled_whole_and_images_capped() -> None:
 
 def test_pixels_are_normalised() -> None:
     cohort = Patients(np.array([[[0, 65535], [32768, 16384]]], np.uint16), (OnePatient(0, (0,)),))
-    pixels = pixels_of(cohort, [Bag(0, np.array([0]))])
+    pixels = pixels_of(cohort, [Bag(np.array([0]))])
     assert pixels.shape == (1, 1, 2, 2)
     assert pixels.dtype == torch.float32
     expected = [-2.0, 2.0, 4 * 32768 / 65535 - 2, 4 * 16384 / 65535 - 2]
@@ -477,7 +478,7 @@ def test_pixels_are_normalised() -> None:
 def test_augmentation_mirrors_and_shifts_each_image_by_itself() -> None:
     cohort = cohort_of([1], 32)
     image = cohort.images[0]
-    bag = Bag(0, np.array([0, 0, 0]), np.array([[0, 0, 0], [1, 0, 0], [0, 2, -1]]))
+    bag = Bag(np.array([0, 0, 0]), np.array([[0, 0, 0], [1, 0, 0], [0, 2, -1]]))
     plain, mirrored, moved = ((pixels_of(cohort, [bag])[:, 0] * 0.25 + 0.5) * 65535).numpy()
     assert np.allclose(plain, image, atol=0.05)
     assert np.allclose(mirrored, image[:, ::-1], atol=0.05)

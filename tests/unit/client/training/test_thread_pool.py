@@ -14,6 +14,7 @@ from cloister_fl.client.training.sampling import Bag
 from cloister_fl.client.training.thread_pool import side_by_side
 from cloister_fl.networks.registry import build
 from cloister_fl.study.schema import Network
+from support.cohorts import TASK
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -102,9 +103,10 @@ def test_a_patients_gradient_does_not_depend_on_the_number_of_cores() -> None:
 
     class Images:
         images = np.random.default_rng(0).integers(0, 65536, (24, 32, 32), dtype=np.uint16)
+        targets = np.repeat(np.arange(8) % 2, 3)
 
-    bags = [Bag(unit % 2, np.arange(3 * unit, 3 * unit + 3)) for unit in range(8)]
-    patients = PatientGradSampleModule(module)
+    bags = [Bag(np.arange(3 * unit, 3 * unit + 3)) for unit in range(8)]
+    patients = PatientGradSampleModule(module, TASK)
     before = torch.get_num_threads()
     sums = []
     for threads in (1, 2, 3):

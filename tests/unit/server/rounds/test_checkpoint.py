@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cloister_fl.errors import NothingToResume, ResumeMismatch
+from cloister_fl.metrics.figures import Estimate, Metrics
 from cloister_fl.server.rounds.checkpoint import Checkpoints, Figures, Progress, RunState
 from cloister_fl.server.rounds.strategies import OptimizerState
 from cloister_fl.study.schema import Study
@@ -21,13 +22,16 @@ def study() -> Study:
     return studies.study()
 
 
+METRICS = Metrics({"auroc": Estimate(0.5, 0.25, 0.75), "auprc": None}, 20, (12, 8))
+
+
 def _state(completed: int = 2) -> RunState:
     return RunState(
         run="ab" * 16,
         completed=completed,
         model=np.arange(5, dtype=np.float32),
         optimizer=OptimizerState(np.ones(5, np.float32), np.full(5, 0.25, np.float32)),
-        figures=(Figures(0, 0, 0.0, 0.0, auroc=0.5), Figures(1, 5, 1.5, 0.25, epsilon=1.25)),
+        figures=(Figures(0, 0, 0.0, 0.0, metrics=METRICS), Figures(1, 5, 1.5, 0.25, epsilon=1.25)),
         lost=(1,),
         invited=("north", "south"),
         started={"north": 2},

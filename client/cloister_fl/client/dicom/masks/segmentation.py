@@ -73,7 +73,7 @@ def read_segmentation(data: bytes, asked: Asked) -> tuple[Facts, mask_table.Tabl
         asked: the study's segment, and the side of its images.
 
     Returns:
-        What is known of the file, under the modality ``SEG``; and its outlines, see there.
+        What is known of the file, under the modality ``SEG``; and its masks, see there.
 
     Raises:
         RejectedFile: ``PIXEL_FORMAT`` for anything but one bit a pixel, ``SEGMENT`` where it does
@@ -103,7 +103,7 @@ def read_segmentation(data: bytes, asked: Asked) -> tuple[Facts, mask_table.Tabl
                 raise RejectedFile(Reject.TOO_LARGE)
             table = mask_table.pack(
                 {
-                    uid: mask_table.Outline(
+                    uid: mask_table.Marking(
                         None if frame is None else resized(frame, asked.size), position
                     )
                     for uid, (frame, position) in found.items()

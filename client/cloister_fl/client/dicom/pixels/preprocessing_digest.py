@@ -16,11 +16,11 @@ SPEC_LABEL = b"cloister/preprocess/v1\0"
 
 
 def spec_digest(spec: Input, segment: str = "") -> str:
-    """SHA-256 of everything that shapes an image or an outline, 64 hexadecimal digits.
+    """SHA-256 of everything that shapes an image or a mask, 64 hexadecimal digits.
 
     Args:
         spec: the study's input.
-        segment: what is outlined; empty where no segmentation is read.
+        segment: what is marked; empty where no segmentation is read.
     """
     # Late: a worker loads this module, and has no use for these.
     from cloister_fl.encoding.canonical_json import canonical_json

@@ -8,7 +8,7 @@ one datagram. A file and an image do not travel in messages but in memory that b
     request  serial u64, bytes of the file u64, what the study reads as JSON
     answer   serial u64, kind u8, then
              image: rows u32, columns u32, SHA-256, lengths u16 and as many texts in UTF-8
-             outlines: bytes of their table u32, then as for an image
+             masks: bytes of their table u32, then as for an image
              reject: the code in ASCII        unfit: the transfer syntax in ASCII
 """
 
@@ -36,7 +36,7 @@ HELLO = b"cloister/read/v1"
 MAX_MESSAGE = 16 << 10
 """Longest message, in bytes."""
 
-_IMAGE, _REJECT, _UNFIT, _OUTLINES = 0, 1, 2, 3
+_IMAGE, _REJECT, _UNFIT, _MASKS = 0, 1, 2, 3
 _REQUEST = struct.Struct(">QQ")
 _ANSWER = struct.Struct(">QB")
 _LENGTH = struct.Struct(">I")
@@ -137,9 +137,9 @@ def pack_facts(serial: int, facts: Facts) -> bytes:
     return _ANSWER.pack(serial, _IMAGE) + _told(facts)
 
 
-def pack_outlines(serial: int, facts: Facts, length: int) -> bytes:
+def pack_masks(serial: int, facts: Facts, length: int) -> bytes:
     """Say that a table of ``length`` bytes lies in the shared memory; see ``pack_facts``."""
-    return _ANSWER.pack(serial, _OUTLINES) + _LENGTH.pack(length) + _told(facts)
+    return _ANSWER.pack(serial, _MASKS) + _LENGTH.pack(length) + _told(facts)
 
 
 def _told(facts: Facts) -> bytes:
@@ -193,8 +193,8 @@ def parse_answer(
         if transfer_syntax not in unfit_decoders:
             raise InvalidMessage
         raise unfit(transfer_syntax)
-    if kind == _OUTLINES and request.segment:
-        return _outlined(rest, request)
+    if kind == _MASKS and request.segment:
+        return _segmented(rest, request)
     if kind != _IMAGE:
         raise InvalidMessage
     facts = _facts(rest)
@@ -211,7 +211,7 @@ def parse_answer(
     return facts, 0
 
 
-def _outlined(rest: bytes, request: Request) -> tuple[Facts, int]:
+def _segmented(rest: bytes, request: Request) -> tuple[Facts, int]:
     if len(rest) < _LENGTH.size:
         raise InvalidMessage
     (length,) = _LENGTH.unpack_from(rest)

@@ -42,7 +42,7 @@ def serve(
     Args:
         channel: where requests come from and answers go.
         inbox: descriptor of the memory that holds the file of the request.
-        outbox: descriptor of the memory for the shades or the table of outlines, two bytes each,
+        outbox: descriptor of the memory for the shades or the table of masks, two bytes each,
             little endian.
         segmentations: whether to load what reads segmentations.
     """
@@ -66,14 +66,14 @@ def serve(
         unfit |= frozenset() if segmentation.sound() else {SEGMENTATION}
     out = np.frombuffer(mmap.mmap(outbox, MAX_OUT_BYTES), "<u2")
 
-    def outlined(request: ipc.Request, data: bytes) -> bytes:
+    def segmented(request: ipc.Request, data: bytes) -> bytes:
         # A segmentation that is held stays so: nobody can look at one and tell what it hides.
         judge_preamble(data, released=False)
         if SEGMENTATION in unfit:
             return ipc.pack_unfit(request.serial, SEGMENTATION)
         facts, table = segmentation.read_segmentation(data, request)
         out[: table.size] = table.ravel()
-        return ipc.pack_outlines(request.serial, facts, table.nbytes)
+        return ipc.pack_masks(request.serial, facts, table.nbytes)
 
     def answer(request: ipc.Request) -> bytes:
         try:
@@ -83,7 +83,7 @@ def serve(
             except RejectedFile as rejected:
                 if rejected.reason is not Reject.SOP_CLASS or not request.segment:
                     raise
-                return outlined(request, data)
+                return segmented(request, data)
             if checked.transfer_syntax in unfit:
                 return ipc.pack_unfit(request.serial, checked.transfer_syntax)
             facts, image = read_image(checked, request)

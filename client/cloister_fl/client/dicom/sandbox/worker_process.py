@@ -171,7 +171,7 @@ class Worker:
 
     def _table(self, length: int, size: int) -> mask_table.Table:
         table = self._taken(1, length // 2)
-        mask_table.Outlines(table, size)
+        mask_table.Masks(table, size)
         return table
 
     @property

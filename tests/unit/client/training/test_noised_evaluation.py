@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 from pathlib import Path
@@ -28,7 +29,7 @@ from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward.review import review
 from cloister_fl.client.training.csprng import SecureRandom
 from cloister_fl.client.training.local_training import train_round
-from cloister_fl.client.training.noisy_histogram import exact_histogram, noised
+from cloister_fl.client.training.noised_evaluation import counts_in_units, noised
 from cloister_fl.errors import ReleaseAlreadySpent
 from cloister_fl.networks import flat_parameters, registry
 from cloister_fl.networks.frozen_backbone import FixedFeatures
@@ -42,11 +43,13 @@ from cloister_fl.protocol.round_messages import (
     pack,
     unpack,
 )
-from cloister_fl.protocol.sessions import histogram_size
+from cloister_fl.protocol.sessions import counts_shape
 from cloister_fl.server.flower.engines import InProcessGrid
 from cloister_fl.server.rounds.messenger import TYPES
 from cloister_fl.study.cost import RELEASE_BINS, UNITS, charges, release_mechanism, sensitivity
 from cloister_fl.study.schema import Study
+from cloister_fl.tasks.classification import Classification
+from support.cohorts import targets_by
 from support.federations import study, write_cohort
 
 pytestmark = pytest.mark.process
@@ -69,11 +72,13 @@ def _cohort(rng: np.random.Generator, counts: list[int], classes: int, *, wild: 
         Patient(f"{rng.bytes(32).hex()}", int(rng.integers(classes)), tuple(range(a, b)))
         for a, b in itertools.pairwise(ends)
     )
-    return Cohort(images, patients, {}, {}, {})
+    return Cohort(images, patients, {}, {}, {}, targets_by(patients))
 
 
 def _network(asked: Study, *, seed: int = 0, broken: bool = False) -> torch.nn.Module:
-    module = registry.build(asked.network, outputs=asked.outputs, size=asked.input.size, seed=seed)
+    module = registry.build(
+        asked.network, outputs=asked.task.outputs, size=asked.input.size, seed=seed
+    )
     rng = np.random.default_rng(seed)
     model = flat_parameters.flatten(module)
     model = model + rng.normal(0, 1, model.size).astype(np.float32)
@@ -89,24 +94,24 @@ def _network(asked: Study, *, seed: int = 0, broken: bool = False) -> torch.nn.M
     wild=st.booleans(),
     broken=st.booleans(),
 )
-def test_adding_or_removing_a_patient_moves_at_most_l(
+def test_adding_or_removing_a_patient_moves_at_most_the_sensitivity(
     seed: int, counts: list[int], three: bool, wild: bool, broken: bool
 ) -> None:
     asked = THREE if three else ASKED
-    cohort = _cohort(np.random.default_rng(seed), counts, asked.outputs, wild=wild)
+    cohort = _cohort(np.random.default_rng(seed), counts, asked.task.outputs, wild=wild)
     module = _network(asked, seed=seed, broken=broken)
-    whole = exact_histogram(module, cohort, asked)
+    whole = counts_in_units(module, cohort, asked)
     assert whole.dtype == np.int64
-    assert whole.shape == (asked.curves, 2, RELEASE_BINS)
-    assert whole.size == histogram_size(asked)
+    curves = 3 if three else 1
+    assert whole.shape == counts_shape(asked) == (curves, 2, RELEASE_BINS)
     limit = sensitivity(asked)
-    assert limit == (3 * UNITS if three else UNITS)
-    assert whole.sum() == limit * len(counts)
+    assert limit == UNITS * math.sqrt(curves)
+    assert whole.sum() == UNITS * curves * len(counts)
     for gone in cohort.patients:
         rest = subset(cohort, [one for one in cohort.patients if one is not gone])
-        moved = whole - exact_histogram(module, rest, asked)
-        assert int(np.abs(moved).sum()) <= limit
-        assert int((moved**2).sum()) <= limit**2
+        moved = whole - counts_in_units(module, rest, asked)
+        # In L2, which is what the noise is a multiple of; whole numbers, so no rounding.
+        assert int((moved**2).sum()) <= curves * UNITS**2
         assert (moved >= 0).all()
 
 
@@ -117,12 +122,12 @@ def test_features_that_are_kept_change_nothing_of_it() -> None:
     module = _network(asked)
     assert isinstance(module, FixedFeatures)
     cohort = _cohort(np.random.default_rng(5), [1, 30, 3], 2, wild=True)
-    whole = exact_histogram(module, cohort, asked)
+    whole = counts_in_units(module, cohort, asked)
     assert whole.sum() == 3 * UNITS
-    parts = [exact_histogram(module, subset(cohort, [one]), asked) for one in cohort.patients]
+    parts = [counts_in_units(module, subset(cohort, [one]), asked) for one in cohort.patients]
     np.testing.assert_array_equal(whole, sum(parts))
     # A coin can keep nobody apart, or everybody: no error tells so.
-    assert not exact_histogram(module, subset(cohort, []), asked).any()
+    assert not counts_in_units(module, subset(cohort, []), asked).any()
     train_round(
         module,
         subset(cohort, []),
@@ -138,7 +143,7 @@ def test_features_that_are_kept_change_nothing_of_it() -> None:
 def test_many_images_of_a_patient_are_one_score() -> None:
     rng = np.random.default_rng(0)
     cohort = _cohort(rng, [200, 1], 2, wild=False)
-    table = exact_histogram(_network(ASKED), cohort, ASKED)
+    table = counts_in_units(_network(ASKED), cohort, ASKED)
     assert sorted(table[table > 0]) in ([UNITS, UNITS], [2 * UNITS])
 
 
@@ -155,10 +160,23 @@ def test_who_is_kept_apart_depends_on_no_other_patient() -> None:
         other = {one.pseudonym for one in split_apart(rest, 0.25)[1].patients}
         assert other == names - {gone.pseudonym}
     assert split_apart(cohort, 0.0)[1].patients == ()
-    assert len(exact_histogram(_network(ASKED), split_apart(cohort, 0.0)[1], ASKED)) == 1
+    assert len(counts_in_units(_network(ASKED), split_apart(cohort, 0.0)[1], ASKED)) == 1
     # The coin is fair to the fraction, whatever the name.
     tosses = [apart(rng.bytes(32).hex(), 0.25) for _ in range(8_000)]
     assert abs(np.mean(tosses) - 0.25) < 5 * (0.25 * 0.75 / 8_000) ** 0.5
+
+
+def test_a_count_beyond_the_sensitivity_counts_as_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Whatever a task counts, no patient moves the sums by more than the noise is made for.
+    cohort = _cohort(np.random.default_rng(4), [1, 2], 2, wild=False)
+    honest = Classification.count
+    monkeypatch.setattr(
+        Classification, "count", lambda *args: honest(*args) * (1 + 10**6 * (args[1] == 1))
+    )
+    table = counts_in_units(_network(ASKED), cohort, ASKED)
+    assert table.sum() == UNITS * sum(one.label == 0 for one in cohort.patients)
 
 
 # The noise
@@ -200,7 +218,9 @@ def _site(root: Path, asked: Study = ASKED, **policy: object) -> Site:
 def _evaluate(
     site: Site, asked: Study = ASKED, *, run: str = "run", number: int = 3, shift: float = 0.0
 ) -> RoundMessage:
-    module = registry.build(asked.network, outputs=asked.outputs, size=asked.input.size, seed=0)
+    module = registry.build(
+        asked.network, outputs=asked.task.outputs, size=asked.input.size, seed=0
+    )
     model = flat_parameters.flatten(module) + np.float32(shift)
     task = EvaluateTask(asked.canonical(), run, number, 5, octets(), model)
     grid = InProcessGrid(client.app, [{SITE_KEY: str(site.root)}])
@@ -268,7 +288,7 @@ def test_it_is_charged_before_data_are_read_and_stays_so(
         (client, "require_private", False),
         (Ledger, "start_release", False),
         (Kept, "parts", True),
-        (client, "exact_histogram", True),
+        (client, "counts_in_units", True),
         (client, "noised", True),
         (envelope, "_logged", True),
     ],

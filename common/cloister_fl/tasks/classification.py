@@ -1,0 +1,204 @@
+"""Classification: each patient has one of K classes, which stands in the labels file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field
+
+from cloister_fl.metrics.figures import of_classes
+from cloister_fl.networks.spec import Answers
+from cloister_fl.tasks.task import LabelsFile, Source, Target, Task, bin_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from cloister_fl.metrics.figures import Metrics
+    from cloister_fl.tasks.task import Floats, Integers, Move
+
+
+def _distinct(words: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(words)) != len(words):
+        raise ValueError("names one twice.")
+    return words
+
+
+_Word = Annotated[str, Field(min_length=1, max_length=128)]
+Words = Annotated[tuple[_Word, ...], Field(strict=False), AfterValidator(_distinct)]
+
+
+class ClassificationTarget(Target):
+    """A column of the labels file and its classes."""
+
+    kind: Literal["classification"] = "classification"
+    column: Annotated[str, Field(min_length=1, max_length=128)]
+    classes: Annotated[Words, Field(min_length=2, max_length=64)]
+    """The first class is the reference ("negative") of a binary target."""
+
+    @property
+    def task(self) -> Classification:
+        return Classification(self.column, self.classes)
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """One class a patient.
+
+    Targets are int64 (N,), the index of each image's class. A patient's row is the mean
+    probability of each class over the images, (K,). Counted are score histograms, one curve for a
+    binary target (of the second class), else one a class against the rest: (curves, 2, bins), the
+    patients without and with the class, by score.
+
+    Attributes:
+        column: of the labels file.
+        classes: K names, two or more.
+    """
+
+    column: str
+    classes: tuple[str, ...]
+
+    kind: ClassVar[str] = "classification"
+    dimensions: ClassVar[frozenset[int]] = frozenset((2, 3))
+    answers: ClassVar[Answers] = "image"
+    chance: ClassVar[float | None] = 0.5
+    counted_by: ClassVar[str] = "score"
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        return of_classes()
+
+    @property
+    def source(self) -> Source:
+        return LabelsFile((self.column,))
+
+    @property
+    def strata(self) -> tuple[str, ...]:
+        return self.classes
+
+    @property
+    def needed(self) -> tuple[int, ...]:
+        return tuple(range(len(self.classes)))
+
+    @property
+    def described(self) -> str:
+        return f"label '{self.column}' ({', '.join(self.classes)})"
+
+    def record(self, cells: Sequence[str]) -> Hashable:
+        for index, name in enumerate(self.classes):
+            if cells[0] == name.strip():
+                return index
+        raise ValueError("has a class that the study does not name")
+
+    @property
+    def allowed(self) -> str:
+        return f"Classes are: {', '.join(self.classes)}."
+
+    def label(self, records: Sequence[Any]) -> int:
+        return int(records[0])
+
+    def stack(self, records: Sequence[Any]) -> NDArray[Any]:
+        import numpy as np
+
+        # A missing one is 0: it is a fault already, and the array needs a number.
+        return np.array([0 if one is None else one for one in records], np.int64)
+
+    @property
+    def outputs(self) -> int:
+        return len(self.classes)
+
+    def tensor(self, targets: NDArray[Any], move: Move) -> Tensor:
+        import torch
+
+        return torch.from_numpy(targets.astype("int64"))
+
+    def example(self, images: Tensor) -> Tensor:
+        import torch
+
+        return torch.arange(len(images)) % self.outputs
+
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy."""
+        import torch.nn.functional as F
+
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    def answer(self, logits: Tensor) -> Tensor:
+        return logits.double().softmax(dim=1)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(f"score_{name}" for name in self.classes)
+
+    def row(self, answers: NDArray[Any], targets: NDArray[Any]) -> Floats:
+        mean: Floats = answers.mean(axis=0)
+        return mean
+
+    def measure(self, labels: Integers, rows: Floats) -> Metrics:
+        from cloister_fl.metrics.classification import measure
+
+        return measure(labels, rows)
+
+    @property
+    def _counted(self) -> tuple[int, ...]:
+        """The classes that have a curve."""
+        return (1,) if len(self.classes) == 2 else tuple(range(len(self.classes)))
+
+    def counts_shape(self, bins: int) -> tuple[int, ...]:
+        return len(self._counted), 2, bins
+
+    def count(self, label: int, row: Floats, bins: int) -> Integers:
+        import numpy as np
+
+        table = np.zeros(self.counts_shape(bins), np.int64)
+        for curve, each in enumerate(self._counted):
+            table[curve, int(label == each), bin_of(float(row[each]), bins)] = 1
+        return table
+
+    @property
+    def sensitivity(self) -> float | None:
+        """A patient counts 1 in one cell of each curve: sqrt(curves) in L2."""
+        return math.sqrt(len(self._counted))
+
+    def measure_counts(self, counts: NDArray[Any], noise: float = 0.0) -> Metrics:
+        if noise > 0:
+            from cloister_fl.metrics.noisy import measure_noised
+
+            return measure_noised(counts, noise)
+        from cloister_fl.metrics.classification import measure_histograms
+
+        return measure_histograms(counts)
+
+    @property
+    def question(self) -> str:
+        return (
+            f"tell the {len(self.classes)} classes of “{self.column}” apart "
+            f"({', '.join(self.classes)})"
+        )
+
+    @property
+    def figures_told(self) -> str:
+        return (
+            "AUROC: chance of ranking a pair of patients rightly. Average precision: mean "
+            "precision over all recalls; compare it with the share of the class among the "
+            "patients. Balanced accuracy: mean share of patients called rightly, over the classes."
+        )
+
+    @property
+    def counts_told(self) -> str:
+        return "which score, by class (a score histogram)"
+
+    def told(self, value: float) -> str:
+        if len(self.classes) > 2:
+            return (
+                f"AUROC is averaged over the {len(self.classes)} classes, each against the others: "
+                "0.5 is a coin's, 1 is perfect."
+            )
+        return (
+            f"Take two patients at random, one whose label is “{self.classes[1]}” and one whose "
+            f"label is “{self.classes[0]}”: the model ranks them rightly about "
+            f"{round(100 * value)} times in 100. A coin would do so 50 times."
+        )

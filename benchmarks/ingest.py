@@ -59,26 +59,11 @@ from cloister_fl.client.dicom.header import Grayscale, PixelLayout  # noqa: E402
 from cloister_fl.client.dicom.image import read_image  # noqa: E402
 from cloister_fl.client.dicom.pixels.preprocess import area_resize, preprocess  # noqa: E402
 from cloister_fl.client.dicom.sandbox.pool import Pool  # noqa: E402
+from cloister_fl.client.dicom.transfer_syntaxes import NATIVE, TRANSFER_SYNTAXES  # noqa: E402
 from cloister_fl.study.schema import Input  # noqa: E402
 from support.dicom import encode, make_dicom, uid  # noqa: E402
 
 SPEC = Input(size=224, modalities=("DX",))
-NAMES = {
-    acceptance.IMPLICIT_LITTLE: "implicit",
-    acceptance.EXPLICIT_LITTLE: "explicit",
-    acceptance.RLE: "RLE",
-    acceptance.JPEG_BASELINE: "JPEG Baseline",
-    acceptance.JPEG_EXTENDED: "JPEG Extended",
-    acceptance.JPEG_LOSSLESS: "JPEG Lossless",
-    acceptance.JPEG_LOSSLESS_SV1: "JPEG Lossl. SV1",
-    acceptance.JPEG_LS_LOSSLESS: "JPEG-LS",
-    acceptance.JPEG_LS_NEAR: "JPEG-LS near",
-    acceptance.JPEG_2000_LOSSLESS: "JPEG 2000 lossl.",
-    acceptance.JPEG_2000: "JPEG 2000",
-    acceptance.HTJ2K_LOSSLESS: "HTJ2K lossless",
-    acceptance.HTJ2K_LOSSLESS_RPCL: "HTJ2K RPCL",
-    acceptance.HTJ2K: "HTJ2K",
-}
 Contestant = Callable[[Path], object]
 
 
@@ -94,11 +79,11 @@ def draw(number: int, side: int, bits: int) -> NDArray[np.generic]:
 
 def write(folder: Path, syntax: str, images: int, side: int) -> list[Path]:
     """Write the files of one transfer syntax."""
-    bits = 8 if syntax == acceptance.JPEG_BASELINE else 12
+    bits = TRANSFER_SYNTAXES[syntax].depth
     paths = []
     for number in range(images):
         pixels = draw(number, side, bits)
-        frame = None if syntax in acceptance.NATIVE else encode(pixels, syntax, bits)
+        frame = None if syntax in NATIVE else encode(pixels, syntax, bits)
         data = make_dicom(
             pixels,
             bits_stored=bits,
@@ -234,9 +219,9 @@ def main() -> None:
         "bare": bare,
         "MONAI": by_monai(),
     }
-    wanted = [syntax for syntax in NAMES if not given.only or syntax in given.only]
+    wanted = [syntax for syntax in TRANSFER_SYNTAXES if not given.only or syntax in given.only]
     print("images a CPU second; overhead of the workers over plain pydicom, and over 'inside'")
-    print(f"{'':>17}" + "".join(f"{name:>9}" for name in contestants) + "    over   alone")
+    print(f"{'':>38}" + "".join(f"{name:>9}" for name in contestants) + "    over   alone")
     ratios: dict[str, list[float | None]] = {"pydicom": [], "inside": [], "bare": [], "MONAI": []}
     try:
         for syntax in wanted:
@@ -256,7 +241,7 @@ def main() -> None:
                 f"{one - 1:+8.0%}" if one is not None else f"{'-':>8}"
                 for one in (ratios[name][-1] for name in ("pydicom", "inside"))
             ]
-            print(f"{NAMES[syntax]:>17}" + "".join(cells + ends), flush=True)
+            print(f"{TRANSFER_SYNTAXES[syntax].name:>38}" + "".join(cells + ends), flush=True)
     finally:
         pool.close()
     answer = {

@@ -22,7 +22,7 @@ import httpx
 import torch
 
 from cloister_fl.client.data.loading import load_frozen
-from cloister_fl.client.dicom import acceptance
+from cloister_fl.client.dicom.transfer_syntaxes import HTJ2K, TRANSFER_SYNTAXES
 from cloister_fl.client.pacs.fetch import fetch, set_secret
 from cloister_fl.client.site.folder import Site, init_site, open_site
 from cloister_fl.client.site.policy import Policy
@@ -93,10 +93,9 @@ class Orthanc:
             self.process.wait()
 
     def store(self) -> None:
-        # 12 bits do not go into JPEG Baseline, and Orthanc 1.10 does not send HTJ2K by C-GET.
-        others = {acceptance.JPEG_BASELINE, acceptance.HTJ2K, acceptance.HTJ2K_LOSSLESS}
-        others.add(acceptance.HTJ2K_LOSSLESS_RPCL)
-        syntaxes = sorted(acceptance.TRANSFER_SYNTAXES - others)
+        # The images have 12 bits, and Orthanc 1.10 does not send HTJ2K by C-GET.
+        rows = TRANSFER_SYNTAXES.values()
+        syntaxes = sorted(row.uid for row in rows if row.depth == 12 and row.family != HTJ2K)
         with httpx.Client(auth=self.auth, timeout=60) as client:
             for patient in range(PATIENTS):
                 for image in range(IMAGES):

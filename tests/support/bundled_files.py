@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from pydicom.filereader import read_file_meta_info
 from pydicom.uid import UID
 
-from cloister_fl.client.dicom import acceptance
 from cloister_fl.client.dicom.facts import Facts
 from cloister_fl.client.dicom.file_finder import discover
 from cloister_fl.client.dicom.rejection import RejectedFile
 from cloister_fl.client.dicom.sandbox.pool import Pool
+from cloister_fl.client.dicom.transfer_syntaxes import TRANSFER_SYNTAXES
 from cloister_fl.errors import Reject
 from cloister_fl.study.schema import Input
 
@@ -30,26 +30,6 @@ DATA = Path(pydicom.__file__).parent / "data"
 FOLDERS = ("charset_files", "palettes", "test_files")
 SPEC = Input(size=32, modalities=("CR", "DX", "MG", "CT", "MR", "US"))
 NO_SYNTAX = "none told"
-
-_TURBO = "libjpeg-turbo (`imagecodecs`)"
-_CHARLS = "CharLS (`pyjpegls`)"
-_OPENJPEG = "OpenJPEG (`pylibjpeg-openjpeg`)"
-ACCEPTED: Mapping[str, tuple[str, str]] = {
-    acceptance.IMPLICIT_LITTLE: ("Implicit VR Little Endian", "none needed"),
-    acceptance.EXPLICIT_LITTLE: ("Explicit VR Little Endian", "none needed"),
-    acceptance.JPEG_BASELINE: ("JPEG Baseline, 8 bits", _TURBO),
-    acceptance.JPEG_EXTENDED: ("JPEG Extended, 8 and 12 bits", _TURBO),
-    acceptance.JPEG_LOSSLESS: ("JPEG Lossless", _TURBO),
-    acceptance.JPEG_LOSSLESS_SV1: ("JPEG Lossless, first-order prediction", _TURBO),
-    acceptance.JPEG_LS_LOSSLESS: ("JPEG-LS lossless", _CHARLS),
-    acceptance.JPEG_LS_NEAR: ("JPEG-LS near-lossless", _CHARLS),
-    acceptance.JPEG_2000_LOSSLESS: ("JPEG 2000 lossless only", _OPENJPEG),
-    acceptance.JPEG_2000: ("JPEG 2000", _OPENJPEG),
-    acceptance.HTJ2K_LOSSLESS: ("HTJ2K lossless only", _OPENJPEG),
-    acceptance.HTJ2K_LOSSLESS_RPCL: ("HTJ2K lossless only, RPCL", _OPENJPEG),
-    acceptance.HTJ2K: ("HTJ2K", _OPENJPEG),
-    acceptance.RLE: ("RLE Lossless", "Cloister's own"),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +69,9 @@ def _transfer_syntax(path: Path, data: bytes) -> str:
 
 
 def _name(uid: str) -> str:
-    return ACCEPTED[uid][0] if uid in ACCEPTED else UID(uid).name if uid != NO_SYNTAX else uid
+    if uid in TRANSFER_SYNTAXES:
+        return TRANSFER_SYNTAXES[uid].name
+    return uid if uid == NO_SYNTAX else UID(uid).name
 
 
 def tables(files: Iterable[Bundled]) -> dict[str, str]:
@@ -104,14 +86,17 @@ def tables(files: Iterable[Bundled]) -> dict[str, str]:
     return {
         "decoders": _table(
             ("transfer syntax", "UID", "decoder"),
-            [(ACCEPTED[uid][0], f"`{uid}`", ACCEPTED[uid][1]) for uid in _order(ACCEPTED)],
+            [
+                (_name(uid), f"`{uid}`", TRANSFER_SYNTAXES[uid].family.decoder)
+                for uid in _order(TRANSFER_SYNTAXES)
+            ],
         ),
         "files": f"{read}\n\n"
         + _table(
             ("transfer syntax", "files", "accepted", "refused"),
             [
                 (_name(uid), str(counted.total()), str(counted[None]), _reasons(counted))
-                for uid in _order({*ACCEPTED, *ends})
+                for uid in _order({*TRANSFER_SYNTAXES, *ends})
                 for counted in (ends[uid],)
             ],
         ),

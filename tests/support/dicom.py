@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,24 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.filewriter import dcmwrite
 from pydicom.pixels import get_encoder
-from pydicom.uid import UID
+from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
+    UID,
+    ExplicitVRLittleEndian,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+)
 
-from cloister_fl.client.dicom import acceptance
+from cloister_fl.client.dicom.transfer_syntaxes import NATIVE, TRANSFER_SYNTAXES
 
 SOP_CLASS = {
     "CR": "1.2.840.10008.5.1.4.1.1.1",
@@ -27,14 +42,6 @@ SOP_CLASS = {
     "CT": "1.2.840.10008.5.1.4.1.1.2",
     "MR": "1.2.840.10008.5.1.4.1.1.4",
 }
-_PYDICOM_ENCODES = {
-    acceptance.RLE: {},
-    acceptance.JPEG_LS_LOSSLESS: {},
-    acceptance.JPEG_LS_NEAR: {"jls_error": 2},
-    acceptance.JPEG_2000_LOSSLESS: {},
-    acceptance.JPEG_2000: {"j2k_psnr": [90]},
-}
-_HTJ2K = (acceptance.HTJ2K_LOSSLESS, acceptance.HTJ2K_LOSSLESS_RPCL, acceptance.HTJ2K)
 
 
 def uid(*words: object) -> str:
@@ -55,14 +62,20 @@ def radiograph(
     return np.rint(wave * ((1 << bits) - 1)).astype(np.uint16)
 
 
-def encode(
-    pixels: NDArray[Any], transfer_syntax: str, bits_stored: int, *, signed: bool = False
-) -> bytes:
-    """One encoded frame; ``pixels`` are uint8, uint16 or int16, shape (rows, columns)."""
-    wide = pixels.dtype.itemsize * 8
-    raw = pixels.view(pixels.dtype.str.replace("i", "u"))
-    mask = (1 << bits_stored) - 1
-    if transfer_syntax in _PYDICOM_ENCODES:
+def sample(
+    transfer_syntax: str, seed: int = 0, rows: int = 48, columns: int = 40
+) -> tuple[NDArray[Any], int]:
+    """A radiograph as deep as the transfer syntax allows, 8 or 12 bits; and the bits stored."""
+    bits = TRANSFER_SYNTAXES[transfer_syntax].depth
+    pixels = radiograph(seed, rows, columns, bits)
+    return pixels.astype(np.uint8 if bits == 8 else np.uint16), bits
+
+
+Encoder = Callable[[NDArray[Any], int], bytes]
+
+
+def _by_pydicom(transfer_syntax: str, **options: Any) -> Encoder:
+    def encode(pixels: NDArray[Any], bits_stored: int) -> bytes:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return bytes(
@@ -73,29 +86,73 @@ def encode(
                     columns=pixels.shape[1],
                     samples_per_pixel=1,
                     number_of_frames=1,
-                    bits_allocated=wide,
+                    bits_allocated=pixels.dtype.itemsize * 8,
                     bits_stored=bits_stored,
-                    pixel_representation=int(signed),
+                    pixel_representation=int(pixels.dtype.kind == "i"),
                     photometric_interpretation="MONOCHROME2",
-                    **_PYDICOM_ENCODES[transfer_syntax],
+                    **options,
                 )
             )
-    if transfer_syntax in (acceptance.JPEG_BASELINE, acceptance.JPEG_EXTENDED):
-        return bytes(imagecodecs.jpeg8_encode(raw, level=99, bitspersample=bits_stored))
-    if transfer_syntax == acceptance.JPEG_LOSSLESS:
-        return bytes(
-            imagecodecs.jpeg8_encode(
-                raw & raw.dtype.type(mask), lossless=True, predictor=4, bitspersample=bits_stored
-            )
-        )
-    if transfer_syntax == acceptance.JPEG_LOSSLESS_SV1:
-        return bytes(
-            imagecodecs.ljpeg_encode(raw & raw.dtype.type(mask), bitspersample=bits_stored)
-        )
-    if transfer_syntax in _HTJ2K:
-        reversible = transfer_syntax != acceptance.HTJ2K
-        return bytes(imagecodecs.htj2k_encode(pixels, reversible=reversible))
-    raise ValueError(f"no encoder for transfer syntax {transfer_syntax!r}")
+
+    return encode
+
+
+def _unsigned(pixels: NDArray[Any]) -> NDArray[Any]:
+    return pixels.view(pixels.dtype.str.replace("i", "u"))
+
+
+def _stored(pixels: NDArray[Any], bits_stored: int) -> NDArray[Any]:
+    raw = _unsigned(pixels)
+    return raw & raw.dtype.type((1 << bits_stored) - 1)
+
+
+def _jpeg(pixels: NDArray[Any], bits_stored: int) -> bytes:
+    return bytes(imagecodecs.jpeg8_encode(_unsigned(pixels), level=99, bitspersample=bits_stored))
+
+
+def _jpeg_lossless(pixels: NDArray[Any], bits_stored: int) -> bytes:
+    raw, bits = _stored(pixels, bits_stored), bits_stored
+    return bytes(imagecodecs.jpeg8_encode(raw, lossless=True, predictor=4, bitspersample=bits))
+
+
+def _jpeg_lossless_sv1(pixels: NDArray[Any], bits_stored: int) -> bytes:
+    return bytes(imagecodecs.ljpeg_encode(_stored(pixels, bits_stored), bitspersample=bits_stored))
+
+
+def _htj2k(pixels: NDArray[Any], _bits_stored: int) -> bytes:
+    return bytes(imagecodecs.htj2k_encode(pixels, reversible=True))
+
+
+def _htj2k_lossy(pixels: NDArray[Any], _bits_stored: int) -> bytes:
+    return bytes(imagecodecs.htj2k_encode(pixels, reversible=False))
+
+
+ENCODERS: dict[str, Encoder] = {
+    JPEGBaseline8Bit: _jpeg,
+    JPEGExtended12Bit: _jpeg,
+    JPEGLossless: _jpeg_lossless,
+    JPEGLosslessSV1: _jpeg_lossless_sv1,
+    JPEGLSLossless: _by_pydicom(JPEGLSLossless),
+    JPEGLSNearLossless: _by_pydicom(JPEGLSNearLossless, jls_error=2),
+    JPEG2000Lossless: _by_pydicom(JPEG2000Lossless),
+    JPEG2000: _by_pydicom(JPEG2000, j2k_psnr=[90]),
+    HTJ2KLossless: _htj2k,
+    HTJ2KLosslessRPCL: _htj2k,
+    HTJ2K: _htj2k_lossy,
+    RLELossless: _by_pydicom(RLELossless),
+}
+"""How tests encode each transfer syntax: (pixels, bits stored) to one frame."""
+
+
+SIZED = sorted(uid for uid, row in TRANSFER_SYNTAXES.items() if row.family.end)
+"""Those whose frames say their size in a header of their own, and end with a marker."""
+
+
+def encode(pixels: NDArray[Any], transfer_syntax: str, bits_stored: int) -> bytes:
+    """One encoded frame; ``pixels`` are uint8, uint16 or int16, shape (rows, columns)."""
+    if transfer_syntax not in ENCODERS:
+        raise ValueError(f"no encoder for transfer syntax {transfer_syntax!r}")
+    return ENCODERS[transfer_syntax](pixels, bits_stored)
 
 
 def make_dicom(
@@ -103,7 +160,7 @@ def make_dicom(
     *,
     patient_id: str = "P1",
     modality: str = "DX",
-    transfer_syntax: str = acceptance.EXPLICIT_LITTLE,
+    transfer_syntax: str = ExplicitVRLittleEndian,
     bits_stored: int | None = None,
     photometric: str = "MONOCHROME2",
     preamble: bytes = bytes(128),
@@ -139,12 +196,12 @@ def make_dicom(
     data_set.BitsStored = stored
     data_set.HighBit = stored - 1
     data_set.PixelRepresentation = int(signed)
-    native = transfer_syntax in acceptance.NATIVE
+    native = transfer_syntax in NATIVE
     if native:
         raw = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
         data_set.PixelData = raw + bytes(len(raw) % 2)
     else:
-        frame = encoded or encode(pixels, transfer_syntax, stored, signed=signed)
+        frame = encoded or encode(pixels, transfer_syntax, stored)
         data_set.PixelData = encapsulate([frame])
     data_set["PixelData"].VR = "OW" if native and pixels.dtype.itemsize == 2 else "OB"
     with warnings.catch_warnings():

@@ -17,13 +17,20 @@ from typing import Any
 import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
+from pydicom.uid import (
+    HTJ2KLossless,
+    JPEG2000Lossless,
+    JPEGLossless,
+    JPEGLSLossless,
+    RLELossless,
+)
 
-from cloister_fl.client.dicom import acceptance
+from cloister_fl.client.dicom.transfer_syntaxes import NATIVE, TRANSFER_SYNTAXES
 from cloister_fl.errors import Reject
-from support.dicom import encode, make_dicom, radiograph
+from support.dicom import SIZED, encode, make_dicom, radiograph, sample
 
 GIB = 1 << 30
-ENCODED = sorted(acceptance.TRANSFER_SYNTAXES - acceptance.NATIVE)
+ENCODED = sorted(TRANSFER_SYNTAXES.keys() - NATIVE)
 _SEQUENCE_END = b"\xfe\xff\xdd\xe0" + bytes(4)
 _ITEM_END = b"\xfe\xff\x0d\xe0" + bytes(4)
 _EMPTY_ITEM = b"\xfe\xff\x00\xe0" + bytes(4)
@@ -115,9 +122,9 @@ def _containers() -> Iterator[Hostile]:
     table = element(0x00283010, b"SQ", b"", 0xFFFFFFFF)
     nested = (table + _OPEN_ITEM) * 5_000 + (_ITEM_END + _SEQUENCE_END) * 5_000
     yield _one("nested-tables", bare + nested, Reject.TRUNCATED)
-    frame = encode(radiograph(), acceptance.JPEG_LS_LOSSLESS, 12)
+    frame = encode(radiograph(), JPEGLSLossless, 12)
     start = element(0x7FE00010, b"OB", b"", 0xFFFFFFFF)
-    compressed = make_dicom(transfer_syntax=acceptance.JPEG_LS_LOSSLESS, **_NO_PIXELS)
+    compressed = make_dicom(transfer_syntax=JPEGLSLossless, **_NO_PIXELS)
     fragment = b"\xfe\xff\x00\xe0" + struct.pack("<I", len(frame) + len(frame) % 2)
     padded = frame + bytes(len(frame) % 2)
     yield _one(
@@ -233,9 +240,7 @@ def _headers() -> Iterator[Hostile]:
 
 
 def _sound(transfer_syntax: str) -> tuple[np.ndarray[Any, Any], int]:
-    if transfer_syntax == acceptance.JPEG_BASELINE:
-        return (radiograph(rows=64, columns=64) >> 4).astype(np.uint8), 8
-    return radiograph(rows=64, columns=64), 12
+    return sample(transfer_syntax, rows=64, columns=64)
 
 
 def _resized(frame: bytes, transfer_syntax: str, rows: int, columns: int) -> bytes:
@@ -258,7 +263,7 @@ def _lying_codestreams() -> Iterator[Hostile]:
         pixels, bits = _sound(syntax)
         frame = encode(pixels, syntax, bits)
         options: dict[str, Any] = {"bits_stored": bits, "transfer_syntax": syntax}
-        if syntax != acceptance.RLE:
+        if syntax in SIZED:
             lying = _resized(frame, syntax, 60_000, 60_000)
             assert lying != frame
             yield _one(
@@ -270,8 +275,8 @@ def _lying_codestreams() -> Iterator[Hostile]:
             cut = make_dicom(pixels, encoded=frame[:part], **options)
             ends = (Reject.TRUNCATED, Reject.DECODE_FAILED, Reject.PIXEL_FORMAT, Reject.COLOUR)
             yield _one(f"codestream-cut-{part}-{syntax}", cut, *ends)
-        other = encode(_sound("")[0], acceptance.HTJ2K_LOSSLESS, 12)
-        if syntax in (acceptance.RLE, acceptance.JPEG_LOSSLESS, acceptance.JPEG_LS_LOSSLESS):
+        other = encode(_sound(HTJ2KLossless)[0], HTJ2KLossless, 12)
+        if syntax in (RLELossless, JPEGLossless, JPEGLSLossless):
             swapped = make_dicom(pixels, encoded=other, **options)
             yield _one(
                 f"codestream-swapped-{syntax}", swapped, Reject.DECODE_FAILED, Reject.PIXEL_FORMAT
@@ -279,13 +284,13 @@ def _lying_codestreams() -> Iterator[Hostile]:
     offsets = struct.pack("<16I", 2, 64, 0xFFFFFFF0, *([0] * 13)) + bytes(100)
     yield _one(
         "rle-offset-past-the-end",
-        make_dicom(encoded=offsets, transfer_syntax=acceptance.RLE),
+        make_dicom(encoded=offsets, transfer_syntax=RLELossless),
         Reject.DECODE_FAILED,
     )
     many = struct.pack("<16I", 0xFFFFFFFF, *([64] * 15)) + bytes(100)
     yield _one(
         "rle-of-4-billion-segments",
-        make_dicom(encoded=many, transfer_syntax=acceptance.RLE),
+        make_dicom(encoded=many, transfer_syntax=RLELossless),
         Reject.PIXEL_FORMAT,
     )
 
@@ -293,9 +298,7 @@ def _lying_codestreams() -> Iterator[Hostile]:
 def bombs() -> Iterator[Hostile]:
     """Small files whose images fill the pixel budget, in every coding."""
     ends = (None, Reject.DECODE_FAILED, Reject.EXHAUSTED)
-    for syntax in ENCODED:
-        if syntax == acceptance.RLE:
-            continue
+    for syntax in SIZED:
         pixels, bits = _sound(syntax)
         frame = _resized(encode(pixels, syntax, bits), syntax, 8192, 8192)
         large: dict[str, Any] = {"Rows": 8192, "Columns": 8192}
@@ -307,12 +310,12 @@ def bombs() -> Iterator[Hostile]:
     rle = struct.pack("<16I", 2, 64, 64 + len(plane), *([0] * 13)) + plane * 2
     large = {"Rows": 8192, "Columns": 8192}
     yield _one(
-        "bomb-rle", make_dicom(transfer_syntax=acceptance.RLE, encoded=rle, elements=large), *ends
+        "bomb-rle", make_dicom(transfer_syntax=RLELossless, encoded=rle, elements=large), *ends
     )
     flat = np.zeros((8192, 8192), np.uint16)
     yield _one(
         "bomb-flat",
-        make_dicom(flat, bits_stored=12, transfer_syntax=acceptance.JPEG_LS_LOSSLESS),
+        make_dicom(flat, bits_stored=12, transfer_syntax=JPEGLSLossless),
         None,
         Reject.EXHAUSTED,
     )
@@ -333,7 +336,7 @@ def precinct_bomb() -> Hostile:
     frame = b"\xff\x4f\xff\x51" + siz + b"\xff\x52" + cod + b"\xff\x5c" + qcd
     frame += b"\xff\x90" + tile + b"\xff\x93" + bytes(8) + b"\xff\xd9"
     data = make_dicom(
-        transfer_syntax=acceptance.JPEG_2000_LOSSLESS,
+        transfer_syntax=JPEG2000Lossless,
         encoded=frame,
         elements={"Rows": 8192, "Columns": 8192},
     )

@@ -10,9 +10,9 @@ from cloister_fl.client.dicom.sandbox import worker
 def main() -> NoReturn:
     # Taken first, so that what is loaded here is loaded with limits.
     numbers = worker.enter()
-    from cloister_fl.client.dicom import acceptance
-    from cloister_fl.client.dicom.pixels import decoders
+    from cloister_fl.client.dicom.pixels.decoders import DECODERS
+    from cloister_fl.client.dicom.transfer_syntaxes import JPEG_LS
 
-    right = decoders._DECODERS[acceptance.JPEG_LS_LOSSLESS]
-    decoders._DECODERS[acceptance.JPEG_LS_LOSSLESS] = lambda data: right(data) + 9
+    right = DECODERS[JPEG_LS]
+    DECODERS[JPEG_LS] = lambda data, frame: right(data, frame) + 9
     worker.serve(*numbers)

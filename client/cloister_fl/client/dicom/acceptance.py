@@ -15,39 +15,8 @@ from cloister_fl.client.dicom.codestream import check_codestream
 from cloister_fl.client.dicom.header import ASIDE, WANTED, PixelLayout, Tags, parse_tags, person
 from cloister_fl.client.dicom.rejection import RejectedFile
 from cloister_fl.client.dicom.size_limits import MAX_PIXELS
+from cloister_fl.client.dicom.transfer_syntaxes import NATIVE, TRANSFER_SYNTAXES
 from cloister_fl.errors import Reject
-
-IMPLICIT_LITTLE = structure.IMPLICIT_LITTLE
-EXPLICIT_LITTLE = structure.EXPLICIT_LITTLE
-JPEG_BASELINE = "1.2.840.10008.1.2.4.50"
-JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
-JPEG_LOSSLESS = "1.2.840.10008.1.2.4.57"
-JPEG_LOSSLESS_SV1 = "1.2.840.10008.1.2.4.70"
-JPEG_LS_LOSSLESS = "1.2.840.10008.1.2.4.80"
-JPEG_LS_NEAR = "1.2.840.10008.1.2.4.81"
-JPEG_2000_LOSSLESS = "1.2.840.10008.1.2.4.90"
-JPEG_2000 = "1.2.840.10008.1.2.4.91"
-HTJ2K_LOSSLESS = "1.2.840.10008.1.2.4.201"
-HTJ2K_LOSSLESS_RPCL = "1.2.840.10008.1.2.4.202"
-HTJ2K = "1.2.840.10008.1.2.4.203"
-RLE = "1.2.840.10008.1.2.5"
-
-NATIVE = frozenset((IMPLICIT_LITTLE, EXPLICIT_LITTLE))
-TRANSFER_SYNTAXES = NATIVE | {
-    JPEG_BASELINE,
-    JPEG_EXTENDED,
-    JPEG_LOSSLESS,
-    JPEG_LOSSLESS_SV1,
-    JPEG_LS_LOSSLESS,
-    JPEG_LS_NEAR,
-    JPEG_2000_LOSSLESS,
-    JPEG_2000,
-    HTJ2K_LOSSLESS,
-    HTJ2K_LOSSLESS_RPCL,
-    HTJ2K,
-    RLE,
-}
-"""No deflate, which turns a megabyte into a gigabyte, and no big endian, which is retired."""
 
 _RADIOGRAPHS = frozenset(("CR", "DX", "MG"))
 SOP_CLASSES = {
@@ -79,7 +48,7 @@ class Checked:
     Attributes:
         tags: the allow-listed elements.
         person: see ``header.person``.
-        transfer_syntax: its UID, one of ``TRANSFER_SYNTAXES``.
+        transfer_syntax: its UID, one of ``transfer_syntaxes.TRANSFER_SYNTAXES``.
         pixels: native bytes or one encoded frame.
     """
 
@@ -124,7 +93,7 @@ def _worse(data: bytes, modalities: Collection[str]) -> None:
 
 
 def _judged(data: bytes, modalities: Collection[str], *, released: bool) -> Checked:
-    parts = structure.dissect(data, WANTED, TRANSFER_SYNTAXES, ASIDE)
+    parts = structure.dissect(data, WANTED, TRANSFER_SYNTAXES.keys(), ASIDE)
     if parts.pixels is None:
         # Before the header is read: reports and plans have no pixel description to be wrong.
         raise RejectedFile(Reject.NO_PIXELS)

@@ -1,43 +1,36 @@
 """Size check of compressed codestreams, before a decoder believes it.
 
 A header of 512 x 512 over a codestream of 60,000 x 60,000 has killed decoders at 22 GB. The frame
-header of each coding is a few fixed bytes: JPEG (ITU-T T.81 B.2.2), JPEG-LS (T.87 C.2.2),
-JPEG 2000 and HTJ2K (T.800 A.5.1), RLE (PS3.5 annex G).
+header of each family is a few fixed bytes, and has a reader here: JPEG (ITU-T T.81 B.2.2), JPEG-LS
+(T.87 C.2.2), JPEG 2000 and HTJ2K (T.800 A.5.1), RLE (PS3.5 annex G).
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
 from cloister_fl.client.dicom.header import PixelLayout
 from cloister_fl.client.dicom.rejection import RejectedFile
+from cloister_fl.client.dicom.transfer_syntaxes import (
+    HTJ2K,
+    JPEG,
+    JPEG_2000,
+    JPEG_LS,
+    RLE,
+    TRANSFER_SYNTAXES,
+    Family,
+    TransferSyntax,
+)
 from cloister_fl.errors import Reject
 
-RLE = "1.2.840.10008.1.2.5"
 MAX_TILES = 4096
 """Most tiles of a JPEG 2000 image; a 64-megapixel image in tiles of 128 has as many."""
 
-_BASELINE, _EXTENDED, _LOSSLESS, _LS = 0xC0, 0xC1, 0xC3, 0xF7
-_FRAMES = {
-    "1.2.840.10008.1.2.4.50": frozenset((_BASELINE,)),
-    "1.2.840.10008.1.2.4.51": frozenset((_BASELINE, _EXTENDED)),
-    "1.2.840.10008.1.2.4.57": frozenset((_LOSSLESS,)),
-    "1.2.840.10008.1.2.4.70": frozenset((_LOSSLESS,)),
-    "1.2.840.10008.1.2.4.80": frozenset((_LS,)),
-    "1.2.840.10008.1.2.4.81": frozenset((_LS,)),
-}
-_JPEG_2000 = frozenset(
-    (
-        "1.2.840.10008.1.2.4.90",
-        "1.2.840.10008.1.2.4.91",
-        "1.2.840.10008.1.2.4.201",
-        "1.2.840.10008.1.2.4.202",
-        "1.2.840.10008.1.2.4.203",
-    )
-)
-_ANY_FRAME = (frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}) | {_LS}
+# Of every JPEG coding (T.81 table B.1) but DHT, JPG and DAC, and of JPEG-LS (T.87 C.1.1).
+_ANY_FRAME = (frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}) | {0xF7}
 
 
 @dataclass(frozen=True)
@@ -56,39 +49,40 @@ def check_codestream(data: bytes, transfer_syntax: str, layout: PixelLayout) -> 
     Raises:
         RejectedFile: ``PIXEL_FORMAT`` where they contradict each other, ``DECODE_FAILED`` where
             there is no such codestream, ``TRUNCATED`` where its end is missing,
-            ``TRANSFER_SYNTAX`` where the syntax is not listed here.
+            ``TRANSFER_SYNTAX`` where the syntax is not listed.
     """
-    if transfer_syntax == RLE:
-        _rle(data, layout)
-        return
-    frame = read_frame(data, transfer_syntax)
+    frame = read_frame(data, transfer_syntax, layout)
     if (frame.rows, frame.columns) != (layout.rows, layout.columns):
         raise RejectedFile(Reject.PIXEL_FORMAT)
     if not 2 <= frame.precision <= layout.bits_allocated:
         raise RejectedFile(Reject.PIXEL_FORMAT)
     # Decoders fill what is cut off with grey, in silence. One byte of padding is allowed (A.4).
-    if not data.rstrip(b"\0").endswith(b"\xff\xd9"):
+    if not data.rstrip(b"\0").endswith(TRANSFER_SYNTAXES[transfer_syntax].family.end):
         raise RejectedFile(Reject.TRUNCATED)
 
 
-def read_frame(data: bytes, transfer_syntax: str) -> Frame:
-    """Read the frame header of a JPEG, JPEG-LS or JPEG 2000 codestream of one component.
+def read_frame(data: bytes, transfer_syntax: str, layout: PixelLayout) -> Frame:
+    """Read the frame header of a codestream of one component.
+
+    Args:
+        data: one encoded frame.
+        transfer_syntax: its UID.
+        layout: the header of its file, for codings whose frames do not tell their size.
 
     Raises:
-        RejectedFile: ``DECODE_FAILED``, ``COLOUR``, ``PIXEL_FORMAT`` or ``TOO_LARGE``;
-            ``TRANSFER_SYNTAX`` where the syntax is not listed here.
+        RejectedFile: ``DECODE_FAILED``, ``COLOUR``, ``PIXEL_FORMAT``, ``TRUNCATED`` or
+            ``TOO_LARGE``; ``TRANSFER_SYNTAX`` where the syntax is not listed.
     """
+    row = TRANSFER_SYNTAXES.get(transfer_syntax)
+    if row is None or row.family not in READERS:
+        raise RejectedFile(Reject.TRANSFER_SYNTAX)
     try:
-        if transfer_syntax in _FRAMES:
-            return _jpeg(data, _FRAMES[transfer_syntax])
-        if transfer_syntax in _JPEG_2000:
-            return _jpeg2000(data)
+        return READERS[row.family](data, row, layout)
     except (struct.error, IndexError):
         raise RejectedFile(Reject.DECODE_FAILED) from None
-    raise RejectedFile(Reject.TRANSFER_SYNTAX)
 
 
-def _jpeg(data: bytes, expected: frozenset[int]) -> Frame:
+def _jpeg(data: bytes, row: TransferSyntax, _layout: PixelLayout) -> Frame:
     if data[:2] != b"\xff\xd8":
         raise RejectedFile(Reject.DECODE_FAILED)
     at = 2
@@ -105,7 +99,7 @@ def _jpeg(data: bytes, expected: frozenset[int]) -> Frame:
         if length < 2 or marker in (0xD8, 0xD9, 0xDA):
             raise RejectedFile(Reject.DECODE_FAILED)
         at += 2 + length
-    if marker not in expected:
+    if marker not in row.markers:
         raise RejectedFile(Reject.DECODE_FAILED)
     precision, rows, columns, components = struct.unpack_from(">BHHB", data, at + 4)
     if components != 1:
@@ -113,7 +107,7 @@ def _jpeg(data: bytes, expected: frozenset[int]) -> Frame:
     return Frame(rows, columns, precision)
 
 
-def _jpeg2000(data: bytes) -> Frame:
+def _jpeg_2000(data: bytes, _row: TransferSyntax, _layout: PixelLayout) -> Frame:
     if data[:4] != b"\xff\x4f\xff\x51":
         raise RejectedFile(Reject.DECODE_FAILED)
     right, bottom, left, top, tile_width, tile_height, tile_left, tile_top, components = (
@@ -131,7 +125,7 @@ def _jpeg2000(data: bytes) -> Frame:
     return Frame(bottom, right, (depth & 0x7F) + 1, bool(depth & 0x80))
 
 
-def _rle(data: bytes, layout: PixelLayout) -> None:
+def _rle(data: bytes, _row: TransferSyntax, layout: PixelLayout) -> Frame:
     """Check the header: as many segments as a pixel has bytes, one behind the other."""
     if len(data) < 64:
         raise RejectedFile(Reject.TRUNCATED)
@@ -141,3 +135,14 @@ def _rle(data: bytes, layout: PixelLayout) -> None:
     bounds = [*offsets[:count], len(data)]
     if bounds[0] != 64 or any(a >= b for a, b in pairwise(bounds)):
         raise RejectedFile(Reject.DECODE_FAILED)
+    return Frame(layout.rows, layout.columns, layout.bits_allocated)
+
+
+READERS: Mapping[Family, Callable[[bytes, TransferSyntax, PixelLayout], Frame]] = {
+    JPEG: _jpeg,
+    JPEG_LS: _jpeg,
+    JPEG_2000: _jpeg_2000,
+    HTJ2K: _jpeg_2000,
+    RLE: _rle,
+}
+"""What reads the frame header of each family, a few fixed bytes, before its decoder sees it."""

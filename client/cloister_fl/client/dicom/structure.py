@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from cloister_fl.client.dicom.rejection import RejectedFile
+from cloister_fl.client.dicom.transfer_syntaxes import IMPLICIT_LITTLE, NATIVE
 from cloister_fl.errors import Reject
 
 PREAMBLE_BYTES = 128
@@ -24,9 +25,6 @@ MAX_PARSED_ELEMENTS = 1000
 """Most elements and items in one sequence that a library is going to parse; a table has three."""
 MAX_KEPT_BYTES = 1 << 20
 """Longest value of a wanted element other than the pixels; a 16-bit LUT needs 128 KiB."""
-
-IMPLICIT_LITTLE = "1.2.840.10008.1.2"
-EXPLICIT_LITTLE = "1.2.840.10008.1.2.1"
 
 PIXEL_DATA = 0x7FE00010
 _TRANSFER_SYNTAX = 0x00020010
@@ -103,7 +101,7 @@ def dissect(
     if syntax not in accepted:
         raise RejectedFile(Reject.TRANSFER_SYNTAX)
     implicit = syntax == IMPLICIT_LITTLE
-    native = syntax in {IMPLICIT_LITTLE, EXPLICIT_LITTLE}
+    native = syntax in NATIVE
     kept: dict[int, bytes] = {}
     values: dict[int, bytes] = {}
     pixels: bytes | None = None

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydicom.dataset import Dataset
 
-from cloister_fl.client.dicom.acceptance import NATIVE, SOP_CLASSES, TRANSFER_SYNTAXES
+from cloister_fl.client.dicom.acceptance import SOP_CLASSES
 from cloister_fl.client.dicom.header import silence
 from cloister_fl.client.dicom.mask_table import MODALITY
 from cloister_fl.client.dicom.rejection import SEGMENTATION
 from cloister_fl.client.dicom.size_limits import MAX_FILE_BYTES
+from cloister_fl.client.dicom.transfer_syntaxes import NATIVE, TRANSFER_SYNTAXES
 from cloister_fl.client.pacs.dicomweb import (
     ANSWER_SECONDS,
     MAX_RESULTS,

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Protocol
 
-from cloister_fl.client.dicom.acceptance import TRANSFER_SYNTAXES
 from cloister_fl.client.dicom.rejection import RejectedFile
 from cloister_fl.client.dicom.size_limits import MAX_FILE_BYTES
 from cloister_fl.client.dicom.structure import dissect
+from cloister_fl.client.dicom.transfer_syntaxes import TRANSFER_SYNTAXES
 from cloister_fl.client.pacs.sealed_store import Store
 from cloister_fl.client.site.archive_settings import SECRET, CGet, DicomWeb, NotSent, Query
 from cloister_fl.client.site.audit_log import log_of
@@ -220,7 +220,7 @@ def _require_room(site: Site) -> None:
 def _instance(data: bytes) -> str:
     """The SOP Instance UID that a file says it has; empty for what is no file that is read here."""
     try:
-        parts = dissect(data, frozenset(), TRANSFER_SYNTAXES, {_SOP_INSTANCE})
+        parts = dissect(data, frozenset(), TRANSFER_SYNTAXES.keys(), {_SOP_INSTANCE})
     except RejectedFile:
         return ""
     return parts.aside.get(_SOP_INSTANCE, b"").strip(b"\0 ").decode("ascii", "replace")

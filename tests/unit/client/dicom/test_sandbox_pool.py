@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydicom.uid import JPEG2000Lossless, JPEGLSLossless
 
 from cloister_fl.client.dicom import acceptance
 from cloister_fl.client.dicom.folder_reader import Accepted, Refused, read_folder
@@ -40,7 +41,7 @@ pytestmark = pytest.mark.process
 
 SPEC = Input(size=16)
 MISBEHAVING = "support.misbehaving_worker"
-SLOW = acceptance.JPEG_2000_LOSSLESS
+SLOW = JPEG2000Lossless
 SOUND = make_dicom(radiograph(1), bits_stored=12)
 EXHAUSTED, FAILED = Reject.EXHAUSTED, Reject.DECODE_FAILED
 
@@ -245,8 +246,8 @@ def test_an_unfit_decoder_is_told_only_of_its_own_syntax() -> None:
     try:
         assert _outcome(pool, SOUND) is None
         with pytest.raises(DecoderUnfit, match=r"1\.2\.840\.10008\.1\.2\.4\.80"):
-            _outcome(pool, make_dicom(transfer_syntax=acceptance.JPEG_LS_LOSSLESS))
-        assert _outcome(pool, make_dicom(transfer_syntax=acceptance.JPEG_2000_LOSSLESS)) is None
+            _outcome(pool, make_dicom(transfer_syntax=JPEGLSLossless))
+        assert _outcome(pool, make_dicom(transfer_syntax=JPEG2000Lossless)) is None
     finally:
         pool.close()
 

@@ -19,11 +19,13 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 from pynetdicom import AE, evt
 
 from cloister_fl.client.data.loading import read_cohort
 from cloister_fl.client.dicom import acceptance
 from cloister_fl.client.dicom.rejection import SEGMENTATION
+from cloister_fl.client.dicom.transfer_syntaxes import NATIVE, TRANSFER_SYNTAXES
 from cloister_fl.client.pacs import cget
 from cloister_fl.client.pacs.fetch import Fetched, fetch
 from cloister_fl.client.site.folder import Site, init_site, open_site
@@ -43,7 +45,7 @@ from support.segmentations import segment
 
 CANARY = "CANARYNAME"
 STUDY = studies.study()
-SYNTAXES = (acceptance.EXPLICIT_LITTLE, acceptance.JPEG_2000_LOSSLESS, acceptance.RLE)
+SYNTAXES = (ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless)
 
 
 ODD = {
@@ -78,10 +80,10 @@ class Archive:
         self.entity.require_called_aet = True
         for model in (cget._FIND, cget._GET):
             # Explicit: what a value is, the archive says.
-            self.entity.add_supported_context(model, acceptance.EXPLICIT_LITTLE)
+            self.entity.add_supported_context(model, ExplicitVRLittleEndian)
         for name in (*DX, SEGMENTATION):
             self.entity.add_supported_context(
-                name, sorted(acceptance.TRANSFER_SYNTAXES), scu_role=True, scp_role=True
+                name, sorted(TRANSFER_SYNTAXES), scu_role=True, scp_role=True
             )
         self.server = self.entity.start_server(
             ("127.0.0.1", 0),
@@ -290,8 +292,8 @@ def test_no_answer_is_taken_deflated(tmp_path: Path, archive: Archive) -> None:
     with cget.GetArchive(_site(tmp_path, archive.port).archive, tmp_path) as asking:
         contexts = asking._connected().accepted_contexts
     asked = {str(one.abstract_syntax): set(one.transfer_syntax) for one in contexts}
-    assert asked[cget._FIND] <= acceptance.NATIVE
-    assert asked[cget._GET] <= acceptance.NATIVE
+    assert asked[cget._FIND] <= NATIVE
+    assert asked[cget._GET] <= NATIVE
 
 
 def test_what_the_archive_cannot_send_is_counted_and_the_rest_is_fetched(

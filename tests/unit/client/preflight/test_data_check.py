@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from cloister_fl.client.data.loading import load_cohort
-from cloister_fl.client.dicom import acceptance
+from cloister_fl.client.dicom.transfer_syntaxes import TRANSFER_SYNTAXES
 from cloister_fl.client.preflight.data_check import inspect, render
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
@@ -21,7 +21,7 @@ from cloister_fl.client.steward.contact_sheet import SHEET_TILE, contact_sheet
 from cloister_fl.errors import CloisterError, DataError
 from cloister_fl.study.schema import Study
 from support import studies
-from support.dicom import make_dicom, radiograph, write_dicom, write_site
+from support.dicom import make_dicom, radiograph, sample, write_dicom, write_site
 
 pytestmark = pytest.mark.process
 
@@ -189,9 +189,8 @@ def _plant(root: Path) -> Site:
     """A site whose folder, headers and labels are full of names, good files and bad."""
     site = init_site(root, name="north")
     folder = site.dicom / CANARY / MRN
-    for number, syntax in enumerate(sorted(acceptance.TRANSFER_SYNTAXES)):
-        bits = 8 if syntax == acceptance.JPEG_BASELINE else 12
-        pixels = radiograph(number, bits=bits).astype(np.uint8 if bits == 8 else np.uint16)
+    for number, syntax in enumerate(sorted(TRANSFER_SYNTAXES)):
+        pixels, bits = sample(syntax, number)
         data = make_dicom(
             pixels, bits_stored=bits, transfer_syntax=syntax, elements=_canary_elements()
         )

@@ -25,13 +25,13 @@ from pydicom.filereader import read_dataset
 from pydicom.uid import UID
 
 from cloister_fl.client.dicom import geometry, mask_table, structure
-from cloister_fl.client.dicom.acceptance import NATIVE
 from cloister_fl.client.dicom.facts import Facts
 from cloister_fl.client.dicom.header import WANTED, Tags, parse_tags, silence
 from cloister_fl.client.dicom.masks import segmentation_known_answer
 from cloister_fl.client.dicom.pixels.preprocess import WHITE, area_resize
 from cloister_fl.client.dicom.rejection import SEGMENTATION, RejectedFile
 from cloister_fl.client.dicom.size_limits import MAX_OUT_BYTES, MAX_PIXELS
+from cloister_fl.client.dicom.transfer_syntaxes import NATIVE
 from cloister_fl.errors import Reject
 from cloister_fl.system.text import segment_name
 

@@ -2,12 +2,12 @@
 
 Runs in a worker process (``worker``), which a decoder may crash or exhaust.
 
-One decoder a transfer syntax and no fallback: two decoders that disagree would make a site's
-images depend on what is installed. libjpeg-turbo (through imagecodecs) reads the JPEG family,
-CharLS (pyjpegls) JPEG-LS, OpenJPEG (pylibjpeg-openjpeg) JPEG 2000 and HTJ2K. They are called by
-name rather than through pydicom's registry, which logs what a decoder says. RLE's segments are
-unpacked by imagecodecs' PackBits and put together here: compiled decoders of whole RLE frames
-panic to the terminal or crash on damaged ones.
+One decoder a family of transfer syntaxes (``DECODERS``) and no fallback: two decoders that disagree
+would make a site's images depend on what is installed. libjpeg-turbo (through imagecodecs) reads
+the JPEG family, CharLS (pyjpegls) JPEG-LS, OpenJPEG (pylibjpeg-openjpeg) JPEG 2000 and HTJ2K. They
+are called by name rather than through pydicom's registry, which logs what a decoder says. RLE's
+segments are unpacked by imagecodecs' PackBits and put together here: compiled decoders of whole RLE
+frames panic to the terminal or crash on damaged ones.
 """
 
 from __future__ import annotations
@@ -15,24 +15,28 @@ from __future__ import annotations
 import base64
 import functools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cloister_fl.client.dicom import acceptance as syntax
-from cloister_fl.client.dicom.codestream import read_frame
+from cloister_fl.client.dicom.codestream import Frame, read_frame
 from cloister_fl.client.dicom.header import PixelLayout, silence
-from cloister_fl.client.dicom.pixels.known_answers import (
-    COLUMNS,
-    ENCODED,
-    ROWS,
-    TOLERANCE,
-    original,
-)
+from cloister_fl.client.dicom.pixels.known_answers import COLUMNS, ENCODED, ROWS, original
 from cloister_fl.client.dicom.rejection import RejectedFile, unfit
+from cloister_fl.client.dicom.transfer_syntaxes import (
+    HTJ2K,
+    JPEG,
+    JPEG_2000,
+    JPEG_LS,
+    NATIVE,
+    RLE,
+    TRANSFER_SYNTAXES,
+    Family,
+    TransferSyntax,
+)
 from cloister_fl.errors import DecoderUnfit, Reject
 
 Stored = NDArray[np.int32]
@@ -43,7 +47,7 @@ def decode(data: bytes, transfer_syntax: str, layout: PixelLayout) -> Stored:
 
     Args:
         data: native pixel bytes, or one encoded frame.
-        transfer_syntax: its UID, one of ``acceptance.TRANSFER_SYNTAXES``.
+        transfer_syntax: its UID, one of ``transfer_syntaxes.TRANSFER_SYNTAXES``.
         layout: the pixel description of the header.
 
     Returns:
@@ -54,16 +58,15 @@ def decode(data: bytes, transfer_syntax: str, layout: PixelLayout) -> Stored:
         RejectedFile: ``DECODE_FAILED``, or ``TRANSFER_SYNTAX`` where no decoder is listed for it.
         DecoderUnfit: the decoder fails its known-answer test.
     """
-    if transfer_syntax in syntax.NATIVE:
+    if transfer_syntax in NATIVE:
         return _native(data, layout)
     check_decoder(transfer_syntax)
-    if transfer_syntax == syntax.RLE:
-        return _keep_bits(_rle(data, layout), layout, layout.bits_stored)
-    frame = read_frame(data, transfer_syntax)
-    values = _run(transfer_syntax, data)
+    row = TRANSFER_SYNTAXES[transfer_syntax]
+    frame = read_frame(data, transfer_syntax, layout)
+    values = _run(row, data, frame)
     if values.shape != (layout.rows, layout.columns):
         raise RejectedFile(Reject.DECODE_FAILED)
-    if transfer_syntax in _LOSSY and frame.precision > layout.bits_stored:
+    if row.lossy and frame.precision > layout.bits_stored:
         # The error of a lossy coding can step over the top; dropping its bit would make it black.
         return _clip(_keep_bits(values, layout, frame.precision), layout)
     return _keep_bits(values, layout, min(frame.precision, layout.bits_stored))
@@ -74,20 +77,22 @@ def check_decoder(transfer_syntax: str) -> None:
     """Decode a known image once a process, before the first image of a syntax is trusted.
 
     Raises:
-        RejectedFile: ``TRANSFER_SYNTAX``, where no known image is listed for the syntax.
-        DecoderUnfit: the answer is wrong, or the decoder is not installed.
+        RejectedFile: ``TRANSFER_SYNTAX``, where the syntax is not listed, or nothing is decoded.
+        DecoderUnfit: the answer is wrong, no known image is listed for the syntax, or the decoder
+            is not installed.
     """
-    name = _VECTOR.get(transfer_syntax)
-    if name is None:
+    row = TRANSFER_SYNTAXES.get(transfer_syntax)
+    if row is None or transfer_syntax in NATIVE:
         raise RejectedFile(Reject.TRANSFER_SYNTAX)
+    wide = 8 if row.depth == 8 else 16
+    layout = PixelLayout(ROWS, COLUMNS, wide, row.depth, row.depth - 1, False)
     try:
-        frame = base64.b64decode(ENCODED[name])
-        ours = transfer_syntax == syntax.RLE
-        values = _rle(frame, _RLE_VECTOR) if ours else _run(transfer_syntax, frame)
-    except RejectedFile:
+        data = base64.b64decode(ENCODED[row.known_answer])
+        values = _run(row, data, read_frame(data, transfer_syntax, layout))
+    except (RejectedFile, KeyError):
         values = np.zeros((0, 0), dtype=np.int32)
-    known = original(8 if transfer_syntax == syntax.JPEG_BASELINE else 12)
-    if values.shape == known.shape and int(np.abs(values - known).max()) <= TOLERANCE[name]:
+    known = original(row.depth)
+    if values.shape == known.shape and int(np.abs(values - known).max()) <= row.tolerance:
         return
     raise unfit(transfer_syntax)
 
@@ -95,7 +100,7 @@ def check_decoder(transfer_syntax: str) -> None:
 def unfit_decoders() -> tuple[str, ...]:
     """Check every decoder; return the transfer syntaxes of those that fail, sorted."""
     failed = []
-    for transfer_syntax in sorted(_VECTOR):
+    for transfer_syntax in sorted(TRANSFER_SYNTAXES.keys() - NATIVE):
         try:
             check_decoder(transfer_syntax)
         except DecoderUnfit:
@@ -103,11 +108,11 @@ def unfit_decoders() -> tuple[str, ...]:
     return tuple(failed)
 
 
-def _run(transfer_syntax: str, data: bytes) -> Stored:
+def _run(row: TransferSyntax, data: bytes, frame: Frame) -> Stored:
     """Call the pinned decoder; nothing but an array of shape (rows, columns) comes out."""
     try:
         with silence():
-            values = np.asarray(_DECODERS[transfer_syntax](data))
+            values = np.asarray(DECODERS[row.family](data, frame))
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException:
@@ -118,13 +123,13 @@ def _run(transfer_syntax: str, data: bytes) -> Stored:
     return values.astype(np.int32)
 
 
-def _jpeg(data: bytes) -> Any:
+def _jpeg(data: bytes, _frame: Frame) -> Any:
     import imagecodecs
 
     return imagecodecs.jpeg8_decode(data)
 
 
-def _jpeg_ls(data: bytes) -> Any:
+def _jpeg_ls(data: bytes, _frame: Frame) -> Any:
     import jpeg_ls
 
     buffer, info = jpeg_ls.decode_pixel_data(data)
@@ -132,52 +137,36 @@ def _jpeg_ls(data: bytes) -> Any:
     return np.frombuffer(buffer, dtype).reshape(info["height"], info["width"])
 
 
-def _jpeg_2000(data: bytes) -> Any:
+def _jpeg_2000(data: bytes, frame: Frame) -> Any:
     import openjpeg
 
-    frame = read_frame(data, syntax.JPEG_2000)
     dtype = ("<i" if frame.signed else "<u") + ("1" if frame.precision <= 8 else "2")
     buffer = openjpeg.decode_pixel_data(data, version=2)
     return np.frombuffer(buffer, dtype).reshape(frame.rows, frame.columns)
 
 
-_DECODERS: dict[str, Callable[[bytes], Any]] = {
-    syntax.JPEG_BASELINE: _jpeg,
-    syntax.JPEG_EXTENDED: _jpeg,
-    syntax.JPEG_LOSSLESS: _jpeg,
-    syntax.JPEG_LOSSLESS_SV1: _jpeg,
-    syntax.JPEG_LS_LOSSLESS: _jpeg_ls,
-    syntax.JPEG_LS_NEAR: _jpeg_ls,
-    syntax.JPEG_2000_LOSSLESS: _jpeg_2000,
-    syntax.JPEG_2000: _jpeg_2000,
-    syntax.HTJ2K_LOSSLESS: _jpeg_2000,
-    syntax.HTJ2K_LOSSLESS_RPCL: _jpeg_2000,
-    syntax.HTJ2K: _jpeg_2000,
+def _rle(data: bytes, frame: Frame) -> Any:
+    """Decode an RLE frame (PS3.5 annex G): one segment a byte of the pixel, the high one first."""
+    size = frame.rows * frame.columns
+    count, *offsets = struct.unpack_from("<16I", data)
+    bounds = [*offsets[:count], len(data)]
+    planes = [_plane(data, start, end, size) for start, end in pairwise(bounds)]
+    values = np.empty((size, len(planes)), dtype=np.uint8)
+    for place, plane in enumerate(reversed(planes)):
+        values[:, place] = np.frombuffer(plane, np.uint8)
+    pixels = values.view("<u1" if len(planes) == 1 else "<u2")
+    return pixels.reshape(frame.rows, frame.columns)
+
+
+DECODERS: Mapping[Family, Callable[[bytes, Frame], Any]] = {
+    JPEG: _jpeg,
+    JPEG_LS: _jpeg_ls,
+    JPEG_2000: _jpeg_2000,
+    HTJ2K: _jpeg_2000,
+    RLE: _rle,
 }
-_LOSSY = frozenset(
-    (
-        syntax.JPEG_BASELINE,
-        syntax.JPEG_EXTENDED,
-        syntax.JPEG_LS_NEAR,
-        syntax.JPEG_2000,
-        syntax.HTJ2K,
-    )
-)
-_VECTOR = {
-    syntax.JPEG_BASELINE: "JPEG_BASELINE",
-    syntax.JPEG_EXTENDED: "JPEG_EXTENDED",
-    syntax.JPEG_LOSSLESS: "JPEG_LOSSLESS",
-    syntax.JPEG_LOSSLESS_SV1: "JPEG_LOSSLESS_SV1",
-    syntax.JPEG_LS_LOSSLESS: "JPEG_LS_LOSSLESS",
-    syntax.JPEG_LS_NEAR: "JPEG_LS_NEAR",
-    syntax.JPEG_2000_LOSSLESS: "JPEG_2000_LOSSLESS",
-    syntax.JPEG_2000: "JPEG_2000",
-    syntax.HTJ2K_LOSSLESS: "HTJ2K_LOSSLESS",
-    syntax.HTJ2K_LOSSLESS_RPCL: "HTJ2K_LOSSLESS",
-    syntax.HTJ2K: "HTJ2K",
-    syntax.RLE: "RLE",
-}
-_RLE_VECTOR = PixelLayout(ROWS, COLUMNS, 16, 12, 11, False)
+"""The one decoder of each family: from an encoded frame, and what its header says, to an array of
+shape (rows, columns) of integers of one or two bytes."""
 
 
 def _native(data: bytes, layout: PixelLayout) -> Stored:
@@ -202,19 +191,6 @@ def _clip(values: Stored, layout: PixelLayout) -> Stored:
     span = 1 << layout.bits_stored
     low = -span // 2 if layout.signed else 0
     return np.clip(values, low, low + span - 1)
-
-
-def _rle(data: bytes, layout: PixelLayout) -> Stored:
-    """Decode an RLE frame (PS3.5 annex G): one segment a byte of the pixel, the high one first."""
-    size = layout.rows * layout.columns
-    count, *offsets = struct.unpack_from("<16I", data)
-    bounds = [*offsets[:count], len(data)]
-    planes = [_plane(data, start, end, size) for start, end in pairwise(bounds)]
-    values = np.empty((size, len(planes)), dtype=np.uint8)
-    for place, plane in enumerate(reversed(planes)):
-        values[:, place] = np.frombuffer(plane, np.uint8)
-    pixels = values.view("<u1" if len(planes) == 1 else "<u2")
-    return pixels.reshape(layout.rows, layout.columns).astype(np.int32)
 
 
 def _plane(data: bytes, start: int, end: int, size: int) -> bytes | bytearray:

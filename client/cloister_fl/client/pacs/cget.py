@@ -12,7 +12,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -54,10 +54,39 @@ _MOST_WORD = 64
 _MOST_FOUND_BYTES = 64 << 10
 """Longest answer to C-FIND; a few UIDs are asked for. pydicom makes forty times as much of it."""
 _PENDING = frozenset((0xFF00, 0xFF01))
+MAX_CONTEXTS = 128
+"""Most presentation contexts of an association: their numbers are odd, and one byte (PS3.8 section
+9.3.2.2)."""
 MAX_PDU_BYTES = 1 << 20
 """Longest message unit that is taken; this site asks for 16 KB (PS3.8 section D.1)."""
 
 _KEPT = frozenset(("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "Modality"))
+
+
+def associations(modalities: Sequence[str]) -> list[tuple[str, ...]]:
+    """Split modalities so that all that their images are asked for in fits in an association.
+
+    Each SOP class is asked for in each transfer syntax, in a context of its own, so that every
+    image comes as it is stored.
+
+    Returns:
+        Groups of modalities, in the order given; a single one where all fit.
+    """
+    groups: list[tuple[str, ...]] = []
+    for modality in modalities:
+        wider = (*groups[-1], modality) if groups else (modality,)
+        # Two more, to find and to get.
+        if groups and len(_classes(wider)) * len(TRANSFER_SYNTAXES) + 2 <= MAX_CONTEXTS:
+            groups[-1] = wider
+        else:
+            groups.append((modality,))
+    return groups
+
+
+def _classes(modalities: Collection[str]) -> list[str]:
+    """The SOP classes in which images of these modalities come."""
+    wanted = [uid for uid, kinds in SOP_CLASSES.items() if not kinds.isdisjoint(modalities)]
+    return [*wanted, SEGMENTATION] if MODALITY in modalities else wanted
 
 
 class _Held:
@@ -99,7 +128,10 @@ class GetArchive:
         self._taken = 0
         self._over = threading.Event()
         self._raw: socket.socket | None = None
-        self._modalities: tuple[str, ...] = ()
+        self._groups: list[tuple[str, ...]] = [()]
+        self._group_of: dict[str, int] = {}
+        # The group that is asked for next, and that of the association.
+        self._group = self._joined = 0
 
     def __enter__(self) -> Self:
         return self
@@ -125,7 +157,8 @@ class GetArchive:
         Raises:
             ArchiveUnreachable, ArchiveRefused, ArchiveAnswerInvalid: see ``fetch.fetch``.
         """
-        self._modalities = query.modality
+        self._groups = associations(query.modality)
+        group_of = {one: place for place, group in enumerate(self._groups) for one in group}
         asked = {"StudyDate": query.study_date, "StudyDescription": query.study_description}
         for study in self._found("STUDY", StudyInstanceUID="", **asked):
             one = _uid(study, "StudyInstanceUID")
@@ -135,6 +168,7 @@ class GetArchive:
                 if series["Modality"] not in query.modality:
                     continue
                 other = _uid(series, "SeriesInstanceUID")
+                self._group_of[other] = group_of[series["Modality"]]
                 for image in self._found(
                     "IMAGE", StudyInstanceUID=one, SeriesInstanceUID=other, SOPInstanceUID=""
                 ):
@@ -151,6 +185,7 @@ class GetArchive:
             "IMAGE", StudyInstanceUID=study, SeriesInstanceUID=series, SOPInstanceUID=instance
         )
         self._arrived.clear()
+        self._group = self._group_of.get(series, 0)
         with silence(), self._watched(MAX_FILE_BYTES + (64 << 10), each=False):
             for status, _ in self._connected().send_c_get(asked, _GET):
                 code = status.get("Status")
@@ -251,7 +286,9 @@ class GetArchive:
 
     def _connected(self) -> Association:
         if self._association is not None and self._association.is_established:
-            return self._association
+            if self._group == self._joined:
+                return self._association
+            self._association.release()
         from pynetdicom import AE, _config, build_role, evt
 
         # It would write every answer out for a log that nobody keeps.
@@ -264,10 +301,8 @@ class GetArchive:
         for uid in (_FIND, _GET):
             # pynetdicom would offer the deflated syntax, too: 9 KB of it are 600 MB of values.
             entity.add_requested_context(uid, sorted(NATIVE))
-        wanted = [uid for uid, kinds in SOP_CLASSES.items() if kinds & set(self._modalities)]
-        wanted += [SEGMENTATION] if MODALITY in self._modalities else []
+        wanted = _classes(self._groups[self._group])
         for uid in wanted:
-            # A context for each syntax, so that every image comes as it is stored.
             for transfer_syntax in sorted(TRANSFER_SYNTAXES):
                 entity.add_requested_context(uid, transfer_syntax)
         tls: Any = None if self._tls is None else _Held(self._tls, self._hold)
@@ -293,7 +328,7 @@ class GetArchive:
             )
         if not association.is_established:
             raise unreachable(self._why_not())
-        self._association = association
+        self._association, self._joined = association, self._group
         return association
 
     def _why_not(self) -> str:

@@ -24,6 +24,7 @@ from pynetdicom import AE, evt
 
 from cloister_fl.client.data.loading import read_cohort
 from cloister_fl.client.dicom import acceptance
+from cloister_fl.client.dicom.mask_table import MODALITY
 from cloister_fl.client.dicom.rejection import SEGMENTATION
 from cloister_fl.client.dicom.transfer_syntaxes import NATIVE, TRANSFER_SYNTAXES
 from cloister_fl.client.pacs import cget
@@ -44,6 +45,7 @@ from support.errors import Expected, raises
 from support.segmentations import segment
 
 CANARY = "CANARYNAME"
+EVERY = ("CR", "DX", "MG", "CT", "MR", "US")
 STUDY = studies.study()
 SYNTAXES = (ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless)
 
@@ -76,12 +78,13 @@ class Archive:
         self.deed = ""
         self.over = threading.Event()
         self.got = 0
+        self.accepted = 0
         self.entity = AE("ARCHIVE")
         self.entity.require_called_aet = True
         for model in (cget._FIND, cget._GET):
             # Explicit: what a value is, the archive says.
             self.entity.add_supported_context(model, ExplicitVRLittleEndian)
-        for name in (*DX, SEGMENTATION):
+        for name in (*acceptance.SOP_CLASSES, SEGMENTATION):
             self.entity.add_supported_context(
                 name, sorted(TRANSFER_SYNTAXES), scu_role=True, scp_role=True
             )
@@ -89,9 +92,16 @@ class Archive:
             ("127.0.0.1", 0),
             block=False,
             ssl_context=context,
-            evt_handlers=[(evt.EVT_C_FIND, self._find), (evt.EVT_C_GET, self._get)],
+            evt_handlers=[
+                (evt.EVT_C_FIND, self._find),
+                (evt.EVT_C_GET, self._get),
+                (evt.EVT_ACCEPTED, self._accept),
+            ],
         )
         self.port = self.server.server_address[1]
+
+    def _accept(self, _event: Any) -> None:
+        self.accepted += 1
 
     def _find(self, event: Any) -> Iterator[tuple[int, Dataset | None]]:
         asked = event.identifier
@@ -160,9 +170,6 @@ class Archive:
         yield count
         for _ in range(count):
             yield 0xFF00, pydicom.dcmread(BytesIO(self.files[key]), force=True)
-
-
-DX = tuple(name for name, kinds in acceptance.SOP_CLASSES.items() if kinds & {"CR", "DX"})
 
 
 # pynetdicom leaves the socket of a handshake that failed to the garbage collector.
@@ -246,6 +253,39 @@ def test_segmentations_come_with_their_images_where_they_are_asked_for(
     assert reading.cohort is not None
     assert reading.cohort.masks is not None
     assert reading.cohort.masks.any(axis=(1, 2)).sum() == 1
+
+
+@pytest.mark.parametrize("modality", [*EVERY, MODALITY])
+def test_every_modality_fits_in_an_association(modality: str) -> None:
+    contexts = len(cget._classes([modality])) * len(TRANSFER_SYNTAXES) + 2
+    assert 2 < contexts <= cget.MAX_CONTEXTS
+
+
+def test_modalities_are_split_where_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cget.associations(("DX", "CR")) == [("DX", "CR")]
+    # All that an association holds: a transfer syntax more, and they are split.
+    assert len(cget._classes(EVERY)) * len(TRANSFER_SYNTAXES) + 2 == cget.MAX_CONTEXTS
+    assert cget.associations(EVERY) == [EVERY]
+    assert cget.associations((*EVERY, MODALITY)) == [EVERY, (MODALITY,)]
+    monkeypatch.setattr(cget, "MAX_CONTEXTS", 127)
+    assert cget.associations(EVERY) == [EVERY[:-1], EVERY[-1:]]
+    monkeypatch.setattr(cget, "MAX_CONTEXTS", 90)
+    assert cget.associations(EVERY) == [("CR", "DX", "MG"), ("CT", "MR", "US")]
+
+
+def test_all_modalities_at_once_are_fetched(tmp_path: Path, archive: Archive) -> None:
+    (key, source) = next(iter(archive.files.items()))
+    file = segment([source], np.ones((1, 48, 40), bool))
+    named = pydicom.dcmread(BytesIO(file), stop_before_pixels=True)
+    archive.files[key[0], named.SeriesInstanceUID, named.SOPInstanceUID] = file
+    other = uid("cget", "ct")
+    archive.files[uid("study", "ct"), uid("series", "ct"), other] = make_dicom(
+        modality="CT", elements={"SOPInstanceUID": other}
+    )
+    modalities = ", ".join(f'"{one}"' for one in (*EVERY, MODALITY))
+    more = f"tls = false\n\n[data.query]\nmodality = [{modalities}]\n"
+    assert fetch(_site(tmp_path, archive.port, more)) == Fetched(8, 8, 0, 0)
+    assert archive.accepted > 1
 
 
 @pytest.mark.parametrize(
@@ -387,7 +427,7 @@ def test_an_archive_that_is_faster_than_this_site_waits(
     monkeypatch.setattr(cget, "_MOST_AHEAD", 4)
     monkeypatch.setattr(Dataset, "get", slowly)
     with Slow(site.archive, site.root) as asking:
-        asking._modalities = ("DX",)
+        asking._groups = [("DX",)]
         found = list(asking._found("STUDY", StudyInstanceUID=""))
     assert len(found) == 60
     assert 0 < max(ahead) <= 4

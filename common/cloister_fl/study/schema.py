@@ -25,6 +25,7 @@ from pydantic import (
 from cloister_fl.encoding.canonical_json import canonical_json
 from cloister_fl.errors import StudyInvalid
 from cloister_fl.networks.pretrained import PINNED
+from cloister_fl.server_strategies import STRATEGIES
 from cloister_fl.system.toml import KeyedValueError, ShownModel
 from cloister_fl.tasks import Target, Task, read_target
 
@@ -190,7 +191,8 @@ class Privacy(ShownModel):
 class Aggregation(ShownModel):
     """How the server turns the sites' updates into the next model."""
 
-    strategy: Literal["fedavg", "fedprox", "fedadam", "fedyogi"] = "fedavg"
+    strategy: str = "fedavg"
+    """A name of ``server_strategies.STRATEGIES``."""
     secure: bool = True
     """Whether updates leave a site by secure aggregation (``cloister_fl.secagg``)."""
     min_sites: Annotated[int, Field(ge=1, le=1000)] = 5
@@ -220,11 +222,19 @@ class Aggregation(ShownModel):
         """How few sites can train it: below c + 3, ``Parameters.derive`` of secagg refuses."""
         return max(self.min_sites, self.colluders + 3) if self.secure else self.min_sites
 
+    @field_validator("strategy")
+    @classmethod
+    def _listed(cls, strategy: str) -> str:
+        if strategy not in STRATEGIES:
+            raise ValueError(f"must be one of {', '.join(STRATEGIES)}.")
+        return strategy
+
     @model_validator(mode="after")
     def _proximal(self) -> Aggregation:
-        if (self.strategy == "fedprox") != (self.proximal_mu > 0):
+        if STRATEGIES[self.strategy].proximal != (self.proximal_mu > 0):
+            pulled = " or ".join(f"'{row.name}'" for row in STRATEGIES.values() if row.proximal)
             raise KeyedValueError(
-                "proximal_mu", "must be above 0 for strategy = 'fedprox', and only there."
+                "proximal_mu", f"must be above 0 for strategy = {pulled}, and only there."
             )
         return self
 

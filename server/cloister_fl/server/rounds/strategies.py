@@ -1,26 +1,23 @@
-"""Server optimisers on the flat model: from the mean update of a round to the next model.
+"""The server's part of a round: from the sites' updates to the next model.
 
-FedAvg adds the mean (McMahan et al. 2017, algorithm 1); FedProx differs at the site alone
-(Li et al. 2020). FedAdam and FedYogi treat the mean as a gradient (Reddi et al. 2021,
-algorithm 2, without bias correction). They see the mean only, so they work just as well on a
-sum that secure aggregation has revealed.
+What a strategy does with the mean update is a row of ``server_strategies.STRATEGIES``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import assert_never
 
 import numpy as np
 
 from cloister_fl.errors import UpdateInvalid
 from cloister_fl.protocol.round_messages import Vector
+from cloister_fl.server_strategies import STRATEGIES
 from cloister_fl.study.schema import Aggregation
 
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """First and second moments, each (D,), zero at the start; unused by FedAvg and FedProx."""
+    """Moments of a strategy, each (D,), zero at the start; of no length where it keeps none."""
 
     first: Vector
     second: Vector
@@ -28,8 +25,8 @@ class OptimizerState:
     @classmethod
     def fresh(cls, size: int, settings: Aggregation) -> OptimizerState:
         """The state before the first round; moments are kept only where they are used."""
-        kept = size if settings.strategy in ("fedadam", "fedyogi") else 0
-        return cls(np.zeros(kept, np.float32), np.zeros(kept, np.float32))
+        kept = STRATEGIES[settings.strategy].moments
+        return cls(*(np.zeros(size if kept > place else 0, np.float32) for place in range(2)))
 
 
 def step(
@@ -54,23 +51,12 @@ def step(
             why="A site's training diverged.",
             remedy="Lower training.learning_rate or aggregation.server_learning_rate.",
         )
-    rate = np.float32(settings.server_learning_rate)
-    match settings.strategy:
-        case "fedavg" | "fedprox":
-            return (model + rate * mean).astype(np.float32), state
-        case "fedadam":
-            square: Vector = mean * mean
-            change: Vector = square - state.second
-        case "fedyogi":
-            square = mean * mean
-            change = np.asarray(square * np.sign(square - state.second), np.float32)
-        case _:
-            assert_never(settings.strategy)
-    beta1, beta2 = np.float32(settings.beta1), np.float32(settings.beta2)
-    first = np.asarray(beta1 * state.first + (1 - beta1) * mean, np.float32)
-    second = np.asarray(state.second + (1 - beta2) * change, np.float32)
-    scaled = np.asarray(first / (np.sqrt(second) + np.float32(settings.tau)), np.float32)
-    return (model + rate * scaled).astype(np.float32), OptimizerState(first, second)
+    strategy = STRATEGIES[settings.strategy]
+    parameters = {key: np.float32(getattr(settings, key)) for key in strategy.parameters}
+    both = (state.first, state.second)
+    moved, kept = strategy.step(model, mean, both[: strategy.moments], **parameters)
+    moments = [np.asarray(one, np.float32) for one in (*kept, *both[strategy.moments :])]
+    return moved.astype(np.float32), OptimizerState(*moments)
 
 
 def averaged(average: Vector, model: Vector, decay: float, rounds: int) -> Vector:

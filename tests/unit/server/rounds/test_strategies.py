@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
@@ -12,6 +10,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cloister_fl.errors import UpdateInvalid
 from cloister_fl.server.rounds.strategies import OptimizerState, averaged, step, weighted_mean
+from cloister_fl.server_strategies import STRATEGIES
 from cloister_fl.study.schema import Aggregation
 
 SIZE = 50
@@ -113,19 +112,29 @@ def test_weighted_mean_sums_in_double_precision() -> None:
     np.testing.assert_allclose(weighted_mean(updates, [1.0] * 3), [1 / 3], rtol=1e-6)
 
 
-def test_a_strategy_without_a_step_is_an_error() -> None:
-    # As a study would hold it once the schema lists a name that no branch here implements.
-    settings = _settings("fedyogi").model_copy(update={"strategy": "fedadagrad"})
-    model = np.zeros(2, np.float32)
-    state = OptimizerState(np.zeros(2, np.float32), np.zeros(2, np.float32))
-    with pytest.raises(AssertionError, match="fedadagrad"):
-        step(model, np.ones(2, np.float32), state, settings)
-
-
-@pytest.mark.parametrize("name", get_args(Aggregation.model_fields["strategy"].annotation))
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_of_a_study_has_a_step(name: str) -> None:
     other = {"proximal_mu": 0.1} if name == "fedprox" else {}
     settings = _settings(name, **other)
     model = np.zeros(2, np.float32)
     moved, _ = step(model, np.ones(2, np.float32), OptimizerState.fresh(2, settings), settings)
     assert (moved > 0).all()
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_step_keeps_what_a_checkpoint_has_a_place_for(name: str) -> None:
+    settings = _settings(name, **({"proximal_mu": 0.1} if name == "fedprox" else {}))
+    rng = np.random.default_rng(3)
+    model, mean = rng.normal(size=(2, SIZE)).astype(np.float32)
+    fresh = OptimizerState.fresh(SIZE, settings)
+    kept = STRATEGIES[name].moments
+    sizes = (SIZE if kept > 0 else 0, SIZE if kept > 1 else 0)
+    before = [one.copy() for one in (model, mean, fresh.first, fresh.second)]
+    moved, state = step(model, mean, fresh, settings)
+    moved, state = step(moved, mean, state, settings)
+    for one in (moved, state.first, state.second):
+        assert one.dtype == np.float32
+    assert (fresh.first.size, fresh.second.size) == sizes
+    assert (state.first.size, state.second.size) == sizes
+    for one, old in zip((model, mean, fresh.first, fresh.second), before, strict=True):
+        np.testing.assert_array_equal(one, old)

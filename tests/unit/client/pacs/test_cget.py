@@ -251,8 +251,8 @@ def test_segmentations_come_with_their_images_where_they_are_asked_for(
     reading = read_cohort(site, Study.model_validate(outlined))
     assert reading.rejects == {}
     assert reading.cohort is not None
-    assert reading.cohort.masks is not None
-    assert reading.cohort.masks.any(axis=(1, 2)).sum() == 1
+    assert reading.cohort.targets is not None
+    assert reading.cohort.targets.any(axis=(1, 2)).sum() == 1
 
 
 @pytest.mark.parametrize("modality", [*EVERY, MODALITY])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from cloister_fl.cli.study_commands import app as study_cli
 from cloister_fl.client.cli import client_group as client_cli
 from cloister_fl.client.network.join import prepare
 from cloister_fl.client.predict import _write_masks
@@ -24,7 +25,8 @@ from cloister_fl.server.coordinator.folder import Layout, init_coordinator
 from cloister_fl.server.results.progress import Display
 from cloister_fl.simulation import demo
 from cloister_fl.simulation.simulate import Simulation, simulate
-from cloister_fl.system.files import GIT_IGNORE, is_unused, keep_out_of_git
+from cloister_fl.system.files import GIT_IGNORE, is_unused, read_secret
+from cloister_fl.system.git_ignore import _is_covered, keep_out_of_git
 from support.errors import raises
 from support.federations import study, write_federation
 
@@ -167,12 +169,71 @@ def test_a_data_report_in_a_folder_of_its_own(repository: Path) -> None:
     (repository / "older" / GIT_IGNORE).unlink()
     write(report, repository / "older")
     assert offered(repository) == []
-    # A folder with other files is a person's, who decides what it is.
+    # A folder with other files is a person's: its own files are offered, the report is not.
     (repository / "mine").mkdir()
     (repository / "mine" / "notes.txt").touch()
     write(report, repository / "mine")
-    assert offered(repository) == [f"?? mine/{name}" for name in (HTML, JSON, "notes.txt")]
-    assert not (repository / "mine" / GIT_IGNORE).exists()
+    write(report, repository / "mine")
+    assert {path.name for path in (repository / "mine").iterdir()} == {
+        HTML, JSON, "notes.txt", GIT_IGNORE,
+    }  # fmt: skip
+    assert offered(repository) == ["?? mine/notes.txt"]
+    # Beside a .gitignore that a person wrote, nothing is written that git would offer.
+    (repository / GIT_IGNORE).write_text("*.pyc\n")
+    with raises(OutputInTheWay, match="does not cover it"):
+        write(report, repository)
+    assert (repository / GIT_IGNORE).read_text() == "*.pyc\n"
+    assert offered(repository) == [f"?? {GIT_IGNORE}", "?? mine/notes.txt"]
+
+
+def test_no_image_is_read_for_a_report_that_cannot_be_written(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cloister_fl.client.steward.data_report.survey", pytest.fail)
+    (repository / GIT_IGNORE).write_text("/site/\n")
+    init_site(repository / "site")
+    words = ["data-report", "--dir", str(repository / "site"), "--out", str(repository)]
+    assert isinstance(CliRunner().invoke(client_cli.app, words).exception, OutputInTheWay)
+
+
+PATTERNS = (
+    *("*.csv", "scores.csv", "/scores.csv", "scores.*", "scores.cs?", "scores.csv  ", "*"),
+    *("out", "out/", "/out/", "out/*", "out/scores.csv", "/out/scores.csv", "ou*/sc*"),
+    *("scores.csv/", "/scores.cs", "*.csv\n!scores.csv", "*.csv\n!*.csv\nscores.csv"),
+    *("out/\n!out/scores.csv", "# scores.csv", "", "!scores.csv", "SCORES.csv", "scores.csv\r"),
+    *("*.txt\r\n*.csv\r", "a/scores.csv", "/*/scores.csv", "*/scores.csv", "out/out/scores.csv"),
+    *(
+        "**",
+        "**/scores.csv",
+        "[s]cores.csv",
+        "\\scores.csv",
+        "*\n!**/scores.csv",
+        "*\n![s]cores.csv",
+    ),
+)
+
+
+@pytest.mark.parametrize("patterns", PATTERNS, ids=repr)
+@pytest.mark.parametrize("where", ["", "out"], ids=["above", "beside"])
+def test_what_a_gitignore_covers_is_what_git_says(
+    repository: Path, patterns: str, where: str
+) -> None:
+    """Nothing is taken for covered that git would offer; what is not understood is refused."""
+    (repository / "out").mkdir()
+    path = repository / "out" / "scores.csv"
+    path.touch()
+    (repository / where / GIT_IGNORE).write_text(patterns + "\n", newline="")
+    covered = "?? out/scores.csv" not in offered(repository)
+    understood = not any(sign in patterns for sign in ("**", "[", "\\"))
+    assert _is_covered(path, repository) is (covered and understood)
+
+
+def test_a_signers_key(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    made = CliRunner().invoke(study_cli, ["key", "signer.pem"])
+    assert made.exit_code == 0, made.output
+    assert read_secret(Path("signer.pem"))
+    assert offered(repository) == []
 
 
 def test_segmentation_masks(repository: Path) -> None:

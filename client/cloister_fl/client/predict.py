@@ -23,7 +23,8 @@ from cloister_fl.client.data.cohort import Cohort
 from cloister_fl.client.data.volumes import assemble
 from cloister_fl.client.dicom.folder_reader import Accepted, Refused, read_folder
 from cloister_fl.errors import OptionInvalid, OutputInTheWay, Reject, SiteEmpty
-from cloister_fl.system.files import keep_out_of_git, write_atomic
+from cloister_fl.system.files import write_atomic
+from cloister_fl.system.git_ignore import keep_file_out_of_git, keep_out_of_git
 from cloister_fl.system.text import counted
 
 
@@ -74,7 +75,8 @@ def predict(
         ExtraMissing, WeightsUnfit: it needs pretrained weights that are missing.
         OptionInvalid: there is no such device.
         FolderUnreadable, SiteEmpty: there is nothing to score.
-        OutputInTheWay: the scores cannot be written, or the folder is not empty.
+        OutputInTheWay: the scores cannot be written or kept out of git, or the folder is not
+            empty.
     """
     from cloister_fl.client.training.evaluation import answers_for
     from cloister_fl.model_file import load_model
@@ -83,6 +85,9 @@ def predict(
     module, study = load_model(model_path, _device(device))
     if isinstance(module, FrozenBackbone):
         module.require()
+    path = Path("masks" if study.task.answers == "pixel" else "scores.csv") if out is None else out
+    if study.task.answers != "pixel":
+        keep_file_out_of_git(path)
     rejects: Counter[Reject] = Counter()
     accepted: list[Accepted] = []
     key = secrets.token_bytes(32)
@@ -117,10 +122,8 @@ def predict(
     )
     answers = answers_for(module, images, study.task)
     if study.task.answers == "pixel":
-        folder = Path("masks") if out is None else out
-        _write_masks(folder, accepted, answers)
-        return Prediction(len(accepted), told, folder, True)
-    path = Path("scores.csv") if out is None else out
+        _write_masks(path, accepted, answers)
+        return Prediction(len(accepted), told, path, True)
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow([column, *study.task.columns])

@@ -36,13 +36,8 @@ from cloister_fl.client.network.join import CERTIFICATE, look, membership
 from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import CloisterError, ListenRefused, ServiceState
 from cloister_fl.system.child_process import Child, environment
-from cloister_fl.system.files import (
-    create_secret,
-    keep_out_of_git,
-    make_private_dir,
-    read_secret,
-    write_atomic,
-)
+from cloister_fl.system.files import create_secret, make_private_dir, read_secret, write_atomic
+from cloister_fl.system.git_ignore import keep_out_of_git
 from cloister_fl.system.health import Health, healthy
 from cloister_fl.system.pid_lock import holder, only_one, terminate
 

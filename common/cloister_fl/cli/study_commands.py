@@ -120,7 +120,9 @@ def key(
     """Create a key to sign studies with. An existing key is not replaced."""
     from cloister_fl.membership.identity import Identity
     from cloister_fl.system.files import create_secret
+    from cloister_fl.system.git_ignore import keep_file_out_of_git
 
+    keep_file_out_of_git(file)
     made = Identity.generate()
     if not create_secret(file, made.to_pem()):
         raise OutputInTheWay(

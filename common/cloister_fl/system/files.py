@@ -19,10 +19,6 @@ MAX_SECRET_BYTES = 1 << 16
 """Largest key file; a private key is a hundred times smaller."""
 
 GIT_IGNORE = ".gitignore"
-_IGNORE_ALL = (
-    b"# Written by Cloister: what lies here is secret, or of patients, and is no source.\n*\n"
-)
-
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 
@@ -93,42 +89,6 @@ def create_secret(path: Path, data: bytes) -> bool:
     except OSError as error:
         raise _unwritable(path, error) from None
     return True
-
-
-def keep_out_of_git(folder: Path) -> None:
-    """Keep a folder of keys, ledgers or patients' data out of any git repository around it.
-
-    It gets a ``.gitignore`` that covers all of it, itself too. One that is there is left
-    untouched. Call it before the folder holds anything else.
-
-    Args:
-        folder: made by Cloister, and holding nothing that a person would commit.
-
-    Raises:
-        OutputInTheWay: it cannot be written.
-    """
-    create_secret(folder / GIT_IGNORE, _IGNORE_ALL)
-
-
-def uncovered_by_git_ignore(folder: Path) -> str:
-    """Say what to do where a person's own ``.gitignore`` does not cover all of a folder.
-
-    Args:
-        folder: as for ``keep_out_of_git``, after it.
-
-    Returns:
-        Two sentences; empty where a line of it is ``*``, or it cannot be read.
-    """
-    try:
-        lines = (folder / GIT_IGNORE).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return ""
-    if "*" in (line.strip() for line in lines):
-        return ""
-    return (
-        f"{folder / GIT_IGNORE} was here before and does not cover the ledgers and logs of this "
-        "folder. If it lies in a git repository, add a line with * to it."
-    )
 
 
 def is_unused(folder: Path) -> bool:

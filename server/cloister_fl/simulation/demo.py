@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from cloister_fl.errors import OutputInTheWay
 from cloister_fl.simulation.simulate import Engine, Simulation, simulate
 from cloister_fl.study.file import parse_study
-from cloister_fl.system.files import is_unused, keep_out_of_git, write_atomic
+from cloister_fl.system.files import is_unused, write_atomic
+from cloister_fl.system.git_ignore import keep_out_of_git
 
 if TYPE_CHECKING:
     from cloister_fl.server.results.progress import Display

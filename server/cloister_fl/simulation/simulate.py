@@ -34,7 +34,8 @@ from cloister_fl.server.rounds.holdout_reader import measure_on
 from cloister_fl.simulation.holdout_overlap import refuse_overlap
 from cloister_fl.study.gradient_engines import require_sound_engine
 from cloister_fl.study.schema import Study
-from cloister_fl.system.files import is_unused, keep_out_of_git, make_private_dir, sweep
+from cloister_fl.system.files import is_unused, make_private_dir, sweep
+from cloister_fl.system.git_ignore import keep_out_of_git
 
 if TYPE_CHECKING:
     from cloister_fl.client.site.folder import Site

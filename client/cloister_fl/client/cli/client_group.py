@@ -82,7 +82,7 @@ def init(
     folder = one_folder(positional, option) or Path()
     require("client", "numpy", "pydicom")
     from cloister_fl.client.site.folder import SITE_FILE, init_site
-    from cloister_fl.system.files import uncovered_by_git_ignore
+    from cloister_fl.system.git_ignore import uncovered_by_git_ignore
 
     new = not (folder / SITE_FILE).exists()
     site = init_site(folder, name=name, dicom=dicom, labels=labels)
@@ -124,9 +124,12 @@ def check(
     from cloister_fl.client.steward.contact_sheet import contact_sheet
     from cloister_fl.study.file import load_study
     from cloister_fl.system.files import write_atomic
+    from cloister_fl.system.git_ignore import keep_file_out_of_git
 
     site = open_site(site_folder(folder))
     judged_by = load_study(study) if study is not None else None
+    if sheet is not None:
+        keep_file_out_of_git(sheet)
     findings = [*network(site, offline=offline), *preflight.machine(site)]
     with progress_bar("Reading images") as progress:
         report = inspect(site, judged_by, progress=progress)

@@ -190,6 +190,8 @@ def data_report(
 
     site = open_site(site_folder(folder))
     judged_by = None if study is None else load_study(study)
+    # Here already: nothing is read for a report that could not be written.
+    reports.prepare(out)
     with progress_bar("Reading images") as progress:
         report = reports.survey(site, judged_by, progress=progress)
     reports.write(report, out)
@@ -235,7 +237,10 @@ def show(
     """Show the path and the image of a quarantined file. Both can name a patient."""
     from cloister_fl.client.data import quarantine
     from cloister_fl.system.files import write_atomic
+    from cloister_fl.system.git_ignore import keep_file_out_of_git
 
+    if png is not None:
+        keep_file_out_of_git(png)
     site, found = _quarantined(folder)
     one = _named(found, name, folder)
     path, data = quarantine.look(site, one)

@@ -66,7 +66,7 @@ def join(
     from cloister_fl.client.site.settings import network_of
     from cloister_fl.membership.enrolment import Invite
     from cloister_fl.membership.identity import fingerprint
-    from cloister_fl.system.files import uncovered_by_git_ignore
+    from cloister_fl.system.git_ignore import uncovered_by_git_ignore
 
     named = proxy is not None or bool(proxy_user)
     network = network_of(proxy or "", proxy_user) if named else None

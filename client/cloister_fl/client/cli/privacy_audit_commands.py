@@ -112,6 +112,7 @@ def _audit_study(site: Site, file: Path, asked: Asked, plot: Path | None, *, as_
     from cloister_fl.client.privacy_audit.one_run_text import as_dict, render
     from cloister_fl.client.privacy_audit.own_data import prepare
     from cloister_fl.study.file import load_study
+    from cloister_fl.system.git_ignore import keep_file_out_of_git
 
     study = load_study(file)
     if plot is not None:
@@ -119,6 +120,7 @@ def _audit_study(site: Site, file: Path, asked: Asked, plot: Path | None, *, as_
         from cloister_fl.planning.plan_output import kind_of_plot
 
         kind_of_plot(plot)
+        keep_file_out_of_git(plot)
     with progress_bar("Reading images") as progress:
         ready = prepare(site, study, asked, progress=progress)
     with progress_bar("Training") as progress:

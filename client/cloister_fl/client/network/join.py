@@ -52,7 +52,8 @@ from cloister_fl.membership.enrolment import (
     ask_status,
 )
 from cloister_fl.membership.roster import open_roster
-from cloister_fl.system.files import create_secret, keep_out_of_git, read_secret, write_atomic
+from cloister_fl.system.files import create_secret, read_secret, write_atomic
+from cloister_fl.system.git_ignore import keep_out_of_git
 from cloister_fl.system.toml import FileModel
 
 MEMBERSHIP = "coordinator.json"

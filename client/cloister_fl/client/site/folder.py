@@ -32,7 +32,8 @@ from cloister_fl.client.site.settings import Network, SiteFile
 from cloister_fl.client.site.template import site_text
 from cloister_fl.errors import FileUnreadable, IdentityInvalid, OptionInvalid, SiteFileInvalid
 from cloister_fl.membership.identity import Identity
-from cloister_fl.system.files import create_secret, keep_out_of_git, make_private_dir, read_secret
+from cloister_fl.system.files import create_secret, make_private_dir, read_secret
+from cloister_fl.system.git_ignore import keep_out_of_git
 from cloister_fl.system.toml import parse, read_text
 
 SITE_FILE = "site.toml"

@@ -24,6 +24,7 @@ from cloister_fl.privacy.renyi_filter import lifetime_epsilon
 from cloister_fl.study.cost import charges
 from cloister_fl.study.schema import Study
 from cloister_fl.system.files import write_atomic
+from cloister_fl.system.git_ignore import keep_file_out_of_git
 from cloister_fl.system.text import counted
 
 EXPORT_LABEL = "cloister/ledger/export/v2"
@@ -294,7 +295,7 @@ def export(site: Site, out: Path) -> int:
 
     Raises:
         OptionInvalid: there is no ledger.
-        OutputInTheWay: ``out`` exists, or cannot be written.
+        OutputInTheWay: ``out`` exists, or cannot be written or kept out of git.
         LedgerDamaged, PolicyRefused: see ``Ledger.open``.
     """
     if not site.ledger.exists():
@@ -305,6 +306,7 @@ def export(site: Site, out: Path) -> int:
         )
     if out.exists():
         raise OutputInTheWay(f"{out} exists already.", remedy="Name another file: --out FILE")
+    keep_file_out_of_git(out)
     entries = Ledger.open(site.ledger, delta=site.policy.ledger_delta).entries()
     lines = [_line({"body": e.body, "previous": e.previous, "hash": e.hash}) for e in entries]
     content, last, identity = b"".join(lines), entries[-1], site.identity()

@@ -24,7 +24,8 @@ from cloister_fl.client.site.folder import Site
 from cloister_fl.client.steward.contact_sheet import contact_sheet
 from cloister_fl.errors import DataError, Reject
 from cloister_fl.study.schema import Study
-from cloister_fl.system.files import keep_out_of_git, make_private_dir, write_atomic
+from cloister_fl.system.files import make_private_dir, write_atomic
+from cloister_fl.system.git_ignore import keep_file_out_of_git, keep_out_of_git
 from cloister_fl.tasks import Task
 
 HTML, JSON = "data-report.html", "data-report.json"
@@ -146,19 +147,31 @@ def count(site: str, study: Study | None, reading: Reading) -> Report:
     )
 
 
-def write(report: Report, folder: Path) -> None:
-    """Write the report as HTML and JSON, for their owner alone.
+def prepare(folder: Path) -> None:
+    """Make the report's folder, and keep what it will hold out of any git repository.
 
-    A folder that holds nothing else is kept out of git; another one is a person's own.
+    A folder that holds nothing else is covered whole; another one is a person's own, of which the
+    report's files alone are covered. Can be repeated.
 
     Raises:
-        OutputInTheWay: it cannot be written.
+        OutputInTheWay: it cannot be made, or see ``keep_file_out_of_git``.
     """
     if not folder.is_dir():
         make_private_dir(folder)
     with suppress(PermissionError):  # one that may be written to, but not listed
         if {path.name for path in folder.iterdir()} <= {HTML, JSON}:
             keep_out_of_git(folder)
+    for name in (HTML, JSON):
+        keep_file_out_of_git(folder / name)
+
+
+def write(report: Report, folder: Path) -> None:
+    """Write the report as HTML and JSON, for their owner alone.
+
+    Raises:
+        OutputInTheWay: it cannot be written; see ``prepare``.
+    """
+    prepare(folder)
     write_atomic(folder / JSON, (json.dumps(report.as_dict(), indent=2) + "\n").encode())
     write_atomic(folder / HTML, page(report).encode("utf-8", "replace"))
 

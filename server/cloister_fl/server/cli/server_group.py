@@ -88,7 +88,7 @@ def init(
     from cloister_fl.membership.identity import fingerprint
     from cloister_fl.server.coordinator.folder import SERVER_FILE, Layout, init_coordinator
     from cloister_fl.server.coordinator.site_approval import require_site_name
-    from cloister_fl.system.files import uncovered_by_git_ignore
+    from cloister_fl.system.git_ignore import uncovered_by_git_ignore
 
     folder = one_folder(positional, option)
     if folder is None:

@@ -41,12 +41,12 @@ from cloister_fl.study.schema import Name
 from cloister_fl.system.file_lock import locked
 from cloister_fl.system.files import (
     create_secret,
-    keep_out_of_git,
     make_private_dir,
     read_secret,
     sweep,
     write_atomic,
 )
+from cloister_fl.system.git_ignore import keep_out_of_git
 from cloister_fl.system.toml import FileModel, parse, read_text
 
 SERVER_FILE = "server.toml"

@@ -14,7 +14,8 @@ from cloister_fl.membership.enrolment import Invite
 from cloister_fl.membership.identity import fingerprint
 from cloister_fl.membership.roster import SITE_ID
 from cloister_fl.server.coordinator.folder import Coordinator, publish_roster
-from cloister_fl.system.files import keep_out_of_git, make_private_dir, write_atomic
+from cloister_fl.system.files import make_private_dir, write_atomic
+from cloister_fl.system.git_ignore import keep_out_of_git
 
 
 def require_site_name(name: str) -> None:

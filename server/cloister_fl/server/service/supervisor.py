@@ -43,7 +43,8 @@ from cloister_fl.server.network.tls_listener import (
     server_context,
 )
 from cloister_fl.system.child_process import Child, environment
-from cloister_fl.system.files import keep_out_of_git, read_secret
+from cloister_fl.system.files import read_secret
+from cloister_fl.system.git_ignore import keep_out_of_git
 from cloister_fl.system.health import Health, healthy
 from cloister_fl.system.pid_lock import holder, only_one
 

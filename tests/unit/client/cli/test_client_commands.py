@@ -161,6 +161,23 @@ def test_predict_failures_leave_no_file(tmp_path: Path, model: Path) -> None:
     assert not out.exists()
 
 
+def test_scores_are_not_written_where_git_would_offer_them(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".git").mkdir()
+    write_dicom(tmp_path / "images" / "1")
+    predict(model, Path("images"), None, device="cpu")
+    assert (tmp_path / ".gitignore").read_text().splitlines()[1:] == ["/.gitignore", "/scores.csv"]
+    # A person's own is left as it is, and no image is read.
+    (tmp_path / ".gitignore").write_text("*.pyc\n")
+    (tmp_path / "scores.csv").unlink()
+    with pytest.raises(OutputInTheWay):
+        predict(model, Path("nowhere"), None, device="cpu")
+    assert (tmp_path / ".gitignore").read_text() == "*.pyc\n"
+    assert not (tmp_path / "scores.csv").exists()
+
+
 def test_predict_with_a_real_model(tmp_path: Path) -> None:
     from cloister_fl.networks import flat_parameters, registry
 

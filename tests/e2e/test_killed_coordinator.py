@@ -22,7 +22,7 @@ from cloister_fl.membership.enrolment import Invite, Request, secret_hash
 from cloister_fl.membership.identity import Identity
 from cloister_fl.server.coordinator.federation import AUDIT
 from cloister_fl.server.coordinator.folder import Coordinator, init_coordinator, open_coordinator
-from cloister_fl.server.coordinator.site_approval import approve_site, invite_site, revoke_site
+from cloister_fl.server.coordinator.site_approval import approve_site, invite_sites, revoke_site
 from support import coordinator_process
 
 KILLER = """
@@ -121,8 +121,8 @@ def place(tmp_path: Path) -> Coordinator:
 
 def asked(place: Coordinator, tmp_path: Path, name: str) -> Request:
     """A site that asked to join, without a server."""
-    line, _ = invite_site(place, name, 600, to_file=False)
-    invite = Invite.decode(line)
+    (made,) = invite_sites(place, [name], 600, to_file=False)
+    invite = Invite.decode(made.line)
     site = join.prepare(tmp_path / name, invite)
     pems = [(site.keys / key).read_bytes() for key in (join.NODE_KEY, join.TLS_KEY)]
     request = Request.make(invite, site.identity(), *pems)
@@ -202,8 +202,8 @@ def test_approve_and_revoke(place: Coordinator, tmp_path: Path) -> None:
 def test_a_used_key_does_not_come_in_twice(place: Coordinator, tmp_path: Path) -> None:
     request = asked(place, tmp_path, "first")
     assert request.identity != Identity.generate().public
-    line, _ = invite_site(place, "second", 600, to_file=False)
-    invite = Invite.decode(line)
+    (made,) = invite_sites(place, ["second"], 600, to_file=False)
+    invite = Invite.decode(made.line)
     site = join.prepare(tmp_path / "first-again", invite)
     first = tmp_path / "first" / "keys"
     pems = [(first / key).read_bytes() for key in (join.NODE_KEY, join.TLS_KEY)]

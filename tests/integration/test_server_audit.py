@@ -25,7 +25,7 @@ from cloister_fl.protocol.round_messages import SITE_KEY, Prepared, RoundMessage
 from cloister_fl.server.coordinator.federation import AUDIT
 from cloister_fl.server.coordinator.folder import Coordinator
 from cloister_fl.server.coordinator.rejection_log import Refusals, Refused
-from cloister_fl.server.coordinator.site_approval import approve_site, invite_site, revoke_site
+from cloister_fl.server.coordinator.site_approval import approve_site, invite_sites, revoke_site
 from cloister_fl.server.results.audit_report import account, render
 from cloister_fl.server.rounds.events import Event, Measured
 from cloister_fl.simulation.simulate import FEDERATION, Simulation, simulate
@@ -37,11 +37,11 @@ from support.message_tap import Between
 
 def _asked(place: Coordinator, name: str) -> bytes:
     """Invite a site and let it ask to join; its identity's public key."""
-    line, _ = invite_site(place, name, 600, to_file=False)
+    (made,) = invite_sites(place, [name], 600, to_file=False)
     identity = Identity.generate()
     keys = (ec_keys.generate_pem(purpose) for purpose in (Purpose.NODE, Purpose.TLS))
     with place.registry() as registry:
-        registry.use(Request.make(Invite.decode(line), identity, *keys))
+        registry.use(Request.make(Invite.decode(made.line), identity, *keys))
     return identity.public
 
 
@@ -64,7 +64,7 @@ def test_every_decision_is_logged_and_signed(
     public = _asked(place, "north")
     assert approve_site(place, "north")
     assert not approve_site(place, "north")
-    invite_site(place, "south", 600, to_file=True)
+    invite_sites(place, ["south"], 600, to_file=True)
     revoke_site(place, "north")
     assert _kinds(place) == [
         *("roster", "invited", "approved", "roster", "invited", "revoked", "roster")
@@ -103,7 +103,7 @@ def test_what_cannot_be_logged_is_not_approved_and_a_revoked_site_is_out_all_the
         return row.state
 
     with pytest.raises(AuditLogDamaged):
-        invite_site(place, "west", 600, to_file=True)
+        invite_sites(place, ["west"], 600, to_file=True)
     assert not (place.root / "invites" / "west.invite").exists()
     with pytest.raises(AuditLogDamaged):
         approve_site(place, "south")
@@ -120,7 +120,7 @@ def test_a_decision_that_was_refused_is_not_logged(tmp_path: Path) -> None:
             act(place, "nobody")
     _asked(place, "north")
     with raises(SiteStateInvalid):
-        invite_site(place, "north", 600, to_file=False)
+        invite_sites(place, ["north"], 600, to_file=False)
     assert _kinds(place) == ["roster", "invited"]
 
 
@@ -292,7 +292,7 @@ def test_what_a_site_calls_itself_does_not_spoil_the_log(tmp_path: Path, name: s
 
 def test_a_damaged_log_is_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = new_coordinator(tmp_path / "fed")
-    invite_site(place, "north", 600, to_file=False)
+    invite_sites(place, ["north"], 600, to_file=False)
     log = place.keys / AUDIT
     rows = log.read_text().splitlines(keepends=True)
     log.write_text("".join(rows[:1] + rows[2:]))

@@ -29,7 +29,7 @@ from cloister_fl.membership import ec_keys
 from cloister_fl.membership.ec_keys import Purpose
 from cloister_fl.membership.enrolment import Invite
 from cloister_fl.server.coordinator.folder import Coordinator, Layout, init_coordinator
-from cloister_fl.server.coordinator.site_approval import approve_site, invite_site
+from cloister_fl.server.coordinator.site_approval import approve_site, invite_sites
 from cloister_fl.server.coordinator.site_database import SiteRow
 
 PROTOBUF = {"content-type": "application/protobuf"}
@@ -101,9 +101,9 @@ class Running:
         raise AssertionError("no VmRSS")
 
     def invite(self, name: str, lifetime_s: int = 600) -> Invite:
-        line, _ = invite_site(self.place, name, lifetime_s, to_file=False)
-        invite = Invite.decode(line)
-        self.secrets += [invite.secret, line.encode()]
+        (made,) = invite_sites(self.place, [name], lifetime_s, to_file=False)
+        invite = Invite.decode(made.line)
+        self.secrets += [invite.secret, made.line.encode()]
         wait_for(lambda: reachable(self.enrolment), 5, lambda: "enrolment stays closed")
         return invite
 

@@ -102,10 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
         _say(str(fault), fault.code)
         sys.exit(fault.exit_status)
     if status == INTERRUPTED:
-        _say(
-            "Stopped. To resume a simulation that had started, repeat the command with --resume.",
-            None,
-        )
+        _say("Stopped.", None)
     sys.exit(status or 0)
 
 

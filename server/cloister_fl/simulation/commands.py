@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +54,7 @@ def simulate(
     from cloister_fl.simulation.simulate import simulate as run
 
     plan = Simulation(checked, sites, out, engine.value, resume, holdout, vouched)
-    with Display(quiet=as_json) as display:
+    with _resumable(study, sites, out, holdout), Display(quiet=as_json) as display:
         summary = run(plan, notify=display)
     _show(summary, out, as_json=as_json)
 
@@ -79,9 +80,26 @@ def demo(
     from cloister_fl.simulation.demo import free_folder, run_demo
 
     folder = out if out is not None else free_folder(Path("cloister-demo"))
-    with Display(quiet=as_json) as display:
+    run, data = folder / "run", folder / "data"
+    resumable = _resumable(folder / "study.toml", data / "sites", run, data / "holdout")
+    with resumable, Display(quiet=as_json) as display:
         summary = run_demo(folder, seed=seed, engine=engine.value, display=display)
-    _show(summary, folder / "run", as_json=as_json)
+    _show(summary, run, as_json=as_json)
+
+
+@contextmanager
+def _resumable(study: Path, sites: Path, out: Path, holdout: Path | None) -> Iterator[None]:
+    """Say how to resume a simulation that the person interrupts, once it has a checkpoint."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from cloister_fl.server.rounds.checkpoint import CHECKPOINT_FOLDER, Checkpoints
+        from cloister_fl.simulation.simulate import resume_command
+
+        if Checkpoints(out / CHECKPOINT_FOLDER).exists():
+            command = resume_command(str(study), sites, out, holdout)
+            typer.echo(f"Interrupted. To resume it: {command}", err=True)
+        raise
 
 
 def _show(summary: Mapping[str, object], out: Path, *, as_json: bool) -> None:

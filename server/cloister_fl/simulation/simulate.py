@@ -220,9 +220,11 @@ def _claim(simulation: Simulation) -> None:
         if taken and not simulation.resume:
             begun = Checkpoints(out / CHECKPOINT_FOLDER).exists()
             if begun or not (out / _MARKER).is_file():
+                # The study's file is not known here.
+                command = resume_command("STUDY", simulation.sites, out, simulation.holdout)
                 raise OutputInTheWay(
                     f"{out} is not empty.",
-                    remedy=f"Name another folder with --out, or resume: {_resume(simulation)}"
+                    remedy=f"Name another folder with --out, or resume: {command}"
                     if begun
                     else "It has no run to resume. Name another folder with --out.",
                 )
@@ -240,14 +242,12 @@ def _claim(simulation: Simulation) -> None:
         ) from None
 
 
-def _resume(simulation: Simulation) -> str:
-    """Return the command that resumes a simulation; the study's file is not known here."""
-    given = ["--sites", str(simulation.sites)]
-    if simulation.holdout is not None:
-        given += ["--holdout", str(simulation.holdout)]
-    return shlex.join(
-        ["cloister", "simulate", "STUDY", *given, "--out", str(simulation.out), "--resume"]
-    )
+def resume_command(study: str, sites: Path, out: Path, holdout: Path | None) -> str:
+    """Return the command that resumes a simulation; ``study`` names the study's file."""
+    given = ["--sites", str(sites)]
+    if holdout is not None:
+        given += ["--holdout", str(holdout)]
+    return shlex.join(["cloister", "simulate", study, *given, "--out", str(out), "--resume"])
 
 
 def _open(folder: Path, simulation: Simulation) -> Site:

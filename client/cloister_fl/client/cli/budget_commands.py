@@ -14,7 +14,7 @@ import typer
 from cloister_fl.cli.confirm import Yes, confirm
 from cloister_fl.cli.folder_option import FolderTyper
 from cloister_fl.cli.folder_option import SiteFolder as Folder
-from cloister_fl.client.cli.steward_commands import site_folder
+from cloister_fl.client.cli.site_folder import site_folder
 from cloister_fl.system.optional import require
 from cloister_fl.system.text import counted
 
@@ -81,6 +81,9 @@ def close(
     site = open_site(site_folder(folder))
     digest = budget.find(site, study)
     (account,) = [one for one in budget.statement(site).studies if one.study == digest]
+    if account.closed:
+        typer.echo(f"The study {digest[:16]} was closed at {site.name} already.")
+        return
     confirm(
         f"The study {account.name or 'without a name'}, {digest[:16]}, is closed for good: "
         f"{counted(account.steps_reserved, 'step')} reserved and not started are released.",

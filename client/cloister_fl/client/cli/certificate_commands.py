@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from cloister_fl.cli.folder_option import SiteFolder as Folder
-from cloister_fl.client.cli.steward_commands import site_folder
+from cloister_fl.client.cli.site_folder import site_folder
 from cloister_fl.system.optional import require
 
 

@@ -19,7 +19,8 @@ from cloister_fl.client.cli.join_commands import join, proxy, roster
 from cloister_fl.client.cli.privacy_audit_commands import privacy_audit
 from cloister_fl.client.cli.progress_bar import progress_bar
 from cloister_fl.client.cli.service_commands import start, status, stop
-from cloister_fl.client.cli.steward_commands import approve, deny, review, site_folder
+from cloister_fl.client.cli.site_folder import site_folder
+from cloister_fl.client.cli.steward_commands import approve, deny, review
 from cloister_fl.errors import FolderUnreadable, OptionInvalid
 from cloister_fl.system.optional import require
 
@@ -81,11 +82,12 @@ def init(
     """
     folder = one_folder(positional, option) or Path()
     require("client", "numpy", "pydicom")
-    from cloister_fl.client.site.folder import SITE_FILE, init_site
+    from cloister_fl.client.site.folder import SITE_FILE, init_site, require_as_written
     from cloister_fl.system.git_ignore import uncovered_by_git_ignore
 
     new = not (folder / SITE_FILE).exists()
     site = init_site(folder, name=name, dicom=dicom, labels=labels)
+    require_as_written(site, name=name, dicom=dicom, labels=labels)
     if gap := uncovered_by_git_ignore(folder):
         typer.echo(gap, err=True)
     if new:

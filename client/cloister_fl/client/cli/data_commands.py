@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cloister_fl.cli.confirm import Yes, confirm
+from cloister_fl.cli.confirm import Yes, ask_hidden, confirm
 from cloister_fl.cli.folder_option import FolderTyper, dir_option
 from cloister_fl.cli.folder_option import SiteFolder as Folder
 from cloister_fl.client.cli.progress_bar import progress_bar
-from cloister_fl.client.cli.steward_commands import site_folder
+from cloister_fl.client.cli.site_folder import site_folder
 from cloister_fl.errors import ArchiveAnswerInvalid, OptionInvalid
 from cloister_fl.system.optional import require
 
@@ -94,7 +94,7 @@ def fetch(
     site = open_site(site_folder(folder))
     if ask_secret:
         if sys.stdin.isatty():
-            secret = typer.prompt("Password or token", hide_input=True, err=True)
+            secret = ask_hidden("Password or token", err=True)
         else:
             secret = sys.stdin.read(8192)
         fetch.set_secret(site, secret)

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cloister_fl.cli.confirm import ask, ask_hidden
 from cloister_fl.cli.folder_option import SiteFolder as Folder
 from cloister_fl.cli.folder_option import dir_option
+from cloister_fl.client.cli.site_folder import site_folder
 from cloister_fl.errors import InviteInvalid, OptionInvalid, RosterMismatch
 from cloister_fl.system.optional import require
 from cloister_fl.system.text import counted
@@ -62,7 +64,7 @@ def join(
     """
     require("client", "httpx")
     from cloister_fl.client.network.join import MEMBERSHIP, ask, look, prepare
-    from cloister_fl.client.site.folder import open_site
+    from cloister_fl.client.site.folder import open_site, require_as_written
     from cloister_fl.client.site.settings import network_of
     from cloister_fl.membership.enrolment import Invite
     from cloister_fl.membership.identity import fingerprint
@@ -70,18 +72,14 @@ def join(
 
     named = proxy is not None or bool(proxy_user)
     network = network_of(proxy or "", proxy_user) if named else None
+    dicom, labels = (path and path.absolute() for path in (dicom, labels))
     if invite is None and (folder / MEMBERSHIP).exists():
-        site = open_site(folder)
+        site = open_site(site_folder(folder))
+        require_as_written(site, dicom=dicom, labels=labels, network=network)
         joined = look(site)
     else:
         read = Invite.decode(_read_invite(invite))
-        site = prepare(
-            folder,
-            read,
-            network,
-            dicom=dicom.absolute() if dicom else None,
-            labels=labels.absolute() if labels else None,
-        )
+        site = prepare(folder, read, network, dicom=dicom, labels=labels)
         if gap := uncovered_by_git_ignore(folder):
             typer.echo(gap, err=True)
         for path, what in ((site.dicom, "folder of images"), (site.labels, "labels file")):
@@ -112,7 +110,7 @@ def roster(folder: Folder = Path(), accept_roster: Accept = None) -> None:
     from cloister_fl.client.network.join import look
     from cloister_fl.client.site.folder import open_site
 
-    site = open_site(folder)
+    site = open_site(site_folder(folder))
     joined = look(site)
     if joined.state == "pending":
         typer.echo("The coordinator has not approved this site yet.")
@@ -129,11 +127,10 @@ def proxy(folder: Folder = Path()) -> None:
     from cloister_fl.client.network.proxy import FILE, set_password, user_of
     from cloister_fl.client.site.folder import open_site
 
-    site = open_site(folder)
+    site = open_site(site_folder(folder))
     user = user_of(site)
     if sys.stdin.isatty():
-        asked = f"Password of {user} at the proxy (it is not shown)"
-        text = str(typer.prompt(asked, hide_input=True))
+        text = ask_hidden(f"Password of {user} at the proxy (it is not shown)")
     else:
         text = sys.stdin.read(1 << 16)
     set_password(site, text)
@@ -185,7 +182,7 @@ def offer(site: Site, joined: Joined, accepted: str | None, folder: Path) -> Non
         confirmed = _digest(accepted, folder)
     elif sys.stdin.isatty():
         typer.echo("Compare the digest, and each fingerprint, with the other sites by telephone.")
-        if not typer.confirm("Do all of them agree?"):
+        if not ask("Do all of them agree?"):
             typer.echo("Not accepted: this site keeps the roster that it trusted before, if any.")
             raise typer.Exit(RosterMismatch.exit_status)
         confirmed = digest
@@ -208,7 +205,7 @@ def _read_invite(argument: str | None) -> str:
                 "No invite was given.",
                 remedy="Name its file, or - for standard input: cloister client join INVITE-FILE",
             )
-        return str(typer.prompt("Paste the invite (it is not shown)", hide_input=True))
+        return ask_hidden("Paste the invite (it is not shown)")
     if looks_like_invite(argument):
         raise InviteInvalid(
             "The invite was given on the command line.",

@@ -13,7 +13,7 @@ import typer
 
 from cloister_fl.cli.folder_option import SiteFolder as Folder
 from cloister_fl.client.cli.progress_bar import progress_bar
-from cloister_fl.client.cli.steward_commands import site_folder
+from cloister_fl.client.cli.site_folder import site_folder
 from cloister_fl.errors import OptionInvalid, PrivacyError
 from cloister_fl.system.optional import require
 

@@ -14,6 +14,7 @@ import typer
 
 from cloister_fl.cli.folder_option import SiteFolder as Folder
 from cloister_fl.cli.folder_option import dir_option
+from cloister_fl.client.cli.site_folder import site_folder
 from cloister_fl.errors import ServiceState
 from cloister_fl.system import utc
 from cloister_fl.system.optional import require
@@ -33,7 +34,7 @@ def start(folder: Folder = Path()) -> None:
     from cloister_fl.client.service import serve
     from cloister_fl.client.site.folder import open_site
 
-    site = open_site(folder)
+    site = open_site(site_folder(folder))
     serve(site, _say)
 
 
@@ -49,7 +50,7 @@ def stop(
     from cloister_fl.client import service
     from cloister_fl.client.site.folder import open_site
 
-    site = open_site(folder)
+    site = open_site(site_folder(folder))
     service.stop(site, wait)
     typer.echo(f"The service of site {site.name} has stopped.")
 
@@ -66,7 +67,7 @@ def status(
     from cloister_fl.client import service
     from cloister_fl.client.site.folder import open_site
 
-    site = open_site(folder)
+    site = open_site(site_folder(folder))
     now = service.status(site)
     serving = now is not None and service.is_serving(now)
     waiting = _waiting(site)

@@ -5,16 +5,17 @@ Everything heavy is imported inside the commands, so that ``--help`` is quick.
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cloister_fl.cli.confirm import ask
 from cloister_fl.cli.folder_option import SiteFolder as Folder
 from cloister_fl.cli.folder_option import dir_option
 from cloister_fl.client.cli.join_commands import Accept, offer
+from cloister_fl.client.cli.site_folder import site_folder
 from cloister_fl.errors import (
     ClockOrDates,
     CoordinatorUnreachable,
@@ -78,7 +79,7 @@ def approve(
     typer.echo(words.review(site, found))
     # It could never be trained, and an approval would say that its epsilon was accepted.
     require_sound_engine(found.study)
-    if study is None and not typer.confirm("Approve the study at this site?"):
+    if study is None and not ask("Approve the study at this site?"):
         command = f"cloister client deny {found.study.digest[:16]}{dir_option(folder)} --why '...'"
         typer.echo(f"Not approved; the study stays pending. To deny it: {command}")
         raise typer.Exit(StudyNotApproved.exit_status)
@@ -101,22 +102,6 @@ def deny(
     found = _proposed(site, study)
     judge(site, found.study, Decision.DENIED, why=why)
     typer.echo(f"Denied at {site.name}: {found.study.study.name}, {found.study.digest[:16]}.")
-
-
-def site_folder(folder: Path) -> Path:
-    """The folder, if it is a site's.
-
-    Raises:
-        OptionInvalid: it is none.
-    """
-    from cloister_fl.client.site.folder import SITE_FILE
-
-    if not (folder / SITE_FILE).exists():
-        raise OptionInvalid(
-            f"{folder} is not a site folder.",
-            remedy=f"Create one: cloister client init {shlex.quote(str(folder))}",
-        )
-    return folder
 
 
 def _proposed(site: Site, name: str) -> Judgement:

@@ -28,7 +28,7 @@ from pydantic import Field, ValidationError
 from cloister_fl.client.network.http import Answer, Failure, dial
 from cloister_fl.client.network.http_errors import error_of
 from cloister_fl.client.network.proxy import proxy_of
-from cloister_fl.client.site.folder import Site, init_site, open_site
+from cloister_fl.client.site.folder import Site, init_site, open_site, require_as_written
 from cloister_fl.client.site.settings import Network
 from cloister_fl.errors import (
     CoordinatorUnproven,
@@ -36,7 +36,6 @@ from cloister_fl.errors import (
     EnrolmentRefused,
     FileUnreadable,
     InviteInvalid,
-    OptionInvalid,
     RosterMismatch,
 )
 from cloister_fl.membership import ec_keys
@@ -147,20 +146,7 @@ def prepare(
     )
     # A folder of an earlier version has none.
     keep_out_of_git(site.root)
-    if network is not None and site.network != network:
-        raise OptionInvalid(
-            "site.toml exists, and names another proxy or user.",
-            remedy="Write them there, below [network], and leave out --proxy and --proxy-user.",
-        )
-    for given, written, key in (
-        (dicom, site.dicom, "dicom"),
-        (labels, site.labels, "labels"),
-    ):
-        if given is not None and given != written:
-            raise OptionInvalid(
-                f"site.toml exists, and its {key} is another one.",
-                remedy=f"Write it there, at '{key}' below [data], and leave --{key} out.",
-            )
+    require_as_written(site, dicom=dicom, labels=labels, network=network)
     if site.name != invite.site:
         raise InviteInvalid(
             f"The invite is for {invite.site}, and this folder is {site.name}'s.",

@@ -207,6 +207,40 @@ def open_site(root: Path) -> Site:
     return site
 
 
+def require_as_written(
+    site: Site,
+    *,
+    name: str | None = None,
+    dicom: Path | str | None = None,
+    labels: Path | str | None = None,
+    network: Network | None = None,
+) -> None:
+    """Refuse options that shape a new ``site.toml``, where the one that is there says otherwise.
+
+    Args:
+        site: the site as it is.
+        name, dicom, labels, network: as of ``init_site``; None where they were not given.
+
+    Raises:
+        OptionInvalid: see above.
+    """
+    if network is not None and site.network != network:
+        raise OptionInvalid(
+            f"{site.root / SITE_FILE} exists, and names another proxy or user.",
+            remedy="Write them there, below [network], and leave out --proxy and --proxy-user.",
+        )
+    for given, is_written, table, key in (
+        (name, name == site.name, "site", "name"),
+        (dicom, site.root / (dicom or "") == site.dicom, "data", "dicom"),
+        (labels, site.root / (labels or "") == site.labels, "data", "labels"),
+    ):
+        if given is not None and not is_written:
+            raise OptionInvalid(
+                f"{site.root / SITE_FILE} exists, and its {key} is another one.",
+                remedy=f"Write it there, at '{key}' below [{table}], and leave --{key} out.",
+            )
+
+
 def pseudonym(key: bytes, study_digest: str, issuer: str, patient_id: str) -> str:
     """Name a patient within one study at one site.
 

@@ -7,27 +7,24 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from click.core import ParameterSource
 
-from cloister_fl.cli.confirm import Yes, confirm
 from cloister_fl.cli.folder_option import CoordinatorFolder as Folder
 from cloister_fl.cli.folder_option import FolderTyper, dir_option, folder_option, one_folder
-from cloister_fl.errors import OptionInvalid, ServerState, SiteStateInvalid
+from cloister_fl.errors import OptionInvalid, ServerState
 from cloister_fl.server.cli.audit_commands import audit
 from cloister_fl.server.cli.run_commands import report, resume, run
-from cloister_fl.system import utc
+from cloister_fl.server.cli.site_commands import approve, invite, issue_invites, revoke, sites
 from cloister_fl.system.optional import require
 
 if TYPE_CHECKING:
     from cloister_fl.server.coordinator.folder import Coordinator
     from cloister_fl.server.coordinator.run_queue import Status
-    from cloister_fl.server.coordinator.site_database import SiteRow
 
 _ORDER = (
     *("init", "start", "stop", "status"),
@@ -41,9 +38,10 @@ app = FolderTyper(order=_ORDER, no_args_is_help=True)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
-INVITE_DAYS = 7.0
-
-
+app.command()(invite)
+app.command()(sites)
+app.command()(approve)
+app.command()(revoke)
 app.command()(run)
 app.command()(resume)
 app.command()(report)
@@ -58,6 +56,7 @@ def server(folder: Folder = Path()) -> None:
 
 @app.command()
 def init(
+    context: typer.Context,
     positional: Annotated[
         Path | None, typer.Argument(metavar="DIR", help="The coordinator's folder.")
     ] = None,
@@ -100,9 +99,19 @@ def init(
     for site in invited:  # before a folder is made that this command could not make again
         require_site_name(site)
     fresh = not (folder / SERVER_FILE).exists()
-    if not fresh and address:
+    unused = (
+        []
+        if fresh
+        else [
+            f"--{name.replace('_', '-')}"
+            for name in ("address", "name", "listen", "enrolment_port", "private_port")
+            if context.get_parameter_source(name) is not ParameterSource.DEFAULT
+        ]
+    )
+    if unused:
         raise OptionInvalid(
-            f"{folder / SERVER_FILE} exists already, so --address is not used.",
+            f"{folder / SERVER_FILE} exists already, so {' and '.join(unused)} "
+            f"{'is' if len(unused) == 1 else 'are'} not used.",
             remedy=f"Edit that file, then run: cloister server init {shlex.quote(str(folder))}",
         )
     layout = Layout(tuple(address or ()), name, listen, enrolment_port, private_port)
@@ -114,191 +123,10 @@ def init(
     typer.echo(f"The folder of {made.file.federation.name} is {state}: {made.root}")
     typer.echo(f"  root key's fingerprint   {fingerprint(made.federation_root())}")
     typer.echo(f"  public ports             {made.file.fleet.listen}, {made.file.enrolment.listen}")
-    _invite(made, invited, INVITE_DAYS)
+    issue_invites(made, invited)
     typer.echo(f"Next: cloister server start{where}")
     if not invited:
         typer.echo(f"      cloister server invite HOSPITAL{where}")
-
-
-@app.command()
-def invite(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of the sites.")],
-    folder: Folder = Path(),
-    days: Annotated[float, typer.Option(help="Days for which the invite is valid.")] = INVITE_DAYS,
-    show: Annotated[
-        bool, typer.Option("--print", help="Print the invite, and write no file.")
-    ] = False,
-) -> None:
-    """Create a one-time invite for each site.
-
-    It is one line of text, for that hospital only.
-    """
-    _require()
-    if not 0 < days <= 90:
-        raise OptionInvalid(
-            "--days is out of range.", remedy="Give a number above 0 and at most 90."
-        )
-    _invite(_open(folder), names, days, show=show)
-
-
-def _invite(place: Coordinator, names: Iterable[str], days: float, *, show: bool = False) -> None:
-    from cloister_fl.server.coordinator.site_approval import invite_site
-
-    for name in names:
-        line, path = invite_site(place, name, int(days * 86400), to_file=not show)
-        if path is None:
-            typer.echo(line)
-        else:
-            typer.echo(f"The invite of {name} is in {path}. Give it to that hospital only.")
-
-
-@app.command()
-def sites(folder: Folder = Path(), as_json: JsonOption = False) -> None:
-    """Show the sites: invited, pending approval, approved or revoked."""
-    _require()
-    from cloister_fl.membership.identity import fingerprint
-
-    place = _open(folder)
-    with place.registry() as registry:
-        rows, invited = registry.sites(), registry.invited()
-    if as_json:
-        told = [
-            {
-                "name": row.name,
-                "state": row.state,
-                "fingerprint": fingerprint(row.identity),
-                "asked": row.asked,
-                "decided": row.decided,
-                "last_seen": row.seen,
-                "valid_until": row.valid_until,
-            }
-            for row in rows
-        ]
-        open_invites = [{"name": name, "expires": expires} for name, expires in invited]
-        typer.echo(json.dumps({"sites": told, "invited": open_invites}))
-        return
-    for row in rows:
-        seen = f"seen {_when(row.seen)}" if row.seen else "not seen yet"
-        typer.echo(f"{row.name:24} {row.state:9} {fingerprint(row.identity)}  {seen}")
-    for name, expires in invited:
-        typer.echo(f"{name:24} invited   until {_when(expires)}")
-    if not rows and not invited:
-        typer.echo(
-            f"No site has been invited yet: cloister server invite HOSPITAL{dir_option(folder)}"
-        )
-
-
-@app.command()
-def approve(
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME]...", help="The sites; default: all that are pending."),
-    ] = None,
-    folder: Folder = Path(),
-    fingerprint: Annotated[
-        str | None,
-        typer.Option(help="Fingerprint that the hospital read out by telephone; for one site."),
-    ] = None,
-) -> None:
-    """Approve sites, after comparing fingerprints by telephone.
-
-    These are sites that asked to join; each has the fingerprint of its own key.
-    """
-    _require()
-    from cloister_fl.server.coordinator.site_approval import approve_site
-
-    if fingerprint is not None and len(names or ()) != 1:
-        raise OptionInvalid(
-            "--fingerprint needs exactly one site.",
-            remedy="Name the site: "
-            f"cloister server approve NAME{dir_option(folder)} --fingerprint '...'",
-        )
-    place = _open(folder)
-    with place.registry() as registry:
-        known = {row.name: row for row in registry.sites()}
-    waiting = [name for name, row in known.items() if row.state == "pending"]
-    if not names and not waiting:
-        raise SiteStateInvalid(
-            "No site waits for approval.",
-            remedy=f"List the sites: cloister server sites{dir_option(folder)}",
-        )
-    for name in names or ():
-        if name not in known:
-            raise SiteStateInvalid(
-                f"{name} has not asked to join.",
-                remedy=f"List the sites: cloister server sites{dir_option(folder)}",
-            )
-    left_out = []
-    for name in names or waiting:
-        if not _compared(known[name], fingerprint, folder):
-            left_out.append(name)
-        elif approve_site(place, name):
-            typer.echo(f"{name} is approved. Its 'start' or 'join' fetches its certificate.")
-        else:
-            typer.echo(f"{name} was approved already.")
-    for name in left_out:
-        typer.echo(f"{name} is not approved. If its key is not the hospital's, run:")
-        typer.echo(f"  cloister server revoke {name}{dir_option(folder)}")
-    if left_out:
-        raise typer.Exit(SiteStateInvalid.exit_status)
-
-
-def _compared(row: SiteRow, read_out: str | None, folder: Path) -> bool:
-    """Return whether the fingerprint is the one that the hospital read out; ask on a terminal."""
-    from cloister_fl.membership import identity
-
-    shown = identity.fingerprint(row.identity)
-    if read_out is not None:
-        if _digits(read_out) != _digits(shown):
-            raise SiteStateInvalid(
-                f"The key of {row.name} does not have this fingerprint.",
-                why="Another party may have used the invite.",
-                remedy="Do not approve. Run: "
-                f"cloister server revoke {row.name}{dir_option(folder)}",
-            )
-        return True
-    if row.state != "pending":
-        return True
-    if not sys.stdin.isatty():
-        raise OptionInvalid(
-            "Not a terminal: the fingerprint was not compared.",
-            remedy=f"Give what the hospital read out: cloister server approve {row.name}"
-            f"{dir_option(folder)} --fingerprint '...'",
-        )
-    typer.echo(f"{row.name}'s key has the fingerprint\n  {shown}")
-    return typer.confirm(f"Did {row.name} read out the same, by telephone?")
-
-
-@app.command()
-def revoke(
-    name: Annotated[str, typer.Argument(help="The site's name.")],
-    folder: Folder = Path(),
-    yes: Yes = False,
-) -> None:
-    """Revoke a site permanently.
-
-    Its open connections are closed at once.
-    """
-    _require()
-    from cloister_fl.server.coordinator.site_approval import revoke_site
-
-    place = _open(folder)
-    with place.registry() as registry:
-        states = {row.name: row.state for row in registry.sites()}
-        invited = {one for one, _ in registry.invited()}
-    # Of an unknown name, the registry says so.
-    if name in states or name in invited:
-        confirm(
-            f"The site {name} ({states[name]}) is revoked permanently."
-            if name in states
-            else f"The open invite of {name} becomes invalid.",
-            owner=f"federation {place.file.federation.name}",
-            folder=place.root,
-            command=("cloister", "server", "revoke", name),
-            yes=yes,
-        )
-    revoke_site(place, name)
-    typer.echo(f"{name} is revoked and off the roster. Its name cannot be used again.")
 
 
 @app.command()
@@ -409,11 +237,3 @@ def _open(folder: Path) -> Coordinator:
     from cloister_fl.server.coordinator.folder import open_coordinator
 
     return open_coordinator(folder)
-
-
-def _digits(fingerprint: str) -> str:
-    return "".join(fingerprint.split()).lower()
-
-
-def _when(moment: int) -> str:
-    return f"{utc.to_minute(utc.from_unix(moment))} UTC"

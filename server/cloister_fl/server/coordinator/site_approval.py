@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.hazmat.primitives import hashes, serialization
@@ -31,48 +33,70 @@ def require_site_name(name: str) -> None:
         )
 
 
-def invite_site(
-    place: Coordinator, name: str, lifetime_s: int, *, to_file: bool
-) -> tuple[str, Path | None]:
-    """Create an invite; an unused earlier one of the same site ends.
+@dataclass(frozen=True)
+class IssuedInvite:
+    """An invite, ready for its hospital.
+
+    Attributes:
+        site: the site's id.
+        line: the invite itself, one line; a secret.
+        path: the file that holds it, if there is one.
+        replaced: whether an earlier one, which nobody had used, no longer works.
+    """
+
+    site: str
+    line: str = field(repr=False)
+    path: Path | None
+    replaced: bool
+
+
+def invite_sites(
+    place: Coordinator, names: Iterable[str], lifetime_s: int, *, to_file: bool
+) -> tuple[IssuedInvite, ...]:
+    """Create an invite for each site, or for none; unused earlier ones of the same sites end.
 
     Args:
         place: the coordinator's folder.
-        name: the site's id.
-        lifetime_s: how long it can be used, in seconds.
-        to_file: whether to write it to ``invites/NAME.invite``, mode 0600.
-
-    Returns:
-        The line, and the file if there is one.
+        names: the sites' ids; one that stands twice gets one invite.
+        lifetime_s: how long they can be used, in seconds.
+        to_file: whether to write them to ``invites/NAME.invite``, mode 0600.
 
     Raises:
-        OptionInvalid: the name cannot be a site's.
-        SiteStateInvalid: the site has asked already.
-        AuditLogDamaged: it cannot be logged; the invite is not handed out.
+        OptionInvalid: a name cannot be a site's.
+        SiteStateInvalid: a site has asked already.
+        AuditLogDamaged: they cannot be logged; no invite is handed out.
     """
-    require_site_name(name)
-    authority = place.authority()
+    asked = tuple(dict.fromkeys(names))
+    for name in asked:
+        require_site_name(name)
+    authority, folder = place.authority(), place.root / "invites"
+    issued = []
     with place.deciding():
         with place.registry() as registry:
-            invite_id, secret, expires = registry.invite(name, lifetime_s)
-        place.federation().note("invited", site=name, expires=expires)
-        line = Invite(
-            fleet=place.file.fleet.addresses[0],
-            enrolment=place.file.enrolment.addresses[0],
-            authority=authority.fingerprint,
-            root=place.federation_root(),
-            site=name,
-            invite_id=invite_id,
-            secret=secret,
-            expires=expires,
-        ).encode()
-        if not to_file:
-            return line, None
-        make_private_dir(place.root / "invites")
-        keep_out_of_git(place.root / "invites")
-        path = place.root / "invites" / f"{name}.invite"
-        write_atomic(path, line.encode() + b"\n")
-    return line, path
+            made = registry.invite(asked, lifetime_s)
+        for one in made:
+            # What this replaces must not be handed out any more, whatever comes next.
+            (folder / f"{one.site}.invite").unlink(missing_ok=True)
+            place.federation().note("invited", site=one.site, expires=one.expires)
+        if to_file:
+            make_private_dir(folder)
+            keep_out_of_git(folder)
+        for one in made:
+            line = Invite(
+                fleet=place.file.fleet.addresses[0],
+                enrolment=place.file.enrolment.addresses[0],
+                authority=authority.fingerprint,
+                root=place.federation_root(),
+                site=one.site,
+                invite_id=one.invite_id,
+                secret=one.secret,
+                expires=one.expires,
+            ).encode()
+            path = folder / f"{one.site}.invite" if to_file else None
+            if path is not None:
+                write_atomic(path, line.encode() + b"\n")
+            issued.append(IssuedInvite(one.site, line, path, one.replaced))
+    return tuple(issued)
 
 
 def approve_site(place: Coordinator, name: str) -> bool:

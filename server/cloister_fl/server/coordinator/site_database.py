@@ -12,9 +12,9 @@ import hmac
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -77,6 +77,25 @@ class SiteRow:
     seen: int | None
 
 
+@dataclass(frozen=True)
+class NewInvite:
+    """An invite as it was made.
+
+    Attributes:
+        site: the site id.
+        invite_id: its id.
+        secret: its secret, which is kept nowhere.
+        expires: when it ends, in Unix seconds.
+        replaced: whether an open, unused invite of the site ended by it.
+    """
+
+    site: str
+    invite_id: bytes
+    secret: bytes = field(repr=False)
+    expires: int
+    replaced: bool
+
+
 class Registry:
     """The opened database; also a context manager that closes it."""
 
@@ -117,33 +136,33 @@ class Registry:
 
     # Invites
 
-    def invite(self, site: str, lifetime_s: int) -> tuple[bytes, bytes, int]:
-        """Make an invite for a site that has not asked yet; earlier ones for it end.
-
-        Returns:
-            Its id, its secret (kept nowhere), and when it ends.
+    def invite(self, sites: Iterable[str], lifetime_s: int) -> tuple[NewInvite, ...]:
+        """Make an invite for each site, none of which has asked yet; earlier ones for them end.
 
         Raises:
-            SiteStateInvalid: the site has asked, is approved or was revoked.
+            SiteStateInvalid: a site has asked, is approved or was revoked; none is invited.
         """
-        invite_id, secret = secrets.token_bytes(INVITE_ID_BYTES), secrets.token_bytes(SECRET_BYTES)
         now = int(time.time())
         with self._change():
-            held = self.site(site)
-            if held is not None:
-                raise SiteStateInvalid(
-                    f"{site} is {held.state} already, so it gets no invite.",
-                    remedy="If its keys are lost, revoke it and invite it under a new name: "
-                    f"cloister server revoke {site}{self._folder_option}",
-                )
-            self._db.execute(
-                "UPDATE invites SET expires = ? WHERE site = ? AND expires > ?", (now, site, now)
+            return tuple([self._invite(site, now, now + lifetime_s) for site in sites])
+
+    def _invite(self, site: str, now: int, expires: int) -> NewInvite:
+        held = self.site(site)
+        if held is not None:
+            raise SiteStateInvalid(
+                f"{site} is {held.state} already, so it gets no invite.",
+                remedy="If its keys are lost, revoke it and invite it under a new name: "
+                f"cloister server revoke {site}{self._folder_option}",
             )
-            self._db.execute(
-                "INSERT INTO invites VALUES (?, ?, ?, ?, ?, NULL)",
-                (invite_id, site, secret_hash(secret), now, now + lifetime_s),
-            )
-        return invite_id, secret, now + lifetime_s
+        invite_id, secret = secrets.token_bytes(INVITE_ID_BYTES), secrets.token_bytes(SECRET_BYTES)
+        ended = self._db.execute(
+            "UPDATE invites SET expires = ? WHERE site = ? AND expires > ?", (now, site, now)
+        ).rowcount
+        self._db.execute(
+            "INSERT INTO invites VALUES (?, ?, ?, ?, ?, NULL)",
+            (invite_id, site, secret_hash(secret), now, expires),
+        )
+        return NewInvite(site, invite_id, secret, expires, replaced=ended > 0)
 
     def open_invites(self) -> int:
         """How many invites keep the enrolment port open: unused, or their site has not come in."""

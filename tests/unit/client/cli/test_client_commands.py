@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 
 from cloister_fl import model_file
 from cloister_fl.client.cli import client_group
+from cloister_fl.client.network.join import MEMBERSHIP
 from cloister_fl.client.predict import predict
 from cloister_fl.client.site.folder import init_site
 from cloister_fl.client.site.last_refusal import clear_last_refusal, keep_last_refusal
@@ -59,6 +62,47 @@ def test_init_then_check(tmp_path: Path) -> None:
     assert status == 0
     assert "The data can be used." in output
     assert "\x1b" not in output
+
+
+def test_init_of_a_site_that_is_there_ignores_no_option(tmp_path: Path) -> None:
+    root = tmp_path / "nord"
+    given = ("--name", "north", "--dicom", "images", "--labels", "/l.csv")
+    _run("init", root, *given)
+    written = (root / "site.toml").read_bytes()
+    assert "unchanged" in _run("init", root, *given)[1]
+    for option, key in (("--name", "name"), ("--dicom", "dicom"), ("--labels", "labels")):
+        told = f"{root / 'site.toml'} exists, and its {key} is another one."
+        with raises(OptionInvalid, match=re.escape(told)):
+            _run("init", root, option, "other")
+    assert (root / "site.toml").read_bytes() == written
+
+
+def test_a_repeated_join_ignores_no_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cloister_fl.client.network.join.look", pytest.fail)
+    site = init_site(tmp_path / "north")
+    (site.root / MEMBERSHIP).touch()
+    for given in (("--dicom", "other"), ("--labels", "other"), ("--proxy", "http://p:1")):
+        with raises(OptionInvalid, match="another"):
+            _run("join", "--dir", site.root, *given)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("status",), ("stop",), ("start",), ("roster",), ("proxy",), ("check",), ("review",)),
+        *(("budget",), ("audit",), ("fetch",), ("quarantine",), ("find", "CLO-211")),
+    ],
+    ids=lambda words: words[0],
+)
+@pytest.mark.parametrize("named", [True, False], ids=["named", "here"])
+def test_a_folder_that_is_no_sites_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], named: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "no where" if named else tmp_path
+    with raises(OptionInvalid, match=f"{re.escape(str(folder))} is not a site folder") as caught:
+        _run(*words, *(("--dir", "no where") if named else ()))
+    assert f"cloister client init {shlex.quote(str(folder))}" in caught.value.remedy
 
 
 def test_init_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,11 @@ import json
 import shlex
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import Result
 
-from cloister_fl.cli.confirm import DECLINED
+from cloister_fl.cli.confirm import DECLINED, ask
 from cloister_fl.client.admission import gate
 from cloister_fl.client.admission.approvals import Decision, judge
 from cloister_fl.client.cli import client_group
@@ -18,8 +19,9 @@ from cloister_fl.client.ledger.rollback import disagreements
 from cloister_fl.client.site.audit_log import entries_of, path_of
 from cloister_fl.client.site.folder import init_site
 from cloister_fl.client.site.policy import Policy
+from cloister_fl.client.site.settings import Network
 from cloister_fl.client.steward import budget
-from cloister_fl.errors import OptionInvalid
+from cloister_fl.errors import OptionInvalid, StudyNotApproved
 from support import commands
 from support.dicom import make_dicom, radiograph, write_dicom
 from support.errors import raises
@@ -101,7 +103,7 @@ def act(request: pytest.FixtureRequest, tmp_path: Path) -> Act:
 
 
 @pytest.mark.usefixtures("at_a_terminal")
-@pytest.mark.parametrize("said", ["n\n", "\n"])
+@pytest.mark.parametrize("said", ["n\n", "\n", ""], ids=["no", "enter", "ctrl-d"])
 def test_no_changes_nothing(act: Act, said: str) -> None:
     before = act.left()
     result = act.run(said=said)
@@ -149,6 +151,52 @@ def test_what_is_closed_is_told_before(tmp_path: Path) -> None:
     assert f"The study {STUDY.study.name}, {STUDY.digest[:16]}, is closed for good" in output
     assert f"{rest} steps reserved" in output
     assert budget.statement(act.site).studies[0].closed
+
+
+def test_a_study_that_was_closed_is_not_closed_again(tmp_path: Path) -> None:
+    act = Act("close", tmp_path)
+    act.run("--yes")
+    before = act.left()
+    again = act.run()
+    assert again.exit_code == 0
+    assert again.output == f"The study {STUDY.digest[:16]} was closed at seafield already.\n"
+    assert act.left() == before
+
+
+@pytest.mark.usefixtures("at_a_terminal")
+@pytest.mark.parametrize("name", ["approve", "proxy", "fetch", "join"])
+def test_the_end_of_the_input_is_no_answer(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-D where something is asked for: nothing is done, and that is said."""
+    proxy = Network(proxy="http://p:1", proxy_user="u")
+    site = init_site(tmp_path / "site", name="seafield", network=proxy)
+    judge(site, STUDY, Decision.PENDING)
+    monkeypatch.setattr("cloister_fl.client.pacs.fetch.set_secret", pytest.fail)
+    more = ["--ask-secret"] if name == "fetch" else []
+    before = {path: path.read_bytes() for path in site.root.rglob("*") if path.is_file()}
+    result = invoke([name, *more, "--dir", str(site.root)])
+    assert result.exit_code == (StudyNotApproved.exit_status if name == "approve" else DECLINED)
+    assert ("stays pending" if name == "approve" else "Nothing was changed.\n") in result.output
+    assert "resume" not in result.output
+    assert {p: p.read_bytes() for p in site.root.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
+def test_an_interrupt_at_a_question_is_no_answer_either(
+    end: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C ends the command, whatever was still to be asked; Ctrl-D answers one question."""
+
+    def ended(_: str) -> str:
+        raise end
+
+    monkeypatch.setattr("click.termui.visible_prompt_func", ended)
+    if end is EOFError:
+        assert ask("Continue?") is False
+    else:
+        with pytest.raises(click.Abort):
+            ask("Continue?")
 
 
 @pytest.mark.usefixtures("at_a_terminal")

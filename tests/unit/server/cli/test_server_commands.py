@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -14,7 +15,9 @@ from cloister_fl.errors import OptionInvalid, SiteStateInvalid
 from cloister_fl.membership.enrolment import Invite, Request
 from cloister_fl.membership.identity import fingerprint
 from cloister_fl.server.cli import server_group
+from cloister_fl.server.coordinator.federation import AUDIT
 from cloister_fl.server.coordinator.folder import (
+    SERVER_FILE,
     Coordinator,
     Layout,
     init_coordinator,
@@ -85,6 +88,81 @@ def test_init_makes_nothing_where_a_site_cannot_be_named_so(tmp_path: Path) -> N
     assert not folder.exists()
 
 
+@pytest.fixture
+def empty(tmp_path: Path) -> Coordinator:
+    """A coordinator who has invited nobody."""
+    return init_coordinator(tmp_path / "empty", Layout(("127.0.0.1:9443",)))
+
+
+def open_invites(place: Coordinator) -> list[str]:
+    with place.registry() as registry:
+        return [name for name, _ in registry.invited()]
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "told"),
+    [
+        (("first", "bad name", "last"), OptionInvalid, "'bad name'"),
+        (("first", "anker"), SiteStateInvalid, "anker is pending already"),
+        (("first", ""), OptionInvalid, "''"),
+    ],
+    ids=["no site's name", "one that asked", "empty"],
+)
+def test_where_one_site_cannot_be_invited_none_is(
+    place: Coordinator, names: tuple[str, ...], error: Any, told: str
+) -> None:
+    log = (place.keys / AUDIT).read_bytes()
+    with raises(error, match=told):
+        command("invite", *names, "--dir", place.root)
+    assert open_invites(place) == []
+    assert not (place.root / "invites" / "first.invite").exists()
+    assert (place.keys / AUDIT).read_bytes() == log
+
+
+def test_a_new_invite_says_that_it_replaces_one(empty: Coordinator) -> None:
+    path = empty.root / "invites" / "anker.invite"
+    first = command("invite", "anker", "birke", "--dir", empty.root)
+    assert "no longer works" not in first.output
+    before = path.read_text()
+    again = command("invite", "anker", "clara", "--dir", empty.root)
+    assert again.stderr == "The earlier invite of anker no longer works.\n"
+    assert path.read_text() != before
+    assert open_invites(empty) == ["anker", "birke", "clara"]
+    # Printed for another program: the invite alone, and no file with the one that ended.
+    printed = command("invite", "anker", "--print", "--dir", empty.root)
+    (line,) = printed.stdout.splitlines()
+    assert Invite.decode(line).site == "anker"
+    assert printed.stderr == "The earlier invite of anker no longer works.\n"
+    assert not path.exists()
+
+
+def test_a_site_that_is_named_twice_gets_one_invite(empty: Coordinator) -> None:
+    told = command("invite", "anker", "anker", "--dir", empty.root)
+    assert told.stdout.count("The invite of anker is in ") == 1
+    assert told.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("--name", "other"), "--name is"),
+        (("--listen", "127.0.0.1"), "--listen is"),
+        (("--enrolment-port", "9500"), "--enrolment-port is"),
+        (("--name", "federation", "--private-port", "9600"), "--name and --private-port are"),
+        (("--address", "h:1"), "--address is"),
+    ],
+)
+def test_init_of_a_folder_that_is_there_ignores_no_option(
+    empty: Coordinator, given: tuple[str, ...], told: str
+) -> None:
+    written = (empty.root / SERVER_FILE).read_bytes()
+    with raises(OptionInvalid, match=f"exists already, so {told} not used") as caught:
+        command("init", empty.root, *given)
+    assert f"Edit that file, then run: cloister server init {empty.root}" in caught.value.remedy
+    assert (empty.root / SERVER_FILE).read_bytes() == written
+    assert "is complete" in command("init", empty.root).output
+
+
 @pytest.mark.usefixtures("at_a_terminal")
 def test_approve_asks_for_each_site_that_waits(place: Coordinator) -> None:
     result = command("approve", "--dir", place.root, said="y\nn\ny\n")
@@ -112,6 +190,20 @@ def test_approve_takes_several_names_and_all_of_them_must_be_known(place: Coordi
     assert set(states(place).values()) == {"pending"}
     assert command("approve", "anker", "birke", "--dir", place.root, said="y\ny\n").exit_code == 0
     assert states(place) == {"anker": "approved", "birke": "approved", "clara": "pending"}
+    command("revoke", "birke", "--yes", "--dir", place.root)
+    with raises(SiteStateInvalid, match="birke was revoked"):
+        command("approve", "clara", "birke", "--dir", place.root, said="y\ny\n")
+    assert states(place)["clara"] == "pending"
+
+
+@pytest.mark.usefixtures("at_a_terminal")
+def test_the_end_of_the_input_approves_nobody(place: Coordinator) -> None:
+    """Ctrl-D at the second question: who was compared is in, and the others are said to be not."""
+    result = command("approve", "--dir", place.root, said="y\n")
+    assert states(place) == {"anker": "approved", "birke": "pending", "clara": "pending"}
+    assert result.exit_code == SiteStateInvalid.exit_status
+    for name in ("birke", "clara"):
+        assert f"\n{name} is not approved. " in result.output
 
 
 def test_nobody_is_approved_unseen(place: Coordinator) -> None:
@@ -137,6 +229,19 @@ def test_revoke_names_the_federation_and_asks(place: Coordinator) -> None:
     assert states(place)["birke"] == "pending"
     assert command("revoke", "birke", "--dir", place.root, said="y\n").exit_code == 0
     assert states(place)["birke"] == "revoked"
+    log = (place.keys / AUDIT).read_bytes()
+    again = command("revoke", "birke", "--dir", place.root)
+    assert (again.exit_code, again.output) == (0, "birke was revoked already.\n")
+    assert (place.keys / AUDIT).read_bytes() == log
+
+
+def test_an_invite_alone_is_revoked_and_the_name_is_free(empty: Coordinator) -> None:
+    command("invite", "anker", "--dir", empty.root)
+    told = command("revoke", "anker", "--yes", "--dir", empty.root).output
+    assert told.endswith("\nThe invite of anker no longer works.\n")
+    assert open_invites(empty) == []
+    again = command("invite", "anker", "--dir", empty.root)
+    assert (again.stderr, open_invites(empty)) == ("", ["anker"])
 
 
 def test_revoke_without_a_terminal_tells_the_command_to_paste(place: Coordinator) -> None:

@@ -17,6 +17,7 @@ import click
 import typer
 import typer.core
 
+from cloister_fl.cli.tilde import expanded
 from cloister_fl.errors import OptionInvalid
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -109,7 +110,7 @@ def _with_folder(command: click.Command, ctx: click.Context, args: list[str]) ->
     """The arguments, with the ``--dir`` of a group before them where they hold none."""
     own = _values(command, ctx, args)
     known: list[str] = ctx.meta.setdefault(_GIVEN, [])
-    for value in own:
+    for value in map(expanded, own):
         if not value:
             raise OptionInvalid(
                 f"{OPTION} is empty.",

@@ -16,7 +16,9 @@ from typing import Annotated, Any
 import click
 import typer
 import typer.core
+import typer.main
 
+from cloister_fl.cli.tilde import expand_tilde
 from cloister_fl.errors import CloisterError, InternalError
 from cloister_fl.system.installation import own_entry_points
 from cloister_fl.system.library_logs import silence_libraries
@@ -33,7 +35,7 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-def build() -> typer.Typer:
+def build() -> click.Command:
     """Assemble the root command from what is installed."""
     # Typer escapes square brackets for rich wherever rich is installed, also where it is not used.
     typer.core.HAS_RICH = False
@@ -57,7 +59,9 @@ def build() -> typer.Typer:
 
     for entry in sorted(own_entry_points(GROUP), key=_position):
         _attach(app, entry.name, entry.load())
-    return app
+    command = typer.main.get_command(app)
+    expand_tilde(command)
+    return command
 
 
 def _position(entry: EntryPoint) -> tuple[int, str]:

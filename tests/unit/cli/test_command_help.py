@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import click
 import pytest
-import typer
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from cloister_fl.cli import main
 
@@ -37,7 +36,7 @@ def test_these_are_all_groups() -> None:
             ),
         ]
 
-    assert sorted(below(typer.main.get_command(main.build()), "")) == sorted(GROUPS)
+    assert sorted(below(main.build(), "")) == sorted(GROUPS)
 
 
 @pytest.mark.parametrize("group", GROUPS)

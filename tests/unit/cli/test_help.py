@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import click
 import pytest
-import typer
 from click.testing import CliRunner
 
 from cloister_fl.cli.main import build
@@ -20,7 +19,7 @@ def commands(group: click.Command, words: tuple[str, ...] = ()) -> Iterator[tupl
             yield from commands(command, (*words, name))
 
 
-ROOT = typer.main.get_command(build())
+ROOT = build()
 ALL = tuple(commands(ROOT))
 
 

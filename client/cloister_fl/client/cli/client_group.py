@@ -69,10 +69,10 @@ def init(
     ] = None,
     name: Annotated[str | None, typer.Option(help="The site's name; else the folder's.")] = None,
     dicom: Annotated[
-        str | None, typer.Option(help="Folder of the images, absolute or from the site folder.")
+        Path | None, typer.Option(help="Folder of the images, absolute or from the site folder.")
     ] = None,
     labels: Annotated[
-        str | None, typer.Option(help="The labels file, CSV, absolute or from the site folder.")
+        Path | None, typer.Option(help="The labels file, CSV, absolute or from the site folder.")
     ] = None,
     option: Annotated[Path | None, folder_option("The site folder, as DIR.")] = None,
 ) -> None:

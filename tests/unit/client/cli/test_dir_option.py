@@ -12,7 +12,6 @@ from pathlib import Path
 
 import click
 import pytest
-import typer.main
 from click.testing import CliRunner
 
 from cloister_fl.cli import main
@@ -28,7 +27,7 @@ from support.federations import study
 
 STUDY = study()
 SIDES = ("client", "server")
-ROOT = typer.main.get_command(main.build())
+ROOT = main.build()
 
 
 def commands() -> Iterator[tuple[str, ...]]:
@@ -251,6 +250,63 @@ def test_the_next_command_is_for_the_same_site(
     assert told in printed.out + printed.err
 
 
+HOME_WORDS = [
+    ("client --dir=~/site budget --dir={home}/site", "Site site: "),
+    ("client budget --dir=~/site --json", '"site": "site"'),
+    ("client status --dir ~/no-site", "{home}/no-site"),
+    ("server sites --dir=~/fed", "{home}/fed"),
+    ("server --dir=~/fed init {home}/fed --address=a:1", "{home}/fed"),
+    ("study new ~/study.toml", "{home}/study.toml"),
+    ("client init --dir=~/new --dicom=~/images --labels=~/l.csv", 'dicom = "{home}/images"'),
+]
+
+
+@pytest.mark.parametrize(("words", "told"), HOME_WORDS, ids=[words for words, _ in HOME_WORDS])
+def test_a_tilde_that_the_shell_left_is_the_home_folder(
+    words: str,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    init_site(home / "site")
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("HOME", str(home))
+    with pytest.raises(SystemExit):
+        main.main(words.format(home=home).split())
+    printed = capsys.readouterr()
+    said = printed.out + printed.err
+    if (home / "new").exists():
+        said += (home / "new" / "site.toml").read_text()
+    assert told.format(home=home) in said
+    assert "Two folders" not in said
+    assert list(elsewhere.iterdir()) == []
+    assert not (home / "~").exists()
+
+
+def test_every_path_of_every_command_knows_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/clara")
+    found = 0
+
+    def walk(at: click.Command) -> None:
+        nonlocal found
+        for parameter in at.params:
+            if isinstance(parameter.type, click.Path):
+                found += 1
+                assert parameter.type.convert("~/x", parameter, None) == "/home/clara/x"
+                assert parameter.type.convert("x~/~", parameter, None) == "x~/~"
+            # A text is no path, whatever it begins with.
+            elif parameter.type.name == "text":
+                assert parameter.type.convert("~/x", parameter, None) == "~/x"
+        for each in at.commands.values() if isinstance(at, click.Group) else ():
+            walk(each)
+
+    walk(ROOT)
+    assert found > 60
+
+
 @pytest.mark.parametrize(
     "words", [("client", "init", ""), ("server", "init", "", "--address", "a:1")]
 )
@@ -259,7 +315,7 @@ def test_an_empty_positional_folder_is_not_here(
 ) -> None:
     """An unset variable in ``init "$SITE"`` made a site, or a federation, where one stood."""
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(typer.main.get_command(main.build()), list(words))
+    result = CliRunner().invoke(main.build(), list(words))
     assert is_of(result.exception, OptionInvalid)
     assert "DIR is empty" in str(result.exception)
     assert list(tmp_path.iterdir()) == []

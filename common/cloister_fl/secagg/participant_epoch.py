@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import hmac
-import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -94,7 +94,7 @@ class SiteEpoch:
         self._replies: dict[str, tuple[bytes, Message]] = {}
 
     def _draw(self, count: int) -> bytes:
-        return os.urandom(count)
+        return secrets.token_bytes(count)
 
     def advertise(self) -> Advertisement:
         """Stage 0: draw b and two X25519 keys; the same record however often it is asked for."""

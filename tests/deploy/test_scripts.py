@@ -91,3 +91,34 @@ def test_cdpath_does_not_mislead_it(checkout: Path) -> None:
         check=True,
     )
     assert done.stdout == f"{checkout}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "all_of_them"),
+    [
+        (["-k", "roster"], False),
+        (["-x", "--lf"], False),
+        (["-k", "tests"], False),  # a word that happens to be a folder
+        (["--ignore", "tests/e2e", "-q"], False),
+        (["--ignore=tests/e2e"], False),
+        (["tests/e2e"], True),
+        (["-x", "tests/e2e", "-k", "roster"], True),
+        (["-q", "tests/e2e/test_kills.py::test_one[a b]"], True),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_alone_leave_out_the_slow_tests(
+    checkout: Path, words: list[str], all_of_them: bool
+) -> None:
+    """``scripts/test -k WORD`` took the slow tests in, which last half an hour."""
+    (checkout / "tests" / "e2e").mkdir(parents=True)
+    (checkout / "tests" / "e2e" / "test_kills.py").touch()
+    shutil.copy(checkout / ".venv" / "bin" / "python", checkout / ".venv" / "bin" / "hadolint")
+    calls = checkout / ".venv" / "bin" / "calls"
+    use(checkout)
+    done = subprocess.run(
+        [checkout / "scripts" / "test", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    marks = "" if all_of_them else "-m not slow "
+    assert calls.read_text().splitlines()[-1] == f"-m pytest {marks}{' '.join(words)}"

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 INTERPRETER = """#!/bin/bash
-echo "$*" >> "$(dirname "$0")/calls"
+echo "$*${PYTHONPATH+ PYTHONPATH is set}" >> "$(dirname "$0")/calls"
 case "$*" in
   *"-m pip --version"*) exit "${PIP_MISSING:-0}" ;;
   *uninstall*) rm -rf "$(dirname "$0")"/../lib/python3.11/site-packages/cloister-*.dist-info ;;
@@ -48,10 +48,10 @@ def use(root: Path, **variables: str) -> tuple[list[str], subprocess.CompletedPr
 
 def test_every_call_ignores_the_working_folder(checkout: Path) -> None:
     """A ``pip`` or ``torch.py`` that lies where somebody stands would be run without -P."""
-    calls, done = use(checkout)
+    calls, done = use(checkout, PYTHONPATH=":/nowhere")
     assert done.returncode == 0, done.stderr
     assert any(" install " in call for call in calls)
-    assert [call for call in calls if not call.startswith("-P ")] == []
+    assert [call for call in calls if not call.startswith("-P ") or "PYTHONPATH" in call] == []
 
 
 def test_what_is_installed_is_not_installed_again(checkout: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from cloister_fl.client.dicom.rejection import RejectedFile
 from cloister_fl.client.dicom.sandbox.pool import Pool
 from cloister_fl.study.schema import Input
-from cloister_fl.system.child_process import Child
+from cloister_fl.system.child_process import Child, environment
 from support.federations import study_text, write_federation
 
 PLANTED = """
@@ -68,7 +68,8 @@ def test_the_command_does_not_run_it(planted: Path, arguments: tuple[str, ...]) 
 def test_a_child_process_does_not_run_it(planted: Path) -> None:
     events: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
     told = "import json, cloister_fl.errors as e; print(json.dumps({'file': e.__file__}))"
-    child = Child("child", ("-c", told), _without_path(), events)
+    base = {**_without_path(), "PYTHONPATH": os.pathsep}
+    child = Child("child", ("-c", told), environment(base=base), events)
     child.tend()
     found: dict[str, Any] = {}
     end = time.monotonic() + 60
@@ -81,7 +82,9 @@ def test_a_child_process_does_not_run_it(planted: Path) -> None:
     assert not (planted / "was-run").exists()
 
 
-def test_a_dicom_worker_does_not_run_it(planted: Path) -> None:
+def test_a_dicom_worker_does_not_run_it(planted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As ``python -c`` and an interactive interpreter have it: the working folder, for each import.
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
     pool = Pool(1)
     try:
         with pytest.raises(RejectedFile):
@@ -89,6 +92,30 @@ def test_a_dicom_worker_does_not_run_it(planted: Path) -> None:
     finally:
         pool.close()
     assert not (planted / "was-run").exists()
+
+
+def test_the_command_imports_nothing_from_an_empty_part_of_the_module_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``PYTHONPATH=$UNSET:/opt/lib``: Python takes the empty part for the working folder."""
+    (tmp_path / "numpy").mkdir()
+    (tmp_path / "numpy" / "__init__.py").write_text(PLANTED)
+    monkeypatch.chdir(tmp_path)
+    variables = {**os.environ, "PYTHONPATH": f"{os.pathsep}/nowhere"}
+    plain = subprocess.run(
+        [sys.executable, "-P", "-c", "import numpy"],
+        capture_output=True, text=True, check=False, env=variables,
+    )  # fmt: skip
+    assert "planted" in plain.stderr
+    (tmp_path / "was-run").unlink()
+    for words in (["client", "init", "north"], ["client", "check", "--offline", "--dir", "north"]):
+        done = subprocess.run(
+            [COMMAND, *words], capture_output=True, text=True, check=False, env=variables
+        )
+        assert "planted" not in done.stderr
+        assert "Traceback" not in done.stderr
+    assert (tmp_path / "north" / "site.toml").is_file()
+    assert not (tmp_path / "was-run").exists()
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from cloister_fl.cli.tilde import expand_tilde
 from cloister_fl.errors import CloisterError, InternalError
 from cloister_fl.system.installation import own_entry_points
 from cloister_fl.system.library_logs import silence_libraries
+from cloister_fl.system.module_path import forget_working_folder
 from cloister_fl.version import __version__
 
 GROUP = "cloister_fl.commands"
@@ -82,6 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     Intended errors print their message; anything else prints ``CLO-901`` without its text,
     which could quote a patient's data. ``CLOISTER_TRACEBACK=1`` shows it to a developer.
     """
+    forget_working_folder()
     # Before anything imports flwr: no telemetry, no call to its update server.
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")

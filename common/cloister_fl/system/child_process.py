@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+from cloister_fl.system.module_path import environment_of_children
+
 _PR_SET_PDEATHSIG = 1
 _PARENT = "CLOISTER_PARENT"
 _out: Any = None
@@ -87,13 +89,13 @@ def die_with_parent() -> None:
 def environment(
     extra: Mapping[str, str] | None = None, base: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """The environment of a child: no telemetry, no proxy before loopback.
+    """The environment of a child: no telemetry, no proxy before loopback, no module from here.
 
     Flower's parts speak to each other over loopback; with ``HTTP_PROXY`` set and no ``NO_PROXY``
     they would ask the hospital's proxy for this very machine.
     """
     made = {
-        **base,
+        **environment_of_children(base),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -172,7 +174,8 @@ class Child:
     def _start(self) -> None:
         self._began = time.monotonic()
         self._process = subprocess.Popen(  # noqa: S603  # our own modules
-            # -P: a package that somebody put into the working directory is not ours.
+            # -P: a package that somebody put into the working directory is not ours; see also
+            # ``environment``.
             [sys.executable, "-P", *self.arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

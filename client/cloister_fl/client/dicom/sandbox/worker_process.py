@@ -23,6 +23,7 @@ from cloister_fl.client.dicom.sandbox import ipc
 from cloister_fl.client.dicom.size_limits import MAX_OUT_BYTES, WALL_SECONDS
 from cloister_fl.errors import Reject
 from cloister_fl.study.schema import Input
+from cloister_fl.system.module_path import path_of_children
 
 WORKER = "cloister_fl.client.dicom.sandbox.worker"
 SEGMENTATION_WORKER = "cloister_fl.client.dicom.sandbox.segmentation_worker"
@@ -241,9 +242,8 @@ def _start(module: str, channel: int, inbox: int, outbox: int) -> subprocess.Pop
         variables["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
     handed = (channel, inbox, outbox)
     words = [str(number) for number in (*handed, os.getpid())]
-    path = [os.path.abspath(entry) for entry in sys.path]  # noqa: PTH100 - the path is of strings
     return subprocess.Popen(  # noqa: S603 - our own interpreter, our own code
-        [sys.executable, *_OPTIONS, "-c", _START, *words, module, *path],
+        [sys.executable, *_OPTIONS, "-c", _START, *words, module, *path_of_children()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

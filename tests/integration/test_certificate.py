@@ -10,6 +10,7 @@ from click.testing import Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cloister_fl.cli.main import main
 from cloister_fl.cli.verify_commands import verify as verify_command
 from cloister_fl.client.admission import gate
 from cloister_fl.client.admission.approvals import Decision, judge
@@ -26,7 +27,7 @@ from cloister_fl.membership.identity import Identity
 from cloister_fl.privacy import certificate
 from cloister_fl.privacy.accounting import epsilon_pld
 from cloister_fl.verify import ledger_export
-from cloister_fl.verify.certificate_check import check
+from cloister_fl.verify.certificate_check import ASK_AGAIN, NO_CLAIM, check
 from support import commands
 from support.accountants import epsilon_prv, epsilon_rdp
 from support.errors import raises
@@ -116,8 +117,27 @@ def test_two_other_accountants_agree(charged: Site, data: bytes, exported: bytes
 def test_a_study_whose_engine_does_not_keep_the_claim_is_a_fault(data: bytes) -> None:
     asked = with_engine(STUDY, "book-keeping")
     made = changed(data, Identity.generate(), study=asked.canonical(), study_hash=asked.digest)
-    (fault,) = check(made).faults
+    told = check(made)
+    (fault,) = told.faults
     assert "training.engine is 'book-keeping'" in fault
+    # Asking for the file again would be of no use to anybody.
+    assert "A new copy of the file would say the same." in told.remedy
+    assert 'engine = "patients"' in told.remedy
+    assert "Ask the site" not in told.remedy
+
+
+def test_the_command_says_what_to_do_about_such_a_study(
+    data: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, identity = with_engine(STUDY, "book-keeping"), Identity.generate()
+    path = tmp_path / "certificate.json"
+    for made, told in ((asked, NO_CLAIM), (STUDY, ASK_AGAIN)):
+        values = {"study": made.canonical(), "study_hash": made.digest, "clipping_norm": 9.0}
+        path.write_bytes(certificate.sign(changed(data, identity, **values), identity))
+        with pytest.raises(SystemExit) as ended:
+            main(["verify", str(path)])
+        assert ended.value.code == CertificateInvalid.exit_status
+        assert capsys.readouterr().err.endswith(f" {told}\nMore: cloister explain CLO-310\n")
 
 
 def test_no_certificate_is_signed_for_an_engine_that_does_not_keep_the_claim(

@@ -55,8 +55,7 @@ def verify_certificate(
         raise CertificateInvalid(
             "The certificate is not valid.",
             why=" ".join(checked.faults),
-            remedy="Ask the site for a new copy of the file; if it has the same fault, ask for an "
-            "explanation.",
+            remedy=checked.remedy,
         )
 
 

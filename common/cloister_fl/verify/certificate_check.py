@@ -22,13 +22,20 @@ from cloister_fl.privacy.certificate import Certificate
 from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
 from cloister_fl.privacy.renyi_filter import lifetime_epsilon
 from cloister_fl.study.cost import sensitivity
-from cloister_fl.study.gradient_engines import unsound_engine
+from cloister_fl.study.gradient_engines import REMEDY, unsound_engine
 from cloister_fl.study.schema import Study, study_from_canonical
 from cloister_fl.verify.ledger_export import LedgerExport, Spent
 
 TOLERANCE = 0.02
 """How far two accountants of one study may lie apart."""
 LIFETIME_TOLERANCE = 1e-6
+ASK_AGAIN = (
+    "Ask the site for a new copy of the file; if it has the same fault, ask for an explanation."
+)
+NO_CLAIM = (
+    "A new copy of the file would say the same. Do not rely on the run's epsilon, and tell the "
+    f"site's data steward and the coordinator. For another run, in a new study: {REMEDY}"
+)
 _MEANINGLESS = 40.0
 """Above this epsilon, by Renyi accounting, nothing is recomputed: it promises nothing."""
 
@@ -42,6 +49,7 @@ class Checked:
         accountant: which one recomputed epsilon.
         epsilon_run, epsilon_study: what it found.
         lifetime: the lifetime's epsilon by the filter, where a ledger was given.
+        remedy: what the reader can do about the faults; empty where there are none.
     """
 
     faults: tuple[str, ...]
@@ -49,6 +57,7 @@ class Checked:
     epsilon_run: float
     epsilon_study: float
     lifetime: float | None = None
+    remedy: str = ""
 
 
 def check(
@@ -91,7 +100,19 @@ def check(
             faults += fault
     if log is not None:
         faults += _against_log(certificate, log)
-    return Checked(tuple(faults), accountant, run, study, lifetime)
+    remedy = ""
+    if faults:
+        # The file may be whole and the site honest: what was trained has no such privacy.
+        remedy = NO_CLAIM if _claims_nothing(certificate) else ASK_AGAIN
+    return Checked(tuple(faults), accountant, run, study, lifetime, remedy)
+
+
+def _claims_nothing(certificate: Certificate) -> bool:
+    """Whether the study that was trained, and not the file, is why the certificate is refused."""
+    try:
+        return bool(unsound_engine(study_from_canonical(certificate.study)))
+    except StudyInvalid:
+        return False
 
 
 def _constants(certificate: Certificate) -> Iterator[str]:

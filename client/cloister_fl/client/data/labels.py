@@ -1,8 +1,9 @@
 """Labels file of a site: a CSV kept by a person, checked and joined to the images.
 
 Rows are keyed by SOPInstanceUID, else AccessionNumber, else PatientID: the first of these columns
-that the file has. Faults name lines, never values, for a key is a patient's. The cells of the first
-line are named where they look like a header: without digits.
+that the file has. Faults name lines, never values, for a key is a patient's. Of the first line no
+cell is repeated, for it may be a patient's row: messages say how many columns it has, and which of
+them are called almost as they must be.
 """
 
 from __future__ import annotations
@@ -30,10 +31,8 @@ SHOWN = 20
 _DELIMITERS = (",", ";", "\t")
 _PLURAL = {"has": "have", "is": "are"}
 
-_ROW = re.compile(r"[0-9^]")
-"""What a patient's row holds and a column's name seldom does: digits, or a name's separator."""
-_MOST_NAME = 40
-"""Most characters that a message shows of a column's name."""
+_UNSEEN = re.compile(r"[\W_]+")
+"""What people add to a column's name, or leave out of it: spaces and punctuation."""
 
 
 @dataclass(frozen=True)
@@ -261,21 +260,40 @@ def _header_invalid(
         what = f"has the column '{wanted}' {header.count(wanted)} times"
     else:
         what = f"has no column '{wanted}'"
-    # A file without a header begins with a patient's row, which no message repeats.
-    classes = {name.casefold() for name in task.strata}
-    if any(
-        not cell.isprintable() or _ROW.search(cell) or cell.casefold() in classes for cell in header
-    ):
-        why = "Its first line may not be a header: it contains digits or a class of the study."
-    else:
-        found = ", ".join(f"'{cell[:_MOST_NAME]}'" for cell in header[:SHOWN] if cell)
-        why = f"Found: {found or 'an empty first line'}."
     return LabelsInvalid(
         f"The labels file {what}.",
-        why=why,
+        why=_described(header, columns, task),
         remedy=f"In its first line, name one column {', '.join(KEY_COLUMNS[:-1])} or "
         f"{KEY_COLUMNS[-1]}, and one '{wanted}'; spelling and case must match.",
     )
+
+
+def _described(header: Sequence[str], columns: Sequence[str], task: Task) -> str:
+    """Describe a first line without its content; a file without a header begins with a patient.
+
+    Names of columns that the study and Cloister give are all that is shown of it, and none that
+    is also a class: a patient's row may hold one.
+    """
+    if not any(header):
+        return "Its first line is empty."
+    classes = {_bare(name) for name in task.strata}
+    names = [name for name in (*KEY_COLUMNS, *columns) if _bare(name) not in classes]
+    parts = [
+        f"Its first line has {counted(len(header), 'column')}",
+        *(
+            f"column {number} is '{name}' except for case, spaces or punctuation"
+            for number, cell in enumerate(header, start=1)
+            for name in names
+            if cell != name and _bare(cell) == _bare(name)
+        ),
+    ]
+    if len(header) == 1:
+        parts.append("columns are separated by commas, semicolons or tabs")
+    return "; ".join(parts[:SHOWN]) + "."
+
+
+def _bare(name: str) -> str:
+    return _UNSEEN.sub("", name).casefold()
 
 
 def _rows(

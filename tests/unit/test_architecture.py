@@ -192,7 +192,7 @@ PLANTED = {
         "if TYPE_CHECKING:\n    from cloister_fl.server.rounds import events\n",
     ),
     "common imports client": (
-        "common/cloister_fl/errors.py",
+        "common/cloister_fl/errors/families.py",
         "from cloister_fl.client.site import policy\n",
     ),
     "upwards within the client": (

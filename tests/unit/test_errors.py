@@ -19,6 +19,7 @@ from cloister_fl.errors import (
     Reject,
     StudyInvalid,
     all_errors,
+    reject_codes,
 )
 from support.errors import raises
 
@@ -86,7 +87,7 @@ def test_exit_statuses_tell_families_apart_and_leave_those_of_the_shell_alone() 
 
 def test_every_reject_has_a_title() -> None:
     assert all(reason.title for reason in Reject)
-    assert set(errors._REJECT_TITLES) == set(Reject)
+    assert set(reject_codes._REJECT_TITLES) == set(Reject)
 
 
 # The tree in the docstring

@@ -34,7 +34,7 @@ _KNOWN = frozenset((
     "secure_aggregation", "study", "study_hash",
     "privacy", "epsilon_max", "epsilon_per_site", "delta", "sites", "site_names", "refused",
     "rounds", "rounds_lost", "seconds", "bytes_sent_per_site", "warnings", "release", "headline",
-    "metrics_initial", "metrics_final",
+    "strata",    "metrics_initial", "metrics_final",
 ))
 _HEADLINE = ("initial", "final", "final_interval")
 # fmt: on

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def _results(summary: Mapping[str, Any]) -> Table:
         first = before and before[headline]
         table.add_row(f"{_title(headline)} before training", _figure(first and first["value"]))
         _add(table, after, " after training")
-        table.add_row("Patients measured", str(after["patients"]))
+        table.add_row("Patients measured", _patients(after, summary["strata"]))
     release = summary["release"]
     if release is not None:
         noised = f" at {release['sites']} sites, noised"
@@ -45,7 +45,8 @@ def _results(summary: Mapping[str, Any]) -> Table:
             table.add_row(f"{_title(headline)}{noised}", "none")
         else:
             _add(table, release["metrics"], noised)
-            table.add_row(f"Patients{noised}", str(release["metrics"]["patients"]))
+            told = _patients(release["metrics"], summary["strata"])
+            table.add_row(f"Patients{noised}", told)
         table.add_row("Its epsilon, of the study's", f"{release['epsilon']:g}")
     if summary["epsilon_max"] is not None:
         table.add_row(
@@ -70,6 +71,12 @@ def _add(table: Table, metrics: Mapping[str, Any], where: str) -> None:
             f"{one.value:.3f} (95 % interval {one.low:.3f} to {one.high:.3f})"
         )  # fmt: skip
         table.add_row(f"{_title(name)}{where}", told)
+
+
+def _patients(metrics: Mapping[str, Any], strata: Sequence[str]) -> str:
+    """How many patients were measured, and how many of them have each label."""
+    pairs = zip(strata, metrics["class_counts"], strict=True)
+    return f"{metrics['patients']} ({', '.join(f'{name} {count}' for name, count in pairs)})"
 
 
 def _title(name: str) -> str:

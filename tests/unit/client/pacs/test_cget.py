@@ -471,7 +471,7 @@ def test_an_archive_that_stops_in_the_middle_is_left(
     monkeypatch.setattr(cget, "_GLANCE_SECONDS", 0.1)
     archive.deed = deed
     began = time.monotonic()
-    with pytest.raises(ArchiveUnreachable, match="took too long|ended the connection"):
+    with pytest.raises(ArchiveUnreachable, match=r"took too long|ended the connection"):
         fetch(_site(tmp_path, archive.port))
     assert time.monotonic() - began < 20
     assert threading.active_count() < 10

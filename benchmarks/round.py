@@ -33,7 +33,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from cloister_fl.simulation.synthetic_sites import HOSPITALS, draw_federation
+from cloister_fl.simulation.synthetic_hospitals import HOSPITALS
+from cloister_fl.simulation.synthetic_sites import draw_federation
 from cloister_fl.study.file import parse_study
 from support import deployment
 from support.coordinator_process import free_ports, reachable, wait_for

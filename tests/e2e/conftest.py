@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cloister_fl.simulation.synthetic_sites import HOSPITALS, Hospital, draw_federation
+from cloister_fl.simulation.synthetic_hospitals import HOSPITALS, Hospital
+from cloister_fl.simulation.synthetic_sites import draw_federation
 from support.deployment import Deployment, deployed
 
 POLICY = {

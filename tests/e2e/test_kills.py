@@ -32,7 +32,8 @@ from cloister_fl.protocol import sessions
 from cloister_fl.secagg.fixed_point import decode
 from cloister_fl.server.rounds.strategies import OptimizerState, step
 from cloister_fl.simulation.simulate import Simulation, simulate
-from cloister_fl.simulation.synthetic_sites import HOSPITALS, draw_federation
+from cloister_fl.simulation.synthetic_hospitals import HOSPITALS
+from cloister_fl.simulation.synthetic_sites import draw_federation
 from cloister_fl.study.file import parse_study
 from cloister_fl.study.schema import Study
 from support.coordinator_process import wait_for

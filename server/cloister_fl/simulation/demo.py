@@ -71,7 +71,8 @@ def run_demo(folder: Path, *, seed: int, engine: Engine, display: Display) -> di
     Raises:
         OutputInTheWay: ``folder`` is not empty.
     """
-    from cloister_fl.simulation.synthetic_sites import HOLDOUT_PATIENTS, HOSPITALS, draw_federation
+    from cloister_fl.simulation.synthetic_hospitals import HOSPITALS
+    from cloister_fl.simulation.synthetic_sites import HOLDOUT_PATIENTS, draw_federation
 
     if folder.exists() and not (folder.is_dir() and is_unused(folder)):
         raise OutputInTheWay(f"{folder} is not empty.", remedy="Name another folder with --out.")

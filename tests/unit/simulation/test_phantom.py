@@ -20,7 +20,7 @@ from cloister_fl.simulation.phantom import (
     expose,
     shatter,
 )
-from cloister_fl.simulation.synthetic_sites import HOSPITALS
+from cloister_fl.simulation.synthetic_hospitals import HOSPITALS
 
 SCANNER = Scanner(96, 80, 12, gain=0.7, offset=0.1, gamma=1.0, noise=0.02)
 SCANNERS = (

@@ -13,12 +13,8 @@ from pydicom.errors import InvalidDicomError
 
 from cloister_fl.simulation import synthetic_sites as module
 from cloister_fl.simulation.phantom import CaseMix
-from cloister_fl.simulation.synthetic_sites import (
-    HOSPITALS,
-    DrawnCohort,
-    DrawnFederation,
-    draw_federation,
-)
+from cloister_fl.simulation.synthetic_hospitals import HOSPITALS
+from cloister_fl.simulation.synthetic_sites import DrawnCohort, DrawnFederation, draw_federation
 
 SMALL = tuple(replace(hospital, patients=20) for hospital in HOSPITALS)
 HOLDOUT = 25

@@ -86,3 +86,11 @@ def written(source: bytes, box: Mask) -> bytes:
     full = segmentation([source], np.ones_like(box))
     full.PixelData = bytes(len(full.PixelData))
     return saved(full)
+
+
+def by_area(marked: Mask, size: int) -> NDArray[np.uint8]:
+    """1 where half of the area or more is marked, by a count on the finest common grid."""
+    rows, columns = marked.shape
+    fine = marked.repeat(size, axis=0).repeat(size, axis=1)
+    share = fine.reshape(size, rows, size, columns).mean(axis=(1, 3))
+    return (share >= 0.5).astype(np.uint8)

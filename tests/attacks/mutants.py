@@ -295,7 +295,7 @@ MUTANTS = (
         "attempts with other weights",
         "session.py",
         """            f64(self.clip),
-            listed(frame(site.encode(), f64(weight)) for site, weight in self.weights),
+            self.weight_list,
         )
 
     def sid""",

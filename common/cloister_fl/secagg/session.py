@@ -129,6 +129,11 @@ class Session:
         """Units to one, a power of two; see ``fixed_point.scale_for``."""
         return scale_for(len(self.weights), max(weight for _, weight in self.weights), self.clip)
 
+    @cached_property
+    def weight_list(self) -> bytes:
+        """The weights as they are hashed, and as they travel."""
+        return listed(frame(site.encode(), f64(weight)) for site, weight in self.weights)
+
     def weight(self, site: str) -> float:
         """The public weight of an invited site."""
         return dict(self.weights)[site]
@@ -145,7 +150,7 @@ class Session:
             u64(self.dimension),
             f64(self.scale),
             f64(self.clip),
-            listed(frame(site.encode(), f64(weight)) for site, weight in self.weights),
+            self.weight_list,
         )
 
     def sid(self, keys: bytes) -> bytes:
@@ -159,5 +164,5 @@ class Session:
             u64(self.dimension),
             f64(self.scale),
             f64(self.clip),
-            listed(frame(site.encode(), f64(weight)) for site, weight in self.weights),
+            self.weight_list,
         )

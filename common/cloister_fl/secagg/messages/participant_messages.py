@@ -9,17 +9,26 @@ from cloister_fl.encoding.framing import Buffer, FrameError, Reader, frame, list
 from cloister_fl.membership.identity import SIGNATURE_BYTES, Identity, verify
 from cloister_fl.membership.roster import MAX_SITES
 from cloister_fl.secagg.crypto import hashes, shamir
-from cloister_fl.secagg.messages.message_base import HASH, Message, named, rising, sites
+from cloister_fl.secagg.messages.message_base import (
+    HASH,
+    Message,
+    SignedMessage,
+    per_site,
+    read_per_site,
+    rising,
+    sites,
+)
 
 BOX_BYTES = 2 * shamir.SHARE_BYTES + 16
 """A sealed box: the shares of b and of mask_sk, and the tag."""
 
 
 @dataclass(frozen=True)
-class Advertisement(Message):
+class Advertisement(SignedMessage):
     """Stage 0, site to server: the signed record of its fresh keys."""
 
     NAME: ClassVar[str] = "advertise"
+    LABEL: ClassVar[str] = hashes.ADVERTISE
     kid: bytes
     site: str
     enc_pk: bytes
@@ -30,21 +39,10 @@ class Advertisement(Message):
     def _body(self) -> tuple[bytes, ...]:
         return (self.kid, self.site.encode(), self.enc_pk, self.mask_pk, self.commitment)
 
-    def signed_by(self, identity: Identity) -> Advertisement:
-        """The same record with the site's signature."""
-        signature = identity.sign(hashes.ADVERTISE, *self._body())
-        return Advertisement(
-            self.kid, self.site, self.enc_pk, self.mask_pk, self.commitment, signature
-        )
-
-    def verified(self, public: bytes) -> bool:
-        """True where the signature is that of ``public``."""
-        return verify(public, self.signature, hashes.ADVERTISE, *self._body())
-
     @property
     def record(self) -> bytes:
         """The complete signed record, as ``T`` hashes it."""
-        return frame(*self._body(), self.signature)
+        return frame(*self._fields())
 
     @classmethod
     def read(cls, reader: Reader) -> Self:
@@ -57,9 +55,6 @@ class Advertisement(Message):
             reader.field(HASH),
             reader.field(SIGNATURE_BYTES),
         )
-
-    def _fields(self) -> tuple[Buffer, ...]:
-        return (*self._body(), self.signature)
 
     @classmethod
     def _read(cls, reader: Reader) -> Self:
@@ -139,16 +134,13 @@ class Shares(Message):
         return dict(self.boxes).get(holder, b"")
 
     def _fields(self) -> tuple[Buffer, ...]:
-        boxes = listed(frame(holder.encode(), box) for holder, box in self.boxes)
-        return (self.kid, self.dealing.encode(), boxes)
+        return (self.kid, self.dealing.encode(), per_site(self.boxes))
 
     @classmethod
     def _read(cls, reader: Reader) -> Self:
         kid = reader.field(HASH)
         dealing = Dealing.read(Reader(reader.view()))
-        boxes = tuple(named(item, BOX_BYTES) for item in reader.items(MAX_SITES))
-        rising(tuple(holder for holder, _ in boxes))
-        return cls(kid, dealing, boxes)
+        return cls(kid, dealing, read_per_site(reader, BOX_BYTES))
 
 
 @dataclass(frozen=True)
@@ -229,10 +221,11 @@ class Consistent(Message):
 
 
 @dataclass(frozen=True)
-class Unmasked(Message):
+class Unmasked(SignedMessage):
     """Stage 4, site to server: its shares of b for U3, of mask_sk for U2 minus U3."""
 
     NAME: ClassVar[str] = "unmask"
+    LABEL: ClassVar[str] = hashes.UNMASK
     sid: bytes
     site: str
     u3: tuple[str, ...]
@@ -245,42 +238,31 @@ class Unmasked(Message):
             self.sid,
             self.site.encode(),
             names(self.u3),
-            listed(frame(dealer.encode(), share) for dealer, share in self.b_shares),
-            listed(frame(dealer.encode(), share) for dealer, share in self.mask_key_shares),
+            per_site(self.b_shares),
+            per_site(self.mask_key_shares),
         )
-
-    def signed_by(self, identity: Identity) -> Unmasked:
-        """The same reply with the site's signature."""
-        signature = identity.sign(hashes.UNMASK, *self._body())
-        return Unmasked(
-            self.sid, self.site, self.u3, self.b_shares, self.mask_key_shares, signature
-        )
-
-    def verified(self, public: bytes) -> bool:
-        """True where the signature is that of ``public``."""
-        return verify(public, self.signature, hashes.UNMASK, *self._body())
-
-    def _fields(self) -> tuple[Buffer, ...]:
-        return (*self._body(), self.signature)
 
     @classmethod
     def _read(cls, reader: Reader) -> Self:
-        sid, site, u3 = reader.field(HASH), reader.text(), sites(reader)
-        b_shares = tuple(named(item, shamir.SHARE_BYTES) for item in reader.items(MAX_SITES))
-        mask = tuple(named(item, shamir.SHARE_BYTES) for item in reader.items(MAX_SITES))
-        rising(tuple(dealer for dealer, _ in b_shares))
-        rising(tuple(dealer for dealer, _ in mask))
-        return cls(sid, site, u3, b_shares, mask, reader.field(SIGNATURE_BYTES))
+        return cls(
+            reader.field(HASH),
+            reader.text(),
+            sites(reader),
+            read_per_site(reader, shamir.SHARE_BYTES),
+            read_per_site(reader, shamir.SHARE_BYTES),
+            reader.field(SIGNATURE_BYTES),
+        )
 
 
 @dataclass(frozen=True)
-class Abort(Message):
+class Abort(SignedMessage):
     """Any stage, site to server: a code from the closed list, and no word more.
 
     ``blamed`` is a site id, or empty. ``kid`` names the epoch that the site has given up.
     """
 
     NAME: ClassVar[str] = "abort"
+    LABEL: ClassVar[str] = hashes.ABORT
     kid: bytes
     site: str
     code: str
@@ -289,18 +271,6 @@ class Abort(Message):
 
     def _body(self) -> tuple[bytes, ...]:
         return (self.kid, self.site.encode(), self.code.encode(), self.blamed.encode())
-
-    def signed_by(self, identity: Identity) -> Abort:
-        """The same abort with the site's signature."""
-        signature = identity.sign(hashes.ABORT, *self._body())
-        return Abort(self.kid, self.site, self.code, self.blamed, signature)
-
-    def verified(self, public: bytes) -> bool:
-        """True where the signature is that of ``public``."""
-        return verify(public, self.signature, hashes.ABORT, *self._body())
-
-    def _fields(self) -> tuple[Buffer, ...]:
-        return (*self._body(), self.signature)
 
     @classmethod
     def _read(cls, reader: Reader) -> Self:

@@ -18,7 +18,14 @@ from cloister_fl.encoding.framing import (
 )
 from cloister_fl.membership.identity import SIGNATURE_BYTES
 from cloister_fl.membership.roster import MAX_SITES
-from cloister_fl.secagg.messages.message_base import HASH, Message, named, rising, sites
+from cloister_fl.secagg.messages.message_base import (
+    HASH,
+    Message,
+    per_site,
+    read_per_site,
+    rising,
+    sites,
+)
 from cloister_fl.secagg.messages.participant_messages import BOX_BYTES, Advertisement, Dealing
 from cloister_fl.secagg.session import EpochTerms, Session
 
@@ -116,7 +123,6 @@ class MaskRequest(Message):
 
     def _fields(self) -> tuple[Buffer, ...]:
         session = self.session
-        weights = listed(frame(site.encode(), f64(weight)) for site, weight in session.weights)
         return (
             self.kid,
             u64(session.round),
@@ -124,7 +130,7 @@ class MaskRequest(Message):
             session.model,
             u64(session.dimension),
             f64(session.clip),
-            weights,
+            session.weight_list,
             listed(parcel.encode() for parcel in self.parcels),
         )
 
@@ -170,15 +176,11 @@ class UnmaskRequest(Message):
     signatures: tuple[tuple[str, bytes], ...]
 
     def _fields(self) -> tuple[Buffer, ...]:
-        signatures = listed(frame(site.encode(), mark) for site, mark in self.signatures)
-        return (self.sid, names(self.u3), signatures)
+        return (self.sid, names(self.u3), per_site(self.signatures))
 
     @classmethod
     def _read(cls, reader: Reader) -> Self:
-        sid, u3 = reader.field(HASH), sites(reader)
-        signatures = tuple(named(item, SIGNATURE_BYTES) for item in reader.items(MAX_SITES))
-        rising(tuple(site for site, _ in signatures))
-        return cls(sid, u3, signatures)
+        return cls(reader.field(HASH), sites(reader), read_per_site(reader, SIGNATURE_BYTES))
 
 
 def _weight(reader: Reader) -> tuple[str, float]:

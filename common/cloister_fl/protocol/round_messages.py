@@ -103,10 +103,9 @@ class Prepared(RoundMessage):
 
 
 @dataclass(frozen=True)
-class TrainTask(RoundMessage):
-    """Server to site: train this round from this model."""
+class Task(RoundMessage):
+    """Server to site: what every message of a round begins with. It is never sent as such."""
 
-    kind = "train"
     study: str
     run: str
     round: int
@@ -114,20 +113,22 @@ class TrainTask(RoundMessage):
     sites: int
     exchange: Octets
     """A ``secagg.Bundle``, encoded; empty without secure aggregation."""
+
+
+@dataclass(frozen=True)
+class TrainTask(Task):
+    """Server to site: train this round from this model."""
+
+    kind = "train"
     vector: Vector
     """The global model, flat, (D,)."""
 
 
 @dataclass(frozen=True)
-class Exchange(RoundMessage):
+class Exchange(Task):
     """Server to site: stages of secure aggregation that need neither model nor data."""
 
     kind = "exchange"
-    study: str
-    run: str
-    round: int
-    sites: int
-    exchange: Octets
 
 
 @dataclass(frozen=True)
@@ -155,16 +156,12 @@ class Update(RoundMessage):
 
 
 @dataclass(frozen=True)
-class EvaluateTask(RoundMessage):
+class EvaluateTask(Task):
     """Server to site: measure this model on patients of your own (privacy off, or noised)."""
 
     kind = "evaluate"
-    study: str
-    run: str
-    round: int
-    sites: int
-    exchange: Octets
     vector: Vector
+    """The global model, flat, (D,)."""
 
 
 @dataclass(frozen=True)
@@ -299,12 +296,21 @@ def head_of(records: RecordDict) -> str:
     return told if isinstance(told, str) and len(told) < 128 else ""
 
 
+def message_kinds(base: type[RoundMessage] = RoundMessage) -> dict[str, type[RoundMessage]]:
+    """The messages that can be sent, by their kinds: those below ``base`` that have one."""
+    found: dict[str, type[RoundMessage]] = {}
+    for message in base.__subclasses__():
+        if "kind" in vars(message):
+            found[message.kind] = message
+        found.update(message_kinds(message))
+    return found
+
+
 def kind_of(records: RecordDict) -> str:
     """What a message says it is, cut to the kinds that exist; empty for anything else."""
     head = records.get(_HEAD)
     told = head.get("kind") if isinstance(head, ConfigRecord) else None
-    known = {kind.kind for kind in RoundMessage.__subclasses__()}
-    return told if isinstance(told, str) and told in known else ""
+    return told if isinstance(told, str) and told in message_kinds() else ""
 
 
 def reason_of(records: RecordDict) -> str:

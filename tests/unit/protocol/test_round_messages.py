@@ -12,6 +12,8 @@ from hypothesis.extra import numpy as hnp
 from cloister_fl.errors import MessageInvalid
 from cloister_fl.protocol.round_messages import (
     Evaluated,
+    EvaluateTask,
+    Exchange,
     Prepare,
     Prepared,
     Refusal,
@@ -20,6 +22,8 @@ from cloister_fl.protocol.round_messages import (
     Update,
     head_of,
     kind_of,
+    message_kinds,
+    octets,
     pack,
     payload_bytes,
     payload_hash,
@@ -41,6 +45,28 @@ def test_an_update_survives_the_journey_to_the_bit(
     assert (received.site, received.round) == (site, number)
     assert received.vector.dtype == np.float32
     assert received.vector.tobytes() == vector.tobytes()
+
+
+@pytest.mark.parametrize("kind", [TrainTask, EvaluateTask])
+def test_a_task_says_what_every_task_says_and_its_model(
+    kind: type[TrainTask | EvaluateTask],
+) -> None:
+    records = pack(
+        kind(study="s", run="r", round=2, sites=5, exchange=octets(b"\1\2"), vector=VECTOR)
+    )
+    assert list(records["cloister"]) == [
+        *("version", "kind", "log_head"), *("study", "run", "round", "sites"),
+    ]  # fmt: skip
+    assert list(records["arrays"]) == ["exchange", "vector"]
+    received = unpack(records, Exchange, TrainTask, EvaluateTask)
+    assert type(received) is kind
+    assert (received.study, received.run, received.round, received.sites) == ("s", "r", 2, 5)
+    assert received.exchange.tobytes() == b"\1\2"
+    assert received.vector.tobytes() == VECTOR.tobytes()
+    # What every task has in common is no message that anybody takes.
+    records["cloister"]["kind"] = "task"
+    with pytest.raises(MessageInvalid):
+        unpack(records, Exchange, TrainTask, EvaluateTask)
 
 
 def test_counts_keep_64_bits() -> None:
@@ -192,5 +218,12 @@ def test_the_payload_s_hash_is_over_all_that_it_says_but_the_head() -> None:
 def test_the_kind_is_told_only_where_it_exists() -> None:
     records = _update()
     assert kind_of(records) == "update"
+    assert set(message_kinds()) == {
+        *("prepare", "prepared", "train", "exchange", "exchanged", "update", "evaluate"),
+        *("evaluated", "refusal"),
+    }
+    for kind in message_kinds():
+        records["cloister"]["kind"] = kind
+        assert kind_of(records) == kind
     records["cloister"]["kind"] = "patient-doe"
     assert kind_of(records) == ""

@@ -21,7 +21,7 @@ from cloister_fl.client.site.folder import open_site
 from cloister_fl.client.training.evaluation import answers_for
 from cloister_fl.metrics.classification import measure
 from cloister_fl.model_file import load_model
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.study.file import load_study
 from cloister_fl.study.schema import Study
 from cloister_fl.system.files import keep_out_of_git
@@ -109,7 +109,9 @@ def main() -> None:
             if not name.startswith(options.only):
                 continue
             out = options.out / name
-            summary = simulate(Simulation(study, sites, out, holdout=options.data / "holdout"))
+            summary = run_simulation(
+                Simulation(study, sites, out, holdout=options.data / "holdout")
+            )
             row = {
                 "run": name,
                 "epsilon": summary["epsilon_max"],

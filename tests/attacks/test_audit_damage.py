@@ -19,7 +19,7 @@ from cloister_fl.encoding.canonical_json import canonical_json
 from cloister_fl.membership.identity import Identity
 from cloister_fl.server.coordinator.federation import AUDIT, Federation
 from cloister_fl.server.rounds.events import Event, Measured
-from cloister_fl.simulation.simulate import FEDERATION, Simulation, simulate
+from cloister_fl.simulation.simulated_run import FEDERATION, Simulation, run_simulation
 from support.federations import NAMES, study, write_federation
 
 SIDES = (*NAMES, "coordinator")
@@ -53,7 +53,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Log]:
             # All that either side holds, the signatures and the ledger with the log.
             shutil.copytree(out, early)
 
-    simulate(Simulation(study(), sites, out), notify=keep)
+    run_simulation(Simulation(study(), sites, out), notify=keep)
     coordinator = out / FEDERATION / AUDIT
     found = {}
     for name in NAMES:

@@ -25,7 +25,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from cloister_fl.cli.main import main
 from cloister_fl.client.app import app
 from cloister_fl.errors import Reject
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from support.dicom import uid, write_dicom
 from support.federations import picture, study, study_text
 
@@ -343,7 +343,7 @@ def test_no_message_tells_anything_of_a_patient(
         privacy=privacy or "epsilon = 6",
     )
     found = root / ("broken" if folder == "broken" else "sites")
-    simulate(Simulation(asked, found, tmp_path / "run"), client_app=recorder)
+    run_simulation(Simulation(asked, found, tmp_path / "run"), client_app=recorder)
     assert recorder.kinds == kinds
     for content in recorder.replies:
         assert canaries.within(content) == set()

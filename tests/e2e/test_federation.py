@@ -15,7 +15,7 @@ from safetensors import safe_open
 from cloister_fl.audit_log import read
 from cloister_fl.client.ledger.chain import PROTOCOL_KINDS
 from cloister_fl.client.site.audit_log import entries_of
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.study.file import parse_study
 from support import studies
 from support.deployment import Deployment, change_policy, cloister, study_text
@@ -48,7 +48,7 @@ def test_without_privacy_the_model_is_the_simulation_s(
     name = federation.run(PLAIN)
     federation.approve(parse_study(PLAIN))
     summary = federation.wait_for_end(name)
-    simulate(Simulation(parse_study(PLAIN), drawn / "sites", tmp_path / "out"))
+    run_simulation(Simulation(parse_study(PLAIN), drawn / "sites", tmp_path / "out"))
     simulated = json.loads((tmp_path / "out" / "summary.json").read_text())
     ours = _model(federation.folder / "runs" / name)
     theirs = _model(tmp_path / "out")
@@ -65,7 +65,7 @@ def test_with_privacy_the_accounts_are_the_simulation_s_and_the_noise_is_not(
     three.approve(parse_study(PRIVATE))
     summary = three.wait_for_end(name)
     study = parse_study(PRIVATE)
-    simulate(
+    run_simulation(
         Simulation(study, three_drawn / "sites", tmp_path / "out", holdout=three_drawn / "holdout")
     )
     simulated = json.loads((tmp_path / "out" / "summary.json").read_text())

@@ -31,7 +31,7 @@ from cloister_fl.networks import flat_parameters, registry
 from cloister_fl.protocol import sessions
 from cloister_fl.secagg.fixed_point import decode
 from cloister_fl.server.rounds.strategies import OptimizerState, step
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.simulation.synthetic_hospitals import HOSPITALS
 from cloister_fl.simulation.synthetic_sites import draw_federation
 from cloister_fl.study.file import parse_study
@@ -341,7 +341,7 @@ def assert_right_model(battered: Battered, ended: Ended, out: Path) -> None:
     if all(len(sites) == len(HOSPITALS) for sites in kept.values()) and len(kept) == (
         ended.study.training.rounds
     ):
-        simulate(Simulation(ended.study, battered.data / "sites", out / ended.name))
+        run_simulation(Simulation(ended.study, battered.data / "sites", out / ended.name))
         assert np.array_equal(ours, model_of(out / ended.name))
 
 

@@ -17,7 +17,7 @@ from cloister_fl.client.app import app
 from cloister_fl.errors import OutputInTheWay
 from cloister_fl.server.results.progress import Display
 from cloister_fl.simulation.demo import STUDY, free_folder, run_demo
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.simulation.synthetic_sites import draw_federation
 from cloister_fl.study.file import parse_study
 from support.seeded_noise import SeededClientApp
@@ -50,7 +50,7 @@ def _auroc(
     simulation = Simulation(
         study, sites or drawn / "data" / "sites", out, holdout=drawn / "data" / "holdout"
     )
-    summary = simulate(simulation, client_app=SeededClientApp(app, seed))
+    summary = run_simulation(simulation, client_app=SeededClientApp(app, seed))
     value = summary["auroc_final"]
     assert isinstance(value, float)
     return value

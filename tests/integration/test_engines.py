@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from cloister_fl.client.app import app
 from cloister_fl.errors import TooFewSites
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from support.federations import NAMES, study, write_federation
 from support.seeded_noise import SeededClientApp
 
@@ -51,7 +51,7 @@ def test_ray_and_in_process_give_the_same_model(sites: Path, tmp_path: Path, pri
     opened: set[str] = set()
     for engine in ("in-process", "ray"):
         out = tmp_path / engine
-        summary = simulate(
+        summary = run_simulation(
             Simulation(asked, sites, out, engine),
             client_app=SeededClientApp(app),
             notify=lambda _: opened.update(_listening() - before),
@@ -73,7 +73,7 @@ def test_an_error_of_the_run_passes_through_ray(sites: Path, tmp_path: Path) -> 
     write_federation(tmp_path / "sites")
     (tmp_path / "sites" / "dorn" / "labels.csv").write_text("PatientID,finding\n")
     with pytest.raises(TooFewSites, match=r"dorn: CLO-20"):
-        simulate(Simulation(study(), tmp_path / "sites", tmp_path / "run", "ray"))
+        run_simulation(Simulation(study(), tmp_path / "sites", tmp_path / "run", "ray"))
     gc.collect()
 
 
@@ -82,8 +82,8 @@ def test_seeded_noise_repeats_only_under_the_tests_own_key_source(
     sites: Path, tmp_path: Path
 ) -> None:
     for name in ("one", "two"):
-        simulate(Simulation(study(), sites, tmp_path / name), client_app=SeededClientApp(app))
-    simulate(Simulation(study(), sites, tmp_path / "real"))
+        run_simulation(Simulation(study(), sites, tmp_path / name), client_app=SeededClientApp(app))
+    run_simulation(Simulation(study(), sites, tmp_path / "real"))
     one, two, real = (_weights(tmp_path / name) for name in ("one", "two", "real"))
     assert all(np.array_equal(one[key], two[key]) for key in one)
     assert any(not np.array_equal(one[key], real[key]) for key in one)

@@ -31,7 +31,7 @@ from cloister_fl.secagg import participant_epoch as protocol
 from cloister_fl.secagg import share_keys
 from cloister_fl.secagg.messages.codec import Bundle
 from cloister_fl.server.rounds.checkpoint import Checkpoints
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from support.federations import NAMES, approve, study, write_federation
 from support.message_tap import OPEN, Between, asks_to_unmask, charges
 
@@ -90,7 +90,7 @@ def test_a_dealer_of_bad_boxes_is_found_by_its_accusers_and_left_out(
         asked.append((name, task.kind, int(getattr(task, "round", 0))))
         return task
 
-    summary = simulate(Simulation(study(), sites, out), client_app=Between(watch))
+    summary = run_simulation(Simulation(study(), sites, out), client_app=Between(watch))
     assert summary["rounds"] == 3
     assert summary["refused"] == {"anker": "protocol"}
     # Once it is known for what it is, it is asked for nothing more.
@@ -104,7 +104,7 @@ def test_a_dealer_of_a_wrong_secret_costs_one_round(
     """It is found when the sum is due; no site answers for others then, so the round is lost."""
     _hostile_dealer(monkeypatch, "anker", "secret")
     out = tmp_path / "run"
-    summary = simulate(Simulation(study(), sites, out))
+    summary = run_simulation(Simulation(study(), sites, out))
     assert summary["rounds"] == 3
     assert summary["rounds_lost"] == [1]
     assert summary["refused"] == {"anker": "protocol"}
@@ -127,7 +127,7 @@ def test_one_accuser_alone_is_not_believed(
         right(self, *given)
 
     monkeypatch.setattr(protocol.SiteEpoch, "open", cries)
-    summary = simulate(Simulation(study(), sites, tmp_path / "run"))
+    summary = run_simulation(Simulation(study(), sites, tmp_path / "run"))
     assert summary["rounds"] == 3
     assert summary["refused"] == {"anker": "protocol"}
 
@@ -151,7 +151,7 @@ def test_an_answer_in_another_s_name_counts_for_nobody(sites: Path, tmp_path: Pa
                 heard[answer.round] = answer.exchange.tobytes()
         return reply
 
-    summary = simulate(Simulation(study(), sites, tmp_path / "run"), client_app=app_with_ears)
+    summary = run_simulation(Simulation(study(), sites, tmp_path / "run"), client_app=app_with_ears)
     assert summary["rounds"] == 3
     assert summary["refused"] == {"birke": "protocol"}
 
@@ -160,7 +160,7 @@ def test_nobody_takes_another_s_seat(sites: Path, tmp_path: Path) -> None:
     def as_birke(answer: Answer, context: Context) -> RoundMessage:
         return replace(answer, site="birke") if isinstance(answer, Prepared) else answer
 
-    summary = simulate(
+    summary = run_simulation(
         Simulation(study(aggregation="min_sites = 4"), sites, tmp_path / "run"),
         client_app=Liar("anker", as_birke),
     )
@@ -174,7 +174,7 @@ def test_a_site_off_the_roster_ends_no_run(sites: Path, tmp_path: Path) -> None:
     def stranger(answer: Answer, context: Context) -> RoundMessage:
         return replace(answer, site="zorn") if isinstance(answer, Prepared) else answer
 
-    summary = simulate(
+    summary = run_simulation(
         Simulation(study(aggregation="min_sites = 4"), sites, tmp_path / "run"),
         client_app=Liar("anker", stranger),
     )
@@ -187,7 +187,7 @@ def test_a_refusal_in_another_s_name_is_not_told_as_its_own(sites: Path, tmp_pat
         refusal = Refusal("birke", "budget", b"\0" * 64)
         return refusal if isinstance(answer, Prepared) else answer
 
-    summary = simulate(
+    summary = run_simulation(
         Simulation(study(aggregation="min_sites = 4"), sites, tmp_path / "run"),
         client_app=Liar("anker", slander),
     )
@@ -225,12 +225,12 @@ def test_what_was_asked_for_once_is_asked_for_again_and_nothing_else(
     out = tmp_path / "run"
     if again == "resumed":
         with pytest.raises(Killed):
-            simulate(Simulation(asked, sites, out), client_app=Between(lose))
+            run_simulation(Simulation(asked, sites, out), client_app=Between(lose))
         _, progress = Checkpoints(out / "checkpoint").load(asked)
         assert progress.answered == {2: ("anker", "birke", "dorn", "esche")}
-        summary = simulate(Simulation(asked, sites, out, resume=True))
+        summary = run_simulation(Simulation(asked, sites, out, resume=True))
     else:
-        summary = simulate(Simulation(asked, sites, out), client_app=Between(lose))
+        summary = run_simulation(Simulation(asked, sites, out), client_app=Between(lose))
     rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows[1]["sites"] == 4
     assert summary["rounds"] == 3
@@ -248,9 +248,9 @@ def test_a_resumed_run_takes_in_nobody_new(sites: Path, tmp_path: Path) -> None:
         return task
 
     with pytest.raises(Killed):
-        simulate(Simulation(study(), more, out), client_app=Between(dies))
+        run_simulation(Simulation(study(), more, out), client_app=Between(dies))
     write_federation(more, names=("zorn",), seed=5)
-    summary = simulate(Simulation(study(), more, out, resume=True))
+    summary = run_simulation(Simulation(study(), more, out, resume=True))
     assert summary["site_names"] == list(NAMES)
     assert summary["refused"] == {"zorn": "late"}
 
@@ -270,7 +270,7 @@ def test_a_round_that_the_study_does_not_have_is_refused_before_it_is_charged(
     monkeypatch.setattr(sessions, "update_session", later)
     out = tmp_path / "run"
     with pytest.raises(TooFewSites, match="it rejected the request as malformed"):
-        simulate(Simulation(study(), sites, out), client_app=Between(shift))
+        run_simulation(Simulation(study(), sites, out), client_app=Between(shift))
     assert charges(out, "anker") == []
 
 
@@ -286,7 +286,7 @@ def test_the_protocol_is_refused_where_the_study_is(sites: Path, tmp_path: Path)
 
     wire = Between(narrow)
     with pytest.raises(TooFewSites, match="its policy does not allow the study"):
-        simulate(Simulation(study(), sites, out), client_app=wire)
+        run_simulation(Simulation(study(), sites, out), client_app=wire)
     assert {reply.reason for _, kind, reply in wire.replies if isinstance(reply, Refusal)} == {
         "policy"
     }
@@ -308,7 +308,7 @@ def test_the_protocol_is_refused_where_nothing_is_masked(sites: Path, tmp_path: 
 
     asked = study(aggregation="secure = false")
     with pytest.raises(TooFewSites):
-        simulate(Simulation(asked, sites, tmp_path / "run"), client_app=swap)
+        run_simulation(Simulation(asked, sites, tmp_path / "run"), client_app=swap)
     assert {one.reason for one in seen if isinstance(one, Refusal)} == {"message"}
 
 
@@ -320,7 +320,7 @@ def test_with_privacy_a_value_out_of_range_is_cut_and_never_refused(
 ) -> None:
     """A refusal that depends on data would be a release."""
     asked = study(aggregation="clip = 1e-6")
-    summary = simulate(Simulation(asked, sites, tmp_path / "run"))
+    summary = run_simulation(Simulation(asked, sites, tmp_path / "run"))
     assert summary["rounds"] == 3
     assert summary["refused"] == {}
     rows = [
@@ -370,16 +370,16 @@ def test_two_studies_that_differ_in_name_alone_share_their_answers(
     for name in NAMES:
         for asked in (first, twin, other):
             approve(folder / name, asked)
-    simulate(Simulation(first, folder, tmp_path / "one"))
+    run_simulation(Simulation(first, folder, tmp_path / "one"))
     out = tmp_path / "two"
 
     def lose(name: str, task: RoundMessage) -> RoundMessage | None:
         return None if name == "esche" and task.kind != "prepare" else task
 
     with pytest.raises((TooFewSites, secagg_error())):
-        simulate(Simulation(twin, folder, out), client_app=Between(lose))
+        run_simulation(Simulation(twin, folder, out), client_app=Between(lose))
     # The very same sum may be had again.
-    assert simulate(Simulation(other, folder, tmp_path / "three"))["rounds"] == 1
+    assert run_simulation(Simulation(other, folder, tmp_path / "three"))["rounds"] == 1
 
 
 def secagg_error() -> type[Exception]:
@@ -405,4 +405,4 @@ def test_no_histogram_beyond_the_study_s_rounds(
     wire = Between(shift)
     asked = study(privacy=OPEN, training="rounds = 1")
     with pytest.raises(TooFewSites, match="it rejected the request as malformed"):
-        simulate(Simulation(asked, sites, tmp_path / "run"), client_app=wire)
+        run_simulation(Simulation(asked, sites, tmp_path / "run"), client_app=wire)

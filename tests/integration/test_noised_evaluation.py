@@ -38,7 +38,7 @@ from cloister_fl.server.rounds.checkpoint import Checkpoints, Released
 from cloister_fl.server.rounds.events import Event, Hooks, ReleaseMade
 from cloister_fl.server.rounds.messenger import Messenger
 from cloister_fl.server.rounds.run import Outcome, Run
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.study.cost import RELEASE_BINS, UNITS, charges, sensitivity
 from support.federations import NAMES, study, write_federation
 
@@ -54,7 +54,7 @@ ASKED = study(
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("released")
     write_federation(root / "sites", patients=40, images=1)
-    simulate(Simulation(ASKED, root / "sites", root / "run"))
+    run_simulation(Simulation(ASKED, root / "sites", root / "run"))
     return root / "run"
 
 

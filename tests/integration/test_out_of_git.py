@@ -24,7 +24,7 @@ from cloister_fl.server.cli.server_group import app as server_cli
 from cloister_fl.server.coordinator.folder import Layout, init_coordinator
 from cloister_fl.server.results.progress import Display
 from cloister_fl.simulation import demo
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.system.files import GIT_IGNORE, is_unused, read_secret
 from cloister_fl.system.git_ignore import _is_covered, keep_out_of_git
 from support.errors import raises
@@ -122,7 +122,7 @@ def test_joining_with_an_older_folder(repository: Path) -> None:
 
 def test_a_simulation(repository: Path, tmp_path: Path) -> None:
     sites = write_federation(tmp_path / "sites", images=1)
-    simulate(Simulation(study(training="rounds = 1"), sites, repository / "run"))
+    run_simulation(Simulation(study(training="rounds = 1"), sites, repository / "run"))
     assert (repository / "run" / "model.safetensors").is_file()
     assert files(repository / "run") > 30
     assert offered(repository) == []
@@ -134,10 +134,10 @@ def test_a_folder_with_a_gitignore_alone_is_an_empty_one(repository: Path, tmp_p
     out = repository / "run"
     out.mkdir()
     (out / GIT_IGNORE).write_text("# mine\n*\n")
-    simulate(Simulation(study(training="rounds = 1"), sites, out))
+    run_simulation(Simulation(study(training="rounds = 1"), sites, out))
     assert (out / GIT_IGNORE).read_text() == "# mine\n*\n"
     with pytest.raises(OutputInTheWay):
-        simulate(Simulation(study(training="rounds = 1"), sites, out))
+        run_simulation(Simulation(study(training="rounds = 1"), sites, out))
 
 
 def test_a_demo(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_a_demo(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "1.dcm").touch()
 
     monkeypatch.setattr("cloister_fl.simulation.synthetic_sites.draw_federation", draw)
-    monkeypatch.setattr(demo, "simulate", lambda *_, **__: {})
+    monkeypatch.setattr(demo, "run_simulation", lambda *_, **__: {})
     out = repository / "out"
     with Display(quiet=True) as display:
         demo.run_demo(out, seed=0, engine="in-process", display=display)

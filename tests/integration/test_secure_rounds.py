@@ -33,7 +33,7 @@ from cloister_fl.protocol.round_messages import (
     octets,
 )
 from cloister_fl.secagg.messages.codec import Bundle, Masked, MaskRequest
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from support.errors import raises
 from support.federations import NAMES, study, write_federation
 from support.message_tap import OPEN, Between, asks_to_unmask, charges
@@ -70,7 +70,7 @@ def test_a_masked_run_gives_the_model_of_a_plain_one(
 ) -> None:
     for name, secure in (("masked", "true"), ("plain", "false")):
         asked = study(privacy=OPEN, aggregation=f"secure = {secure}\n{lines}")
-        summary = simulate(Simulation(asked, sites, tmp_path / name))
+        summary = run_simulation(Simulation(asked, sites, tmp_path / name))
         assert summary["secure_aggregation"] is (secure == "true")
         assert summary["rounds"] == 3
     masked, plain = _model(tmp_path / "masked"), _model(tmp_path / "plain")
@@ -84,13 +84,13 @@ def test_the_sites_histograms_are_summed_to_the_patient(sites: Path, tmp_path: P
     figures = []
     for name, secure in (("masked", "true"), ("plain", "false")):
         asked = study(privacy=OPEN, training="rounds = 1", aggregation=f"secure = {secure}")
-        figures.append(simulate(Simulation(asked, sites, tmp_path / name))["auroc_initial"])
+        figures.append(run_simulation(Simulation(asked, sites, tmp_path / name))["auroc_initial"])
     assert figures[0] == figures[1]
 
 
 def test_nothing_but_masked_vectors_and_protocol_leaves_a_site(sites: Path, tmp_path: Path) -> None:
     wire = Between()
-    simulate(Simulation(study(privacy=OPEN), sites, tmp_path / "run"), client_app=wire)
+    run_simulation(Simulation(study(privacy=OPEN), sites, tmp_path / "run"), client_app=wire)
     vectors = 0
     for name, kind, reply in wire.replies:
         if kind == "prepare":
@@ -112,7 +112,7 @@ def test_two_round_trips_a_round_after_the_first(sites: Path, tmp_path: Path) ->
             trips.append(task.kind)
         return task
 
-    simulate(Simulation(study(), sites, tmp_path / "run"), client_app=Between(count))
+    run_simulation(Simulation(study(), sites, tmp_path / "run"), client_app=Between(count))
     assert trips == ["prepare", "exchange", "exchange", *["train", "exchange"] * 3]
 
 
@@ -122,7 +122,7 @@ def test_a_site_may_miss_a_round_and_comes_back(sites: Path, tmp_path: Path) -> 
         return None if name == "clara" and task.kind == "train" and task.round == 2 else task
 
     out = tmp_path / "run"
-    simulate(Simulation(study(training="rounds = 4"), sites, out), client_app=Between(lose))
+    run_simulation(Simulation(study(training="rounds = 4"), sites, out), client_app=Between(lose))
     rows = (out / "metrics.jsonl").read_text().splitlines()
     # It missed the request for the next round's keys, too.
     assert [json.loads(row)["sites"] for row in rows[1:]] == [5, 4, 4, 5]
@@ -135,7 +135,7 @@ def test_a_site_may_die_before_the_shares(sites: Path, tmp_path: Path) -> None:
         return None if name == "dorn" and asks_to_unmask(task) and task.round == 2 else task
 
     out = tmp_path / "run"
-    simulate(Simulation(study(training="rounds = 4"), sites, out), client_app=Between(lose))
+    run_simulation(Simulation(study(training="rounds = 4"), sites, out), client_app=Between(lose))
     rows = (out / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["sites"] for row in rows[1:]] == [5, 5, 4, 5]
     assert charges(out, "dorn") == [1, 2, 4]
@@ -165,7 +165,7 @@ def test_a_sum_that_failed_is_tried_again_without_training_again(
 
     monkeypatch.setattr(module, "train_round", counted)
     out = tmp_path / "run"
-    summary = simulate(Simulation(study(), sites, out), client_app=Between(lose))
+    summary = run_simulation(Simulation(study(), sites, out), client_app=Between(lose))
     assert summary["rounds"] == 3
     assert lost == ["anker", "esche"]
     assert sorted(trained) == sorted((name, number) for name in NAMES for number in (1, 2, 3))
@@ -181,9 +181,9 @@ def test_two_missing_sites_of_five_end_the_run_by_name_and_cost_one_round(
 
     out = tmp_path / "run"
     with pytest.raises(TooFewSites, match="3 of 5 sites take part, and 4 are needed"):
-        simulate(Simulation(study(), sites, out), client_app=Between(lose))
+        run_simulation(Simulation(study(), sites, out), client_app=Between(lose))
     assert charges(out, "birke") == [1, 2]
-    resumed = simulate(Simulation(study(), sites, out, resume=True))
+    resumed = run_simulation(Simulation(study(), sites, out, resume=True))
     assert resumed["rounds_lost"] == [2]
     assert charges(out, "birke") == [1, 2, 3]
 
@@ -200,7 +200,7 @@ def test_a_restart_gives_the_epoch_up_and_the_round_goes_on(sites: Path, tmp_pat
         return task
 
     wire = Between(restart)
-    assert simulate(Simulation(study(), sites, out), client_app=wire)["rounds"] == 3
+    assert run_simulation(Simulation(study(), sites, out), client_app=wire)["rounds"] == 3
     assert charges(out, restarts[0]) == [1, 3]
 
 
@@ -216,7 +216,7 @@ class TestLies:
     ) -> str:
         asked = study(privacy=privacy or "epsilon = 6.0")
         with pytest.raises((TooFewSites, SecureAggregationError)) as caught:
-            simulate(Simulation(asked, sites, out), client_app=Between(change))
+            run_simulation(Simulation(asked, sites, out), client_app=Between(change))
         return str(caught.value)
 
     def test_another_model_than_the_session_says(self, sites: Path, tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ class TestLies:
 
         wire.change = ask
         with pytest.raises((TooFewSites, SecureAggregationError)):
-            simulate(Simulation(study(), sites, tmp_path / "run"), client_app=_as_query(wire))
+            run_simulation(Simulation(study(), sites, tmp_path / "run"), client_app=_as_query(wire))
         assert charges(tmp_path / "run", "anker") == []
 
     def test_another_round_than_the_session_says(self, sites: Path, tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_a_value_out_of_range_is_named_at_the_site_and_nothing_is_sent(
     asked = study(privacy=OPEN, aggregation="clip = 1e-6", evaluation="site_fraction = 0.0")
     wire = Between()
     with pytest.raises((TooFewSites, SecureAggregationError)) as caught:
-        simulate(Simulation(asked, sites, tmp_path / "run"), client_app=wire)
+        run_simulation(Simulation(asked, sites, tmp_path / "run"), client_app=wire)
     assert "CLO-719" in str(caught.value)
     for _, kind, reply in wire.replies:
         if kind != "prepare":
@@ -348,7 +348,7 @@ def test_too_few_to_sum_in_secret_is_refused_with_what_to_do(
 ) -> None:
     few = write_federation(tmp_path / "sites", names=NAMES[:count], patients=20, images=1)
     with raises(ParameterRefused) as caught:
-        simulate(Simulation(study(aggregation=lines), few, tmp_path / "run"))
+        run_simulation(Simulation(study(aggregation=lines), few, tmp_path / "run"))
     for word in words:
         assert word in str(caught.value)
     assert not (tmp_path / "run").exists()
@@ -357,13 +357,13 @@ def test_too_few_to_sum_in_secret_is_refused_with_what_to_do(
 def test_fewer_sites_than_the_study_wants(tmp_path: Path) -> None:
     few = write_federation(tmp_path / "sites", names=NAMES[:4], patients=20, images=1)
     with raises(TooFewSitesGiven, match=r"lower aggregation\.min_sites"):
-        simulate(Simulation(study(), few, tmp_path / "run"))
+        run_simulation(Simulation(study(), few, tmp_path / "run"))
 
 
 def test_three_sites_that_trust_each_other_run_and_are_told_what_that_means(tmp_path: Path) -> None:
     three = write_federation(tmp_path / "sites", names=NAMES[:3], patients=24, images=1)
     asked = study(aggregation="min_sites = 3\ncolluders = 0", training="rounds = 1")
-    summary = simulate(Simulation(asked, three, tmp_path / "run"))
+    summary = run_simulation(Simulation(asked, three, tmp_path / "run"))
     assert summary["rounds"] == 1
     told = " ".join(str(line) for line in summary["warnings"])
     assert "No site may collude" in told

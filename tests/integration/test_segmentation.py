@@ -18,7 +18,7 @@ from cloister_fl.client.privacy_audit.own_data import Asked, prepare
 from cloister_fl.client.site.folder import init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.errors import OutputInTheWay, StudyInvalid
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.study.file import parse_study
 from cloister_fl.study.schema import Study
 from support.dicom import make_dicom
@@ -86,7 +86,7 @@ def trained(
 ) -> tuple[Path, dict[str, object]]:
     out = tmp_path_factory.mktemp("run") / "out"
     study = asked(privacy=OPEN, training=TRAINING)
-    return out, simulate(Simulation(study, folders / "sites", out))
+    return out, run_simulation(Simulation(study, folders / "sites", out))
 
 
 def test_sites_sum_their_dice_in_secret_and_it_rises(
@@ -156,12 +156,12 @@ def test_privately_no_dice_leaves_and_a_holdout_measures(folders: Path, tmp_path
         privacy="epsilon = 8.0\ndelta = 1e-4",
         training="rounds = 1\nsteps = 2\nsampling_rate = 0.5\nexpected_batch = 8",
     )
-    summary = simulate(
+    summary = run_simulation(
         Simulation(study, folders / "sites", tmp_path / "run", holdout=folders / "holdout")
     )
     assert 0 <= float(str(summary["dice_final"])) <= 1
     assert float(str(summary["epsilon_max"])) <= 8.0
-    again = simulate(Simulation(study, folders / "sites", tmp_path / "alone"))
+    again = run_simulation(Simulation(study, folders / "sites", tmp_path / "alone"))
     assert again["dice_final"] is None
 
 

@@ -28,7 +28,7 @@ from cloister_fl.server.coordinator.rejection_log import Refusals, Refused
 from cloister_fl.server.coordinator.site_approval import approve_site, invite_sites, revoke_site
 from cloister_fl.server.results.audit_report import account, render
 from cloister_fl.server.rounds.events import Event, Measured
-from cloister_fl.simulation.simulate import FEDERATION, Simulation, simulate
+from cloister_fl.simulation.simulated_run import FEDERATION, Simulation, run_simulation
 from support.coordinator_process import new_coordinator
 from support.errors import raises
 from support.federations import NAMES, study, write_federation
@@ -176,7 +176,7 @@ def test_a_run_is_told_with_its_bytes_and_its_refusals(
             site.write_text(site.read_text().replace('approve = "none"', 'aprove = "none"'))
         return task
 
-    summary = simulate(Simulation(study(), sites, out), client_app=Between(spoil))
+    summary = run_simulation(Simulation(study(), sites, out), client_app=Between(spoil))
     status, text, _ = _run(capsys, "--dir", str(out), "--json")
     assert status == 0
     told = json.loads(text)
@@ -206,7 +206,7 @@ def test_a_run_that_ended_early_says_so_and_by_what(tmp_path: Path) -> None:
     sites = write_federation(tmp_path / "sites", patients=24, images=1)
     (sites / "anker" / "site.toml").write_text('[site]\nname = "anker"\n')
     with pytest.raises(TooFewSites):
-        simulate(Simulation(study(), sites, tmp_path / "run"))
+        run_simulation(Simulation(study(), sites, tmp_path / "run"))
     log = tmp_path / "run" / FEDERATION / AUDIT
     (run,) = account(log).runs
     assert (run.ended, run.refused, run.began) == ("CLO-501", {"anker": "policy"}, [])
@@ -223,11 +223,11 @@ def test_a_resumed_run_is_one_run(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        simulate(Simulation(study(), sites, out), notify=stop)
+        run_simulation(Simulation(study(), sites, out), notify=stop)
     (run,) = account(out / FEDERATION / AUDIT).runs
     assert run.ended == ""
     assert "running or interrupted" in render(account(out / FEDERATION / AUDIT))
-    simulate(Simulation(study(), sites, out, resume=True))
+    run_simulation(Simulation(study(), sites, out, resume=True))
     (run,) = account(out / FEDERATION / AUDIT).runs
     assert (len(run.began), run.ended) == (2, "done")
 
@@ -247,11 +247,11 @@ def test_a_site_folder_that_was_rolled_back_as_a_whole_is_found_by_what_the_coor
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        simulate(Simulation(study(), sites, out), notify=stop)
+        run_simulation(Simulation(study(), sites, out), notify=stop)
     shutil.rmtree(anker)
     shutil.copytree(old, anker)
     assert disagreements(open_site(anker)) == ()
-    summary = simulate(Simulation(study(), sites, out, resume=True))
+    summary = run_simulation(Simulation(study(), sites, out, resume=True))
     assert summary["refused"] == {"anker": "declined"}
     assert summary["rounds"] == 3
     site = open_site(anker)
@@ -282,7 +282,7 @@ def test_what_a_site_calls_itself_does_not_spoil_the_log(tmp_path: Path, name: s
         return reply
 
     asked = study(aggregation="secure = false\nmin_sites = 4", training="rounds = 1")
-    simulate(Simulation(asked, sites, out), client_app=liar)
+    run_simulation(Simulation(asked, sites, out), client_app=liar)
     (run,) = account(out / FEDERATION / AUDIT).runs
     assert run.ended == "done"
     assert run.sites == list(NAMES[1:])

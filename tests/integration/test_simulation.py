@@ -20,7 +20,7 @@ from cloister_fl.server.app import build
 from cloister_fl.server.flower.engines import InProcessGrid
 from cloister_fl.server.results.artifacts import CHANCE
 from cloister_fl.server.rounds.checkpoint import Checkpoints
-from cloister_fl.simulation.simulate import Simulation, simulate, site_name
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation, site_name
 from support.errors import raises
 from support.federations import NAMES, approve, study, with_engine, write_cohort, write_federation
 
@@ -36,7 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_private_run_leaves_a_model_and_an_honest_summary(folders: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     asked = study()
-    summary = simulate(Simulation(asked, folders / "sites", out, holdout=folders / "holdout"))
+    summary = run_simulation(Simulation(asked, folders / "sites", out, holdout=folders / "holdout"))
     assert summary == json.loads((out / "summary.json").read_text())
     assert summary["sites"] == 5
     assert summary["site_names"] == list(NAMES)
@@ -62,7 +62,7 @@ def test_a_private_run_leaves_a_model_and_an_honest_summary(folders: Path, tmp_p
 
 def test_every_site_charged_its_own_ledger_before_it_trained(folders: Path, tmp_path: Path) -> None:
     asked = study()
-    summary = simulate(Simulation(asked, folders / "sites", tmp_path / "run"))
+    summary = run_simulation(Simulation(asked, folders / "sites", tmp_path / "run"))
     for name in NAMES:
         site = open_site(tmp_path / "run" / "sites" / name)
         ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
@@ -83,7 +83,7 @@ def test_a_frozen_backbone_stays_where_it_is_and_the_average_is_released(
         aggregation="ema = 0.5",
     )
     out = tmp_path / "run"
-    summary = simulate(Simulation(asked, folders / "sites", out, holdout=folders / "holdout"))
+    summary = run_simulation(Simulation(asked, folders / "sites", out, holdout=folders / "holdout"))
     # A head of 1,281 values a round; the backbone has 3,371,024.
     assert max(summary["bytes_sent_per_site"].values()) < 3 * (4 * 1281 + 3000)
     state, _ = Checkpoints(out / "checkpoint").load(asked)
@@ -104,7 +104,7 @@ def test_a_site_without_the_studys_weights_says_so_and_reserves_nothing(
     weights = f'architecture = "resnet18", sha256 = "{"5" * 64}"'
     asked = study(network=f'name = "frozen-backbone"\narguments = {{ {weights} }}')
     with pytest.raises(TooFewSites, match=r"anker: CLO-404: .*5555"):
-        simulate(Simulation(asked, folders / "sites", tmp_path / "run"))
+        run_simulation(Simulation(asked, folders / "sites", tmp_path / "run"))
     for name in NAMES:
         site = open_site(tmp_path / "run" / "sites" / name)
         ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
@@ -116,7 +116,7 @@ def test_book_keeping_with_privacy_is_refused_before_anything_is_made(
 ) -> None:
     asked = with_engine(study(), "book-keeping")
     with pytest.raises(StudyInvalid, match="can move its sum of clipped gradients"):
-        simulate(Simulation(asked, folders / "sites", tmp_path / "run"))
+        run_simulation(Simulation(asked, folders / "sites", tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -136,14 +136,14 @@ def test_a_coordinator_asks_no_site_for_book_keeping_with_privacy(tmp_path: Path
 def test_without_a_holdout_a_private_run_says_that_nothing_was_measured(
     folders: Path, tmp_path: Path
 ) -> None:
-    summary = simulate(Simulation(study(), folders / "sites", tmp_path / "run"))
+    summary = run_simulation(Simulation(study(), folders / "sites", tmp_path / "run"))
     assert summary["auroc_final"] is None
     assert any("--holdout" in warning for warning in summary["warnings"])
 
 
 def test_without_privacy_it_learns_and_says_what_that_means(folders: Path, tmp_path: Path) -> None:
     asked = study(privacy="enabled = false", training="rounds = 4\nsteps = 6\nlearning_rate = 0.1")
-    summary = simulate(Simulation(asked, folders / "sites", tmp_path / "run"))
+    summary = run_simulation(Simulation(asked, folders / "sites", tmp_path / "run"))
     assert summary["auroc_final"] > 0.9
     assert summary["epsilon_max"] is None
     assert summary["privacy"] == "off"
@@ -153,7 +153,7 @@ def test_without_privacy_it_learns_and_says_what_that_means(folders: Path, tmp_p
 def test_without_privacy_two_runs_are_the_same_to_the_bit(folders: Path, tmp_path: Path) -> None:
     asked = study(privacy="enabled = false")
     for name in ("one", "two"):
-        simulate(Simulation(asked, folders / "sites", tmp_path / name))
+        run_simulation(Simulation(asked, folders / "sites", tmp_path / name))
     one, two = (_weights(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(one[key].tobytes() == two[key].tobytes() for key in one)
@@ -162,7 +162,7 @@ def test_without_privacy_two_runs_are_the_same_to_the_bit(folders: Path, tmp_pat
 @pytest.mark.slow
 def test_with_privacy_two_runs_differ_by_their_noise(folders: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        simulate(Simulation(study(), folders / "sites", tmp_path / name))
+        run_simulation(Simulation(study(), folders / "sites", tmp_path / name))
     one, two = (_weights(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(not np.array_equal(one[key], two[key]) for key in one)
 
@@ -187,8 +187,8 @@ def test_each_strategy_runs_and_gives_another_model_than_fedavg(
 ) -> None:
     plain = study(privacy="enabled = false", training="steps = 4")
     other = study(privacy="enabled = false", training="steps = 4", aggregation=aggregation)
-    simulate(Simulation(plain, folders / "sites", tmp_path / "plain"))
-    summary = simulate(Simulation(other, folders / "sites", tmp_path / "other"))
+    run_simulation(Simulation(plain, folders / "sites", tmp_path / "plain"))
+    summary = run_simulation(Simulation(other, folders / "sites", tmp_path / "other"))
     one, two = (_weights(tmp_path / name / "model.safetensors") for name in ("plain", "other"))
     assert any(not np.allclose(one[key], two[key], rtol=1e-5) for key in one)
     assert summary["auroc_final"] is not None
@@ -203,7 +203,7 @@ def test_fedprox_keeps_closer_to_the_global_model(folders: Path, tmp_path: Path)
     ):
         lines = "rounds = 1\nsteps = 20\nlearning_rate = 0.05"
         asked = study(privacy="enabled = false", training=lines, aggregation=text)
-        simulate(Simulation(asked, folders / "sites", tmp_path / name))
+        run_simulation(Simulation(asked, folders / "sites", tmp_path / name))
         rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         norms[name] = json.loads(rows[-1])["update_norm"]
     assert norms["prox"] < 0.8 * norms["avg"]
@@ -211,7 +211,7 @@ def test_fedprox_keeps_closer_to_the_global_model(folders: Path, tmp_path: Path)
 
 def test_the_opacus_engine_runs_the_whole_way(folders: Path, tmp_path: Path) -> None:
     asked = study(training='engine = "opacus"')
-    summary = simulate(Simulation(asked, folders / "sites", tmp_path / "run"))
+    summary = run_simulation(Simulation(asked, folders / "sites", tmp_path / "run"))
     assert summary["rounds"] == 3
     assert 5.5 < summary["epsilon_max"] <= 6.0
 
@@ -225,7 +225,7 @@ def test_a_site_file_is_used_in_place_and_its_policy_wins(folders: Path, tmp_pat
     )
     asked = study(aggregation="secure = false\nmin_sites = 2")
     with pytest.raises(TooFewSites) as caught:
-        simulate(Simulation(asked, sites, tmp_path / "run"))
+        run_simulation(Simulation(asked, sites, tmp_path / "run"))
     text = str(caught.value)
     assert "birke: its policy does not allow the study" in text
     assert re.search(r"birke: CLO-303: .*max_epsilon_study", text)
@@ -244,32 +244,32 @@ def test_a_used_up_budget_refuses_before_a_file_is_opened(
     for name in NAMES:
         approve(sites / name, first)
         approve(sites / name, second)
-    simulate(Simulation(first, sites, tmp_path / "one"))
+    run_simulation(Simulation(first, sites, tmp_path / "one"))
     opened: list[object] = []
     monkeypatch.setattr("cloister_fl.client.app.load_frozen", lambda *a, **k: opened.append(a))
     with pytest.raises(TooFewSites, match="its privacy budget is not sufficient"):
-        simulate(Simulation(second, sites, tmp_path / "two"))
+        run_simulation(Simulation(second, sites, tmp_path / "two"))
     assert opened == []
 
 
 def test_an_output_folder_in_use_is_left_alone(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(OutputInTheWay, match="CLO-104"):
-        simulate(Simulation(study(), folders / "sites", tmp_path))
+        run_simulation(Simulation(study(), folders / "sites", tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_a_folder_without_a_run_is_not_said_to_be_resumable(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "sites").mkdir()
     with pytest.raises(OutputInTheWay, match="It has no run to resume"):
-        simulate(Simulation(study(), folders / "sites", tmp_path))
+        run_simulation(Simulation(study(), folders / "sites", tmp_path))
 
 
 def test_no_hospital_is_dropped_in_silence(tmp_path: Path) -> None:
     for name in ("anker", "birke"):
         (tmp_path / "sites" / name / ("dicom" if name == "anker" else "dcm")).mkdir(parents=True)
     with raises(OptionInvalid, match=r"birke in .* is not a site folder"):
-        simulate(
+        run_simulation(
             Simulation(study(aggregation="min_sites = 1"), tmp_path / "sites", tmp_path / "run")
         )
     assert not (tmp_path / "run").exists()
@@ -277,12 +277,12 @@ def test_no_hospital_is_dropped_in_silence(tmp_path: Path) -> None:
 
 def test_what_a_killed_writer_left_is_swept_on_resume(folders: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    simulate(Simulation(study(), folders / "sites", out))
+    run_simulation(Simulation(study(), folders / "sites", out))
     torn = [out / f".{'ab' * 8}.tmp", out / "sites" / "anker" / "cache" / f".{'01' * 8}.tmp"]
     for path in torn:
         path.write_bytes(b"half")
     (out / "notes.tmp").write_text("mine")
-    simulate(Simulation(study(), folders / "sites", out, resume=True))
+    run_simulation(Simulation(study(), folders / "sites", out, resume=True))
     assert not any(path.exists() for path in torn)
     assert (out / "notes.tmp").read_text() == "mine"
 
@@ -298,4 +298,4 @@ def test_two_folders_of_one_name_are_refused(folders: Path, tmp_path: Path) -> N
     for name in ("North 1", "north-1", "c", "d", "e"):
         (sites / name / "dicom").mkdir(parents=True)
     with raises(OptionInvalid, match="north-1"):
-        simulate(Simulation(study(), sites, tmp_path / "run"))
+        run_simulation(Simulation(study(), sites, tmp_path / "run"))

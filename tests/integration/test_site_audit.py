@@ -13,7 +13,7 @@ from cloister_fl.client.site.audit_log import entries_of, path_of, what_left
 from cloister_fl.client.site.folder import Site, open_site
 from cloister_fl.errors import TooFewSites
 from cloister_fl.server.coordinator.federation import AUDIT
-from cloister_fl.simulation.simulate import FEDERATION, Simulation, simulate
+from cloister_fl.simulation.simulated_run import FEDERATION, Simulation, run_simulation
 from support.federations import NAMES, study, write_federation
 from support.message_tap import Between
 
@@ -23,7 +23,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Between]:
     root = tmp_path_factory.mktemp("audited")
     sites = write_federation(root / "sites")
     wire = Between()
-    simulate(Simulation(study(), sites, root / "run"), client_app=wire)
+    run_simulation(Simulation(study(), sites, root / "run"), client_app=wire)
     return root / "run", wire
 
 
@@ -97,7 +97,7 @@ def test_a_site_whose_log_is_damaged_answers_nothing(tmp_path: Path) -> None:
         return task
 
     wire = Between(damage)  # type: ignore[arg-type]
-    summary = simulate(Simulation(study(), sites, out), client_app=wire)
+    summary = run_simulation(Simulation(study(), sites, out), client_app=wire)
     assert summary["refused"] == {"anker": "declined"}
     kinds = [getattr(reply, "kind", "") for name, _, reply in wire.replies if name == "anker"]
     assert kinds[3:] == ["refusal"] * len(kinds[3:])
@@ -108,7 +108,7 @@ def test_a_refusal_is_in_the_log_with_its_reason(tmp_path: Path) -> None:
     sites = write_federation(tmp_path / "sites")
     (sites / "anker" / "site.toml").write_text('[site]\nname = "anker"\n')
     with pytest.raises(TooFewSites):
-        simulate(Simulation(study(), sites, tmp_path / "run"))
+        run_simulation(Simulation(study(), sites, tmp_path / "run"))
     (left,) = what_left(entries_of(open_site(sites / "anker")))
     assert (left.message, left.why) == ("refusal", "a reason of the closed list: policy")
 

@@ -14,8 +14,8 @@ from cloister_fl.protocol.round_messages import RoundMessage
 from cloister_fl.server.coordinator.federation import AUDIT
 from cloister_fl.server.results.audit_report import account
 from cloister_fl.server.rounds.events import Began, Event, Hooks, Patience, Waiting
-from cloister_fl.simulation import simulate as simulation
-from cloister_fl.simulation.simulate import FEDERATION, Simulation, simulate
+from cloister_fl.simulation import simulated_run as simulation
+from cloister_fl.simulation.simulated_run import FEDERATION, Simulation, run_simulation
 from support.federations import NAMES, study, write_federation
 from support.message_tap import Between, charges
 
@@ -67,7 +67,7 @@ def test_a_run_waits_in_its_middle_and_loses_no_round(tmp_path: Path) -> None:
     out = tmp_path / "run"
     night = Night(out, NAMES[:3], "train", 2)
     told: list[Event] = []
-    simulate(Simulation(study(), sites, out), client_app=Between(night), notify=told.append)
+    run_simulation(Simulation(study(), sites, out), client_app=Between(night), notify=told.append)
     assert night.asked >= 5
     assert any(isinstance(one, Waiting) and one.refused["anker"] == "hours" for one in told)
     # Whoever trained before the night is not charged again after it.
@@ -91,7 +91,7 @@ def test_a_site_that_begins_out_of_its_hours_is_of_the_run(tmp_path: Path) -> No
         return task
 
     told: list[Event] = []
-    simulate(Simulation(asked, sites, out), client_app=Between(change), notify=told.append)
+    run_simulation(Simulation(asked, sites, out), client_app=Between(change), notify=told.append)
     (began,) = [one for one in told if isinstance(one, Began)]
     assert began.sites == NAMES
     assert began.refused == {"anker": "hours"}
@@ -112,5 +112,5 @@ def test_without_patience_a_run_ends_before_its_first_round(tmp_path: Path) -> N
     with pytest.raises(
         TooFewSites, match="anker: it takes part, but is outside its training window"
     ):
-        simulate(Simulation(study(), sites, out), client_app=Between(change))
+        run_simulation(Simulation(study(), sites, out), client_app=Between(change))
     assert not (out / "sites" / "anker" / "ledger.sqlite").exists() or not charges(out, "anker")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cloister_fl.model_file import load_model
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.study.file import parse_study
 from cloister_fl.study.schema import Study
 from support.ct_series import write_series
@@ -63,7 +63,7 @@ def test_a_federation_learns_what_only_the_order_of_slices_tells(
     folders: Path, tmp_path: Path
 ) -> None:
     study = asked(privacy="enabled = false", training="rounds = 4\nsteps = 6\nlearning_rate = 0.1")
-    summary = simulate(
+    summary = run_simulation(
         Simulation(study, folders / "sites", tmp_path / "run", holdout=folders / "holdout")
     )
     assert summary["auroc_initial"] < 0.8
@@ -81,7 +81,7 @@ def test_a_private_federation_of_volumes(folders: Path, tmp_path: Path) -> None:
         training="rounds = 1\nsteps = 1\naugment = true",
         evaluation="release_epsilon = 1.0",
     )
-    summary = simulate(Simulation(study, folders / "sites", tmp_path / "run"))
+    summary = run_simulation(Simulation(study, folders / "sites", tmp_path / "run"))
     assert summary["sites"] == 5
     assert 4.5 < summary["epsilon_max"] <= 6.0
     module, _ = load_model(tmp_path / "run" / "model.safetensors")

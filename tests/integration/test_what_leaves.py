@@ -30,7 +30,7 @@ from cloister_fl.errors import RunError
 from cloister_fl.protocol.round_messages import Refused
 from cloister_fl.secagg import participant_epoch
 from cloister_fl.secagg.messages.codec import Bundle, Masked, MaskRequest
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.study.schema import Study
 from support.dicom import write_dicom
 from support.federations import NAMES, study, write_federation
@@ -120,7 +120,7 @@ def _size(value: object) -> object:
 
 def run(asked: Study, sites: Path, out: Path) -> Tap:
     tap = Tap()
-    simulate(Simulation(asked, sites, out), client_app=tap)
+    run_simulation(Simulation(asked, sites, out), client_app=tap)
     return tap
 
 
@@ -219,7 +219,7 @@ def test_a_patient_who_cannot_be_used_costs_one_word_before_anything_is_trained(
         tap, out = Tap(), tmp_path / f"out{number}"
         simulation = Simulation(PLAIN, tmp_path / f"sites{number}", out)
         with pytest.raises(RunError, match="birke: it declined"):
-            simulate(simulation, client_app=tap)
+            run_simulation(simulation, client_app=tap)
         assert {kind for _, kind, _, _ in tap.seen} == {"query.prepare"}
         require_listed(tap)
         words.append(marking(tap))
@@ -306,7 +306,7 @@ def test_only_listed_fields_leave_a_site_that_refuses(sites: Path, tmp_path: Pat
     )
     tap = Tap()
     with pytest.raises(RunError, match="dorn: its policy does not allow"):
-        simulate(Simulation(MASKED, tmp_path / "sites", tmp_path / "out"), client_app=tap)
+        run_simulation(Simulation(MASKED, tmp_path / "sites", tmp_path / "out"), client_app=tap)
     assert "refusal" in require_listed(tap)
 
 

@@ -13,7 +13,7 @@ from cloister_fl.metrics.classification import histogram, measure, measure_histo
 from cloister_fl.metrics.curves import CURVE_FIGURES
 from cloister_fl.metrics.noisy import measure_noised
 from cloister_fl.server.results.summary_table import show
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from support.federations import study, write_federation
 from toys.youden import ROW
 
@@ -50,7 +50,7 @@ def test_a_run_tells_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     sites = write_federation(tmp_path / "sites", patients=20, images=1)
     out = tmp_path / "run"
     asked = study(training={"rounds": 1}, privacy={"enabled": False})
-    summary = simulate(Simulation(asked, sites, out))
+    summary = run_simulation(Simulation(asked, sites, out))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert 0 <= rows[-1]["metrics"]["youden"]["value"] <= 1
     assert "Youden&#39;s index" in (out / "report.html").read_text()

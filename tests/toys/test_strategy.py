@@ -18,7 +18,7 @@ from cloister_fl.server.rounds.checkpoint import CHECKPOINT_FOLDER, Checkpoints
 from cloister_fl.server.rounds.events import Event, Measured
 from cloister_fl.server.rounds.strategies import OptimizerState, step
 from cloister_fl.server_strategies import STRATEGIES
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.study.schema import Aggregation, Study
 from support import studies
 from support.commands import invoke
@@ -112,7 +112,7 @@ def test_a_federation_trains_with_it(sites: Path, tmp_path: Path) -> None:
         ("none", _asked(beta1=0.0)),
         ("fedavg", study(privacy=OPEN, aggregation={"server_learning_rate": 0.5})),
     ):
-        summary = simulate(Simulation(asked, sites, tmp_path / name))
+        summary = run_simulation(Simulation(asked, sites, tmp_path / name))
         assert summary["rounds"] == 3
         assert summary["secure_aggregation"] is True
     # Without momentum it is FedAvg to the bit; with it, it is not.
@@ -135,8 +135,8 @@ def test_its_momentum_is_kept_over_a_crash(sites: Path, tmp_path: Path) -> None:
         if isinstance(event, Measured) and event.figures.round == 2:
             raise Killed
 
-    simulate(Simulation(_asked(), sites, tmp_path / "whole"))
+    run_simulation(Simulation(_asked(), sites, tmp_path / "whole"))
     with pytest.raises(Killed):
-        simulate(Simulation(_asked(), sites, tmp_path / "cut"), notify=die)
-    simulate(Simulation(_asked(), sites, tmp_path / "cut", resume=True))
+        run_simulation(Simulation(_asked(), sites, tmp_path / "cut"), notify=die)
+    run_simulation(Simulation(_asked(), sites, tmp_path / "cut", resume=True))
     assert _weights(tmp_path / "cut") == _weights(tmp_path / "whole")

@@ -14,7 +14,7 @@ from cloister_fl.client.predict import predict
 from cloister_fl.client.site.folder import init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.errors import StudyInvalid
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.study.schema import Study
 from cloister_fl.tasks import KINDS
 from support.dicom import write_dicom
@@ -81,7 +81,7 @@ def test_a_grade_that_is_none_is_told_by_its_line(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("added")
 def test_a_federation_trains_and_predicts_it(sites: Path, tmp_path: Path) -> None:
-    summary = simulate(Simulation(asked(private=False), sites, tmp_path / "run"))
+    summary = run_simulation(Simulation(asked(private=False), sites, tmp_path / "run"))
     assert float(str(summary["auroc_final"])) > 0.9
     assert "Of a severe and another patient" in (tmp_path / "run" / "report.html").read_text()
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -96,7 +96,7 @@ def test_a_federation_trains_and_predicts_it(sites: Path, tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("added")
 def test_privately_its_counts_leave_noised_and_once(sites: Path, tmp_path: Path) -> None:
-    summary = simulate(Simulation(asked(private=True), sites, tmp_path / "run"))
+    summary = run_simulation(Simulation(asked(private=True), sites, tmp_path / "run"))
     assert summary["metrics_final"] is None
     assert summary["release"]["epsilon"] == 1.0  # type: ignore[index]
     assert 0 < float(str(summary["epsilon_max"])) <= 6.0

@@ -50,12 +50,11 @@ def simulate(
     vouched = signatures.load(study, checked)
     require("simulation", "flwr", "torch", "opacus", "pydicom", "jinja2")
     from cloister_fl.server.results.progress import Display
-    from cloister_fl.simulation.simulate import Simulation
-    from cloister_fl.simulation.simulate import simulate as run
+    from cloister_fl.simulation.simulated_run import Simulation
 
     plan = Simulation(checked, sites, out, engine.value, resume, holdout, vouched)
     with _resumable(study, sites, out, holdout), Display(quiet=as_json) as display:
-        summary = run(plan, notify=display)
+        summary = run_simulation(plan, notify=display)
     _show(summary, out, as_json=as_json)
 
 
@@ -94,7 +93,7 @@ def _resumable(study: Path, sites: Path, out: Path, holdout: Path | None) -> Ite
         yield
     except KeyboardInterrupt:
         from cloister_fl.server.rounds.checkpoint import CHECKPOINT_FOLDER, Checkpoints
-        from cloister_fl.simulation.simulate import resume_command
+        from cloister_fl.simulation.simulated_run import resume_command
 
         if Checkpoints(out / CHECKPOINT_FOLDER).exists():
             command = resume_command(str(study), sites, out, holdout)

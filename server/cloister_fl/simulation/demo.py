@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cloister_fl.errors import OutputInTheWay
-from cloister_fl.simulation.simulate import Engine, Simulation, simulate
+from cloister_fl.simulation.simulated_run import Engine, Simulation, run_simulation
 from cloister_fl.study.file import parse_study
 from cloister_fl.system.files import is_unused, write_atomic
 from cloister_fl.system.git_ignore import keep_out_of_git
@@ -88,7 +88,7 @@ def run_demo(folder: Path, *, seed: int, engine: Engine, display: Display) -> di
     keep_out_of_git(folder)
     draw_federation(folder / "data", seed=seed, progress=progress)
     write_atomic(folder / "study.toml", STUDY.encode(), mode=0o644)
-    return simulate(
+    return run_simulation(
         Simulation(
             study=parse_study(STUDY),
             sites=folder / "data" / "sites",

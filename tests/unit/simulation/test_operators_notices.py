@@ -7,7 +7,7 @@ from pathlib import Path
 from cloister_fl.client.site.folder import init_site
 from cloister_fl.client.site.last_refusal import keep_last_refusal
 from cloister_fl.errors import EpochReused, LabelMissing
-from cloister_fl.simulation.simulate import _with_notices
+from cloister_fl.simulation.simulated_run import _with_notices
 from support.errors import is_of
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cloister_fl.errors import OptionInvalid
-from cloister_fl.simulation.simulate import find_sites
+from cloister_fl.simulation.simulated_run import find_sites
 from support.errors import raises
 from support.federations import study
 

@@ -34,7 +34,7 @@ from cloister_fl.errors import (
     TooFewSites,
 )
 from cloister_fl.networks.pretrained import PINNED
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.study.schema import Study
 from support.errors import raises
 from support.federations import study, study_text, write_cohort, write_federation
@@ -224,7 +224,7 @@ def test_the_commands_judge_and_a_run_follows(
     (folder / "site.toml").write_text('[site]\nname = "birke"\n[policy]\nmax_epsilon_study = 6\n')
     asked = study(training="rounds = 1")
     with pytest.raises(TooFewSites, match="the study is not approved there yet") as caught:
-        simulate(Simulation(asked, sites, tmp_path / "one"))
+        run_simulation(Simulation(asked, sites, tmp_path / "one"))
     assert "birke: CLO-307" in str(caught.value)
 
     def run(*arguments: str) -> str:
@@ -239,9 +239,9 @@ def test_the_commands_judge_and_a_run_follows(
     file.write_text(study_text(training="rounds = 1"))
     assert "Denied" in run("deny", asked.digest[:16], "--why", "not yet")
     with pytest.raises(TooFewSites):
-        simulate(Simulation(asked, sites, tmp_path / "two"))
+        run_simulation(Simulation(asked, sites, tmp_path / "two"))
     assert "Approved" in run("approve", str(file))
-    assert simulate(Simulation(asked, sites, tmp_path / "three"))["rounds"] == 1
+    assert run_simulation(Simulation(asked, sites, tmp_path / "three"))["rounds"] == 1
 
 
 @pytest.mark.parametrize(("decision", "in_force"), [("approved", False), ("denied", True)])

@@ -16,7 +16,7 @@ from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward.review import review
 from cloister_fl.errors import MessageInvalid, SiteFileInvalid, StudyNotApproved, TooFewSites
 from cloister_fl.membership.identity import Identity
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.study import signatures as signing
 from support.federations import study, study_text, write_federation
 
@@ -170,7 +170,7 @@ def test_a_signed_study_runs_where_its_signer_is_trusted(
     file = tmp_path / "study.toml"
     file.write_text(study_text(training="rounds = 1"))
     with pytest.raises(TooFewSites, match="birke: CLO-307"):
-        simulate(Simulation(asked, sites, tmp_path / "unsigned"))
+        run_simulation(Simulation(asked, sites, tmp_path / "unsigned"))
     signing.add(file, asked, SPONSOR)
     where = ["--sites", str(sites), "--out", str(tmp_path / "signed")]
     with pytest.raises(SystemExit) as ended:

@@ -18,7 +18,7 @@ from cloister_fl.server.cli import run_commands
 from cloister_fl.server.rounds import holdout_reader as of_server
 from cloister_fl.server.rounds.holdout_reader import GROUP, NAME, load_reader
 from cloister_fl.simulation.holdout_overlap import refuse_overlap
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.system.installation import DISTRIBUTION, install_command
 from support.coordinator_process import new_coordinator
 from support.errors import raises
@@ -66,7 +66,7 @@ def test_a_site_as_hold_out_is_refused_before_a_round(tmp_path: Path) -> None:
     sites = write_federation(tmp_path / "sites", patients=20, images=1)
     run = Simulation(study(), sites, tmp_path / "run", holdout=sites / "clara")
     with raises(OptionInvalid, match="shares 20 images with clara"):
-        simulate(run)
+        run_simulation(run)
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
@@ -75,15 +75,15 @@ def test_a_start_that_failed_can_be_repeated_in_its_folder(tmp_path: Path) -> No
     out = tmp_path / "run"
     asked = study(training="rounds = 1")
     with raises(OptionInvalid, match="shares 24 images"):
-        simulate(Simulation(asked, sites, out, holdout=sites / "clara"))
-    assert simulate(Simulation(asked, sites, out))["rounds"] == 1
+        run_simulation(Simulation(asked, sites, out, holdout=sites / "clara"))
+    assert run_simulation(Simulation(asked, sites, out))["rounds"] == 1
 
 
 def test_a_hold_out_that_is_not_there_is_told_before_anything_is_made(tmp_path: Path) -> None:
     sites = write_federation(tmp_path / "sites", patients=4, images=1)
     run = Simulation(study(), sites, tmp_path / "run", holdout=tmp_path / "nowhere")
     with raises(OptionInvalid, match=r"nowhere has no folder dicom/"):
-        simulate(run)
+        run_simulation(run)
     assert not (tmp_path / "run").exists()
 
 

@@ -78,7 +78,7 @@ class Simulation:
     signatures: bytes = b""
 
 
-def simulate(
+def run_simulation(
     simulation: Simulation,
     *,
     notify: Callable[[Event], None] | None = None,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cloister_fl.errors import CloisterError, FileUnreadable, ModelFileInvalid
-from cloister_fl.protocol.round_messages import Vector
+from cloister_fl.networks.flat_parameters import Vector
 from cloister_fl.study.schema import Study, study_from_canonical
 from cloister_fl.system.files import write_atomic
 from cloister_fl.version import __version__

@@ -21,6 +21,7 @@ import typer.main
 from cloister_fl.cli.tilde import expand_tilde
 from cloister_fl.errors import CloisterError, InternalError
 from cloister_fl.system.installation import own_entry_points
+from cloister_fl.system.library_imports import FLOWER
 from cloister_fl.system.library_logs import silence_libraries
 from cloister_fl.system.module_path import forget_working_folder
 from cloister_fl.version import __version__
@@ -84,9 +85,9 @@ def main(arguments: list[str] | None = None) -> None:
     which could quote a patient's data. ``CLOISTER_TRACEBACK=1`` shows it to a developer.
     """
     forget_working_folder()
-    # Before anything imports flwr: no telemetry, no call to its update server.
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    # Before anything imports flwr.
+    for name, value in FLOWER.items():
+        os.environ.setdefault(name, value)
     silence_libraries()
     try:
         status = build()(args=arguments, prog_name="cloister", standalone_mode=False)

@@ -6,13 +6,14 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from cloister_fl.networks.spec import missing_package
+from cloister_fl.system.library_imports import undisturbed_imports
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 def _monai_nets() -> Any:
-    with warnings.catch_warnings():
+    with undisturbed_imports(), warnings.catch_warnings():
         # MONAI probes for optional packages on import and warns of each that is old or absent.
         warnings.simplefilter("ignore")
         try:

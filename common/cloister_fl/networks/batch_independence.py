@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cloister_fl.errors import NetworkUnfit
 from cloister_fl.networks.spec import missing_package
+from cloister_fl.system.library_imports import undisturbed_imports
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,7 +38,7 @@ def require_private(
     if key in _proved:
         return
     _refuse_layers(module)
-    with warnings.catch_warnings():
+    with undisturbed_imports(), warnings.catch_warnings():
         # Opacus' dependencies announce deprecations on import; none of them is about our module.
         warnings.simplefilter("ignore")
         try:

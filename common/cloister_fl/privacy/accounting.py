@@ -18,6 +18,7 @@ from typing import Any
 
 from cloister_fl.errors import EpsilonUnreachable, PrivacyError
 from cloister_fl.privacy.dp_events import MAX_NOISE, Composition, Mechanism, compose
+from cloister_fl.system.library_imports import undisturbed_imports
 
 SMALLEST_DELTA = 1e-12
 """Below it the rounding errors of the Fourier transform would show; epsilon is then infinite."""
@@ -76,7 +77,9 @@ def epsilon_prv_of(composition: Composition, delta: float) -> float:
     Needs Opacus, which only sites have.
     """
     import numpy as np
-    from opacus.accountants import PRVAccountant
+
+    with undisturbed_imports():
+        from opacus.accountants import PRVAccountant
 
     _require_delta(delta)
     accountant = PRVAccountant()

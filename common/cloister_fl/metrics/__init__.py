@@ -1,1 +1,33 @@
-"""Figures of a model: AUROC, average precision, Dice, and their intervals."""
+"""Metrics: AUROC, average precision, balanced accuracy and Dice, with their intervals.
+
+The unit is the patient, never the image, and every interval holds 95 %. From labels and scores
+(``measure``, ``measure_dice``), from exact counts that sites add up (``measure_histogram``,
+``measure_dice_histogram``), and from noised ones (``measure_noised``).
+"""
+
+from cloister_fl.metrics.classification import (
+    Estimate,
+    Metrics,
+    MetricsInputInvalid,
+    histogram,
+    measure,
+    measure_histogram,
+    patient_scores,
+)
+from cloister_fl.metrics.dice import coefficient as dice_coefficient
+from cloister_fl.metrics.dice import measure_dice, measure_dice_histogram
+from cloister_fl.metrics.noisy import measure_noised
+
+__all__ = [
+    "Estimate",
+    "Metrics",
+    "MetricsInputInvalid",
+    "dice_coefficient",
+    "histogram",
+    "measure",
+    "measure_dice",
+    "measure_dice_histogram",
+    "measure_histogram",
+    "measure_noised",
+    "patient_scores",
+]

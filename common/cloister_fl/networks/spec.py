@@ -37,6 +37,19 @@ class NetworkChoice(Protocol):
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A network by name and arguments, where there is no study that chooses one.
+
+    Attributes:
+        name: a name of ``REGISTRY``.
+        arguments: values by the names of the entry's arguments; defaults fill what is missing.
+    """
+
+    name: str
+    arguments: dict[str, int | float | str | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Argument:
     """A whole-number argument of a network.
 

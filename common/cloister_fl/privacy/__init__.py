@@ -1,1 +1,49 @@
-"""Differential-privacy accounting: pure functions of public constants."""
+"""Differential-privacy accounting: pure functions of public constants.
+
+Patient-level, for neighbouring data sets that differ by one patient with all of that patient's
+images (add or remove one). What a whole study costs is asked of ``study.privacy_cost``; here is the
+arithmetic behind it, for any noise multiplier, sampling rate and number of steps.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cloister_fl.privacy.accounting import (
+        calibrate,
+        epsilon_of,
+        epsilon_pld,
+        epsilon_prv_of,
+        epsilon_rdp_of,
+        epsilon_trajectory,
+    )
+    from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
+else:
+    from cloister_fl.system.lazy_names import lazy_names
+
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "Composition": "dp_events:Composition",
+            "Mechanism": "dp_events:Mechanism",
+            "calibrate": "accounting:calibrate",
+            "compose": "dp_events:compose",
+            "epsilon_of": "accounting:epsilon_of",
+            "epsilon_pld": "accounting:epsilon_pld",
+            "epsilon_prv_of": "accounting:epsilon_prv_of",
+            "epsilon_rdp_of": "accounting:epsilon_rdp_of",
+            "epsilon_trajectory": "accounting:epsilon_trajectory",
+        },
+        extra="client",
+    )
+
+__all__ = [
+    "Composition",
+    "Mechanism",
+    "calibrate",
+    "compose",
+    "epsilon_of",
+    "epsilon_pld",
+    "epsilon_prv_of",
+    "epsilon_rdp_of",
+    "epsilon_trajectory",
+]

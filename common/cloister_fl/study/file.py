@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import (
@@ -13,7 +16,13 @@ from pydantic import (
 from cloister_fl.errors import Fault, NetworkUnfit, StudyInvalid
 from cloister_fl.study.gradient_engines import ENGINE_KEY, engine_fault
 from cloister_fl.study.schema import Input, Network, Study, study_from_canonical
-from cloister_fl.system.toml import KeyedValueError, KeyedValueErrors, parse, read_text
+from cloister_fl.system.toml import (
+    KeyedValueError,
+    KeyedValueErrors,
+    judge,
+    parse,
+    read_text,
+)
 from cloister_fl.system.toml_positions import key_lines
 
 
@@ -76,6 +85,38 @@ def _refuse_network(study: Study, text: str, name: str) -> None:
         raise StudyInvalid.of(name, (fault,)) from None
 
 
-def load_study(path: Path) -> Study:
-    """Read and validate a study file; see ``parse_study``."""
-    return parse_study(read_text(path), path.name)
+def load_study(path: str | os.PathLike[str]) -> Study:
+    """Read and validate a study file.
+
+    Args:
+        path: the file, such as ``cloister study new`` writes it.
+
+    Raises:
+        FileUnreadable: the file cannot be read.
+        StudyInvalid: it has faults; all of them are named, each with its line.
+    """
+    file = Path(path)
+    return parse_study(read_text(file), file.name)
+
+
+def replace(study: Study, **tables: Mapping[str, object]) -> Study:
+    """Return a study with some keys changed, judged as a file is.
+
+    ``replace(study, privacy={"epsilon": 1.0}, training={"rounds": 4})`` keeps all other keys.
+
+    Args:
+        study: stays as it is.
+        tables: by table, the keys to change and their values.
+
+    Raises:
+        StudyInvalid: with every fault.
+    """
+    name = "The changed study"
+    data = json.loads(study.canonical())
+    for table, keys in tables.items():
+        data[table] = {**data.get(table, {}), **keys}
+    changed, faults = judge(data, _StudyFile)
+    if changed is None:
+        raise StudyInvalid.of(name, faults)
+    _refuse_network(changed, "", name)
+    return study_from_canonical(changed.canonical())

@@ -105,7 +105,20 @@ def parse(text: str, model: type[ModelT]) -> tuple[ModelT | None, tuple[Fault, .
         return None, (
             Fault(0, "TOML", "Has a value that is too long or too deeply nested to read."),
         )
-    lines = key_lines(text)
+    return judge(data, model, key_lines(text))
+
+
+def judge(
+    data: dict[str, Any], model: type[ModelT], lines: Mapping[KeyPath, int] | None = None
+) -> tuple[ModelT | None, tuple[Fault, ...]]:
+    """Judge tables that were read or put together: the model, or all faults at once.
+
+    Args:
+        data: the tables; faulty keys are taken out of it.
+        model: what they should be.
+        lines: the line of each key in the file; none where there is no file.
+    """
+    lines = lines or {}
     faults: set[Fault] = set()
     taken: set[Location] = set()
     while True:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import secrets
 import shutil
 import tempfile
@@ -25,7 +26,11 @@ from cloister_fl.client.dicom.folder_reader import Accepted, Refused, read_folde
 from cloister_fl.errors import OptionInvalid, OutputInTheWay, Reject, SiteEmpty
 from cloister_fl.system.files import write_atomic
 from cloister_fl.system.git_ignore import keep_file_out_of_git, keep_out_of_git
+from cloister_fl.system.library_imports import undisturbed_imports
+from cloister_fl.system.library_logs import libraries_silenced
 from cloister_fl.system.text import counted
+
+__all__ = ["Prediction", "predict"]
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,11 @@ class Prediction:
     masks: bool
 
 
+@libraries_silenced()
 def predict(
-    model_path: Path,
-    folder: Path,
-    out: Path | None,
+    model_path: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
     *,
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
@@ -78,10 +84,12 @@ def predict(
         OutputInTheWay: the scores cannot be written or kept out of git, or the folder is not
             empty.
     """
-    from cloister_fl.client.training.evaluation import answers_for
-    from cloister_fl.model_file import load_model
-    from cloister_fl.networks.frozen_backbone import FrozenBackbone
+    with undisturbed_imports():
+        from cloister_fl.client.training.evaluation import answers_for
+        from cloister_fl.model_file import load_model
+        from cloister_fl.networks.frozen_backbone import FrozenBackbone
 
+    model_path, folder, out = Path(model_path), Path(folder), None if out is None else Path(out)
     module, study = load_model(model_path, _device(device))
     if isinstance(module, FrozenBackbone):
         module.require()

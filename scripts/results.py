@@ -24,7 +24,7 @@ from cloister_fl.model_file import load_model
 from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.study.file import load_study
 from cloister_fl.study.schema import Study
-from cloister_fl.system.files import keep_out_of_git
+from cloister_fl.system.git_ignore import keep_out_of_git
 
 STUDY = Path(__file__).parents[1] / "docs" / "studies" / "pneumonia-pretrained.toml"
 EPSILONS = (3.0, 1.0)

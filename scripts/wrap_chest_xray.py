@@ -23,7 +23,7 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from cloister_fl.system.files import keep_out_of_git
+from cloister_fl.system.git_ignore import keep_out_of_git
 
 # Name, share of all patients, and share of its patients that have pneumonia.
 HOSPITALS = (

@@ -15,8 +15,8 @@ from safetensors import safe_open
 
 from cloister_fl.client.app import app
 from cloister_fl.errors import OutputInTheWay
-from cloister_fl.server.results.progress import Display
-from cloister_fl.simulation.demo import STUDY, free_folder, run_demo
+from cloister_fl.simulation.demo import free_folder, run_demo
+from cloister_fl.simulation.demo_data import STUDY
 from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.simulation.synthetic_sites import draw_federation
 from cloister_fl.study.file import parse_study
@@ -29,8 +29,7 @@ SITES = 5
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A demo as it is run, with the product's own noise."""
     folder = tmp_path_factory.mktemp("demo") / "demo"
-    with Display(quiet=True) as display:
-        run_demo(folder, seed=0, engine="in-process", display=display)
+    run_demo(folder, seed=0, engine="in-process", progress=False)
     return folder
 
 
@@ -133,8 +132,7 @@ def test_permuted_training_labels_teach_nothing(drawn: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_demo_holds_over_other_patients(tmp_path: Path, seed: int) -> None:
-    with Display(quiet=True) as display:
-        run_demo(tmp_path / "demo", seed=seed, engine="in-process", display=display)
+    run_demo(tmp_path / "demo", seed=seed, engine="in-process", progress=False)
     assert _summary(tmp_path / "demo" / "run")["epsilon_max"] <= 8
     # With its noise, a run's AUROC spreads by about 0.04, so several are averaged.
     found = [_auroc(tmp_path / "demo", tmp_path / f"run-{noise}", seed=noise) for noise in range(3)]
@@ -143,8 +141,8 @@ def test_the_demo_holds_over_other_patients(tmp_path: Path, seed: int) -> None:
 
 def test_the_demo_leaves_a_folder_in_use_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with Display(quiet=True) as display, pytest.raises(OutputInTheWay, match="CLO-104"):
-        run_demo(tmp_path, seed=0, engine="in-process", display=display)
+    with pytest.raises(OutputInTheWay, match="CLO-104"):
+        run_demo(tmp_path, seed=0, engine="in-process", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

@@ -22,7 +22,6 @@ from cloister_fl.errors import OptionInvalid, OutputInTheWay
 from cloister_fl.membership.enrolment import Invite
 from cloister_fl.server.cli.server_group import app as server_cli
 from cloister_fl.server.coordinator.folder import Layout, init_coordinator
-from cloister_fl.server.results.progress import Display
 from cloister_fl.simulation import demo
 from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.system.files import GIT_IGNORE, is_unused, read_secret
@@ -146,17 +145,16 @@ def test_a_demo(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "1.dcm").touch()
 
     monkeypatch.setattr("cloister_fl.simulation.synthetic_sites.draw_federation", draw)
-    monkeypatch.setattr(demo, "run_simulation", lambda *_, **__: {})
+    monkeypatch.setattr(demo, "simulate", lambda *_, **__: None)
     out = repository / "out"
-    with Display(quiet=True) as display:
-        demo.run_demo(out, seed=0, engine="in-process", display=display)
-        assert files(out) == 3
-        assert offered(repository) == []
-        with pytest.raises(OutputInTheWay):
-            demo.run_demo(out, seed=0, engine="in-process", display=display)
-        shutil.rmtree(out / "data")
-        (out / "study.toml").unlink()
-        demo.run_demo(out, seed=0, engine="in-process", display=display)
+    demo.run_demo(out, seed=0, engine="in-process", progress=False)
+    assert files(out) == 3
+    assert offered(repository) == []
+    with pytest.raises(OutputInTheWay):
+        demo.run_demo(out, seed=0, engine="in-process", progress=False)
+    shutil.rmtree(out / "data")
+    (out / "study.toml").unlink()
+    demo.run_demo(out, seed=0, engine="in-process", progress=False)
     assert files(out) == 3
 
 

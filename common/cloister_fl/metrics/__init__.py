@@ -5,17 +5,10 @@ The unit is the patient, never the image, and every interval holds 95 %. From la
 ``measure_dice_histogram``), and from noised ones (``measure_noised``).
 """
 
-from cloister_fl.metrics.classification import (
-    Estimate,
-    Metrics,
-    MetricsInputInvalid,
-    histogram,
-    measure,
-    measure_histogram,
-    patient_scores,
-)
+from cloister_fl.metrics.classification import histogram, measure, measure_histogram
 from cloister_fl.metrics.dice import coefficient as dice_coefficient
 from cloister_fl.metrics.dice import measure_dice, measure_dice_histogram
+from cloister_fl.metrics.figures import Estimate, Metrics, MetricsInputInvalid, title_of
 from cloister_fl.metrics.noisy import measure_noised
 
 __all__ = [
@@ -29,5 +22,5 @@ __all__ = [
     "measure_dice_histogram",
     "measure_histogram",
     "measure_noised",
-    "patient_scores",
+    "title_of",
 ]

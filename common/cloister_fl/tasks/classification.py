@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from cloister_fl.metrics.figures import of_classes
 from cloister_fl.networks.spec import Answers
 from cloister_fl.tasks.task import LabelsFile, Source, Target, Task, bin_of
 
@@ -69,6 +68,8 @@ class Classification(Task):
 
     @property
     def figures(self) -> tuple[str, ...]:
+        from cloister_fl.metrics.figures import of_classes
+
         return of_classes()
 
     @property

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import enum
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cloister_fl.system.optional import require
+if TYPE_CHECKING:
+    from cloister_fl.simulation.result import Result
 
 
 class Engine(enum.StrEnum):
@@ -43,19 +43,23 @@ def simulate(
     as_json: JsonOption = False,
 ) -> None:
     """Run a whole federation on this machine, on DICOM folders."""
+    from cloister_fl.simulation.from_python import simulate as run
     from cloister_fl.study import signatures
     from cloister_fl.study.file import load_study
 
     checked = load_study(study)
-    vouched = signatures.load(study, checked)
-    require("simulation", "flwr", "torch", "opacus", "pydicom", "jinja2")
-    from cloister_fl.server.results.progress import Display
-    from cloister_fl.simulation.simulated_run import Simulation
-
-    plan = Simulation(checked, sites, out, engine.value, resume, holdout, vouched)
-    with _resumable(study, sites, out, holdout), Display(quiet=as_json) as display:
-        summary = run_simulation(plan, notify=display)
-    _show(summary, out, as_json=as_json)
+    with _resumable(study, sites, out, holdout):
+        result = run(
+            checked,
+            sites,
+            out,
+            holdout=holdout,
+            engine=engine.value,
+            resume=resume,
+            progress=not as_json,
+            signatures=signatures.load(study, checked),
+        )
+    _show(result, as_json=as_json)
 
 
 def demo(
@@ -71,19 +75,13 @@ def demo(
 
     It is a whole federation, and takes about a minute.
     """
-    require("simulation", "flwr", "torch", "opacus", "pydicom", "jinja2")
-    # Before torch is imported: on a network this small a second thread only waits for the first,
-    # for minutes where other work shares the cores.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from cloister_fl.server.results.progress import Display
     from cloister_fl.simulation.demo import free_folder, run_demo
 
     folder = out if out is not None else free_folder(Path("cloister-demo"))
     run, data = folder / "run", folder / "data"
-    resumable = _resumable(folder / "study.toml", data / "sites", run, data / "holdout")
-    with resumable, Display(quiet=as_json) as display:
-        summary = run_demo(folder, seed=seed, engine=engine.value, display=display)
-    _show(summary, run, as_json=as_json)
+    with _resumable(folder / "study.toml", data / "sites", run, data / "holdout"):
+        result = run_demo(folder, seed=seed, engine=engine.value, progress=not as_json)
+    _show(result, as_json=as_json)
 
 
 @contextmanager
@@ -101,10 +99,10 @@ def _resumable(study: Path, sites: Path, out: Path, holdout: Path | None) -> Ite
         raise
 
 
-def _show(summary: Mapping[str, object], out: Path, *, as_json: bool) -> None:
+def _show(result: Result, *, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(summary))
+        typer.echo(json.dumps(result.summary))
         return
     from cloister_fl.server.results.summary_table import show
 
-    show(summary, out)
+    show(result.summary, result.folder)

@@ -9,14 +9,13 @@ said no.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from cloister_fl.errors import (
     CloisterError,
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from cloister_fl.client.site.folder import Site
     from cloister_fl.server.flower.engines import ClientCallable
 
-Engine = Literal["in-process", "ray"]
+Engine: TypeAlias = Literal["in-process", "ray"]
 
 FEDERATION = "federation"
 """Folder of a run's root key, roster and pins."""
@@ -100,8 +99,6 @@ def run_simulation(
         TooFewSites: too few sites take part; each site's own reason is told.
         DataError: the hold-out cannot be used.
     """
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     from cloister_fl.client.app import app as product_client_app
     from cloister_fl.server.app import build
     from cloister_fl.server.flower.engines import run_in_process, run_on_ray

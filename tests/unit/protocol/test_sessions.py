@@ -7,7 +7,7 @@ import pytest
 
 from cloister_fl.protocol import sessions
 from cloister_fl.secagg import model_hash
-from cloister_fl.simulation.demo import STUDY
+from cloister_fl.simulation.demo_data import STUDY
 from cloister_fl.study.file import parse_study
 
 

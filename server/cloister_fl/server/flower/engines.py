@@ -12,8 +12,12 @@ import copy
 import importlib
 import logging
 import os
+import random
 import secrets
+import signal
+import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,9 +30,18 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cloister_fl.errors import CloisterError, ExtraMissing, InternalError
 from cloister_fl.system.installation import install_command
+from cloister_fl.system.library_imports import undisturbed_imports
 
 _SERVER_NODE = 1
 _TASK = 1
+_RAY_BACKEND = "flwr.server.superlink.fleet.vce.backend.raybackend"
+
+_VARIABLES = (
+    *("PYTHONPATH", "PYTHONBREAKPOINT", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"),
+    *("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "RAY_USAGE_STATS_ENABLED"),
+)
+_LOGS = ("flwr", "ray", "sqlalchemy", "filelock")
+"""Variables and loggers that Ray and Flower's simulation engine change."""
 
 ClientCallable = Callable[[Message, Context], Message]
 NodeConfig = Mapping[str, str]
@@ -164,13 +177,27 @@ def run_on_ray(
         raise ExtraMissing(
             "The engine 'ray' is not installed.", remedy=f"Run: {install_command('simulation')}"
         )
-    # Ray turns 127.0.0.1 into the machine's own address, and its servers then listen on every
-    # interface, unless it believes that clusters are off; it reads this when it is imported.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    from flwr.simulation.run_simulation import _run_simulation
-    from flwr.supercore.constant import NOOP_FEDERATION_ID
-    from flwr.supercore.telemetry import EventType
+    with _host_put_back(), _empty_folder(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Ray turns 127.0.0.1 into the machine's own address, and its servers then listen on every
+        # interface, unless it believes that clusters are off; it reads this when it is imported.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        _run_on_ray(server_app, client_app, nodes, run_config, cpus_per_site)
 
+
+def _run_on_ray(
+    server_app: ServerApp,
+    client_app: ClientCallable,
+    nodes: Sequence[NodeConfig],
+    run_config: dict[str, bool | float | int | str],
+    cpus_per_site: int,
+) -> None:
+    with undisturbed_imports():
+        from flwr.simulation.run_simulation import _run_simulation
+        from flwr.supercore.constant import NOOP_FEDERATION_ID
+        from flwr.supercore.telemetry import EventType
+
+        importlib.import_module(_RAY_BACKEND)
     run = Run.create_empty(secrets.randbits(62))
     run.primary_task_id = _TASK
     run.federation_id = NOOP_FEDERATION_ID
@@ -188,8 +215,7 @@ def run_on_ray(
         },
         "client_resources": {"num_cpus": cpus_per_site, "num_gpus": 0.0},
     }
-    with _quiet_flower(), _pinned_actors(), _empty_folder(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet_flower(), _pinned_actors():
         try:
             _run_simulation(
                 num_supernodes=len(nodes),
@@ -209,6 +235,39 @@ def run_on_ray(
                 ) from None
     if caught:
         raise caught[0]
+
+
+@contextlib.contextmanager
+def _host_put_back() -> Iterator[None]:
+    """Undo what Ray and Flower's engine change in this process, and let Flower send no telemetry.
+
+    They set variables of the environment, levels and handlers of their loggers, how the process
+    ends on SIGTERM and how it shows an exception, and they draw random numbers. Flower decides on
+    telemetry when it is imported, which a host may have done before us.
+    """
+    environment = {name: os.environ.get(name) for name in _VARIABLES}
+    telemetry: Any = importlib.import_module("flwr.supercore.telemetry")
+    wanted, telemetry.FLWR_TELEMETRY_ENABLED = telemetry.FLWR_TELEMETRY_ENABLED, "0"
+    logs = [logging.getLogger(name) for name in _LOGS]
+    found = [(log.level, log.propagate, list(log.handlers)) for log in logs]
+    ending, hook, drawn = signal.getsignal(signal.SIGTERM), sys.excepthook, random.getstate()
+    try:
+        yield
+    finally:
+        telemetry.FLWR_TELEMETRY_ENABLED = wanted
+        for name, value in environment.items():
+            if value is not None:
+                os.environ[name] = value
+            else:
+                os.environ.pop(name, None)
+        for log, (level, propagate, handlers) in zip(logs, found, strict=True):
+            log.setLevel(level)
+            log.propagate, log.handlers = propagate, handlers
+        sys.excepthook = hook
+        random.setstate(drawn)
+        # Ray sets it in the main thread alone, and no other may.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ending)
 
 
 @contextlib.contextmanager
@@ -246,7 +305,7 @@ def _pinned_actors() -> Iterator[None]:
     to whichever actor is idle, and the next stage would meet a process that knows nothing of the
     one before. An actor takes its messages in turn, so no two work for a hospital at once.
     """
-    backend: Any = importlib.import_module("flwr.server.superlink.fleet.vce.backend.raybackend")
+    backend: Any = importlib.import_module(_RAY_BACKEND)
     stock = backend.BasicActorPool
 
     class PinnedPool(stock):  # type: ignore[misc, valid-type]

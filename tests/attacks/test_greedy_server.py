@@ -64,7 +64,7 @@ class Greed:
         client.app.kept._cohorts.clear()
 
     def prepare(self, asked: Study = STUDY, run: str = "run") -> RoundMessage:
-        return ask(self.site, Prepare(asked.canonical(), run, 5, "", b""))
+        return ask(self.site, Prepare(asked.canonical(), run, 5, "", b"", ""))
 
     def train(
         self, number: int, asked: Study = STUDY, run: str = "run", shift: float = 0.0

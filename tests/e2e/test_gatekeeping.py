@@ -117,7 +117,7 @@ def test_a_foreign_bundle(
     with runtime.running(address, place.token(), place.executor_secret()) as (grid, _):
         nodes = list(grid.get_node_ids())
         assert len(nodes) == 3
-        task = Prepare(study.canonical(), "run", 3, "")
+        task = Prepare(study.canonical(), "run", 3, "", b"", "")
         messages = [
             Message(pack(task), dst_node_id=node, message_type="query.prepare") for node in nodes
         ]

@@ -117,7 +117,7 @@ class Place:
         self.root = root
         self.witness = root / "witness"
         site = write_hospital(root / "sound", fits(STUDY))
-        assert isinstance(ask(site, Prepare(STUDY.canonical(), "run", 5, "", b"")), Prepared)
+        assert isinstance(ask(site, Prepare(STUDY.canonical(), "run", 5, "", b"", "")), Prepared)
         monkeypatch.setattr(csprng, "_fresh_key", lambda: bytes(32))
         self._watch(monkeypatch)
         self.copies = 0

@@ -122,7 +122,7 @@ class Sites:
             if self.dies:
                 raise Killed
             if self.counts is None:
-                reply = Refusal(name, Refused.SPENT.value)
+                reply = Refusal(name, Refused.SPENT.value, b"")
             else:
                 reply = Evaluated(name, task.round, RELEASE_BINS, self.counts)
         return Message(content=pack(reply), reply_to=message)

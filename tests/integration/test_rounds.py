@@ -64,7 +64,7 @@ class Sites:
         reply: RoundMessage
         if isinstance(task, Prepare):
             reason = self.refuse.get(name)
-            reply = Refusal(name, reason) if reason else Prepared(name, b"")
+            reply = Refusal(name, reason, b"") if reason else Prepared(name, b"")
         elif isinstance(task, EvaluateTask):
             counts = np.zeros((2, BINS), np.int64)
             counts[0, 0] = counts[1, -1] = 10
@@ -314,7 +314,7 @@ def test_messages_are_copied_so_no_side_sees_the_other(tmp_path: Path) -> None:
 
     grid = InProcessGrid(client, [{"site": "/sites/a"}])
     sent = Message(
-        content=pack(Prepare("s", "r", 1, "")), dst_node_id=2, message_type="query.prepare"
+        content=pack(Prepare("s", "r", 1, "", b"", "")), dst_node_id=2, message_type="query.prepare"
     )
     (received,) = grid.send_and_receive([sent])
     kept[0]["cloister"]["study"] = "changed"

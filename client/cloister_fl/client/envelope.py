@@ -154,7 +154,7 @@ def _logged(
 def _refuse(site: Site | None, error: CloisterError, node: int) -> Refusal:
     reason = next((r for kind, r in _REASONS if isinstance(error, kind)), Refused.DECLINED)
     if site is None:
-        return Refusal(site="", reason=reason.value)
+        return Refusal(site="", reason=reason.value, signature=b"")
     keep_last_refusal(site.root, error)
     said = signed_answer(site.name, node, reason.value)
     return Refusal(site.name, reason.value, site.identity().sign(*said))

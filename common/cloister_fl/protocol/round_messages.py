@@ -86,9 +86,9 @@ class Prepare(RoundMessage):
     """Number of invited sites."""
     roster: str
     """Digest of the roster, hexadecimal; empty without secure aggregation."""
-    signatures: bytes = b""
+    signatures: bytes
     """Signatures under the study, see ``study.signatures``; empty where there is none."""
-    heads: str = ""
+    heads: str
     """What the coordinator noted of the sites' audit logs, see ``audit_log.told_heads``."""
 
 
@@ -188,7 +188,7 @@ class Refusal(RoundMessage):
     kind = "refusal"
     site: str
     reason: str
-    signature: bytes = b""
+    signature: bytes
     """The site's, see ``signed_answer``; empty where its folder could not be opened."""
 
 

@@ -79,7 +79,7 @@ class LedgerExport:
             match body["kind"]:
                 case "reserved":
                     held[key] = Mechanism(body["noise_multiplier"], body["sampling_rate"])
-                    if "release_noise_multiplier" in body:
+                    if body["release_noise_multiplier"] is not None:
                         noise[key] = float(body["release_noise_multiplier"])
                 case "adopted":
                     before = (key[0], str(body["from"]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -18,6 +20,7 @@ from cloister_fl.protocol.round_messages import (
     Prepared,
     Refusal,
     Refused,
+    RoundMessage,
     TrainTask,
     Update,
     head_of,
@@ -178,6 +181,16 @@ def test_garbage_ends_in_the_named_error(data: bytes, name: str) -> None:
     records = RecordDict({"cloister": ConfigRecord({"version": data, name or "kind": data})})
     with pytest.raises(MessageInvalid):
         unpack(records, TrainTask, Prepare, Refusal)
+
+
+def test_no_field_of_a_message_may_be_left_out() -> None:
+    found = []
+    for kind in RoundMessage.__subclasses__():
+        for field in dataclasses.fields(kind):
+            given = (field.default, field.default_factory)
+            if given != (dataclasses.MISSING, dataclasses.MISSING):
+                found.append(f"{kind.kind}.{field.name}")
+    assert found == []
 
 
 def test_the_list_of_refusals_is_closed() -> None:

@@ -162,9 +162,8 @@ class Ledger:
                     "delta": delta,
                     "limit_study": epsilon_limit_study,
                     "limit_lifetime": epsilon_limit_lifetime,
+                    "release_noise_multiplier": release and release.noise_multiplier,
                 }
-                if release is not None:
-                    terms["release_noise_multiplier"] = release.noise_multiplier
                 append(connection, "reserved", {**body, **terms})
         return wanted.frozen()
 

@@ -171,7 +171,7 @@ def _apply(state: State | None, entry: Entry) -> State:
     if entry.kind == "reserved":
         mechanism = Mechanism(float(body["noise_multiplier"]), float(body["sampling_rate"]))
         _hold(key not in state.accounts and body["steps"] >= 1)
-        given = body.get("release_noise_multiplier")
+        given = body["release_noise_multiplier"]
         release = None if given is None else Mechanism(float(given), 1.0)
         state.accounts[key] = Account(
             *key, mechanism, int(body["steps"]), float(body["delta"]), release

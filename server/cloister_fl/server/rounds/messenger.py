@@ -36,7 +36,7 @@ TYPES: Mapping[str, str] = {
 }
 """Flower's message type for each kind of task."""
 
-_DECLINED = Refusal(site="", reason=Refused.DECLINED.value)
+_DECLINED = Refusal(site="", reason=Refused.DECLINED.value, signature=b"")
 _POLL_SECONDS = 0.05
 _SLOWEST_POLL_SECONDS = 0.5
 

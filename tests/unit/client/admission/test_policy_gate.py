@@ -90,7 +90,7 @@ def test_every_key_of_the_policy_is_tried() -> None:
 def _task(kind: str, asked: Study, roster: str) -> RoundMessage:
     text, nothing = asked.canonical(), octets()
     if kind == "prepare":
-        return Prepare(text, "run", 5, roster, signatures.sign(asked, SPONSOR))
+        return Prepare(text, "run", 5, roster, signatures.sign(asked, SPONSOR), "")
     if kind == "exchange":
         return Exchange(text, "run", 1, 5, nothing)
     task = TrainTask if kind == "train" else EvaluateTask

@@ -185,7 +185,7 @@ def test_a_study_is_proposed_before_a_list_of_sites_is_accepted_and_reserves_not
 ) -> None:
     """Else a steward could not be asked for both at once."""
     asked = study(study='name = "new"')
-    task = Prepare(asked.canonical(), "run", 5, offered.digest.hex())
+    task = Prepare(asked.canonical(), "run", 5, offered.digest.hex(), b"", "")
 
     def prepare() -> str:
         grid = InProcessGrid(app, [{SITE_KEY: str(site.root)}])

@@ -359,6 +359,7 @@ def test_a_number_that_is_not_finite_is_named_though_its_hash_is_right(
 
 
 TERMS = {"noise_multiplier": 9.0, "sampling_rate": 1.0, "steps": 2, "delta": 0.1}
+NONE = {"release_noise_multiplier": None}
 
 
 def forge(path: Path, kind: str, **body: object) -> None:
@@ -377,8 +378,9 @@ def forge(path: Path, kind: str, **body: object) -> None:
         ("started", {"study": STUDY, "run": "run-9", "round": 9, "steps": 1}),
         ("adopted", {"study": STUDY, "run": "run-2", "from": "run-1"}),
         ("reserved", {"study": OTHER, "run": "run-1", "steps": 2}),
-        ("reserved", {"study": OTHER, "run": "r", **TERMS, "noise_multiplier": 0}),
-        ("reserved", {"study": OTHER, "run": "r", **TERMS, "steps": 0}),
+        ("reserved", {"study": OTHER, "run": "r", **TERMS}),
+        ("reserved", {"study": OTHER, "run": "r", **TERMS, **NONE, "noise_multiplier": 0}),
+        ("reserved", {"study": OTHER, "run": "r", **TERMS, **NONE, "steps": 0}),
     ],
 )  # fmt: skip
 def test_well_chained_nonsense_is_named(
@@ -674,9 +676,23 @@ def test_any_history_adds_up() -> None:
     )
 
 
-def test_nothing_but_studies_is_written(filled: Ledger, path: Path) -> None:
-    allowed = {"study", "run", "noise_multiplier", "sampling_rate", "steps", "delta", "limit_study"}
-    allowed |= {"limit_lifetime", "round", "kind", "seq", "time", "version", "orders", "from"}
+def test_nothing_but_studies_is_written(filled: Ledger) -> None:
+    reserve(filled, OTHER, release=Mechanism(9.0, 1.0), epsilon_limit_study=9.0)
+    filled.start_release(OTHER, "run-1")
+    filled.close(OTHER, STEWARD)
+    filled.accept(0, STEWARD)
+    every, run = {"kind", "seq", "time"}, {"study", "run"}
+    reserved = {"noise_multiplier", "sampling_rate", "steps", "delta", "limit_study"}
+    fields = {
+        "created": {"version", "delta", "orders"},
+        "reserved": run | reserved | {"limit_lifetime", "release_noise_multiplier"},
+        "started": run | {"round", "steps"},
+        "evaluated": run,
+        "closed": {"study", "released", "key", "signature"},
+        "accepted": {"missed", "key", "signature"},
+    }
+    assert {entry.kind for entry in filled.entries()} == set(fields)
     for entry in filled.entries():
-        assert set(entry.body) <= allowed
+        # All of them, always: no form but one is read.
+        assert set(entry.body) == every | fields[entry.kind]
         json.dumps(dict(entry.body), allow_nan=False)

@@ -12,7 +12,7 @@ from cloister_fl.protocol.round_messages import Prepare, Prepared, Refusal, Refu
 from cloister_fl.server.flower.engines import InProcessGrid
 from cloister_fl.server.rounds.messenger import Messenger
 
-TASK = Prepare("{}", "run", 2, "")
+TASK = Prepare("{}", "run", 2, "", b"", "")
 GONE, UNKNOWN = 2, 3
 
 
@@ -43,7 +43,7 @@ def messenger() -> Messenger:
 
 def test_a_node_that_is_gone_or_unknown_declines(messenger: Messenger) -> None:
     replies = messenger.ask([2, 3, 4], TASK, Prepared)
-    declined = Refusal(site="", reason=Refused.DECLINED.value)
+    declined = Refusal(site="", reason=Refused.DECLINED.value, signature=b"")
     assert [(reply.node, reply.message) for reply in replies[:2]] == [(2, declined), (3, declined)]
     assert replies[2].node == 4
     assert isinstance(replies[2].message, Prepared)

@@ -1,4 +1,4 @@
-"""Atomic writes, and secret files that only their owner can read.
+"""Atomic writes, secret files that only their owner can read, and marks that tell a change.
 
 A file is written beside its final name, flushed to disk and renamed, so a process that is killed
 at any moment leaves the old content or the new one, never a mixture. Secrets are created once and
@@ -12,6 +12,7 @@ import re
 import secrets
 import stat
 from pathlib import Path
+from typing import NamedTuple
 
 from cloister_fl.errors import FileUnreadable, OutputInTheWay
 
@@ -133,6 +134,42 @@ def read_secret(path: Path) -> bytes:
         if about.st_size > MAX_SECRET_BYTES:
             raise _refused(name, "is far too large", "Put the key itself there.")
         return file.read(MAX_SECRET_BYTES)
+
+
+class Mark(NamedTuple):
+    """How a file looks to the system; another mark is another file or another content.
+
+    Whoever writes to a file can set its times back, but not the time of its last change of any
+    kind, ``changed``: the system sets it, and only a clock that is set back makes it repeat. Since
+    Linux 6.13 two changes on a local disk never share it; before, two within one tick of the clock
+    (10 ms at most) can, and the second is then told by the size or not at all.
+
+    Attributes:
+        device, inode: which file bears the name.
+        size: in bytes.
+        modified, changed: in ns; mtime and ctime.
+    """
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+
+def mark_of(file: Path | int) -> Mark | None:
+    """Return the mark of a file by its path or descriptor; None where there is no such file.
+
+    A symbolic link is not followed: its own mark is returned.
+
+    Raises:
+        OSError: the file cannot be looked at.
+    """
+    try:
+        about = os.fstat(file) if isinstance(file, int) else os.lstat(file)
+    except FileNotFoundError:
+        return None
+    return Mark(about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
 
 
 def make_private_dir(path: Path) -> None:

@@ -6,9 +6,8 @@ the end leaves a sound, shorter chain; a site sees that by comparing the head wi
 noted elsewhere. Triggers refuse changes by accident; whoever can write the file can drop them, and
 ``read`` says so.
 
-A connection lives for one transaction: it then survives threads, forks and kills. The journal is
-SQLite's rollback journal with ``synchronous = EXTRA``: when a transaction returns, its entry is on
-disk, directory included.
+The journal is SQLite's rollback journal with ``synchronous = EXTRA``: when a transaction returns,
+its entry is on disk, directory included.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from cloister_fl.system import utc
 
 LABEL = b"cloister/ledger/v1\0"
 PROTOCOL_KINDS = frozenset({"epoch", "round", "answered"})
-"""Entries of ``ledger_round_store``: they spend nothing, and share the chain."""
+"""Entries of secure aggregation: they spend nothing, and share the chain."""
 
 _WAIT_SECONDS = 60.0
 
@@ -71,65 +71,69 @@ class Entry:
     hash: str
 
 
-def create_file(path: Path) -> None:
-    """Make an empty file that only its owner may read, unless there is one; then narrow its mode.
+def create(path: Path, kind: str, body: Mapping[str, Any]) -> None:
+    """Make a file that only its owner may read, with a first entry, unless there is one already.
 
     Raises:
-        LedgerDamaged: the file cannot be made or opened.
+        LedgerDamaged: the file cannot be made or read.
     """
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            os.fchmod(descriptor, 0o600)
-        finally:
-            os.close(descriptor)
+        with contextlib.suppress(FileExistsError):
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            os.close(os.open(path, flags, 0o600))
+        if path.lstat().st_size:
+            return
         folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
     except OSError:
-        raise _unusable() from None
+        raise unusable() from None
+    with transaction(path) as connection:
+        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
+            for _, _, statement in _SCHEMA:
+                connection.execute(statement)
+            append(connection, kind, body)
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open the file, which only its owner may read from then on.
+
+    Threads may share the connection if they take turns.
+
+    Raises:
+        sqlite3.Error, OSError: it cannot be opened, or is no regular file.
+    """
+    about = path.lstat()
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError("not a regular file")
+    if about.st_mode & 0o077:
+        path.chmod(0o600)
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode=rw",
+        uri=True,
+        timeout=_WAIT_SECONDS,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+    connection.execute("PRAGMA synchronous = EXTRA")
+    return connection
 
 
 @contextlib.contextmanager
-def transaction(path: Path, *, write: bool) -> Iterator[sqlite3.Connection]:
-    """Open the file for one transaction; commit at the end, roll back on any error.
+def transaction(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open the file for one write transaction; commit at the end, roll back on any error.
 
-    A writer holds the only write lock from its first statement on, so what it read stays true until
-    it has written.
+    Nothing that stands in it is verified; see ``verified_chain``.
 
     Raises:
         LedgerDamaged: SQLite cannot read or write the file.
     """
-    try:
-        connection = sqlite3.connect(
-            f"{path.absolute().as_uri()}?mode=rw",
-            uri=True,
-            timeout=_WAIT_SECONDS,
-            isolation_level=None,
-        )
-        with contextlib.closing(connection):
-            connection.execute("PRAGMA synchronous = EXTRA")
-            connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-            try:
-                yield connection
-            except BaseException:
-                connection.execute("ROLLBACK")
-                raise
-            connection.execute("COMMIT")
-    except sqlite3.Error:
-        # SQLite's own text may quote the path.
-        raise _unusable() from None
-
-
-def install(connection: sqlite3.Connection) -> bool:
-    """Make table and triggers in an empty file; whether the file was empty."""
-    if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() != (0,):
-        return False
-    for _, _, statement in _SCHEMA:
-        connection.execute(statement)
-    return True
+    with as_damage(), contextlib.closing(connect(path)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield connection
+        connection.execute("COMMIT")
 
 
 def append(connection: sqlite3.Connection, kind: str, body: Mapping[str, Any]) -> Entry:
@@ -180,7 +184,17 @@ def damaged(why: str) -> PrivacyError:
     )
 
 
-def _unusable() -> PrivacyError:
+@contextlib.contextmanager
+def as_damage() -> Iterator[None]:
+    """Raise ``LedgerDamaged`` where the system or SQLite cannot read or write."""
+    try:
+        yield
+    except (sqlite3.Error, OSError):
+        # The text of either may quote the path.
+        raise unusable() from None
+
+
+def unusable() -> PrivacyError:
     return LedgerDamaged(
         "The privacy ledger cannot be read or written, so nothing is trained.",
         remedy="Check the file's permissions, the free space on its disk, and that it is a ledger.",

@@ -14,22 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cloister_fl.client.ledger.chain import Entry, append, create_file, install, read, transaction
+from cloister_fl.client.ledger.chain import Entry, create
 from cloister_fl.client.ledger.limits import (
     account_of,
-    make_room,
+    idle_of,
+    others_of,
     require_gates,
     require_open,
     require_same,
 )
-from cloister_fl.client.ledger.replay import (
-    Account,
-    Reservation,
-    State,
-    accept_body,
-    close_body,
-    replay,
-)
+from cloister_fl.client.ledger.replay import Account, Reservation, accept_body, apply, close_body
+from cloister_fl.client.ledger.verified_chain import Head, VerifiedChain
 from cloister_fl.client.site.folder import command_at
 from cloister_fl.errors import (
     BudgetExhausted,
@@ -43,7 +38,7 @@ from cloister_fl.privacy.accounting import epsilon_of
 from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
 from cloister_fl.privacy.renyi_filter import ORDERS, lifetime_epsilon
 
-__all__ = ["Entry", "Ledger", "Quote", "Reservation"]
+__all__ = ["Entry", "Head", "Ledger", "Quote", "Reservation"]
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _RUN = re.compile(r"[!-~]{1,128}")
@@ -65,20 +60,27 @@ class Quote:
 class Ledger:
     """A hospital's ledger; make it with ``open``.
 
-    Every call reads and checks the whole file, so no other process and no kill makes it forget.
+    The whole file is read and checked at first, and again by the call after any change of it that
+    was not made here (``verified_chain``), so no other process and no kill makes it forget.
+
+    Attributes:
+        chain: the file; secure aggregation keeps entries of its own there, which spend nothing.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, pinned: bool = False) -> None:
         self._path = path
+        self.chain = VerifiedChain(path, apply, pinned=pinned)
 
     @classmethod
-    def open(cls, path: Path, *, delta: float) -> Ledger:
+    def open(cls, path: Path, *, delta: float, pinned: bool = False) -> Ledger:
         """Open the ledger at ``path``, or make it; and check it.
 
         Args:
             path: its file; the folder must exist.
             delta: of the lifetime's promise. A new ledger fixes it, and the filter's orders, for
                 good.
+            pinned: whether to refuse, from then on, a file that lacks what was read or written
+                here, with LedgerRolledBack.
 
         Raises:
             LedgerDamaged: the file is no sound ledger.
@@ -86,21 +88,22 @@ class Ledger:
         """
         if not 0 < delta < 1:
             raise InternalError("The delta of a ledger must be between 0 and 1.")
-        create_file(path)
-        ledger = cls(path)
-        with transaction(path, write=True) as connection:
-            if install(connection):
-                append(
-                    connection, "created", {"version": 1, "delta": delta, "orders": list(ORDERS)}
-                )
-            state = replay(read(connection))
-        if state.delta != delta:
+        create(path, "created", {"version": 1, "delta": delta, "orders": list(ORDERS)})
+        ledger = cls(path, pinned=pinned)
+        with ledger.chain.transaction(write=False) as state:
+            made_for = state.delta
+        if made_for != delta:
+            ledger.shut()
             raise PolicyRefused(
-                f"The ledger was made for delta {state.delta:g}, the policy says {delta:g}.",
+                f"The ledger was made for delta {made_for:g}, the policy says {delta:g}.",
                 why="The delta of a ledger's lifetime cannot change.",
-                remedy=f"Set policy.ledger_delta in site.toml to {state.delta:g}.",
+                remedy=f"Set policy.ledger_delta in site.toml to {made_for:g}.",
             )
         return ledger
+
+    def shut(self) -> None:
+        """Close the file; the next call opens and checks it anew."""
+        self.chain.close()
 
     def reserve(
         self,
@@ -142,18 +145,17 @@ class Ledger:
         _require(epsilon_limit_study >= 0 and epsilon_limit_lifetime >= 0, "limit")
         _require(release is None or release.sampling_rate == 1, "noised evaluation")
         wanted = Account(study_digest, run_id, mechanism, steps, delta, release)
-        with transaction(self._path, write=True) as connection:
-            state = replay(read(connection))
+        with self.chain.transaction(write=True) as state:
             require_open(state, study_digest)
             held = state.accounts.get((study_digest, run_id))
             if held is not None:
                 require_same(held, wanted)
                 return held.frozen()
-            idle = make_room(state, wanted)
+            idle = idle_of(state, wanted)
             require_gates(state, wanted, epsilon_limit_study, epsilon_limit_lifetime)
             body: dict[str, Any] = {"study": study_digest, "run": run_id}
             if idle is not None:
-                append(connection, "adopted", {**body, "from": idle.run})
+                self.chain.append("adopted", {**body, "from": idle.run})
             else:
                 terms = {
                     "noise_multiplier": mechanism.noise_multiplier,
@@ -164,7 +166,7 @@ class Ledger:
                     "limit_lifetime": epsilon_limit_lifetime,
                     "release_noise_multiplier": release and release.noise_multiplier,
                 }
-                append(connection, "reserved", {**body, **terms})
+                self.chain.append("reserved", {**body, **terms})
         return wanted.frozen()
 
     def refusal(
@@ -180,11 +182,10 @@ class Ledger:
     ) -> BudgetExhausted | None:
         """What ``reserve`` would say to another run of this study, without reserving; or None."""
         wanted = Account(study_digest, "?", mechanism, steps, delta, release)
-        state = self._state()
-        make_room(state, wanted)
         try:
-            require_open(state, study_digest)
-            require_gates(state, wanted, epsilon_limit_study, epsilon_limit_lifetime)
+            with self.chain.transaction(write=False) as state:
+                require_open(state, study_digest)
+                require_gates(state, wanted, epsilon_limit_study, epsilon_limit_lifetime)
         except BudgetExhausted as error:
             return error
         return None
@@ -200,14 +201,13 @@ class Ledger:
     ) -> Quote:
         """What another run of this study would bring the accounts to; nothing is reserved."""
         wanted = Account(study_digest, "?", mechanism, steps, delta, release)
-        state = self._state()
-        make_room(state, wanted)
-        asked = wanted.composition(reserved=True)
-        study = compose(state.composition(reserved=True, study=study_digest), asked)
-        lifetime = compose(state.composition(reserved=True), asked)
-        return Quote(
-            epsilon_of(study, delta), lifetime_epsilon(lifetime, state.delta, orders=state.orders)
-        )
+        with self.chain.transaction(write=False) as state:
+            study = compose(others_of(state, wanted, study_digest), wanted.reserved)
+            lifetime = compose(others_of(state, wanted, None), wanted.reserved)
+            return Quote(
+                epsilon_of(study, delta),
+                lifetime_epsilon(lifetime, state.delta, orders=state.orders),
+            )
 
     def close(self, study_digest: str, steward: Identity) -> int:
         """End a study here: release what it reserved and never started, and start no more of it.
@@ -225,9 +225,7 @@ class Ledger:
             PolicyRefused: the study has no reservation.
             LedgerDamaged: the file is no sound ledger, or cannot be written.
         """
-        with transaction(self._path, write=True) as connection:
-            entries = read(connection)
-            state = replay(entries)
+        with self.chain.transaction(write=True) as state:
             if study_digest in state.closed:
                 return 0
             if not state.of(study_digest):
@@ -236,22 +234,21 @@ class Ledger:
                     remedy="To keep this site out of the study: "
                     + command_at(self._path.parent, f"deny {study_digest[:16]} --why '...'"),
                 )
-            body = close_body(
-                study_digest, state.unstarted(study_digest), entries[-1].hash, steward
-            )
-            append(connection, "closed", body)
-        return int(body["released"])
+            released = state.unstarted(study_digest)
+            previous = self.chain.last.hash
+            self.chain.append("closed", close_body(study_digest, released, previous, steward))
+        return released
 
     def accept(self, missed: int, steward: Identity) -> None:
         """Write that the steward takes this ledger for the newest; see ``rollback``."""
-        with transaction(self._path, write=True) as connection:
-            entries = read(connection)
-            replay(entries)
-            append(connection, "accepted", accept_body(missed, entries[-1].hash, steward))
+        with self.chain.transaction(write=True):
+            previous = self.chain.last.hash
+            self.chain.append("accepted", accept_body(missed, previous, steward))
 
     def closed(self) -> frozenset[str]:
         """Hashes of the studies that the steward closed."""
-        return frozenset(self._state().closed)
+        with self.chain.transaction(write=False) as state:
+            return frozenset(state.closed)
 
     def start_round(
         self, study_digest: str, run_id: str, round_number: int, steps: int
@@ -274,8 +271,8 @@ class Ledger:
         """
         _require(round_number >= 1, "round")
         _require(steps >= 1, "number of steps")
-        with transaction(self._path, write=True) as connection:
-            account = account_of(replay(read(connection)), study_digest, run_id)
+        with self.chain.transaction(write=True) as state:
+            account = account_of(state, study_digest, run_id)
             if round_number in account.rounds:
                 raise RoundAlreadySpent(
                     f"Round {round_number} of this run was already started and is spent.",
@@ -289,8 +286,7 @@ class Ledger:
                     remedy="The study's budget is used up; approve another study to go on.",
                 )
             body = {"study": study_digest, "run": run_id, "round": round_number, "steps": steps}
-            append(connection, "started", body)
-            account.rounds[round_number] = steps
+            self.chain.append("started", body)
         return account.frozen()
 
     def start_release(self, study_digest: str, run_id: str) -> Reservation:
@@ -308,8 +304,7 @@ class Ledger:
             BudgetExhausted: the run has no reservation, or none for a noised evaluation.
             LedgerDamaged: the file is no sound ledger, or cannot be written.
         """
-        with transaction(self._path, write=True) as connection:
-            state = replay(read(connection))
+        with self.chain.transaction(write=True) as state:
             account = account_of(state, study_digest, run_id)
             if state.released(study_digest):
                 raise ReleaseAlreadySpent(
@@ -323,33 +318,33 @@ class Ledger:
                     "The run reserved nothing for a noised evaluation.",
                     remedy="Propose a study with an evaluation.release_epsilon above 0.",
                 )
-            append(connection, "evaluated", {"study": study_digest, "run": run_id})
-            account.released = True
+            self.chain.append("evaluated", {"study": study_digest, "run": run_id})
         return account.frozen()
 
     def entries(self) -> tuple[Entry, ...]:
         """Return all entries, oldest first, after checking them as ``verify`` does."""
-        with transaction(self._path, write=False) as connection:
-            entries = read(connection)
-        replay(entries)
-        return entries
+        return self.chain.entries()
 
     def verify(self) -> None:
-        """Check protection, chain and sums.
+        """Check protection, chain and sums of the whole file, whatever was checked before.
 
         Raises:
             LedgerDamaged: naming the first entry that is wrong.
         """
-        self.entries()
+        self.chain.entries()
 
-    def head(self) -> tuple[int, str]:
+    def is_as_verified(self) -> bool:
+        """Whether nobody else touched the file since it was last checked."""
+        return self.chain.is_as_verified()
+
+    def head(self) -> Head:
         """Return number and hash of the last entry: what the site notes elsewhere."""
-        last = self.entries()[-1]
-        return last.seq, last.hash
+        return self.chain.head()
 
     def reservations(self) -> tuple[Reservation, ...]:
         """Return all reservations in force, oldest first."""
-        return tuple(account.frozen() for account in self._state().accounts.values())
+        with self.chain.transaction(write=False) as state:
+            return tuple(account.frozen() for account in state.accounts.values())
 
     def spent(self, study_digest: str | None = None, *, reserved: bool = False) -> Composition:
         """Return the steps started so far, of one study or of all.
@@ -358,7 +353,8 @@ class Ledger:
             study_digest: only this study.
             reserved: count reserved steps too, as the gates do.
         """
-        return self._state().composition(reserved=reserved, study=study_digest)
+        with self.chain.transaction(write=False) as state:
+            return state.composition(reserved=reserved, study=study_digest)
 
     def epsilon_study(self, study_digest: str, delta: float, *, reserved: bool = False) -> float:
         """Epsilon of all runs of a study so far, by privacy-loss distribution."""
@@ -366,12 +362,9 @@ class Ledger:
 
     def epsilon_lifetime(self, *, reserved: bool = False) -> float:
         """Epsilon of everything so far, by the Renyi filter, at the ledger's delta and orders."""
-        state = self._state()
-        spent = state.composition(reserved=reserved)
-        return lifetime_epsilon(spent, state.delta, orders=state.orders)
-
-    def _state(self) -> State:
-        return replay(self.entries())
+        with self.chain.transaction(write=False) as state:
+            spent = state.composition(reserved=reserved)
+            return lifetime_epsilon(spent, state.delta, orders=state.orders)
 
 
 def _require(holds: object, what: str) -> None:

@@ -8,8 +8,14 @@ from __future__ import annotations
 from cloister_fl.client.ledger.replay import Account, State
 from cloister_fl.errors import BudgetExhausted, PolicyRefused
 from cloister_fl.privacy.accounting import epsilon_of
-from cloister_fl.privacy.dp_events import compose
+from cloister_fl.privacy.dp_events import Composition, compose
 from cloister_fl.privacy.renyi_filter import lifetime_epsilon, would_fit
+
+
+def others_of(state: State, wanted: Account, study: str | None) -> Composition:
+    """What is reserved beside ``wanted``, of a study or of all: without what it would take over."""
+    idle = idle_of(state, wanted)
+    return state.reserved.of(study, less=() if idle is None else idle.reserved)
 
 
 def require_gates(state: State, wanted: Account, study_limit: float, lifetime_limit: float) -> None:
@@ -18,8 +24,7 @@ def require_gates(state: State, wanted: Account, study_limit: float, lifetime_li
     Raises:
         BudgetExhausted: says what was asked, what is left, and the limit.
     """
-    before = state.composition(reserved=True, study=wanted.study)
-    asked = wanted.composition(reserved=True)
+    before, asked = others_of(state, wanted, wanted.study), wanted.reserved
     cost = epsilon_of(compose(before, asked), wanted.delta)
     if not cost <= study_limit:
         raise _exhausted(
@@ -28,7 +33,7 @@ def require_gates(state: State, wanted: Account, study_limit: float, lifetime_li
             left=study_limit - epsilon_of(before, wanted.delta),
             limit=study_limit,
         )
-    before = state.composition(reserved=True)
+    before = others_of(state, wanted, None)
     if not would_fit(before, asked, lifetime_limit, state.delta, orders=state.orders):
         raise _exhausted(
             "lifetime",
@@ -83,20 +88,10 @@ def _exhausted(gate: str, *, asked: float, left: float, limit: float) -> BudgetE
     )
 
 
-def make_room(state: State, wanted: Account) -> Account | None:
-    """Take the reservation out that ``wanted`` would take over, and return it."""
-    idle = _idle(state, wanted)
-    if idle is not None:
-        del state.accounts[idle.study, idle.run]
-    return idle
-
-
-def _idle(state: State, wanted: Account) -> Account | None:
-    """The oldest reservation of the same study, on the same terms, of which nothing was started."""
-    for account in state.accounts.values():
-        if account.study == wanted.study and account.idle and _same(account, wanted):
-            return account
-    return None
+def idle_of(state: State, wanted: Account) -> Account | None:
+    """The reservation that ``wanted`` takes over: the study's oldest on the same terms of which
+    nothing was started."""
+    return next((one for one in state.of(wanted.study) if one.idle and _same(one, wanted)), None)
 
 
 def _same(one: Account, other: Account) -> bool:

@@ -1,17 +1,21 @@
 """Replay of a ledger: the state its entries add up to, and the rules that each must keep.
 
-``replay`` reads the entries anew at every call; every rule that held when an entry was written
-must hold again, so an entry that was forged with a sound chain is found where it breaks one.
+``apply`` adds one entry. It is the only place where the state changes, so the state that follows
+each entry as it is written is the one that a replay of all of them gives; and every rule that held
+when an entry was written must hold again, so an entry that was forged with a sound chain is found
+where it breaks one.
+
+Totals are kept as whole numbers of steps by mechanism; no figure is added up in floating point.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from cloister_fl.client.ledger.chain import PROTOCOL_KINDS, Entry, damaged
+from cloister_fl.client.ledger.chain import PROTOCOL_KINDS, Entry
 from cloister_fl.encoding.framing import u64
 from cloister_fl.membership.identity import Identity, verify
 from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
@@ -59,7 +63,7 @@ class Reservation:
 
 @dataclass
 class Account:
-    """A reservation while the entries are read; ``steps`` are those started, once it is closed."""
+    """A reservation while entries are added; ``steps`` are those started, once it is closed."""
 
     study: str
     run: str
@@ -67,20 +71,15 @@ class Account:
     steps: int
     delta: float
     release: Mechanism | None = None
-    rounds: dict[int, int] = field(default_factory=dict)
+    started: int = 0
+    rounds: set[int] = field(default_factory=set)
     released: bool = False
 
     @property
-    def started(self) -> int:
-        """Steps that were started."""
-        return sum(self.rounds.values())
-
-    def composition(self, reserved: bool) -> Composition:
-        """The steps started, or reserved; and the release likewise."""
-        steps = ((self.mechanism, self.steps if reserved else self.started),)
-        if self.release is None or not (reserved or self.released):
-            return steps
-        return compose(steps, ((self.release, 1),))
+    def reserved(self) -> Composition:
+        """All that it may come to cost: the steps, and the release."""
+        release = ((self.release, 1),) if self.release is not None else ()
+        return compose(((self.mechanism, self.steps),), release)
 
     @property
     def unstarted(self) -> int:
@@ -106,18 +105,63 @@ class Account:
         )
 
 
+class Total:
+    """Noised steps by mechanism, of each study and of all."""
+
+    def __init__(self) -> None:
+        self._all: Counter[Mechanism] = Counter()
+        self._by_study: dict[str, Counter[Mechanism]] = {}
+
+    def add(self, study: str, mechanism: Mechanism, steps: int) -> None:
+        """Count steps of a study; a negative number takes them off."""
+        self._all[mechanism] += steps
+        self._by_study.setdefault(study, Counter())[mechanism] += steps
+
+    def of(self, study: str | None, *, less: Composition = ()) -> Composition:
+        """The steps of one study, or of all; without those of ``less``, which are among them."""
+        counted = self._all if study is None else self._by_study.get(study, Counter())
+        left = counted.copy()
+        for mechanism, steps in less:
+            left[mechanism] -= steps
+        return compose(tuple(left.items()))
+
+
+Sum = tuple[str, int]
+"""A sum of secure aggregation: what determines its updates, and its number."""
+
+
 @dataclass
 class State:
-    """What the entries add up to."""
+    """What the entries add up to.
+
+    Attributes:
+        orders, delta: of the lifetime's filter.
+        accounts: by study and run, oldest first.
+        by_study: the same, of each study.
+        closed: studies that the steward closed.
+        spent: what was started.
+        reserved: what may come to be, the started included.
+        epochs: key epochs of secure aggregation that were begun.
+        begun: how many of them each subject began.
+        constants: of each sum, whom it invited and under which terms, as a hash.
+        answered: of each sum, the sites that it was answered for.
+    """
 
     orders: tuple[float, ...]
     delta: float
     accounts: dict[tuple[str, str], Account] = field(default_factory=dict)
+    by_study: dict[str, list[Account]] = field(default_factory=dict)
     closed: set[str] = field(default_factory=set)
+    spent: Total = field(default_factory=Total)
+    reserved: Total = field(default_factory=Total)
+    epochs: set[str] = field(default_factory=set)
+    begun: Counter[str] = field(default_factory=Counter)
+    constants: dict[Sum, str] = field(default_factory=dict)
+    answered: dict[Sum, tuple[str, ...]] = field(default_factory=dict)
 
     def of(self, study: str) -> tuple[Account, ...]:
-        """All accounts of a study."""
-        return tuple(account for account in self.accounts.values() if account.study == study)
+        """All accounts of a study, oldest first."""
+        return tuple(self.by_study.get(study, ()))
 
     def unstarted(self, study: str) -> int:
         """Steps of a study that were reserved and never started; a release is one."""
@@ -129,29 +173,16 @@ class State:
 
     def composition(self, *, reserved: bool, study: str | None = None) -> Composition:
         """The steps started, or reserved, of one study or of all."""
-        return compose(
-            *(
-                account.composition(reserved)
-                for account in self.accounts.values()
-                if study is None or account.study == study
-            )
-        )
+        return (self.reserved if reserved else self.spent).of(study)
 
 
-def replay(entries: Iterable[Entry]) -> State:
-    """Add the entries up; every rule that held when they were written must hold again."""
-    state: State | None = None
-    for entry in entries:
-        try:
-            state = _apply(state, entry)
-        except (KeyError, TypeError, ValueError):
-            raise damaged(f"entry {entry.seq} breaks a rule of the ledger") from None
-    if state is None:
-        raise damaged("entry 1 is missing")
-    return state
+def apply(state: State | None, entry: Entry) -> State:
+    """Add an entry to the state, which is changed in place; None before the first entry.
 
-
-def _apply(state: State | None, entry: Entry) -> State:
+    Raises:
+        KeyError, TypeError, ValueError: the entry breaks a rule of the ledger; the state is of no
+            use any more.
+    """
     body = entry.body
     if state is None:
         orders = tuple(float(order) for order in body["orders"])
@@ -159,40 +190,70 @@ def _apply(state: State | None, entry: Entry) -> State:
         _hold(0 < body["delta"] < 1 and orders and all(1 < o < math.inf for o in orders))
         return State(orders, float(body["delta"]))
     if entry.kind in PROTOCOL_KINDS:
-        return state
-    if entry.kind == "closed":
+        _remember(state, entry)
+    elif entry.kind == "closed":
         _close(state, entry)
-        return state
-    if entry.kind == "accepted":
+    elif entry.kind == "accepted":
         _accept(entry)
-        return state
-    _hold(body["study"] not in state.closed)
-    key = (str(body["study"]), str(body["run"]))
+    else:
+        _hold(body["study"] not in state.closed)
+        _count(state, entry, (str(body["study"]), str(body["run"])))
+    return state
+
+
+def _count(state: State, entry: Entry, key: tuple[str, str]) -> None:
+    """Add an entry on a run of a study that is open."""
+    body, study = entry.body, key[0]
     if entry.kind == "reserved":
         mechanism = Mechanism(float(body["noise_multiplier"]), float(body["sampling_rate"]))
         _hold(key not in state.accounts and body["steps"] >= 1)
         given = body["release_noise_multiplier"]
         release = None if given is None else Mechanism(float(given), 1.0)
-        state.accounts[key] = Account(
-            *key, mechanism, int(body["steps"]), float(body["delta"]), release
-        )
+        made = Account(*key, mechanism, int(body["steps"]), float(body["delta"]), release)
+        state.accounts[key] = made
+        state.by_study.setdefault(study, []).append(made)
+        for each, steps in made.reserved:
+            state.reserved.add(study, each, steps)
     elif entry.kind == "adopted":
-        account = state.accounts.pop((key[0], str(body["from"])))
+        account = state.accounts.pop((study, str(body["from"])))
         _hold(key not in state.accounts and account.idle)
         account.run = key[1]
         state.accounts[key] = account
     elif entry.kind == "started":
         account = state.accounts[key]
-        _hold(body["round"] not in account.rounds and body["steps"] >= 1)
-        account.rounds[int(body["round"])] = int(body["steps"])
+        number, steps = int(body["round"]), int(body["steps"])
+        _hold(number not in account.rounds and body["steps"] >= 1)
+        account.rounds.add(number)
+        account.started += steps
         _hold(account.started <= account.steps)
+        state.spent.add(study, account.mechanism, steps)
     elif entry.kind == "evaluated":
         account = state.accounts[key]
-        _hold(account.release is not None and not state.released(key[0]))
+        _hold(account.release is not None and not state.released(study))
         account.released = True
+        assert account.release is not None
+        state.spent.add(study, account.release, 1)
     else:
         raise ValueError(entry.kind)
-    return state
+
+
+def _remember(state: State, entry: Entry) -> None:
+    """Add an entry of secure aggregation; of each fact, the first stands and there is no second."""
+    body = entry.body
+    subject = str(body["study"])
+    if entry.kind == "epoch":
+        epoch = str(body["epoch"])
+        _hold(epoch not in state.epochs)
+        state.epochs.add(epoch)
+        state.begun[subject] += 1
+        return
+    key = (subject, int(body["sum"]))
+    if entry.kind == "round":
+        _hold(key not in state.constants)
+        state.constants[key] = str(body["constants"])
+    else:
+        _hold(key not in state.answered)
+        state.answered[key] = tuple(map(str, body["survivors"]))
 
 
 def close_body(study: str, released: int, previous: str, steward: Identity) -> dict[str, Any]:
@@ -222,8 +283,11 @@ def _close(state: State, entry: Entry) -> None:
     _hold(study not in state.closed and state.of(study))
     _hold(released == state.unstarted(study))
     for account in state.of(study):
+        state.reserved.add(study, account.mechanism, account.started - account.steps)
         account.steps = account.started
-        account.release = account.release if account.released else None
+        if account.release is not None and not account.released:
+            state.reserved.add(study, account.release, -1)
+            account.release = None
     state.closed.add(study)
 
 

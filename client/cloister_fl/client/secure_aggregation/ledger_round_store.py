@@ -8,11 +8,9 @@ noted elsewhere, gives away.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cloister_fl.client.ledger.chain import Entry, append, read, transaction
 from cloister_fl.client.ledger.ledger import Ledger
 from cloister_fl.errors import ParameterRefused
 
@@ -34,8 +32,7 @@ class RoundMemory:
     """
 
     def __init__(self, path: Path, *, delta: float, subject: bytes, most_epochs: int) -> None:
-        Ledger.open(path, delta=delta)
-        self._path = path
+        self._chain = Ledger.open(path, delta=delta).chain
         self._subject = subject.hex()
         self._most_epochs = most_epochs
 
@@ -45,58 +42,42 @@ class RoundMemory:
         Raises:
             ParameterRefused: the subject has begun too many.
         """
-        with transaction(self._path, write=True) as connection:
-            entries = read(connection)
-            if _find(entries, "epoch", {"epoch": kid.hex()}) is not None:
+        with self._chain.transaction(write=True) as state:
+            if kid.hex() in state.epochs:
                 return False
-            begun = sum(
-                entry.kind == "epoch" and entry.body["study"] == self._subject for entry in entries
-            )
+            begun = state.begun[self._subject]
             if begun >= self._most_epochs:
                 raise ParameterRefused(
                     f"The study has started {begun} key epochs here, more than it can need.",
                     why="The coordinator is faulty, or the study was run very often.",
                     remedy="Ask the coordinator, and propose a new study.",
                 )
-            append(connection, "epoch", {"epoch": kid.hex(), "study": self._subject})
+            self._chain.append("epoch", {"epoch": kid.hex(), "study": self._subject})
             return True
 
     def open_round(self, study: bytes, round_number: int, constants: bytes) -> bytes:
         """Record a round's constants; what stands since the first time."""
         del study
-        held = self._first("round", self._key(round_number), {"constants": constants.hex()})
-        return constants if held is None else bytes.fromhex(held["constants"])
+        key = (self._subject, round_number)
+        with self._chain.transaction(write=True) as state:
+            if key not in state.constants:
+                self._append("round", round_number, {"constants": constants.hex()})
+            return bytes.fromhex(state.constants[key])
 
     def committed(self, study: bytes, round_number: int) -> tuple[str, ...] | None:
         """The sites that a round was answered for, or None."""
         del study
-        with transaction(self._path, write=False) as connection:
-            held = _find(read(connection), "answered", self._key(round_number))
-        return None if held is None else tuple(held["survivors"])
+        with self._chain.transaction(write=False) as state:
+            return state.answered.get((self._subject, round_number))
 
     def commit(self, study: bytes, round_number: int, u3: tuple[str, ...]) -> tuple[str, ...]:
         """Record the sites that a round is answered for; what stands since the first time."""
         del study
-        answer = {"survivors": list(u3)}
-        held = self._first("answered", self._key(round_number), answer) or answer
-        return tuple(held["survivors"])
+        key = (self._subject, round_number)
+        with self._chain.transaction(write=True) as state:
+            if key not in state.answered:
+                self._append("answered", round_number, {"survivors": list(u3)})
+            return state.answered[key]
 
-    def _first(
-        self, kind: str, key: dict[str, Any], value: dict[str, Any]
-    ) -> dict[str, Any] | None:
-        """Write ``value`` under ``key`` where nothing stands there yet, else return what does."""
-        with transaction(self._path, write=True) as connection:
-            held = _find(read(connection), kind, key)
-            if held is None:
-                append(connection, kind, {**key, **value})
-            return held
-
-    def _key(self, round_number: int) -> dict[str, Any]:
-        return {"study": self._subject, "sum": round_number}
-
-
-def _find(entries: Iterable[Entry], kind: str, key: dict[str, Any]) -> dict[str, Any] | None:
-    for entry in entries:
-        if entry.kind == kind and all(entry.body.get(name) == key[name] for name in key):
-            return dict(entry.body)
-    return None
+    def _append(self, kind: str, number: int, fact: dict[str, Any]) -> None:
+        self._chain.append(kind, {"study": self._subject, "sum": number, **fact})

@@ -363,7 +363,7 @@ NONE = {"release_noise_multiplier": None}
 
 
 def forge(path: Path, kind: str, **body: object) -> None:
-    with chain.transaction(path, write=True) as connection:
+    with chain.transaction(path) as connection:
         chain.append(connection, kind, body)
 
 
@@ -455,6 +455,7 @@ def test_a_full_disk_refuses_and_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(sqlite3, "connect", small)
+        ledger.shut()
         fill = (ledger.start_round(STUDY, "run-1", number, 1) for number in range(1, STEPS))
         with raises(LedgerDamaged, match="cannot be read or written"):
             list(fill)
@@ -510,12 +511,12 @@ except CloisterError as error:
 def test_a_round_that_two_processes_start_is_started_once(ledger: Ledger, path: Path) -> None:
     """The second asks while the first has read the ledger and not yet written to it."""
     slow = f"""
-from cloister_fl.client.ledger import ledger as module
+from cloister_fl.client.ledger import chain as module
 honest = module.append
 def append(*given):
     print("inside", flush=True)
     sys.stdin.readline()
-    honest(*given)
+    return honest(*given)
 module.append = append
 ledger.start_round("{STUDY}", "run-1", 1, 4)
 print("started")
@@ -584,7 +585,7 @@ def test_kill_inside_the_transaction_leaves_the_ledger_sound(path: Path) -> None
     body = f"""
 from cloister_fl.client.ledger import chain as ledger_schema
 ledger.reserve("{STUDY}", "run-1", noise, {STEPS}, {DELTA}, 3.0, 8.0)
-with ledger_schema.transaction(Path(sys.argv[1]), write=True) as connection:
+with ledger_schema.transaction(Path(sys.argv[1])) as connection:
     connection.execute("PRAGMA cache_spill = 1")
     for number in range(400):
         ledger_schema.append(connection, "started", {{"study": "{STUDY}", "pad": "x" * 20000}})

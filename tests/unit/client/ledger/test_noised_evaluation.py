@@ -122,7 +122,7 @@ def test_an_entry_against_the_rules_is_damage(
     reserve(ledger, study=OTHER, release=None)
     ledger.start_release(STUDY, "run-1")
     ledger.verify()
-    with transaction(tmp_path / "ledger.sqlite", write=True) as connection:
+    with transaction(tmp_path / "ledger.sqlite") as connection:
         append(connection, kind, body)
     with raises(LedgerDamaged):
         ledger.verify()

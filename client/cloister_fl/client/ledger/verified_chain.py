@@ -1,0 +1,277 @@
+"""A ledger file that is verified whole once and then followed, entry by entry.
+
+Verifying costs as much as there are entries. So the state that they add up to is kept, together
+with how the file looked, and goes along with each entry that is appended here. Every transaction
+first compares the file with what it was: whatever anybody else did to it, all of it is read and
+added up again before anything is decided or written.
+
+What is compared: SQLite's count of commits by others (``PRAGMA data_version``), and the marks
+(``files.Mark``) of the database, its write-ahead log and its rollback journal. Programs that write
+by SQLite wait for its lock; those that do not show in the marks, the time of the last change among
+them, which nobody can set back. What such a program writes during one of our own writing
+transactions, some milliseconds, our own change hides; it is found when the whole is next read: at
+the start of a process, by every command on the budget, and after the next change by anybody else.
+Until then the kept state counts, which that write has not changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from cloister_fl.client.ledger import chain
+from cloister_fl.client.ledger.chain import Entry, as_damage, damaged
+from cloister_fl.errors import LedgerRolledBack
+from cloister_fl.system.files import Mark, mark_of
+
+StateT = TypeVar("StateT")
+
+
+class Head(NamedTuple):
+    """The end of a chain: number and hash of its last entry."""
+
+    seq: int
+    hash: str
+
+
+class _Seen(NamedTuple):
+    version: int
+    marks: tuple[Mark | None, ...]
+
+
+@dataclass
+class _Verified(Generic[StateT]):
+    state: StateT
+    head: Head
+    seen: _Seen
+
+
+class VerifiedChain(Generic[StateT]):
+    """A ledger file over one connection, and the state that its entries add up to.
+
+    Several threads may use it, one transaction at a time. A connection does not survive a fork:
+    the child opens and verifies anew, and leaves its parent's alone.
+
+    Args:
+        path: the file; see ``chain.create``.
+        apply: adds one entry to the state, which is None before the first, and may change it in
+            place. It raises ``KeyError``, ``TypeError`` or ``ValueError`` where the entry breaks
+            a rule.
+        pinned: whether a file is refused that lacks the last entry that was verified or written
+            here; without, it is a file like any other.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        apply: Callable[[StateT | None, Entry], StateT],
+        *,
+        pinned: bool = False,
+    ) -> None:
+        self._path = path
+        self._files = (path, *(path.with_name(f"{path.name}-{end}") for end in ("wal", "journal")))
+        self._apply = apply
+        self._pinned = pinned
+        self._pin: Head | None = None
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._end: Callable[[], object] = lambda: None
+        self._owner = os.getpid()
+        self._verified: _Verified[StateT] | None = None
+
+    @contextlib.contextmanager
+    def transaction(self, *, write: bool) -> Iterator[StateT]:
+        """Give the state; commit at the end what ``append`` wrote, and roll back on any error.
+
+        A writer holds the only write lock from its first statement on, so the state stays true
+        until it has written.
+
+        Raises:
+            LedgerDamaged: SQLite cannot read or write the file, or it is no sound chain.
+            LedgerRolledBack: see ``pinned``.
+        """
+        with self._lock:
+            verified = self._begun(write)
+            head = verified.head
+            try:
+                yield verified.state
+                with as_damage():
+                    self._sql("COMMIT")
+            except BaseException:
+                self._roll_back(unsure=verified.head != head)
+                raise
+            if verified.head != head:
+                # The version is not asked for again: a commit of the instant between would hide.
+                verified.seen = verified.seen._replace(marks=self._marks())
+                self._pin = verified.head
+
+    def append(self, kind: str, body: Mapping[str, Any]) -> Entry:
+        """Write one entry at the end, inside a write transaction, and add it to the state.
+
+        Raises:
+            LedgerDamaged: it cannot be written, the end is not the verified one, or the entry
+                breaks a rule.
+        """
+        verified = self._verified
+        assert verified is not None
+        assert self._connection is not None
+        with as_damage():
+            entry = chain.append(self._connection, kind, body)
+        before, verified.head = verified.head, Head(entry.seq, entry.hash)
+        if before != (entry.seq - 1, entry.previous):
+            raise damaged("its last entry is not the one that was read")
+        verified.state = self._added(verified.state, entry)
+        return entry
+
+    @property
+    def last(self) -> Head:
+        """The last entry, inside a transaction."""
+        assert self._verified is not None
+        return self._verified.head
+
+    def head(self) -> Head:
+        """The last entry; raises as ``transaction``."""
+        with self.transaction(write=False):
+            return self.last
+
+    def entries(self) -> tuple[Entry, ...]:
+        """All entries, oldest first, read and verified whole; raises as ``transaction``."""
+        with self._lock:
+            entries = self._verify("BEGIN")
+            self._sql("COMMIT")
+            return entries
+
+    def is_as_verified(self) -> bool:
+        """Whether nobody else touched the file since it was verified.
+
+        Raises:
+            LedgerDamaged: SQLite cannot read the file.
+        """
+        with self._lock, as_damage():
+            return self._is_mine() and self._has_marks() and self._is_as_seen()
+
+    def close(self) -> None:
+        """Close the connection, which rolls back; the next transaction verifies anew."""
+        with self._lock:
+            self._verified = self._connection = None
+            self._end()
+
+    def _begun(self, write: bool) -> _Verified[StateT]:
+        begin = "BEGIN IMMEDIATE" if write else "BEGIN"
+        # The marks before a lock is asked for, too: the connection to a file that was replaced
+        # must not meet the journal of the file in its place.
+        if self._is_mine() and self._verified is not None and self._has_marks():
+            with as_damage():
+                self._sql(begin)
+                if self._is_as_seen():
+                    return self._verified
+        self._verify(begin)
+        assert self._verified is not None
+        return self._verified
+
+    def _roll_back(self, *, unsure: bool) -> None:
+        """Undo the transaction; where it is unsure what stands on disk now, all is read anew."""
+        if not unsure and self._connection is not None:
+            with contextlib.suppress(sqlite3.Error):
+                if self._connection.in_transaction:
+                    self._sql("ROLLBACK")
+                return
+        self.close()
+
+    def _verify(self, begin: str) -> tuple[Entry, ...]:
+        """Begin a transaction on a new connection, which remembers no page, and read everything."""
+        self.close()
+        try:
+            with as_damage():
+                self._connection = connection = chain.connect(self._path)
+                self._owner = os.getpid()
+                self._end = _finalizer(self, connection)
+                self._sql(begin)
+                # Before the reading: what is written behind it is found the next time.
+                seen = _Seen(self._version(), self._marks())
+                entries = chain.read(connection)
+            state: StateT | None = None
+            for entry in entries:
+                state = self._added(state, entry)
+            assert state is not None
+            head = Head(entries[-1].seq, entries[-1].hash)
+            self._require_pin(entries)
+        except BaseException:
+            self.close()
+            raise
+        self._pin = head
+        self._verified = _Verified(state, head, seen)
+        return entries
+
+    def _require_pin(self, entries: tuple[Entry, ...]) -> None:
+        pin = self._pin
+        if not self._pinned or pin is None:
+            return
+        if pin.seq > len(entries) or entries[pin.seq - 1].hash != pin.hash:
+            raise LedgerRolledBack(
+                f"The privacy ledger does not hold the entry {pin.seq} that this process wrote or "
+                "read.",
+                why="An older ledger, or another one, took its place.",
+                remedy="Restore the newest ledger.sqlite. If it is lost, see: "
+                "cloister explain CLO-309",
+            )
+
+    def _added(self, state: StateT | None, entry: Entry) -> StateT:
+        try:
+            return self._apply(state, entry)
+        except (KeyError, TypeError, ValueError):
+            raise damaged(f"entry {entry.seq} breaks a rule of the ledger") from None
+
+    def _is_mine(self) -> bool:
+        """Whether the connection is this process's, and no transaction was left open on it."""
+        connection = self._connection
+        return (
+            connection is not None and self._owner == os.getpid() and not connection.in_transaction
+        )
+
+    def _is_as_seen(self) -> bool:
+        # The version first: within a transaction, it takes the lock that keeps it true.
+        verified = self._verified
+        if verified is None or verified.seen.version != self._version():
+            return False
+        return self._has_marks()
+
+    def _has_marks(self) -> bool:
+        return self._verified is not None and self._verified.seen.marks == self._marks()
+
+    def _marks(self) -> tuple[Mark | None, ...]:
+        return tuple(map(mark_of, self._files))
+
+    def _version(self) -> int:
+        assert self._connection is not None
+        return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+
+    def _sql(self, statement: str) -> None:
+        assert self._connection is not None
+        self._connection.execute(statement)
+
+
+_left_to_their_owners: list[sqlite3.Connection] = []
+"""Connections that a fork took along: to close one here could undo its owner's transaction."""
+
+
+def _finalizer(owner: object, connection: sqlite3.Connection) -> Callable[[], object]:
+    """Close a connection when it is called, or its owner is gone; by the process that opened it."""
+    process = os.getpid()
+
+    def end() -> None:
+        if process == os.getpid():
+            connection.close()
+        else:
+            _left_to_their_owners.append(connection)
+
+    made = weakref.finalize(owner, end)
+    made.atexit = False
+    return made

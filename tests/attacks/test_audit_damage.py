@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloister_fl.audit_log import _hash, examine, name_of, parse_note, read
+from cloister_fl.audit_log import examine, name_of, parse_note, read
+from cloister_fl.audit_log.log import hash_of
 from cloister_fl.cli import main
 from cloister_fl.client.site.audit_log import path_of
 from cloister_fl.client.site.folder import open_site
@@ -131,7 +132,7 @@ def _damage(data: st.DataObject, rows: list[bytes], noted: int) -> bytes:
         body = json.loads(rows[place])
         del body["hash"]
         body["kind"] = "x"
-        body["hash"] = _hash(body)
+        body["hash"] = hash_of(body)
         rows[place] = canonical_json(body).encode() + b"\n"
     elif kind == "respace":
         rows[place] = json.dumps(json.loads(rows[place])).encode() + b"\n"
@@ -146,7 +147,7 @@ def _damage(data: st.DataObject, rows: list[bytes], noted: int) -> bytes:
             "time": before["time"],
             "previous": before["hash"],
         }
-        made["hash"] = _hash(made)
+        made["hash"] = hash_of(made)
         rows.insert(place + 1, canonical_json(made).encode() + b"\n")
     elif kind == "delete":
         many = data.draw(st.integers(1, 5))
@@ -214,7 +215,7 @@ def test_a_chain_that_is_made_anew_behind_an_edit_is_found(
             said = (number.to_bytes(8, "big"), row["previous"].encode())
             row["signature"] = FORGER.sign("cloister/audit/head/v1", *said).hex()
         del row["hash"]
-        row["hash"] = _hash(row)
+        row["hash"] = hash_of(row)
     path = tmp_path_factory.getbasetemp() / "anew"
     path.write_bytes(b"".join(canonical_json(row).encode() + b"\n" for row in rows))
     verdict = examine(path, key=log.key, peer=log.peer)

@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloister_fl.audit_log import EMPTY, AuditLog, Head, examine, parse_note, read
+from cloister_fl.audit_log import log as module
 from cloister_fl.cli import main
 from cloister_fl.errors import AuditLogDamaged, FileUnreadable
 from cloister_fl.membership.identity import Identity
+from support.tampering import cut, overwrite, put_in_place
 
 KEY = Identity.generate()
 OTHER = Identity.generate()
@@ -172,6 +174,102 @@ def test_a_damaged_end_is_not_written_on(tmp_path: Path) -> None:
     with pytest.raises(AuditLogDamaged):
         log.append("sent")
     assert path.read_bytes() == before
+
+
+# A log that is verified once and then followed.
+
+
+@pytest.mark.process
+def test_a_verified_log_that_nobody_touched_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log"
+    log = AuditLog(path, KEY)
+    assert log.verify() == ()
+    _write(path, 5)
+    assert not log.is_as_verified()
+    assert [entry.kind for entry in log.verify()] == ["sent"] * 5 + ["signed"]
+    monkeypatch.setattr(module, "_last", None)
+    monkeypatch.setattr(module, "_read", None)
+    heads = [log.append("sent", bytes=number) for number in range(3)] + [log.sign()]
+    assert log.is_as_verified()
+    assert all(log.holds(head.hash) for head in heads)
+    assert not log.holds("0" * 64)
+    monkeypatch.undo()
+    assert [head.seq for head in heads] == [7, 8, 9, 10]
+    assert [entry.seq for entry in read(path)] == list(range(1, 11))
+    assert examine(path, key=KEY.public).findings == ()
+    # What somebody else appended is a change like any other, and lawful.
+    AuditLog(path, KEY).append("judged", by="steward")
+    assert not log.is_as_verified()
+    log.append("sent")
+    assert not log.is_as_verified()
+    assert [entry.kind for entry in log.verify()][-2:] == ["judged", "sent"]
+    assert log.is_as_verified()
+
+
+def _line(path: Path, number: int) -> bytes:
+    return path.read_bytes().splitlines(keepends=True)[number - 1]
+
+
+def _without_line_three(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes().replace(_line(path, 3), b""))
+    put_in_place(path, other)
+
+
+def _older(path: Path) -> None:
+    other = path.with_name("older")
+    other.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-2]))
+    put_in_place(path, other)
+
+
+def _another(path: Path) -> None:
+    _write(path.with_name("another"), 12)
+    put_in_place(path, path.with_name("another"))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("tamper", "words"),
+    [
+        (lambda path: overwrite(path, b'"bytes":2', b'"bytes":7'), "Line 3 was changed"),
+        (lambda path: overwrite(path, b'"kind":"signed"', b'"kind":"sigNed"'), "Line 9 was"),
+        (lambda path: cut(path, len(_line(path, 9))), "entry 9 is gone"),
+        (_without_line_three, "Line 3 was changed"),
+        (_older, "entry 9 is gone"),
+        (_another, "entry 9 is gone, or another one stands in its place"),
+        (Path.unlink, "entry 9 is gone"),
+    ],
+    ids=["byte", "last byte", "last line", "line", "older", "another", "all"],
+)
+def test_whatever_else_changed_a_verified_log_is_found(
+    tmp_path: Path, tamper: Callable[[Path], None], words: str
+) -> None:
+    path = tmp_path / "log"
+    log = _write(path)
+    log.verify()
+    tamper(path)
+    assert not log.is_as_verified()
+    for _ in range(2):  # It stays so.
+        with pytest.raises(AuditLogDamaged, match=words):
+            log.verify()
+        assert not log.is_as_verified()
+    with pytest.raises(AuditLogDamaged):
+        log.holds("0" * 64)
+
+
+def test_a_verified_log_is_no_longer_so_where_a_line_was_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = _write(path)
+    log.verify()
+    with path.open("ab") as file:
+        file.write(b'{"bytes":')
+    assert len(log.verify()) == 9
+    assert not log.is_as_verified()
+    log.append("sent")
+    assert [entry.kind for entry in log.verify()][-2:] == ["recovered", "sent"]
+    assert log.is_as_verified()
 
 
 def _many(path: str) -> None:

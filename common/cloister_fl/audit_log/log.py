@@ -1,4 +1,4 @@
-"""The audit log: requests, actions and refusals, in a hash chain that both sides attest.
+"""The log's file: entries in a hash chain that both sides attest.
 
 JSON Lines, one entry a line, canonical (keys sorted, no white space). Each entry carries the hash
 of the one before and its own: SHA-256 over a label, the previous hash and the body. Whoever edits
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,10 @@ from cloister_fl.encoding.canonical_json import canonical_json, parse_canonical
 from cloister_fl.encoding.framing import u64
 from cloister_fl.encoding.hash_chain import GENESIS, HASH, entry_hash
 from cloister_fl.errors import AuditLogDamaged
-from cloister_fl.membership.identity import Identity, verify
+from cloister_fl.membership.identity import Identity
 from cloister_fl.system import utc
 from cloister_fl.system.file_lock import locked
+from cloister_fl.system.files import Mark, mark_of
 
 LABEL = b"cloister/audit/v1\0"
 SIGN_LABEL = "cloister/audit/head/v1"
@@ -90,6 +91,15 @@ class Entry:
     hash: str
 
 
+@dataclass
+class _Verified:
+    """What a log was when it was last read whole, and has become by the entries written since."""
+
+    head: Head
+    mark: Mark | None
+    hashes: set[str]
+
+
 class AuditLog:
     """The log in one file; several processes may write to it.
 
@@ -101,6 +111,8 @@ class AuditLog:
     def __init__(self, path: Path, identity: Identity) -> None:
         self._path = path
         self._identity = identity
+        self._verified: _Verified | None = None
+        self._pin = EMPTY
 
     def append(self, kind: str, **body: Value) -> Head:
         """Write one entry, durably.
@@ -113,21 +125,62 @@ class AuditLog:
         """
         if _FIXED & body.keys():
             raise ValueError("an entry's fixed fields are not its body")
-        with self._locked() as file:
-            head, torn = _last(file)
-            if torn:
-                head = _write(file, head, "recovered", {"bytes": torn})
-            return _write(file, head, kind, body)
+        return self._append(kind, lambda _: body)
 
     def sign(self) -> Head:
         """Write an entry that signs everything before it."""
-        with self._locked() as file:
-            head, torn = _last(file)
-            if torn:
-                head = _write(file, head, "recovered", {"bytes": torn})
+
+        def signed(head: Head) -> Mapping[str, Value]:
             signature = self._identity.sign(SIGN_LABEL, u64(head.seq), head.hash.encode())
-            body = {"key": self._identity.public.hex(), "signature": signature.hex()}
-            return _write(file, head, "signed", body)
+            return {"key": self._identity.public.hex(), "signature": signature.hex()}
+
+        return self._append("signed", signed)
+
+    def verify(self) -> tuple[Entry, ...]:
+        """Read the whole log and remember how its file looks; give its entries, oldest first.
+
+        From then on, ``is_as_verified`` says at little cost whether anybody else touched it, and
+        what is written here is part of it. A last line that a kill cut short is no entry.
+
+        Raises:
+            AuditLogDamaged: at the first line that does not fit; or the last entry that was
+                verified or written here is gone, as in an older log.
+        """
+        self._verified = None
+        if mark_of(self._path) is None:
+            entries: tuple[Entry, ...] = ()
+            mark, whole_lines = None, True
+        else:
+            with self._locked() as file:
+                mark = mark_of(file.fileno())
+                lines = file.readlines()
+            whole_lines = not lines or lines[-1].endswith(b"\n")
+            entries = tuple(_read(lines if whole_lines else lines[:-1]))
+        head = Head(entries[-1].seq, entries[-1].hash) if entries else EMPTY
+        pin = self._pin
+        if pin.seq > head.seq or (pin.seq and entries[pin.seq - 1].hash != pin.hash):
+            raise damaged(f"Its entry {pin.seq} is gone, or another one stands in its place.")
+        self._pin = head
+        if whole_lines:
+            self._verified = _Verified(head, mark, {entry.hash for entry in entries})
+        return entries
+
+    def is_as_verified(self) -> bool:
+        """Whether nobody else touched the file since ``verify``.
+
+        Raises:
+            AuditLogDamaged: it cannot be looked at.
+        """
+        try:
+            return self._verified is not None and self._verified.mark == mark_of(self._path)
+        except OSError as error:
+            raise damaged("It cannot be read.") from error
+
+    def holds(self, digest: str) -> bool:
+        """Whether an entry has this hash; where the log is not as verified, it is read anew."""
+        if not self.is_as_verified():
+            return any(entry.hash == digest for entry in self.verify())
+        return self._verified is not None and digest in self._verified.hashes
 
     def note(self, head: Head) -> str:
         """What the other side is told of a head, for ``parse_note``."""
@@ -140,7 +193,7 @@ class AuditLog:
             AuditLogDamaged: at the first line that does not fit.
         """
         if self._path.exists():
-            yield from _read(line for line in _lines(self._path) if line.endswith(b"\n"))
+            yield from _read(line for line in lines_of(self._path) if line.endswith(b"\n"))
 
     def head(self) -> Head:
         """The head; ``EMPTY`` where nothing was written yet."""
@@ -149,19 +202,37 @@ class AuditLog:
         with self._locked() as file:
             return _last(file)[0]
 
+    def _append(self, kind: str, body: Callable[[Head], Mapping[str, Value]]) -> Head:
+        """Write an entry whose body may depend on the head before it."""
+        with self._locked() as file:
+            verified, torn = self._verified, 0
+            if verified is not None and verified.mark == mark_of(file.fileno()):
+                head = verified.head
+            else:
+                # Somebody else wrote: what that was is for ``verify`` to say.
+                self._verified = verified = None
+                head, torn = _last(file)
+            if torn:
+                head = _write(file, head, "recovered", {"bytes": torn})
+            head = self._pin = _write(file, head, kind, body(head))
+            if verified is not None:
+                verified.head, verified.mark = head, mark_of(file.fileno())
+                verified.hashes.add(head.hash)
+        return head
+
     @contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
         try:
             with locked(self._path) as handle, os.fdopen(handle, "r+b", closefd=False) as file:
                 yield file
         except OSError as error:
-            raise _damaged("It cannot be read or written.") from error
+            raise damaged("It cannot be read or written.") from error
 
 
 def _write(file: BinaryIO, head: Head, kind: str, body: Mapping[str, Value]) -> Head:
     now = utc.timestamp()
     full = {**body, "kind": kind, "previous": head.hash, "seq": head.seq + 1, "time": now}
-    digest = _hash(full)
+    digest = hash_of(full)
     file.seek(0, os.SEEK_END)
     line = canonical_json({**full, "hash": digest}).encode() + b"\n"
     if len(line) > MAX_LINE:
@@ -183,14 +254,14 @@ def _last(file: BinaryIO) -> tuple[Head, int]:
     torn = len(tail) - end
     if torn:
         if end == 0 and start > 0:
-            raise _damaged("Its last line is incomplete.")
+            raise damaged("Its last line is incomplete.")
         file.truncate(start + end)
     lines = tail[:end].splitlines()
     if not lines:
         return EMPTY, torn
-    entry = _parse(lines[-1])
-    if entry is None or _hash(_full(entry)) != entry.hash:
-        raise _damaged("The hash of its last line is wrong.")
+    entry = parse(lines[-1])
+    if entry is None or hash_of(whole(entry)) != entry.hash:
+        raise damaged("The hash of its last line is wrong.")
     return Head(entry.seq, entry.hash), torn
 
 
@@ -200,7 +271,7 @@ def read(path: Path) -> Iterator[Entry]:
     Raises:
         AuditLogDamaged: at the first line that does not fit.
     """
-    yield from _read(_lines(path))
+    yield from _read(lines_of(path))
 
 
 def holds_entries(path: Path) -> bool:
@@ -211,7 +282,7 @@ def holds_entries(path: Path) -> bool:
     """
     with path.open("rb") as file:
         while line := file.readline(2 * MAX_LINE):
-            if _parse(line) is not None:
+            if parse(line) is not None:
                 return True
     return False
 
@@ -219,152 +290,31 @@ def holds_entries(path: Path) -> bool:
 def _read(lines: Iterable[bytes]) -> Iterator[Entry]:
     head = EMPTY
     for number, line in enumerate(lines, start=1):
-        entry = _parse(line)
-        if entry is None or _hash(_full(entry)) != entry.hash or entry.seq != head.seq + 1:
-            raise _damaged(f"Line {number} was changed; 'cloister verify' lists all errors.")
+        entry = parse(line)
+        if entry is None or hash_of(whole(entry)) != entry.hash or entry.seq != head.seq + 1:
+            raise damaged(f"Line {number} was changed; 'cloister verify' lists all errors.")
         if entry.previous != head.hash:
-            raise _damaged(f"Line {number} does not follow the line before it.")
+            raise damaged(f"Line {number} does not follow the line before it.")
         head = Head(entry.seq, entry.hash)
         yield entry
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Something wrong: the line of the file (1-based; 0 for the whole) and what, in words."""
-
-    line: int
-    what: str
-
-
-@dataclass(frozen=True)
-class _Place:
-    hash: str
-    line: int
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What ``examine`` found.
-
-    Attributes:
-        entries: lines that are entries.
-        head: the last sound entry.
-        signed: number of the last entry that a valid signature covers.
-        keys: public keys that signed, hexadecimal.
-        findings: all that is wrong, by line; what concerns no single line stands last.
-    """
-
-    entries: int
-    head: Head
-    signed: int
-    keys: tuple[str, ...]
-    findings: tuple[Finding, ...]
-
-
-def examine(path: Path, *, key: bytes | None = None, peer: Path | None = None) -> Verdict:
-    """Look for every line that was edited, deleted, inserted or moved.
-
-    Args:
-        path: the log.
-        key: the writer's public key, 32 bytes; else any key that signs is taken, and told.
-        peer: the other side's log, whose notes of this log's heads must fit.
+def lines_of(path: Path) -> Iterator[bytes]:
+    """Lines of a file, none longer than is read.
 
     Raises:
-        AuditLogDamaged: a file cannot be read.
+        AuditLogDamaged: it cannot be read.
     """
-    findings: list[Finding] = []
-    known: dict[int, _Place] = {}
-    keys: list[str] = []
-    head, signed, count = EMPTY, 0, 0
-    for number, line in enumerate(_lines(path), start=1):
-        entry = _parse(line)
-        if entry is None:
-            findings.append(Finding(number, "is not an entry of an audit log"))
-            continue
-        count += 1
-        if not line.endswith(b"\n"):
-            findings.append(Finding(number, f"entry {entry.seq} is incomplete: it was cut short"))
-        if _hash(_full(entry)) != entry.hash:
-            findings.append(Finding(number, f"entry {entry.seq} was edited"))
-        findings += _order(number, entry, head, known)
-        if entry.kind == "signed":
-            if _signature_holds(entry, key):
-                keys.append(str(entry.body["key"]))
-                signed = max(signed, entry.seq - 1)
-            else:
-                findings.append(Finding(number, f"entry {entry.seq} is not validly signed"))
-        known.setdefault(entry.seq, _Place(entry.hash, number))
-        if entry.seq > head.seq:
-            head = Head(entry.seq, entry.hash)
-    if peer is not None:
-        writers = [key] if key is not None else [bytes.fromhex(told) for told in keys]
-        findings += _against(peer, {name_of(writer) for writer in writers}, known)
-    findings.sort(key=lambda found: (found.line == 0, found.line))
-    return Verdict(count, head, signed, tuple(dict.fromkeys(keys)), tuple(findings))
-
-
-def _order(number: int, entry: Entry, head: Head, known: Mapping[int, _Place]) -> Iterator[Finding]:
-    if entry.seq in known:
-        first = known[entry.seq].line
-        what = f"entry {entry.seq} appears again: it was inserted here or in line {first}"
-        yield Finding(number, what)
-    elif entry.seq <= head.seq:
-        yield Finding(number, f"entry {entry.seq} comes after entry {head.seq}: it was moved")
-    elif entry.seq > head.seq + 1:
-        gone = f"{head.seq + 1} to {entry.seq - 1}" if entry.seq > head.seq + 2 else head.seq + 1
-        yield Finding(number, f"before entry {entry.seq}, entry {gone} is missing or was moved")
-    elif entry.previous != head.hash:
-        before = known.get(head.seq)
-        at = f", in line {before.line}; one of the two was changed" if before else ""
-        yield Finding(number, f"entry {entry.seq} does not follow the entry before it{at}")
-
-
-def _against(peer: Path, names: set[str], known: Mapping[int, _Place]) -> Iterator[Finding]:
-    if not names:
-        yield Finding(
-            0, "no entry is signed: --key is needed to compare it with the other side's log"
-        )
-        return
-    noted = 0
-    for number, line in enumerate(_lines(peer), start=1):
-        entry = _parse(line)
-        told = parse_note(str(entry.body.get("peer_head"))) if entry is not None else None
-        if told is None or told[0] not in names:
-            continue
-        noted += 1
-        head = told[1]
-        if head.seq not in known:
-            yield Finding(
-                0, f"the other side recorded entry {head.seq} (its line {number}); it is missing"
-            )
-        elif known[head.seq].hash != head.hash:
-            what = f"the other side recorded another entry {head.seq} (its line {number})"
-            yield Finding(known[head.seq].line, what)
-    if not noted:
-        yield Finding(0, "the other side recorded no log with this signature")
-
-
-def _signature_holds(entry: Entry, key: bytes | None) -> bool:
-    try:
-        public = bytes.fromhex(str(entry.body["key"]))
-        signature = bytes.fromhex(str(entry.body["signature"]))
-    except (KeyError, ValueError):
-        return False
-    if key is not None and public != key:
-        return False
-    return verify(public, signature, SIGN_LABEL, u64(entry.seq - 1), entry.previous.encode())
-
-
-def _lines(path: Path) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
             while line := file.readline(MAX_LINE + 1):
                 yield line
     except OSError as error:
-        raise _damaged("It cannot be read.") from error
+        raise damaged("It cannot be read.") from error
 
 
-def _parse(line: bytes) -> Entry | None:
+def parse(line: bytes) -> Entry | None:
+    """The entry of a line, whether or not its hashes hold; None where it has no entry's form."""
     full = parse_canonical(line.removesuffix(b"\n"))
     if full is None:
         return None
@@ -384,7 +334,8 @@ def _parse(line: bytes) -> Entry | None:
     return entry if sound and all(isinstance(word, str) for word in words) else None
 
 
-def _full(entry: Entry) -> dict[str, Value]:
+def whole(entry: Entry) -> dict[str, Value]:
+    """All that an entry's hash is over."""
     return {
         **entry.body,
         "kind": entry.kind,
@@ -394,11 +345,12 @@ def _full(entry: Entry) -> dict[str, Value]:
     }
 
 
-def _hash(full: Mapping[str, Value]) -> str:
+def hash_of(full: Mapping[str, Value]) -> str:
+    """The hash of an entry, see ``whole``."""
     return entry_hash(LABEL, canonical_json(full))
 
 
-def _damaged(why: str) -> AuditLogDamaged:
+def damaged(why: str) -> AuditLogDamaged:
     return AuditLogDamaged(
         "The audit log cannot be trusted.",
         why=why,

@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture
 def silenced() -> Iterator[None]:
     """Libraries' logs as in a process of ours, for tests that call what its ``main`` calls."""
-    from cloister_fl.system.library_logs import LIBRARIES, silence_libraries
+    from cloister_fl.system.libraries.logs import LIBRARIES, silence_libraries
 
     logs = [logging.getLogger(name) for name in LIBRARIES]
     before = [(log.level, log.propagate, list(log.handlers)) for log in logs]

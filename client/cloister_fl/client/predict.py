@@ -26,8 +26,8 @@ from cloister_fl.client.dicom.folder_reader import Accepted, Refused, read_folde
 from cloister_fl.errors import OptionInvalid, OutputInTheWay, Reject, SiteEmpty
 from cloister_fl.system.files import write_atomic
 from cloister_fl.system.git_ignore import keep_file_out_of_git, keep_out_of_git
-from cloister_fl.system.library_imports import undisturbed_imports
-from cloister_fl.system.library_logs import libraries_silenced
+from cloister_fl.system.libraries.imports import undisturbed_imports
+from cloister_fl.system.libraries.logs import libraries_silenced
 from cloister_fl.system.text import counted
 
 __all__ = ["Prediction", "predict"]

@@ -21,8 +21,8 @@ import typer.main
 from cloister_fl.cli.tilde import expand_tilde
 from cloister_fl.errors import CloisterError, InternalError
 from cloister_fl.system.installation import own_entry_points
-from cloister_fl.system.library_imports import FLOWER
-from cloister_fl.system.library_logs import silence_libraries
+from cloister_fl.system.libraries.imports import FLOWER
+from cloister_fl.system.libraries.logs import silence_libraries
 from cloister_fl.system.module_path import forget_working_folder
 from cloister_fl.version import __version__
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cloister_fl.networks.registry import REGISTRY, build
     from cloister_fl.networks.spec import Argument, Choice, Entry, NetworkChoice, Word
 else:
-    from cloister_fl.system.lazy_names import lazy_names
+    from cloister_fl.system.libraries.lazy_names import lazy_names
 
     __getattr__, __dir__ = lazy_names(
         __name__,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cloister_fl.errors import NetworkUnfit
 from cloister_fl.networks.spec import missing_package
-from cloister_fl.system.library_imports import undisturbed_imports
+from cloister_fl.system.libraries.imports import undisturbed_imports
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

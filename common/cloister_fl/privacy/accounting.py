@@ -18,7 +18,7 @@ from typing import Any
 
 from cloister_fl.errors import EpsilonUnreachable, PrivacyError
 from cloister_fl.privacy.dp_events import MAX_NOISE, Composition, Mechanism, compose
-from cloister_fl.system.library_imports import undisturbed_imports
+from cloister_fl.system.libraries.imports import undisturbed_imports
 
 SMALLEST_DELTA = 1e-12
 """Below it the rounding errors of the Fourier transform would show; epsilon is then infinite."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cloister_fl.study.schema import Study
     from cloister_fl.study.study_network import build_for as build_network
 else:
-    from cloister_fl.system.lazy_names import lazy_names
+    from cloister_fl.system.libraries.lazy_names import lazy_names
 
     __getattr__, __dir__ = lazy_names(
         __name__,

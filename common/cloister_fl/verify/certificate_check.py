@@ -24,7 +24,7 @@ from cloister_fl.privacy.renyi_filter import lifetime_epsilon
 from cloister_fl.study.cost import sensitivity
 from cloister_fl.study.gradient_engines import REMEDY, unsound_engine
 from cloister_fl.study.schema import Study, study_from_canonical
-from cloister_fl.system.library_imports import undisturbed_imports
+from cloister_fl.system.libraries.imports import undisturbed_imports
 from cloister_fl.verify.ledger_export import LedgerExport, Spent
 
 TOLERANCE = 0.02

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cloister_fl.simulation.result import Result, Round, read_result
     from cloister_fl.simulation.shown_progress import Progress, ProgressCallback
 else:
-    from cloister_fl.system.lazy_names import lazy_names
+    from cloister_fl.system.libraries.lazy_names import lazy_names
 
     __getattr__, __dir__ = lazy_names(
         __name__,

@@ -20,8 +20,8 @@ from cloister_fl.errors import OptionInvalid
 from cloister_fl.simulation.result import Result, read_result
 from cloister_fl.simulation.shown_progress import ProgressCallback, shown
 from cloister_fl.study.schema import Study
-from cloister_fl.system.library_imports import undisturbed_imports
-from cloister_fl.system.library_logs import libraries_silenced
+from cloister_fl.system.libraries.imports import undisturbed_imports
+from cloister_fl.system.libraries.logs import libraries_silenced
 from cloister_fl.system.optional import require
 
 if TYPE_CHECKING:

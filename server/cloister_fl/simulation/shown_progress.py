@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from cloister_fl.simulation.result import Round, round_of
-from cloister_fl.system.library_imports import undisturbed_imports
+from cloister_fl.system.libraries.imports import undisturbed_imports
 
 if TYPE_CHECKING:
     from cloister_fl.server.rounds.events import Event

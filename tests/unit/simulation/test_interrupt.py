@@ -27,7 +27,7 @@ def test_an_interrupt(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Checkpoints, "exists", lambda self: begun)
-    monkeypatch.setattr("cloister_fl.simulation.simulated_run.simulate", interrupt)
+    monkeypatch.setattr("cloister_fl.simulation.simulated_run.run_simulation", interrupt)
     monkeypatch.setattr("cloister_fl.simulation.demo.run_demo", interrupt)
     Path("my study.toml").write_text(study_text())
     words = {

@@ -30,7 +30,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from cloister_fl.errors import CloisterError, ExtraMissing, InternalError
 from cloister_fl.system.installation import install_command
-from cloister_fl.system.library_imports import undisturbed_imports
+from cloister_fl.system.libraries.imports import undisturbed_imports
 
 _SERVER_NODE = 1
 _TASK = 1

@@ -17,7 +17,7 @@ import sys
 from typing import NoReturn
 
 from cloister_fl.client.dicom.sandbox.confinement import confine, renew_cpu, seal
-from cloister_fl.system.library_logs import silence_libraries
+from cloister_fl.system.libraries.logs import silence_libraries
 
 
 def main() -> NoReturn:

@@ -1,0 +1,1 @@
+"""Other packages: imported late, and without a change to the program that calls us."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 
 from cloister_fl.cli.study_commands import app
 from cloister_fl.client.ledger.ledger import Ledger
@@ -116,7 +116,7 @@ def _spent(run: Path, asked: Study) -> list[float]:
 @pytest.mark.usefixtures("added")
 def test_a_federation_trains_it_with_privacy(sites: Path, tmp_path: Path) -> None:
     asked = study(network={**TABLE, "arguments": {"cells": 8, "width": None}})
-    summary = simulate(Simulation(asked, sites, tmp_path / "run"))
+    summary = run_simulation(Simulation(asked, sites, tmp_path / "run"))
     assert summary["rounds"] == 3
     assert summary["secure_aggregation"] is True
     assert 5.5 < summary["epsilon_max"] <= 6.0
@@ -130,6 +130,6 @@ def test_no_site_trains_one_that_mixes_and_no_patient_is_charged(
 ) -> None:
     asked = study(network={"name": entry.name, "arguments": {"cells": 8, "width": None}})
     with pytest.raises(RunError) as caught:
-        simulate(Simulation(asked, sites, tmp_path / "run"))
+        run_simulation(Simulation(asked, sites, tmp_path / "run"))
     assert str(caught.value).count("CLO-401") == len(NAMES)
     assert _spent(tmp_path / "run", asked) == [0.0] * len(NAMES)

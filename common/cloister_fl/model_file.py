@@ -7,6 +7,7 @@ with the weights, and a model is used as it was trained. No pickle is read or wr
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from cloister_fl.version import __version__
 
 if TYPE_CHECKING:
     from torch import nn
+
+__all__ = ["load_model"]
 
 FORMAT = "cloister/model/v1"
 _NOT_OURS = "Give the model.safetensors that a Cloister run wrote."
@@ -50,8 +53,15 @@ def save_model(path: Path, study: Study, vector: Vector, facts: dict[str, object
     write_atomic(path, save(tensors, metadata=metadata), mode=0o644)
 
 
-def load_model(path: Path, device: str = "cpu") -> tuple[nn.Module, Study]:
-    """Read a model that ``save_model`` wrote, ready to predict.
+def load_model(path: str | os.PathLike[str], device: str = "cpu") -> tuple[nn.Module, Study]:
+    """Read a model that a run wrote, ready to predict.
+
+    Args:
+        path: the file ``model.safetensors`` of a run.
+        device: what torch calls a device.
+
+    Returns:
+        The network, in evaluation mode, and the study that it was trained by.
 
     Raises:
         FileUnreadable: there is no such file.
@@ -63,6 +73,7 @@ def load_model(path: Path, device: str = "cpu") -> tuple[nn.Module, Study]:
 
     from cloister_fl.study import study_network
 
+    path = Path(path)
     if not path.is_file():
         raise FileUnreadable(f"{path.name} cannot be read.", remedy=_NOT_OURS)
     try:

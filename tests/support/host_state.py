@@ -1,7 +1,7 @@
 """Everything of a process that a library which it calls could leave changed.
 
-Run as a program, it takes this before and after a piece of code, in a process that has imported
-nothing yet, and prints what is different as JSON: ``changes_of`` starts it.
+``changes_of`` takes it before and after a piece of code, in a process that has imported nothing
+yet, and says what is different.
 """
 
 from __future__ import annotations
@@ -116,21 +116,41 @@ def changes_of(code: str, *, first: str = "", folder: Path) -> dict[str, list[An
         first: source that runs before the state is taken, such as imports of the host.
         folder: the working folder.
     """
+    changes: dict[str, list[Any]] = _run(
+        "before = host_state.state()\n"
+        "exec(compile(code, '<code>', 'exec'), space)\n"
+        "told = host_state.differences(before, host_state.state())\n",
+        [first, code],
+        folder,
+    )
+    return changes
+
+
+def modules_after(code: str, *, folder: Path) -> set[str]:
+    """Run ``code`` in a process of its own and return the modules that are imported then."""
+    names = _run(
+        "exec(compile(code, '<code>', 'exec'), space)\ntold = sorted(sys.modules)\n",
+        ["", code],
+        folder,
+    )
+    return set(names)
+
+
+def _run(program: str, given: list[str], folder: Path) -> Any:
+    """Run ``program``, which leaves in ``told`` what is returned."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     for name in ("OMP_NUM_THREADS", "FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK"):
         environment.pop(name, None)
-    program = (
-        "import json, sys\nfrom support import host_state\n"
-        "first, code = json.load(sys.stdin)\n"
-        "exec(compile(first, '<first>', 'exec'), space := {'__name__': 'host'})\n"
-        "before = host_state.state()\n"
-        "exec(compile(code, '<code>', 'exec'), space)\n"
-        "after = host_state.state()\n"
-        "print(json.dumps(host_state.differences(before, after)))\n"
-    )
     done = subprocess.run(
-        [sys.executable, "-P", "-c", program],
-        input=json.dumps([first, code]),
+        [
+            sys.executable,
+            "-c",
+            "import json, sys\nfrom support import host_state\n"
+            "first, code = json.load(sys.stdin)\n"
+            "exec(compile(first, '<first>', 'exec'), space := {'__name__': 'host'})\n"
+            f"{program}print(json.dumps(told))\n",
+        ],
+        input=json.dumps(given),
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -138,5 +158,4 @@ def changes_of(code: str, *, first: str = "", folder: Path) -> dict[str, list[An
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    changes: dict[str, list[Any]] = json.loads(done.stdout.splitlines()[-1])
-    return changes
+    return json.loads(done.stdout.splitlines()[-1])

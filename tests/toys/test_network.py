@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 
 from cloister_fl.cli.study_commands import app
 from cloister_fl.client.ledger.ledger import Ledger
@@ -20,6 +19,7 @@ from cloister_fl.networks.batch_independence import require_private
 from cloister_fl.networks.flat_parameters import flatten, layout_of
 from cloister_fl.networks.registry import REGISTRY
 from cloister_fl.networks.spec import Entry
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.study.schema import Study
 from cloister_fl.study.study_network import build_for
 from support import studies

@@ -111,6 +111,34 @@ number and a page of its own.
 # Whoever raises or catches an error names this package. What is new stands in one of its modules
 # and in the drawing above, and in no list of names beside them.
 from cloister_fl.errors.families import *  # noqa: F403
+from cloister_fl.errors.families import (
+    CloisterError,
+    DataError,
+    DeploymentError,
+    InputError,
+    InstallError,
+    ModelError,
+    PrivacyError,
+    RunError,
+    SecureAggregationError,
+)
 from cloister_fl.errors.faulty_file import Fault as Fault
 from cloister_fl.errors.numbered import *  # noqa: F403
+from cloister_fl.errors.numbered import InternalError, StudyInvalid
 from cloister_fl.errors.reject_codes import Reject as Reject
+
+__all__ = [
+    "CloisterError",
+    "DataError",
+    "DeploymentError",
+    "Fault",
+    "InputError",
+    "InstallError",
+    "InternalError",
+    "ModelError",
+    "PrivacyError",
+    "RunError",
+    "SecureAggregationError",
+    "StudyInvalid",
+]
+"""What a program catches: a family, or ``CloisterError``, and then asks for the ``code``."""

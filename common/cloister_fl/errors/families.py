@@ -7,12 +7,18 @@ from typing import ClassVar, Generic, Self, TypeVar, overload
 
 
 class CloisterError(Exception):
-    """Base of all intended errors.
+    """Base of all intended errors; ``str`` gives code, what, why and remedy in one text.
 
     Args:
         what: what happened, one sentence.
         why: the cause, as far as it is known.
         remedy: what the reader can do about it.
+
+    Attributes:
+        what: as given, as are ``why`` and ``remedy``; text for a person.
+        code: ``CLO-nnn``, which stays the same over versions; ``cloister explain`` has its page.
+        title: title of the page.
+        exit_status: status with which the commands exit on it.
     """
 
     code: str = "CLO-900"
@@ -88,31 +94,43 @@ def _rebuild(kind: ErrorKind[CloisterError], what: str, why: str, remedy: str) -
 
 
 class InputError(CloisterError):
+    """A file or an option that a person wrote is not as it must be."""
+
     title = "Bad input"
     exit_status = 2
 
 
 class DataError(CloisterError):
+    """The images or labels of a site cannot be used."""
+
     title = "The site's data cannot be used"
     exit_status = 3
 
 
 class PrivacyError(CloisterError):
+    """The privacy ledger, the budget or the policy of a site says no."""
+
     title = "Refused to protect privacy"
     exit_status = 4
 
 
 class ModelError(CloisterError):
+    """A network, a vector of weights or a model file cannot be used."""
+
     title = "The model cannot be used"
     exit_status = 5
 
 
 class RunError(CloisterError):
+    """A run cannot begin or go on."""
+
     title = "The run cannot go on"
     exit_status = 6
 
 
 class InstallError(CloisterError):
+    """Something is not installed."""
+
     title = "Something is not installed"
     exit_status = 7
 
@@ -134,5 +152,7 @@ class SecureAggregationError(CloisterError):
 
 
 class DeploymentError(CloisterError):
+    """A coordinator's server, or joining it, fails."""
+
     title = "The deployment is not as it must be"
     exit_status = 9

@@ -20,6 +20,8 @@ from cloister_fl.errors.faulty_file import _FaultyFile
 
 
 class StudyInvalid(_FaultyFile):
+    """A study has faults: ``faults`` has all of them, each a ``Fault``."""
+
     code = "CLO-101"
     title = "The study file is not valid"
 
@@ -346,6 +348,8 @@ ServiceState = ErrorKind(
 
 
 class InternalError(CloisterError):
+    """An internal error, which is to be reported."""
+
     code = "CLO-901"
     title = "Internal error"
     exit_status = 70

@@ -40,7 +40,13 @@ SITE_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 @dataclass(frozen=True, order=True)
 class RosterEntry:
-    """One site: id, Ed25519 public key (32 bytes), public weight (0 < w <= 1000)."""
+    """One site.
+
+    Attributes:
+        site: its id.
+        public_key: Ed25519, 32 bytes.
+        weight: public, above 0 and at most 1000.
+    """
 
     site: str
     public_key: bytes
@@ -49,7 +55,12 @@ class RosterEntry:
 
 @dataclass(frozen=True)
 class Roster:
-    """The sites of a federation, by rising id. ``serial`` rises with every change.
+    """The sites of a federation.
+
+    Attributes:
+        federation: its id.
+        serial: rises with every change.
+        entries: by rising id; ``of`` puts them in order.
 
     Raises:
         RosterInvalid: ids not in order, an unusable or repeated key, a weight out of range.

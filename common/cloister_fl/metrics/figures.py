@@ -28,7 +28,13 @@ class MetricsInputInvalid(ValueError):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure in [0, 1] with its 95 % interval; ``low <= value <= high``."""
+    """A figure in [0, 1] with its 95 % interval; ``low <= value <= high``.
+
+    Attributes:
+        value: the figure.
+        low: lower end of the interval.
+        high: upper end of the interval.
+    """
 
     value: float
     low: float

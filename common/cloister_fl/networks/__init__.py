@@ -2,8 +2,13 @@
 
 A study names a network of ``REGISTRY`` and its arguments; code never travels. ``build`` makes one
 by itself, for a look at it or for training of your own; that of a study is built by
-``study.build_network``. Each is proved to treat every image by itself (``require_private``), as
-differential privacy for patients needs it.
+``study.build_network``. Each treats every image by itself, as differential privacy for patients
+needs it; ``require_private`` proves it::
+
+    from cloister_fl.networks import Choice, build, require_private
+
+    network = build(Choice("small-cnn", {"width": 8}), outputs=2, size=64, seed=0)
+    require_private(network, size=64)
 """
 
 from typing import TYPE_CHECKING
@@ -11,32 +16,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cloister_fl.networks.batch_independence import require_private
     from cloister_fl.networks.registry import REGISTRY, build
-    from cloister_fl.networks.spec import Argument, Choice, Entry, NetworkChoice, Word
+    from cloister_fl.networks.spec import Choice, Entry
 else:
     from cloister_fl.system.libraries.lazy_names import lazy_names
 
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "Argument": "spec:Argument",
             "Choice": "spec:Choice",
             "Entry": "spec:Entry",
-            "NetworkChoice": "spec:NetworkChoice",
             "REGISTRY": "registry:REGISTRY",
-            "Word": "spec:Word",
             "build": "registry:build",
             "require_private": "batch_independence:require_private",
         },
         extra="client",
     )
 
-__all__ = [
-    "REGISTRY",
-    "Argument",
-    "Choice",
-    "Entry",
-    "NetworkChoice",
-    "Word",
-    "build",
-    "require_private",
-]
+__all__ = ["REGISTRY", "Choice", "Entry", "build", "require_private"]

@@ -2,7 +2,12 @@
 
 Patient-level, for neighbouring data sets that differ by one patient with all of that patient's
 images (add or remove one). What a whole study costs is asked of ``study.privacy_cost``; here is the
-arithmetic behind it, for any noise multiplier, sampling rate and number of steps.
+arithmetic behind it, for any noise multiplier, sampling rate and number of steps::
+
+    from cloister_fl.privacy import calibrate, epsilon_pld
+
+    noise = calibrate(epsilon=3.0, delta=1e-5, q=0.1, steps=200)
+    assert 2.99 < epsilon_pld(noise, 0.1, 200, 1e-5) <= 3.0
 """
 
 from typing import TYPE_CHECKING

@@ -69,6 +69,8 @@ update of a site whose peers all collude. The server may drop sites or stop the 
 may send a poisoned update. The binding of session, U2 and U3 has had no external review yet.
 """
 
+from cloister_fl.membership.identity import Identity
+from cloister_fl.membership.roster import Roster, RosterEntry
 from cloister_fl.secagg.crypto.hashes import model_hash
 from cloister_fl.secagg.messages.codec import Bundle, Message, decode
 from cloister_fl.secagg.parameters import VERSION, Parameters
@@ -84,8 +86,11 @@ __all__ = [
     "Aggregate",
     "Bundle",
     "EpochTerms",
+    "Identity",
     "Message",
     "Parameters",
+    "Roster",
+    "RosterEntry",
     "RoundStore",
     "ServerEpoch",
     "Session",

@@ -12,6 +12,8 @@ from cloister_fl.errors import ParameterRefused
 from cloister_fl.membership.roster import MAX_SITES
 
 VERSION = "secagg/v1"
+"""Name and version of the protocol; it enters every hash."""
+
 DEFAULT_COLLUDERS = 1
 DEFAULT_MINIMUM_SITES = 5
 

@@ -109,8 +109,9 @@ class ServerEpoch:
         """Take one site's keys.
 
         Raises:
-            StageOutOfOrder, StageRepeated, SiteAborted, RosterMismatch, EpochReused,
-            SignatureInvalid, LowOrderKey, KeyReused.
+            StageOutOfOrder, StageRepeated, SiteAborted: it does not come in its turn.
+            RosterMismatch, EpochReused: it is not of this epoch, or its site was not invited.
+            SignatureInvalid, LowOrderKey, KeyReused: a key cannot be used.
         """
         self._expect(Phase.KEYS)
         peer_checks.check_record(record, self.terms, self._roster)
@@ -142,7 +143,8 @@ class ServerEpoch:
         """Take one dealer's boxes.
 
         Raises:
-            StageOutOfOrder, StageRepeated, SignatureInvalid, DealerBlamed.
+            StageOutOfOrder, StageRepeated: it does not come in its turn.
+            SignatureInvalid, DealerBlamed: what the dealer signed is not sound.
             SessionMismatch: another epoch.
             OverlapRefused: not from a site of U1.
         """
@@ -207,7 +209,8 @@ class ServerEpoch:
         """Check one masked vector, add it to the sum and let go of it.
 
         Raises:
-            StageOutOfOrder, StageRepeated, SignatureInvalid.
+            StageOutOfOrder, StageRepeated: it does not come in its turn.
+            SignatureInvalid: it is not the site's.
             OverlapRefused: the site takes no part.
             SessionMismatch: another session, length, or other boxes than were sent.
         """
@@ -263,7 +266,9 @@ class ServerEpoch:
         """Take one site's consent to U3.
 
         Raises:
-            StageOutOfOrder, OverlapRefused, SessionMismatch, SignatureInvalid.
+            StageOutOfOrder: it does not come in its turn.
+            OverlapRefused, SessionMismatch: it is not from a site of U3, or of another sum.
+            SignatureInvalid: it is not the site's.
         """
         self._expect(Phase.CONSENTS)
         public = self._member_key(reply.site, self._u3)
@@ -305,7 +310,9 @@ class ServerEpoch:
         """Take one site's shares, each checked against the hash that its dealer signed.
 
         Raises:
-            StageOutOfOrder, StageRepeated, OverlapRefused, SessionMismatch, SignatureInvalid.
+            StageOutOfOrder, StageRepeated: it does not come in its turn.
+            OverlapRefused, SessionMismatch: it is not from a site of U3, or of another sum.
+            SignatureInvalid: it is not the site's.
             ShareMismatch: blames the holder.
         """
         self._expect(Phase.UNMASKING)
@@ -357,7 +364,8 @@ class ServerEpoch:
         """Take note that a site gave the epoch up; what it has sent stays, as for a dropout.
 
         Raises:
-            RosterMismatch, SessionMismatch, SignatureInvalid.
+            RosterMismatch, SessionMismatch: the site was not invited, or it is of another epoch.
+            SignatureInvalid: it is not the site's.
             WireInvalid: the code is not on the closed list.
         """
         public = self._roster.public_key(abort.site)

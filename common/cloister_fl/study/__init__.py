@@ -2,7 +2,15 @@
 
 A study is a TOML file and holds configuration only. ``cloister study new`` writes a commented
 example with every key; docs/studies has others. What is loaded here is what a site would approve:
-all faults of a file are found at once, and the study has a digest, which sites sign.
+all faults of a file are found at once, and the study has a digest, which sites sign::
+
+    from cloister_fl import study
+
+    asked = study.load("docs/studies/pneumonia.toml")
+    stricter = study.replace(asked, privacy={"epsilon": 1.0})
+    cost = study.privacy_cost(stricter)
+    assert cost is not None and cost.epsilon() <= 1.0
+    print(cost.step.noise_multiplier, "times the clipping norm, at", cost.steps, "steps")
 """
 
 from typing import TYPE_CHECKING

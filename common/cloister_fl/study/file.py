@@ -99,7 +99,7 @@ def load_study(path: str | os.PathLike[str]) -> Study:
     return parse_study(read_text(file), file.name)
 
 
-def replace(study: Study, **tables: Mapping[str, object]) -> Study:
+def replace(study: Study, /, **tables: Mapping[str, object]) -> Study:
     """Return a study with some keys changed, judged as a file is.
 
     ``replace(study, privacy={"epsilon": 1.0}, training={"rounds": 4})`` keeps all other keys.

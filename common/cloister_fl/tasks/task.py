@@ -58,6 +58,7 @@ class Target(VariantModel):
     """The table ``target`` of a study: the kind of the task and what that kind asks for."""
 
     kind: str
+    """The kind of the task, one of ``KINDS``."""
 
     @property
     @abstractmethod

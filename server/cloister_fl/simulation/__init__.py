@@ -1,14 +1,7 @@
 """A federation on one machine: simulation, demo, generated DICOM. Only it starts both sides.
 
 ``simulate`` runs the server and the sites of a deployment in this process, on folders of DICOM, and
-returns the figures; ``generate_sites`` draws such folders where there are no images at hand::
-
-    from cloister_fl.simulation import generate_sites, simulate
-    from cloister_fl.study import load
-
-    data = generate_sites("generated")
-    run = simulate(load(data.study), data.sites, "run", holdout=data.holdout)
-    print(run.headline, run.epsilon)
+returns the figures; ``generate_sites`` draws such folders where there are no images at hand.
 """
 
 from typing import TYPE_CHECKING

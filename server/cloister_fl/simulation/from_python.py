@@ -86,8 +86,8 @@ def simulate(
         Figures by round, privacy cost and files. ``read_result`` reads it from ``out`` again.
 
     Raises:
-        CloisterError: with ``code``, ``what``, ``why`` and ``remedy``; nothing is printed. Such
-            as:
+        CloisterError: with ``code``, ``what``, ``why`` and ``remedy``; nothing is printed. All
+            that follow are such errors.
         StudyInvalid: the study's engine does not support its privacy claim.
         OutputInTheWay: ``out`` holds something and ``resume`` is off.
         NothingToResume, ResumeMismatch: ``resume`` is on, and ``out`` holds no run of the study.

@@ -15,6 +15,8 @@ from cloister_fl.system.text import counted
 if TYPE_CHECKING:
     from cloister_fl.metrics import Estimate, Metrics
 
+_KEYS = {"epsilon_max", "headline", "release", "rounds", "sites", "warnings"}
+
 
 @dataclass(frozen=True)
 class Round:
@@ -148,10 +150,13 @@ def read_result(folder: str | os.PathLike[str]) -> Result:
     try:
         summary = json.loads((path / "summary.json").read_text("utf-8"))
         rows = (path / "metrics.jsonl").read_text("utf-8").splitlines()
-        return Result(path, summary, tuple(round_of(json.loads(row)) for row in rows))
-    except (OSError, ValueError, KeyError, TypeError):
+        rounds = tuple(round_of(json.loads(row)) for row in rows)
+        if not rounds or not summary.keys() >= _KEYS:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise FileUnreadable(
             f"{path} has no finished run.",
             why="summary.json or metrics.jsonl is missing or cannot be read.",
             remedy="Name the folder of a run that has finished, or resume the run.",
         ) from None
+    return Result(path, summary, rounds)

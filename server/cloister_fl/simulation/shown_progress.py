@@ -8,7 +8,7 @@ import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from cloister_fl.simulation.result import Round, round_of
@@ -94,7 +94,7 @@ class _Told:
         if isinstance(event, Began):
             self._rounds = event.rounds
         elif isinstance(event, Measured):
-            told = round_of(asdict(event.figures))
+            told = round_of(event.figures.to_json())
             self._callback(Progress(TRAINING, told.number, event.rounds, told))
         elif isinstance(event, Lost):
             self._callback(Progress(TRAINING, event.round, self._rounds))

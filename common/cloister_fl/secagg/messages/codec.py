@@ -65,7 +65,11 @@ BUNDLE_PARTS = 4
 
 @dataclass(frozen=True)
 class Bundle(Message):
-    """Several messages in one trip: a stage of this epoch and a stage of the next."""
+    """Several messages in one trip: a stage of this epoch and a stage of the next.
+
+    Attributes:
+        parts: 1 to ``BUNDLE_PARTS`` messages, none of them a bundle.
+    """
 
     NAME: ClassVar[str] = "bundle"
     parts: tuple[Message, ...]

@@ -12,9 +12,11 @@ import contextlib
 import logging
 import os
 import random
+import signal
 import sys
 import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import TypeAlias
 
 FLOWER = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
@@ -34,9 +36,10 @@ def undisturbed_imports() -> Iterator[None]:
     records go where the program's other records go. Flower sees the variables of ``FLOWER``.
 
     The context is for import statements and nothing that takes longer: what another thread sets
-    up meanwhile is undone, too.
+    up meanwhile is undone, too. An interrupt (SIGINT) comes at its end: a library that was
+    imported in half cannot be used in this process any more.
     """
-    with _lock:
+    with _lock, _interrupts_later():
         environment, logs = dict(os.environ), _set_ups()
         drawn, hook = random.getstate(), sys.excepthook
         for name, value in FLOWER.items():
@@ -53,6 +56,23 @@ def undisturbed_imports() -> Iterator[None]:
                 before = logs.get(name, _UNTOUCHED)
                 if found != before:
                     _put_back(name, before)
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        # Another thread is not interrupted.
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[-1])
 
 
 def _set_ups() -> dict[str, _SetUp]:

@@ -261,7 +261,8 @@ def _flat(text: str) -> str:
     return _text(" ".join(text.split()))
 
 
-def _code(text: str, language: str = "python") -> str:
+def _code(text: str, language: str = "py") -> str:
+    """A block of code; what is marked ``python`` is an example, which a test runs."""
     return f"```{language}\n{text}\n```"
 
 

@@ -136,9 +136,11 @@ def modules_after(code: str, *, folder: Path) -> set[str]:
     return set(names)
 
 
-def _run(program: str, given: list[str], folder: Path) -> Any:
+def _run(program: str, sources: list[str], folder: Path) -> Any:
     """Run ``program``, which leaves in ``told`` what is returned."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    known = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *known])
+    environment = {**os.environ, "PYTHONPATH": path}
     for name in ("OMP_NUM_THREADS", "FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK"):
         environment.pop(name, None)
     done = subprocess.run(
@@ -150,7 +152,7 @@ def _run(program: str, given: list[str], folder: Path) -> Any:
             "exec(compile(first, '<first>', 'exec'), space := {'__name__': 'host'})\n"
             f"{program}print(json.dumps(told))\n",
         ],
-        input=json.dumps(given),
+        input=json.dumps(sources),
         cwd=folder,
         env=environment,
         capture_output=True,

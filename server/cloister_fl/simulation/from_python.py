@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from cloister_fl.errors import OptionInvalid
 from cloister_fl.simulation.result import Result, read_result
-from cloister_fl.simulation.shown_progress import ProgressCallback, shown
+from cloister_fl.simulation.shown_progress import ProgressCallback, RaisesLater, shown
 from cloister_fl.study.schema import Study
 from cloister_fl.system.libraries.imports import undisturbed_imports
 from cloister_fl.system.libraries.logs import libraries_silenced
@@ -120,7 +120,9 @@ def simulate(
             signatures,
         )
         with _threads_of_torch(threads), shown(progress) as display:
-            run_simulation(simulation, notify=display)
+            told = RaisesLater(display)
+            run_simulation(simulation, notify=told, check=told.check)
+            told.check()
     return read_result(out)
 
 

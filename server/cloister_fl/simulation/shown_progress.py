@@ -43,7 +43,7 @@ class Progress:
 
 
 ProgressCallback: TypeAlias = Callable[[Progress], object]
-"""Called with each ``Progress``; what it raises ends the simulation, which can be resumed."""
+"""Called with each ``Progress``. What it raises ends the simulation once the round is saved."""
 
 
 class Shown(Protocol):
@@ -76,6 +76,29 @@ def shown(progress: bool | ProgressCallback | None) -> Iterator[Shown]:
             yield display
     else:
         yield _Told(_ignore)
+
+
+class RaisesLater:
+    """Tells of events, and keeps what is raised then until ``check`` is called.
+
+    A round is told of before it is saved: what a callback raises must not cost it.
+    """
+
+    def __init__(self, display: Shown) -> None:
+        self._display = display
+        self._raised: BaseException | None = None
+
+    def __call__(self, event: Event) -> None:
+        if self._raised is None:
+            try:
+                self._display(event)
+            except BaseException as error:
+                self._raised = error
+
+    def check(self) -> None:
+        """Raise what was kept."""
+        if self._raised is not None:
+            raise self._raised
 
 
 class _Told:

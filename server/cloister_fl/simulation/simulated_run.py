@@ -81,6 +81,7 @@ def run_simulation(
     simulation: Simulation,
     *,
     notify: Callable[[Event], None] | None = None,
+    check: Callable[[], None] | None = None,
     client_app: ClientCallable | None = None,
 ) -> dict[str, object]:
     """Run a simulation to its end and return the summary, as in ``summary.json``.
@@ -88,6 +89,7 @@ def run_simulation(
     Args:
         simulation: what to run.
         notify: is told of progress.
+        check: is called before each round, when the last one is saved; may raise to end the run.
         client_app: in place of the product's ClientApp, for tests.
 
     Raises:
@@ -131,7 +133,9 @@ def run_simulation(
     if simulation.holdout is not None:
         refuse_overlap(simulation.holdout / "dicom", {s.name: s.dicom for s in sites})
     evaluate = measure_on(study, simulation.holdout, simulation.out) if simulation.holdout else None
-    hooks = Hooks(evaluate=evaluate, notify=notify) if notify else Hooks(evaluate=evaluate)
+    hooks = Hooks(evaluate=evaluate)
+    hooks = hooks if notify is None else replace(hooks, notify=notify)
+    hooks = hooks if check is None else replace(hooks, check=check)
     server_app = build(hooks)
     config: dict[str, bool | float | int | str] = {
         "study": study.canonical(),

@@ -14,7 +14,7 @@ from cloister_fl.metrics import Estimate, Metrics
 from cloister_fl.server.rounds.checkpoint import Figures, Released
 from cloister_fl.server.rounds.events import Began, Lost, Measured, ReleaseMade
 from cloister_fl.simulation import shown_progress
-from cloister_fl.simulation.shown_progress import Progress, shown
+from cloister_fl.simulation.shown_progress import Progress, RaisesLater, shown
 
 METRICS = Metrics({"auroc": Estimate(0.9, 0.8, 1.0)}, 20, (12, 8))
 EVENTS = (
@@ -64,6 +64,29 @@ def test_nothing_is_printed_where_nobody_looks_or_wants_it(
 ) -> None:
     play(progress)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("x"), KeyboardInterrupt()])
+def test_what_a_callback_raises_comes_when_the_round_is_saved(error: BaseException) -> None:
+    told: list[Progress] = []
+
+    def act(progress: Progress) -> None:
+        told.append(progress)
+        if progress.done == 1:
+            raise error
+
+    with shown(act) as display:
+        later = RaisesLater(display)
+        for event in EVENTS[:2]:
+            later(event)
+        later.check()
+        for event in EVENTS[2:]:
+            later(event)
+        with pytest.raises(type(error)) as caught:
+            later.check()
+    assert caught.value is error
+    # Nothing more is told to a callback that has failed.
+    assert [each.done for each in told] == [0, 1]
 
 
 def test_who_asks_for_a_display_gets_lines_where_there_is_no_terminal(

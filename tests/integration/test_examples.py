@@ -13,7 +13,6 @@ from pathlib import Path
 
 import click
 import pytest
-import typer
 from sybil import Sybil
 from sybil.document import Document
 from sybil.parsers.markdown import PythonCodeBlockParser
@@ -133,7 +132,7 @@ def test_a_command_that_is_shown_is_one_that_there_is(page: str, line: str) -> N
     words = [word for word in shlex.split(line, comments=True)[1:] if word != "..."]
     ends = [place for place, word in enumerate(words) if word in ("|", "<", ">")]
     words = words[: ends[0]] if ends else words
-    command: click.Command = typer.main.get_command(main.build())
+    command: click.Command = main.build()
     context = None
     name = "cloister"
     with contextlib.ExitStack() as stack:

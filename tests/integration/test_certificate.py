@@ -28,7 +28,7 @@ from cloister_fl.privacy import certificate
 from cloister_fl.privacy.accounting import epsilon_pld
 from cloister_fl.verify import ledger_export
 from cloister_fl.verify.certificate_check import ASK_AGAIN, NO_CLAIM, check
-from support import commands
+from support import commands, spending
 from support.accountants import epsilon_prv, epsilon_rdp
 from support.errors import raises
 from support.federations import study, with_engine
@@ -44,9 +44,9 @@ def charged(tmp_path_factory: pytest.TempPathFactory) -> Site:
     site = init_site(folder, policy=Policy(max_epsilon_study=20, max_epsilon_lifetime=40))
     judge(site, STUDY, Decision.APPROVED)
     for run, rounds in (("run-1", STUDY.training.rounds), ("run-2", 2)):
-        gate.admit(site, STUDY, run=run, invited=SITES)
+        spending.admit(site, STUDY, run=run, invited=SITES)
         for number in range(1, rounds + 1):
-            gate.charge(site, STUDY, run=run, round_number=number)
+            spending.charge(site, STUDY, run=run, round_number=number)
     for run, size in (("run-1", 10), ("run-2", 500), ("run-1", 7)):
         log_of(site).append(
             "sent",
@@ -150,8 +150,8 @@ def test_no_certificate_is_signed_for_an_engine_that_does_not_keep_the_claim(
     with monkeypatch.context() as earlier:
         for module in (gate, policies):
             earlier.setattr(module, "unsound_engine", lambda study: "")
-        gate.admit(site, asked, run="run-1", invited=SITES)
-        gate.charge(site, asked, run="run-1", round_number=1)
+        spending.admit(site, asked, run="run-1", invited=SITES)
+        spending.charge(site, asked, run="run-1", round_number=1)
     with pytest.raises(StudyInvalid, match="one patient can move"):
         certify(site, asked.digest)
 

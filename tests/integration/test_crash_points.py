@@ -31,9 +31,8 @@ import cloister_fl
 import cloister_fl.client
 from cloister_fl.client import app as client
 from cloister_fl.client.admission import gate
-from cloister_fl.client.ledger import ledger
+from cloister_fl.client.ledger import ledger, site_session, verified_chain
 from cloister_fl.client.ledger.ledger import Ledger
-from cloister_fl.client.ledger.rollback import disagreements
 from cloister_fl.client.site.audit_log import entries_of, log_of, path_of
 from cloister_fl.client.site.folder import Site, open_site
 from cloister_fl.client.training import csprng, dp_optimizer, local_training
@@ -41,6 +40,7 @@ from cloister_fl.client.training.csprng import SecureRandom
 from cloister_fl.networks import registry
 from cloister_fl.networks.flat_parameters import flatten
 from cloister_fl.protocol.round_messages import (
+    Exchange,
     Prepare,
     Prepared,
     Refusal,
@@ -52,10 +52,12 @@ from cloister_fl.protocol.round_messages import Update as Sent
 from cloister_fl.study.schema import Study
 from support.federations import study
 from support.hand_asked_site import ask, fits, rounds_charged, write_hospital
+from support.spending import disagreements
 
 STUDY = study(aggregation="secure = false", training='momentum = 0.9\noptimizer = "sgd"')
 PACKAGES = tuple(cloister_fl.__path__)
-WHOLLY = tuple(module.__file__ for module in (gate, ledger, local_training, dp_optimizer))
+CHARGING = (gate, ledger, verified_chain, site_session)
+WHOLLY = tuple(module.__file__ for module in (*CHARGING, local_training, dp_optimizer))
 DURABLE = (os.fsync, os.replace, os.rename, os.link)
 
 
@@ -111,10 +113,14 @@ def train(number: int, asked: Study = STUDY) -> TrainTask:
 
 
 class Place:
-    """A hospital that let the study in, and what a round does there."""
+    """A hospital that let the study in, and what a round does there.
 
-    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ``warm``: in a process that has answered for it before, and so has verified its files.
+    """
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, *, warm: bool) -> None:
         self.root = root
+        self.warm = warm
         self.witness = root / "witness"
         site = write_hospital(root / "sound", fits(STUDY))
         assert isinstance(ask(site, Prepare(STUDY.canonical(), "run", 5, "", b"", "")), Prepared)
@@ -125,7 +131,7 @@ class Place:
         # Once before, so that what a process works out once is not among the points.
         ask(self.copy(), train(1))
         sound = self.copy()
-        assert isinstance(ask(sound, train(1), self.points), Sent)
+        assert isinstance(self.ask(sound, self.points), Sent)
         self.second = self.update(ask(sound, train(2)))
 
     def _watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +161,14 @@ class Place:
         self.copies += 1
         shutil.copytree(self.root / "sound" / "anker", folder / "anker")
         return open_site(folder / "anker")
+
+    def ask(self, site: Site, client_app: Callable[[Message, Context], Message]) -> RoundMessage:
+        """Ask a hospital for round 1, after another message where it is to be warm."""
+        if self.warm:
+            nothing = ask(site, Exchange(STUDY.canonical(), "run", 1, 5, octets()))
+            assert isinstance(nothing, Refusal)
+            assert nothing.reason == "message"
+        return ask(site, train(1), client_app)
 
     @staticmethod
     def update(reply: RoundMessage) -> np.ndarray:
@@ -188,17 +202,19 @@ class Place:
         return bool(charged)
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+@pytest.fixture(params=["warm", pytest.param("cold", marks=pytest.mark.slow)])
+def place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Place]:
     client.app.kept._cohorts.clear()
-    yield Place(tmp_path, monkeypatch)
+    yield Place(tmp_path, monkeypatch, warm=request.param == "warm")
     client.app.kept._cohorts.clear()
 
 
 def abort(place: Place, at: int) -> bool:
     site = place.copy()
     with pytest.raises(Ended):
-        ask(site, train(1), Points(at))
+        place.ask(site, Points(at))
     return place.holds(site, f"abort at {at}, {place.points.names[at]}")
 
 
@@ -207,7 +223,7 @@ def kill(place: Place, at: int) -> bool:
     pid = os.fork()
     if pid == 0:
         try:
-            ask(site, train(1), Points(at, kill=True))
+            place.ask(site, Points(at, kill=True))
         finally:
             os._exit(7)  # Not reached: it is killed before.
     _, status = os.waitpid(pid, 0)
@@ -225,8 +241,14 @@ def few(place: Place) -> list[int]:
 
 def test_the_points_are_those_of_a_round(place: Place) -> None:
     names = place.points.names
-    order = ["respond", "admit", "charge", "Ledger.start_round", "note", "fsync", "load_frozen"]
-    order += ["draw_bags", "SecureRandom.normal", "PatientDPOptimizer.zero_grad", "_logged"]
+    order = ["respond", "admit", "charge", "Ledger.start_round", "SiteSession.note", "fsync"]
+    order += [
+        "load_frozen",
+        "draw_bags",
+        "SecureRandom.normal",
+        "PatientDPOptimizer.zero_grad",
+        "_logged",
+    ]
     places, start = [], 0
     for name in order:
         start = names.index(name, start)
@@ -234,6 +256,8 @@ def test_the_points_are_those_of_a_round(place: Place) -> None:
     assert len(names) > 200
     assert names.count("PatientDPOptimizer._finish") == STUDY.training.steps_per_round
     assert places[3] < names.index("execute", places[3]) < places[4]
+    # Only what was not verified before is read whole.
+    assert ("read" in names) == ("SiteSession._compare" in names) == (not place.warm)
 
 
 @pytest.mark.parametrize(
@@ -280,9 +304,9 @@ def test_a_full_disk_refuses_before_the_data_or_charges(place: Place) -> None:
         log_of(sound).append("asked", message="", why="x" * 3000)
     end = path_of(sound).stat().st_size
     met = set()
-    for most in [0, 600, *range(end, end + 1500, 150), 2 * end]:
+    for most in [0, 600, *range(end, end + 2400, 150), 2 * end]:
         site = place.copy()
-        reply = ask(site, train(1), on_a_disk_that_takes(most))
+        reply = place.ask(site, on_a_disk_that_takes(most))
         looked = bool(place.witness.read_bytes())
         charged = bool(rounds_charged(site))
         if isinstance(reply, Refusal):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,18 +9,20 @@ import pytest
 from typer.testing import CliRunner
 
 from cloister_fl.audit_log import EMPTY, Head, name_of, told_heads
-from cloister_fl.client.admission import gate
 from cloister_fl.client.admission.approvals import Decision, judge
 from cloister_fl.client.cli import client_group
-from cloister_fl.client.ledger import rollback
+from cloister_fl.client.ledger import site_session
 from cloister_fl.client.ledger.ledger import Ledger
-from cloister_fl.client.ledger.rollback import CLAIMED, FILE, accept, compare, disagreements
+from cloister_fl.client.ledger.rollback import CLAIMED, FILE
+from cloister_fl.client.ledger.site_session import SiteSession
 from cloister_fl.client.site.audit_log import entries_of, log_of, path_of
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.errors import LedgerRolledBack, RoundAlreadySpent
+from support import spending
 from support.errors import raises
 from support.federations import study
+from support.spending import accept, compare, disagreements
 
 STUDY = study()
 SITES = max(5, STUDY.aggregation.min_sites)
@@ -34,12 +35,12 @@ def site(tmp_path: Path) -> Site:
     judge(made, STUDY, Decision.APPROVED)
     admit(made)
     shutil.copytree(made.root, tmp_path / "old")
-    gate.charge(made, STUDY, run="run-1", round_number=1)
+    spending.charge(made, STUDY, run="run-1", round_number=1)
     return made
 
 
 def admit(site: Site) -> None:
-    gate.admit(site, STUDY, run="run-1", invited=SITES)
+    spending.admit(site, STUDY, run="run-1", invited=SITES)
 
 
 def roll_back(site: Site, *names: str) -> None:
@@ -79,7 +80,7 @@ def test_ledger_and_high_water_rolled_back_together_are_found_by_the_audit_log(
 
 def test_a_lower_note_written_behind_a_higher_one_takes_nothing_back(site: Site) -> None:
     for number in (2, 3):
-        gate.charge(site, STUDY, run="run-1", round_number=number)
+        spending.charge(site, STUDY, run="run-1", round_number=number)
     roll_back(site, "ledger.sqlite", FILE)
     seq, digest = ledger(site).head()
     log_of(site).append("ledger", ledger_seq=seq, ledger_hash=digest)
@@ -87,7 +88,7 @@ def test_a_lower_note_written_behind_a_higher_one_takes_nothing_back(site: Site)
         admit(site)
     assert caught.value.why == "The audit log has entry 5; the ledger ends at entry 2."
     # The steward's word does, and only up to here.
-    rollback.accept(site)
+    accept(site)
     admit(site)
     assert disagreements(site) == ()
 
@@ -115,7 +116,7 @@ def test_a_log_rolled_back_alone_refunds_nothing(site: Site) -> None:
     admit(site)
     assert ledger(site).epsilon_lifetime() == spent > 0
     with pytest.raises(RoundAlreadySpent):
-        gate.charge(site, STUDY, run="run-1", round_number=1)
+        spending.charge(site, STUDY, run="run-1", round_number=1)
 
 
 def test_a_ledger_that_went_on_from_an_older_copy(site: Site) -> None:
@@ -146,25 +147,21 @@ def test_a_kill_between_the_ledger_and_its_notes_is_no_rollback(
 ) -> None:
     made = init_site(tmp_path / "birke", policy=Policy(max_epsilon_study=6))
     judge(made, STUDY, Decision.APPROVED)
+    where = SiteSession if killed_in == "note" else site_session
+    honest = getattr(where, killed_in)
 
-    def kill(*_: object) -> None:
+    def kill(*given: object) -> None:
         if ledger(made).reservations():
             raise KeyboardInterrupt
-        if killed_in == "note":
-            rollback.note(made, ledger(made))
-        else:
-            (made.root / FILE).write_text(
-                json.dumps(dict(zip(("seq", "hash"), ledger(made).head(), strict=True)))
-            )
+        honest(*given)
 
-    where = gate if killed_in == "note" else rollback
     with monkeypatch.context() as patch:
         patch.setattr(where, killed_in, kill)
         with pytest.raises(KeyboardInterrupt):
             admit(made)
     assert len(ledger(made).reservations()) == 1
     admit(made)
-    gate.charge(made, STUDY, run="run-1", round_number=1)
+    spending.charge(made, STUDY, run="run-1", round_number=1)
     assert disagreements(made) == ()
 
 

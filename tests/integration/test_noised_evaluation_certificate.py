@@ -12,7 +12,6 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from cloister_fl.cli.verify_commands import verify as verify_command
-from cloister_fl.client.admission import gate
 from cloister_fl.client.admission.approvals import Decision, judge
 from cloister_fl.client.ledger.ledger import Ledger
 from cloister_fl.client.site.audit_log import entries_of
@@ -27,6 +26,7 @@ from cloister_fl.privacy.accounting import epsilon_prv_of
 from cloister_fl.study.cost import charges
 from cloister_fl.verify import ledger_export
 from cloister_fl.verify.certificate_check import check
+from support import spending
 from support.errors import raises
 from support.federations import study
 
@@ -40,10 +40,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     policy = Policy(max_epsilon_study=12, max_epsilon_lifetime=40, metrics=("score-histograms",))
     made = init_site(folder, policy=policy)
     judge(made, ASKED, Decision.APPROVED)
-    gate.admit(made, ASKED, run="run", invited=5)
+    spending.admit(made, ASKED, run="run", invited=5)
     for number in range(1, ASKED.training.rounds + 1):
-        gate.charge(made, ASKED, run="run", round_number=number)
-    gate.charge_release(made, ASKED, run="run")
+        spending.charge(made, ASKED, run="run", round_number=number)
+    spending.charge_release(made, ASKED, run="run")
     return made
 
 

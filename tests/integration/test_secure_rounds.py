@@ -17,7 +17,6 @@ from safetensors import safe_open
 
 from cloister_fl import secagg
 from cloister_fl.client.app import app
-from cloister_fl.client.site.folder import open_site
 from cloister_fl.errors import (
     ParameterRefused,
     SecureAggregationError,
@@ -196,7 +195,7 @@ def test_a_restart_gives_the_epoch_up_and_the_round_goes_on(sites: Path, tmp_pat
     def restart(name: str, task: RoundMessage) -> RoundMessage:
         if task.kind == "train" and task.round == 2 and not restarts:
             restarts.append(name)
-            app.kept.members.forget(open_site(out / "sites" / name))
+            app.kept.forget(out / "sites" / name)
         return task
 
     wire = Between(restart)

@@ -14,7 +14,6 @@ from cloister_fl.audit_log import examine, read
 from cloister_fl.cli import main
 from cloister_fl.client.app import app
 from cloister_fl.client.ledger.ledger import Ledger
-from cloister_fl.client.ledger.rollback import disagreements
 from cloister_fl.client.site.folder import open_site
 from cloister_fl.errors import AuditLogDamaged, SiteStateInvalid, TooFewSites
 from cloister_fl.membership import ec_keys
@@ -33,6 +32,7 @@ from support.coordinator_process import new_coordinator
 from support.errors import raises
 from support.federations import NAMES, study, write_federation
 from support.message_tap import Between
+from support.spending import disagreements
 
 
 def _asked(place: Coordinator, name: str) -> bytes:

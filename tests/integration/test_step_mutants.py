@@ -7,9 +7,7 @@ canary audit (tests/integration/privacy_audit/test_canary.py) has five more.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,9 @@ from torch import Tensor, nn
 from cloister_fl.client import app
 from cloister_fl.client.admission import gate
 from cloister_fl.client.app_state import Kept
+from cloister_fl.client.ledger import rollback
 from cloister_fl.client.ledger.ledger import Ledger
+from cloister_fl.client.ledger.site_session import SiteSession
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.training import local_training
 from cloister_fl.client.training.csprng import SecureRandom
@@ -36,6 +36,7 @@ from cloister_fl.privacy.dp_events import Mechanism
 from cloister_fl.study.schema import Study
 from support import studies
 from support.cohorts import OnePatient, Patients
+from support.spending import admission
 
 
 def alike(count: int) -> Patients:
@@ -148,13 +149,17 @@ def site_at(folder: Path, study: Study) -> Site:
         study.digest, "run", mechanism=mechanism, steps=study.training.total_steps, delta=1e-5,
         epsilon_limit_study=3.0, epsilon_limit_lifetime=8.0,
     )  # fmt: skip
+    SiteSession(site).note()
     return site
 
 
 def round_one(site: Site, study: Study) -> None:
+    """Open, charge and train a round, as the app does once a study is let in."""
     model = flatten(registry.build(study.network, 2, 1, size=16, seed=0))
-    task: Any = SimpleNamespace(vector=model, run="run", round=1)
-    app._train(Kept(), site, study, task)
+    kept, session, admitted = Kept(), SiteSession(site), admission(study, "run")
+    network = app._private(kept, session, admitted, model)
+    gate.charge(session, admitted, round_number=1)
+    app._trained(kept, session, admitted, network, 1)
 
 
 def a_crash_is_not_refunded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
@@ -185,20 +190,25 @@ def a_crash_is_not_refunded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> bo
 
 def test_a_refund_at_a_crash_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert a_crash_is_not_refunded(tmp_path / "sound", monkeypatch)
-    honest: Callable[..., Any] = app._train
+    honest = gate.charge, app._trained
+    before = tmp_path / "before"
 
-    def refunding(kept: Any, site: Any, study: Study, task: Any) -> Any:
-        before = site.ledger.with_suffix(".before")
-        shutil.copy(site.ledger, before)
+    def charging(session: SiteSession, *given: Any, **named: Any) -> None:
+        shutil.copy(session.site.ledger, before)
+        honest[0](session, *given, **named)
+
+    def refunding(kept: Any, session: SiteSession, *given: Any) -> Any:
         try:
-            return honest(kept, site, study, task)
-        except RoundAlreadySpent:
-            raise
+            return honest[1](kept, session, *given)
         except Exception:
-            shutil.copy(before, site.ledger)
+            for name in (rollback.FILE, "audit/audit.jsonl"):
+                (session.site.root / name).unlink()
+            shutil.copy(before, session.site.ledger)
+            SiteSession(session.site).note()
             raise
 
-    monkeypatch.setattr(app, "_train", refunding)
+    monkeypatch.setattr(gate, "charge", charging)
+    monkeypatch.setattr(app, "_trained", refunding)
     assert not a_crash_is_not_refunded(tmp_path / "refunding", monkeypatch)
 
 
@@ -223,8 +233,7 @@ def test_a_network_that_mixes_patients_is_refused_before_the_charge(
 ) -> None:
     study = study_of()
     site = site_at(tmp_path, study)
-    monkeypatch.setattr(app, "_loaded", lambda *_: Mixing().train())
-    monkeypatch.setattr(gate, "Ledger", None)
+    monkeypatch.setattr(Kept, "network", lambda *_: Mixing().train())
     with pytest.raises(NetworkUnfit, match="another image"):
         round_one(site, study)
     assert Ledger.open(site.ledger, delta=site.policy.ledger_delta).reservations()[0].left == 3

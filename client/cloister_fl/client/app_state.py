@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cloister_fl.client.data.cohort import Cohort, same, split, split_apart
 from cloister_fl.client.data.feature_store import Features, Rows
+from cloister_fl.client.ledger.site_session import Admission, SiteSession
 from cloister_fl.client.secure_aggregation.exchange import Members
-from cloister_fl.client.site.folder import Site
+from cloister_fl.networks import flat_parameters
+from cloister_fl.networks.pretrained import MODELS_FOLDER
+from cloister_fl.protocol.round_messages import Vector
 from cloister_fl.study.schema import Study
+from cloister_fl.study.study_network import build_for
+
+if TYPE_CHECKING:
+    from torch import nn
 
 COHORTS = 16
 """Cohorts that are kept in memory; the least recently used goes first."""
-_SIGN_EVERY = 10
-"""Entries of the audit log between two signatures, at most."""
+SESSIONS = 128
+"""Sites whose session is kept; a deployment has one, a simulation all of them."""
 
 
 class _Known:
@@ -29,7 +38,7 @@ class _Known:
 
 
 class Kept:
-    """What one app keeps in memory of its sites: cohorts, key epochs, and signatures of logs.
+    """What one app keeps in memory of its sites: sessions, cohorts, key epochs and a network.
 
     Attributes:
         members: parts in secure aggregation, with their key epochs.
@@ -37,22 +46,66 @@ class Kept:
 
     def __init__(self) -> None:
         self.members = Members()
+        self._sessions: OrderedDict[Path, SiteSession] = OrderedDict()
         self._cohorts: OrderedDict[tuple[Path, str], _Known] = OrderedDict()
         self._rows = Rows()
-        self._signed: dict[Path, int] = {}
+        self._network: tuple[tuple[Path, str], nn.Module] | None = None
+
+    def session(self, root: Path) -> SiteSession:
+        """The session of a site folder, as its file says now; opened where there is none.
+
+        Raises:
+            SiteFileInvalid, FileUnreadable: see ``folder.open_site``.
+        """
+        session = self._sessions.get(root)
+        if session is None or session.owner != os.getpid():
+            session = self._sessions[root] = SiteSession.open(root)
+        else:
+            session.refresh()
+        self._sessions.move_to_end(root)
+        while len(self._sessions) > SESSIONS:
+            self._sessions.popitem(last=False)[1].close()
+        return session
+
+    def forget(self, root: Path) -> None:
+        """Close a site's session and give up its key epochs."""
+        self.members.forget(root)
+        session = self._sessions.pop(root, None)
+        if session is not None:
+            session.close()
+
+    def network(self, session: SiteSession, admission: Admission, model: Vector) -> nn.Module:
+        """The study's network with the weights of a model; another call changes it.
+
+        Raises:
+            NetworkUnfit, ExtraMissing: see ``build_for``.
+            UpdateInvalid: the model does not fit the network.
+        """
+        key = (session.site.root, admission.digest)
+        if self._network is None or self._network[0] != key:
+            self._network = None  # So that there are never two.
+            self._network = (key, build(session, admission.study))
+        module = self._network[1]
+        flat_parameters.load(module, model)
+        return module
 
     def cohort(
-        self, site: Site, study: Study, load: Callable[[], Cohort], *, anew: bool = False
+        self,
+        session: SiteSession,
+        admission: Admission,
+        load: Callable[[], Cohort],
+        *,
+        anew: bool = False,
     ) -> Cohort:
         """The site's patients.
 
         Args:
-            site: the hospital.
-            study: whose data are frozen.
+            session: of the hospital.
+            admission: of the study whose data are frozen.
             load: reads them, where they are not known.
             anew: check what is on disk, as at the start of every run.
         """
-        key = (site.root, study.digest)
+        key = (session.site.root, admission.digest)
         known = self._cohorts.get(key)
         if known is None or anew:
             found = load()
@@ -64,22 +117,21 @@ class Kept:
             self._cohorts.popitem(last=False)
         return known.cohort
 
-    def parts(self, site: Site, study: Study, load: Callable[[], Cohort]) -> tuple[Cohort, Cohort]:
+    def parts(
+        self, session: SiteSession, admission: Admission, load: Callable[[], Cohort]
+    ) -> tuple[Cohort, Cohort]:
         """Who is trained on and who is kept apart; arguments as of ``cohort``."""
-        cohort = self.cohort(site, study, load)
+        cohort, study = self.cohort(session, admission, load), admission.study
         fraction = study.evaluation.site_fraction
         if not study.releases and (study.privacy.enabled or fraction == 0):
             return cohort, cohort
-        known = self._cohorts[site.root, study.digest]
+        known = self._cohorts[session.site.root, admission.digest]
         if known.parts is None:
             divide = split_apart if study.releases else split
             known.parts = divide(cohort, fraction)
         return known.parts
 
-    def is_signature_due(self, site: Site, seq: int) -> bool:
-        """Whether entry ``seq`` of the site's audit log is to be signed."""
-        return seq >= self._signed.get(site.root, 0) + _SIGN_EVERY
 
-    def signed(self, site: Site, seq: int) -> None:
-        """Remember that entry ``seq`` signs what was before it."""
-        self._signed[site.root] = seq
+def build(session: SiteSession, study: Study) -> nn.Module:
+    """Build a study's network with the site's own pretrained weights; see ``build_for``."""
+    return build_for(study, models=session.site.root / MODELS_FOLDER)

@@ -12,9 +12,8 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 
 from cloister_fl.client.app_state import Kept
-from cloister_fl.client.site.audit_log import WHY, log_of
-from cloister_fl.client.site.folder import Site, open_site
-from cloister_fl.client.site.last_refusal import clear_last_refusal, keep_last_refusal
+from cloister_fl.client.ledger.site_session import SiteSession
+from cloister_fl.client.site.audit_log import WHY
 from cloister_fl.errors import (
     BudgetExhausted,
     BundleRefused,
@@ -38,13 +37,12 @@ from cloister_fl.protocol.round_messages import (
     Refusal,
     Refused,
     RoundMessage,
+    described,
     head_of,
-    kind_of,
     pack,
-    payload_bytes,
-    payload_hash,
     signed_answer,
     unpack,
+    with_log_head,
 )
 
 _REASONS: tuple[tuple[type[CloisterError], Refused], ...] = (
@@ -69,7 +67,7 @@ def answer_message(
     message: Message,
     context: Context,
     kind: type[MessageT],
-    handler: Callable[[Site, MessageT], RoundMessage],
+    handler: Callable[[SiteSession, MessageT], RoundMessage],
 ) -> Message:
     """Unpack a message and hand it to its handler; whatever it raises becomes a refusal.
 
@@ -82,11 +80,11 @@ def answer_message(
     """
     run: list[str] = []
 
-    def act(site: Site) -> RoundMessage:
+    def act(session: SiteSession) -> RoundMessage:
         task = unpack(message.content, kind)
         run.append(str(getattr(task, "run", "")))
-        clear_last_refusal(site.root)
-        return handler(site, task)
+        session.clear_refusal()
+        return handler(session, task)
 
     return respond(kept, message, context, act, run)
 
@@ -95,66 +93,60 @@ def respond(
     kept: Kept,
     message: Message,
     context: Context,
-    act: Callable[[Site], RoundMessage],
+    act: Callable[[SiteSession], RoundMessage],
     run: Sequence[str] = (),
 ) -> Message:
     """Act, and log what leaves; ``act`` tells in ``run`` which run it is for, once it knows."""
-    site: Site | None = None
+    session: SiteSession | None = None
     reply: RoundMessage
     try:
-        site = open_site(Path(str(context.node_config[SITE_KEY])))
-        # First, so that a site whose log cannot be written answers nothing.
-        log_of(site).append("asked", **_described(message.content))
-        reply = act(site)
+        session = kept.session(Path(str(context.node_config[SITE_KEY])))
+        # First, so that a site whose log was changed or cannot be written answers nothing.
+        session.require_log()
+        session.log.append(
+            "asked", **described(message.content), peer_head=head_of(message.content)
+        )
+        reply = act(session)
     except CloisterError as error:
-        reply = _refuse(site, error, context.node_id)
+        reply = _refuse(session, error, context.node_id)
     except Exception as error:
         # The type alone: the text of a library's exception can quote what it was given.
         fault = InternalError(
             f"Internal error ({type(error).__name__}).",
             remedy="Report it, with the version of Cloister and the study file.",
         )
-        reply = _refuse(site, fault, context.node_id)
-    return Message(content=_logged(kept, site, reply, context.node_id, run), reply_to=message)
-
-
-def _described(records: RecordDict) -> dict[str, str | int]:
-    """What the log records of a message: its kind, size and hash, and the other side's head."""
-    return {
-        "message": kind_of(records),
-        "bytes": payload_bytes(records),
-        "sha256": payload_hash(records),
-        "peer_head": head_of(records),
-    }
+        reply = _refuse(session, fault, context.node_id)
+    return Message(content=_logged(session, reply, context.node_id, run), reply_to=message)
 
 
 def _logged(
-    kept: Kept, site: Site | None, reply: RoundMessage, node: int, run: Sequence[str]
+    session: SiteSession | None, reply: RoundMessage, node: int, run: Sequence[str]
 ) -> RecordDict:
     """Pack a reply once the log says that it leaves, and why it may."""
-    if site is None:
-        return pack(reply)
+    records = pack(reply)
+    if session is None:
+        return records
+    why = WHY[reply.kind]
+    if isinstance(reply, Refusal):
+        why = f"{why}: {reply.reason}"
     try:
-        log = log_of(site)
-        why = WHY[reply.kind]
-        if isinstance(reply, Refusal):
-            why = f"{why}: {reply.reason}"
-        entry = {**_described(pack(reply)), "to": "coordinator", "why": why, "run": "".join(run)}
-        del entry["peer_head"]
-        head = log.append("sent", **entry)
-        if isinstance(reply, Prepared) or kept.is_signature_due(site, head.seq):
-            head = log.sign()
-            kept.signed(site, head.seq)
+        # Also of a refusal: nothing is written behind a change that is not explained.
+        session.require_log()
+        head = session.log.append(
+            "sent", **described(records), to="coordinator", why=why, run="".join(run)
+        )
+        head = session.sign_log(head, now=isinstance(reply, Prepared))
     except CloisterError as error:
         # What is not in the log does not leave.
-        return pack(_refuse(site, error, node))
-    return pack(reply, log_head=log.note(head))
+        return pack(_refuse(session, error, node))
+    return with_log_head(records, session.log.note(head))
 
 
-def _refuse(site: Site | None, error: CloisterError, node: int) -> Refusal:
+def _refuse(session: SiteSession | None, error: CloisterError, node: int) -> Refusal:
     reason = next((r for kind, r in _REASONS if isinstance(error, kind)), Refused.DECLINED)
-    if site is None:
+    if session is None:
         return Refusal(site="", reason=reason.value, signature=b"")
-    keep_last_refusal(site.root, error)
-    said = signed_answer(site.name, node, reason.value)
-    return Refusal(site.name, reason.value, site.identity().sign(*said))
+    session.keep_refusal(error)
+    name = session.site.name
+    said = signed_answer(name, node, reason.value)
+    return Refusal(name, reason.value, session.identity.sign(*said))

@@ -98,6 +98,8 @@ class _Verified:
     head: Head
     mark: Mark | None
     hashes: set[str]
+    is_torn: bool
+    """Whether a line that a kill cut short is behind the head."""
 
 
 class AuditLog:
@@ -149,37 +151,37 @@ class AuditLog:
         self._verified = None
         if mark_of(self._path) is None:
             entries: tuple[Entry, ...] = ()
-            mark, whole_lines = None, True
+            mark, is_torn = None, False
         else:
             with self._locked() as file:
                 mark = mark_of(file.fileno())
                 lines = file.readlines()
-            whole_lines = not lines or lines[-1].endswith(b"\n")
-            entries = tuple(_read(lines if whole_lines else lines[:-1]))
+            is_torn = bool(lines) and not lines[-1].endswith(b"\n")
+            entries = tuple(_read(lines[:-1] if is_torn else lines))
         head = Head(entries[-1].seq, entries[-1].hash) if entries else EMPTY
         pin = self._pin
         if pin.seq > head.seq or (pin.seq and entries[pin.seq - 1].hash != pin.hash):
             raise damaged(f"Its entry {pin.seq} is gone, or another one stands in its place.")
         self._pin = head
-        if whole_lines:
-            self._verified = _Verified(head, mark, {entry.hash for entry in entries})
+        self._verified = _Verified(head, mark, {entry.hash for entry in entries}, is_torn)
         return entries
 
     def is_as_verified(self) -> bool:
-        """Whether nobody else touched the file since ``verify``.
+        """Whether nobody else touched the file since ``verify``, and it ends with an entry.
 
         Raises:
             AuditLogDamaged: it cannot be looked at.
         """
+        verified = self._verified
+        if verified is None or verified.is_torn:
+            return False
         try:
-            return self._verified is not None and self._verified.mark == mark_of(self._path)
+            return verified.mark == mark_of(self._path)
         except OSError as error:
             raise damaged("It cannot be read.") from error
 
     def holds(self, digest: str) -> bool:
-        """Whether an entry has this hash; where the log is not as verified, it is read anew."""
-        if not self.is_as_verified():
-            return any(entry.hash == digest for entry in self.verify())
+        """Whether an entry has this hash; of the entries that were verified or written here."""
         return self._verified is not None and digest in self._verified.hashes
 
     def note(self, head: Head) -> str:
@@ -206,7 +208,7 @@ class AuditLog:
         """Write an entry whose body may depend on the head before it."""
         with self._locked() as file:
             verified, torn = self._verified, 0
-            if verified is not None and verified.mark == mark_of(file.fileno()):
+            if verified and not verified.is_torn and verified.mark == mark_of(file.fileno()):
                 head = verified.head
             else:
                 # Somebody else wrote: what that was is for ``verify`` to say.
@@ -216,8 +218,10 @@ class AuditLog:
                 head = _write(file, head, "recovered", {"bytes": torn})
             head = self._pin = _write(file, head, kind, body(head))
             if verified is not None:
-                verified.head, verified.mark = head, mark_of(file.fileno())
                 verified.hashes.add(head.hash)
+                verified.head = head
+                # Last: whatever ends this before it, the log is read whole the next time.
+                verified.mark = mark_of(file.fileno())
         return head
 
     @contextmanager

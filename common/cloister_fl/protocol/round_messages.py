@@ -213,6 +213,30 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
+def message_kinds(base: type[RoundMessage] = RoundMessage) -> dict[str, type[RoundMessage]]:
+    """The messages that can be sent, by their kinds: those below ``base`` that have one."""
+    found: dict[str, type[RoundMessage]] = {}
+    for message in base.__subclasses__():
+        if "kind" in vars(message):
+            found[message.kind] = message
+        found.update(message_kinds(message))
+    return found
+
+
+_KINDS = message_kinds()
+
+
+def _shape(kind: type[RoundMessage]) -> tuple[dict[str, type], set[str]]:
+    """Scalar fields with their types, and arrays."""
+    hints = get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    arrays = {name for name in names if name in _DTYPES}
+    return {name: hints[name] for name in names if name not in arrays}, arrays
+
+
+_SHAPES = {kind: _shape(kind) for kind in _KINDS.values()}
+
+
 def octets(data: bytes = b"") -> Octets:
     """Bytes as a message carries them."""
     return np.frombuffer(data, np.uint8)
@@ -265,11 +289,10 @@ def unpack(records: RecordDict, *kinds: type[MessageT]) -> MessageT:
     head = records.get(_HEAD)
     if not isinstance(head, ConfigRecord) or head.get("version") != VERSION:
         raise MessageInvalid("A message has another version of the protocol.", remedy=_SAME_VERSION)
-    wanted = {kind.kind: kind for kind in kinds}
-    kind = wanted.get(str(head.get("kind")))
+    kind = next((kind for kind in kinds if kind.kind == head.get("kind")), None)
     if kind is None:
         raise MessageInvalid("A message is not of the expected kind.", remedy=_SAME_VERSION)
-    scalars, arrays = _shape(kind)
+    scalars, arrays = _SHAPES[kind]
     if set(head) != {"version", "kind", _LOG_HEAD, *scalars} or set(records) != {_HEAD} | (
         {_BODY} if arrays else set()
     ):
@@ -289,6 +312,23 @@ def unpack(records: RecordDict, *kinds: type[MessageT]) -> MessageT:
     return kind(**values)
 
 
+def with_log_head(records: RecordDict, log_head: str) -> RecordDict:
+    """The same packed message, with another head of the sender's audit log."""
+    head = records[_HEAD]
+    assert isinstance(head, ConfigRecord)
+    head[_LOG_HEAD] = log_head
+    return records
+
+
+def described(records: RecordDict) -> dict[str, str | int]:
+    """What an audit log records of a message: its kind, size and hash."""
+    return {
+        "message": kind_of(records),
+        "bytes": payload_bytes(records),
+        "sha256": payload_hash(records),
+    }
+
+
 def head_of(records: RecordDict) -> str:
     """The sender's audit head as a message tells it; empty where it tells none."""
     head = records.get(_HEAD)
@@ -296,21 +336,11 @@ def head_of(records: RecordDict) -> str:
     return told if isinstance(told, str) and len(told) < 128 else ""
 
 
-def message_kinds(base: type[RoundMessage] = RoundMessage) -> dict[str, type[RoundMessage]]:
-    """The messages that can be sent, by their kinds: those below ``base`` that have one."""
-    found: dict[str, type[RoundMessage]] = {}
-    for message in base.__subclasses__():
-        if "kind" in vars(message):
-            found[message.kind] = message
-        found.update(message_kinds(message))
-    return found
-
-
 def kind_of(records: RecordDict) -> str:
     """What a message says it is, cut to the kinds that exist; empty for anything else."""
     head = records.get(_HEAD)
     told = head.get("kind") if isinstance(head, ConfigRecord) else None
-    return told if isinstance(told, str) and told in message_kinds() else ""
+    return told if isinstance(told, str) and told in _KINDS else ""
 
 
 def reason_of(records: RecordDict) -> str:
@@ -355,13 +385,6 @@ def payload_bytes(records: RecordDict) -> int:
                 if name != _LOG_HEAD
             )
     return total
-
-
-def _shape(kind: type[RoundMessage]) -> tuple[dict[str, type], set[str]]:
-    hints = get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind)]
-    arrays = {name for name in names if name in _DTYPES}
-    return {name: hints[name] for name in names if name not in arrays}, arrays
 
 
 def _read_arrays(record: object, names: set[str]) -> dict[str, npt.NDArray[Any]]:

@@ -153,7 +153,7 @@ def run_simulation(
         raise _with_notices(error, sites) from None
     finally:
         for site in sites:
-            product_client_app.kept.members.forget(site)
+            product_client_app.kept.forget(site.root)
     summary: dict[str, object] = json.loads((simulation.out / SUMMARY).read_text("utf-8"))
     return summary
 

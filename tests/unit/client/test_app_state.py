@@ -6,7 +6,6 @@ import ast
 import gc
 import pickle
 import weakref
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,11 @@ from cloister_fl.client import app as client
 from cloister_fl.client import app_state as module
 from cloister_fl.client.app_state import Kept
 from cloister_fl.client.data.cohort import Cohort, Patient
-from cloister_fl.client.site.folder import Site, init_site
+from cloister_fl.client.ledger.site_session import Admission, SiteSession
+from cloister_fl.client.site.folder import init_site
 from cloister_fl.study.schema import Study
 from support import federations
+from support.spending import admission
 
 
 def study(name: str = "kept", fraction: float = 0.5) -> Study:
@@ -30,8 +31,12 @@ def study(name: str = "kept", fraction: float = 0.5) -> Study:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return init_site(tmp_path / "anker", name="anker")
+def site(tmp_path: Path) -> SiteSession:
+    return SiteSession(init_site(tmp_path / "anker", name="anker"))
+
+
+def let_in(name: str = "kept", fraction: float = 0.5) -> Admission:
+    return admission(study(name, fraction), "run")
 
 
 class Disk:
@@ -47,65 +52,60 @@ class Disk:
         return Cohort(self.images.copy(), patients, {}, {}, {})
 
 
-def test_a_cohort_is_read_once_and_anew_for_a_run(site: Site) -> None:
+def test_a_cohort_is_read_once_and_anew_for_a_run(site: SiteSession) -> None:
     kept, disk = Kept(), Disk()
-    first = kept.cohort(site, study(), disk)
-    assert kept.cohort(site, study(), disk) is first
+    first = kept.cohort(site, let_in(), disk)
+    assert kept.cohort(site, let_in(), disk) is first
     assert disk.read == 1
     # Checked, and the same object, as features are kept with it.
-    assert kept.cohort(site, study(), disk, anew=True) is first
+    assert kept.cohort(site, let_in(), disk, anew=True) is first
     assert disk.read == 2
     disk.images[0] = 7
-    changed = kept.cohort(site, study(), disk, anew=True)
+    changed = kept.cohort(site, let_in(), disk, anew=True)
     assert changed is not first
     assert changed.images[0].tolist() == [[7, 7], [7, 7]]
     # Features of single images outlast a change of others.
     assert changed.features.rows is first.features.rows
 
 
-def test_parts_are_the_same_objects_until_the_cohort_changes(site: Site) -> None:
+def test_parts_are_the_same_objects_until_the_cohort_changes(site: SiteSession) -> None:
     kept, disk = Kept(), Disk()
-    trained, apart = kept.parts(site, study(), disk)
+    trained, apart = kept.parts(site, let_in(), disk)
     assert (len(trained.patients), len(apart.patients)) == (2, 2)
-    again = kept.parts(site, study(), disk)
+    again = kept.parts(site, let_in(), disk)
     assert again[0] is trained
     assert again[1] is apart
     disk.images[0] = 7
-    kept.cohort(site, study(), disk, anew=True)
-    assert kept.parts(site, study(), disk)[0] is not trained
+    kept.cohort(site, let_in(), disk, anew=True)
+    assert kept.parts(site, let_in(), disk)[0] is not trained
 
 
-def test_nobody_is_kept_apart_where_the_study_says_so(site: Site) -> None:
+def test_nobody_is_kept_apart_where_the_study_says_so(site: SiteSession) -> None:
     kept, disk = Kept(), Disk()
-    whole = study(fraction=0.0)
+    whole = let_in(fraction=0.0)
     cohort = kept.cohort(site, whole, disk)
     trained, apart = kept.parts(site, whole, disk)
     assert trained is cohort
     assert apart is cohort
 
 
-def test_the_least_recently_used_goes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_goes(site: SiteSession, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "COHORTS", 2)
     kept, disk = Kept(), Disk()
     for name in ("a", "b", "a", "c"):
-        kept.cohort(site, study(name), disk)
+        kept.cohort(site, let_in(name), disk)
     assert disk.read == 3
-    kept.cohort(site, study("a"), disk)
+    kept.cohort(site, let_in("a"), disk)
     assert disk.read == 3
-    kept.cohort(site, study("b"), disk)
+    kept.cohort(site, let_in("b"), disk)
     assert disk.read == 4
 
 
-def test_all_goes_with_its_owner_and_no_other_sees_it(site: Site) -> None:
+def test_all_goes_with_its_owner_and_no_other_sees_it(site: SiteSession) -> None:
     kept, other, disk = Kept(), Kept(), Disk()
-    seen = weakref.ref(kept.cohort(site, study(), disk))
-    other.cohort(site, study(), disk)
+    seen = weakref.ref(kept.cohort(site, let_in(), disk))
+    other.cohort(site, let_in(), disk)
     assert disk.read == 2
-    kept.signed(site, 5)
-    assert [kept.is_signature_due(site, seq) for seq in (14, 15)] == [False, True]
-    assert [other.is_signature_due(site, seq) for seq in (9, 10)] == [False, True]
-    elsewhere = replace(site, root=site.root / "elsewhere")
-    assert kept.is_signature_due(elsewhere, 10)
     del kept
     gc.collect()
     assert seen() is None

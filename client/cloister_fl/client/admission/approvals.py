@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from cloister_fl.audit_log import AuditLog
 from cloister_fl.client.admission.auto_approval import ground_of, in_words, stands
 from cloister_fl.client.site.audit_log import log_of
 from cloister_fl.client.site.folder import Site
@@ -80,13 +81,16 @@ def judgements(site: Site) -> dict[str, Judgement]:
         ) from None
 
 
-def require_approved(site: Site, study: Study, signatures: bytes = b"") -> None:
+def require_approved(
+    site: Site, study: Study, signatures: bytes = b"", *, log: AuditLog | None = None
+) -> None:
     """Refuse a study that neither a person nor the policy approved; a new one is kept for review.
 
     Args:
         site: the site.
         study: the study that is asked for.
         signatures: who vouches for it, see ``study.signatures``.
+        log: the site's audit log, where it is open already.
 
     Raises:
         StudyNotApproved: it is new, waits, or was denied.
@@ -95,7 +99,7 @@ def require_approved(site: Site, study: Study, signatures: bytes = b"") -> None:
     """
     held = judgements(site).get(study.digest)
     if not _settled(site, held):
-        held = _settle(site, study, ground_of(site.policy, study, signatures))
+        held = _settle(site, log or log_of(site), study, ground_of(site.policy, study, signatures))
     if held is not None and held.decision is Decision.APPROVED:
         return
     denied = held is not None and held.decision is Decision.DENIED
@@ -157,7 +161,7 @@ def _settled(site: Site, held: Judgement | None) -> bool:
     return not held.ground or stands(site.policy, held.study, held.ground)
 
 
-def _settle(site: Site, study: Study, ground: str) -> Judgement:
+def _settle(site: Site, log: AuditLog, study: Study, ground: str) -> Judgement:
     """Let the policy approve a study, take its approval back, or keep the study for review.
 
     What was judged in the meantime stays.
@@ -180,9 +184,7 @@ def _settle(site: Site, study: Study, ground: str) -> Judgement:
         if ground or held is not None:
             why = settled.why or "the policy no longer approves it"
             decision = settled.decision.value
-            log_of(site).append(
-                "judged", study=study.digest, decision=decision, by="policy", why=why
-            )
+            log.append("judged", study=study.digest, decision=decision, by="policy", why=why)
         known.pop(study.digest, None)
         known[study.digest] = settled
         _save(site, known)

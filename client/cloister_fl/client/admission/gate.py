@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import datetime
 
+from cloister_fl.client.admission.approvals import FILE as APPROVALS
 from cloister_fl.client.admission.approvals import require_approved
 from cloister_fl.client.ledger.ledger import Ledger
-from cloister_fl.client.ledger.rollback import is_noted, note, require_newest
+from cloister_fl.client.ledger.site_session import Admission, SiteSession
 from cloister_fl.client.site.folder import Site
 from cloister_fl.client.site.policy import may_measure, refusals
 from cloister_fl.client.site.training_hours import within
 from cloister_fl.errors import BudgetExhausted, OutsideHours, PolicyRefused
 from cloister_fl.privacy.dp_events import Mechanism
-from cloister_fl.study.cost import charges
+from cloister_fl.study.cost import Charges, charges
 from cloister_fl.study.gradient_engines import REMEDY, unsound_engine
-from cloister_fl.study.schema import Study
+from cloister_fl.study.schema import Study, study_from_canonical
+from cloister_fl.system.files import mark_of
 
 
 def mechanism(study: Study) -> Mechanism:
@@ -33,11 +35,11 @@ def mechanism(study: Study) -> Mechanism:
     return charges(study).step
 
 
-def consent(site: Site, study: Study, *, invited: int, signatures: bytes = b"") -> None:
+def consent(session: SiteSession, study: Study, *, invited: int, signatures: bytes = b"") -> None:
     """Pass a study that the policy allows and a person here approved; nothing is reserved.
 
     Args:
-        site: the site.
+        session: of the site.
         study: the study that is asked for.
         invited: number of sites on the federation's list, this one included.
         signatures: who vouches for the study, see ``study.signatures``.
@@ -48,6 +50,7 @@ def consent(site: Site, study: Study, *, invited: int, signatures: bytes = b"") 
             does not support its privacy claim, which no policy allows.
         StudyNotApproved: nobody here approved it, nor does the policy; it is kept for review.
         LedgerRolledBack: the ledger is not the newest one, see ``rollback``.
+        LedgerDamaged, AuditLogDamaged: ledger or log were changed.
     """
     unsound = unsound_engine(study)
     if unsound:
@@ -56,55 +59,73 @@ def consent(site: Site, study: Study, *, invited: int, signatures: bytes = b"") 
             why=unsound,
             remedy=f"No policy allows it. {REMEDY} Then propose the study again.",
         )
-    reasons = refusals(site.policy, study, invited)
+    reasons = refusals(session.site.policy, study, invited)
     if reasons:
         raise PolicyRefused(
             "The site's policy refuses the study.",
             why=" ".join(reasons),
             remedy="Change the study, or let the steward change [policy] in site.toml.",
         )
-    require_newest(site)
-    require_approved(site, study, signatures)
+    session.require_newest()
+    require_approved(session.site, study, signatures, log=session.log)
 
 
-def admit(site: Site, study: Study, *, run: str, invited: int, signatures: bytes = b"") -> None:
+def admit(session: SiteSession, text: str, *, run: str, invited: int) -> Admission:
     """Let a study in, and reserve its whole cost; repeating it for the same run changes nothing.
 
+    What was let in stays so while nothing changed that the decision depends on: the site's file,
+    the approvals, the ledger and its notes.
+
     Args:
-        site: the site.
-        study: the study that is asked for.
+        session: of the site.
+        text: canonical JSON of the study that is asked for.
         run: the run that asks.
         invited: see ``consent``.
-        signatures: see ``consent``.
 
     Raises:
-        MessageInvalid, PolicyRefused, StudyNotApproved: see ``consent``.
-        LedgerRolledBack: see ``consent``.
+        StudyInvalid: the text is no study's canonical form.
+        PolicyRefused, StudyNotApproved: see ``consent``.
+        LedgerRolledBack, LedgerDamaged, AuditLogDamaged: see ``consent``.
         BudgetExhausted: the ledger cannot bear it.
         EpsilonUnreachable: no noise gives the study's epsilon.
-        LedgerDamaged: the ledger's chain is broken.
     """
-    consent(site, study, invited=invited, signatures=signatures)
-    if not study.privacy.enabled:
-        return
-    used = charges(study)
-    ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
-    if not is_noted(site):
+    # Before the reading: what is decided behind it is found the next time.
+    key = (text, run, invited, mark_of(session.site.root / APPROVALS))
+    if key in session.admissions:
+        session.require_newest()
+    known = session.admissions.get(key)
+    if known is not None:
+        return known
+    study = study_from_canonical(text)
+    consent(session, study, invited=invited)
+    used = charges(study) if study.privacy.enabled else None
+    admission = Admission(study, study.digest, run, used)
+    if used is not None:
+        _reserve(session, admission, used)
+    session.remember(key, admission)
+    return admission
+
+
+def _reserve(session: SiteSession, admission: Admission, used: Charges) -> None:
+    ledger, policy = session.ledger, session.site.policy
+    if not session.is_noted():
         # Before the first reservation: a kill behind it must not look like notes that were deleted.
-        note(site, ledger)
+        session.note()
     before = ledger.head()
     ledger.reserve(
-        study.digest,
-        run,
+        admission.digest,
+        admission.run,
         used.step,
         used.steps,
         used.delta,
-        epsilon_limit_study=site.policy.max_epsilon_study,
-        epsilon_limit_lifetime=site.policy.max_epsilon_lifetime,
+        epsilon_limit_study=policy.max_epsilon_study,
+        epsilon_limit_lifetime=policy.max_epsilon_lifetime,
         release=used.release,
     )
     if ledger.head() != before:
-        note(site, ledger)
+        # A run may have lost its reservation to this one.
+        session.admissions.clear()
+        session.note()
 
 
 def require_hours(site: Site, now: datetime.time) -> None:
@@ -174,29 +195,30 @@ def promised(site: Site) -> float:
     return Ledger.open(site.ledger, delta=site.policy.ledger_delta).epsilon_lifetime(reserved=True)
 
 
-def charge(site: Site, study: Study, *, run: str, round_number: int) -> None:
+def charge(session: SiteSession, admission: Admission, *, round_number: int) -> None:
     """Charge one round, durably, before its data are read.
 
     Raises:
         RoundAlreadySpent: this round was charged before.
         BudgetExhausted: nothing is reserved for it.
-        LedgerDamaged: the ledger's chain is broken.
+        LedgerRolledBack, LedgerDamaged, AuditLogDamaged: see ``consent``.
     """
-    if not study.privacy.enabled:
+    if admission.charges is None:
         return
-    ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
-    ledger.start_round(study.digest, run, round_number, study.training.steps_per_round)
-    note(site, ledger)
+    steps = admission.study.training.steps_per_round
+    session.require_newest()
+    session.ledger.start_round(admission.digest, admission.run, round_number, steps)
+    session.note()
 
 
-def charge_release(site: Site, study: Study, *, run: str) -> None:
+def charge_release(session: SiteSession, admission: Admission) -> None:
     """Charge the study's one noised evaluation, durably, before its data are read.
 
     Raises:
         ReleaseAlreadySpent: it was charged before.
         BudgetExhausted: nothing is reserved for it.
-        LedgerDamaged: the ledger's chain is broken.
+        LedgerRolledBack, LedgerDamaged, AuditLogDamaged: see ``consent``.
     """
-    ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
-    ledger.start_release(study.digest, run)
-    note(site, ledger)
+    session.require_newest()
+    session.ledger.start_release(admission.digest, admission.run)
+    session.note()

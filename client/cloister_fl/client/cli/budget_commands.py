@@ -103,11 +103,12 @@ def accept_ledger(folder: Folder = Path(), yes: Yes = False) -> None:
     It is the newest from then on; the ledger and the audit log record it.
     """
     require("client", "numpy", "pydicom")
-    from cloister_fl.client.ledger.rollback import accept, disagreements
+    from cloister_fl.client.ledger.site_session import SiteSession
     from cloister_fl.client.site.folder import open_site
 
     site = open_site(site_folder(folder))
-    found = disagreements(site)
+    session = SiteSession(site)
+    found = session.disagreements()
     if not found:
         typer.echo(f"The ledger of {site.name} matches ledger.high and the audit log.")
         return
@@ -118,5 +119,5 @@ def accept_ledger(folder: Folder = Path(), yes: Yes = False) -> None:
         command=("cloister", "client", "budget", "accept-ledger"),
         yes=yes,
     )
-    accept(site)
+    session.accept_ledger()
     typer.echo(f"Accepted at {site.name}, and logged.")

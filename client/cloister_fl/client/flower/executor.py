@@ -171,6 +171,7 @@ def main(folder: Path, port: int) -> None:
     site = open_site(folder)
     from cloister_fl.client.app import app
 
+    app.verify(site.root)
     Executor(site, port, app, app.refuse).forever()
 
 

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cloister_fl.client.site.folder import command_at
 from cloister_fl.encoding.canonical_json import canonical_json, parse_canonical
 from cloister_fl.encoding.hash_chain import GENESIS, entry_hash
-from cloister_fl.errors import LedgerDamaged, PrivacyError
+from cloister_fl.errors import LedgerDamaged, LedgerRolledBack, PrivacyError
 from cloister_fl.system import utc
 
 LABEL = b"cloister/ledger/v1\0"
@@ -181,6 +182,18 @@ def damaged(why: str) -> PrivacyError:
         "The privacy ledger cannot be trusted.",
         why=f"{why[0].upper()}{why[1:]}.",
         remedy="Stop, keep the file, and restore the ledger from the site's backup.",
+    )
+
+
+def rolled_back(root: Path, what: str, why: str) -> PrivacyError:
+    """For the ledger of the site folder ``root`` that is not the newest one."""
+    return LedgerRolledBack(
+        what,
+        why=why,
+        remedy="Restore the newest ledger.sqlite. If it is lost, deny each approved study: "
+        + command_at(root, "deny HASH --why '...'")
+        + ". Then accept the ledger: "
+        + command_at(root, "budget accept-ledger"),
     )
 
 

@@ -341,6 +341,15 @@ class Ledger:
         """Return number and hash of the last entry: what the site notes elsewhere."""
         return self.chain.head()
 
+    def hashes(self) -> tuple[str, ...]:
+        """Return the hashes of all entries, oldest first."""
+        return self.chain.hashes()
+
+    def has_reserved(self) -> bool:
+        """Whether anything was ever reserved."""
+        with self.chain.transaction(write=False) as state:
+            return bool(state.by_study)
+
     def reservations(self) -> tuple[Reservation, ...]:
         """Return all reservations in force, oldest first."""
         with self.chain.transaction(write=False) as state:

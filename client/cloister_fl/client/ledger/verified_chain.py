@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from cloister_fl.client.ledger import chain
-from cloister_fl.client.ledger.chain import Entry, as_damage, damaged
-from cloister_fl.errors import LedgerRolledBack
+from cloister_fl.client.ledger.chain import Entry, as_damage, damaged, rolled_back
 from cloister_fl.system.files import Mark, mark_of
 
 StateT = TypeVar("StateT")
@@ -51,6 +50,7 @@ class _Verified(Generic[StateT]):
     state: StateT
     head: Head
     seen: _Seen
+    hashes: list[str]
 
 
 class VerifiedChain(Generic[StateT]):
@@ -127,6 +127,7 @@ class VerifiedChain(Generic[StateT]):
         before, verified.head = verified.head, Head(entry.seq, entry.hash)
         if before != (entry.seq - 1, entry.previous):
             raise damaged("its last entry is not the one that was read")
+        verified.hashes.append(entry.hash)
         verified.state = self._added(verified.state, entry)
         return entry
 
@@ -140,6 +141,12 @@ class VerifiedChain(Generic[StateT]):
         """The last entry; raises as ``transaction``."""
         with self.transaction(write=False):
             return self.last
+
+    def hashes(self) -> tuple[str, ...]:
+        """Hashes of all entries, oldest first; raises as ``transaction``."""
+        with self.transaction(write=False):
+            assert self._verified is not None
+            return tuple(self._verified.hashes)
 
     def entries(self) -> tuple[Entry, ...]:
         """All entries, oldest first, read and verified whole; raises as ``transaction``."""
@@ -207,7 +214,7 @@ class VerifiedChain(Generic[StateT]):
             self.close()
             raise
         self._pin = head
-        self._verified = _Verified(state, head, seen)
+        self._verified = _Verified(state, head, seen, [entry.hash for entry in entries])
         return entries
 
     def _require_pin(self, entries: tuple[Entry, ...]) -> None:
@@ -215,12 +222,10 @@ class VerifiedChain(Generic[StateT]):
         if not self._pinned or pin is None:
             return
         if pin.seq > len(entries) or entries[pin.seq - 1].hash != pin.hash:
-            raise LedgerRolledBack(
-                f"The privacy ledger does not hold the entry {pin.seq} that this process wrote or "
-                "read.",
-                why="An older ledger, or another one, took its place.",
-                remedy="Restore the newest ledger.sqlite. If it is lost, see: "
-                "cloister explain CLO-309",
+            raise rolled_back(
+                self._path.parent,
+                f"The privacy ledger lacks entry {pin.seq} as this process knows it.",
+                "An older ledger, or another one, took its place.",
             )
 
     def _added(self, state: StateT | None, entry: Entry) -> StateT:

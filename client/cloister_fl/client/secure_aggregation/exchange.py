@@ -3,31 +3,31 @@
 One ``secagg.Site`` for each hospital and study lives in ``Members``, and nowhere else: its
 secrets are never written down, and a restart gives its key epochs up. The server's requests are
 input: which study, which sites, which model, how many survivors, all is checked against the study
-that this site approved and the roster that it trusts, before anything is charged or trained.
+that this site approved and the roster that it trusts. Nothing is charged or trained here: an
+exchange says whether a vector is due, and the app brings it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cloister_fl import secagg
+from cloister_fl.client.ledger.site_session import Admission, SiteSession
 from cloister_fl.client.secure_aggregation.ledger_round_store import RoundMemory
-from cloister_fl.client.site.folder import Site
-from cloister_fl.client.site.last_refusal import keep_last_refusal
 from cloister_fl.client.site.trusted_roster import read_pin
 from cloister_fl.errors import CloisterError, RosterMismatch, SecureAggregationError, WireInvalid
 from cloister_fl.membership.roster import Roster
 from cloister_fl.protocol.round_messages import Octets
 from cloister_fl.secagg.messages.codec import Bundle, MaskRequest, Message
-from cloister_fl.study.schema import Study
 from cloister_fl.system import cpu
+from cloister_fl.system.files import Mark, mark_of
 
 Update = NDArray[Any]
 
@@ -44,7 +44,7 @@ class _Member:
     """One message at a time: between check and mask nothing of the epoch may change."""
 
 
-_Key = tuple[Path, str, bytes, secagg.SitePolicy]
+_Key = tuple[Path, str, secagg.SitePolicy, Path, Mark | None]
 
 _MEMBERS_KEPT = 4
 """Studies of one hospital that may have key epochs alive; the oldest gives way."""
@@ -59,64 +59,69 @@ class Members:
     def __init__(self) -> None:
         self._members: dict[_Key, _Member] = {}
 
-    def count(self, site: Site) -> int:
+    def count(self, root: Path) -> int:
         """How many studies of a site have key epochs here."""
-        return sum(key[0] == site.root for key in self._members)
+        return sum(key[0] == root for key in self._members)
 
-    def forget(self, site: Site) -> None:
+    def forget(self, root: Path) -> None:
         """Give up all key epochs of a site and overwrite their secrets."""
-        for key in [key for key in self._members if key[0] == site.root]:
+        for key in [key for key in self._members if key[0] == root]:
             self._members.pop(key).protocol.close()
 
-    def of(self, site: Site, study: Study, pin: Path) -> _Member:
+    def of(self, session: SiteSession, admission: Admission, pin: Path) -> _Member:
         """The site's part in a study, made where it is not there.
 
         Raises:
             RosterInvalid, FileUnreadable: the pin cannot be used.
         """
-        roster = read_pin(pin)
+        site, study = session.site, admission.study
         policy = secagg.SitePolicy(
-            study=bytes.fromhex(study.digest),
+            study=bytes.fromhex(admission.digest),
             colluders=study.aggregation.colluders,
             minimum_sites=max(site.policy.min_sites, study.aggregation.min_sites),
         )
-        key = (site.root, study.digest, roster.digest, policy)
+        key = (site.root, admission.digest, policy, pin, mark_of(pin))
         if key not in self._members:
             mine = [known for known in self._members if known[0] == site.root]
+            roster = read_pin(pin)
+            for known in mine:
+                if known[:3] == key[:3] and self._members[known].roster == roster:
+                    # The file is another one, and says the same.
+                    self._members[key] = self._members.pop(known)
+                    return self._members[key]
             for oldest in mine[: max(0, len(mine) + 1 - _MEMBERS_KEPT)]:
                 self._members.pop(oldest).protocol.close()
             protocol = secagg.Site(
-                identity=site.identity(),
+                identity=session.identity,
                 name=site.name,
                 roster=roster,
                 policy=policy,
                 store=RoundMemory(
-                    site.ledger,
-                    delta=site.policy.ledger_delta,
+                    lambda: session.ledger,
                     subject=study.update_digest,
                     most_epochs=_EPOCHS_A_SUM * 2 * (study.training.rounds + 1),
                 ),
-                gave_up=lambda error: _note(site, error),
+                gave_up=lambda error: _keep_refusal(session, error),
             )
             self._members[key] = _Member(protocol, roster)
         return self._members[key]
 
 
-def require_roster(site: Site, pin: Path, digest: str) -> None:
+def require_roster(session: SiteSession, pin: Path, digest: str) -> None:
     """Refuse a run over another roster than the trusted one, or one without this site.
 
     Raises:
         RosterMismatch: see above.
         RosterInvalid, FileUnreadable: the pin cannot be used.
     """
-    roster = read_pin(pin)
+    site, roster = session.site, read_pin(pin)
     if roster.digest.hex() != digest:
         raise RosterMismatch(
             "The run is for another roster than the trusted one of this site.",
             remedy="Compare the roster with the other sites, then accept it or not: "
             + site.command("roster"),
         )
-    if roster.public_key(site.name) != site.identity().public:
+    if roster.public_key(site.name) != session.identity.public:
         raise RosterMismatch(
             "The trusted roster does not list this site with its own key.",
             remedy="Ask the coordinator to enrol this site's key, then accept that roster: "
@@ -127,9 +132,14 @@ def require_roster(site: Site, pin: Path, digest: str) -> None:
 class Exchange:
     """One message of the server, and this site's answers to its parts.
 
+    Use it as a context, which keeps other messages to the same part of the site out. In it, in this
+    order: ``open``; where that says that a vector is due, charge, make one and ``keep`` it;
+    ``mask``; ``answer``. An error between ``open`` and ``mask`` gives the key epoch up. Without a
+    mask request, ``answer`` alone.
+
     Args:
-        site: the hospital.
-        study: the approved study.
+        session: of the hospital.
+        admission: of the study.
         pin: file of the trusted roster.
         data: a ``Bundle``, encoded.
         members: where the site's part in the study lives.
@@ -139,7 +149,14 @@ class Exchange:
         RosterMismatch, RosterInvalid, FileUnreadable: see ``require_roster``.
     """
 
-    def __init__(self, site: Site, study: Study, pin: Path, data: Octets, members: Members) -> None:
+    def __init__(
+        self,
+        session: SiteSession,
+        admission: Admission,
+        pin: Path,
+        data: Octets,
+        members: Members,
+    ) -> None:
         message = secagg.decode(data.tobytes())
         if not isinstance(message, Bundle):
             raise WireInvalid("The message is not a bundle of requests.")
@@ -148,77 +165,89 @@ class Exchange:
         if len(masks) > 1:
             raise WireInvalid("One message requests two vectors.")
         self.mask_request = masks[0] if masks else None
-        self._site = site
-        self._member = members.of(site, study, pin)
+        self._member = members.of(session, admission, pin)
+        self._mark: tuple[str, int, bytes] | None = None
         self._masked: Message | None = None
+        self._is_open = False
+
+    def __enter__(self) -> Exchange:
+        self._member.lock.acquire()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is not None and self._is_open and self.mask_request is not None:
+                told = error if isinstance(error, Exception) else RuntimeError()
+                self._member.protocol.abort(self.mask_request.kid, told)
+        finally:
+            self._member.lock.release()
 
     @property
     def roster(self) -> Roster:
         """The trusted roster."""
         return self._member.roster
 
-    def answer(
-        self,
-        expected: secagg.Session,
-        produce: Callable[[], Update],
-        *,
-        run: str,
-        saturate: bool,
-    ) -> bytes:
-        """Check the session, produce and mask the vector, and answer all parts as one bundle.
+    def open(self, expected: secagg.Session, *, run: str) -> bool:
+        """Check the session of the mask request; whether a vector is due.
+
+        None is due where a check failed, which the answer then says; where the vector was masked
+        before, or made before for another attempt at the same sum in this process.
 
         Args:
             expected: the session as this site knows it.
-            produce: charges and trains; called only once every check has passed, and not again
-                for another attempt at the same sum in this process.
-            run: the run, which the kept vector belongs to.
-            saturate: see ``fixed_point.encode_into``.
-
-        Raises:
-            CloisterError: whatever ``produce`` raised; the key epoch is then given up.
+            run: the run, which a kept vector belongs to.
         """
-        with self._member.lock:
-            self._mask(expected, produce, run=run, saturate=saturate)
-            return self._answers()
-
-    def answer_without_vector(self) -> bytes:
-        """The answers to all parts, none of which asks for a vector."""
-        with self._member.lock:
-            return self._answers()
-
-    def _mask(
-        self,
-        expected: secagg.Session,
-        produce: Callable[[], Update],
-        *,
-        run: str,
-        saturate: bool,
-    ) -> None:
-        request = self.mask_request
+        request, member = self.mask_request, self._member
         assert request is not None
-        protocol, kid = self._member.protocol, request.kid
+        self._mark, self._is_open = (run, expected.round, expected.model), True
         try:
-            protocol.open(request, expected)
-            update = self._vector(expected, produce, run, ready=protocol.has_masked(kid))
-            self._masked = protocol.mask(kid, update, saturate=saturate, threads=cpu.available())
+            member.protocol.open(request, expected)
         except SecureAggregationError as error:
-            self._masked = protocol.abort(kid, error)
-        except BaseException as error:
-            protocol.abort(kid, error if isinstance(error, Exception) else RuntimeError())
-            raise
+            self._give_up(error)
+            return False
+        if member.protocol.has_masked(request.kid):
+            return False
+        if member.kept is not None and member.kept[0] == self._mark:
+            return False
+        member.kept = None
+        return True
 
-    def _vector(
-        self, expected: secagg.Session, produce: Callable[[], Update], run: str, *, ready: bool
-    ) -> Update:
-        if ready:
-            return np.empty(0)  # The masked vector was made; it is given again.
-        member, mark = self._member, (run, expected.round, expected.model)
-        if member.kept is None or member.kept[0] != mark:
-            member.kept = None
-            member.kept = (mark, produce())
-        return member.kept[1]
+    def keep(self, vector: Update) -> None:
+        """Take the vector that was due, also for another attempt at the same sum."""
+        assert self._mark is not None
+        self._member.kept = (self._mark, vector)
 
-    def _answers(self) -> bytes:
+    def mask(self, *, saturate: bool) -> None:
+        """Mask the vector, unless a check failed; what was masked before is given again.
+
+        Args:
+            saturate: see ``fixed_point.encode_into``.
+        """
+        request, member = self.mask_request, self._member
+        assert request is not None
+        if self._masked is not None:
+            return
+        vector = np.empty(0) if member.kept is None else member.kept[1]
+        try:
+            self._masked = member.protocol.mask(
+                request.kid, vector, saturate=saturate, threads=cpu.available()
+            )
+        except SecureAggregationError as error:
+            self._give_up(error)
+        self._is_open = False
+
+    def _give_up(self, error: SecureAggregationError) -> None:
+        assert self.mask_request is not None
+        self._masked = self._member.protocol.abort(self.mask_request.kid, error)
+        self._is_open = False
+
+    def answer(self) -> bytes:
+        """The answers to all parts, as one bundle."""
         answers = []
         for part in self._parts:
             if isinstance(part, MaskRequest):
@@ -229,6 +258,6 @@ class Exchange:
         return Bundle(tuple(answers)).encode()
 
 
-def _note(site: Site, error: Exception) -> None:
+def _keep_refusal(session: SiteSession, error: Exception) -> None:
     if isinstance(error, CloisterError):
-        keep_last_refusal(site.root, error)
+        session.keep_refusal(error)

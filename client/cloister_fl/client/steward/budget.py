@@ -12,8 +12,7 @@ from pathlib import Path
 from cloister_fl.client.admission import gate
 from cloister_fl.client.admission.approvals import judgements
 from cloister_fl.client.ledger.ledger import Ledger, Quote
-from cloister_fl.client.ledger.rollback import note
-from cloister_fl.client.site.audit_log import log_of
+from cloister_fl.client.ledger.site_session import SiteSession
 from cloister_fl.client.site.folder import Site
 from cloister_fl.client.site.policy import refusals
 from cloister_fl.encoding.canonical_json import canonical_json
@@ -327,10 +326,10 @@ def close(site: Site, digest: str) -> int:
         LedgerDamaged, PolicyRefused: see ``Ledger.close``.
         AuditLogDamaged: the log cannot be written.
     """
-    ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
-    released = ledger.close(digest, site.identity())
-    log_of(site).append("closed", study=digest, released=released, by="steward")
-    note(site, ledger)
+    session = SiteSession(site)
+    released = session.ledger.close(digest, session.identity)
+    session.log.append("closed", study=digest, released=released, by="steward")
+    session.note()
     return released
 
 

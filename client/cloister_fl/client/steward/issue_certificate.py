@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from cloister_fl.audit_log import EMPTY
 from cloister_fl.client.admission.approvals import judgements
-from cloister_fl.client.ledger.ledger import Ledger, Reservation
-from cloister_fl.client.ledger.rollback import require_newest
+from cloister_fl.client.ledger.ledger import Reservation
+from cloister_fl.client.ledger.site_session import SiteSession
 from cloister_fl.client.site.audit_log import entries_of, what_left
 from cloister_fl.client.site.folder import Site
 from cloister_fl.client.site.trusted_roster import read_pin
@@ -39,8 +39,9 @@ def certify(site: Site, study: str, *, run: str | None = None) -> Certificate:
     known = judgements(site)
     if study not in known or not site.ledger.exists():
         raise _unknown(site, "study")
-    require_newest(site)
-    ledger = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
+    session = SiteSession(site)
+    session.require_newest()
+    ledger = session.ledger
     held = [one for one in ledger.reservations() if one.study_digest == study]
     own = [one for one in held if run in {None, one.run_id}]
     if not own:

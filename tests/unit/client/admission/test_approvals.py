@@ -36,6 +36,7 @@ from cloister_fl.errors import (
 from cloister_fl.networks.pretrained import PINNED
 from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.study.schema import Study
+from support import spending
 from support.errors import raises
 from support.federations import study, study_text, write_cohort, write_federation
 
@@ -73,10 +74,10 @@ def test_a_denied_study_stays_denied_until_it_is_judged_again(site: Site) -> Non
 
 def test_the_gate_reserves_nothing_before_approval(site: Site) -> None:
     with pytest.raises(StudyNotApproved):
-        gate.admit(site, study(), run="run", invited=5)
+        spending.admit(site, study(), run="run", invited=5)
     assert not site.ledger.exists()
     judge(site, study(), Decision.APPROVED)
-    gate.admit(site, study(), run="run", invited=5)
+    spending.admit(site, study(), run="run", invited=5)
     assert gate.promised(site) > 0
 
 

@@ -11,21 +11,20 @@ import pytest
 from click.testing import Result
 
 from cloister_fl.cli.confirm import DECLINED, ask
-from cloister_fl.client.admission import gate
 from cloister_fl.client.admission.approvals import Decision, judge
 from cloister_fl.client.cli import client_group
 from cloister_fl.client.data.frozen_dataset import path_of as manifest_of
-from cloister_fl.client.ledger.rollback import disagreements
 from cloister_fl.client.site.audit_log import entries_of, path_of
 from cloister_fl.client.site.folder import init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.site.settings import Network
 from cloister_fl.client.steward import budget
 from cloister_fl.errors import OptionInvalid, StudyNotApproved
-from support import commands
+from support import commands, spending
 from support.dicom import make_dicom, radiograph, write_dicom
 from support.errors import raises
 from support.federations import study, study_text
+from support.spending import disagreements
 
 pytestmark = pytest.mark.process
 
@@ -71,8 +70,8 @@ class Act:
     def _charge(self) -> None:
         judge(self.site, STUDY, Decision.APPROVED)
         invited = max(5, STUDY.aggregation.min_sites)
-        gate.admit(self.site, STUDY, run="run-1", invited=invited)
-        gate.charge(self.site, STUDY, run="run-1", round_number=1)
+        spending.admit(self.site, STUDY, run="run-1", invited=invited)
+        spending.charge(self.site, STUDY, run="run-1", round_number=1)
 
     def _data(self) -> None:
         lines = [f"PatientID,{STUDY.target.column}"]

@@ -16,12 +16,12 @@ from click.testing import CliRunner
 
 from cloister_fl.cli import main
 from cloister_fl.cli.folder_option import dir_option, one_folder
-from cloister_fl.client.admission import gate
 from cloister_fl.client.admission.approvals import Decision, judge, require_approved
 from cloister_fl.client.site.folder import SITE_FILE, Site, init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward import budget
 from cloister_fl.errors import OptionInvalid, StudyNotApproved
+from support import spending
 from support.errors import is_of, raises
 from support.federations import study
 
@@ -194,8 +194,8 @@ def charged(root: Path) -> Site:
     site = init_site(root, policy=Policy(max_epsilon_study=6, max_epsilon_lifetime=9))
     judge(site, STUDY, Decision.APPROVED)
     invited = max(5, STUDY.aggregation.min_sites)
-    gate.admit(site, STUDY, run="run-1", invited=invited)
-    gate.charge(site, STUDY, run="run-1", round_number=1)
+    spending.admit(site, STUDY, run="run-1", invited=invited)
+    spending.charge(site, STUDY, run="run-1", round_number=1)
     return site
 
 

@@ -211,7 +211,7 @@ def test_a_ledger_in_another_s_place_is_read_whole(
     ledger.start_round(STUDY, "run", 5, 2)
     assert (count.connects, count.reads) == (1, 1)
     put_in_place(path, tmp_path / "same")
-    with raises(LedgerRolledBack, match="does not hold the entry 7"):
+    with raises(LedgerRolledBack, match="lacks entry 7"):
         ledger.start_round(STUDY, "run", 6, 2)
     # One that is not pinned takes it for what it is: an older ledger, sound in itself.
     loose = opened(path)
@@ -558,8 +558,7 @@ class History(RuleBasedStateMachine):
 
     @rule(who=who, number=st.integers(0, 2), fact=st.sampled_from(["epoch", "round", "answered"]))
     def remember(self, who: int, number: int, fact: str) -> None:
-        memory = RoundMemory(self.path, delta=LIFETIME_DELTA, subject=bytes(32), most_epochs=9)
-        memory._chain = self.both[who].chain
+        memory = RoundMemory(lambda: self.both[who], subject=bytes(32), most_epochs=9)
         if fact == "epoch":
             memory.claim_epoch(bytes([number]) * 32)
         elif fact == "round":

@@ -20,7 +20,7 @@ from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward.contact_sheet import SHEET_TILE, contact_sheet
 from cloister_fl.errors import CloisterError, DataError
 from cloister_fl.study.schema import Study
-from support import studies
+from support import spending, studies
 from support.dicom import make_dicom, radiograph, sample, write_dicom, write_site
 
 pytestmark = pytest.mark.process
@@ -285,7 +285,6 @@ def test_pydicom_would_have_said_it(tmp_path: Path) -> None:
 
 
 def test_a_study_that_the_budget_cannot_bear_is_told_here_already(tmp_path: Path) -> None:
-    from cloister_fl.client.admission import gate
     from cloister_fl.client.site.folder import init_site
     from cloister_fl.client.site.policy import Policy
     from support.federations import approve, study, write_cohort
@@ -301,10 +300,10 @@ def test_a_study_that_the_budget_cannot_bear_is_told_here_already(tmp_path: Path
     assert "promised so far, patient-level, lifetime on this data: 0.00 of 4" in render(
         inspect(site, None)
     )
-    gate.admit(site, asked, run="one", invited=5)
+    spending.admit(site, asked, run="one", invited=5)
     # A run that has trained nothing gives its place to the next.
     assert inspect(site, asked).policy == ()
-    gate.charge(site, asked, run="one", round_number=1)
+    spending.charge(site, asked, run="one", round_number=1)
     spent = inspect(site, asked)
     (told,) = spent.policy
     assert "This study was run at this site before" in told

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 
 from cloister_fl import secagg
 from cloister_fl.client.ledger.ledger import Ledger
+from cloister_fl.client.ledger.site_session import SiteSession
 from cloister_fl.client.secure_aggregation.exchange import Exchange, Members, require_roster
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
@@ -23,6 +24,7 @@ from cloister_fl.protocol.round_messages import Vector, octets
 from cloister_fl.secagg.messages.codec import Abort, Bundle, Masked, Message
 from cloister_fl.study.schema import Study
 from support.federations import NAMES, study
+from support.spending import admission
 
 MODEL = np.arange(40, dtype=np.float32)
 OTHER = MODEL + 1
@@ -44,12 +46,21 @@ class Hospitals:
         self.members = Members()
 
     def exchange(self, name: str, *parts: Message) -> Exchange:
+        return self.exchange_of(name, Bundle(parts))
+
+    def exchange_of(self, name: str, message: Message) -> Exchange:
         site = self.sites[name]
-        data = octets(Bundle(parts).encode())
-        return Exchange(site, self.study, site.roster, data, self.members)
+        data = octets(message.encode())
+        admitted = admission(self.study, "run")
+        return Exchange(SiteSession(site), admitted, site.roster, data, self.members)
 
     def ask(self, name: str, *parts: Message) -> tuple[Message, ...]:
-        return _parts(self.exchange(name, *parts).answer_without_vector())
+        with self.exchange(name, *parts) as opened:
+            return _parts(opened.answer())
+
+    def close(self) -> None:
+        for site in self.sites.values():
+            self.members.forget(site.root)
 
     def session(self, number: int = 1, attempt: int = 0, model: Vector = MODEL) -> secagg.Session:
         return sessions.update_session(
@@ -95,8 +106,18 @@ class Hospitals:
             trained.append(run)
             return MODEL / 100
 
-        exchange = self.exchange(name, epoch.mask_request(name))
-        (reply,) = _parts(exchange.answer(expected, produce, run=run, saturate=True))
+        return answered(self.exchange(name, epoch.mask_request(name)), expected, produce, run=run)
+
+
+def answered(
+    exchange: Exchange, expected: secagg.Session, produce: Callable[[], Vector], *, run: str = "run"
+) -> Message:
+    """Answer a mask request as the app does; its charge and its training are ``produce``."""
+    with exchange as opened:
+        if opened.open(expected, run=run):
+            opened.keep(produce())
+        opened.mask(saturate=True)
+        (reply,) = _parts(opened.answer())
         return reply
 
 
@@ -110,8 +131,7 @@ def _parts(data: bytes) -> tuple[Message, ...]:
 def hospitals(tmp_path: Path) -> Iterator[Hospitals]:
     made = Hospitals(tmp_path, study(), Policy(max_epsilon_study=6))
     yield made
-    for site in made.sites.values():
-        made.members.forget(site)
+    made.close()
 
 
 def test_a_second_attempt_masks_the_very_update(hospitals: Hospitals) -> None:
@@ -169,7 +189,7 @@ def test_two_messages_at_once_mask_one_model(hospitals: Hospitals) -> None:
 
     def honest() -> None:
         exchange = hospitals.exchange("anker", epoch.mask_request("anker"))
-        (replies["honest"],) = _parts(exchange.answer(session, slow, run="run", saturate=True))
+        replies["honest"] = answered(exchange, session, slow)
 
     def lying() -> None:
         assert training.wait(10)
@@ -195,9 +215,7 @@ def test_an_epoch_is_over_when_training_fails(hospitals: Hospitals) -> None:
         raise BudgetExhausted("No budget.")
 
     with pytest.raises(BudgetExhausted):
-        hospitals.exchange("anker", epoch.mask_request("anker")).answer(
-            session, fails, run="run", saturate=True
-        )
+        answered(hospitals.exchange("anker", epoch.mask_request("anker")), session, fails)
     trained: list[str] = []
     reply = hospitals.answer(epoch, session, trained)
     assert isinstance(reply, Abort)
@@ -214,10 +232,9 @@ def test_two_vectors_in_one_message_are_refused(hospitals: Hospitals) -> None:
 
 def test_what_is_no_bundle_is_refused(hospitals: Hospitals) -> None:
     session = hospitals.session()
-    site = hospitals.sites["anker"]
     single = hospitals.epoch(session).mask_request("anker")
     with pytest.raises(WireInvalid, match="bundle"):
-        Exchange(site, hospitals.study, site.roster, octets(single.encode()), hospitals.members)
+        hospitals.exchange_of("anker", single)
 
 
 @pytest.mark.parametrize(
@@ -241,32 +258,32 @@ def test_the_site_itself_counts_the_invited(tmp_path: Path, policy: Policy, line
     (reply,) = made.ask("anker", secagg.ServerEpoch(terms, made.roster).advertise_request())
     assert isinstance(reply, Abort)
     assert reply.code == "CLO-701"
-    for site in made.sites.values():
-        made.members.forget(site)
+    made.close()
 
 
 def test_another_key_than_the_roster_s_takes_no_part(hospitals: Hospitals, tmp_path: Path) -> None:
     digest = hospitals.roster.digest.hex()
     sites = hospitals.sites
-    require_roster(sites["anker"], sites["anker"].roster, digest)
-    stranger = init_site(tmp_path / "stranger", name="anker")
+    session, pin = SiteSession(sites["anker"]), sites["anker"].roster
+    require_roster(session, pin, digest)
+    stranger = SiteSession(init_site(tmp_path / "stranger", name="anker"))
     with pytest.raises(RosterMismatch, match="does not list this site"):
-        require_roster(stranger, sites["anker"].roster, digest)
+        require_roster(stranger, pin, digest)
     with pytest.raises(RosterMismatch, match="another roster"):
-        require_roster(sites["anker"], sites["anker"].roster, "00" * 32)
+        require_roster(session, pin, "00" * 32)
 
 
 def test_few_studies_are_kept_alive_for_a_hospital(tmp_path: Path) -> None:
     made = Hospitals(tmp_path, study(), Policy(max_epsilon_study=6))
-    site = made.sites["anker"]
+    root = made.sites["anker"].root
     for number in range(10):
         made.study = study(study=f'name = "study-{number}"')
         made.session()
         made.exchange("anker")
-    assert made.members.count(site) == 4
-    assert Members().count(site) == 0
-    made.members.forget(site)
-    assert made.members.count(site) == 0
+    assert made.members.count(root) == 4
+    assert Members().count(root) == 0
+    made.members.forget(root)
+    assert made.members.count(root) == 0
 
 
 def test_a_changed_policy_counts_at_once(hospitals: Hospitals) -> None:

@@ -20,8 +20,9 @@ OTHER = bytes(32)
 DELTA = 1e-5
 
 
-def _memory(folder: Path) -> RoundMemory:
-    return RoundMemory(folder / "ledger.sqlite", delta=DELTA, subject=STUDY, most_epochs=99)
+def _memory(folder: Path, subject: bytes = STUDY, most_epochs: int = 99) -> RoundMemory:
+    ledger = Ledger.open(folder / "ledger.sqlite", delta=DELTA)
+    return RoundMemory(lambda: ledger, subject=subject, most_epochs=most_epochs)
 
 
 def test_an_epoch_is_claimed_once_and_a_restart_does_not_forget(tmp_path: Path) -> None:
@@ -38,17 +39,15 @@ def test_the_first_constants_stand(tmp_path: Path) -> None:
 
 def test_what_makes_the_same_update_shares_a_memory(tmp_path: Path) -> None:
     """Without privacy, two studies that differ in name alone give the same updates."""
-    path = tmp_path / "ledger.sqlite"
-    one = RoundMemory(path, delta=DELTA, subject=b"s" * 32, most_epochs=9)
-    two = RoundMemory(path, delta=DELTA, subject=b"s" * 32, most_epochs=9)
-    three = RoundMemory(path, delta=DELTA, subject=b"t" * 32, most_epochs=9)
+    one, two = _memory(tmp_path, b"s" * 32), _memory(tmp_path, b"s" * 32)
+    three = _memory(tmp_path, b"t" * 32)
     assert one.commit(STUDY, 2, ("a", "b")) == ("a", "b")
     assert two.commit(OTHER, 2, ("a", "c")) == ("a", "b")
     assert three.commit(OTHER, 2, ("a", "c")) == ("a", "c")
 
 
 def test_a_server_cannot_fill_the_ledger_with_epochs(tmp_path: Path) -> None:
-    memory = RoundMemory(tmp_path / "ledger.sqlite", delta=DELTA, subject=STUDY, most_epochs=3)
+    memory = _memory(tmp_path, most_epochs=3)
     assert all(memory.claim_epoch(bytes([number]) * 32) for number in range(3))
     with raises(ParameterRefused, match="3 key epochs"):
         memory.claim_epoch(b"x" * 32)

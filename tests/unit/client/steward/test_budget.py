@@ -10,7 +10,6 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from cloister_fl.client.admission import gate
 from cloister_fl.client.admission.approvals import Decision, judge
 from cloister_fl.client.cli import client_group
 from cloister_fl.client.ledger.ledger import Ledger
@@ -21,7 +20,7 @@ from cloister_fl.client.steward import budget
 from cloister_fl.encoding.framing import u64
 from cloister_fl.errors import BudgetExhausted, OptionInvalid, OutputInTheWay
 from cloister_fl.membership.identity import verify
-from support import commands
+from support import commands, spending
 from support.errors import raises
 from support.federations import study, study_text
 
@@ -38,8 +37,8 @@ def site(tmp_path: Path) -> Site:
 def charged(site: Site) -> Site:
     """A study is approved, its whole cost reserved, and one round of it charged."""
     judge(site, STUDY, Decision.APPROVED)
-    gate.admit(site, STUDY, run="run-1", invited=SITES)
-    gate.charge(site, STUDY, run="run-1", round_number=1)
+    spending.admit(site, STUDY, run="run-1", invited=SITES)
+    spending.charge(site, STUDY, run="run-1", round_number=1)
     return site
 
 
@@ -139,8 +138,8 @@ def test_a_closed_study_gives_its_steps_back_and_never_starts_again(charged: Sit
     last = entries_of(charged)[-2]
     assert (last.kind, last.body["study"], last.body["released"]) == ("closed", STUDY.digest, rest)
     with pytest.raises(BudgetExhausted, match="closed"):
-        gate.admit(charged, STUDY, run="run-1", invited=SITES)
+        spending.admit(charged, STUDY, run="run-1", invited=SITES)
     with pytest.raises(BudgetExhausted, match="closed"):
-        gate.charge(charged, STUDY, run="run-1", round_number=2)
+        spending.charge(charged, STUDY, run="run-1", round_number=2)
     with raises(OptionInvalid, match="no study"):
         run(charged, "close", "f" * 64)

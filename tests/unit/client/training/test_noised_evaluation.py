@@ -18,11 +18,11 @@ from scipy import stats
 
 from cloister_fl.client import app as client
 from cloister_fl.client import envelope
-from cloister_fl.client.admission import gate
 from cloister_fl.client.admission.approvals import Decision, judge, judgements
 from cloister_fl.client.app_state import Kept
 from cloister_fl.client.data.cohort import Cohort, Patient, apart, split_apart, subset
 from cloister_fl.client.ledger.ledger import Ledger
+from cloister_fl.client.ledger.site_session import SiteSession
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.last_refusal import read_last_refusal
 from cloister_fl.client.site.policy import Policy
@@ -49,6 +49,7 @@ from cloister_fl.server.rounds.messenger import TYPES
 from cloister_fl.study.cost import RELEASE_BINS, UNITS, charges, release_mechanism, sensitivity
 from cloister_fl.study.schema import Study
 from cloister_fl.tasks.classification import Classification
+from support import spending
 from support.cohorts import targets_by
 from support.federations import study, write_cohort
 
@@ -331,7 +332,7 @@ def test_a_second_release_is_refused(tmp_path: Path) -> None:
     assert "CLO-311" in notice.message
     assert [entry.kind for entry in _ledger(site).entries()].count("evaluated") == 1
     with pytest.raises(ReleaseAlreadySpent, match="CLO-311"):
-        gate.charge_release(site, ASKED, run="another")
+        spending.charge_release(site, ASKED, run="another")
 
 
 def test_a_budget_that_does_not_bear_both_refuses_before_a_file_is_opened(
@@ -372,13 +373,14 @@ def test_the_policy_must_allow_it(tmp_path: Path) -> None:
 
 def test_nobody_kept_apart_is_trained_on(tmp_path: Path) -> None:
     cohort = _cohort(np.random.default_rng(3), [2] * 40, 2, wild=False)
-    site = init_site(tmp_path / "anker", name="anker")
-    train, held = Kept().parts(site, ASKED, lambda: cohort)
+    session = SiteSession(init_site(tmp_path / "anker", name="anker"))
+    train, held = Kept().parts(session, spending.admission(ASKED, "run"), lambda: cohort)
     assert not {one.pseudonym for one in train.patients} & {one.pseudonym for one in held.patients}
     assert len(train.patients) + len(held.patients) == 40
     assert held.patients
     # Without a release all are trained on, as before.
     kept = Kept()
-    whole, _ = kept.parts(site, study(), lambda: cohort)
-    assert whole is kept.cohort(site, study(), lambda: cohort)
+    admitted = spending.admission(study(), "run")
+    whole, _ = kept.parts(session, admitted, lambda: cohort)
+    assert whole is kept.cohort(session, admitted, lambda: cohort)
     assert whole.patients == cohort.patients

@@ -1,0 +1,340 @@
+"""Site session: folder, keys, audit log and ledger of a site, opened once and verified together.
+
+A session lives as long as its process, and every message is answered from it. What is kept was
+read whole once: each message looks at the files, and where anybody else touched one, all of it is
+read and compared again before anything is charged. A lawful change by another process, as of a
+steward's command, costs that reading and no more; a ledger or a log that lacks what this session
+wrote or read is refused. Nothing of it is written down: a process that starts has verified nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cloister_fl.audit_log import AuditLog, Head, heads_told, name_of
+from cloister_fl.client.ledger.chain import rolled_back
+from cloister_fl.client.ledger.ledger import Ledger
+from cloister_fl.client.ledger.rollback import (
+    ACCEPTED,
+    CLAIMED,
+    FILE,
+    NOTE,
+    LogNotes,
+    claim_of,
+    differences,
+    high_of,
+    notes_in,
+)
+from cloister_fl.client.site.audit_log import path_of
+from cloister_fl.client.site.folder import (
+    CACHE_KEY,
+    IDENTITY,
+    PSEUDONYM_KEY,
+    SITE_FILE,
+    Site,
+    open_site,
+)
+from cloister_fl.client.site.last_refusal import FILE as REFUSAL
+from cloister_fl.client.site.last_refusal import clear_last_refusal, keep_last_refusal
+from cloister_fl.errors import CloisterError
+from cloister_fl.study.cost import Charges
+from cloister_fl.study.schema import Study
+from cloister_fl.system.file_lock import locked
+from cloister_fl.system.files import Mark, mark_of, write_atomic
+
+_SIGN_EVERY = 10
+"""Entries of the audit log between two signatures, at most."""
+_MOST_ADMISSIONS = 8
+_READ = (
+    SITE_FILE,
+    f"keys/{IDENTITY}",
+    f"keys/{PSEUDONYM_KEY}",
+    f"keys/{CACHE_KEY}",
+)
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A study that was let in for a run; see ``admission.gate``.
+
+    Attributes:
+        study: the study.
+        digest: its hash.
+        run: the run.
+        charges: what it costs; None where privacy is off.
+    """
+
+    study: Study
+    digest: str
+    run: str
+    charges: Charges | None
+
+
+@dataclass
+class _Compared:
+    """What the notes of the ledger said when they were last compared with it."""
+
+    marks: tuple[Mark | None, ...]
+    differences: tuple[str, ...]
+    is_noted: bool
+
+
+class SiteSession:
+    """What the messages to a site are answered from; one thread at a time.
+
+    Args:
+        site: the opened site.
+
+    Attributes:
+        site: the site, as its file says now; see ``refresh``.
+        identity: the key that it signs with.
+        log: its audit log.
+        roster: file of its trusted roster.
+        admissions: what was let in, by all that the decision depends on beside the files; empty
+            again after any change of these.
+    """
+
+    def __init__(self, site: Site) -> None:
+        self.owner = os.getpid()
+        """Process that the session belongs to; another must not use it."""
+        self.site = site
+        self.identity = site.identity()
+        self.log = AuditLog(path_of(site), self.identity)
+        self.roster = site.roster
+        self.admissions: dict[tuple[object, ...], Admission] = {}
+        self._folder = _marks_of(site.root, _READ)
+        self._path = site.ledger
+        self._ledger: Ledger | None = None
+        self._notes: LogNotes | None = None
+        self._compared: _Compared | None = None
+        self._accepted: int | None = None
+        self._signed = 0
+        self._is_refusing = (site.root / REFUSAL).exists()
+
+    @classmethod
+    def open(cls, root: Path) -> SiteSession:
+        """Open the site folder ``root``; raises as ``folder.open_site``."""
+        # Before the reading: what is written behind it is found the next time.
+        marks = _marks_of(root, _READ)
+        session = cls(open_site(root))
+        session._folder = marks
+        return session
+
+    def refresh(self) -> None:
+        """Read ``site.toml`` and the keys anew where they changed.
+
+        Raises:
+            SiteFileInvalid, FileUnreadable: see ``folder.open_site``.
+        """
+        marks = _marks_of(self.site.root, _READ)
+        if marks == self._folder:
+            return
+        site = open_site(self.site.root)
+        identity = site.identity()
+        if identity.public != self.identity.public:
+            self.log = AuditLog(path_of(site), identity)
+        if site.policy.ledger_delta != self.site.policy.ledger_delta:
+            self._drop_ledger()
+        self.site, self.identity, self._folder = site, identity, marks
+        self.admissions.clear()
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger, made where there is none; raises as ``Ledger.open``."""
+        if self._ledger is None:
+            self._ledger = Ledger.open(self._path, delta=self.site.policy.ledger_delta, pinned=True)
+        return self._ledger
+
+    def close(self) -> None:
+        """Close the ledger's file and forget what was verified."""
+        self._drop_ledger()
+        self._compared = None
+
+    # What is verified
+
+    def require_log(self) -> None:
+        """Refuse an audit log that was changed but by lawful entries at its end.
+
+        Raises:
+            AuditLogDamaged: see ``AuditLog.verify``.
+        """
+        if self._notes is None or not self.log.is_as_verified():
+            self._compared = self._notes = None
+            self._notes = notes_in(self.log.verify())
+
+    def require_newest(self) -> None:
+        """Refuse a ledger that lacks what was noted of it; before anything is read or charged.
+
+        Raises:
+            LedgerRolledBack: it was rolled back, replaced or removed, or the notes are missing.
+            LedgerDamaged, PolicyRefused: see ``Ledger.open``.
+            AuditLogDamaged: see ``require_log``.
+        """
+        found = self.disagreements()
+        if found:
+            raise rolled_back(
+                self.site.root,
+                "The privacy ledger does not match ledger.high or the audit log.",
+                " ".join(found),
+            )
+
+    def disagreements(self) -> tuple[str, ...]:
+        """What is wrong between the ledger and its notes, a sentence each; empty where all fits.
+
+        Raises:
+            LedgerDamaged, LedgerRolledBack, PolicyRefused, AuditLogDamaged: as ``require_newest``.
+        """
+        self.require_log()
+        assert self._notes is not None
+        compared = self._compared
+        if (
+            compared is None
+            or compared.marks != self._note_marks()
+            or not self._is_ledger_as_verified()
+        ):
+            compared = self._compare(self._notes)
+        return compared.differences
+
+    def _compare(self, notes: LogNotes) -> _Compared:
+        """Read the ledger, and compare it with what is noted of it."""
+        self.admissions.clear()
+        self._compared = None
+        marks = self._note_marks()
+        if self._accepted not in {None, notes.accepted}:
+            # The steward took the ledger as it is for the newest, whatever this session saw.
+            self._drop_ledger()
+        self._accepted = notes.accepted
+        is_there = self._ledger is not None or mark_of(self._path) is not None
+        high, noted = high_of(self.site.root), notes.newest
+        found = differences(
+            self.ledger.hashes() if is_there else (),
+            reserved=is_there and self.ledger.has_reserved(),
+            high=high,
+            noted=noted,
+            is_log_older=bool(self._claimed(notes)),
+        )
+        self._compared = _Compared(marks, found, high is not None and noted is not None)
+        return self._compared
+
+    def _is_ledger_as_verified(self) -> bool:
+        if self._ledger is None:
+            return mark_of(self._path) is None
+        return self._ledger.is_as_verified()
+
+    def _claimed(self, notes: LogNotes) -> str:
+        """What ``compare`` kept and the log still lacks; empty where there is nothing."""
+        digest = claim_of(self.site.root)
+        return "" if self._is_in_log(digest, notes) else digest
+
+    def _is_in_log(self, digest: str, notes: LogNotes) -> bool:
+        """Whether an entry has this hash, or the steward accepted that none has."""
+        return self.log.holds(digest) or digest in notes.claims
+
+    def _note_marks(self) -> tuple[Mark | None, ...]:
+        return _marks_of(self.site.root, (FILE, CLAIMED))
+
+    def _drop_ledger(self) -> None:
+        if self._ledger is not None:
+            self._ledger.shut()
+        self._ledger = None
+
+    # What is noted
+
+    def is_noted(self) -> bool:
+        """Whether both places note a head of the ledger; see ``note``."""
+        self.disagreements()
+        return self._compared is not None and self._compared.is_noted
+
+    def note(self) -> None:
+        """Note the ledger's head outside it; call it after each entry that reserves or spends.
+
+        Raises:
+            OutputInTheWay: ``ledger.high`` cannot be written.
+            AuditLogDamaged: the log cannot be written.
+        """
+        compared = self._compared
+        with locked(self.site.root / f".{FILE}.lock"):
+            # The head is read under the lock, so that a slower process never notes an older one
+            # last.
+            seq, digest = self.ledger.head()
+            write_atomic(self.site.root / FILE, json.dumps({"seq": seq, "hash": digest}).encode())
+            self.log.append(NOTE, ledger_seq=seq, ledger_hash=digest)
+        if self._notes is not None:
+            self._notes = replace(self._notes, newest=Head(seq, digest))
+        if compared is not None:
+            compared.marks = (mark_of(self.site.root / FILE), *compared.marks[1:])
+            compared.is_noted = True
+
+    def compare(self, heads: str) -> None:
+        """Keep in mind what the coordinator noted of this site's audit log, where the log lacks it.
+
+        A coordinator that lies can only keep the site out of its own runs, until the steward
+        accepts.
+
+        Args:
+            heads: what the coordinator said, see ``audit_log.told_heads``.
+
+        Raises:
+            AuditLogDamaged: see ``require_log``.
+            OutputInTheWay: what it noted cannot be kept.
+        """
+        self.require_log()
+        assert self._notes is not None
+        for digest in heads_told(heads, name_of(self.identity.public)):
+            if not self._is_in_log(digest, self._notes):
+                write_atomic(self.site.root / CLAIMED, digest.encode())
+
+    def accept_ledger(self) -> tuple[str, ...]:
+        """Take the ledger as it is for the newest, on the steward's word, and note that.
+
+        Returns:
+            What did not fit, as in ``disagreements``; nothing is written where all fits.
+
+        Raises:
+            LedgerDamaged, PolicyRefused: see ``Ledger.open``.
+            AuditLogDamaged, OutputInTheWay: see ``note``.
+        """
+        found, notes = self.disagreements(), self._notes
+        if found and notes is not None:
+            heads = (high_of(self.site.root), notes.newest)
+            missed = max((head.seq for head in heads if head), default=0)
+            self.ledger.accept(missed, self.identity)
+            claimed = self._claimed(notes) or None
+            self.log.append(ACCEPTED, by="steward", why=" ".join(found), claimed=claimed)
+            self.note()
+            (self.site.root / CLAIMED).unlink(missing_ok=True)
+            self.close()
+        return found
+
+    # What is remembered
+
+    def remember(self, key: tuple[object, ...], admission: Admission) -> None:
+        """Keep what was let in; see ``admissions``."""
+        if len(self.admissions) >= _MOST_ADMISSIONS:
+            self.admissions.clear()
+        self.admissions[key] = admission
+
+    def sign_log(self, head: Head, *, now: bool = False) -> Head:
+        """Sign the audit log, where it is time to, or ``now``; return its head, as given or new."""
+        if now or head.seq >= self._signed + _SIGN_EVERY:
+            head = self.log.sign()
+            self._signed = head.seq
+        return head
+
+    def keep_refusal(self, error: CloisterError) -> None:
+        """Keep an error as the site's last refusal; it raises nothing."""
+        keep_last_refusal(self.site.root, error)
+        self._is_refusing = True
+
+    def clear_refusal(self) -> None:
+        """Remove the last refusal: the site has accepted a request since."""
+        if self._is_refusing:
+            clear_last_refusal(self.site.root)
+            self._is_refusing = False
+
+
+def _marks_of(root: Path, names: tuple[str, ...]) -> tuple[Mark | None, ...]:
+    return tuple(mark_of(root / name) for name in names)

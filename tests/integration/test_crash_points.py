@@ -31,7 +31,7 @@ import cloister_fl
 import cloister_fl.client
 from cloister_fl.client import app as client
 from cloister_fl.client.admission import gate
-from cloister_fl.client.ledger import ledger, site_session, verified_chain
+from cloister_fl.client.ledger import ledger, ledger_file, site_session
 from cloister_fl.client.ledger.ledger import Ledger
 from cloister_fl.client.site.audit_log import entries_of, log_of, path_of
 from cloister_fl.client.site.folder import Site, open_site
@@ -56,7 +56,7 @@ from support.spending import disagreements
 
 STUDY = study(aggregation="secure = false", training='momentum = 0.9\noptimizer = "sgd"')
 PACKAGES = tuple(cloister_fl.__path__)
-CHARGING = (gate, ledger, verified_chain, site_session)
+CHARGING = (gate, ledger, ledger_file, site_session)
 WHOLLY = tuple(module.__file__ for module in (*CHARGING, local_training, dp_optimizer))
 DURABLE = (os.fsync, os.replace, os.rename, os.link)
 

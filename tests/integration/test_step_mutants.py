@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cloister_fl.client import app
+from cloister_fl.client import app, app_state
 from cloister_fl.client.admission import gate
 from cloister_fl.client.app_state import Kept
 from cloister_fl.client.ledger import rollback
@@ -157,7 +157,7 @@ def round_one(site: Site, study: Study) -> None:
     """Open, charge and train a round, as the app does once a study is let in."""
     model = flatten(registry.build(study.network, 2, 1, size=16, seed=0))
     kept, session, admitted = Kept(), SiteSession(site), admission(study, "run")
-    network = app._private(kept, session, admitted, model)
+    network = kept.network(session, admitted, model)
     gate.charge(session, admitted, round_number=1)
     app._trained(kept, session, admitted, network, 1)
 
@@ -233,7 +233,7 @@ def test_a_network_that_mixes_patients_is_refused_before_the_charge(
 ) -> None:
     study = study_of()
     site = site_at(tmp_path, study)
-    monkeypatch.setattr(Kept, "network", lambda *_: Mixing().train())
+    monkeypatch.setattr(app_state, "build", lambda *_: Mixing().train())
     with pytest.raises(NetworkUnfit, match="another image"):
         round_one(site, study)
     assert Ledger.open(site.ledger, delta=site.policy.ledger_delta).reservations()[0].left == 3

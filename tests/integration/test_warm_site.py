@@ -22,10 +22,11 @@ from cloister_fl.audit_log import AuditLog, name_of, told_heads
 from cloister_fl.audit_log import log as audit_module
 from cloister_fl.client import app as client
 from cloister_fl.client.admission.approvals import Decision, judge
-from cloister_fl.client.ledger import chain, site_session
+from cloister_fl.client.app_state import Kept
+from cloister_fl.client.ledger import chain, ledger_file, site_session
+from cloister_fl.client.ledger.ledger_file import LedgerFile
 from cloister_fl.client.ledger.rollback import FILE
 from cloister_fl.client.ledger.site_session import SiteSession
-from cloister_fl.client.ledger.verified_chain import VerifiedChain
 from cloister_fl.client.site.audit_log import entries_of, log_of, path_of
 from cloister_fl.client.site.folder import Site, open_site
 from cloister_fl.client.site.last_refusal import read_last_refusal
@@ -166,8 +167,8 @@ def test_a_site_is_verified_before_its_first_message(
         (SiteSession, "note"),
         (site_session, "write_atomic"),
         (audit_module, "mark_of"),
-        (VerifiedChain, "_marks"),
-        (chain, "append"),
+        (LedgerFile, "_marks"),
+        (ledger_file, "append"),
     ],
 )
 @pytest.mark.parametrize("after", [False, True])
@@ -265,12 +266,12 @@ def old(site: Site) -> Site:
 def require_refused(site: Site, codes: set[str]) -> None:
     """Twice: it stays refused, and nothing is charged."""
     session = client.app.kept.session(site.root)
-    head = session._ledger.chain._pin if session._ledger else None
+    head = session._ledger.file._pin if session._ledger else None
     for _ in range(2):
         assert reason(ask(site, train(5))) == "declined"
         assert code(site) in codes
     assert session._ledger is not None
-    assert session._ledger.chain._pin == head
+    assert session._ledger.file._pin == head
 
 
 @pytest.mark.parametrize("what", LEDGER)
@@ -309,13 +310,13 @@ def test_a_log_that_was_tampered_with_is_refused_before_the_next_charge(
 def test_tampering_during_a_message_is_found_before_its_charge(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = client._private
+    honest = Kept.network
 
     def tampering(*given: Any) -> Any:
         overwrite(site.ledger, b'"round":2', b'"round":8')
         return honest(*given)
 
-    monkeypatch.setattr(client, "_private", tampering)
+    monkeypatch.setattr(Kept, "network", tampering)
     assert reason(ask(site, train(4))) == "declined"
     assert code(site) == "CLO-302"
     assert b'"round":4' not in site.ledger.read_bytes()

@@ -30,7 +30,6 @@ from cloister_fl.errors import (
     CloisterError,
     MessageInvalid,
 )
-from cloister_fl.networks.batch_independence import require_private
 from cloister_fl.networks.frozen_backbone import FrozenBackbone
 from cloister_fl.protocol import sessions
 from cloister_fl.protocol.round_messages import (
@@ -149,7 +148,7 @@ def train(kept: Kept, message: Message, context: Context) -> Message:
         # Before the masks: a site that sits a round out keeps its keys, and can help unmask it.
         gate.require_hours(session.site, datetime.datetime.now().time())
         if not study.aggregation.secure:
-            network = _private(kept, session, admission, task.vector)
+            network = kept.network(session, admission, task.vector)
             gate.charge(session, admission, round_number=task.round)
             return Update(name, task.round, _trained(kept, session, admission, network, task.round))
         with _exchange(kept, session, admission, context, task) as opened:
@@ -163,7 +162,7 @@ def train(kept: Kept, message: Message, context: Context) -> Message:
                 model=task.vector,
             )
             if opened.open(expected, run=task.run):
-                network = _private(kept, session, admission, task.vector)
+                network = kept.network(session, admission, task.vector)
                 gate.charge(session, admission, round_number=task.round)
                 opened.keep(_trained(kept, session, admission, network, task.round))
             opened.mask(saturate=study.privacy.enabled)
@@ -185,7 +184,7 @@ def evaluate(kept: Kept, message: Message, context: Context) -> Message:
         if not (last if study.releases else 0) <= task.round <= last:
             raise MessageInvalid("The study has no evaluation in this round.")
         if not study.aggregation.secure:
-            network = _private(kept, session, admission, task.vector)
+            network = kept.network(session, admission, task.vector)
             if study.releases:
                 gate.charge_release(session, admission)
             counts = _counted(kept, session, admission, network)
@@ -200,7 +199,7 @@ def evaluate(kept: Kept, message: Message, context: Context) -> Message:
                 model=task.vector,
             )
             if opened.open(expected, run=task.run):
-                network = _private(kept, session, admission, task.vector)
+                network = kept.network(session, admission, task.vector)
                 if study.releases:
                     gate.charge_release(session, admission)
                 counts = _counted(kept, session, admission, network)
@@ -233,17 +232,6 @@ def _asked_of(opened: masked.Exchange) -> Session:
     if opened.mask_request is None:
         raise MessageInvalid("A model was sent without a request for a vector.")
     return opened.mask_request.session
-
-
-def _private(kept: Kept, session: SiteSession, admission: Admission, model: Vector) -> nn.Module:
-    """The network with a model's weights; before the charge.
-
-    One that cannot keep the promise of privacy costs the patients nothing.
-    """
-    network, study = kept.network(session, admission, model), admission.study
-    if study.privacy.enabled:
-        require_private(network, size=study.input.size, depth=study.input.depth)
-    return network
 
 
 def _trained(

@@ -14,6 +14,7 @@ from cloister_fl.client.data.feature_store import Features, Rows
 from cloister_fl.client.ledger.site_session import Admission, SiteSession
 from cloister_fl.client.secure_aggregation.exchange import Members
 from cloister_fl.networks import flat_parameters
+from cloister_fl.networks.batch_independence import require_private
 from cloister_fl.networks.pretrained import MODELS_FOLDER
 from cloister_fl.protocol.round_messages import Vector
 from cloister_fl.study.schema import Study
@@ -77,14 +78,19 @@ class Kept:
     def network(self, session: SiteSession, admission: Admission, model: Vector) -> nn.Module:
         """The study's network with the weights of a model; another call changes it.
 
+        With privacy on, it was proved not to mix patients when it was built.
+
         Raises:
-            NetworkUnfit, ExtraMissing: see ``build_for``.
+            NetworkUnfit, ExtraMissing: see ``build_for``, and ``require_private``.
             UpdateInvalid: the model does not fit the network.
         """
         key = (session.site.root, admission.digest)
         if self._network is None or self._network[0] != key:
             self._network = None  # So that there are never two.
-            self._network = (key, build(session, admission.study))
+            built, study = build(session, admission.study), admission.study
+            if study.privacy.enabled:
+                require_private(built, size=study.input.size, depth=study.input.depth)
+            self._network = (key, built)
         module = self._network[1]
         flat_parameters.load(module, model)
         return module

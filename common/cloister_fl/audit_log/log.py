@@ -21,14 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from cloister_fl.encoding.canonical_json import canonical_json, parse_canonical
+from cloister_fl.encoding.canonical_json import (
+    GENESIS,
+    HASH,
+    canonical_json,
+    entry_hash,
+    parse_canonical,
+)
 from cloister_fl.encoding.framing import u64
-from cloister_fl.encoding.hash_chain import GENESIS, HASH, entry_hash
 from cloister_fl.errors import AuditLogDamaged
 from cloister_fl.membership.identity import Identity
 from cloister_fl.system import utc
-from cloister_fl.system.file_lock import locked
-from cloister_fl.system.files import Mark, mark_of
+from cloister_fl.system.files import Mark, locked, mark_of
 
 LABEL = b"cloister/audit/v1\0"
 SIGN_LABEL = "cloister/audit/head/v1"
@@ -215,8 +219,8 @@ class AuditLog:
                 self._verified = verified = None
                 head, torn = _last(file)
             if torn:
-                head = _write(file, head, "recovered", {"bytes": torn})
-            head = self._pin = _write(file, head, kind, body(head))
+                head = write(file, head, "recovered", {"bytes": torn})
+            head = self._pin = write(file, head, kind, body(head))
             if verified is not None:
                 verified.hashes.add(head.hash)
                 verified.head = head
@@ -233,7 +237,12 @@ class AuditLog:
             raise damaged("It cannot be read or written.") from error
 
 
-def _write(file: BinaryIO, head: Head, kind: str, body: Mapping[str, Value]) -> Head:
+def write(file: BinaryIO, head: Head, kind: str, body: Mapping[str, Value]) -> Head:
+    """Write the entry behind ``head`` at the end of a file, durably; its head.
+
+    Raises:
+        ValueError: it is longer than a line may be.
+    """
     now = utc.timestamp()
     full = {**body, "kind": kind, "previous": head.hash, "seq": head.seq + 1, "time": now}
     digest = hash_of(full)

@@ -1,13 +1,25 @@
-"""Canonical JSON: the one form in which a value is hashed, signed and chained.
+"""Canonical JSON: the one form in which a value is hashed, signed and chained; and the chains.
 
 Keys sorted, no white space, ASCII with ``\\u`` escapes, no NaN and no infinity. Equal values have
 equal bytes, so the form must never change: hashes that sites approved stand on it.
+
+In a hash chain each entry's hash covers the entry before it. The audit log writes the previous hash
+into the entry; the ledger keeps it beside. Both are SHA-256 under a label, so no hash of one can
+stand for a hash of the other.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from typing import Any
+
+GENESIS = "0" * 64
+"""What stands for the hash before the first entry."""
+
+HASH = re.compile(r"[0-9a-f]{64}")
+"""A hash of a chain, as text."""
 
 
 def canonical_json(value: object) -> str:
@@ -30,3 +42,15 @@ def parse_canonical(text: str | bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         pass
     return None
+
+
+def entry_hash(label: bytes, text: str, *, beside: str | None = None) -> str:
+    """The hash of an entry: 64 hexadecimal digits.
+
+    Args:
+        label: says of which chain.
+        text: the entry in canonical JSON.
+        beside: the previous entry's hash, where ``text`` does not hold it.
+    """
+    before = b"" if beside is None else beside.encode() + b"\0"
+    return hashlib.sha256(label + before + text.encode()).hexdigest()

@@ -7,9 +7,10 @@ of its own until every other summand is known to it (a Sybil attack).
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from cloister_fl.encoding.framing import (
@@ -23,7 +24,7 @@ from cloister_fl.encoding.framing import (
     listed,
     u64,
 )
-from cloister_fl.errors import RosterInvalid, RosterMismatch
+from cloister_fl.errors import RosterInvalid
 from cloister_fl.membership.identity import (
     KEY_BYTES,
     SIGNATURE_BYTES,
@@ -119,23 +120,19 @@ class Roster:
         """The ids, rising."""
         return tuple(entry.site for entry in self.entries)
 
+    @functools.cached_property
+    def keys(self) -> Mapping[str, bytes]:
+        """The trusted key of each site."""
+        return {entry.site: entry.public_key for entry in self.entries}
+
+    @functools.cached_property
+    def weights(self) -> Mapping[str, float]:
+        """The public weight of each site."""
+        return {entry.site: entry.weight for entry in self.entries}
+
     def public_key(self, site: str) -> bytes | None:
         """The trusted key of a site, or ``None`` where the roster has no such site."""
-        for entry in self.entries:
-            if entry.site == site:
-                return entry.public_key
-        return None
-
-    def weight(self, site: str) -> float:
-        """The public weight of a site.
-
-        Raises:
-            RosterMismatch: the roster has no such site.
-        """
-        for entry in self.entries:
-            if entry.site == site:
-                return entry.weight
-        raise RosterMismatch("A site is not on the trusted roster.", blamed="")
+        return self.keys.get(site)
 
 
 def _entry(reader: Reader) -> RosterEntry:

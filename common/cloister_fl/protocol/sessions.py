@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cloister_fl.errors import RosterMismatch
 from cloister_fl.membership.roster import Roster
 from cloister_fl.metrics.classification import BINS
 from cloister_fl.protocol.round_messages import Vector
@@ -25,8 +26,14 @@ COUNT_BOUND = 2.0**19
 
 
 def weight_of(study: Study, roster: Roster, site: str) -> float:
-    """A site's public weight: the study's, else the roster's."""
-    return study.aggregation.weights.get(site, roster.weight(site))
+    """A site's public weight: the study's, else the roster's.
+
+    Raises:
+        RosterMismatch: the roster has no such site.
+    """
+    if site not in roster.weights:
+        raise RosterMismatch("A site is not on the trusted roster.", blamed="")
+    return study.aggregation.weights.get(site, roster.weights[site])
 
 
 def update_session(

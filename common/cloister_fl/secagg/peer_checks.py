@@ -161,7 +161,7 @@ def check_dealing(dealing: Dealing, u1: tuple[str, ...], epoch_keys: bytes, rost
         SignatureInvalid: not signed by the trusted key over this epoch's keys.
         DealerBlamed: signed, but not for the sites of U1.
     """
-    public = roster.public_key(dealing.dealer)
+    public = roster.keys.get(dealing.dealer)
     if public is None or not dealing.verified(public, epoch_keys):
         raise SignatureInvalid(
             f"The list of shares of {dealing.dealer} is not signed by its trusted key.",

@@ -1,16 +1,21 @@
-"""Atomic writes, secret files that only their owner can read, and marks that tell a change.
+"""Files: atomic writes, secrets that only their owner can read, locks, marks that tell a change.
 
 A file is written beside its final name, flushed to disk and renamed, so a process that is killed
 at any moment leaves the old content or the new one, never a mixture. Secrets are created once and
-refused when anybody else could have read or planted them.
+refused when anybody else could have read or planted them. Locks are advisory, between processes of
+one machine (``flock(2)``); the kernel lets go of one when its file is closed or its process ends,
+however it ends.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import secrets
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +26,7 @@ MAX_SECRET_BYTES = 1 << 16
 
 GIT_IGNORE = ".gitignore"
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
+_LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -134,6 +140,49 @@ def read_secret(path: Path) -> bytes:
         if about.st_size > MAX_SECRET_BYTES:
             raise _refused(name, "is far too large", "Put the key itself there.")
         return file.read(MAX_SECRET_BYTES)
+
+
+@contextlib.contextmanager
+def locked(path: Path, taken: Callable[[], Exception] | None = None) -> Iterator[int]:
+    """Hold the exclusive lock of a file; yield the file's descriptor, open to read and write.
+
+    Args:
+        path: the file; made empty, with mode 0600, where it is not there.
+        taken: makes what is raised at once where another process holds the lock; without it,
+            the lock is waited for.
+
+    Raises:
+        OSError: the file cannot be opened, or is a symbolic link.
+    """
+    handle = os.open(path, _LOCK, 0o600)
+    try:
+        if taken is None:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        elif not try_lock(handle):
+            raise taken()
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def try_lock(handle: int, *, shared: bool = False) -> bool:
+    """Take the lock of an open file unless another process holds it; whether it was taken.
+
+    Args:
+        handle: the file's descriptor.
+        shared: whether others may share it.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def unlock(handle: int) -> None:
+    """Let go of the lock of an open file."""
+    fcntl.flock(handle, fcntl.LOCK_UN)
 
 
 class Mark(NamedTuple):

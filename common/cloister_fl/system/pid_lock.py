@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cloister_fl.system.file_lock import try_lock, unlock
+from cloister_fl.system.files import try_lock, unlock
 
 _AGAIN_S = 0.002
 

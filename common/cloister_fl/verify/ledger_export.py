@@ -12,9 +12,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from cloister_fl.encoding.canonical_json import canonical_json
+from cloister_fl.encoding.canonical_json import GENESIS, canonical_json, entry_hash
 from cloister_fl.encoding.framing import u64
-from cloister_fl.encoding.hash_chain import GENESIS, entry_hash
 from cloister_fl.errors import CertificateInvalid, PrivacyError
 from cloister_fl.membership.identity import usable_public_key, verify
 from cloister_fl.privacy.dp_events import Composition, Mechanism, compose

@@ -22,8 +22,7 @@ from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import FileUnreadable, OptionInvalid, StudyInvalid, StudyNotApproved
 from cloister_fl.study.schema import Study, study_from_canonical
 from cloister_fl.system import utc
-from cloister_fl.system.file_lock import locked
-from cloister_fl.system.files import write_atomic
+from cloister_fl.system.files import locked, write_atomic
 
 FILE = "approvals.json"
 FORMAT = 1

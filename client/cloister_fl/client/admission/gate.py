@@ -138,7 +138,7 @@ def require_hours(site: Site, now: datetime.time) -> None:
     Raises:
         OutsideHours: it is not in them.
     """
-    if not within(site.policy.hours, now):
+    if site.policy.hours and not within(site.policy.hours, now):
         raise OutsideHours(
             "Outside the training window (policy.hours).",
             why=f"The window is {', '.join(site.policy.hours)}; now {now:%H:%M}. Nothing was "

@@ -24,8 +24,7 @@ from cloister_fl.errors import DataChanged, DataError, FileUnreadable, OptionInv
 from cloister_fl.membership.identity import verify
 from cloister_fl.study.schema import Study
 from cloister_fl.system import utc
-from cloister_fl.system.file_lock import locked
-from cloister_fl.system.files import make_private_dir, write_atomic
+from cloister_fl.system.files import locked, make_private_dir, write_atomic
 from cloister_fl.system.text import counted, is_reason
 
 _LABEL = "cloister/manifest/v1"

@@ -39,8 +39,7 @@ from cloister_fl.client.site.folder import Site, command_at
 from cloister_fl.errors import FileUnreadable, OptionInvalid, Reject
 from cloister_fl.study.schema import Input
 from cloister_fl.system import utc
-from cloister_fl.system.file_lock import locked
-from cloister_fl.system.files import write_atomic
+from cloister_fl.system.files import locked, write_atomic
 from cloister_fl.system.text import counted, is_reason
 
 _LISTED = Input(modalities=("CR", "DX", "MG", "CT", "MR", "US"), size=16)

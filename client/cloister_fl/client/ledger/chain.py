@@ -1,41 +1,31 @@
-"""Ledger file: an append-only, hash-chained table in SQLite, and nothing about budgets.
+"""Format of the ledger: an append-only, hash-chained table in SQLite, and its whole reading.
 
 Each entry's hash is SHA-256 over a label, the previous entry's hash and the entry's canonical JSON,
 so no entry can be changed, removed, added or moved without a break that ``read`` names. Cutting off
 the end leaves a sound, shorter chain; a site sees that by comparing the head with the one that it
 noted elsewhere. Triggers refuse changes by accident; whoever can write the file can drop them, and
-``read`` says so.
-
-The journal is SQLite's rollback journal with ``synchronous = EXTRA``: when a transaction returns,
-its entry is on disk, directory included.
+``read`` says so. Nothing here is about budgets.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sqlite3
-import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cloister_fl.client.site.folder import command_at
-from cloister_fl.encoding.canonical_json import canonical_json, parse_canonical
-from cloister_fl.encoding.hash_chain import GENESIS, entry_hash
+from cloister_fl.encoding.canonical_json import GENESIS, entry_hash, parse_canonical
 from cloister_fl.errors import LedgerDamaged, LedgerRolledBack, PrivacyError
-from cloister_fl.system import utc
 
 LABEL = b"cloister/ledger/v1\0"
 PROTOCOL_KINDS = frozenset({"epoch", "round", "answered"})
 """Entries of secure aggregation: they spend nothing, and share the chain."""
 
-_WAIT_SECONDS = 60.0
-
 _REFUSE = "BEGIN SELECT RAISE(ABORT, 'append only'); END"
 _NEXT = "(SELECT coalesce(max(seq), 0) + 1 FROM entries)"
-_SCHEMA = (
+SCHEMA = (
     (
         "table",
         "entries",
@@ -72,84 +62,6 @@ class Entry:
     hash: str
 
 
-def create(path: Path, kind: str, body: Mapping[str, Any]) -> None:
-    """Make a file that only its owner may read, with a first entry, unless there is one already.
-
-    Raises:
-        LedgerDamaged: the file cannot be made or read.
-    """
-    try:
-        with contextlib.suppress(FileExistsError):
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            os.close(os.open(path, flags, 0o600))
-        if path.lstat().st_size:
-            return
-        folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError:
-        raise unusable() from None
-    with transaction(path) as connection:
-        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
-            for _, _, statement in _SCHEMA:
-                connection.execute(statement)
-            append(connection, kind, body)
-
-
-def connect(path: Path) -> sqlite3.Connection:
-    """Open the file, which only its owner may read from then on.
-
-    Threads may share the connection if they take turns.
-
-    Raises:
-        sqlite3.Error, OSError: it cannot be opened, or is no regular file.
-    """
-    about = path.lstat()
-    if not stat.S_ISREG(about.st_mode):
-        raise OSError("not a regular file")
-    if about.st_mode & 0o077:
-        path.chmod(0o600)
-    connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=rw",
-        uri=True,
-        timeout=_WAIT_SECONDS,
-        isolation_level=None,
-        check_same_thread=False,
-    )
-    connection.execute("PRAGMA synchronous = EXTRA")
-    return connection
-
-
-@contextlib.contextmanager
-def transaction(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open the file for one write transaction; commit at the end, roll back on any error.
-
-    Nothing that stands in it is verified; see ``verified_chain``.
-
-    Raises:
-        LedgerDamaged: SQLite cannot read or write the file.
-    """
-    with as_damage(), contextlib.closing(connect(path)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-        yield connection
-        connection.execute("COMMIT")
-
-
-def append(connection: sqlite3.Connection, kind: str, body: Mapping[str, Any]) -> Entry:
-    """Write one entry at the end of the chain, inside a write transaction."""
-    last = connection.execute("SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT 1").fetchone()
-    seq, previous = (last[0] + 1, last[1]) if last else (1, GENESIS)
-    # The time is for the reader; nothing is decided by it, for clocks are moved.
-    now = utc.timestamp()
-    full = {**body, "kind": kind, "seq": seq, "time": now}
-    text = canonical_json(full)
-    digest = entry_hash(LABEL, text, beside=previous)
-    connection.execute("INSERT INTO entries VALUES (?, ?, ?)", (seq, text, digest))
-    return Entry(seq, kind, full, previous, digest)
-
-
 def read(connection: sqlite3.Connection) -> tuple[Entry, ...]:
     """Read all entries and check the chain.
 
@@ -157,7 +69,7 @@ def read(connection: sqlite3.Connection) -> tuple[Entry, ...]:
         LedgerDamaged: naming the first entry that does not fit, or the missing protection.
     """
     found = connection.execute("SELECT type, name, sql FROM sqlite_master ORDER BY name").fetchall()
-    if sorted(found) != sorted(_SCHEMA):
+    if sorted(found) != sorted(SCHEMA):
         raise damaged("its tables or triggers were changed")
     entries: list[Entry] = []
     previous = GENESIS
@@ -195,16 +107,6 @@ def rolled_back(root: Path, what: str, why: str) -> PrivacyError:
         + ". Then accept the ledger: "
         + command_at(root, "budget accept-ledger"),
     )
-
-
-@contextlib.contextmanager
-def as_damage() -> Iterator[None]:
-    """Raise ``LedgerDamaged`` where the system or SQLite cannot read or write."""
-    try:
-        yield
-    except (sqlite3.Error, OSError):
-        # The text of either may quote the path.
-        raise unusable() from None
 
 
 def unusable() -> PrivacyError:

@@ -14,17 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cloister_fl.client.ledger.chain import Entry, create
-from cloister_fl.client.ledger.limits import (
-    account_of,
-    idle_of,
-    others_of,
-    require_gates,
-    require_open,
-    require_same,
-)
+from cloister_fl.client.ledger.chain import Entry
+from cloister_fl.client.ledger.ledger_file import Head, LedgerFile, create
+from cloister_fl.client.ledger.limits import idle_of, others_of, require_gates, require_same
 from cloister_fl.client.ledger.replay import Account, Reservation, accept_body, apply, close_body
-from cloister_fl.client.ledger.verified_chain import Head, VerifiedChain
 from cloister_fl.client.site.folder import command_at
 from cloister_fl.errors import (
     BudgetExhausted,
@@ -61,15 +54,15 @@ class Ledger:
     """A hospital's ledger; make it with ``open``.
 
     The whole file is read and checked at first, and again by the call after any change of it that
-    was not made here (``verified_chain``), so no other process and no kill makes it forget.
+    was not made here (``ledger_file``), so no other process and no kill makes it forget.
 
     Attributes:
-        chain: the file; secure aggregation keeps entries of its own there, which spend nothing.
+        file: its file; secure aggregation keeps entries of its own there, which spend nothing.
     """
 
     def __init__(self, path: Path, *, pinned: bool = False) -> None:
         self._path = path
-        self.chain = VerifiedChain(path, apply, pinned=pinned)
+        self.file = LedgerFile(path, apply, pinned=pinned)
 
     @classmethod
     def open(cls, path: Path, *, delta: float, pinned: bool = False) -> Ledger:
@@ -90,7 +83,7 @@ class Ledger:
             raise InternalError("The delta of a ledger must be between 0 and 1.")
         create(path, "created", {"version": 1, "delta": delta, "orders": list(ORDERS)})
         ledger = cls(path, pinned=pinned)
-        with ledger.chain.transaction(write=False) as state:
+        with ledger.file.transaction(write=False) as state:
             made_for = state.delta
         if made_for != delta:
             ledger.shut()
@@ -103,7 +96,7 @@ class Ledger:
 
     def shut(self) -> None:
         """Close the file; the next call opens and checks it anew."""
-        self.chain.close()
+        self.file.close()
 
     def reserve(
         self,
@@ -145,8 +138,8 @@ class Ledger:
         _require(epsilon_limit_study >= 0 and epsilon_limit_lifetime >= 0, "limit")
         _require(release is None or release.sampling_rate == 1, "noised evaluation")
         wanted = Account(study_digest, run_id, mechanism, steps, delta, release)
-        with self.chain.transaction(write=True) as state:
-            require_open(state, study_digest)
+        with self.file.transaction(write=True) as state:
+            state.require_open(study_digest)
             held = state.accounts.get((study_digest, run_id))
             if held is not None:
                 require_same(held, wanted)
@@ -155,7 +148,7 @@ class Ledger:
             require_gates(state, wanted, epsilon_limit_study, epsilon_limit_lifetime)
             body: dict[str, Any] = {"study": study_digest, "run": run_id}
             if idle is not None:
-                self.chain.append("adopted", {**body, "from": idle.run})
+                self.file.append("adopted", {**body, "from": idle.run})
             else:
                 terms = {
                     "noise_multiplier": mechanism.noise_multiplier,
@@ -166,7 +159,7 @@ class Ledger:
                     "limit_lifetime": epsilon_limit_lifetime,
                     "release_noise_multiplier": release and release.noise_multiplier,
                 }
-                self.chain.append("reserved", {**body, **terms})
+                self.file.append("reserved", {**body, **terms})
         return wanted.frozen()
 
     def refusal(
@@ -183,8 +176,8 @@ class Ledger:
         """What ``reserve`` would say to another run of this study, without reserving; or None."""
         wanted = Account(study_digest, "?", mechanism, steps, delta, release)
         try:
-            with self.chain.transaction(write=False) as state:
-                require_open(state, study_digest)
+            with self.file.transaction(write=False) as state:
+                state.require_open(study_digest)
                 require_gates(state, wanted, epsilon_limit_study, epsilon_limit_lifetime)
         except BudgetExhausted as error:
             return error
@@ -201,7 +194,7 @@ class Ledger:
     ) -> Quote:
         """What another run of this study would bring the accounts to; nothing is reserved."""
         wanted = Account(study_digest, "?", mechanism, steps, delta, release)
-        with self.chain.transaction(write=False) as state:
+        with self.file.transaction(write=False) as state:
             study = compose(others_of(state, wanted, study_digest), wanted.reserved)
             lifetime = compose(others_of(state, wanted, None), wanted.reserved)
             return Quote(
@@ -225,7 +218,7 @@ class Ledger:
             PolicyRefused: the study has no reservation.
             LedgerDamaged: the file is no sound ledger, or cannot be written.
         """
-        with self.chain.transaction(write=True) as state:
+        with self.file.transaction(write=True) as state:
             if study_digest in state.closed:
                 return 0
             if not state.of(study_digest):
@@ -235,19 +228,19 @@ class Ledger:
                     + command_at(self._path.parent, f"deny {study_digest[:16]} --why '...'"),
                 )
             released = state.unstarted(study_digest)
-            previous = self.chain.last.hash
-            self.chain.append("closed", close_body(study_digest, released, previous, steward))
+            previous = self.file.last.hash
+            self.file.append("closed", close_body(study_digest, released, previous, steward))
         return released
 
     def accept(self, missed: int, steward: Identity) -> None:
         """Write that the steward takes this ledger for the newest; see ``rollback``."""
-        with self.chain.transaction(write=True):
-            previous = self.chain.last.hash
-            self.chain.append("accepted", accept_body(missed, previous, steward))
+        with self.file.transaction(write=True):
+            previous = self.file.last.hash
+            self.file.append("accepted", accept_body(missed, previous, steward))
 
     def closed(self) -> frozenset[str]:
         """Hashes of the studies that the steward closed."""
-        with self.chain.transaction(write=False) as state:
+        with self.file.transaction(write=False) as state:
             return frozenset(state.closed)
 
     def start_round(
@@ -271,8 +264,8 @@ class Ledger:
         """
         _require(round_number >= 1, "round")
         _require(steps >= 1, "number of steps")
-        with self.chain.transaction(write=True) as state:
-            account = account_of(state, study_digest, run_id)
+        with self.file.transaction(write=True) as state:
+            account = state.account(study_digest, run_id)
             if round_number in account.rounds:
                 raise RoundAlreadySpent(
                     f"Round {round_number} of this run was already started and is spent.",
@@ -286,7 +279,7 @@ class Ledger:
                     remedy="The study's budget is used up; approve another study to go on.",
                 )
             body = {"study": study_digest, "run": run_id, "round": round_number, "steps": steps}
-            self.chain.append("started", body)
+            self.file.append("started", body)
         return account.frozen()
 
     def start_release(self, study_digest: str, run_id: str) -> Reservation:
@@ -304,8 +297,8 @@ class Ledger:
             BudgetExhausted: the run has no reservation, or none for a noised evaluation.
             LedgerDamaged: the file is no sound ledger, or cannot be written.
         """
-        with self.chain.transaction(write=True) as state:
-            account = account_of(state, study_digest, run_id)
+        with self.file.transaction(write=True) as state:
+            account = state.account(study_digest, run_id)
             if state.released(study_digest):
                 raise ReleaseAlreadySpent(
                     "The study's noised evaluation was already charged and is not repeated.",
@@ -318,12 +311,12 @@ class Ledger:
                     "The run reserved nothing for a noised evaluation.",
                     remedy="Propose a study with an evaluation.release_epsilon above 0.",
                 )
-            self.chain.append("evaluated", {"study": study_digest, "run": run_id})
+            self.file.append("evaluated", {"study": study_digest, "run": run_id})
         return account.frozen()
 
     def entries(self) -> tuple[Entry, ...]:
         """Return all entries, oldest first, after checking them as ``verify`` does."""
-        return self.chain.entries()
+        return self.file.entries()
 
     def verify(self) -> None:
         """Check protection, chain and sums of the whole file, whatever was checked before.
@@ -331,28 +324,28 @@ class Ledger:
         Raises:
             LedgerDamaged: naming the first entry that is wrong.
         """
-        self.chain.entries()
+        self.file.entries()
 
     def is_as_verified(self) -> bool:
         """Whether nobody else touched the file since it was last checked."""
-        return self.chain.is_as_verified()
+        return self.file.is_as_verified()
 
     def head(self) -> Head:
         """Return number and hash of the last entry: what the site notes elsewhere."""
-        return self.chain.head()
+        return self.file.head()
 
     def hashes(self) -> tuple[str, ...]:
         """Return the hashes of all entries, oldest first."""
-        return self.chain.hashes()
+        return self.file.hashes()
 
     def has_reserved(self) -> bool:
         """Whether anything was ever reserved."""
-        with self.chain.transaction(write=False) as state:
+        with self.file.transaction(write=False) as state:
             return bool(state.by_study)
 
     def reservations(self) -> tuple[Reservation, ...]:
         """Return all reservations in force, oldest first."""
-        with self.chain.transaction(write=False) as state:
+        with self.file.transaction(write=False) as state:
             return tuple(account.frozen() for account in state.accounts.values())
 
     def spent(self, study_digest: str | None = None, *, reserved: bool = False) -> Composition:
@@ -362,7 +355,7 @@ class Ledger:
             study_digest: only this study.
             reserved: count reserved steps too, as the gates do.
         """
-        with self.chain.transaction(write=False) as state:
+        with self.file.transaction(write=False) as state:
             return state.composition(reserved=reserved, study=study_digest)
 
     def epsilon_study(self, study_digest: str, delta: float, *, reserved: bool = False) -> float:
@@ -371,7 +364,7 @@ class Ledger:
 
     def epsilon_lifetime(self, *, reserved: bool = False) -> float:
         """Epsilon of everything so far, by the Renyi filter, at the ledger's delta and orders."""
-        with self.chain.transaction(write=False) as state:
+        with self.file.transaction(write=False) as state:
             spent = state.composition(reserved=reserved)
             return lifetime_epsilon(spent, state.delta, orders=state.orders)
 

@@ -1,4 +1,4 @@
-"""Admission rules of the ledger: both limits, fixed parameters, no closed study.
+"""Admission rules of the ledger: both limits, and parameters that stay.
 
 No file is touched here; the ledger asks inside its transaction.
 """
@@ -40,37 +40,6 @@ def require_gates(state: State, wanted: Account, study_limit: float, lifetime_li
             asked=lifetime_epsilon(asked, state.delta, orders=state.orders),
             left=lifetime_limit - lifetime_epsilon(before, state.delta, orders=state.orders),
             limit=lifetime_limit,
-        )
-
-
-def account_of(state: State, study_digest: str, run_id: str) -> Account:
-    """The reservation of a run in force.
-
-    Raises:
-        BudgetExhausted: it has none, or the study is closed.
-    """
-    require_open(state, study_digest)
-    account = state.accounts.get((study_digest, run_id))
-    if account is None:
-        raise BudgetExhausted(
-            "The run has no reservation in the privacy ledger.",
-            remedy="Approve the study, and start a new run; a run that another one replaced cannot "
-            "continue.",
-        )
-    return account
-
-
-def require_open(state: State, study_digest: str) -> None:
-    """Refuse a study that the steward closed.
-
-    Raises:
-        BudgetExhausted: it is closed.
-    """
-    if study_digest in state.closed:
-        raise BudgetExhausted(
-            "The study is closed at this site.",
-            why="The steward closed it; the steps that it had not started are no longer reserved.",
-            remedy="Propose another study; a closed one cannot be opened again.",
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from cloister_fl.client.ledger.chain import PROTOCOL_KINDS, Entry
 from cloister_fl.encoding.framing import u64
+from cloister_fl.errors import BudgetExhausted
 from cloister_fl.membership.identity import Identity, verify
 from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
 
@@ -158,6 +159,36 @@ class State:
     begun: Counter[str] = field(default_factory=Counter)
     constants: dict[Sum, str] = field(default_factory=dict)
     answered: dict[Sum, tuple[str, ...]] = field(default_factory=dict)
+
+    def require_open(self, study: str) -> None:
+        """Refuse a study that the steward closed.
+
+        Raises:
+            BudgetExhausted: it is closed.
+        """
+        if study in self.closed:
+            raise BudgetExhausted(
+                "The study is closed at this site.",
+                why="The steward closed it; the steps that it had not started are no longer "
+                "reserved.",
+                remedy="Propose another study; a closed one cannot be opened again.",
+            )
+
+    def account(self, study: str, run: str) -> Account:
+        """The reservation of a run in force.
+
+        Raises:
+            BudgetExhausted: it has none, or the study is closed.
+        """
+        self.require_open(study)
+        account = self.accounts.get((study, run))
+        if account is None:
+            raise BudgetExhausted(
+                "The run has no reservation in the privacy ledger.",
+                remedy="Approve the study, and start a new run; a run that another one replaced "
+                "cannot continue.",
+            )
+        return account
 
     def of(self, study: str) -> tuple[Account, ...]:
         """All accounts of a study, oldest first."""

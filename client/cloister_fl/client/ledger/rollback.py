@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cloister_fl import audit_log
 from cloister_fl.audit_log import Head
-from cloister_fl.encoding.hash_chain import HASH
+from cloister_fl.encoding.canonical_json import HASH
 
 FILE = "ledger.high"
 NOTE = "ledger"

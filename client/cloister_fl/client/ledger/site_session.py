@@ -42,8 +42,7 @@ from cloister_fl.client.site.last_refusal import clear_last_refusal, keep_last_r
 from cloister_fl.errors import CloisterError
 from cloister_fl.study.cost import Charges
 from cloister_fl.study.schema import Study
-from cloister_fl.system.file_lock import locked
-from cloister_fl.system.files import Mark, mark_of, write_atomic
+from cloister_fl.system.files import Mark, locked, mark_of, write_atomic
 
 _SIGN_EVERY = 10
 """Entries of the audit log between two signatures, at most."""

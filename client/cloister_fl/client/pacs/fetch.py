@@ -32,8 +32,7 @@ from cloister_fl.errors import (
     OptionInvalid,
     OutputInTheWay,
 )
-from cloister_fl.system.file_lock import locked
-from cloister_fl.system.files import read_secret, sweep, write_atomic
+from cloister_fl.system.files import locked, read_secret, sweep, write_atomic
 
 _MAX_SECRET = 4096
 _SOP_INSTANCE = 0x00080018

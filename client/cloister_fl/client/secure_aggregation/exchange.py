@@ -5,11 +5,17 @@ secrets are never written down, and a restart gives its key epochs up. The serve
 input: which study, which sites, which model, how many survivors, all is checked against the study
 that this site approved and the roster that it trusts. Nothing is charged or trained here: an
 exchange says whether a vector is due, and the app brings it.
+
+What a restart must not forget is in the ledger's own chain: three facts, none of them secret, which
+key epochs were begun, whom a round invited, and for which sites it was answered. So whoever
+restores an old copy of it to make the site answer twice rolls the privacy account back with it,
+which the head of the chain, noted elsewhere, gives away.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -19,10 +25,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloister_fl import secagg
+from cloister_fl.client.ledger.ledger import Ledger
 from cloister_fl.client.ledger.site_session import Admission, SiteSession
-from cloister_fl.client.secure_aggregation.ledger_round_store import RoundMemory
 from cloister_fl.client.site.trusted_roster import read_pin
-from cloister_fl.errors import CloisterError, RosterMismatch, SecureAggregationError, WireInvalid
+from cloister_fl.errors import (
+    CloisterError,
+    ParameterRefused,
+    RosterMismatch,
+    SecureAggregationError,
+    WireInvalid,
+)
 from cloister_fl.membership.roster import Roster
 from cloister_fl.protocol.round_messages import Octets
 from cloister_fl.secagg.messages.codec import Bundle, MaskRequest, Message
@@ -38,6 +50,8 @@ class _Member:
 
     protocol: secagg.Site
     roster: Roster
+    threads: int
+    """Cores for the masks."""
     kept: tuple[tuple[str, int, bytes], Update] | None = None
     """The last vector, by run, sum and model, for another attempt at the same sum."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -103,8 +117,74 @@ class Members:
                 ),
                 gave_up=lambda error: _keep_refusal(session, error),
             )
-            self._members[key] = _Member(protocol, roster)
+            self._members[key] = _Member(protocol, roster, cpu.available())
         return self._members[key]
+
+
+class RoundMemory:
+    """A ``secagg.RoundStore`` on disk; every method is one durable transaction.
+
+    Args:
+        ledger: gives the open ledger, which a session may have opened anew meanwhile.
+        subject: 32 bytes over all that determines an update, in place of the study's hash. With
+            privacy on that is the study, for each study draws its own noise and is charged for
+            it; without, studies that differ in name alone give the same updates, and two sums of
+            these over other sites would tell of single hospitals.
+        most_epochs: key epochs that one subject may begin, so that no server fills the ledger.
+
+    The methods raise LedgerDamaged and LedgerRolledBack, see ``Ledger``.
+    """
+
+    def __init__(self, ledger: Callable[[], Ledger], *, subject: bytes, most_epochs: int) -> None:
+        self._ledger = ledger
+        self._subject = subject.hex()
+        self._most_epochs = most_epochs
+
+    def claim_epoch(self, kid: bytes) -> bool:
+        """Record a key epoch's id; whether it was new.
+
+        Raises:
+            ParameterRefused: the subject has begun too many.
+        """
+        with self._ledger().file.transaction(write=True) as state:
+            if kid.hex() in state.epochs:
+                return False
+            begun = state.begun[self._subject]
+            if begun >= self._most_epochs:
+                raise ParameterRefused(
+                    f"The study has started {begun} key epochs here, more than it can need.",
+                    why="The coordinator is faulty, or the study was run very often.",
+                    remedy="Ask the coordinator, and propose a new study.",
+                )
+            self._ledger().file.append("epoch", {"epoch": kid.hex(), "study": self._subject})
+            return True
+
+    def open_round(self, study: bytes, round_number: int, constants: bytes) -> bytes:
+        """Record a round's constants; what stands since the first time."""
+        del study
+        key = (self._subject, round_number)
+        with self._ledger().file.transaction(write=True) as state:
+            if key not in state.constants:
+                self._append("round", round_number, {"constants": constants.hex()})
+            return bytes.fromhex(state.constants[key])
+
+    def committed(self, study: bytes, round_number: int) -> tuple[str, ...] | None:
+        """The sites that a round was answered for, or None."""
+        del study
+        with self._ledger().file.transaction(write=False) as state:
+            return state.answered.get((self._subject, round_number))
+
+    def commit(self, study: bytes, round_number: int, u3: tuple[str, ...]) -> tuple[str, ...]:
+        """Record the sites that a round is answered for; what stands since the first time."""
+        del study
+        key = (self._subject, round_number)
+        with self._ledger().file.transaction(write=True) as state:
+            if key not in state.answered:
+                self._append("answered", round_number, {"survivors": list(u3)})
+            return state.answered[key]
+
+    def _append(self, kind: str, number: int, fact: dict[str, Any]) -> None:
+        self._ledger().file.append(kind, {"study": self._subject, "sum": number, **fact})
 
 
 def require_roster(session: SiteSession, pin: Path, digest: str) -> None:
@@ -235,7 +315,7 @@ class Exchange:
         vector = np.empty(0) if member.kept is None else member.kept[1]
         try:
             self._masked = member.protocol.mask(
-                request.kid, vector, saturate=saturate, threads=cpu.available()
+                request.kid, vector, saturate=saturate, threads=member.threads
             )
         except SecureAggregationError as error:
             self._give_up(error)

@@ -38,9 +38,9 @@ from cloister_fl.server.coordinator.certificate_authority import Authority, need
 from cloister_fl.server.coordinator.federation import Federation
 from cloister_fl.server.coordinator.site_database import Registry
 from cloister_fl.study.schema import Name
-from cloister_fl.system.file_lock import locked
 from cloister_fl.system.files import (
     create_secret,
+    locked,
     make_private_dir,
     read_secret,
     sweep,

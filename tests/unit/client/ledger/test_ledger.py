@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from cloister_fl.client.ledger import chain
+from cloister_fl.client.ledger import chain, ledger_file
 from cloister_fl.client.ledger.ledger import Ledger, Reservation
 from cloister_fl.client.ledger.replay import accept_body, close_body
 from cloister_fl.errors import (
@@ -294,7 +294,7 @@ def test_a_clock_moved_back_changes_nothing(
 
 def rewrite(path: Path, *statements: str) -> None:
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        triggers = [row for row in chain._SCHEMA if row[0] == "trigger"]
+        triggers = [row for row in chain.SCHEMA if row[0] == "trigger"]
         for _, name, _ in triggers:
             connection.execute(f"DROP TRIGGER {name}")
         for statement in statements:
@@ -363,8 +363,8 @@ NONE = {"release_noise_multiplier": None}
 
 
 def forge(path: Path, kind: str, **body: object) -> None:
-    with chain.transaction(path) as connection:
-        chain.append(connection, kind, body)
+    with ledger_file.transaction(path) as connection:
+        ledger_file.append(connection, kind, body)
 
 
 @pytest.mark.parametrize(
@@ -511,7 +511,7 @@ except CloisterError as error:
 def test_a_round_that_two_processes_start_is_started_once(ledger: Ledger, path: Path) -> None:
     """The second asks while the first has read the ledger and not yet written to it."""
     slow = f"""
-from cloister_fl.client.ledger import chain as module
+from cloister_fl.client.ledger import ledger_file as module
 honest = module.append
 def append(*given):
     print("inside", flush=True)
@@ -583,7 +583,7 @@ for number in range(1, 5):
 def test_kill_inside_the_transaction_leaves_the_ledger_sound(path: Path) -> None:
     """Killed while a start is written and not yet committed: as if it had never been asked."""
     body = f"""
-from cloister_fl.client.ledger import chain as ledger_schema
+from cloister_fl.client.ledger import ledger_file as ledger_schema
 ledger.reserve("{STUDY}", "run-1", noise, {STEPS}, {DELTA}, 3.0, 8.0)
 with ledger_schema.transaction(Path(sys.argv[1])) as connection:
     connection.execute("PRAGMA cache_spill = 1")

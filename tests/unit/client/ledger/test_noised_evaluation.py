@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cloister_fl.client.ledger.chain import append, transaction
 from cloister_fl.client.ledger.ledger import Ledger, Reservation
+from cloister_fl.client.ledger.ledger_file import append, transaction
 from cloister_fl.errors import (
     BudgetExhausted,
     InternalError,

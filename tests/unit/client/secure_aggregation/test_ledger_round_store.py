@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloister_fl.client.ledger.ledger import Ledger
-from cloister_fl.client.secure_aggregation.ledger_round_store import RoundMemory
+from cloister_fl.client.secure_aggregation.exchange import RoundMemory
 from cloister_fl.errors import LedgerDamaged, ParameterRefused
 from cloister_fl.privacy.dp_events import Mechanism
 from support.errors import raises

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from cloister_fl.client import app as client
-from cloister_fl.client import envelope
+from cloister_fl.client import app_state, envelope
 from cloister_fl.client.admission.approvals import Decision, judge, judgements
 from cloister_fl.client.app_state import Kept
 from cloister_fl.client.data.cohort import Cohort, Patient, apart, split_apart, subset
@@ -286,7 +286,7 @@ def test_it_is_charged_before_data_are_read_and_stays_so(
 @pytest.mark.parametrize(
     ("where", "name", "charged"),
     [
-        (client, "require_private", False),
+        (app_state, "require_private", False),
         (Ledger, "start_release", False),
         (Kept, "parts", True),
         (client, "counts_in_units", True),

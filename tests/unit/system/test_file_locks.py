@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from cloister_fl.system.file_lock import locked, try_lock, unlock
+from cloister_fl.system.files import locked, try_lock, unlock
 
 pytestmark = pytest.mark.process
 
 
 HOLD = """
 import sys, pathlib
-from cloister_fl.system.file_lock import locked
+from cloister_fl.system.files import locked
 with locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

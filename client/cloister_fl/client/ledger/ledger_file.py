@@ -1,9 +1,9 @@
-"""A ledger file that is verified whole once and then followed, entry by entry.
+"""The ledger's file, which is verified whole once and then followed, entry by entry.
 
-Verifying costs as much as there are entries. So the state that they add up to is kept, together
-with how the file looked, and goes along with each entry that is appended here. Every transaction
-first compares the file with what it was: whatever anybody else did to it, all of it is read and
-added up again before anything is decided or written.
+Reading everything costs as much as there are entries. So the state that they add up to is kept,
+together with how the file looked, and goes along with each entry that is appended here. Every
+transaction first compares the file with what it was: whatever anybody else did to it, all of it is
+read and added up again before anything is decided or written.
 
 What is compared: SQLite's count of commits by others (``PRAGMA data_version``), and the marks
 (``files.Mark``) of the database, its write-ahead log and its rollback journal. Programs that write
@@ -12,6 +12,9 @@ them, which nobody can set back. What such a program writes during one of our ow
 transactions, some milliseconds, our own change hides; it is found when the whole is next read: at
 the start of a process, by every command on the budget, and after the next change by anybody else.
 Until then the kept state counts, which that write has not changed.
+
+The journal is SQLite's rollback journal with ``synchronous = EXTRA``: when a transaction returns,
+its entry is on disk, directory included.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import stat
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +31,12 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from cloister_fl.client.ledger import chain
-from cloister_fl.client.ledger.chain import Entry, as_damage, damaged, rolled_back
+from cloister_fl.client.ledger.chain import LABEL, Entry, damaged, rolled_back, unusable
+from cloister_fl.encoding.canonical_json import GENESIS, canonical_json, entry_hash
+from cloister_fl.system import utc
 from cloister_fl.system.files import Mark, mark_of
+
+_WAIT_SECONDS = 60.0
 
 StateT = TypeVar("StateT")
 
@@ -53,14 +61,14 @@ class _Verified(Generic[StateT]):
     hashes: list[str]
 
 
-class VerifiedChain(Generic[StateT]):
+class LedgerFile(Generic[StateT]):
     """A ledger file over one connection, and the state that its entries add up to.
 
     Several threads may use it, one transaction at a time. A connection does not survive a fork:
     the child opens and verifies anew, and leaves its parent's alone.
 
     Args:
-        path: the file; see ``chain.create``.
+        path: the file; see ``create``.
         apply: adds one entry to the state, which is None before the first, and may change it in
             place. It raises ``KeyError``, ``TypeError`` or ``ValueError`` where the entry breaks
             a rule.
@@ -123,7 +131,7 @@ class VerifiedChain(Generic[StateT]):
         assert verified is not None
         assert self._connection is not None
         with as_damage():
-            entry = chain.append(self._connection, kind, body)
+            entry = append(self._connection, kind, body)
         before, verified.head = verified.head, Head(entry.seq, entry.hash)
         if before != (entry.seq - 1, entry.previous):
             raise damaged("its last entry is not the one that was read")
@@ -197,7 +205,7 @@ class VerifiedChain(Generic[StateT]):
         self.close()
         try:
             with as_damage():
-                self._connection = connection = chain.connect(self._path)
+                self._connection = connection = connect(self._path)
                 self._owner = os.getpid()
                 self._end = _finalizer(self, connection)
                 self._sql(begin)
@@ -280,3 +288,91 @@ def _finalizer(owner: object, connection: sqlite3.Connection) -> Callable[[], ob
     made = weakref.finalize(owner, end)
     made.atexit = False
     return made
+
+
+def create(path: Path, kind: str, body: Mapping[str, Any]) -> None:
+    """Make a file that only its owner may read, with a first entry, unless there is one already.
+
+    Raises:
+        LedgerDamaged: the file cannot be made or read.
+    """
+    try:
+        with contextlib.suppress(FileExistsError):
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            os.close(os.open(path, flags, 0o600))
+        if path.lstat().st_size:
+            return
+        folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError:
+        raise unusable() from None
+    with transaction(path) as connection:
+        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
+            for _, _, statement in chain.SCHEMA:
+                connection.execute(statement)
+            append(connection, kind, body)
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open the file, which only its owner may read from then on.
+
+    Threads may share the connection if they take turns.
+
+    Raises:
+        sqlite3.Error, OSError: it cannot be opened, or is no regular file.
+    """
+    about = path.lstat()
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError("not a regular file")
+    if about.st_mode & 0o077:
+        path.chmod(0o600)
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode=rw",
+        uri=True,
+        timeout=_WAIT_SECONDS,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+    connection.execute("PRAGMA synchronous = EXTRA")
+    return connection
+
+
+@contextlib.contextmanager
+def transaction(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open the file for one write transaction; commit at the end, roll back on any error.
+
+    Nothing that stands in it is verified; see ``LedgerFile``.
+
+    Raises:
+        LedgerDamaged: SQLite cannot read or write the file.
+    """
+    with as_damage(), contextlib.closing(connect(path)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield connection
+        connection.execute("COMMIT")
+
+
+def append(connection: sqlite3.Connection, kind: str, body: Mapping[str, Any]) -> Entry:
+    """Write one entry at the end of the chain, inside a write transaction."""
+    last = connection.execute("SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT 1").fetchone()
+    seq, previous = (last[0] + 1, last[1]) if last else (1, GENESIS)
+    # The time is for the reader; nothing is decided by it, for clocks are moved.
+    now = utc.timestamp()
+    full = {**body, "kind": kind, "seq": seq, "time": now}
+    text = canonical_json(full)
+    digest = entry_hash(LABEL, text, beside=previous)
+    connection.execute("INSERT INTO entries VALUES (?, ?, ?)", (seq, text, digest))
+    return Entry(seq, kind, full, previous, digest)
+
+
+@contextlib.contextmanager
+def as_damage() -> Iterator[None]:
+    """Raise ``LedgerDamaged`` where the system or SQLite cannot read or write."""
+    try:
+        yield
+    except (sqlite3.Error, OSError):
+        # The text of either may quote the path.
+        raise unusable() from None

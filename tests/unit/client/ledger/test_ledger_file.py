@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from cloister_fl.client.ledger import chain
+from cloister_fl.client.ledger import chain, ledger_file
 from cloister_fl.client.ledger.ledger import Ledger
-from cloister_fl.client.secure_aggregation.ledger_round_store import RoundMemory
+from cloister_fl.client.secure_aggregation.exchange import RoundMemory
 from cloister_fl.errors import (
     BudgetExhausted,
     CloisterError,
@@ -254,11 +254,11 @@ def test_a_commit_in_the_instant_behind_our_own_is_seen(
     ledger: Ledger, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process commits after our commit, and before we look at the file again."""
-    honest = ledger.chain._marks
+    honest = ledger.file._marks
     once: list[int] = []
 
     def late() -> Any:
-        connection = ledger.chain._connection
+        connection = ledger.file._connection
         assert connection is not None
         if not connection.in_transaction and not once:
             once.append(1)
@@ -266,8 +266,8 @@ def test_a_commit_in_the_instant_behind_our_own_is_seen(
         return honest()
 
     ledger.start_round(STUDY, "run", 4, 2)
-    monkeypatch.setattr(ledger.chain, "_has_marks", lambda: True)
-    monkeypatch.setattr(ledger.chain, "_marks", late)
+    monkeypatch.setattr(ledger.file, "_has_marks", lambda: True)
+    monkeypatch.setattr(ledger.file, "_marks", late)
     ledger.start_round(STUDY, "run", 5, 2)
     assert once == [1]
     with pytest.raises(RoundAlreadySpent):
@@ -278,8 +278,8 @@ def test_an_end_that_is_not_the_verified_one_takes_no_entry(
     ledger: Ledger, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even where no mark tells it."""
-    monkeypatch.setattr(ledger.chain, "_is_as_seen", lambda: True)
-    monkeypatch.setattr(ledger.chain, "_has_marks", lambda: True)
+    monkeypatch.setattr(ledger.file, "_is_as_seen", lambda: True)
+    monkeypatch.setattr(ledger.file, "_has_marks", lambda: True)
     rewrite_rows(path, "DELETE FROM entries WHERE seq = 5")
     with raises(LedgerDamaged, match="last entry is not the one that was read"):
         ledger.start_round(STUDY, "run", 4, 2)
@@ -307,7 +307,7 @@ def test_a_transaction_that_failed_is_not_taken_for_done(
     ledger: Ledger, path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     head = ledger.head()
-    honest = ledger.chain._sql
+    honest = ledger.file._sql
 
     def fails(*given: Any) -> Any:
         if where == "append" or given == ("COMMIT",):
@@ -316,9 +316,9 @@ def test_a_transaction_that_failed_is_not_taken_for_done(
 
     with monkeypatch.context() as patch:
         if where == "append":
-            patch.setattr(chain, "append", fails)
+            patch.setattr(ledger_file, "append", fails)
         else:
-            patch.setattr(ledger.chain, "_sql", fails)
+            patch.setattr(ledger.file, "_sql", fails)
         with raises(LedgerDamaged, match="cannot be read or written"):
             ledger.start_round(STUDY, "run", 4, 2)
     assert ledger.head() == head == opened(path).head()
@@ -328,7 +328,7 @@ def test_a_transaction_that_failed_is_not_taken_for_done(
 def test_a_database_that_stays_locked_is_an_error_and_no_more(
     ledger: Ledger, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chain, "_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(ledger_file, "_WAIT_SECONDS", 0.1)
     ledger.shut()
     ledger.head()
     holds = """
@@ -371,8 +371,8 @@ def test_a_fork_reads_anew_and_leaves_its_parent_s_connection_alone(
     ledger: Ledger, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # In the middle of a transaction: to close the connection in the child would undo it.
-    with ledger.chain.transaction(write=True):
-        ledger.chain.append("epoch", {"study": STUDY, "epoch": "e1"})
+    with ledger.file.transaction(write=True):
+        ledger.file.append("epoch", {"study": STUDY, "epoch": "e1"})
         child = multiprocessing.get_context("fork").Process(target=ledger.shut)
         child.start()
         child.join()
@@ -483,7 +483,7 @@ STUDIES = (None, STUDY, OTHER)
 
 def kept(ledger: Ledger) -> dict[str, Any]:
     """The same of a ledger that follows its entries."""
-    with ledger.chain.transaction(write=False) as state:
+    with ledger.file.transaction(write=False) as state:
         facts: dict[Any, Any] = {("epoch", epoch, None): True for epoch in state.epochs}
         facts |= {("round", *key): value for key, value in state.constants.items()}
         facts |= {("answered", *key): value for key, value in state.answered.items()}

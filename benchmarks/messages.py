@@ -48,7 +48,7 @@ from cloister_fl.client.site.audit_log import path_of
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.protocol.round_messages import kind_of
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.study.schema import Study
 from support.federations import study, write_cohort
 
@@ -219,7 +219,7 @@ def main() -> None:
     meter = Meter(counted)
     with tempfile.TemporaryDirectory() as work:
         prepared(Path(work) / "sites", asked)
-        simulate(Simulation(asked, Path(work) / "sites", Path(work) / "run"), client_app=meter)
+        run_simulation(Simulation(asked, Path(work) / "sites", Path(work) / "run"), client_app=meter)
         cold = {name: cold_cost(*meter.last[name]) for name in CHARGED} if options.cold else {}
     print(
         f"{'charged before':>14} {'least, ms':>10} {'median, ms':>11}" + "   cold, ms" * bool(cold)

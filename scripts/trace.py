@@ -25,7 +25,7 @@ from flwr.app import Context, Message
 import cloister_fl
 from cloister_fl.client.app import SiteApp, app
 from cloister_fl.protocol.round_messages import kind_of
-from cloister_fl.simulation.simulate import Simulation, simulate
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from support.federations import study, write_federation
 
 SITE, MESSAGE = "anker", 3
@@ -80,7 +80,7 @@ def main() -> int:
     trace = Trace()
     with tempfile.TemporaryDirectory() as work:
         sites = write_federation(Path(work) / "sites")
-        simulate(Simulation(study(), sites, Path(work) / "run"), client_app=trace)
+        run_simulation(Simulation(study(), sites, Path(work) / "run"), client_app=trace)
     for module, functions in trace.by_module().items():
         print(f"{len(functions):>4}  {module}")
         if options.names:

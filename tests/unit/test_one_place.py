@@ -23,7 +23,7 @@ def _files(*methods: str, keywords: frozenset[str] = frozenset()) -> set[str]:
 
 
 def test_files_are_locked_in_one_module() -> None:
-    assert _files("flock", "lockf") == {"file_lock.py"}
+    assert _files("flock", "lockf") == {"files.py"}
 
 
 def test_canonical_json_is_written_in_one_module() -> None:

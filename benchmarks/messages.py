@@ -219,7 +219,9 @@ def main() -> None:
     meter = Meter(counted)
     with tempfile.TemporaryDirectory() as work:
         prepared(Path(work) / "sites", asked)
-        run_simulation(Simulation(asked, Path(work) / "sites", Path(work) / "run"), client_app=meter)
+        run_simulation(
+            Simulation(asked, Path(work) / "sites", Path(work) / "run"), client_app=meter
+        )
         cold = {name: cold_cost(*meter.last[name]) for name in CHARGED} if options.cold else {}
     print(
         f"{'charged before':>14} {'least, ms':>10} {'median, ms':>11}" + "   cold, ms" * bool(cold)

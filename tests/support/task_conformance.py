@@ -79,7 +79,6 @@ def _check_losses(task: Task) -> None:
     assert losses.shape == (6,)
     assert bool(torch.isfinite(losses).all())
     assert bool((losses > 0).all())
-    assert torch.allclose(task.loss(logits, targets), losses.mean())
     # An image's loss is its own: neighbours, however wild, change nothing of it.
     for wild in (1e6, float("nan")):
         others = logits.clone()

@@ -50,7 +50,7 @@ def measure(study: Study) -> tuple[Pace, int]:
     targets = task.example(images)
 
     def gradient() -> None:
-        torch.autograd.grad(task.loss(part(images), targets), weights)
+        torch.autograd.grad(task.losses(part(images), targets).mean(), weights)
 
     return Pace(_median(gradient), once), layout_of(module).size
 

@@ -5,41 +5,22 @@ Without privacy nothing is clipped and a study's engine has no effect, so any ma
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from cloister_fl.errors import Fault, StudyInvalid
-
-if TYPE_CHECKING:
-    from cloister_fl.study.schema import Study
+from cloister_fl.study.schema import UNSOUND_ENGINES, Study
 
 ENGINE_KEY: Final = "training.engine"
 
 REMEDY: Final = 'Write engine = "patients" in [training].'
 
-_UNSOUND: Final = {
-    "book-keeping": "one patient can move its sum of clipped gradients by many times "
-    "privacy.clipping_norm, so the study's epsilon does not hold",
-}
-
-
-def unsound_engine(study: Study) -> str:
-    """Say why the engine of a study does not support its privacy claim.
-
-    Returns:
-        One sentence; empty where the engine supports the claim, or the study makes none.
-    """
-    engine = study.training.engine
-    if not study.privacy.enabled or engine not in _UNSOUND:
-        return ""
-    return f"{ENGINE_KEY} is {engine!r} and privacy is on: {_UNSOUND[engine]}."
-
 
 def engine_fault(study: Study) -> tuple[str, str] | None:
-    """The same as the message and the hint of a fault at ``training.engine``, or None."""
+    """``Study.unsound_engine`` as message and hint of a fault at ``training.engine``, or None."""
     engine = study.training.engine
-    if not unsound_engine(study):
+    if not study.unsound_engine:
         return None
-    return f"cannot be {engine!r} while privacy is on: {_UNSOUND[engine]}.", REMEDY
+    return f"cannot be {engine!r} while privacy is on: {UNSOUND_ENGINES[engine]}.", REMEDY
 
 
 def require_sound_engine(study: Study) -> None:

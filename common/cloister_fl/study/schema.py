@@ -37,6 +37,12 @@ Modality = Literal["CR", "DX", "MG", "CT", "MR", "US"]
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 
 
+UNSOUND_ENGINES = {
+    "book-keeping": "one patient can move its sum of clipped gradients by many times "
+    "privacy.clipping_norm, so the study's epsilon does not hold",
+}
+"""Engines that support no privacy claim, and why; see ``gradient_engines``."""
+
 VOLUME_KEYS = ("dimensions", "depth", "spacing")
 """Keys of ``Input`` that say how slices become a volume."""
 
@@ -324,6 +330,16 @@ class Study(ShownModel):
     def releases(self) -> bool:
         """Whether the study ends with a noised evaluation, which is charged."""
         return self.privacy.enabled and self.evaluation.release_epsilon > 0
+
+    @property
+    def unsound_engine(self) -> str:
+        """Why the engine does not support the privacy claim, in one sentence; empty where it does,
+        or the study makes none: without privacy nothing is clipped, and the engine has no effect.
+        """
+        engine = self.training.engine
+        if not self.privacy.enabled or engine not in UNSOUND_ENGINES:
+            return ""
+        return f"training.engine is {engine!r} and privacy is on: {UNSOUND_ENGINES[engine]}."
 
     @property
     def task(self) -> Task:

@@ -190,11 +190,8 @@ class Task(Protocol):
 
     @abstractmethod
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """One loss an image, (N,): each a function of that image and its target alone."""
-
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """A patient's loss: the mean over the patient's images."""
-        return self.losses(logits, targets).mean()
+        """One loss an image, (N,): each a function of that image and its target alone. A patient's
+        loss is the mean over the patient's images."""
 
     # What a model is measured by.
 

@@ -22,7 +22,7 @@ from cloister_fl.privacy.certificate import Certificate
 from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
 from cloister_fl.privacy.renyi_filter import lifetime_epsilon
 from cloister_fl.study.cost import sensitivity
-from cloister_fl.study.gradient_engines import REMEDY, unsound_engine
+from cloister_fl.study.gradient_engines import REMEDY
 from cloister_fl.study.schema import Study, study_from_canonical
 from cloister_fl.system.libraries.imports import undisturbed_imports
 from cloister_fl.verify.ledger_export import LedgerExport, Spent
@@ -111,7 +111,7 @@ def check(
 def _claims_nothing(certificate: Certificate) -> bool:
     """Whether the study that was trained, and not the file, is why the certificate is refused."""
     try:
-        return bool(unsound_engine(study_from_canonical(certificate.study)))
+        return bool(study_from_canonical(certificate.study).unsound_engine)
     except StudyInvalid:
         return False
 
@@ -126,7 +126,7 @@ def _constants(certificate: Certificate) -> Iterator[str]:
         yield "The study does not match its hash."
     if not study.privacy.enabled:
         yield "The study trains without privacy."
-    unsound = unsound_engine(study)
+    unsound = study.unsound_engine
     if unsound:
         yield f"The privacy claim of the study does not hold. {unsound}"
     for name, held, wanted in (

@@ -19,7 +19,7 @@ from cloister_fl.client.site.training_hours import within
 from cloister_fl.errors import BudgetExhausted, OutsideHours, PolicyRefused
 from cloister_fl.privacy.dp_events import Mechanism
 from cloister_fl.study.cost import Charges, charges
-from cloister_fl.study.gradient_engines import REMEDY, unsound_engine
+from cloister_fl.study.gradient_engines import REMEDY
 from cloister_fl.study.schema import Study, study_from_canonical
 from cloister_fl.system.files import mark_of
 
@@ -52,7 +52,7 @@ def consent(session: SiteSession, study: Study, *, invited: int, signatures: byt
         LedgerRolledBack: the ledger is not the newest one, see ``rollback``.
         LedgerDamaged, AuditLogDamaged: ledger or log were changed.
     """
-    unsound = unsound_engine(study)
+    unsound = study.unsound_engine
     if unsound:
         raise PolicyRefused(
             "The privacy claim of the study does not hold.",

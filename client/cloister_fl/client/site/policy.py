@@ -15,7 +15,6 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from cloister_fl.client.site.training_hours import is_span
 from cloister_fl.membership.identity import usable_public_key
-from cloister_fl.study.gradient_engines import unsound_engine
 from cloister_fl.study.schema import Modality, Name, Study
 from cloister_fl.system.toml import FileModel, KeyedValueError
 
@@ -126,7 +125,7 @@ def refusals(policy: Policy, study: Study, invited_sites: int) -> tuple[str, ...
         is allowed. What the lifetime's budget has left is the ledger's to judge. An engine that
         does not support the study's privacy claim is refused under any policy.
     """
-    unsound = unsound_engine(study)
+    unsound = study.unsound_engine
     found = [unsound] if unsound else []
     privacy, asked = study.privacy, study.input.modalities
     if not privacy.enabled:

@@ -32,7 +32,7 @@ from cloister_fl.client.training.sampling import (
 from cloister_fl.errors import InternalError, UpdateInvalid
 from cloister_fl.networks.flat_parameters import Vector, check, flatten
 from cloister_fl.networks.frozen_backbone import FixedFeatures
-from cloister_fl.study.gradient_engines import REMEDY, unsound_engine
+from cloister_fl.study.gradient_engines import REMEDY
 from cloister_fl.study.schema import Study, Training
 
 _IMAGES_AT_ONCE = 128
@@ -75,7 +75,7 @@ def train_round(
     """
     if steps < 1:
         raise InternalError("A round has 1 step or more.")
-    unsound = unsound_engine(study)
+    unsound = study.unsound_engine
     if unsound:
         # The gate refuses such a study; this holds also where it was not asked.
         raise InternalError(

@@ -169,7 +169,7 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
 
         def loss(trained: dict[str, Tensor], bag: Tensor, target: Tensor) -> Tensor:
             logits = functional_call(self._module, {**trained, **fixed}, (bag,))
-            return self.task.loss(logits, target)
+            return self.task.losses(logits, target).mean()
 
         gradients = vmap(grad(loss), in_dims=(None, 0, 0))(
             weights, filled_up(pixels), filled_up(targets)
@@ -203,7 +203,9 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         return all(torch.equal(gradient, seen[0]) for gradient in seen)
 
     def _of_patient(self, images: Tensor, targets: Tensor) -> Sequence[Tensor]:
-        return torch.autograd.grad(self.task.loss(self._module(images), targets), self.trained)
+        return torch.autograd.grad(
+            self.task.losses(self._module(images), targets).mean(), self.trained
+        )
 
     def _of_bag(self, cohort: Cohort | FeatureCohort, bag: Bag) -> Sequence[Tensor]:
         return self._of_patient(pixels_of(cohort, [bag]), targets_of(self.task, cohort, [bag]))

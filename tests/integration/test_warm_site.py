@@ -7,6 +7,7 @@ lawfully is read whole, and the round goes on.
 
 from __future__ import annotations
 
+import runpy
 import shutil
 import sqlite3
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Context, Message
 
 from cloister_fl.audit_log import AuditLog, name_of, told_heads
 from cloister_fl.audit_log import log as audit_module
@@ -47,6 +49,7 @@ from support.hand_asked_site import ask, fits, rounds_charged, write_hospital
 from support.spending import disagreements
 from support.tampering import cut, leave_in_wal, overwrite, put_in_place, rewrite_rows
 
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "messages.py"
 STUDY = study(aggregation="secure = false", training="rounds = 9")
 OTHER = study(study='name = "other"', aggregation="secure = false")
 
@@ -132,6 +135,44 @@ def test_a_warm_site_reads_nothing_again(site: Site, monkeypatch: pytest.MonkeyP
     assert disagreements(site) == ()
     kinds = [entry.kind for entry in entries_of(site) if entry.kind != "signed"]
     assert kinds[-6:] == ["asked", "ledger", "sent"] * 2
+
+
+def test_a_message_is_the_same_work_whatever_was_charged_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls are counted, of Python's and of C's functions; seconds would depend on the machine."""
+    benchmark = runpy.run_path(str(BENCHMARK))
+    module = flatten(registry.build(STUDY.network, 2, 1, size=STUDY.input.size, seed=0))
+    monkeypatch.setattr(client, "train_round", lambda *_, **__: module)
+    calls = {}
+    for rounds in (1, 40, 800):
+        site = write_hospital(tmp_path / str(rounds), fits(STUDY))
+        benchmark["write_history"](site, rounds)
+        assert isinstance(ask(site, prepare()), Prepared)
+        counted = Calls()
+        for number in (1, 2):
+            assert isinstance(ask(site, train(number)), Update)
+        assert isinstance(ask(site, train(3), counted), Update)
+        calls[rounds] = counted.calls
+        client.app.kept.forget(site.root)
+    assert 1000 < calls[1] == calls[40] == calls[800]
+
+
+class Calls:
+    """The product's ClientApp, and how many functions a message calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        sys.setprofile(self._profile)
+        try:
+            return client.app(message, context)
+        finally:
+            sys.setprofile(None)
+
+    def _profile(self, _: object, event: str, __: object) -> None:
+        self.calls += event in {"call", "c_call"}
 
 
 def test_a_process_that_starts_reads_everything(

@@ -13,6 +13,7 @@ from cloister_fl.client.app import app
 from cloister_fl.errors import TooFewSites
 from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from support.federations import NAMES, study, write_federation
+from support.host_state import beyond_loopback, listening
 from support.seeded_noise import SeededClientApp
 
 
@@ -26,41 +27,26 @@ def _weights(folder: Path) -> dict[str, np.ndarray]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-_LOOPBACK_6 = "00000000000000000000000001000000"
-_MAPPED = "0000000000000000FFFF00000100007F"
-
-
-def _listening() -> set[str]:
-    """Addresses that this machine listens on, as the kernel writes them: 0100007F is 127.0.0.1."""
-    found = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in Path(table).read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A":
-                found.add(fields[1])
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("privacy", ["enabled = true", "enabled = false"])
 @pytest.mark.filterwarnings("ignore")
 def test_ray_and_in_process_give_the_same_model(sites: Path, tmp_path: Path, privacy: str) -> None:
     asked = study(privacy=privacy)
     models = {}
-    before = _listening()
+    before = listening()
     opened: set[str] = set()
     for engine in ("in-process", "ray"):
         out = tmp_path / engine
         summary = run_simulation(
             Simulation(asked, sites, out, engine),
             client_app=SeededClientApp(app),
-            notify=lambda _: opened.update(_listening() - before),
+            notify=lambda _: opened.update(listening() - before),
         )
         assert summary["site_names"] == list(NAMES)
         models[engine] = _weights(out)
     gc.collect()  # Ray leaves files open; their warnings belong to this test
     assert opened
-    assert {place.rsplit(":", 1)[0] for place in opened} <= {"0100007F", _LOOPBACK_6, _MAPPED}
+    assert beyond_loopback(opened) == set()
     one, two = models["in-process"], models["ray"]
     assert one.keys() == two.keys()
     for name in one:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -286,12 +287,24 @@ def test_nothing_of_the_calling_program_is_changed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["", HOST], ids=["fresh", "host"])
-def test_nothing_is_changed_with_ray_either(folders: Path, tmp_path: Path, first: str) -> None:
-    changes = changes_of(program(folders, "engine='ray'"), first=first, folder=tmp_path)
+@pytest.mark.parametrize("first", ["", HOST + "import ray"], ids=["fresh", "host"])
+def test_nothing_is_changed_with_ray_either_and_it_keeps_to_itself(
+    folders: Path, tmp_path: Path, first: str
+) -> None:
+    watched = (
+        "from support.host_state import beyond_loopback, listening\n"
+        "there, opened, sent = listening(), set(), set()\n"
+        "def told(progress):\n"
+        "    opened.update(listening() - there)\n"
+        "    sent.add(sys.modules['flwr.supercore.telemetry'].FLWR_TELEMETRY_ENABLED)\n"
+    )
+    checked = "assert opened and not beyond_loopback(opened), opened\nassert sent == {'0'}, sent\n"
+    code = "import sys\n" + watched + program(folders, "engine='ray'", "progress=told") + checked
+    changes = changes_of(code, first=first, folder=tmp_path)
     # Ray needs its own packages on the module path, and keeps a thread.
     assert set(changes) <= {"module path", *READERS}
-    assert changes["module path"][1][1:] == changes["module path"][0]
+    paths = changes.get("module path", [[], ["added"]])
+    assert paths[1][1:] == paths[0]
 
 
 @pytest.mark.slow
@@ -426,6 +439,25 @@ def test_an_interrupt_ends_it_and_it_can_be_resumed_in_the_same_process(
     assert run.epsilon <= 6.0
     assert set(run.summary["site_names"]) == set(NAMES)
     del kept
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_an_interrupt_ends_a_run_on_ray_and_its_threads(folders: Path, tmp_path: Path) -> None:
+    asked = study(training={"rounds": 4, "steps": 1})
+    before = set(threading.enumerate())
+
+    def told(progress: Progress) -> None:
+        if progress.done == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(asked, folders / "sites", tmp_path / "run", engine="ray", progress=told)
+    left = {thread.name for thread in set(threading.enumerate()) - before if not thread.daemon}
+    assert left == set()
+    run = simulate(asked, folders / "sites", tmp_path / "run", resume=True, progress=False)
+    assert run.summary["rounds"] == 4
+    gc.collect()  # Ray leaves files open; their warnings belong to this test
 
 
 def test_ctrl_c_ends_a_script_that_resumes_afterwards(folders: Path, tmp_path: Path) -> None:

@@ -26,6 +26,28 @@ UNTOUCHED: list[Any] = [logging.NOTSET, True, []]
 WARNED = "import numpy, torch, matplotlib\n"  # their own filters of warnings are theirs
 
 
+_LOOPBACK = {
+    *("0100007F", "00000000000000000000000001000000"),
+    "0000000000000000FFFF00000100007F",  # 127.0.0.1 as an address of IPv6
+}
+
+
+def listening() -> set[str]:
+    """Addresses and ports that this machine listens on, as the kernel writes them."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                found.add(fields[1])
+    return found
+
+
+def beyond_loopback(places: set[str]) -> set[str]:
+    """Those of ``listening`` that other machines may reach."""
+    return {place for place in places if place.rpartition(":")[0] not in _LOOPBACK}
+
+
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 

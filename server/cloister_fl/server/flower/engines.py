@@ -28,16 +28,18 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from cloister_fl.errors import CloisterError, ExtraMissing, InternalError
+from cloister_fl.errors import CloisterError, ExtraMissing, InternalError, RunStopped
 from cloister_fl.system.installation import install_command
 from cloister_fl.system.libraries.imports import undisturbed_imports
 
 _SERVER_NODE = 1
 _TASK = 1
+_ENDING_S = 60.0
 _RAY_BACKEND = "flwr.server.superlink.fleet.vce.backend.raybackend"
 
+_RAY_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _VARIABLES = (
-    *("PYTHONPATH", "PYTHONBREAKPOINT", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"),
+    *("PYTHONPATH", "PYTHONBREAKPOINT", _RAY_CLUSTER),
     *("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "RAY_USAGE_STATS_ENABLED"),
 )
 _LOGS = ("flwr", "ray", "sqlalchemy", "filelock")
@@ -179,9 +181,6 @@ def run_on_ray(
         )
     with _host_put_back(), _empty_folder(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Ray turns 127.0.0.1 into the machine's own address, and its servers then listen on every
-        # interface, unless it believes that clusters are off; it reads this when it is imported.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         _run_on_ray(server_app, client_app, nodes, run_config, cpus_per_site)
 
 
@@ -203,7 +202,8 @@ def _run_on_ray(
     run.federation_id = NOOP_FEDERATION_ID
     _identify(run.run_id, _SERVER_NODE)
     caught: list[BaseException] = []
-    guarded = _remember_errors(server_app, caught)
+    stop, threads = threading.Event(), list[threading.Thread]()
+    guarded = _guarded(server_app, caught, stop, threads)
     backend = {
         "init_args": {
             "include_dashboard": False,
@@ -233,41 +233,57 @@ def _run_on_ray(
                     "Flower's simulation engine failed.",
                     remedy="Run with --engine in-process, or look at Ray's own logs.",
                 ) from None
+        except BaseException:
+            # An interrupt. Flower leaves the ServerApp's thread behind, waiting for the sites.
+            stop.set()
+            for thread in threads:
+                thread.join(_ENDING_S)
+            raise
     if caught:
         raise caught[0]
 
 
 @contextlib.contextmanager
 def _host_put_back() -> Iterator[None]:
-    """Undo what Ray and Flower's engine change in this process, and let Flower send no telemetry.
+    """Undo what Ray and Flower's engine change here; no telemetry, and nothing beyond loopback.
 
     They set variables of the environment, levels and handlers of their loggers, how the process
     ends on SIGTERM and how it shows an exception, and they draw random numbers. Flower decides on
     telemetry when it is imported, which a host may have done before us.
     """
-    environment = {name: os.environ.get(name) for name in _VARIABLES}
-    telemetry: Any = importlib.import_module("flwr.supercore.telemetry")
-    wanted, telemetry.FLWR_TELEMETRY_ENABLED = telemetry.FLWR_TELEMETRY_ENABLED, "0"
-    logs = [logging.getLogger(name) for name in _LOGS]
-    found = [(log.level, log.propagate, list(log.handlers)) for log in logs]
-    ending, hook, drawn = signal.getsignal(signal.SIGTERM), sys.excepthook, random.getstate()
-    try:
-        yield
-    finally:
-        telemetry.FLWR_TELEMETRY_ENABLED = wanted
-        for name, value in environment.items():
-            if value is not None:
-                os.environ[name] = value
-            else:
-                os.environ.pop(name, None)
-        for log, (level, propagate, handlers) in zip(logs, found, strict=True):
-            log.setLevel(level)
-            log.propagate, log.handlers = propagate, handlers
-        sys.excepthook = hook
-        random.setstate(drawn)
+    with contextlib.ExitStack() as undo:
+        for name in _VARIABLES:
+            undo.callback(_set_variable, name, os.environ.get(name))
+        # Ray turns 127.0.0.1 into the machine's own address, and its servers then listen on every
+        # interface, unless it believes that clusters are off. Its processes read the variable;
+        # this one has read it when Ray was imported, which a host may have done before us.
+        os.environ[_RAY_CLUSTER] = "0"
+        with undisturbed_imports():
+            ray = importlib.import_module("ray._private.ray_constants")
+            telemetry = importlib.import_module("flwr.supercore.telemetry")
+        for module, name, value in (
+            (ray, "ENABLE_RAY_CLUSTER", False),
+            (telemetry, "FLWR_TELEMETRY_ENABLED", "0"),
+        ):
+            undo.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
+        for log in map(logging.getLogger, _LOGS):
+            undo.callback(log.setLevel, log.level)
+            undo.callback(setattr, log, "propagate", log.propagate)
+            undo.callback(setattr, log, "handlers", list(log.handlers))
+        undo.callback(setattr, sys, "excepthook", sys.excepthook)
+        undo.callback(random.setstate, random.getstate())
         # Ray sets it in the main thread alone, and no other may.
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, ending)
+            undo.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        yield
+
+
+def _set_variable(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -281,11 +297,33 @@ def _empty_folder() -> Iterator[None]:
         yield
 
 
-def _remember_errors(server_app: ServerApp, caught: list[BaseException]) -> ServerApp:
+def _guarded(
+    server_app: ServerApp,
+    caught: list[BaseException],
+    stop: threading.Event,
+    threads: list[threading.Thread],
+) -> ServerApp:
+    """Return a ServerApp that keeps what was raised, and its thread, and ends when it is told to.
+
+    Args:
+        server_app: what it runs.
+        caught: gets what was raised.
+        stop: set to end the run when it next asks for replies.
+        threads: gets the thread that it runs in.
+    """
     guarded = ServerApp()
 
     @guarded.main()
     def main(grid: Grid, context: Context) -> None:
+        threads.append(threading.current_thread())
+        pull = grid.pull_messages
+
+        def pull_unless_stopped(message_ids: Iterable[str]) -> Iterable[Message]:
+            if stop.is_set():
+                raise RunStopped("The simulation was interrupted.")
+            return pull(message_ids)
+
+        grid.pull_messages = pull_unless_stopped  # type: ignore[method-assign]
         try:
             server_app(grid, context)
         except CloisterError as error:

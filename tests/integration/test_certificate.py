@@ -16,7 +16,6 @@ from cloister_fl.client.admission import gate
 from cloister_fl.client.admission.approvals import Decision, judge
 from cloister_fl.client.cli import client_group
 from cloister_fl.client.ledger.ledger import Ledger
-from cloister_fl.client.site import policy as policies
 from cloister_fl.client.site.audit_log import entries_of, log_of, path_of
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
@@ -26,6 +25,7 @@ from cloister_fl.errors import CertificateInvalid, OptionInvalid, OutputInTheWay
 from cloister_fl.membership.identity import Identity
 from cloister_fl.privacy import certificate
 from cloister_fl.privacy.accounting import epsilon_pld
+from cloister_fl.study.schema import Study
 from cloister_fl.verify import ledger_export
 from cloister_fl.verify.certificate_check import ASK_AGAIN, NO_CLAIM, check
 from support import commands, spending
@@ -148,8 +148,7 @@ def test_no_certificate_is_signed_for_an_engine_that_does_not_keep_the_claim(
     site = init_site(tmp_path / "anker", policy=Policy(max_epsilon_study=20))
     judge(site, asked, Decision.APPROVED)
     with monkeypatch.context() as earlier:
-        for module in (gate, policies):
-            earlier.setattr(module, "unsound_engine", lambda study: "")
+        earlier.setattr(Study, "unsound_engine", property(lambda study: ""))
         spending.admit(site, asked, run="run-1", invited=SITES)
         spending.charge(site, asked, run="run-1", round_number=1)
     with pytest.raises(StudyInvalid, match="one patient can move"):

@@ -26,6 +26,7 @@ from cloister_fl.cli import main
 from cloister_fl.client.predict import predict
 from cloister_fl.errors import (
     CloisterError,
+    FileUnreadable,
     NothingToResume,
     OptionInvalid,
     OutputInTheWay,
@@ -185,6 +186,9 @@ def test_what_a_callback_raises_ends_the_run_which_can_be_resumed(
     asked = study(training={"rounds": 3, "steps": 1})
     with pytest.raises(ZeroDivisionError, match="enough"):
         simulate(asked, folders / "sites", tmp_path / "run", progress=stop)
+    # At once, and not at the end.
+    with raises(FileUnreadable):
+        read_result(tmp_path / "run")
     run = simulate(asked, folders / "sites", tmp_path / "run", resume=True, progress=False)
     assert [each.number for each in run.rounds] == [0, 1, 2, 3]
     assert run.summary["rounds_lost"] == []
@@ -284,6 +288,17 @@ def test_nothing_of_the_calling_program_is_changed(
     assert changes == {}
     assert set(readers["threads"]) <= {"MainThread", "dicom-reader"}
     assert all("cloister_fl.client.dicom.sandbox.worker" in line for line in readers["children"])
+
+
+def test_a_prediction_alone_changes_nothing_either(folders: Path, tmp_path: Path) -> None:
+    asked = study(training=SHORT, privacy=OPEN)
+    run = simulate(asked, folders / "sites", tmp_path / "run", progress=False)
+    code = (
+        "from cloister_fl.client.predict import predict\n"
+        f"predict({str(run.model)!r}, {str(folders / 'holdout')!r}, 'scores.csv')\n"
+    )
+    assert set(changes_of(code, folder=tmp_path)) <= READERS
+    assert (tmp_path / "scores.csv").is_file()
 
 
 @pytest.mark.slow
@@ -439,6 +454,24 @@ def test_an_interrupt_ends_it_and_it_can_be_resumed_in_the_same_process(
     assert run.epsilon <= 6.0
     assert set(run.summary["site_names"]) == set(NAMES)
     del kept
+
+
+def test_an_interrupt_gives_torch_its_threads_back(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large network trains a patient a core, and torch has one thread meanwhile."""
+    interrupting(monkeypatch, "cloister_fl.client.training.exact_sum._GridSum.add", 3)
+    asked = study(training=SHORT, network={"arguments": {"width": 64}})
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        # Kept, and with it the frames of the run: nothing puts the number back by itself.
+        with pytest.raises(KeyboardInterrupt) as kept:
+            simulate(asked, folders / "sites", tmp_path / "run", progress=False)
+        assert torch.get_num_threads() == 2
+        del kept
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.slow

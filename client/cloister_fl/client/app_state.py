@@ -78,8 +78,9 @@ class Kept:
     def network(self, session: SiteSession, admission: Admission, model: Vector) -> nn.Module:
         """The study's network with the weights of a model; another call changes it.
 
-        With privacy on, it is proved not to mix patients, with these very weights: whoever sends
-        them may have chosen them.
+        With privacy on, it was proved not to mix patients when it was built. The proof is of its
+        layers, and takes the weights that it is built with: whoever sends others may have chosen
+        such as hide a leak, zeros for one.
 
         Raises:
             NetworkUnfit, ExtraMissing: see ``build_for``, and ``require_private``.
@@ -88,11 +89,12 @@ class Kept:
         key = (session.site.root, admission.digest)
         if self._network is None or self._network[0] != key:
             self._network = None  # So that there are never two.
-            self._network = (key, build(session, admission.study))
-        module, study = self._network[1], admission.study
+            built, study = build(session, admission.study), admission.study
+            if study.privacy.enabled:
+                require_private(built, size=study.input.size, depth=study.input.depth)
+            self._network = (key, built)
+        module = self._network[1]
         flat_parameters.load(module, model)
-        if study.privacy.enabled:
-            require_private(module, size=study.input.size, depth=study.input.depth)
         return module
 
     def cohort(

@@ -8,7 +8,6 @@ import pytest
 import typer
 
 from cloister_fl.cli import study_commands
-from cloister_fl.client.admission import gate
 from cloister_fl.client.admission.approvals import Decision, judge
 from cloister_fl.client.cli import client_group
 from cloister_fl.client.site.folder import Site, init_site
@@ -16,7 +15,7 @@ from cloister_fl.client.site.policy import Policy
 from cloister_fl.errors import OutputInTheWay
 from cloister_fl.membership.identity import Identity
 from cloister_fl.system.files import GIT_IGNORE, read_secret
-from support import commands, studies
+from support import commands, spending, studies
 from support.errors import raises
 from support.federations import study
 
@@ -37,7 +36,7 @@ def site(tmp_path: Path) -> Site:
     policy = Policy(max_epsilon_study=6, max_epsilon_lifetime=9)
     site, asked = init_site(tmp_path / "site", name="north", policy=policy), study()
     judge(site, asked, Decision.APPROVED)
-    gate.admit(site, asked, run="run-1", invited=max(5, asked.aggregation.min_sites))
+    spending.admit(site, asked, run="run-1", invited=max(5, asked.aggregation.min_sites))
     return site
 
 

@@ -236,7 +236,15 @@ def test_a_worker_loads_what_decodes_and_nothing_of_the_site_or_of_training(
     # No key, no site, no study: of ours, it knows how DICOM is read, and next to nothing else.
     assert {name for name in ours if not name.startswith("cloister_fl.client.dicom")} == {
         *("cloister_fl", "cloister_fl.client", "cloister_fl.errors"),
-        *("cloister_fl.system", "cloister_fl.system.libraries.logs"),
+        *(
+            f"cloister_fl.errors.{name}"
+            for name in ("families", "faulty_file", "numbered", "reject_codes")
+        ),
+        *(
+            "cloister_fl.system",
+            "cloister_fl.system.libraries",
+            "cloister_fl.system.libraries.logs",
+        ),
         *(("cloister_fl.system.text",) if segmentations else ()),
     }
 

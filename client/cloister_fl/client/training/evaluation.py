@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,16 +18,21 @@ from cloister_fl.study.schema import Study
 from cloister_fl.tasks import Task
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor, nn
+
+Answering: TypeAlias = Callable[[Sequence[int]], npt.NDArray[Any]]
+"""From places in a cohort's images, one or more, to what a network answers for them."""
 
 BATCH = 64
 """Images a forward pass; bounds memory, does not change an answer beyond rounding."""
 
 
-def answers_for(module: nn.Module, cohort: Cohort, task: Task) -> npt.NDArray[Any]:
-    """``Task.answer`` for each image, (N, ...), in the order of ``images``."""
+@contextmanager
+def answering(module: nn.Module, cohort: Cohort, task: Task) -> Iterator[Answering]:
+    """Give what answers for the images at some places of a cohort: ``Task.answer``, (N, ...).
+
+    The network's mode is as before afterwards.
+    """
     import torch
 
     from cloister_fl.client.training.feature_cache import features_of
@@ -34,19 +41,32 @@ def answers_for(module: nn.Module, cohort: Cohort, task: Task) -> npt.NDArray[An
     seen: Cohort | FeatureCohort = cohort
     network: Callable[[Tensor], Tensor] = module
     if isinstance(module, FixedFeatures):
+        # Computed an image at a time, so they are a function of the image alone.
         seen, network = features_of(module, cohort), module.head
     device = next(module.parameters()).device
     batch = images_at_once(cohort, BATCH)
-    answers = []
+
+    def answer(places: Sequence[int]) -> npt.NDArray[Any]:
+        parts = []
+        with torch.no_grad():
+            for start in range(0, len(places), batch):
+                bag = Bag(np.asarray(places[start : start + batch], np.int64))
+                logits = network(pixels_of(seen, [bag]).to(device))
+                parts.append(task.answer(logits).cpu().numpy())
+        return np.concatenate(parts)
+
     was_training = module.training
     module.eval()
-    with torch.no_grad():
-        for start in range(0, len(cohort.images), batch):
-            indices = np.arange(start, min(start + batch, len(cohort.images)))
-            pixels = pixels_of(seen, [Bag(indices)])
-            answers.append(task.answer(network(pixels.to(device))).cpu().numpy())
-    module.train(was_training)
-    return np.concatenate(answers)
+    try:
+        yield answer
+    finally:
+        module.train(was_training)
+
+
+def answers_for(module: nn.Module, cohort: Cohort, task: Task) -> npt.NDArray[Any]:
+    """``Task.answer`` for each image, (N, ...), in the order of ``images``."""
+    with answering(module, cohort, task) as answer:
+        return answer(range(len(cohort.images)))
 
 
 def rows_of(

@@ -12,25 +12,16 @@ the counts are whole, so S + round(N) = round(S + N), which is post-processing o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from cloister_fl.client.data.cohort import Cohort
 from cloister_fl.client.training.csprng import SecureRandom
-from cloister_fl.client.training.evaluation import BATCH
-from cloister_fl.client.training.feature_cache import features_of
-from cloister_fl.client.training.sampling import Bag, FeatureCohort, images_at_once, pixels_of
-from cloister_fl.networks.frozen_backbone import FixedFeatures
+from cloister_fl.client.training.evaluation import answering
 from cloister_fl.privacy.dp_events import Mechanism
 from cloister_fl.protocol.round_messages import Counts
 from cloister_fl.study.cost import RELEASE_BINS, UNITS, sensitivity
 from cloister_fl.study.schema import Study
-from cloister_fl.tasks import Task
 
 _SLACK = 1e-9
 """Relative rounding of a norm in float64."""
@@ -42,20 +33,12 @@ def counts_in_units(module: nn.Module, cohort: Cohort, study: Study) -> Counts:
     No model and no image raises here: a refusal that depends on data would be a release.
     """
     task, most = study.task, sensitivity(study)
-    seen: Cohort | FeatureCohort = cohort
-    network: Callable[[Tensor], Tensor] = module
-    if isinstance(module, FixedFeatures):
-        # Computed an image at a time, so they too are a function of the image alone.
-        seen, network = features_of(module, cohort), module.head
-    device = next(module.parameters()).device
     total = np.zeros(task.counts_shape(RELEASE_BINS), np.int64)
-    was_training = module.training
-    module.eval()
-    for patient in cohort.patients:
-        answers = _answers(network, seen, patient.images, task, device)
-        row = task.row(answers, cohort.targets[list(patient.images)])
-        total += _bounded(UNITS * task.count(patient.label, row, RELEASE_BINS), most)
-    module.train(was_training)
+    with answering(module, cohort, task) as answer:
+        for patient in cohort.patients:
+            # A pass of the patient's own, and not one with others.
+            row = task.row(answer(patient.images), cohort.targets[list(patient.images)])
+            total += _bounded(UNITS * task.count(patient.label, row, RELEASE_BINS), most)
     return total
 
 
@@ -77,21 +60,3 @@ def noised(counts: Counts, study: Study, mechanism: Mechanism, random: SecureRan
     noise = random.normal(counts.size, std).round_().numpy().astype(np.int64)
     total: Counts = counts + noise.reshape(counts.shape)
     return total
-
-
-def _answers(
-    network: Callable[[Tensor], Tensor],
-    cohort: Cohort | FeatureCohort,
-    images: tuple[int, ...],
-    task: Task,
-    device: torch.device,
-) -> NDArray[Any]:
-    """What the network says of one patient's images, (N, ...)."""
-    parts = []
-    with torch.no_grad():
-        batch = images_at_once(cohort, BATCH)
-        for start in range(0, len(images), batch):
-            indices = np.asarray(images[start : start + batch], np.int64)
-            pixels = pixels_of(cohort, [Bag(indices)])
-            parts.append(task.answer(network(pixels.to(device))).cpu().numpy())
-    return np.concatenate(parts)

@@ -45,11 +45,12 @@ class Disk:
     def __init__(self) -> None:
         self.read = 0
         self.images = np.arange(16, dtype=np.uint16).reshape(4, 2, 2)
+        self.targets = np.zeros((4, 2, 2), np.uint8)
 
     def __call__(self) -> Cohort:
         self.read += 1
         patients = tuple(Patient(f"{n:064x}", n % 2, (n,), f"{n:064x}") for n in range(4))
-        return Cohort(self.images.copy(), patients, {}, {}, {})
+        return Cohort(self.images.copy(), patients, {}, {}, {}, self.targets.copy())
 
 
 def test_a_cohort_is_read_once_and_anew_for_a_run(site: SiteSession) -> None:
@@ -66,6 +67,16 @@ def test_a_cohort_is_read_once_and_anew_for_a_run(site: SiteSession) -> None:
     assert changed.images[0].tolist() == [[7, 7], [7, 7]]
     # Features of single images outlast a change of others.
     assert changed.features.rows is first.features.rows
+
+
+def test_a_cohort_whose_targets_changed_is_another_one(site: SiteSession) -> None:
+    kept, disk = Kept(), Disk()
+    first = kept.cohort(site, let_in(), disk)
+    # Patients, labels and pixels are those of before: only a mask is drawn otherwise.
+    disk.targets[3, 0, 0] = 1
+    changed = kept.cohort(site, let_in(), disk, anew=True)
+    assert changed is not first
+    assert changed.targets[3].tolist() == [[1, 0], [0, 0]]
 
 
 def test_parts_are_the_same_objects_until_the_cohort_changes(site: SiteSession) -> None:

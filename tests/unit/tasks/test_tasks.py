@@ -106,6 +106,42 @@ def test_a_key_of_another_kind_is_told_with_the_keys_of_this_one() -> None:
     assert fault.hint == "Known keys here: kind, segment."
 
 
+LUNGS_TARGET = {"kind": "segmentation", "segment": "lungs", "column": None, "classes": None}
+
+
+@pytest.mark.parametrize(
+    ("tables", "key", "message"),
+    [
+        (
+            {
+                "input": {"modalities": ["CT"], "dimensions": 3, "depth": 8, "spacing": 2.0},
+                "network": {"name": "small-cnn-3d"},
+            },
+            "target.kind",
+            "cannot be 'segmentation' for input.dimensions = 3.",
+        ),
+        (
+            {"network": {"name": "unet"}, "evaluation": {"release_epsilon": 1.0}},
+            "evaluation.release_epsilon",
+            "must be 0 for kind = 'segmentation', which has no noised evaluation.",
+        ),
+    ],
+)
+def test_what_a_task_is_not_offered_for_is_refused(
+    tables: dict[str, dict[str, object]], key: str, message: str
+) -> None:
+    with pytest.raises(StudyInvalid) as caught:
+        parse_study(studies.study_text(target=LUNGS_TARGET, **tables))
+    assert (key, message) in [(fault.key, fault.message) for fault in caught.value.faults]
+
+
+def test_another_record_is_another_token() -> None:
+    masks = np.zeros((3, 4, 4), np.uint8)
+    masks[2, 0, 0] = 1
+    assert LUNGS.token(masks[0]) == LUNGS.token(masks[1]) != LUNGS.token(masks[2])
+    assert TWO.token(0) != TWO.token(1)
+
+
 def test_a_target_that_is_no_table_is_refused() -> None:
     with pytest.raises(ValueError, match="must be a table"):
         read_target("classification")

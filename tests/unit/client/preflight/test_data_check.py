@@ -103,6 +103,8 @@ def test_all_faults_are_listed(tmp_path: Path) -> None:
     lines = site.labels.read_text().splitlines()
     site.labels.write_text("\n".join([*lines[:-1], "1.2.3,nodule"]) + "\n")
     assert _codes(site) == ["CLO-201", "CLO-202"]
+    # A patient without a label counts as none, and not as the first.
+    assert sum(inspect(site, STUDY).labels.values()) == 5
     site.labels.write_text("\n".join([*lines, "1.2.3,what"]) + "\n")
     assert _codes(site) == ["CLO-206"]
     site.labels.write_text("\n".join(lines).replace("nodule", "normal") + "\n")

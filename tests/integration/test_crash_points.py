@@ -273,6 +273,7 @@ def test_a_round_that_ends_anywhere_is_charged_before_it_is_trained(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("end", [abort, pytest.param(kill, marks=FORKS)])
 def test_a_round_that_ends_at_every_point(place: Place, end: Callable[[Place, int], bool]) -> None:
     charged = [end(place, at) for at in range(len(place.points.names))]

@@ -169,6 +169,13 @@ def calibrate(
 
 def _by_rdp(epsilon: float, delta: float, q: float, steps: int) -> float:
     """Noise multiplier that Renyi accounting asks for: too much, but cheap and near."""
+    if epsilon <= 1.5 * math.log(1 / delta) / (_COARSE_ORDERS[-1] - 1):
+        # Renyi accounting says nothing of less, whatever the noise, for it ends at some order. As
+        # much as without sampling is enough: sampling only helps.
+        from dp_accounting import get_sigma_gaussian
+
+        alone = float(get_sigma_gaussian(epsilon, delta, tol=_TOLERANCE))
+        return min(alone * math.sqrt(steps), MAX_NOISE)
     low, high = 0.0, 0.0625
     while _rough(_single(high, q, steps), delta) > epsilon:
         low, high = high, high * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from statistics import NormalDist
 
 import pytest
 from hypothesis import given, settings
@@ -177,6 +178,24 @@ def test_calibration_is_monotone(epsilon: float, steps: int, q: float) -> None:
     assert epsilon_pld(sigma, q, steps, 1e-5) <= epsilon
     assert calibrate(epsilon * 1.1, 1e-5, q, steps) <= sigma
     assert calibrate(epsilon, 1e-5, q, steps + 20) >= sigma
+
+
+@pytest.mark.parametrize(("q", "steps"), [(1.0, 20), (0.25, 8)])
+@pytest.mark.parametrize("epsilon", [0.06, 0.04, 0.01])
+def test_an_epsilon_below_what_renyi_accounting_can_tell_is_reached(
+    epsilon: float, q: float, steps: int
+) -> None:
+    """Its orders end at 256, so it says log(1/delta)/255 = 0.045 or more, whatever the noise."""
+    sigma = calibrate(epsilon, 1e-5, q, steps)
+    assert epsilon_pld(sigma, q, steps, 1e-5) <= epsilon
+    assert epsilon_pld(sigma * 0.99, q, steps, 1e-5) > epsilon
+    if q == 1:
+        # Gaussians compose to one, whose delta has a closed form (Balle and Wang 2018).
+        mu = math.sqrt(steps) / sigma
+        normal = NormalDist()
+        delta = normal.cdf(mu / 2 - epsilon / mu)
+        delta -= math.exp(epsilon) * normal.cdf(-mu / 2 - epsilon / mu)
+        assert delta == pytest.approx(1e-5, rel=1e-2)
 
 
 def test_what_no_noise_can_give_is_refused() -> None:

@@ -298,10 +298,11 @@ def _plots(report: RunReport, rounds: Sequence[Figures]) -> list[_Plot]:
     charged = [row for row in rounds if row.epsilon is not None]
     if charged and report.study.privacy.enabled:
         budget = report.study.privacy.epsilon
-        alt = f"Line chart of the epsilon spent by round: {_figure(charged[-1].epsilon, 2)} "
+        last = _figure(charged[-1].epsilon, 2)
+        alt = f"Line chart of the epsilon spent, at most, by round: {last} "
         alt += f"at round {charged[-1].round}, of {budget:g} that the study allows."
-        caption = "Privacy spent so far by a site that was sent every round; the dashed line is "
-        caption += "the most that the study may cost."
+        caption = "Privacy spent so far, at most: by a site that began every round. The dashed "
+        caption += "line is the most that the study may cost."
         plots.append(_both(partial(_draw_epsilon, charged=charged, budget=budget), alt, caption))
     return plots
 
@@ -376,7 +377,7 @@ def _draw_epsilon(axes: Any, theme: _Theme, charged: Sequence[Figures], budget: 
     words = f"the study's limit, {budget:g}"
     _label(axes, words, (0, budget), theme.accent, ha="left", xytext=(4, 3))
     axes.set_ylim(0, 1.18 * max(budget, *spent))
-    axes.set_ylabel("Epsilon spent")
+    axes.set_ylabel("Epsilon spent, at most")
 
 
 def _line(axes: Any, theme: _Theme, numbers: Sequence[int], values: Sequence[float]) -> None:

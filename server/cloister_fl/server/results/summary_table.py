@@ -87,7 +87,7 @@ def _title(name: str) -> str:
 def _sites(summary: Mapping[str, Any]) -> Table:
     table = Table(title="What left each site", box=box.SIMPLE)
     table.add_column("site")
-    table.add_column("epsilon spent", justify="right")
+    table.add_column("epsilon, at most", justify="right")
     table.add_column("bytes", justify="right")
     for name, count in summary["bytes_sent_per_site"].items():
         epsilon = summary["epsilon_per_site"].get(name)

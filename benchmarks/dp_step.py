@@ -16,8 +16,7 @@ setting for those who know of it, which speeds up Opacus' hooks most and our ste
 - hooks, ghost: Opacus' DPOptimizer with GradSampleModule, and its fast gradient clipping; noise
   from torch's generator in float32, as Opacus comes.
 - loop, image: a whole step of ours: gradient, clipping, integer grid, noise from AES-256-CTR,
-  division, SGD; patients of four images by the engine ``patients``, of one by ``book-keeping``,
-  which supports no privacy claim: studies with privacy may not name it.
+  division, SGD; patients of four images, and of one.
 - gradient alone: the same without grid, noise and SGD; a float32 sum of clipped gradients.
 
 Memory is the peak of the resident set (VmHWM) less what the process held before the network was
@@ -99,10 +98,11 @@ def contestant(name: str, network: str, size: int) -> tuple[Callable[[], Any], i
     import torch
     import torch.nn.functional as F
 
-    from cloister_fl.client.training import dp_optimizer, exact_sum, per_patient_gradients, sampling
+    from cloister_fl.client.training import dp_optimizer, per_patient_gradients, sampling
     from cloister_fl.client.training.csprng import SecureRandom
     from cloister_fl.networks.registry import build
     from cloister_fl.study.schema import Network
+    from cloister_fl.tasks.classification import Classification
 
     pixels = np.random.default_rng(0).integers(0, 65536, (4 * UNITS, size, size), dtype=np.uint16)
     torch.nn.Conv2d(1, 1, 3)(torch.zeros(1, 1, 8, 8)).sum().backward()
@@ -112,10 +112,12 @@ def contestant(name: str, network: str, size: int) -> tuple[Callable[[], Any], i
     @dataclass(frozen=True)
     class Images:
         images: Any
+        targets: Any
         patients: tuple[Any, ...] = ()
 
-    cohort = Images(pixels)
+    task = Classification("finding", ("no", "yes"))
     each = 4 if name.startswith("loop") else 1
+    cohort = Images(pixels, np.arange(len(pixels)) // each % 2)
     bags = [sampling.Bag(np.arange(u * each, (u + 1) * each)) for u in range(UNITS)]
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     sgd = torch.optim.SGD(weights, lr=1e-3)
@@ -134,10 +136,7 @@ def contestant(name: str, network: str, size: int) -> tuple[Callable[[], Any], i
     if name in ("hooks", "ghost"):
         return opacus_step(name, module, sgd, lambda: sampling.pixels_of(cohort, bags), labels)
 
-    engine = "patients" if each > 1 else "book-keeping"
-    patients = per_patient_gradients.PatientGradSampleModule(
-        module, engine=engine, clipping_norm=1.0
-    )
+    patients = per_patient_gradients.PatientGradSampleModule(module, task)
     optimizer = dp_optimizer.PatientDPOptimizer(
         sgd,
         noise_multiplier=1.0,
@@ -153,11 +152,10 @@ def contestant(name: str, network: str, size: int) -> tuple[Callable[[], Any], i
     def alone() -> torch.Tensor:
         total = torch.zeros(size_of_gradient)
         for block in patients.blocks(cohort, bags):
-            if isinstance(block, exact_sum.Clipped):
-                total.add_(torch.cat([part.reshape(-1) for part in block.parts]))
-                continue
-            row = torch.cat([part.reshape(-1) for part in block])
-            total.add_(row, alpha=min(1.0, 1.0 / float(row.norm())))
+            single = not isinstance(block, torch.Tensor)
+            rows = [torch.cat([part.reshape(-1) for part in block])] if single else list(block)
+            for row in rows:
+                total.add_(row, alpha=min(1.0, 1.0 / float(row.norm())))
         return total
 
     return (alone if name.endswith("-alone") else step), UNITS * each

@@ -1,6 +1,7 @@
-"""Gradient engines that do not support a privacy claim; studies that ask for one are refused.
+"""Gradient engines that were taken out because they support no privacy claim.
 
-Without privacy nothing is clipped and a study's engine has no effect, so any may be named there.
+Their names stay readable, so that ledgers, models and certificates of runs that were trained with
+them can be told from others; no new study may name one.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ REMEDY: Final = 'Write engine = "patients" in [training].'
 
 
 def engine_fault(study: Study) -> tuple[str, str] | None:
-    """``Study.unsound_engine`` as message and hint of a fault at ``training.engine``, or None."""
+    """Message and hint of a fault at ``training.engine`` where it is one of these, or None."""
     engine = study.training.engine
-    if not study.unsound_engine:
+    if engine not in UNSOUND_ENGINES:
         return None
-    return f"cannot be {engine!r} while privacy is on: {UNSOUND_ENGINES[engine]}.", REMEDY
+    return f"{engine!r} was taken out: {UNSOUND_ENGINES[engine]}.", REMEDY
 
 
 def require_sound_engine(study: Study) -> None:
-    """Refuse a study whose engine does not support its privacy claim.
+    """Refuse a study whose engine was taken out.
 
     For studies that come from no file; one from a file is refused with its line.
 
     Raises:
-        StudyInvalid: the engine does not support the claim.
+        StudyInvalid: naming the key.
     """
     fault = engine_fault(study)
     if fault is not None:

@@ -39,7 +39,7 @@ Pair = Annotated[tuple[float, float], Field(strict=False)]
 
 UNSOUND_ENGINES = {
     "book-keeping": "one patient can move its sum of clipped gradients by many times "
-    "privacy.clipping_norm, so the study's epsilon does not hold",
+    "privacy.clipping_norm, so no study's epsilon holds",
 }
 """Engines that support no privacy claim, and why; see ``gradient_engines``."""
 
@@ -142,9 +142,9 @@ class Training(ShownModel):
     Hutter 2017, without restarts)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     engine: Literal["patients", "opacus", "book-keeping"] = "patients"
-    """``patients``: one gradient a patient; ``opacus``: through Opacus' own hooks;
-    ``book-keeping``: sums of clipped gradients from one backward pass (Bu et al. 2023), refused
-    where privacy is on (``gradient_engines``)."""
+    """``patients``: one gradient a patient; ``opacus``: through Opacus' own hooks, slower, to
+    compare with; ``book-keeping`` was taken out, and is read in old studies alone
+    (``gradient_engines``)."""
     augment: bool = False
     """Mirror and shift the images of a patient at random, inside the unit."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

@@ -10,7 +10,8 @@ early is carried into the next step. Here
   patient moves the sum by at most C, not C (1 + something): ``exact_sum``;
 - noise of standard deviation sigma C is rounded to the same grid, so that the noised sum is a
   rounding of (sum + Gaussian): post-processing of the Gaussian mechanism;
-- the divisor is a public constant, never the number of patients who happened to be drawn;
+- the divisor is a public constant, never the number of patients who were drawn or who are there:
+  dividing by an actual or expected batch size leaks (arXiv 2605.15648);
 - the sum lives in a local variable: there is nothing that a step could leave to the next one.
 """
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -25,20 +24,9 @@ GRID_BITS = 30
 """The grid is 2^-30 of the clipping norm; a clipped gradient has an L2 norm of at most 2^30."""
 
 
-@dataclass(frozen=True)
-class Clipped:
-    """A float32 sum of gradients that an engine has clipped, with its own account of rounding.
-
-    Attributes:
-        parts: one tensor a parameter, finite.
-    """
-
-    parts: Sequence[Tensor]
-
-
-Block: TypeAlias = Tensor | Sequence[Tensor] | Clipped
+Block: TypeAlias = Tensor | Sequence[Tensor]
 """Several patients' gradients, float32 (patients, size); or one patient's as it comes out of
-autograd, one float32 tensor a parameter, which saves a copy; or a sum that is clipped already."""
+autograd, one float32 tensor a parameter, which saves a copy."""
 
 _PIECE = 1 << 18
 """Values clipped at a time: they stay in the processor's cache, and calls cost little."""
@@ -54,25 +42,6 @@ _LOST = _ROW * 2.0**-126
 
 _ROOM = 2.0**31 - 2
 """What a sum in int32 may reach."""
-
-
-def squares_at_most(rows: Tensor) -> Tensor:
-    """Squared norms, at most 2^-16 above the true ones and never below, float64 (n,).
-
-    Args:
-        rows: float32 (n, size) or float64; float64 is only summed, to its own rounding.
-    """
-    count, size = rows.shape
-    whole = size - size % _ROW if rows.dtype == torch.float32 else 0
-    total: Tensor = torch.linalg.vector_norm(rows[:, whole:], dim=1, dtype=torch.float64).square()
-    if not whole:
-        return total
-    parts = torch.linalg.vector_norm(rows[:, :whole].reshape(count, -1, _ROW), dim=2)
-    bound = parts.double().square_().add_(_LOST).sum(dim=1).mul_(1 + 2 * _ROW_MARGIN)
-    # Squares overflow in float32, never in float64: there only a value that is not finite can.
-    for row in (~bound.isfinite()).nonzero().flatten().tolist():
-        bound[row] = torch.linalg.vector_norm(rows[row, :whole], dtype=torch.float64).square()
-    return total.add_(bound)
 
 
 def clipped_sum(blocks: Iterable[Block], size: int, clipping_norm: float) -> Tensor:
@@ -100,7 +69,7 @@ def clipped_sum(blocks: Iterable[Block], size: int, clipping_norm: float) -> Ten
                 raise InternalError("A patient's gradient has the wrong length.")
             if sizes not in sums:
                 sums[sizes] = _GridSum(sizes, clipping_norm)
-            sums[sizes].add(flat, clipped=isinstance(block, Clipped))
+            sums[sizes].add(flat)
     total = torch.zeros(size, dtype=torch.int64)
     for part_sum in sums.values():
         total.add_(part_sum.finish())
@@ -110,7 +79,7 @@ def clipped_sum(blocks: Iterable[Block], size: int, clipping_norm: float) -> Ten
 def _one_by_one(block: Block) -> Iterable[Sequence[Tensor]]:
     if isinstance(block, Tensor):
         return [[row] for row in block]
-    return [block.parts if isinstance(block, Clipped) else block]
+    return [block]
 
 
 class _GridSum:
@@ -135,8 +104,8 @@ class _GridSum:
     def _split(parts: list[Tensor]) -> list[Tensor]:
         return [piece for part in parts for piece in torch.split(part, _PIECE)]
 
-    def add(self, parts: list[Tensor], *, clipped: bool = False) -> None:
-        """Add one patient's gradient, or a clipped sum; what is not finite counts as zero."""
+    def add(self, parts: list[Tensor]) -> None:
+        """Add one patient's gradient; what is not finite counts as zero."""
         pieces = self._split(parts)
         norms = self._norms(parts, pieces)
         norm = math.hypot(*norms)
@@ -146,7 +115,7 @@ class _GridSum:
         # the product below, in float32, by 1 + 2^-24. The margin covers twice all that, and the
         # factor is rounded down, so rounding never exceeds the clip.
         norm *= 1.0 + (self.size + 64) * 2.0**-52 + 2.0**-23 + _ROW_MARGIN
-        factor = _float32_below(2.0**GRID_BITS / (self._clip if clipped else max(norm, self._clip)))
+        factor = _float32_below(2.0**GRID_BITS / max(norm, self._clip))
         for place, (piece, own) in enumerate(zip(pieces, norms, strict=True)):
             # The conversion to a whole number truncates toward zero: magnitudes only fall.
             highest = own * factor * (1 + 2.0**-20)

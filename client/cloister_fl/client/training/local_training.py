@@ -126,9 +126,9 @@ def _train_private(
     pull = _Proximal(module, study.aggregation.proximal_mu)
     # Opacus calls the hook after the noise: the pull depends on public weights alone.
     optimizer.attach_step_hook(lambda _: pull.add())
-    patients = PatientGradSampleModule(
-        module, study.task, engine=training.engine, clipping_norm=study.privacy.clipping_norm
-    )
+    # ``train_round`` has refused any other.
+    engine: Engine = "opacus" if training.engine == "opacus" else "patients"
+    patients = PatientGradSampleModule(module, study.task, engine=engine)
     try:
         for _ in range(steps):
             optimizer.step_on(patients.blocks(cohort, _draw(cohort, random, training)))

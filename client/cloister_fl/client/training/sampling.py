@@ -142,10 +142,19 @@ def pixels_of(cohort: Cohort | FeatureCohort, bags: Sequence[Bag]) -> torch.Tens
         (x / 65535 - 0.5) / 0.25; of a ``FeatureCohort``, its images as they are.
     """
     if isinstance(cohort, FeatureCohort):
-        return torch.from_numpy(np.concatenate([cohort.images[bag.images] for bag in bags]))
+        return _aligned(np.concatenate([cohort.images[bag.images] for bag in bags]))
     parts = [moved(cohort.images[bag.images], bag.moves) for bag in bags]
     stack = np.concatenate(parts).astype(np.float32)
-    return torch.from_numpy((stack / 65535.0 - 0.5) / 0.25).unsqueeze(1)
+    stack /= 65535.0
+    stack -= 0.5
+    stack /= 0.25
+    return _aligned(stack).unsqueeze(1)
+
+
+def _aligned(values: NDArray[Any]) -> torch.Tensor:
+    """Copy to where torch puts its own: NumPy's memory begins where it happens to, and a matrix
+    product may round in another way for it. A patient's gradient must not depend on that."""
+    return torch.from_numpy(values).clone()
 
 
 def targets_of(task: Task, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]) -> torch.Tensor:

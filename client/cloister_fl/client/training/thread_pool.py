@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
@@ -42,6 +43,17 @@ def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> Itera
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
+        _cores.leave(threads)
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Let torch compute on one core in this thread, as ``side_by_side`` does in its own."""
+    threads = _cores.enter()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
         _cores.leave(threads)
 
 

@@ -1,51 +1,22 @@
-"""Clipped sums of patients' gradients from one backward pass over many patients (Bu et al. 2023).
+"""A gradient engine that broke the bound, kept as a specimen: a search must find it.
 
-The backward pass computes what each layer's output has to answer for, and no weight gradients. From
-that and the layer's input follows each patient's gradient norm, layer by layer in the cheaper of
-two ways:
+Clipped sums of patients' gradients from one backward pass over many patients (Bu et al. 2023), as
+Cloister once offered them under the name ``book-keeping``. A layer's norm is either that of the
+patient's gradient, which is computed and kept, or a ghost norm: inner products of inputs and of
+output gradients between the places of a patient's images (Goodfellow 2015; Li et al. 2022). Its
+three faults, each a decision about one patient that others take part in:
 
-- kept: the patient's gradient of this layer is computed and held. Nothing is computed twice.
-- ghost: the norm alone, from inner products of inputs and of output gradients between the places
-  of a patient's images (Goodfellow 2015; Li et al. 2022), in float64. A second product, weighted
-  by the clipping factors, then gives the clipped sum of a group of patients.
-
-A ghost norm is taken where 2 T^2 < P (T places, P weights; section 4 of the paper) and T is at most
-128: with more places the kept gradient costs less time, whatever its size.
-
-What is charged. A group's sum is at hand, a patient's gradient is not, so rounding cannot be made
-to point inwards patient by patient. The sum moves by at most C' (1 + eta) where C' is the norm that
-patients are clipped to, and this module clips to C' = C / (1 + eta), so that sensitivity is C as
-everywhere else. ``ETA`` is 2^-5 by the following account. Let u = 2^-24, G = 16 patients a group,
-N = 2,048 places a group at most, and M = sum over places of |input| |output gradient| of a patient;
-clipping also bounds M by R = 16 C' (a patient whose terms cancel more than that is scaled down).
-
-1. Norms: inner products in float64 err by less than 2^-40 M^2, which is added to each square;
-   the squares of kept layers are taken from above (``exact_sum.squares_at_most``).
-2. The second product in float32 errs, in the probabilistic model of rounding (Higham and Mary 2019,
-   lambda = 4), by at most lambda sqrt(N) u G R = 4 * 45.3 * 2^-24 * 16 * 16 C' = 0.0028 C' a group.
-   Kept layers, products of 16 terms, lie far below.
-3. Groups round independently: over at most 32 groups (512 patients a step; the caller takes further
-   patients one by one) errors add by squares to sqrt(32) * 0.0028 C' = 0.0156 C'. With one patient
-   more or less the groups are others and round anew: two such errors, 0.0221 C'. Smaller groups
-   err less, by the power 3/2 of their size, so that more of them stay below this.
-4. Truncation to the grid moves a group's sum by at most sqrt(size) 2^-30 C: 512 groups of 11
-   million values at the very most, twice, 3e-3 C. Activations whose rounding depends on the
-   batch change a patient's gradient by about 1e-6 of it; 512 patients in one direction, 5e-4 C'.
-
-Together 0.026 C', and 2^-5 = 0.031. What one of 40 patients adds to the sum of ResNet-18 was
-measured to differ from what it is alone by less than a hundredth of ``ETA``; a test holds it there.
-
-This account is a model, not a proof, as for Opacus' hooks; the engine ``patients`` needs none.
-
-What the account leaves out: whether a layer is kept or taken as a ghost depends on the most images
-that a patient of the pass has, only ghosts bound M, and patients after the 512th are taken one by
-one. So one patient more or less can change how the others are clipped, and move the sum by many
-times C. ``cloister_fl.study.gradient_engines`` therefore refuses studies with privacy that name
-this engine.
+- ``by_largest``: whether a layer is kept or taken as a ghost follows the most images that a patient
+  of the pass has. Only ghosts bound the terms that cancel, so a patient of many images changes how
+  the others are clipped.
+- ``beyond``: patients after the 512th of a step are taken one by one, to the gradient's own norm.
+- ``tried_once``: whether the books agree with the loop is tried with the first weights that a
+  process sees, and holds for all that come later.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,7 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cloister_fl.client.training.exact_sum import squares_at_most
+from cloister_fl.client.training.exact_sum import GRID_BITS
+from cloister_fl.client.training.sampling import (
+    Bag,
+    Cohort,
+    FeatureCohort,
+    chunks,
+    pixels_of,
+    targets_of,
+)
 from cloister_fl.tasks import Task
 
 ETA = 2.0**-5
@@ -168,20 +147,6 @@ def clipped_groups(
         for each in second:
             sums[_weight(each.layer)] = _second(each, images, weights[owner], alive[owner])
         yield [sums[weight] for weight in trained]
-
-
-def unit_norms(
-    module: nn.Module, task: Task, pixels: Tensor, targets: Tensor, sizes: Sequence[int]
-) -> list[Tensor]:
-    """Sums of single patients, unclipped: what a trial compares with the loop."""
-    found: list[Tensor] = []
-    start = 0
-    for size in sizes:
-        some = slice(start, start + size)
-        (parts,) = clipped_groups(module, task, pixels[some], targets[some], [size], 1e30)
-        found.append(torch.cat([part.reshape(-1) for part in parts]))
-        start += size
-    return found
 
 
 def _backward(
@@ -377,3 +342,92 @@ def _second(each: _Seen, images: slice, weights: Tensor, alive: Tensor) -> Tenso
         return _conv_weight(each.layer, given, answer)
     product: Tensor = torch.mm(answer.t(), given)
     return product
+
+
+# The engine as it was, around the pass.
+
+_ROW = 64
+_ROW_MARGIN = 2.0**-18
+_LOST = _ROW * 2.0**-126
+_IMAGES_AT_ONCE = 64
+
+
+def squares_at_most(rows: Tensor) -> Tensor:
+    """Squared norms, at most 2^-16 above the true ones and never below, float64 (n,)."""
+    count, size = rows.shape
+    whole = size - size % _ROW
+    total: Tensor = torch.linalg.vector_norm(rows[:, whole:], dim=1, dtype=torch.float64).square()
+    if not whole:
+        return total
+    parts = torch.linalg.vector_norm(rows[:, :whole].reshape(count, -1, _ROW), dim=2)
+    bound = parts.double().square_().add_(_LOST).sum(dim=1).mul_(1 + 2 * _ROW_MARGIN)
+    for row in (~bound.isfinite()).nonzero().flatten().tolist():
+        bound[row] = torch.linalg.vector_norm(rows[row, :whole], dtype=torch.float64).square()
+    return total.add_(bound)
+
+
+def summed(
+    module: nn.Module,
+    task: Task,
+    cohort: Cohort | FeatureCohort,
+    bags: Sequence[Bag],
+    clip: float,
+    *,
+    by_largest: bool = False,
+    beyond: bool = False,
+    tried_once: bool = False,
+) -> Tensor:
+    """The sum of a step, with the faults that are asked for; int64, in units of 2^-30 C."""
+    limit = clip / (1 + ETA)
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    total = torch.zeros(sum(weight.numel() for weight in trained), dtype=torch.int64)
+
+    def add(parts: Sequence[Tensor]) -> None:
+        flat = torch.cat([part.detach().reshape(-1) for part in parts])
+        if bool(flat.isfinite().all()):
+            total.add_((flat.double() * (2.0**GRID_BITS / clip)).trunc().to(torch.int64))
+
+    def alone(bag: Bag) -> None:
+        pixels, targets = pixels_of(cohort, [bag]), targets_of(task, cohort, [bag])
+        parts = torch.autograd.grad(task.losses(module(pixels), targets).mean(), trained)
+        norm = float(torch.cat([part.reshape(-1) for part in parts]).double().norm())
+        if math.isfinite(norm):
+            add([part * (limit / max(norm, limit)) for part in parts])
+
+    if not supported(module) or not (tried_once or _agrees(module, task, cohort)):
+        for bag in bags:
+            alone(bag)
+        return total
+    runs = [list(bags)]
+    if not by_largest:
+        sizes = sorted({len(bag.images) for bag in bags})
+        runs = [[bag for bag in bags if len(bag.images) == size] for size in sizes]
+    for some in runs:
+        first = some[:MOST] if beyond else some
+        for run in chunks(first, max(GROUP, _IMAGES_AT_ONCE)):
+            pixels, targets = pixels_of(cohort, run), targets_of(task, cohort, run)
+            images = [len(bag.images) for bag in run]
+            for parts in clipped_groups(module, task, pixels, targets, images, limit):
+                add(parts)
+        for bag in some[len(first) :]:
+            alone(bag)
+    return total
+
+
+def _agrees(module: nn.Module, task: Task, cohort: Cohort | FeatureCohort) -> bool:
+    """Whether single patients come out as from the loop, with the weights of now."""
+    shape = cohort.images.shape[1:]
+    one = shape if isinstance(cohort, FeatureCohort) else (1, *shape)
+    pixels = torch.randn((4, *one), generator=torch.Generator().manual_seed(0))
+    targets, sizes = task.example(pixels), [1, 3]
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    try:
+        (both,) = clipped_groups(module, task, pixels, targets, sizes, 1e30)
+    except UnfitPass:
+        return False
+    exact = torch.zeros(sum(weight.numel() for weight in trained))
+    for some, wanted in zip(torch.split(pixels, sizes), torch.split(targets, sizes), strict=True):
+        parts = torch.autograd.grad(task.losses(module(some), wanted).mean(), trained)
+        exact += torch.cat([part.reshape(-1) for part in parts])
+    got = torch.cat([part.reshape(-1) for part in both])
+    return float((got - exact).norm()) <= 1e-3 * float(exact.norm())

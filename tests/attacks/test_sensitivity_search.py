@@ -1,0 +1,164 @@
+"""No patient moves a clipped sum by more than C: a search for the worst case, per engine.
+
+The search itself is tested, too: it must find the three faults that an engine of Cloister once
+had (``support.ghost_clipping``), and ordinary mutants of the shipped one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from cloister_fl.client.training import exact_sum, per_patient_gradients
+from cloister_fl.client.training.exact_sum import Block
+from cloister_fl.client.training.per_patient_gradients import Engine, PatientGradSampleModule
+from cloister_fl.client.training.sampling import Bag, Cohort, FeatureCohort
+from support import ghost_clipping
+from support.sensitivity_search import (
+    BOUND,
+    LARGE,
+    SMALL,
+    Form,
+    Found,
+    search,
+    square,
+    summed_by,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LINEAR, CNN = SMALL[0], SMALL[1]
+
+
+def held(found: Found, capsys: pytest.CaptureFixture[str], engine: str) -> None:
+    with capsys.disabled():
+        sys.stdout.write(
+            f"\n{engine}: the largest movement in {found.cases} cases, {found.seconds:.0f} s: "
+            f"{found.moved:.9f} C\n"
+        )
+    assert found.cases > 20
+    assert found.over == 0, found.at
+    assert found.changed == []
+    # It came close: the search is not blind.
+    assert found.moved > 0.99
+
+
+@pytest.mark.parametrize(("engine", "seconds"), [("patients", 40), ("opacus", 20)])
+def test_no_patient_moves_the_sum_beyond_the_bound_nor_another_by_a_bit(
+    engine: Engine, seconds: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held(search(summed_by(engine), SMALL, seconds=seconds), capsys, engine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "seconds"), [("patients", 400), ("opacus", 200)])
+def test_no_patient_does_so_in_ten_minutes_on_any_network(
+    engine: Engine, seconds: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = search(summed_by(engine), (*SMALL, *LARGE), seconds=seconds, seed=1)
+    held(found, capsys, engine)
+
+
+# What the search must find.
+
+
+@pytest.mark.parametrize(
+    ("fault", "form"), [("by_largest", LINEAR), ("beyond", LINEAR), ("tried_once", CNN)]
+)
+def test_the_search_finds_the_faults_that_were_mended(fault: str, form: Form) -> None:
+    summed = partial(ghost_clipping.summed, **{fault: True})
+    found = search(summed, (form,), cases=4_000, seconds=240, stop_above=1 + 1e-6)
+    assert found.moved > 1 + 1e-6, found
+
+
+def per_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = exact_sum._GridSum.add
+
+    def add(self: exact_sum._GridSum, parts: list[Tensor]) -> None:
+        for place in range(len(parts)):
+            honest(self, [p if i == place else torch.zeros_like(p) for i, p in enumerate(parts)])
+
+    monkeypatch.setattr(exact_sum._GridSum, "add", add)
+
+
+def rounded_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded to the nearest, not toward zero."""
+    honest = exact_sum._float32_below
+    monkeypatch.setattr(exact_sum, "_float32_below", lambda value: honest(value) * (1 + 2.0**-16))
+
+
+def to_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = exact_sum.clipped_sum
+
+    def clipped(blocks: Iterator[Block], size: int, clip: float) -> Tensor:
+        rows = [row for block in blocks for row in exact_sum._one_by_one(block)]
+        norms = [float(torch.cat([p.reshape(-1) for p in row]).double().norm()) for row in rows]
+        usual = torch.tensor([n for n in norms if n == n] or [clip]).median()
+        return honest(rows, size, min(max(float(usual), clip), 1e30))
+
+    from support import sensitivity_search
+
+    monkeypatch.setattr(sensitivity_search, "clipped_sum", clipped)
+
+
+def whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many places as patients, not always 16."""
+
+    def placed(
+        self: PatientGradSampleModule, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]
+    ) -> Iterator[tuple[list[int], Block]]:
+        for start in range(0, len(bags), 16):
+            run = list(bags[start : start + 16])
+            pixels, targets = self._read(cohort, run)
+            shares = torch.cat([torch.full((len(b.images),), 1 / len(b.images)) for b in run])
+            hidden = self._module(pixels)
+            losses = self.task.losses(hidden, targets) * shares
+            owner = [i for i, b in enumerate(run) for _ in b.images]
+            for i in range(len(run)):
+                own = losses[torch.tensor([o == i for o in owner])].sum()
+                yield [start + i], torch.autograd.grad(own, self.trained, retain_graph=True)
+
+    monkeypatch.setattr(PatientGradSampleModule, "_placed_blocks", placed)
+
+
+def overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms in float32: squares overflow, and the patient is taken for one that needs no clip."""
+
+    def norms(self: exact_sum._GridSum, parts: list[Tensor], pieces: list[Tensor]) -> list[float]:
+        rough = [float(piece.square().sum().sqrt()) for piece in pieces]
+        return [norm if norm < 3e38 else 0.0 for norm in rough]
+
+    monkeypatch.setattr(exact_sum._GridSum, "_norms", norms)
+
+
+@pytest.mark.parametrize("mutate", [per_layer, rounded_up, to_the_median, whole_batch, overflow])
+def test_the_search_finds_mutants(
+    mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(per_patient_gradients, "_tried", {})
+    mutate(monkeypatch)
+    summed = summed_by("patients")
+    for seed in range(40):
+        found = search(summed, SMALL[:4], seconds=5, seed=seed, stop_above=1 + 1e-9)
+        if found.over or found.changed:
+            return
+    pytest.fail(f"not found: {found}")
+
+
+def test_the_square_of_a_vector_is_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for high in (10, BOUND, 1 << 45, 1 << 62):
+        for count in (0, 1, 3, 1000):
+            total = torch.randint(-high, high, (count,), generator=generator)
+            assert square(total) == sum(int(value) ** 2 for value in total.tolist())
+
+
+def test_the_specimen_without_its_faults_agrees_with_the_loop() -> None:
+    """So that what the search finds is the fault, not the specimen."""
+    found = search(ghost_clipping.summed, (LINEAR,), cases=300, seconds=60)
+    assert 0.9 < found.moved <= 1

@@ -11,6 +11,7 @@ from cloister_fl.networks.spec import missing_package
 from cloister_fl.system.libraries.imports import undisturbed_imports
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 
@@ -20,9 +21,15 @@ def require_private(
     """Refuse a module whose output for one image depends on another image or on earlier data.
 
     Opacus' validator looks at the types of trainable layers, so it passes a module that mixes a
-    batch by arithmetic, and batch norm without weights. Here every layer is looked at, and the
-    gradient of each image's output by every other image must be exactly zero. A site calls this
-    before it charges a round; what has passed in this process is not looked at again.
+    batch by arithmetic, and batch norm without weights. Here every layer is looked at; the
+    gradient of each image's output by every other image must be exactly zero; and the output
+    itself must stay the same, bit by bit, whatever the others are, in batches of several sizes,
+    and whatever went through the network before. No weight is zero while this is tried, for a zero
+    may hide a leak. A site calls this before it charges a round; what has passed in this process
+    is not looked at again.
+
+    It finds mistakes. It is no proof against whoever writes a network to deceive it: the code of a
+    registry's networks is read and installed at the site, and never travels.
 
     Args:
         module: in training mode.
@@ -34,7 +41,7 @@ def require_private(
         NetworkUnfit: naming the layer, or the leak.
         ExtraMissing: Opacus is not installed.
     """
-    key = (type(module), repr(module), module.training, size, depth, in_channels)
+    key = (_form(module), size, depth, in_channels)
     if key in _proved:
         return
     _refuse_layers(module)
@@ -59,6 +66,36 @@ def require_private(
 
 
 _proved: set[tuple[object, ...]] = set()
+
+_COUNTS = (2, 3, 5)
+"""Images in a batch that is tried."""
+
+
+def _form(module: nn.Module) -> tuple[object, ...]:
+    """What two modules must share, but for their weights, to compute the same.
+
+    The text of a module leaves out what its class does not put there, such as a flag.
+    """
+    plain = (bool, int, float, str, tuple, type(None))
+
+    def told(value: object) -> object:
+        # A function is held, not named: another one could come to lie where it was.
+        return repr(value) if isinstance(value, plain) else value
+
+    return tuple(
+        (
+            name,
+            type(layer),
+            repr(layer),
+            tuple(
+                (key, told(value))
+                for key, value in sorted(vars(layer).items())
+                if isinstance(value, plain) or callable(value)
+            ),
+            tuple((key, tuple(weight.shape)) for key, weight in layer.named_parameters()),
+        )
+        for name, layer in module.named_modules()
+    )
 
 
 def _refuse_layers(module: nn.Module) -> None:
@@ -97,8 +134,8 @@ def _refuse_leak(module: nn.Module, one: tuple[int, ...]) -> None:
     # Behind a weight that begins at zero, every gradient is zero, and proves nothing.
     module = copy.deepcopy(module)
     for weight in module.parameters():
-        if not weight.detach().any():
-            weight.data.normal_(generator=generator)
+        drawn = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+        weight.data.copy_(torch.where(weight.detach() == 0, drawn, weight.detach()))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         outputs: Tensor = module(images)
         if outputs.shape[:1] != images.shape[:1]:
@@ -106,8 +143,37 @@ def _refuse_leak(module: nn.Module, one: tuple[int, ...]) -> None:
         for index in range(len(images)):
             (gradient,) = torch.autograd.grad(outputs[index].sum(), images, retain_graph=True)
             if bool((gradient[1 - index] != 0).any()) or not bool(torch.isfinite(gradient).all()):
-                raise NetworkUnfit(
-                    "The network's output for one image depends on another image.",
-                    why="Clipping bounds one patient's gradient only where patients do not mix.",
-                    remedy="Use a network of the registry.",
-                )
+                raise _mixes("on another image")
+    _refuse_change(module, one, generator)
+
+
+def _refuse_change(module: nn.Module, one: tuple[int, ...], generator: torch.Generator) -> None:
+    """Refuse a module whose output for an image is another one beside other images."""
+    import torch
+
+    def outputs(images: Tensor) -> Tensor:
+        # As often as a layer asks, the same random numbers: dropout is no leak.
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            result: Tensor = module(images)
+            return result
+
+    for count in _COUNTS:
+        images = torch.randn((count, *one), generator=generator)
+        first = outputs(images)
+        for others in (-3 * images, torch.zeros_like(images), 100 * images + 1):
+            for place in (0, count - 1):
+                beside = others.clone()
+                beside[place] = images[place]
+                if not torch.equal(outputs(beside)[place], first[place]):
+                    raise _mixes("on another image")
+        if not torch.equal(outputs(images), first):
+            raise _mixes("on images that came before")
+
+
+def _mixes(told: str) -> NetworkUnfit:
+    return NetworkUnfit(
+        f"The network's output for one image depends {told}.",
+        why="Clipping bounds one patient's gradient only where patients do not mix.",
+        remedy="Use a network of the registry.",
+    )

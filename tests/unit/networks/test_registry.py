@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -168,6 +170,92 @@ def around(layer: nn.Module) -> nn.Module:
 def test_what_mixes_patients_is_refused(module: nn.Module, says: str) -> None:
     with pytest.raises(NetworkUnfit, match=says):
         require_private(module, size=16)
+
+
+class Hears(nn.Module):
+    """Each image's features, plus what ``heard`` makes of those of the whole batch."""
+
+    def __init__(self, heard: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(256, 2)
+        self.heard = heard
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.layer(images.flatten(1))
+        return logits + self.heard(logits)
+
+
+class Remembers(nn.Module):
+    """Adds the mean of the batch before: a number in Python, so no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(256, 2)
+        self.last = 0.0
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.layer(images.flatten(1)) + self.last
+        self.last = float(images.mean())
+        return logits
+
+
+class Gated(nn.Module):
+    """Mixes behind a weight that is zero beside one that is not: a server may send another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(256, 2)
+        self.gate = nn.Parameter(torch.tensor([0.0, 1.0]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.layer(images.flatten(1))
+        return logits + self.gate[0] * logits.mean(dim=0)
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        (Hears(lambda logits: logits.detach().mean(dim=0)), "on another image"),
+        (Hears(lambda logits: torch.sign(logits[:, :1]).sum()), "on another image"),
+        (
+            Hears(lambda logits: logits.mean(dim=0) if len(logits) > 2 else 0 * logits),
+            "on another image",
+        ),
+        (Remembers(), "on images that came before"),
+        (Gated(), "on another image"),
+    ],
+)
+def test_what_mixes_patients_without_a_gradient_or_now_and_then_is_refused(
+    module: nn.Module, says: str
+) -> None:
+    with pytest.raises(NetworkUnfit, match=f"depends {says}"):
+        require_private(module.train(), size=16)
+
+
+def test_what_passed_says_nothing_of_a_module_with_another_flag() -> None:
+    """Both have the same type and text."""
+
+    class Flagged(Mixing):
+        def __init__(self, *, share: bool) -> None:
+            super().__init__()
+            self.share = share
+
+        def forward(self, images: Tensor) -> Tensor:
+            if self.share:
+                return super().forward(images)
+            logits: Tensor = self.layer(images.flatten(1))
+            return logits
+
+    require_private(Flagged(share=False), size=16)
+    with pytest.raises(NetworkUnfit, match="on another image"):
+        require_private(Flagged(share=True), size=16)
+    require_private(Hears(torch.zeros_like), size=16)
+    with pytest.raises(NetworkUnfit, match="on another image"):
+        require_private(Hears(lambda logits: logits.mean(dim=0)), size=16)
+
+
+def test_dropout_is_no_leak() -> None:
+    require_private(around(nn.Dropout(0.5)).train(), size=16)
 
 
 def test_buffers_are_refused() -> None:

@@ -38,13 +38,22 @@ def counts_in_units(module: nn.Module, cohort: Cohort, study: Study) -> Counts:
         for patient in cohort.patients:
             # A pass of the patient's own, and not one with others.
             row = task.row(answer(patient.images), cohort.targets[list(patient.images)])
-            total += _bounded(UNITS * task.count(patient.label, row, RELEASE_BINS), most)
+            total += _bounded(task.count(patient.label, row, RELEASE_BINS), total.shape, most)
     return total
 
 
-def _bounded(counts: Counts, most: float) -> Counts:
-    norm = float(np.linalg.norm(counts.astype(np.float64)))
-    return counts if norm <= most * (1 + _SLACK) else np.zeros_like(counts)
+def _bounded(counted: object, shape: tuple[int, ...], most: float) -> Counts:
+    """One patient's counts in units; nothing where they are not what the task promises.
+
+    Another shape would be spread over the whole table where it is added, and other numbers than
+    int64 would raise, or round, after the bound was taken.
+    """
+    nothing: Counts = np.zeros(shape, np.int64)
+    if not isinstance(counted, np.ndarray) or counted.dtype != np.int64 or counted.shape != shape:
+        return nothing
+    # In float64: whole numbers that wrap when they are multiplied are far beyond any bound.
+    norm = UNITS * float(np.linalg.norm(counted.astype(np.float64)))
+    return UNITS * counted if norm <= most * (1 + _SLACK) else nothing
 
 
 def noised(counts: Counts, study: Study, mechanism: Mechanism, random: SecureRandom) -> Counts:

@@ -28,9 +28,11 @@ from cloister_fl.client.site.last_refusal import read_last_refusal
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward.review import review
 from cloister_fl.client.training.csprng import SecureRandom
+from cloister_fl.client.training.evaluation import exact_counts
 from cloister_fl.client.training.local_training import train_round
 from cloister_fl.client.training.noised_evaluation import counts_in_units, noised
 from cloister_fl.errors import ReleaseAlreadySpent
+from cloister_fl.metrics.classification import BINS
 from cloister_fl.networks import flat_parameters, registry
 from cloister_fl.networks.frozen_backbone import FixedFeatures
 from cloister_fl.protocol.round_messages import (
@@ -178,6 +180,38 @@ def test_a_count_beyond_the_sensitivity_counts_as_nothing(
     )
     table = counts_in_units(_network(ASKED), cohort, ASKED)
     assert table.sum() == UNITS * sum(one.label == 0 for one in cohort.patients)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        np.ones(1, np.int64),
+        np.int64(1),
+        np.eye(1, 16, dtype=np.int64)[0],
+        np.array([[[1.0]]]),
+        np.ones((3,), np.int64),
+        np.full((1, 2, 16), 2**62, np.int64),
+        None,
+        "counts",
+    ],
+)
+def test_a_count_of_another_shape_or_type_counts_as_nothing(
+    lie: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spread over the table where it is added, one number moved the sum by 5.7 sensitivities."""
+    cohort = _cohort(np.random.default_rng(4), [1, 2], 2, wild=False)
+    monkeypatch.setattr(Classification, "count", lambda *_: lie)
+    table = counts_in_units(_network(ASKED), cohort, ASKED)
+    assert table.shape == (1, 2, 16)
+    assert not table.any()
+
+
+def test_exact_counts_of_nobody_are_none() -> None:
+    """A site with one patient of each class keeps nobody apart; it answered with CLO-901."""
+    cohort = _cohort(np.random.default_rng(4), [1, 2], 2, wild=False)
+    counts = exact_counts(_network(ASKED), subset(cohort, []), ASKED)
+    assert counts.shape == ASKED.task.counts_shape(BINS)
+    assert not counts.any()
 
 
 # The noise

@@ -15,6 +15,8 @@ from cloister_fl.metrics.figures import Estimate, Metrics, MetricsInputInvalid
 
 _SEED = 20_240_229
 _TAIL = 0.025
+_AT_ONCE = 1 << 22
+"""Counts that are drawn at a time; bounds memory."""
 
 
 def coefficient(marked: NDArray[np.bool_], shown: NDArray[np.bool_]) -> float:
@@ -39,16 +41,27 @@ def measure_dice(labels: ArrayLike, coefficients: ArrayLike) -> Metrics:
     if not np.all((values >= 0) & (values <= 1)):
         raise MetricsInputInvalid("a coefficient is not a number from 0 to 1.")
     counts = (int((truth == 0).sum()), int((truth == 1).sum()))
-    # Sorted, so that the order of patients has no say in the interval.
-    shown = np.sort(values[truth == 1])
-    if not len(shown):
-        return Metrics({"dice": None}, len(truth), counts)
+    # By value, so that the order of patients has no say in the interval.
+    shown, times = np.unique(values[truth == 1], return_counts=True)
+    return Metrics({"dice": _mean(shown, times)}, len(truth), counts)
+
+
+def _mean(values: NDArray[np.float64], times: NDArray[np.int64]) -> Estimate | None:
+    """The mean of values that occur several times; its cost follows how many differ."""
+    total = int(times.sum())
+    if not total:
+        return None
     rng = np.random.default_rng(_SEED)
-    drawn = [float(rng.choice(shown, len(shown)).mean()) for _ in range(RESAMPLES)]
-    value = float(shown.mean())
+    at_once = max(1, _AT_ONCE // len(values))
+    drawn = np.concatenate(
+        [
+            rng.multinomial(total, times / total, min(at_once, RESAMPLES - start)) @ values / total
+            for start in range(0, RESAMPLES, at_once)
+        ]
+    )
+    value = float(times @ values) / total
     low, high = (float(end) for end in np.quantile(drawn, [_TAIL, 1 - _TAIL]))
-    dice = Estimate(value, min(low, value), max(high, value))
-    return Metrics({"dice": dice}, len(truth), counts)
+    return Estimate(value, min(low, value), max(high, value))
 
 
 def measure_dice_histogram(counts: ArrayLike) -> Metrics:
@@ -65,7 +78,6 @@ def measure_dice_histogram(counts: ArrayLike) -> Metrics:
     if np.any(table < 0):
         raise MetricsInputInvalid("counts must be at least 0.")
     bins = table.shape[1]
-    middles = np.tile((np.arange(bins) + 0.5) / bins, 2)
-    labels = np.repeat([0, 1], bins)
-    cells = table.reshape(-1)
-    return measure_dice(np.repeat(labels, cells), np.repeat(middles, cells))
+    without, marked = (int(row.sum()) for row in table)
+    dice = _mean((np.arange(bins) + 0.5) / bins, table[1].astype(np.int64))
+    return Metrics({"dice": dice}, without + marked, (without, marked))

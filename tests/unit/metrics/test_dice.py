@@ -32,6 +32,17 @@ def test_the_mean_is_over_patients_with_something_marked() -> None:
     assert measure_dice([0], [1.0]).to_json()["dice"] is None
 
 
+def test_the_cost_of_counts_does_not_follow_the_number_of_patients() -> None:
+    """One site could end the coordinator's evaluation with a large number."""
+    many = np.zeros((2, 256), np.int64)
+    many[0, 3], many[1, 128], many[1, 255] = 1 << 40, 1 << 40, 1 << 40
+    found = measure_dice_histogram(many)
+    (dice,) = found.figures.values()
+    assert dice is not None
+    assert dice.value == pytest.approx((128.5 + 255.5) / 512)
+    assert found.class_counts == (1 << 40, 1 << 41)
+
+
 def test_counts_say_the_same_to_half_a_bin() -> None:
     rng = np.random.default_rng(3)
     labels, values = rng.integers(0, 2, 60), rng.uniform(0, 1, 60)

@@ -30,6 +30,10 @@ from cloister_fl.server.rounds.messenger import Messenger
 from cloister_fl.server.rounds.strategies import weighted_mean
 from cloister_fl.study.schema import Study
 
+MOST_COUNTED = 1 << 31
+"""Most patients in a cell of one site's histogram, in either sign where noise is on it. A thousand
+sites' sums stay far within 64 bits."""
+
 LATE = "late"
 """The server's own reason for a site that the run did not start with."""
 
@@ -154,13 +158,17 @@ class PlainCollector:
         members = self._members
         task = EvaluateTask(self._canonical, members.run, number, members.asked, octets(), model)
         replies = self._messenger.ask(members.nodes, task, Evaluated)
-        answers = [reply.message for reply in replies if isinstance(reply.message, Evaluated)]
         shape = sessions.counts_shape(self._study)
-        noised = self._study.releases
+        least = -MOST_COUNTED if self._study.releases else 0
         usable = [
-            a.counts
-            for a in answers
-            if a.counts.size == math.prod(shape) and (noised or bool((a.counts >= 0).all()))
+            reply.message.counts
+            for reply in replies
+            if isinstance(reply.message, Evaluated)
+            and (reply.message.site, reply.message.round) == (members.nodes[reply.node], number)
+            and reply.message.counts.size == math.prod(shape)
+            and bool(
+                ((reply.message.counts >= least) & (reply.message.counts <= MOST_COUNTED)).all()
+            )
         ]
         if not usable:
             return None

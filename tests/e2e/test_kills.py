@@ -46,6 +46,7 @@ from support.deployment import (
     descendants,
     study_text,
 )
+from support.federations import SEEN
 
 POLICY = {
     "max_epsilon_study": "8.0",
@@ -136,7 +137,7 @@ class Battered:
         """Run a study, and kill while it runs; kills that it did not live to see are left."""
         federation, parsed = self.federation, parse_study(study)
         for hospital in self._hospitals():
-            judge(hospital.site, parsed, Decision.APPROVED)
+            judge(hospital.site, parsed, Decision.APPROVED, data=SEEN)
         mark = self._entries()
         began = time.monotonic()
         name = federation.run(study)

@@ -63,7 +63,7 @@ if os.environ.get("TEE"):
         return await replay(app, scope, body, receive, both)
     gate._replay = tee
 """
-WHERE = {"eastfield": "load_frozen", "hillcrest": "train_round", "lakeview": "exact_counts"}
+WHERE = {"eastfield": "load_for_run", "hillcrest": "train_round", "lakeview": "exact_counts"}
 
 
 def _restart(hospital: deployment.Hospital) -> None:

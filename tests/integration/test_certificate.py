@@ -31,7 +31,7 @@ from cloister_fl.verify.certificate_check import ASK_AGAIN, NO_CLAIM, check
 from support import commands, spending
 from support.accountants import epsilon_prv, epsilon_rdp
 from support.errors import raises
-from support.federations import study, with_engine
+from support.federations import SEEN, study, with_engine
 
 STUDY = study()
 SITES = max(5, STUDY.aggregation.min_sites)
@@ -42,7 +42,7 @@ def charged(tmp_path_factory: pytest.TempPathFactory) -> Site:
     """All rounds of a run charged, two of a second run, and three messages sent in the first."""
     folder = tmp_path_factory.mktemp("site") / "anker"
     site = init_site(folder, policy=Policy(max_epsilon_study=20, max_epsilon_lifetime=40))
-    judge(site, STUDY, Decision.APPROVED)
+    judge(site, STUDY, Decision.APPROVED, data=SEEN)
     for run, rounds in (("run-1", STUDY.training.rounds), ("run-2", 2)):
         spending.admit(site, STUDY, run=run, invited=SITES)
         for number in range(1, rounds + 1):
@@ -146,7 +146,7 @@ def test_no_certificate_is_signed_for_an_engine_that_does_not_keep_the_claim(
     """A run of an earlier version: its ledger is there, and its epsilon never held."""
     asked = with_engine(STUDY, "book-keeping")
     site = init_site(tmp_path / "anker", policy=Policy(max_epsilon_study=20))
-    judge(site, asked, Decision.APPROVED)
+    judge(site, asked, Decision.APPROVED, data=SEEN)
     with monkeypatch.context() as earlier:
         earlier.setattr(Study, "unsound_engine", property(lambda study: ""))
         spending.admit(site, asked, run="run-1", invited=SITES)

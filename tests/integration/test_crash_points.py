@@ -243,7 +243,7 @@ def test_the_points_are_those_of_a_round(place: Place) -> None:
     names = place.points.names
     order = ["respond", "admit", "charge", "Ledger.start_round", "SiteSession.note", "fsync"]
     order += [
-        "load_frozen",
+        "load_for_run",
         "draw_bags",
         "SecureRandom.normal",
         "PatientDPOptimizer.zero_grad",

@@ -21,7 +21,7 @@ from cloister_fl.client.site.policy import Policy
 from cloister_fl.errors import LedgerRolledBack, RoundAlreadySpent
 from support import spending
 from support.errors import raises
-from support.federations import study
+from support.federations import SEEN, study
 from support.spending import accept, compare, disagreements
 
 STUDY = study()
@@ -32,7 +32,7 @@ SITES = max(5, STUDY.aggregation.min_sites)
 def site(tmp_path: Path) -> Site:
     """A site with one round charged, and a copy of its folder from before that."""
     made = init_site(tmp_path / "anker", policy=Policy(max_epsilon_study=6))
-    judge(made, STUDY, Decision.APPROVED)
+    judge(made, STUDY, Decision.APPROVED, data=SEEN)
     admit(made)
     shutil.copytree(made.root, tmp_path / "old")
     spending.charge(made, STUDY, run="run-1", round_number=1)
@@ -146,7 +146,7 @@ def test_a_kill_between_the_ledger_and_its_notes_is_no_rollback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str
 ) -> None:
     made = init_site(tmp_path / "birke", policy=Policy(max_epsilon_study=6))
-    judge(made, STUDY, Decision.APPROVED)
+    judge(made, STUDY, Decision.APPROVED, data=SEEN)
     where = SiteSession if killed_in == "note" else site_session
     honest = getattr(where, killed_in)
 

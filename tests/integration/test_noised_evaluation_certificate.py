@@ -28,7 +28,7 @@ from cloister_fl.verify import ledger_export
 from cloister_fl.verify.certificate_check import check
 from support import spending
 from support.errors import raises
-from support.federations import study
+from support.federations import SEEN, study
 
 ASKED = study(evaluation="release_epsilon = 2.0")
 WHOLE = charges(ASKED)
@@ -39,7 +39,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     folder = tmp_path_factory.mktemp("site") / "anker"
     policy = Policy(max_epsilon_study=12, max_epsilon_lifetime=40, metrics=("score-histograms",))
     made = init_site(folder, policy=policy)
-    judge(made, ASKED, Decision.APPROVED)
+    judge(made, ASKED, Decision.APPROVED, data=SEEN)
     spending.admit(made, ASKED, run="run", invited=5)
     for number in range(1, ASKED.training.rounds + 1):
         spending.charge(made, ASKED, run="run", round_number=number)

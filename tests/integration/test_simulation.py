@@ -246,7 +246,7 @@ def test_a_used_up_budget_refuses_before_a_file_is_opened(
         approve(sites / name, second)
     run_simulation(Simulation(first, sites, tmp_path / "one"))
     opened: list[object] = []
-    monkeypatch.setattr("cloister_fl.client.app.load_frozen", lambda *a, **k: opened.append(a))
+    monkeypatch.setattr("cloister_fl.client.app.load_for_run", lambda *a, **k: opened.append(a))
     with pytest.raises(TooFewSites, match="its privacy budget is not sufficient"):
         run_simulation(Simulation(second, sites, tmp_path / "two"))
     assert opened == []

@@ -6,8 +6,10 @@ message of ``protocol.round_messages``; ``envelope`` logs it, and turns errors i
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +19,13 @@ from flwr.clientapp import ClientApp
 
 from cloister_fl.client.admission import gate
 from cloister_fl.client.app_state import Kept, build
-from cloister_fl.client.data.loading import load_frozen
+from cloister_fl.client.data.cohort import Cohort
+from cloister_fl.client.data.cohort_errors import unread
+from cloister_fl.client.data.loading import load_for_run, nobody
 from cloister_fl.client.envelope import answer_message, respond
 from cloister_fl.client.ledger.site_session import Admission, SiteSession
 from cloister_fl.client.secure_aggregation import exchange as masked
+from cloister_fl.client.site.data_notice import note_data
 from cloister_fl.client.training.csprng import SecureRandom
 from cloister_fl.client.training.evaluation import exact_counts
 from cloister_fl.client.training.feature_cache import features_of
@@ -29,7 +34,9 @@ from cloister_fl.client.training.noised_evaluation import counts_in_units, noise
 from cloister_fl.errors import (
     CloisterError,
     MessageInvalid,
+    UpdateInvalid,
 )
+from cloister_fl.networks import flat_parameters
 from cloister_fl.networks.frozen_backbone import FrozenBackbone
 from cloister_fl.protocol import sessions
 from cloister_fl.protocol.round_messages import (
@@ -49,7 +56,7 @@ from cloister_fl.protocol.round_messages import (
     signed_answer,
 )
 from cloister_fl.secagg import Session
-from cloister_fl.study.schema import study_from_canonical
+from cloister_fl.study.schema import Study, study_from_canonical
 
 if TYPE_CHECKING:
     from torch import nn
@@ -98,7 +105,12 @@ class SiteApp(ClientApp):
 
 
 def prepare(kept: Kept, message: Message, context: Context) -> Message:
-    """Judge a study, reserve its cost, then see that the site's data can serve it."""
+    """Judge a study, and reserve its cost.
+
+    With privacy on, the answer is the steward's or a rule's: the data are looked at to have them
+    at hand, and to tell the site's own people what is wrong with them. Without, data that cannot
+    serve the study are a refusal.
+    """
 
     def answer(session: SiteSession, task: Prepare) -> Prepared:
         site, study = session.site, study_from_canonical(task.study)
@@ -111,11 +123,11 @@ def prepare(kept: Kept, message: Message, context: Context) -> Message:
         if isinstance(module, FrozenBackbone):
             module.require()
         admission = gate.admit(session, task.study, run=task.run, invited=task.sites)
-        kept.cohort(session, admission, lambda: load_frozen(site, study), anew=True)
+        kept.cohort(session, admission, lambda: load_for_run(site, study), anew=True)
         if isinstance(module, FrozenBackbone) and not study.training.augment:
             # Now, where reading takes its time anyway, and not in the first round.
-            trained_on, _ = kept.parts(session, admission, lambda: load_frozen(site, study))
-            features_of(module, trained_on)
+            with _told_at_the_site(session, study):
+                features_of(module, _parts(kept, session, admission)[0])
         # Last: everything else is well, so the answer means "yes, but not now".
         gate.require_hours(site, datetime.datetime.now().time())
         said = signed_answer(site.name, context.node_id, f"{task.run} {study.digest}")
@@ -234,33 +246,68 @@ def _asked_of(opened: masked.Exchange) -> Session:
     return opened.mask_request.session
 
 
+def _parts(kept: Kept, session: SiteSession, admission: Admission) -> tuple[Cohort, Cohort]:
+    """Who is trained on and who is kept apart."""
+    return kept.parts(session, admission, lambda: load_for_run(session.site, admission.study))
+
+
+@contextlib.contextmanager
+def _told_at_the_site(session: SiteSession, study: Study) -> Iterator[None]:
+    """With privacy on, tell the site's own people of an error, and nobody else: go on after it.
+
+    What is done in here depends on data, whose errors would be exact and uncharged answers.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not study.privacy.enabled:
+            raise
+        note_data(session.site.root, study.digest, [unread(error)])
+
+
 def _trained(
     kept: Kept, session: SiteSession, admission: Admission, network: nn.Module, round_number: int
 ) -> Vector:
-    """The update of a round that is charged."""
-    site, study, charges = session.site, admission.study, admission.charges
-    cohort, _ = kept.parts(session, admission, lambda: load_frozen(site, study))
-    return train_round(
-        network,
-        cohort,
-        study,
-        noise_multiplier=charges.step.noise_multiplier if charges is not None else 0.0,
-        random=SecureRandom() if charges is not None else None,
-        round_number=round_number,
-        steps=study.training.steps_per_round,
-        site=site.name,
-    )
+    """The update of a round that is charged.
+
+    With privacy on it is one whatever the patients are: where training on them fails, of a round
+    without any, which is noise. Weights that noise made infinite are no update: zeros.
+    """
+    study, charges = admission.study, admission.charges
+
+    def trained_on(cohort: Cohort) -> Vector:
+        return train_round(
+            network,
+            cohort,
+            study,
+            noise_multiplier=charges.step.noise_multiplier if charges is not None else 0.0,
+            random=SecureRandom() if charges is not None else None,
+            round_number=round_number,
+            steps=study.training.steps_per_round,
+            site=session.site.name,
+        )
+
+    if charges is None:
+        return trained_on(_parts(kept, session, admission)[0])
+    with _told_at_the_site(session, study):
+        return trained_on(_parts(kept, session, admission)[0])
+    try:
+        # What fails here, too, is no matter of the data.
+        return trained_on(nobody(study))
+    except UpdateInvalid:
+        return np.zeros(flat_parameters.layout_of(network).size, np.float32)
 
 
 def _counted(kept: Kept, session: SiteSession, admission: Admission, network: nn.Module) -> Counts:
     """What the patients count for; noised where it is charged, else of a study without privacy."""
-    site, study, charges = session.site, admission.study, admission.charges
-    _, held_out = kept.parts(session, admission, lambda: load_frozen(site, study))
+    study, charges = admission.study, admission.charges
     if charges is None or charges.release is None:
-        return exact_counts(network, held_out, study)
-    # Exact counts of single patients, until the noise is on them.
-    exact = counts_in_units(network, held_out, study)
-    return noised(exact, study, charges.release, SecureRandom())
+        return exact_counts(network, _parts(kept, session, admission)[1], study)
+    counts = counts_in_units(network, nobody(study), study)
+    with _told_at_the_site(session, study):
+        # Exact counts of single patients, until the noise is on them.
+        counts = counts_in_units(network, _parts(kept, session, admission)[1], study)
+    return noised(counts, study, charges.release, SecureRandom())
 
 
 app = SiteApp()

@@ -59,7 +59,8 @@ _REASONS: tuple[tuple[type[CloisterError], Refused], ...] = (
     (RosterInvalid, Refused.ROSTER),
     (SecureAggregationError, Refused.PROTOCOL),
 )
-"""The first that fits; what is not here may depend on data and is declined without a reason."""
+"""The first that fits; what is not here is declined without a reason. Without privacy it may depend
+on data; with privacy on, what data do is turned into absent patients before it comes here."""
 
 
 def answer_message(

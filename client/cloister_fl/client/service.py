@@ -276,6 +276,12 @@ class _Service:
                 now.last_asked = time.time()
             case "foreign-bundle":
                 self._say("Refused: the coordinator sent another application bundle (CLO-505).")
+            case "data":
+                study = str(event.get("study"))[:16]
+                self._say(
+                    f"Data of the study {study}: {event.get('code')}. Rounds are answered with "
+                    f"what is left of them. See: {self._site.command('status')}"
+                )
             case "failed":
                 self._say(f"The {name} cannot start: {event.get('code')} {event.get('what')}")
             case "crashed" | "task-lost":

@@ -43,7 +43,7 @@ MessageT = TypeVar("MessageT", bound="RoundMessage")
 
 
 class Refused(enum.StrEnum):
-    """The closed list of reasons that a site may give; what depends on data is coarse."""
+    """The closed list of reasons that a site may give; with privacy on, none depends on data."""
 
     BUNDLE = "bundle"
     """The run is of another bundle than the installed wheel's: of code, or another version."""
@@ -94,7 +94,8 @@ class Prepare(RoundMessage):
 
 @dataclass(frozen=True)
 class Prepared(RoundMessage):
-    """Site to server: yes. It says nothing about the site's data."""
+    """Site to server: yes. With privacy on, what it says of the site's data is the steward's word:
+    that they can serve the study."""
 
     kind = "prepared"
     site: str

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from cloister_fl.errors import (
     CloisterError,
+    DataError,
     FileUnreadable,
     OptionInvalid,
     OutputInTheWay,
@@ -253,7 +254,6 @@ def resume_command(study: str, sites: Path, out: Path, holdout: Path | None) -> 
 
 def _open(folder: Path, simulation: Simulation) -> Site:
     """Open a site: in place where a person wrote a ``site.toml``, else below ``out``."""
-    from cloister_fl.client.admission.approvals import Decision, judge
     from cloister_fl.client.site.folder import init_site
     from cloister_fl.client.site.policy import Policy
 
@@ -280,9 +280,32 @@ def _open(folder: Path, simulation: Simulation) -> Site:
         labels=(folder / "labels.csv").absolute(),
         policy=policy,
     )
-    # The researcher is the steward of a site that exists for this run alone.
-    judge(site, study, Decision.APPROVED, why="made for a simulation of it")
+    _approve(site, study)
     return site
+
+
+def _approve(site: Site, study: Study) -> None:
+    """Approve the study as its steward would: the researcher is that of a site made for this run.
+
+    Data that cannot serve the study leave it unapproved, and are the site's notice. Without
+    privacy, they are looked at in the run, which refuses them.
+    """
+    from cloister_fl.client.admission.approvals import Decision, judge, judgements
+    from cloister_fl.client.data.loading import read_for_check
+    from cloister_fl.client.site.data_notice import note_data
+    from cloister_fl.client.steward.approval import approve
+
+    why = "made for a simulation of it"
+    if not study.privacy.enabled:
+        judge(site, study, Decision.APPROVED, why=why)
+        return
+    held = judgements(site).get(study.digest)
+    if held is not None and held.counts:
+        return
+    try:
+        approve(site, study, read_for_check(site, study), why=why)
+    except DataError as error:
+        note_data(site.root, study.digest, [error])
 
 
 def _enrol(simulation: Simulation, sites: list[Site]) -> list[dict[str, str]]:

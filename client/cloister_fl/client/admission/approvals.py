@@ -3,6 +3,10 @@
 A study that is proposed and not yet judged is kept, so that the steward can read it; the answer
 is given once, and can be changed until the study has begun to cost. The policy can approve by
 itself (``auto_approval``), never what a person denied, and only for as long as it says so.
+
+That the data can serve a study is part of a person's approval: ``steward.approval`` looks at them
+and notes which it saw. So what a site answers before a run is a person's word, or a rule's, and
+the data have no say in it. An approval of a study with privacy that notes no data does not count.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from typing import Any
 from cloister_fl.audit_log import AuditLog
 from cloister_fl.client.admission.auto_approval import ground_of, in_words, stands
 from cloister_fl.client.site.audit_log import log_of
+from cloister_fl.client.site.data_notice import data_notices, note_data
 from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import FileUnreadable, OptionInvalid, StudyInvalid, StudyNotApproved
 from cloister_fl.study.schema import Study, study_from_canonical
@@ -50,6 +55,8 @@ class Judgement:
         why: the steward's words; they stay here.
         time: when it was proposed or judged last, ISO 8601.
         ground: on what the policy approved it; empty where a person judged, see ``auto_approval``.
+        data: SHA-256 of the manifest of the data that the person found to serve the study, 64
+            digits; empty where nobody looked.
     """
 
     study: Study
@@ -57,6 +64,16 @@ class Judgement:
     why: str = ""
     time: str = ""
     ground: str = ""
+    data: str = ""
+
+    @property
+    def counts(self) -> bool:
+        """Whether a run may be answered with yes: approved, and the data were looked at.
+
+        A rule looks at no data: an answer that it gave by them would be the asker's to read.
+        """
+        looked = bool(self.ground or self.data) or not self.study.privacy.enabled
+        return self.decision is Decision.APPROVED and looked
 
 
 def judgements(site: Site) -> dict[str, Judgement]:
@@ -99,14 +116,19 @@ def require_approved(
     held = judgements(site).get(study.digest)
     if not _settled(site, held):
         held = _settle(site, log or log_of(site), study, ground_of(site.policy, study, signatures))
-    if held is not None and held.decision is Decision.APPROVED:
+    if held is not None and held.counts:
         return
     denied = held is not None and held.decision is Decision.DENIED
+    unseen = held is not None and held.decision is Decision.APPROVED
+    notice = data_notices(site.root).get(study.digest)
+    found = f" The data, {notice.time}: {notice.message}" if notice else ""
     raise StudyNotApproved(
         "The site's steward denied the study."
         if denied
+        else "The site's steward approved the study without a look at the data."
+        if unseen
         else "The site's steward has not approved the study yet.",
-        why=f"Its hash is {study.digest[:16]}.",
+        why=f"Its hash is {study.digest[:16]}.{found}",
         remedy="Propose another study."
         if denied
         else f"Read it: {site.command(f'review {study.digest[:16]}')}. Then: "
@@ -115,11 +137,18 @@ def require_approved(
     )
 
 
-def judge(site: Site, study: Study, decision: Decision, *, why: str = "") -> None:
+def judge(site: Site, study: Study, decision: Decision, *, why: str = "", data: str = "") -> None:
     """Note a steward's decision, and write it to the audit log.
 
     An approval is in the log before it is in force; a denial is in force first, so that whatever
     ends this process between the two, nothing trains that the steward has denied.
+
+    Args:
+        site: the site.
+        study: what is judged.
+        decision: what the steward said.
+        why: the steward's words; they stay out of the log.
+        data: of an approval, see ``Judgement``; ``steward.approval`` gives it.
 
     Raises:
         FileUnreadable, AuditLogDamaged: a file cannot be read or written.
@@ -127,13 +156,17 @@ def judge(site: Site, study: Study, decision: Decision, *, why: str = "") -> Non
     with _locked(site):
         known = judgements(site)
         known.pop(study.digest, None)
-        known[study.digest] = Judgement(study, decision, why, utc.timestamp())
+        known[study.digest] = Judgement(study, decision, why, utc.timestamp(), data=data)
         said = {"study": study.digest, "decision": decision.value, "by": "steward"}
+        if data:
+            said["data"] = data
         if decision is not Decision.APPROVED:
             _save(site, known)
         log_of(site).append("judged", **said)
         if decision is Decision.APPROVED:
             _save(site, known)
+        elif decision is Decision.DENIED:
+            note_data(site.root, study.digest, ())
 
 
 def find(site: Site, prefix: str) -> Judgement:
@@ -157,6 +190,8 @@ def _settled(site: Site, held: Judgement | None) -> bool:
     """Whether a person judged, or the ground of the policy's own approval still stands."""
     if held is None or held.decision is Decision.PENDING:
         return False
+    if held.decision is Decision.APPROVED and not held.counts:
+        return False
     return not held.ground or stands(site.policy, held.study, held.ground)
 
 
@@ -168,9 +203,7 @@ def _settle(site: Site, log: AuditLog, study: Study, ground: str) -> Judgement:
     with _locked(site):
         known = judgements(site)
         held = known.get(study.digest)
-        if held is not None and (
-            _settled(site, held) or (held.decision is Decision.PENDING and not ground)
-        ):
+        if held is not None and (_settled(site, held) or not (held.ground or ground)):
             return held
         now = utc.timestamp()
         if ground:
@@ -209,7 +242,8 @@ def _judgement(digest: str, row: Mapping[str, Any]) -> Judgement:
     if study.digest != digest:
         raise ValueError("a hash is not its study's")
     decision, ground = Decision(row["decision"]), str(row.get("ground", ""))
-    return Judgement(study, decision, str(row["why"]), str(row["time"]), ground)
+    data = str(row.get("data", ""))
+    return Judgement(study, decision, str(row["why"]), str(row["time"]), ground, data)
 
 
 def _save(site: Site, known: Mapping[str, Judgement]) -> None:
@@ -220,6 +254,7 @@ def _save(site: Site, known: Mapping[str, Judgement]) -> None:
             "why": one.why,
             "time": one.time,
             "ground": one.ground,
+            "data": one.data,
         }
         for digest, one in known.items()
     }

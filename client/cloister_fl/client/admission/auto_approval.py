@@ -1,5 +1,12 @@
 """Auto-approval rules: a list of study hashes, or trusted signatures.
 
+A rule knows the study and nothing of the data. Whoever proposes a study that a rule approves reads
+the answer, and could ask one study after another: an answer by the data would tell what is there,
+exactly and without a charge. So nothing is asked of the data, not the policy's least number of
+patients of a class either; they are frozen at the first request as far as they can be used, and
+a site with none answers with noise, which it is charged for. Whoever wants to know first
+looks at them (``cloister client check --study``) before the hash goes on the list.
+
 The rule is asked again whenever the study is: a hash that the steward takes off the list, or a
 key that is trusted no more, ends what it approved.
 """

@@ -116,12 +116,15 @@ def check(
 ) -> None:
     """Check the network, this machine and the site's data.
 
-    The exit status is 0 where nothing failed, else that of the first failure.
+    With a study, the data are checked as its runs check them: where they are frozen, what changed
+    since is a failure. The exit status is 0 where nothing failed, else that of the first failure.
     """
     require("client", "httpx", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls", "PIL")
+    from cloister_fl.client.admission.approvals import judgements
     from cloister_fl.client.preflight import findings as preflight
     from cloister_fl.client.preflight.data_check import inspect, render
     from cloister_fl.client.preflight.network_check import network
+    from cloister_fl.client.site.data_notice import note_data
     from cloister_fl.client.site.folder import open_site
     from cloister_fl.client.steward.contact_sheet import contact_sheet
     from cloister_fl.study.file import load_study
@@ -136,6 +139,8 @@ def check(
     with progress_bar("Reading images") as progress:
         report = inspect(site, judged_by, progress=progress)
     findings += preflight.data(report)
+    if judged_by is not None and judged_by.digest in judgements(site):
+        note_data(site.root, judged_by.digest, report.faults)
     if as_json:
         told = [finding.as_dict() for finding in findings]
         typer.echo(json.dumps({**report.as_dict(), "findings": told}))

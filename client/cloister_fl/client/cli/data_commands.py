@@ -46,8 +46,7 @@ def freeze(
 ) -> None:
     """Freeze a study's training data, which later runs check.
 
-    Every image, patient and label is listed, and the list is signed. The first run of a study does
-    so by itself.
+    Every image, patient and label is listed, and the list is signed. `approve` does so by itself.
     """
     require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls")
     from cloister_fl.client.data import frozen_dataset, loading
@@ -68,7 +67,7 @@ def freeze(
         )
     with progress_bar("Reading images") as progress:
         found = loading.freeze(site, judged_by, again=again, why=why, progress=progress)
-    patients = len({one.patient for one in found.items})
+    patients = frozen_dataset.patients_in(found)
     typer.echo(
         f"Frozen at {site.name}: {judged_by.study.name}, {judged_by.digest[:16]}, "
         f"{len(found.items)} images of {patients} patients."

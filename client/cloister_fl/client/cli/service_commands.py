@@ -59,7 +59,7 @@ def status(
     folder: Folder = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show the service's state, the last refusal and the budget.
+    """Show the service's state, the last refusal, notices on the data and the budget.
 
     Studies that wait for a decision are listed. Exit status 9 if it is not serving.
     """
@@ -93,6 +93,7 @@ def _as_dict(
     site: Site, now: ServiceStatus | None, serving: bool, waiting: list[str]
 ) -> dict[str, object]:
     from cloister_fl.client.admission import gate
+    from cloister_fl.client.site.data_notice import data_notices
     from cloister_fl.client.site.last_refusal import read_last_refusal
 
     refusal = read_last_refusal(site.root)
@@ -106,6 +107,7 @@ def _as_dict(
         "asked": now.asked if now else {},
         "waiting_for_approval": waiting,
         "last_refusal": asdict(refusal) if refusal else None,
+        "data_notices": {digest: asdict(one) for digest, one in data_notices(site.root).items()},
         "epsilon_promised": gate.promised(site),
         "epsilon_lifetime": site.policy.max_epsilon_lifetime,
     }
@@ -114,6 +116,7 @@ def _as_dict(
 def _show(
     site: Site, folder: Path, now: ServiceStatus | None, serving: bool, waiting: list[str]
 ) -> None:
+    from cloister_fl.client.site.data_notice import data_notices
     from cloister_fl.client.site.last_refusal import read_last_refusal
     from cloister_fl.client.steward import budget
 
@@ -134,6 +137,8 @@ def _show(
     refusal = read_last_refusal(site.root)
     if refusal is not None:
         typer.echo(f"last refusal {refusal.time}: {refusal.message}")
+    for digest, notice in data_notices(site.root).items():
+        typer.echo(f"data of the study {digest[:16]}, {notice.time}: {notice.message}")
     for digest in waiting:
         command = f"cloister client review {digest[:16]}{dir_option(folder)}"
         typer.echo(f"a study is waiting for a decision: {command}")

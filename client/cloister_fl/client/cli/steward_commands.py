@@ -15,10 +15,12 @@ from cloister_fl.cli.confirm import ask
 from cloister_fl.cli.folder_option import SiteFolder as Folder
 from cloister_fl.cli.folder_option import dir_option
 from cloister_fl.client.cli.join_commands import Accept, offer
+from cloister_fl.client.cli.progress_bar import progress_bar
 from cloister_fl.client.cli.site_folder import site_folder
 from cloister_fl.errors import (
     ClockOrDates,
     CoordinatorUnreachable,
+    DataError,
     OptionInvalid,
     ProxyForbids,
     ProxyLoginRefused,
@@ -26,6 +28,7 @@ from cloister_fl.errors import (
     StudyNotApproved,
 )
 from cloister_fl.system.optional import require
+from cloister_fl.system.text import counted
 
 if TYPE_CHECKING:
     from cloister_fl.client.admission.approvals import Judgement
@@ -64,13 +67,16 @@ def approve(
 ) -> None:
     """Approve a study at this site, and no other study.
 
-    The approval is for the study's hash, which covers everything in it. Where the roster has
-    changed since it was accepted, it is shown too: a study is trained with the sites on the
-    accepted roster alone.
+    The approval is for the study's hash, which covers everything in it. The site's data are
+    checked first, as `check --study` does, and shown: a study that they cannot serve is not
+    approved. They are frozen with the approval. Where the roster has changed since it was
+    accepted, it is shown too: a study is trained with the sites on the accepted roster alone.
     """
-    require("client", "numpy", "pydicom", "httpx")
-    from cloister_fl.client.admission.approvals import Decision, judge
+    require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls", "httpx")
+    from cloister_fl.client.data.frozen_dataset import patients_in
+    from cloister_fl.client.preflight.data_check import inspect, render
     from cloister_fl.client.site.folder import open_site
+    from cloister_fl.client.steward import approval
     from cloister_fl.client.steward import review as words
     from cloister_fl.study.gradient_engines import require_sound_engine
 
@@ -79,13 +85,22 @@ def approve(
     typer.echo(words.review(site, found))
     # It could never be trained, and an approval would say that its epsilon was accepted.
     require_sound_engine(found.study)
+    with progress_bar("Reading images") as progress:
+        report = inspect(site, found.study, progress=progress)
+    typer.echo(render(report, site.root))
+    if report.faults:
+        raise _unfit(site, found, report.faults[0], folder)
+    assert report.reading is not None
     if study is None and not ask("Approve the study at this site?"):
         command = f"cloister client deny {found.study.digest[:16]}{dir_option(folder)} --why '...'"
         typer.echo(f"Not approved; the study stays pending. To deny it: {command}")
         raise typer.Exit(StudyNotApproved.exit_status)
     _settle_roster(site, accept_roster, folder)
-    judge(site, found.study, Decision.APPROVED)
-    typer.echo(f"Approved at {site.name}: {found.study.study.name}, {found.study.digest[:16]}.")
+    frozen = approval.approve(site, found.study, report.reading)
+    typer.echo(
+        f"Approved at {site.name}: {found.study.study.name}, {found.study.digest[:16]}, with "
+        f"{counted(len(frozen.items), 'image')} of {counted(patients_in(frozen), 'patient')}."
+    )
 
 
 def deny(
@@ -102,6 +117,26 @@ def deny(
     found = _proposed(site, study)
     judge(site, found.study, Decision.DENIED, why=why)
     typer.echo(f"Denied at {site.name}: {found.study.study.name}, {found.study.digest[:16]}.")
+
+
+def _unfit(site: Site, found: Judgement, fault: DataError, folder: Path) -> DataError:
+    """The error of a study that the site's data cannot serve; an earlier decision stands."""
+    from cloister_fl.client.admission.approvals import Decision
+    from cloister_fl.client.site.data_notice import note_data
+
+    note_data(site.root, found.study.digest, [fault])
+    digest = found.study.digest[:16]
+    standing = found.decision is Decision.APPROVED and found.counts
+    said = (
+        " The earlier approval stays in force, and rounds are answered with what is left of the "
+        f"data. To take it back: cloister client deny {digest}{dir_option(folder)} --why '...'."
+        if standing
+        else ""
+    )
+    again = f"Then approve it: cloister client approve {digest}{dir_option(folder)}"
+    return fault.kind(
+        fault.what, why=f"{fault.why}{said}".strip(), remedy=f"{fault.remedy} {again}".strip()
+    )
 
 
 def _proposed(site: Site, name: str) -> Judgement:

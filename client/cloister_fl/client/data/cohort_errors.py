@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections import Counter
 
 from cloister_fl.client.site.folder import Site
-from cloister_fl.errors import CohortTooSmall, DataError, OneClassOnly, Reject, SiteEmpty
+from cloister_fl.errors import (
+    CloisterError,
+    CohortTooSmall,
+    DataError,
+    InternalError,
+    OneClassOnly,
+    Reject,
+    SiteEmpty,
+)
 from cloister_fl.study.schema import Study
 
 
@@ -19,6 +27,21 @@ def no_images(site: Site, rejects: Counter[Reject]) -> DataError:
         why=f"Rejected files: {counts}." if counts else "It holds no file.",
         remedy="Check 'data.dicom' in site.toml and the study's modalities. What was rejected, and "
         f"why: {site.command('check --offline')}",
+    )
+
+
+def unread(error: Exception) -> CloisterError:
+    """Return what is told at the site of data that could not be read or used at all.
+
+    Of another library's exception the type alone: its text can quote what it was given.
+    """
+    if isinstance(error, CloisterError):
+        return error
+    return InternalError(
+        f"The site's data could not be used in a run ({type(error).__name__}).",
+        why="Each patient counts as absent: rounds are charged, and answered with noise alone.",
+        remedy="Check that the machine has enough memory, then report it, with the version of "
+        "Cloister and the study file.",
     )
 
 

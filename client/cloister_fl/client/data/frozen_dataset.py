@@ -1,9 +1,9 @@
 """Manifests of frozen training data: every image of a study, its patient and label, signed.
 
-The first run of a study freezes the site's data as they are; each later run checks that every
-image is still there, from the same bytes, with the same pixels and the same label. Images that
-came later are left out of the study, so a folder that grows disturbs nobody. Everything in a
-manifest is a pseudonym or a keyed hash: it can be kept and shown, and tells of no patient.
+The steward's approval of a study freezes the site's data; each run checks that every image is
+still there, from the same bytes, with the same pixels and the same label. Images that came later
+are left out of the study, so a folder that grows disturbs nobody. Everything in a manifest is a
+pseudonym or a keyed hash: it can be kept and shown, and tells of no patient.
 """
 
 from __future__ import annotations
@@ -84,6 +84,10 @@ class Manifest:
     def body(self, site: str) -> bytes:
         """The canonical JSON that is signed."""
         return canonical_json({"version": 1, "site": site, **asdict(self)}).encode()
+
+    def digest_at(self, site: str) -> str:
+        """SHA-256 of the body, 64 digits: what the audit log names it by."""
+        return hashlib.sha256(self.body(site)).hexdigest()
 
 
 def item_of(
@@ -243,7 +247,7 @@ def _note(site: Site, manifest: Manifest, why: str) -> None:
         "frozen",
         study=manifest.study,
         images=len(manifest.items),
-        sha256=hashlib.sha256(manifest.body(site.name)).hexdigest(),
+        sha256=manifest.digest_at(site.name),
         why=why,
     )
     # At once: a line at the end that nothing signs could be cut off.
@@ -321,6 +325,11 @@ def _difference(frozen: Item, now: Item | None, elsewhere: Collection[str]) -> s
     if now.file != frozen.file:
         return "its file changed, its pixels did not"
     return ""
+
+
+def patients_in(manifest: Manifest) -> int:
+    """How many patients are frozen."""
+    return len({one.patient for one in manifest.items})
 
 
 def path_of(site: Site, study: Study) -> Path:

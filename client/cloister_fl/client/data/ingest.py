@@ -56,6 +56,7 @@ def gather(
     progress: Callable[[int, int], None] | None = None,
     segmentations: bool = True,
     frozen: Manifest | None = None,
+    alone: bool = False,
 ) -> Gathered:
     """Read a site's folder and its store.
 
@@ -65,6 +66,7 @@ def gather(
         progress: called with (files done, files in all).
         segmentations: whether segmentations are read, where the study's task is about them.
         frozen: what the study was frozen with; files that came later are counted and left out.
+        alone: see ``read_folder``.
 
     Raises:
         FolderUnreadable, DecoderUnfit: nothing can be read at all.
@@ -84,6 +86,7 @@ def gather(
             also=Store(site.store, site.cache_key()).items(),
             segment=study.task.segment_read if segmentations else "",
             first=contents,
+            alone=alone,
             progress=progress,
         ):
             if isinstance(outcome, Refused):

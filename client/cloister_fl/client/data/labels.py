@@ -79,7 +79,31 @@ def read_labels(path: Path, task: Task) -> Labels:
     Raises:
         LabelsInvalid: with every faulty line.
     """
-    text = _read_text(path)
+    text = _decoded(_read_bytes(path))
+    faults: list[tuple[int, str]] = []
+    labels = _parsed(text, task, faults)
+    if faults:
+        raise _invalid(faults, task.allowed)
+    return labels
+
+
+def sound_labels(path: Path, task: Task) -> Labels:
+    """Read what can be used of a labels file: a row with a fault counts as absent, alone.
+
+    A run with privacy reads labels so: what one patient's row says has no bearing on another's.
+    Of rows with one key none counts.
+
+    Raises:
+        LabelsInvalid: the file cannot be read, or its first line does not say what is in it.
+    """
+    text = _read_bytes(path).decode("utf-8-sig", "replace")
+    return _parsed(text, task, None)
+
+
+def _parsed(text: str, task: Task, faults: list[tuple[int, str]] | None) -> Labels:
+    """Read the rows; those with a fault are left out, and listed where ``faults`` is given."""
+    alone = faults is None
+    faults = [] if faults is None else faults
     wanted = task.source.columns if isinstance(task.source, LabelsFile) else ()
     header, delimiter = _header(text, wanted)
     column = next((name for name in KEY_COLUMNS if name in header), None)
@@ -87,8 +111,8 @@ def read_labels(path: Path, task: Task) -> Labels:
         raise _header_invalid(header, column, wanted, task)
     at_key, at_values = header.index(column), [header.index(name) for name in wanted]
     rows: dict[str, Label] = {}
-    faults: list[tuple[int, str]] = []
-    for line, cells in _rows(text, delimiter, faults):
+    twice: set[str] = set()
+    for line, cells in _rows_apart(text, delimiter) if alone else _rows(text, delimiter, faults):
         if line == 1 or not any(cells):
             continue
         if len(cells) != len(header):
@@ -100,6 +124,7 @@ def read_labels(path: Path, task: Task) -> Labels:
         elif cells[at_key] in rows:
             first = rows[cells[at_key]].line
             faults.append((line, f"has the same {column} as line {first}"))
+            twice.add(cells[at_key])
         else:
             try:
                 record = task.record([cells[place] for place in at_values])
@@ -107,13 +132,11 @@ def read_labels(path: Path, task: Task) -> Labels:
                 faults.append((line, str(error)))
             else:
                 rows[cells[at_key]] = Label(line, record)
-    if faults:
-        raise _invalid(faults, task.allowed)
-    return Labels(column, rows)
+    return Labels(column, {key: row for key, row in rows.items() if key not in twice})
 
 
 def join(
-    labels: Labels, images: Sequence[Linked], root: Path | None = None
+    labels: Labels, images: Sequence[Linked], root: Path | None = None, *, alone: bool = False
 ) -> tuple[list[Hashable | None], list[DataError]]:
     """Give each image its label, and list all that does not fit.
 
@@ -124,6 +147,7 @@ def join(
         labels: the labels file, as read.
         images: the images to join it to.
         root: the site folder, for the commands of the remedies.
+        alone: give no label to a patient whose rows disagree or are shared with another patient.
 
     Returns:
         The record of each image, None where there is none; and the faults found, as errors
@@ -169,6 +193,13 @@ def join(
         for image, label in zip(images, direct, strict=True)
     ]
     errors += _unmatched(labels, images, values, used, root)
+    if alone:
+        shared = {one for owners in patients_of.values() if len(owners) > 1 for one in owners}
+        torn = {one for one, rows in rows_of.items() if len({row.value for row in rows}) > 1}
+        values = [
+            None if image.patient in shared | torn else value
+            for image, value in zip(images, values, strict=True)
+        ]
     return values, errors
 
 
@@ -212,15 +243,18 @@ def _unmatched(
         )
 
 
-def _read_text(path: Path) -> str:
+def _read_bytes(path: Path) -> bytes:
     remedy = "Check 'data.labels' in site.toml, and that this user may read the file."
     try:
         if path.stat().st_size > MAX_BYTES:
             raise LabelsInvalid("The labels file is larger than 64 MiB.", remedy=remedy)
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         why = (error.strerror or "The system gave no reason") + "."
         raise LabelsInvalid("The labels file cannot be read.", why=why, remedy=remedy) from None
+
+
+def _decoded(data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -312,6 +346,23 @@ def _rows(
             return
         yield line, [cell.strip() for cell in cells]
         line = reader.line_num + 1
+
+
+def _rows_apart(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield rows as ``_rows`` does; where one is broken, reading goes on in the line behind it."""
+    lines = list(io.StringIO(text, newline=""))
+    start = 0
+    while start < len(lines):
+        rest = (lines[place] for place in range(start, len(lines)))
+        reader = csv.reader(rest, delimiter=delimiter, strict=True)
+        read = 0
+        try:
+            for cells in reader:
+                yield start + read + 1, [cell.strip() for cell in cells]
+                read = reader.line_num
+        except csv.Error:
+            read += 1
+        start += read
 
 
 def _invalid(

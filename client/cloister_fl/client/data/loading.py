@@ -11,7 +11,7 @@ import numpy as np
 
 from cloister_fl.client.data import frozen_dataset as manifests
 from cloister_fl.client.data.cohort import Cohort, Patient
-from cloister_fl.client.data.cohort_errors import class_faults, no_images
+from cloister_fl.client.data.cohort_errors import class_faults, no_images, unread
 from cloister_fl.client.data.frozen_dataset import Item, Manifest, item_of
 from cloister_fl.client.data.ingest import gather
 from cloister_fl.client.data.targets import UNLABELLED, Targets, join_targets, unlabelled
@@ -19,8 +19,9 @@ from cloister_fl.client.data.volumes import as_images
 from cloister_fl.client.dicom.facts import Facts
 from cloister_fl.client.dicom.folder_reader import Accepted
 from cloister_fl.client.pacs.fetch import names_stored, require_whole
+from cloister_fl.client.site.data_notice import note_data
 from cloister_fl.client.site.folder import Site
-from cloister_fl.errors import DataError, LabelWithoutImage, Reject
+from cloister_fl.errors import CloisterError, DataError, LabelWithoutImage, Reject
 from cloister_fl.study.schema import Study
 from cloister_fl.tasks import Task
 
@@ -74,13 +75,62 @@ def load_cohort(
         FolderUnreadable, SiteEmpty, LabelsInvalid, LabelMissing, LabelWithoutImage, OneClassOnly,
         CohortTooSmall, DecoderUnfit: the first that applies.
     """
-    return _sound(read_cohort(site, study, progress=progress, require_labels=require_labels))
+    return require_sound(read_cohort(site, study, progress=progress, require_labels=require_labels))
+
+
+def load_for_run(site: Site, study: Study) -> Cohort:
+    """Read what a run trains on.
+
+    With privacy on, the data have no say in whether a site answers: nobody's images or labels make
+    this raise. Of what was frozen, an image counts that is there unchanged, another is absent, and
+    so is a patient without an image; possibly all are. What is absent is a notice to the site's
+    own people (``data_notice``), and nothing of it goes into the audit log, whose head travels
+    with each answer: an entry there, or its number, would tell.
+
+    Whether an image counts depends on its patient's files and rows alone, so a patient who comes
+    or goes takes nobody else along. Data that nobody froze, as of a study that a rule approved, are
+    frozen now, as far as they can be used.
+
+    Without privacy, see ``load_frozen``.
+
+    Raises:
+        DataChanged, FileUnreadable: the manifest is not the one that was signed here.
+        OutputInTheWay, AuditLogDamaged: the data cannot be frozen.
+        others: without privacy only, see ``load_frozen``.
+    """
+    if not study.privacy.enabled:
+        return load_frozen(site, study)
+    frozen = manifests.load(site, study)
+    try:
+        reading = read_cohort(site, study, frozen=frozen, alone=True)
+        faults: Sequence[CloisterError] = reading.faults
+    except Exception as error:
+        # The last resort, for a fault of the program: it must not become an answer either.
+        reading, faults = Reading(None, (), 0, {}), [unread(error)]
+    if frozen is None:
+        with manifests.alone(site):
+            frozen = manifests.load(site, study)
+            if frozen is not None:
+                # Another froze the data while these were read.
+                return load_for_run(site, study)
+            manifests.freeze(site, study, reading.items, segmentations=reading.segmentations)
+    note_data(site.root, study.digest, faults)
+    return nobody(study) if reading.cohort is None else reading.cohort
+
+
+def nobody(study: Study) -> Cohort:
+    """The cohort of a site without a patient."""
+    spec = study.input
+    shape = (spec.size, spec.size) if spec.depth is None else (spec.depth, spec.size, spec.size)
+    return Cohort(np.empty((0, *shape), np.uint16), (), {}, {}, {})
 
 
 def load_frozen(
     site: Site, study: Study, *, progress: Callable[[int, int], None] | None = None
 ) -> Cohort:
-    """Read a site's images and labels for a run: the first run freezes them, later ones check.
+    """Read a site's images and labels as they were frozen, and refuse all else.
+
+    What was not frozen yet is frozen.
 
     Raises:
         DataChanged: an image that was frozen is not what it was.
@@ -90,7 +140,7 @@ def load_frozen(
     frozen = manifests.load(site, study)
     reading = read_cohort(site, study, progress=progress, frozen=frozen)
     if frozen is None:
-        cohort = _sound(reading)
+        cohort = require_sound(reading)
         with manifests.alone(site):
             frozen = manifests.load(site, study)
             if frozen is None:
@@ -98,7 +148,7 @@ def load_frozen(
                 return cohort
         # Another run froze the data while these were read, and more may have come since.
         reading = read_cohort(site, study, progress=progress, frozen=frozen)
-    return _sound(reading)
+    return require_sound(reading)
 
 
 def freeze(
@@ -109,7 +159,7 @@ def freeze(
     why: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
-    """Freeze a study's data at a site, as the first run would.
+    """Freeze a study's data at a site, where all of them can be used.
 
     Args:
         site: the opened site.
@@ -129,16 +179,35 @@ def freeze(
 
     require_reason()
     reading = read_cohort(site, study, progress=progress)
-    _sound(reading)
+    require_sound(reading)
     with manifests.alone(site):
         # Another may have frozen it meanwhile.
         require_reason()
-        return manifests.freeze(
+        frozen = manifests.freeze(
             site, study, reading.items, segmentations=reading.segmentations, why=why.strip()
         )
+    note_data(site.root, study.digest, ())
+    return frozen
 
 
-def _sound(reading: Reading) -> Cohort:
+def read_for_check(
+    site: Site, study: Study, *, progress: Callable[[int, int], None] | None = None
+) -> Reading:
+    """Read a site's data as a run would, and list all that is wrong: what a steward is shown.
+
+    Raises:
+        DataChanged, FileUnreadable: the manifest is not the one that was signed here.
+        others: see ``read_cohort``.
+    """
+    return read_cohort(site, study, progress=progress, frozen=manifests.load(site, study))
+
+
+def require_sound(reading: Reading) -> Cohort:
+    """The cohort of a reading without a fault.
+
+    Raises:
+        DataError: its first fault.
+    """
     if reading.faults:
         raise reading.faults[0]
     assert reading.cohort is not None
@@ -152,28 +221,32 @@ def read_cohort(
     progress: Callable[[int, int], None] | None = None,
     require_labels: bool = True,
     frozen: Manifest | None = None,
+    alone: bool = False,
 ) -> Reading:
     """Do as ``load_cohort`` does, but go on after a fault and list them all.
 
     Args:
         frozen: what the study was frozen with; images that came later are left out.
+        alone: leave out what cannot be used, each image for itself; see ``load_for_run``.
         others: see ``load_cohort``.
 
     Raises:
-        FolderUnreadable, DecoderUnfit: nothing can be read at all.
+        FolderUnreadable, DecoderUnfit: nothing can be read at all; not with ``alone``.
         FileUnreadable: the decisions on quarantined files cannot be read.
     """
     key, digest = site.pseudonym_key(), study.digest
     part = require_whole(site) if frozen is None else None
     stored = names_stored(site) if frozen is None else None
-    found = gather(site, study, progress=progress, segmentations=require_labels, frozen=frozen)
+    found = gather(
+        site, study, progress=progress, segmentations=require_labels, frozen=frozen, alone=alone
+    )
     accepted, linked, rejects = found.accepted, found.linked, found.rejects
     joined, files = found.joined, found.files
     slices = list(accepted)
     if study.input.dimensions == 3:
-        accepted, linked, alone = as_images(accepted, linked, study.input)
-        rejects.update(alone.values())
-        slices = [one for index, one in enumerate(slices) if index not in alone]
+        accepted, linked, single = as_images(accepted, linked, study.input)
+        rejects.update(single.values())
+        slices = [one for index, one in enumerate(slices) if index not in single]
     faults: list[DataError] = [] if accepted else [no_images(site, rejects)]
     if frozen is None:
         # Nor may a fetch have begun, or ended, while the files were read.
@@ -181,7 +254,7 @@ def read_cohort(
         faults[:0] = [part] if part else []
     targets = unlabelled(accepted)
     if require_labels:
-        targets = join_targets(site, study, accepted, linked, joined)
+        targets = join_targets(site, study, accepted, linked, joined, alone=alone)
         # A row may speak of an image that is yet to come; what it says of frozen ones is theirs.
         faults += (
             fault
@@ -207,6 +280,8 @@ def read_cohort(
         # First of all faults: what changed explains the others.
         faults[:0] = manifests.differences(frozen, items, spoiled, found.elsewhere, root=site.root)
     counted = dict(sorted(rejects.items(), key=lambda item: item[0].value))
+    if alone:
+        accepted, targets, items = _usable(study, accepted, targets, slices, items, frozen)
     cohort = _assemble(accepted, targets if require_labels else None, counted, study.task)
     if cohort is not None and require_labels and not faults:
         faults += class_faults(site, study, Counter(one.label for one in cohort.patients))
@@ -215,6 +290,47 @@ def read_cohort(
         cohort, tuple(faults), files, counted, found.later, len(spoiled), items,
         tuple(found.segmentations), joined.faded if joined else 0, facts,
     )  # fmt: skip
+
+
+def _usable(
+    study: Study,
+    images: Sequence[tuple[Accepted, str]],
+    targets: Targets,
+    slices: Sequence[tuple[Accepted, str]],
+    items: Sequence[Item],
+    frozen: Manifest | None,
+) -> tuple[list[tuple[Accepted, str]], Targets, tuple[Item, ...]]:
+    """The images that have a target and are as they were frozen, with their targets and items.
+
+    A volume whose patient lost a slice would be another volume: all of the patient's are left out.
+    """
+    alike = set(items) if frozen is None else set(items) & set(frozen.items)
+    lost = (
+        {one.patient for one in frozen.items if one not in alike} if frozen is not None else set()
+    )
+    fits = {
+        (name, one.keys.sop_instance): item in alike
+        and not (study.input.dimensions == 3 and name in lost)
+        for (one, name), item in zip(slices, items, strict=True)
+    }
+    kept = [
+        place
+        for place, (one, name) in enumerate(images)
+        if targets.records[place] is not None and fits[name, one.keys.sop_instance]
+    ]
+    chosen = [images[place] for place in kept]
+    patients = {name for _, name in chosen}
+    labelled = {(name, one.keys.sop_instance) for one, name in chosen}
+    used = tuple(
+        item
+        for (one, name), item in zip(slices, items, strict=True)
+        if (
+            name in patients
+            if study.input.dimensions == 3
+            else (name, one.keys.sop_instance) in labelled
+        )
+    )
+    return chosen, Targets([targets.records[place] for place in kept]), used
 
 
 def _described(one: Accepted) -> Facts:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cloister_fl.client.data.labels import Linked, join, read_labels
+from cloister_fl.client.data.labels import Linked, join, read_labels, sound_labels
 from cloister_fl.client.data.mask_matching import Join
 from cloister_fl.client.dicom.folder_reader import Accepted
 from cloister_fl.client.site.folder import Site
@@ -68,6 +68,8 @@ def join_targets(
     images: Sequence[Named],
     linked: Sequence[Linked],
     joined: Join | None,
+    *,
+    alone: bool = False,
 ) -> Targets:
     """Join what the study's task asks for to the images.
 
@@ -78,13 +80,14 @@ def join_targets(
         linked: what labels are joined to: one for each of ``images``, in its order, and between
             them one for each that was turned away as a duplicate or came later.
         joined: the masks that segmentations gave; None where there is none.
+        alone: let a fault in the labels file cost the patient that it is about, and nobody else.
     """
     match study.task.source:
         case Segmentations():
             joined = joined or Join(images, linked)
             return Targets(joined.masks, tuple(joined.faults(site.root)) if images else ())
         case LabelsFile():
-            found, faults = _labels(site, study.task, linked)
+            found, faults = _labels(site, study.task, linked, alone=alone)
             # Where no image could be used, that labels have no image is no news; a bad file is.
             faults = [one for one in faults if images or isinstance(one, LabelsInvalid)]
             kept = [value for value, one in zip(found, linked, strict=True) if not one.duplicate]
@@ -104,9 +107,19 @@ def faults_alone(site: Site, task: Task) -> list[DataError]:
             return []
 
 
-def _labels(site: Site, task: Task, linked: Sequence[Linked]) -> tuple[list[Any], list[DataError]]:
+def _labels(
+    site: Site, task: Task, linked: Sequence[Linked], *, alone: bool
+) -> tuple[list[Any], list[DataError]]:
+    faults: list[DataError] = []
     try:
         labels = read_labels(site.labels, task)
     except DataError as error:
-        return [None] * len(linked), [error]
-    return join(labels, linked, site.root)
+        if not alone:
+            return [None] * len(linked), [error]
+        faults.append(error)
+        try:
+            labels = sound_labels(site.labels, task)
+        except DataError:
+            return [None] * len(linked), faults
+    records, more = join(labels, linked, site.root, alone=alone)
+    return records, [*faults, *more]

@@ -25,7 +25,7 @@ from cloister_fl.client.dicom.geometry import Place
 from cloister_fl.client.dicom.mask_table import MODALITY, Masks
 from cloister_fl.client.dicom.read_ahead import Item, Memory, Reader, Waiting
 from cloister_fl.client.dicom.sandbox.pool import Reading
-from cloister_fl.errors import Reject
+from cloister_fl.errors import FolderUnreadable, Reject
 from cloister_fl.study.schema import Input
 
 
@@ -109,6 +109,7 @@ def read_folder(
     also: Sequence[Item] = (),
     segment: str = "",
     first: Collection[bytes] = frozenset(),
+    alone: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Accepted | Segmented | Refused]:
     """Yield the outcome of each file, in the order of the paths; segmentations after all others.
@@ -126,17 +127,20 @@ def read_folder(
         segment: what is marked in the segmentations of the folder; empty to turn them away.
         first: contents, as ``Memory`` names them, that come before all others: of two files of one
             image the first is used.
+        alone: turn a file away where reading it fails in any way, and go on with the others; a
+            folder that cannot be listed is an empty one.
         progress: called with (files done, files in all) after each file.
 
     Raises:
         FolderUnreadable: the folder cannot be listed.
         DecoderUnfit: a decoder fails its known-answer test, or no worker can be started.
+        Neither with ``alone``.
     """
-    found: tuple[Item, ...] = (*discover(dicom), *also)
+    found: tuple[Item, ...] = (*_listed(dicom, alone=alone), *also)
     judge = _Judge(key, spec)
     later: dict[Item, Waiting] = {}
     segmentations: dict[Item, Waiting] = {}
-    with Reader(spec, memory, segment) as reader:
+    with Reader(spec, memory, segment, alone=alone) as reader:
         for done, (waiting, reading) in enumerate(reader.read(found), start=1):
             if progress is not None:
                 progress(done, len(found))
@@ -158,6 +162,15 @@ def read_folder(
         for waiting, reading in reader.read(ordered, ahead=0):
             damaged = waiting.damaged or segmentations[waiting.found].damaged
             yield judge.segmentation(dataclasses.replace(waiting, damaged=damaged), reading)
+
+
+def _listed(dicom: Path, *, alone: bool) -> Sequence[Item]:
+    try:
+        return discover(dicom)
+    except FolderUnreadable:
+        if not alone:
+            raise
+        return ()
 
 
 class _Judge:

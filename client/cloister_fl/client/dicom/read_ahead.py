@@ -99,10 +99,18 @@ class Waiting:
 
 
 class Reader:
-    """Reads files ahead, as many as keep the workers busy, and gives them back in order."""
+    """Reads files ahead, as many as keep the workers busy, and gives them back in order.
 
-    def __init__(self, spec: Input, memory: Memory | None, segment: str) -> None:
+    Args:
+        spec: the study's input.
+        memory: see ``read_folder``, as are ``segment`` and ``alone``.
+    """
+
+    def __init__(
+        self, spec: Input, memory: Memory | None, segment: str, *, alone: bool = False
+    ) -> None:
         self._spec = spec
+        self._alone = alone
         self._segment = segment
         self._digest = hashlib.sha256((_rules() + spec_digest(spec, segment)).encode()).hexdigest()
         self._memory = memory
@@ -143,6 +151,10 @@ class Reader:
             return self._remembered(one, self._memory)
         except RejectedFile as rejected:
             return Waiting(one, done=rejected.reason)
+        except Exception:
+            if not self._alone:
+                raise
+            return Waiting(one, done=Reject.UNREADABLE)
 
     def _remembered(self, one: Item, memory: Memory) -> Waiting:
         """Begin with what is known of the file; it is opened only where that is not enough."""
@@ -192,6 +204,11 @@ class Reader:
                 done = waiting.future.result()
             except RejectedFile as rejected:
                 done = rejected.reason
+            except Exception:
+                if not self._alone:
+                    raise
+                # Such as a decoder that only this file asks for, and that fails its self-test.
+                done = Reject.DECODE_FAILED
             if self._memory is not None and isinstance(done, Reject):
                 self._memory.index.turned_away(waiting.content, self._digest, done)
             elif self._memory is not None:

@@ -41,6 +41,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime import run_clientapp as flower
 
 from cloister_fl.client.flower.names import FOREIGN, SUPEREXEC_SECRET
+from cloister_fl.client.site.data_notice import DataNotice, data_notices
 from cloister_fl.client.site.folder import Site, open_site
 from cloister_fl.errors import BundleRefused, CloisterError
 from cloister_fl.protocol.app_bundle import bundle_hash
@@ -77,6 +78,7 @@ class Executor:
         self._address = f"127.0.0.1:{port}"
         self._app = app
         self._refuse = refuse
+        self._notices: dict[str, DataNotice] = {}
         self._asks = self._client(
             SuperExecAuthHttpInterceptor(
                 master_secret=read_secret(site.keys / SUPEREXEC_SECRET), protected_methods=_METHODS
@@ -141,12 +143,21 @@ class Executor:
                     remedy="Install the same version on both sides; compare: cloister --version",
                 ),
             )
+        self._tell_of_data()
         flower.push_message(client, reply, context)
         client.PushTaskOutput(
             PushTaskOutputRequest(
                 context=context_to_proto(context), sub_status=SubStatus.COMPLETED, details=""
             )
         )
+
+    def _tell_of_data(self) -> None:
+        """Tell the service of notices on the data that are new, by code and study."""
+        known = data_notices(self._site.root)
+        for digest, notice in known.items():
+            if self._notices.get(digest) != notice:
+                tell("data", study=digest, code=notice.code)
+        self._notices = known
 
     def _client(self, last: Any) -> RuntimeHttpClient:
         return RuntimeHttpClient.from_server_address(

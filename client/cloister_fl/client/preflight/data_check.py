@@ -14,7 +14,7 @@ from typing import Any
 
 from cloister_fl.client.admission import gate
 from cloister_fl.client.data.cohort import Cohort
-from cloister_fl.client.data.loading import Reading, read_cohort
+from cloister_fl.client.data.loading import Reading, read_cohort, read_for_check
 from cloister_fl.client.data.targets import UNLABELLED, faults_alone
 from cloister_fl.client.site.folder import Site, command_at
 from cloister_fl.client.site.policy import refusals
@@ -52,7 +52,7 @@ class DataReport:
         promised_study: epsilon that all runs of the study have reserved or spent here.
         promised: epsilon that all studies together have reserved or spent here.
         lifetime: the most that they may.
-        cohort: the images, or None; in no output but the contact sheet.
+        reading: all that was read, or None; nothing of it is in an output but the contact sheet.
         volumes: whether an image is a volume of slices.
         faded: how many images have something marked of which nothing is left at the study's size.
     """
@@ -72,9 +72,14 @@ class DataReport:
     promised_study: float = 0.0
     promised: float = 0.0
     lifetime: float = 0.0
-    cohort: Cohort | None = field(default=None, repr=False, compare=False)
+    reading: Reading | None = field(default=None, repr=False, compare=False)
     volumes: bool = False
     faded: int = 0
+
+    @property
+    def cohort(self) -> Cohort | None:
+        """The images, or None."""
+        return self.reading.cohort if self.reading is not None else None
 
     def as_dict(self) -> dict[str, Any]:
         """Return what JSON can say: counts and words, no image."""
@@ -109,7 +114,9 @@ class DataReport:
 def inspect(
     site: Site, study: Study | None, *, progress: Callable[[int, int], None] | None = None
 ) -> DataReport:
-    """Read a site's data as a study would, and report instead of raising at the first fault.
+    """Read a site's data as a run would, and report instead of raising at the first fault.
+
+    Where the study's data are frozen, what is no longer as it was is a fault.
 
     Args:
         site: the opened site.
@@ -119,13 +126,16 @@ def inspect(
     faults: list[DataError] = []
     reading: Reading | None = None
     try:
-        reading = read_cohort(
-            site, study or _ANY_STUDY, progress=progress, require_labels=study is not None
-        )
+        if study is None:
+            reading = read_cohort(site, _ANY_STUDY, progress=progress, require_labels=False)
+        else:
+            reading = read_for_check(site, study, progress=progress)
         faults += reading.faults
-    except (FolderUnreadable, DecoderUnfit) as error:
+    except DataError as error:
+        # Nothing could be read, or the study's manifest is not the one that was signed.
         faults.append(error)
-        faults += [] if study is None else faults_alone(site, study.task)
+        if study is not None and isinstance(error, FolderUnreadable | DecoderUnfit):
+            faults += faults_alone(site, study.task)
     cohort = reading.cohort if reading is not None else None
     patients = cohort.patients if cohort is not None else ()
     labels = Counter(patient.label for patient in patients if patient.label != UNLABELLED)
@@ -149,7 +159,7 @@ def inspect(
         promised_study=0.0 if study is None else study_promised(site, study),
         promised=gate.promised(site),
         lifetime=site.policy.max_epsilon_lifetime,
-        cohort=cohort,
+        reading=reading,
         volumes=study is not None and study.input.dimensions == 3,
         faded=reading.faded if reading is not None else 0,
     )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from cloister_fl.audit_log import AuditLog, Entry, read
 from cloister_fl.client.site.folder import Site
+from cloister_fl.system.text import counted
+
+_Told = TypeVar("_Told")
 
 FILE = "audit.jsonl"
 
@@ -83,6 +87,8 @@ class Judged:
         decision: approved, denied, or pending where an approval was taken back.
         by: ``steward`` or ``policy``.
         why: on what ground the policy did; a steward's words are not in the log.
+        data: SHA-256 of the manifest of the data that the steward looked at; empty where nobody
+            did.
     """
 
     time: str
@@ -90,19 +96,81 @@ class Judged:
     decision: str
     by: str
     why: str
+    data: str
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Data that were frozen for a study.
+
+    Attributes:
+        time: when, ISO 8601.
+        study: its hash.
+        images: how many.
+        sha256: of the manifest.
+        why: the steward's reason for freezing them again; empty the first time.
+    """
+
+    time: str
+    study: str
+    images: int
+    sha256: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """A decision on a quarantined file.
+
+    Attributes:
+        time: when, ISO 8601.
+        file: the file's short id, which ``cloister client quarantine`` lists.
+        decision: released or kept.
+        held_for: code of the reason for which it was quarantined; empty where it no longer was.
+        why: the steward's reason.
+    """
+
+    time: str
+    file: str
+    decision: str
+    held_for: str
+    why: str
 
 
 def judged(entries: tuple[Entry, ...]) -> tuple[Judged, ...]:
-    """All decisions, oldest first."""
-
-    def word(entry: Entry, key: str) -> str:
-        return str(entry.body.get(key, ""))
-
+    """All decisions on studies, oldest first."""
+    keys = ("study", "decision", "by", "why", "data")
     return tuple(
-        Judged(one.time, *(word(one, key) for key in ("study", "decision", "by", "why")))
+        Judged(one.time, *(_word(one, key) for key in keys))
         for one in entries
         if one.kind == "judged"
     )
+
+
+def frozen(entries: tuple[Entry, ...]) -> tuple[Frozen, ...]:
+    """All data that were frozen, oldest first."""
+    found = []
+    for one in entries:
+        if one.kind == "frozen":
+            images = one.body.get("images")
+            count = images if isinstance(images, int) else 0
+            study, sha256, why = (_word(one, key) for key in ("study", "sha256", "why"))
+            found.append(Frozen(one.time, study, count, sha256, why))
+    return tuple(found)
+
+
+def quarantine(entries: tuple[Entry, ...]) -> tuple[Quarantine, ...]:
+    """All decisions on quarantined files, oldest first."""
+    keys = ("file", "decision", "held_for", "why")
+    return tuple(
+        Quarantine(one.time, *(_word(one, key) for key in keys))
+        for one in entries
+        if one.kind == "quarantine"
+    )
+
+
+def _word(entry: Entry, key: str) -> str:
+    return str(entry.body.get(key, ""))
 
 
 def as_dict(site: Site, entries: tuple[Entry, ...]) -> dict[str, object]:
@@ -115,6 +183,8 @@ def as_dict(site: Site, entries: tuple[Entry, ...]) -> dict[str, object]:
         "asked": sum(entry.kind == "asked" for entry in entries),
         "left": [asdict(left) for left in what_left(entries)],
         "judged": [asdict(one) for one in judged(entries)],
+        "frozen": [asdict(one) for one in frozen(entries)],
+        "quarantine": [asdict(one) for one in quarantine(entries)],
     }
 
 
@@ -131,14 +201,29 @@ def render(site: Site, entries: tuple[Entry, ...]) -> str:
         f"  {left.count:>6} x {left.message:<10} {left.bytes:>14,} bytes  {left.why}"
         for left in what_left(entries)
     ]
-    decisions = judged(entries)
-    if decisions:
-        lines.append("Decisions on studies")
-    lines += [
-        f"  {one.time}  {one.study[:16]} {one.decision} by the {one.by or 'steward'}"
-        + (f": {one.why}" if one.why else "")
-        for one in decisions
-    ]
+    lines += _section("Decisions on studies", judged(entries), _judged_line)
+    lines += _section("Data frozen for studies", frozen(entries), _frozen_line)
+    lines += _section("Decisions on quarantined files", quarantine(entries), _quarantine_line)
     lines.append("Nothing else left through Cloister. The log is consistent in itself. To see")
     lines.append("whether its end was cut off, compare it with the coordinator's: cloister verify.")
     return "\n".join(lines)
+
+
+def _section(title: str, found: Sequence[_Told], line: Callable[[_Told], str]) -> list[str]:
+    return [title, *(f"  {line(one)}" for one in found)] if found else []
+
+
+def _judged_line(one: Judged) -> str:
+    told = f"{one.time}  {one.study[:16]} {one.decision} by the {one.by or 'steward'}"
+    told += f", with the data {one.data[:16]}" if one.data else ""
+    return told + (f": {one.why}" if one.why else "")
+
+
+def _frozen_line(one: Frozen) -> str:
+    told = f"{one.time}  {one.study[:16]} {counted(one.images, 'image')}, data {one.sha256[:16]}"
+    return told + (f"; again: {one.why}" if one.why else "")
+
+
+def _quarantine_line(one: Quarantine) -> str:
+    held = f" ({one.held_for})" if one.held_for else ""
+    return f"{one.time}  {one.file} {one.decision}{held}: {one.why}"

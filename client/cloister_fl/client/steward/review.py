@@ -7,6 +7,7 @@ from unicodedata import east_asian_width
 
 from cloister_fl.client.admission import gate
 from cloister_fl.client.admission.approvals import Decision, Judgement
+from cloister_fl.client.site.data_notice import data_notices
 from cloister_fl.client.site.folder import Site
 from cloister_fl.client.site.policy import refusals
 from cloister_fl.client.steward.budget import line, study_promised
@@ -42,6 +43,7 @@ def review(site: Site, judgement: Judgement) -> str:
         ),
         *_cost(site, study),
         *_leaves(study),
+        *_data(site, judgement),
     ]
     told = refusals(site.policy, study, max(site.policy.min_sites, study.aggregation.min_sites))
     short = None if told else gate.shortfall(site, study)
@@ -73,6 +75,27 @@ def _cost(site: Site, study: Study) -> list[str]:
         "  budget       promised so far, "
         + line(study_promised(site, study), gate.promised(site), site.policy.max_epsilon_lifetime),
     ]
+
+
+def _data(site: Site, judgement: Judgement) -> list[str]:
+    """What was found of the data last, and who looked at them before the study was approved."""
+    study = judgement.study
+    notice = data_notices(site.root).get(study.digest)
+    if notice is not None:
+        return [f"  data         not as they must be, {notice.time}: {notice.message}"]
+    if judgement.decision is not Decision.APPROVED:
+        return []
+    if judgement.data:
+        told = f"checked when it was approved, and frozen: manifest {judgement.data[:16]}"
+    elif judgement.ground:
+        told = "not checked: a rule of the policy looks at no data"
+    else:
+        told = "not checked" + (
+            ": with privacy on, the approval does not count until it is given again"
+            if study.privacy.enabled
+            else ""
+        )
+    return [f"  data         {told}"]
 
 
 def _leaves(study: Study) -> list[str]:

@@ -38,7 +38,7 @@ from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.study.schema import Study
 from support import spending
 from support.errors import raises
-from support.federations import study, study_text, write_cohort, write_federation
+from support.federations import SEEN, study, study_text, write_cohort, write_federation
 
 pytestmark = pytest.mark.process
 
@@ -57,7 +57,7 @@ def test_a_new_study_is_refused_and_kept_for_review(site: Site) -> None:
         require_approved(site, study())
     (held,) = judgements(site).values()
     assert (held.study, held.decision) == (study(), Decision.PENDING)
-    judge(site, held.study, Decision.APPROVED)
+    judge(site, held.study, Decision.APPROVED, data=SEEN)
     require_approved(site, study())
     with pytest.raises(StudyNotApproved):
         require_approved(site, _named(2))
@@ -68,7 +68,7 @@ def test_a_denied_study_stays_denied_until_it_is_judged_again(site: Site) -> Non
     with pytest.raises(StudyNotApproved, match="denied") as caught:
         require_approved(site, study())
     assert "not on our patients" not in str(caught.value)
-    judge(site, study(), Decision.APPROVED)
+    judge(site, study(), Decision.APPROVED, data=SEEN)
     require_approved(site, study())
 
 
@@ -76,7 +76,7 @@ def test_the_gate_reserves_nothing_before_approval(site: Site) -> None:
     with pytest.raises(StudyNotApproved):
         spending.admit(site, study(), run="run", invited=5)
     assert not site.ledger.exists()
-    judge(site, study(), Decision.APPROVED)
+    judge(site, study(), Decision.APPROVED, data=SEEN)
     spending.admit(site, study(), run="run", invited=5)
     assert gate.promised(site) > 0
 
@@ -86,7 +86,7 @@ def test_a_server_cannot_fill_the_disk_with_proposals(
 ) -> None:
     most = 6
     monkeypatch.setattr(approvals, "MAX_PENDING", most)
-    judge(site, study(), Decision.APPROVED)
+    judge(site, study(), Decision.APPROVED, data=SEEN)
     for number in range(most + 5):
         with pytest.raises(StudyNotApproved):
             require_approved(site, _named(number))
@@ -99,7 +99,7 @@ def test_a_server_cannot_fill_the_disk_with_proposals(
 
 def test_every_decision_is_in_the_audit_log(site: Site) -> None:
     judge(site, study(), Decision.DENIED, why="CANARY")
-    judge(site, study(), Decision.APPROVED)
+    judge(site, study(), Decision.APPROVED, data=SEEN)
     entries = entries_of(site)
     assert [entry.body["decision"] for entry in entries] == ["denied", "approved"]
     assert {entry.body["study"] for entry in entries} == {study().digest}
@@ -137,7 +137,7 @@ def test_proposals_from_other_processes_undo_no_decision(site: Site) -> None:
 
 @pytest.mark.parametrize("damage", ["", "[]", "{}", '{"format": 2, "studies": {}}', "other"])
 def test_a_damaged_file_approves_nothing(site: Site, damage: str) -> None:
-    judge(site, study(), Decision.APPROVED)
+    judge(site, study(), Decision.APPROVED, data=SEEN)
     path = site.root / FILE
     if damage == "other":
         held = json.loads(path.read_text())
@@ -149,7 +149,7 @@ def test_a_damaged_file_approves_nothing(site: Site, damage: str) -> None:
 
 
 def test_a_study_is_found_by_the_first_digits_of_its_hash(site: Site) -> None:
-    judge(site, study(), Decision.APPROVED)
+    judge(site, study(), Decision.APPROVED, data=SEEN)
     assert find(site, study().digest[:8].upper()).study == study()
     for wrong in (study().digest[:7], "ffffffff", "*", ""):
         with raises(OptionInvalid):

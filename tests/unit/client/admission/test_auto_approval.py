@@ -18,7 +18,7 @@ from cloister_fl.errors import MessageInvalid, SiteFileInvalid, StudyNotApproved
 from cloister_fl.membership.identity import Identity
 from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.study import signatures as signing
-from support.federations import study, study_text, write_federation
+from support.federations import SEEN, study, study_text, write_federation
 
 pytestmark = pytest.mark.process
 
@@ -115,7 +115,7 @@ def test_a_person_overrules_the_rule_and_the_rule_no_person(site: Site) -> None:
     judge(site, study(), Decision.DENIED)
     with pytest.raises(StudyNotApproved, match="denied"):
         require_approved(_with(site, **LISTS), study())
-    judge(site, study(), Decision.APPROVED)
+    judge(site, study(), Decision.APPROVED, data=SEEN)
     require_approved(site, study())  # without any rule
     judge(site, study(), Decision.DENIED)
     with pytest.raises(StudyNotApproved, match="denied"):

@@ -13,6 +13,7 @@ import pytest
 from cloister_fl.client.admission import gate
 from cloister_fl.client.admission.approvals import Decision, judge
 from cloister_fl.client.site.audit_log import entries_of
+from cloister_fl.client.site.data_notice import data_notices
 from cloister_fl.client.site.folder import Site
 from cloister_fl.client.site.last_refusal import read_last_refusal
 from cloister_fl.client.site.policy import Policy
@@ -185,9 +186,22 @@ def test_hours_let_a_study_in_and_no_round(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("least", [12, 13])
-def test_too_few_patients_is_declined_and_no_more_is_said(tmp_path: Path, least: int) -> None:
+def test_a_rule_that_approves_does_not_answer_by_the_number_of_patients(
+    tmp_path: Path, least: int
+) -> None:
+    """The site has 12 of each class: whoever asks one study after another would count them."""
+    site = write_hospital(tmp_path, {**fits(study()), "min_patients_per_class": least})
+    assert isinstance(_ask(site, "prepare", study()), Prepared)
+    # The site's own people learn it.
+    assert (study().digest in data_notices(site.root)) is (least == 13)
+
+
+@pytest.mark.parametrize("least", [12, 13])
+def test_too_few_patients_is_declined_without_privacy_and_no_more_is_said(
+    tmp_path: Path, least: int
+) -> None:
     """The site has 12 of each class. A reason of its own would tell the coordinator that."""
-    asked = study()
+    asked = study(**OPEN)
     site = write_hospital(tmp_path, {**fits(asked), "min_patients_per_class": least})
     reply = _ask(site, "prepare", asked)
     if least == 12:

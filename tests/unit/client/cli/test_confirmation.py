@@ -23,7 +23,7 @@ from cloister_fl.errors import OptionInvalid, StudyNotApproved
 from support import commands, spending
 from support.dicom import make_dicom, radiograph, write_dicom
 from support.errors import raises
-from support.federations import study, study_text
+from support.federations import SEEN, study, study_text
 from support.spending import disagreements
 
 pytestmark = pytest.mark.process
@@ -68,7 +68,7 @@ class Act:
                 self.words = ["quarantine", kind, held["id"], "--why", "no name"]
 
     def _charge(self) -> None:
-        judge(self.site, STUDY, Decision.APPROVED)
+        judge(self.site, STUDY, Decision.APPROVED, data=SEEN)
         invited = max(5, STUDY.aggregation.min_sites)
         spending.admit(self.site, STUDY, run="run-1", invited=invited)
         spending.charge(self.site, STUDY, run="run-1", round_number=1)

@@ -23,7 +23,7 @@ from cloister_fl.client.steward import budget
 from cloister_fl.errors import OptionInvalid, StudyNotApproved
 from support import spending
 from support.errors import is_of, raises
-from support.federations import study
+from support.federations import SEEN, study
 
 STUDY = study()
 SIDES = ("client", "server")
@@ -192,7 +192,7 @@ def test_dir_option_is_quoted_and_left_out_for_here() -> None:
 def charged(root: Path) -> Site:
     """A site that has approved a study, reserved its cost, and trained one round."""
     site = init_site(root, policy=Policy(max_epsilon_study=6, max_epsilon_lifetime=9))
-    judge(site, STUDY, Decision.APPROVED)
+    judge(site, STUDY, Decision.APPROVED, data=SEEN)
     invited = max(5, STUDY.aggregation.min_sites)
     spending.admit(site, STUDY, run="run-1", invited=invited)
     spending.charge(site, STUDY, run="run-1", round_number=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import Result
 from flwr.app import Message
@@ -11,13 +12,18 @@ from flwr.app import Message
 from cloister_fl.client.admission.approvals import Decision, judge, judgements, require_approved
 from cloister_fl.client.app import app
 from cloister_fl.client.cli import client_group as client
+from cloister_fl.client.data import frozen_dataset as manifests
 from cloister_fl.client.network import join
+from cloister_fl.client.site.audit_log import entries_of
+from cloister_fl.client.site.data_notice import data_notices
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.site.trusted_roster import accept, read_pin
 from cloister_fl.errors import (
     CoordinatorUnreachable,
+    DataChanged,
     EnrolmentRefused,
+    OneClassOnly,
     OptionInvalid,
     RosterMismatch,
     StudyInvalid,
@@ -25,11 +31,22 @@ from cloister_fl.errors import (
 )
 from cloister_fl.membership.identity import Identity
 from cloister_fl.membership.roster import Roster, RosterEntry, sign_roster
-from cloister_fl.protocol.round_messages import SITE_KEY, Prepare, Refusal, Refused, pack, unpack
+from cloister_fl.protocol.round_messages import (
+    SITE_KEY,
+    Prepare,
+    Prepared,
+    Refusal,
+    Refused,
+    RoundMessage,
+    pack,
+    unpack,
+)
 from cloister_fl.server.flower.engines import InProcessGrid
 from support import commands
 from support.errors import raises
-from support.federations import study, with_engine
+from support.federations import SEEN, study, with_engine, write_cohort
+
+pytestmark = pytest.mark.process
 
 ROOT = Identity.generate()
 OTHERS = {name: Identity.generate().public for name in ("birke", "clara", "dorn", "esche")}
@@ -37,8 +54,10 @@ OTHERS = {name: Identity.generate().public for name in ("birke", "clara", "dorn"
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    """A site that has joined, and to which a study was proposed."""
-    made = init_site(tmp_path / "anker", policy=Policy(max_epsilon_study=6))
+    """A site that has joined, and to which a study was proposed that its data can serve."""
+    write_cohort(tmp_path / "anker", np.random.default_rng(0), "MRN", patients=4, images=1)
+    policy = Policy(max_epsilon_study=6, min_patients_per_class=2)
+    made = init_site(tmp_path / "anker", policy=policy)
     member = join.Membership(
         fleet="127.0.0.1:1", enrolment="127.0.0.1:2", authority="00" * 32,
         root=ROOT.public.hex(), invite="00" * 8, site="anker",
@@ -187,21 +206,91 @@ def test_a_study_is_proposed_before_a_list_of_sites_is_accepted_and_reserves_not
     asked = study(study='name = "new"')
     task = Prepare(asked.canonical(), "run", 5, offered.digest.hex(), b"", "")
 
-    def prepare() -> str:
+    def prepare() -> RoundMessage:
         grid = InProcessGrid(app, [{SITE_KEY: str(site.root)}])
         (node,) = grid.get_node_ids()
         asked = Message(content=pack(task), dst_node_id=node, message_type="query.prepare")
         (reply,) = grid.send_and_receive([asked])
-        return unpack(reply.content, Refusal).reason
+        return unpack(reply.content, Refusal, Prepared)
 
-    assert prepare() == Refused.APPROVAL
+    def reason() -> str:
+        reply = prepare()
+        assert isinstance(reply, Refusal)
+        return reply.reason
+
+    assert reason() == Refused.APPROVAL
     assert judgements(site)[asked.digest].decision is Decision.PENDING
-    judge(site, asked, Decision.APPROVED)
-    assert prepare() == Refused.ROSTER
+    judge(site, asked, Decision.APPROVED, data=SEEN)
+    assert reason() == Refused.ROSTER
     assert not site.ledger.exists()
     pin(site, offered)
-    assert prepare() == Refused.DECLINED  # it comes as far as the data, and there are none
+    assert isinstance(prepare(), Prepared)
     assert site.ledger.exists()
+
+
+# The data are part of the approval
+
+
+def no_finding(site: Site) -> None:
+    """Every patient has the class 'no'."""
+    site.labels.write_text(site.labels.read_text().replace(",yes", ",no"))
+
+
+def test_an_approval_shows_the_data_and_freezes_them(site: Site, offered: Roster) -> None:
+    pin(site, offered)
+    output = approve(site, study().digest[:16]).output
+    assert "labels      no 2, yes 2 (patients)" in output
+    assert "with 4 images of 4 patients." in output
+    frozen = manifests.load(site, study())
+    assert frozen is not None
+    assert judgements(site)[study().digest].data == frozen.digest_at(site.name)
+    (entry,) = [one for one in entries_of(site) if one.kind == "judged"]
+    assert entry.body["data"] == frozen.digest_at(site.name)
+    shown = commands.invoke(client.app, "review", study().digest[:16], "--dir", str(site.root))
+    assert "data         checked when it was approved, and frozen" in shown.output
+
+
+@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.usefixtures("at_a_terminal", "offered")
+def test_a_study_that_the_data_cannot_serve_is_not_approved(site: Site, asks: bool) -> None:
+    no_finding(site)
+    arguments = () if asks else (study().digest[:16],)
+    with raises(OneClassOnly, match=f"Then approve it: .*approve {study().digest[:16]} --dir"):
+        approve(site, *arguments, said="y\ny\n")
+    assert decision(site) is Decision.PENDING
+    assert not manifests.is_frozen(site, study())
+    with pytest.raises(StudyNotApproved, match="CLO-204"):
+        require_approved(site, study())
+    shown = commands.invoke(client.app, "review", study().digest[:16], "--dir", str(site.root))
+    assert "data         not as they must be" in shown.output
+
+
+def test_data_that_changed_leave_an_approval_to_the_steward(site: Site, offered: Roster) -> None:
+    """It is the steward's word: nothing that is found of the data takes it back."""
+    pin(site, offered)
+    approve(site, study().digest[:16])
+    next(site.dicom.rglob("*.dcm")).unlink()
+    with raises(DataChanged, match="The earlier approval stays in force.* client deny "):
+        approve(site, study().digest[:16])
+    require_approved(site, study())
+    assert data_notices(site.root)[study().digest].code == "CLO-209"
+    status = commands.invoke(client.app, "status", "--dir", str(site.root))
+    assert f"data of the study {study().digest[:16]}" in status.output
+    commands.invoke(
+        client.app, "deny", study().digest[:16], "--why", "gone", "--dir", str(site.root)
+    )
+    assert data_notices(site.root) == {}
+    with pytest.raises(StudyNotApproved, match="denied"):
+        require_approved(site, study())
+
+
+def test_an_approval_without_a_look_at_the_data_does_not_count(site: Site) -> None:
+    judge(site, study(), Decision.APPROVED)
+    with pytest.raises(StudyNotApproved, match="without a look at the data"):
+        require_approved(site, study())
+    open_study = study(privacy="enabled = false")
+    judge(site, open_study, Decision.APPROVED)
+    require_approved(site, open_study)
 
 
 def test_a_study_of_an_engine_that_does_not_keep_the_claim_is_not_approved(site: Site) -> None:

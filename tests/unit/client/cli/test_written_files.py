@@ -17,7 +17,7 @@ from cloister_fl.membership.identity import Identity
 from cloister_fl.system.files import GIT_IGNORE, read_secret
 from support import commands, spending, studies
 from support.errors import raises
-from support.federations import study
+from support.federations import SEEN, study
 
 WROTE = ("# Written by Cloister: what lies here is secret, or of patients, and is no source.",)
 
@@ -35,7 +35,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def site(tmp_path: Path) -> Site:
     policy = Policy(max_epsilon_study=6, max_epsilon_lifetime=9)
     site, asked = init_site(tmp_path / "site", name="north", policy=policy), study()
-    judge(site, asked, Decision.APPROVED)
+    judge(site, asked, Decision.APPROVED, data=SEEN)
     spending.admit(site, asked, run="run-1", invited=max(5, asked.aggregation.min_sites))
     return site
 

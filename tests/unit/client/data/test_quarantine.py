@@ -23,7 +23,8 @@ from cloister_fl.client.data.quarantine import (
     picture,
     quarantined_files,
 )
-from cloister_fl.client.site.audit_log import entries_of
+from cloister_fl.client.site.audit_log import as_dict, entries_of
+from cloister_fl.client.site.audit_log import render as render_log
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.errors import FileUnreadable, OptionInvalid, Reject
@@ -102,6 +103,12 @@ def test_a_release_lets_one_file_in_and_is_logged(site: Site) -> None:
         ("kept", "CLO-234", "shows a name"),
     ]
     assert noted[0]["file"] == named.short_id
+    told = render_log(site, entries_of(site))
+    assert f"{named.short_id} released (CLO-223): a plain L, no name" in told
+    assert f"{capture.short_id} kept (CLO-234): shows a name" in told
+    assert [one["why"] for one in as_dict(site, entries_of(site))["quarantine"]] == [  # type: ignore[attr-defined]
+        "a plain L, no name", "an old export tool", "shows a name",
+    ]  # fmt: skip
 
 
 def test_a_release_that_lets_nothing_in_can_be_taken_back(site: Site) -> None:

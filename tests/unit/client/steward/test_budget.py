@@ -22,7 +22,7 @@ from cloister_fl.errors import BudgetExhausted, OptionInvalid, OutputInTheWay
 from cloister_fl.membership.identity import verify
 from support import commands, spending
 from support.errors import raises
-from support.federations import study, study_text
+from support.federations import SEEN, study, study_text
 
 STUDY = study()
 SITES = max(5, STUDY.aggregation.min_sites)
@@ -36,7 +36,7 @@ def site(tmp_path: Path) -> Site:
 @pytest.fixture
 def charged(site: Site) -> Site:
     """A study is approved, its whole cost reserved, and one round of it charged."""
-    judge(site, STUDY, Decision.APPROVED)
+    judge(site, STUDY, Decision.APPROVED, data=SEEN)
     spending.admit(site, STUDY, run="run-1", invited=SITES)
     spending.charge(site, STUDY, run="run-1", round_number=1)
     return site

@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 
 from cloister_fl.cli.main import main
+from cloister_fl.client.site.data_notice import data_notices
+from cloister_fl.errors import FolderUnreadable
+from support.errors import raises
 from support.federations import approve, study, study_text, write_cohort, write_federation
 
 NAMES = ("anker", "birke")
@@ -246,8 +249,8 @@ def test_a_fault_at_a_site_names_the_site_and_the_fault(place: Place, fault: str
     assert "anker:" not in told.err
     assert "MRN" not in told.err
     assert place.nothing_half_written()
-    notice = json.loads((place.out / "sites" / "birke" / "notice.json").read_text())
-    assert notice["code"] == code
+    (notice,) = data_notices(place.out / "sites" / "birke").values()
+    assert notice.code == code
 
     checked = place.check("birke")
     assert checked.status == 3
@@ -262,11 +265,12 @@ def test_a_data_folder_that_cannot_be_read(place: Place, what: str) -> None:
     if what == "file":
         path.write_text("not a folder")
     (place.sites / "birke" / "site.toml").write_text(f'[site]\nname = "birke"\n{POLICY}')
-    approve(place.sites / "birke", study(**ASKED))
+    with raises(FolderUnreadable):
+        approve(place.sites / "birke", study(**ASKED))
     told = place.simulate()
     assert told.status == 6
     assert told.err.startswith("CLO-501: ")
-    assert "\n  birke: CLO-205: " in told.err
+    assert "\n  birke: CLO-307: " in told.err
     assert place.nothing_half_written()
     checked = place.command("client", "check", "--dir", place.sites / "birke")
     assert checked.status == 3

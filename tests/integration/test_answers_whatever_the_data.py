@@ -23,12 +23,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cloister_fl import secagg
+from cloister_fl.client import app as client
 from cloister_fl.client.app import SiteApp
+from cloister_fl.client.data.cohort import Cohort
 from cloister_fl.client.data.loading import read_for_check
 from cloister_fl.client.site.data_notice import data_notices
 from cloister_fl.client.site.folder import Site, init_site, open_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward.approval import approve
+from cloister_fl.errors import UpdateInvalid
 from cloister_fl.networks import flat_parameters
 from cloister_fl.protocol.round_messages import (
     SITE_KEY,
@@ -36,8 +39,10 @@ from cloister_fl.protocol.round_messages import (
     Prepare,
     RoundMessage,
     TrainTask,
+    Update,
     octets,
     pack,
+    unpack,
 )
 from cloister_fl.secagg.messages.codec import Bundle
 from cloister_fl.server.flower.engines import InProcessGrid
@@ -83,8 +88,8 @@ def shown(records: RecordDict) -> list[object]:
                 if key == "exchange":
                     told.append(_parts(value.data))
             elif key == "log_head":
-                # The number of the log's newest entry; its hash is of times, too.
-                told.append((name, key, str(value).partition(":")[0], len(str(value))))
+                # Whose log it is, and the number of its newest entry; the hash is of times, too.
+                told.append((name, key, str(value).rpartition(":")[0], len(str(value))))
             elif isinstance(value, bytes):
                 told.append((name, key, len(value)))
             else:
@@ -121,8 +126,17 @@ class Hospital:
         if self.asked.releases:
             yield "evaluate", EvaluateTask(text, "run", last, 5, octets(), model)
 
-    def answers(self, site: Site, damage: Damage, moment: str) -> list[list[object]]:
-        """What the site shows in a run in which its data are damaged before a kind of message."""
+    def answers(
+        self, site: Site, damage: Damage, moment: str, *, updates: list[Any] | None = None
+    ) -> list[list[object]]:
+        """What the site shows in a run in which its data are damaged before a kind of message.
+
+        Args:
+            site: a copy.
+            damage: what happens to its data.
+            moment: the kind of message before which it does.
+            updates: gets the updates themselves.
+        """
         found, done = [], False
         for kind, task in self.tasks():
             if kind == moment and not done:
@@ -134,6 +148,8 @@ class Hospital:
             (reply,) = grid.send_and_receive([message])
             assert not reply.has_error()
             found.append(shown(reply.content))
+            if kind == "train" and updates is not None:
+                updates.append(unpack(reply.content, Update).vector)
         return found
 
 
@@ -190,6 +206,52 @@ def test_no_damage_shows(
 ) -> None:
     site = hospital.copy(tmp_path / "anker")
     assert hospital.answers(site, damage, moment) == usual
+
+
+@pytest.mark.parametrize("name", ["load_for_run", "train_round", "counts_in_units"])
+def test_no_fault_while_the_patients_are_looked_at_shows(
+    hospital: Hospital,
+    usual: list[list[object]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """Such as memory that runs out with so many patients."""
+    honest = getattr(client, name)
+    met: list[str] = []
+
+    def fails(*given: Any, **named: Any) -> Any:
+        if any(isinstance(one, Cohort) and not one.patients for one in given):
+            return honest(*given, **named)
+        if name == "load_for_run" and not met:
+            # At the start of the run; what it fails with is no error of Cloister's.
+            met.append(name)
+            return honest(*given, **named)
+        met.append(name)
+        raise MemoryError("MRN-000")
+
+    monkeypatch.setattr(client, name, fails)
+    site = hospital.copy(tmp_path / "anker")
+    assert hospital.answers(site, lambda _: None, "prepare") == usual
+    assert met
+    notice = data_notices(site.root)[PLAIN.digest]
+    assert "MemoryError" in notice.message
+    assert "MRN" not in notice.message
+
+
+def test_weights_that_are_not_finite_do_not_show(
+    hospital: Hospital, usual: list[list[object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverges(*_: object, **__: object) -> None:
+        raise UpdateInvalid("Training produced weights that are not finite.")
+
+    monkeypatch.setattr(client, "train_round", diverges)
+    site = hospital.copy(tmp_path / "anker")
+    updates: list[Any] = []
+    assert hospital.answers(site, lambda _: None, "prepare", updates=updates) == usual
+    assert len(updates) == 2
+    assert not any(vector.any() for vector in updates)
+    assert data_notices(site.root)[PLAIN.digest].code == "CLO-403"
 
 
 @pytest.mark.parametrize("moment", ["prepare", "train"])

@@ -208,7 +208,7 @@ def test_one_patient_for_another_changes_nothing_that_shows(
         assert one == other
 
 
-def test_a_patient_who_cannot_be_used_costs_one_word_before_anything_is_trained(
+def test_data_that_cannot_serve_cost_the_steward_s_word_before_anything_is_trained(
     sites: Path, tmp_path: Path
 ) -> None:
     """The one bit that is not charged, see docs/privacy-sharp-edges.md; it has no finer grain."""
@@ -218,7 +218,7 @@ def test_a_patient_who_cannot_be_used_costs_one_word_before_anything_is_trained(
         swap(tmp_path / f"sites{number}" / "birke")
         tap, out = Tap(), tmp_path / f"out{number}"
         simulation = Simulation(PLAIN, tmp_path / f"sites{number}", out)
-        with pytest.raises(RunError, match="birke: it declined"):
+        with pytest.raises(RunError, match="birke: the study is not approved there yet"):
             run_simulation(simulation, client_app=tap)
         assert {kind for _, kind, _, _ in tap.seen} == {"query.prepare"}
         require_listed(tap)

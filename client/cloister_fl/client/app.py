@@ -262,7 +262,7 @@ def _told_at_the_site(session: SiteSession, study: Study) -> Iterator[None]:
     except Exception as error:
         if not study.privacy.enabled:
             raise
-        note_data(session.site.root, study.digest, [unread(error)])
+        note_data(session.site.root, study.digest, [unread(error)], lasts=True)
 
 
 def _trained(

@@ -151,7 +151,7 @@ def run_simulation(
     try:
         run(server_app, client_app or product_client_app, nodes, config)
     except (RunError, SecureAggregationError) as error:
-        raise _with_notices(error, sites) from None
+        raise _with_notices(error, sites, study) from None
     finally:
         for site in sites:
             product_client_app.kept.forget(site.root)
@@ -292,7 +292,7 @@ def _approve(site: Site, study: Study) -> None:
     """
     from cloister_fl.client.admission.approvals import Decision, judge, judgements
     from cloister_fl.client.data.loading import read_for_check
-    from cloister_fl.client.site.data_notice import note_data
+    from cloister_fl.client.site.data_notice import note_look
     from cloister_fl.client.steward.approval import approve
 
     why = "made for a simulation of it"
@@ -305,7 +305,7 @@ def _approve(site: Site, study: Study) -> None:
     try:
         approve(site, study, read_for_check(site, study), why=why)
     except DataError as error:
-        note_data(site.root, study.digest, [error])
+        note_look(site.root, study.digest, [error])
 
 
 def _enrol(simulation: Simulation, sites: list[Site]) -> list[dict[str, str]]:
@@ -350,11 +350,18 @@ def _distinct(names: list[str]) -> None:
             )
 
 
-def _with_notices(error: CloisterError, sites: list[Site]) -> CloisterError:
-    """Add what each site's operator would read; in a simulation that is the same person."""
+def _with_notices(error: CloisterError, sites: list[Site], study: Study) -> CloisterError:
+    """Add what each site's operator would read; in a simulation that is the same person.
+
+    What is wrong with the data says more than the refusal that came of it.
+    """
+    from cloister_fl.client.site.data_notice import data_notices
     from cloister_fl.client.site.last_refusal import read_last_refusal
 
-    notices = [(site.name, read_last_refusal(site.root)) for site in sites]
+    notices = [
+        (site.name, data_notices(site.root).get(study.digest) or read_last_refusal(site.root))
+        for site in sites
+    ]
     told = "\n".join(f"  {name}: {notice.message}" for name, notice in notices if notice)
     if not told:
         return error

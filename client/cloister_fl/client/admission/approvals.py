@@ -22,7 +22,7 @@ from typing import Any
 from cloister_fl.audit_log import AuditLog
 from cloister_fl.client.admission.auto_approval import ground_of, in_words, stands
 from cloister_fl.client.site.audit_log import log_of
-from cloister_fl.client.site.data_notice import data_notices, note_data
+from cloister_fl.client.site.data_notice import data_notices, note_look
 from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import FileUnreadable, OptionInvalid, StudyInvalid, StudyNotApproved
 from cloister_fl.study.schema import Study, study_from_canonical
@@ -166,7 +166,7 @@ def judge(site: Site, study: Study, decision: Decision, *, why: str = "", data: 
         if decision is Decision.APPROVED:
             _save(site, known)
         elif decision is Decision.DENIED:
-            note_data(site.root, study.digest, ())
+            note_look(site.root, study.digest)
 
 
 def find(site: Site, prefix: str) -> Judgement:

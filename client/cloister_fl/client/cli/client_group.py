@@ -124,7 +124,7 @@ def check(
     from cloister_fl.client.preflight import findings as preflight
     from cloister_fl.client.preflight.data_check import inspect, render
     from cloister_fl.client.preflight.network_check import network
-    from cloister_fl.client.site.data_notice import note_data
+    from cloister_fl.client.site.data_notice import note_look
     from cloister_fl.client.site.folder import open_site
     from cloister_fl.client.steward.contact_sheet import contact_sheet
     from cloister_fl.study.file import load_study
@@ -140,7 +140,7 @@ def check(
         report = inspect(site, judged_by, progress=progress)
     findings += preflight.data(report)
     if judged_by is not None and judged_by.digest in judgements(site):
-        note_data(site.root, judged_by.digest, report.faults)
+        note_look(site.root, judged_by.digest, report.faults)
     if as_json:
         told = [finding.as_dict() for finding in findings]
         typer.echo(json.dumps({**report.as_dict(), "findings": told}))

@@ -49,6 +49,7 @@ def freeze(
     Every image, patient and label is listed, and the list is signed. `approve` does so by itself.
     """
     require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls")
+    from cloister_fl.client.admission.approvals import judge, judgements
     from cloister_fl.client.data import frozen_dataset, loading
     from cloister_fl.client.site.folder import open_site
     from cloister_fl.study.file import load_study
@@ -67,6 +68,10 @@ def freeze(
         )
     with progress_bar("Reading images") as progress:
         found = loading.freeze(site, judged_by, again=again, why=why, progress=progress)
+    held = judgements(site).get(judged_by.digest)
+    if held is not None and held.counts and held.data:
+        # The steward has looked at these data, too: the approval is for them from now on.
+        judge(site, judged_by, held.decision, why=held.why, data=found.digest_at(site.name))
     patients = frozen_dataset.patients_in(found)
     typer.echo(
         f"Frozen at {site.name}: {judged_by.study.name}, {judged_by.digest[:16]}, "

@@ -122,9 +122,9 @@ def deny(
 def _unfit(site: Site, found: Judgement, fault: DataError, folder: Path) -> DataError:
     """The error of a study that the site's data cannot serve; an earlier decision stands."""
     from cloister_fl.client.admission.approvals import Decision
-    from cloister_fl.client.site.data_notice import note_data
+    from cloister_fl.client.site.data_notice import note_look
 
-    note_data(site.root, found.study.digest, [fault])
+    note_look(site.root, found.study.digest, [fault])
     digest = found.study.digest[:16]
     standing = found.decision is Decision.APPROVED and found.counts
     said = (

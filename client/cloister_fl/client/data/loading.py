@@ -19,7 +19,7 @@ from cloister_fl.client.data.volumes import as_images
 from cloister_fl.client.dicom.facts import Facts
 from cloister_fl.client.dicom.folder_reader import Accepted
 from cloister_fl.client.pacs.fetch import names_stored, require_whole
-from cloister_fl.client.site.data_notice import note_data
+from cloister_fl.client.site.data_notice import note_data, note_look
 from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import CloisterError, DataError, LabelWithoutImage, Reject
 from cloister_fl.study.schema import Study
@@ -186,7 +186,7 @@ def freeze(
         frozen = manifests.freeze(
             site, study, reading.items, segmentations=reading.segmentations, why=why.strip()
         )
-    note_data(site.root, study.digest, ())
+    note_look(site.root, study.digest)
     return frozen
 
 

@@ -95,6 +95,7 @@ class Executor:
                 if not reached:
                     reached = True
                     tell("ready")
+                    self._tell_of_data()
             except httpx.HTTPError:
                 # The node is not there, or was restarted while a task was under way.
                 took, reached = False, False

@@ -11,7 +11,7 @@ from cloister_fl.client.admission.approvals import Decision, judge
 from cloister_fl.client.data import frozen_dataset as manifests
 from cloister_fl.client.data.frozen_dataset import Manifest
 from cloister_fl.client.data.loading import Reading, require_sound
-from cloister_fl.client.site.data_notice import note_data
+from cloister_fl.client.site.data_notice import note_look
 from cloister_fl.client.site.folder import Site
 from cloister_fl.study.schema import Study
 
@@ -36,7 +36,7 @@ def approve(site: Site, study: Study, reading: Reading, *, why: str = "") -> Man
             earlier decision on the study stands.
         FileUnreadable, AuditLogDamaged, OutputInTheWay: a file cannot be read or written.
     """
-    note_data(site.root, study.digest, reading.faults)
+    note_look(site.root, study.digest, reading.faults)
     require_sound(reading)
     with manifests.alone(site):
         frozen = manifests.load(site, study)

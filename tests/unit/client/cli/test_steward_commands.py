@@ -44,7 +44,7 @@ from cloister_fl.protocol.round_messages import (
 from cloister_fl.server.flower.engines import InProcessGrid
 from support import commands
 from support.errors import raises
-from support.federations import SEEN, study, with_engine, write_cohort
+from support.federations import SEEN, study, study_text, with_engine, write_cohort
 
 pytestmark = pytest.mark.process
 
@@ -282,6 +282,24 @@ def test_data_that_changed_leave_an_approval_to_the_steward(site: Site, offered:
     assert data_notices(site.root) == {}
     with pytest.raises(StudyNotApproved, match="denied"):
         require_approved(site, study())
+
+
+def test_an_approval_is_for_the_data_that_are_frozen_anew(
+    site: Site, offered: Roster, tmp_path: Path
+) -> None:
+    pin(site, offered)
+    approve(site, study().digest[:16])
+    before = judgements(site)[study().digest]
+    write_cohort(site.root, np.random.default_rng(1), "MORE", patients=6, images=1)
+    (tmp_path / "study.toml").write_text(study_text())
+    words = ["freeze", str(tmp_path / "study.toml"), "--again", "--yes", "--dir", str(site.root)]
+    commands.invoke(client.app, *words, "--why", "other patients")
+    after = judgements(site)[study().digest]
+    frozen = manifests.load(site, study())
+    assert frozen is not None
+    assert len(frozen.items) > 4
+    assert after.data == frozen.digest_at(site.name) != before.data
+    require_approved(site, study())
 
 
 def test_an_approval_without_a_look_at_the_data_does_not_count(site: Site) -> None:

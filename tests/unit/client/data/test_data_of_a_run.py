@@ -19,7 +19,7 @@ from cloister_fl.client.dicom import read_ahead
 from cloister_fl.client.preflight import findings
 from cloister_fl.client.preflight.data_check import inspect
 from cloister_fl.client.site.audit_log import entries_of, path_of
-from cloister_fl.client.site.data_notice import FILE, data_notices, note_data
+from cloister_fl.client.site.data_notice import FILE, data_notices, note_data, note_look
 from cloister_fl.client.site.folder import Site, init_site, pseudonym
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward.approval import approve
@@ -327,6 +327,14 @@ def test_a_notice_keeps_its_time_while_it_says_the_same(tmp_path: Path) -> None:
     assert data_notices(tmp_path)["a" * 64].time != "then"
     note_data(tmp_path, "b" * 64, [])
     note_data(tmp_path, "a" * 64, [])
+    assert data_notices(tmp_path) == {}
+
+
+def test_what_failed_in_training_stays_until_a_person_looks(tmp_path: Path) -> None:
+    note_data(tmp_path, "a" * 64, [CohortTooSmall("Few.")], lasts=True)
+    note_data(tmp_path, "a" * 64, [])
+    assert data_notices(tmp_path)["a" * 64].lasts
+    note_look(tmp_path, "a" * 64)
     assert data_notices(tmp_path) == {}
 
 

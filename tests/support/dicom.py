@@ -239,6 +239,11 @@ def write_dicom(path: Path, pixels: NDArray[Any] | None = None, **options: Any) 
     return uid("instance", options.get("patient_id", "P1"), content)
 
 
+def wide(text: str) -> str:
+    """ASCII letters and digits in their full-width forms."""
+    return "".join(chr(ord(one) + 0xFEE0) for one in text)
+
+
 def write_site(
     root: Path,
     patients: int = 24,

@@ -23,7 +23,9 @@
     │   ├── ArchiveUnreachable     CLO-250
     │   ├── ArchiveRefused         CLO-251
     │   ├── ArchiveAnswerInvalid   CLO-252
-    │   └── FetchUnfinished        CLO-253
+    │   ├── FetchUnfinished        CLO-253
+    │   ├── PatientsUndecided      CLO-254
+    │   └── PatientsFileInvalid    CLO-255
     ├── PrivacyError               3xx, exit 4: the ledger, the budget, the site's policy
     │   ├── BudgetExhausted        CLO-301
     │   ├── LedgerDamaged          CLO-302

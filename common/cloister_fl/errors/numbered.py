@@ -86,6 +86,14 @@ class ArchiveUnreachable(DataError):
 ArchiveRefused = ErrorKind(DataError, "CLO-251", "The archive refused access")
 ArchiveAnswerInvalid = ErrorKind(DataError, "CLO-252", "The archive's response is not valid")
 FetchUnfinished = ErrorKind(DataError, "CLO-253", "A fetch from the archive is not complete")
+PatientsUndecided = ErrorKind(
+    DataError, "CLO-254", "Several patient numbers may belong to one person"
+)
+
+
+class PatientsFileInvalid(DataError):
+    code = "CLO-255"
+    title = "The patients file is not valid"
 
 
 class BudgetExhausted(PrivacyError):

@@ -17,6 +17,11 @@ def is_plain(text: str) -> bool:
     )
 
 
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text is seen: spaces, control and format characters, or nothing."""
+    return all(one.isspace() or unicodedata.category(one) in {"Cc", "Cf"} for one in text)
+
+
 MOST_REASON = 500
 
 

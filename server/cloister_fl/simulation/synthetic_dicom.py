@@ -97,7 +97,8 @@ def patient_header(rng: np.random.Generator, hospital: Hospital, patient_id: str
     age = int(rng.integers(25, 85))
     date = str(day).replace("-", "")
     return {
-        "PatientName": f"{rng.choice(family)}^{rng.choice(given)}",
+        # The third part, so that no two share a name and a birth date as one person would.
+        "PatientName": f"{rng.choice(family)}^{rng.choice(given)}^{patient_id}",
         "PatientID": patient_id,
         "PatientBirthDate": f"{int(date[:4]) - age}0101",
         "PatientSex": str(rng.choice(("F", "M", "O"))),

@@ -13,6 +13,7 @@ from pydicom.errors import InvalidDicomError
 
 from cloister_fl.simulation import synthetic_sites as module
 from cloister_fl.simulation.phantom import CaseMix
+from cloister_fl.simulation.synthetic_dicom import patient_header
 from cloister_fl.simulation.synthetic_hospitals import HOSPITALS
 from cloister_fl.simulation.synthetic_sites import DrawnCohort, DrawnFederation, draw_federation
 
@@ -153,6 +154,12 @@ def test_no_patient_is_in_two_cohorts(federation: DrawnFederation) -> None:
     assert len(set(ids)) == len(ids)
     scanners = Counter(patient[:2] for patient in federation.holdout.findings)
     assert scanners == {hospital.prefix: HOLDOUT // len(SMALL) for hospital in SMALL}
+
+
+def test_no_two_synthetic_patients_look_like_one_person() -> None:
+    rng = np.random.default_rng(0)
+    headers = [patient_header(rng, SMALL[0], f"P{number:05d}") for number in range(1000)]
+    assert len({(one["PatientName"], one["PatientBirthDate"]) for one in headers}) == 1000
 
 
 def test_junk_is_there_and_is_no_image(federation: DrawnFederation) -> None:

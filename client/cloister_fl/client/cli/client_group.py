@@ -16,6 +16,7 @@ from cloister_fl.cli.folder_option import SiteFolder as Folder
 from cloister_fl.client.cli import budget_commands, data_commands
 from cloister_fl.client.cli.certificate_commands import certificate
 from cloister_fl.client.cli.join_commands import join, proxy, roster
+from cloister_fl.client.cli.patient_commands import patients
 from cloister_fl.client.cli.privacy_audit_commands import privacy_audit
 from cloister_fl.client.cli.progress_bar import progress_bar
 from cloister_fl.client.cli.service_commands import start, status, stop
@@ -26,7 +27,7 @@ from cloister_fl.system.optional import require
 
 _ORDER = (
     *("init", "join", "check", "start", "stop", "status"),
-    *("fetch", "quarantine", "data-report", "freeze"),
+    *("fetch", "quarantine", "patients", "data-report", "freeze"),
     *("review", "approve", "deny", "roster"),
     *("budget", "certificate", "audit", "find"),
     *("privacy-audit", "proxy"),
@@ -49,6 +50,7 @@ app.command()(deny)
 app.command()(certificate)
 app.command(name="privacy-audit")(privacy_audit)
 app.command()(data_commands.fetch)
+app.command()(patients)
 app.command()(data_commands.freeze)
 app.command(name="data-report")(data_commands.data_report)
 app.command()(data_commands.find)

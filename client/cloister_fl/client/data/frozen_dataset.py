@@ -13,9 +13,10 @@ import hmac
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from cloister_fl.client.data.patients.units import Decisions, Row
 from cloister_fl.client.dicom.pixels.preprocessing_digest import spec_digest
 from cloister_fl.client.site.audit_log import log_of
 from cloister_fl.client.site.folder import Site, command_at
@@ -28,6 +29,7 @@ from cloister_fl.system.files import locked, make_private_dir, write_atomic
 from cloister_fl.system.text import counted, is_reason
 
 _LABEL = "cloister/manifest/v1"
+_VERSION = 2
 _SHOWN = 20
 _AGAIN = "freeze STUDY --again --why '...'"
 
@@ -61,6 +63,7 @@ class Manifest:
         time: when it was frozen.
         items: the images.
         segmentations: keyed hashes of the files that the masks came from.
+        patients: by which patients were told apart.
     """
 
     study: str
@@ -68,6 +71,7 @@ class Manifest:
     time: str
     items: tuple[Item, ...]
     segmentations: tuple[str, ...] = ()
+    patients: Decisions = field(default_factory=Decisions)
 
     @property
     def contents(self) -> frozenset[bytes]:
@@ -83,7 +87,7 @@ class Manifest:
 
     def body(self, site: str) -> bytes:
         """The canonical JSON that is signed."""
-        return canonical_json({"version": 1, "site": site, **asdict(self)}).encode()
+        return canonical_json({"version": _VERSION, "site": site, **asdict(self)}).encode()
 
     def digest_at(self, site: str) -> str:
         """SHA-256 of the body, 64 digits: what the audit log names it by."""
@@ -161,7 +165,13 @@ def load(site: Site, study: Study) -> Manifest | None:
         body = told["body"]
         items = tuple(Item(**one) for one in body["items"])
         files = tuple(str(one) for one in body["segmentations"])
-        manifest = Manifest(body["study"], body["spec"], body["time"], items, files)
+        if body["version"] == 1:
+            raise _older(site, "tells patients apart")
+        told_apart = body["patients"]
+        patients = Decisions(
+            told_apart["settings"], tuple(Row(**row) for row in told_apart["rows"])
+        )
+        manifest = Manifest(body["study"], body["spec"], body["time"], items, files, patients)
         # Every hash has the form of one.
         _ = manifest.contents
         canonical = manifest.body(site.name)
@@ -176,10 +186,7 @@ def load(site: Site, study: Study) -> Manifest | None:
         # An older one, put back.
         raise _altered(site)
     if manifest.spec != spec_digest(study.input, study.task.segment_read):
-        raise DataChanged(
-            "The study was frozen by a version of Cloister that preprocesses images differently.",
-            remedy=f"Install that version; or freeze the study again: {site.command(_AGAIN)}",
-        )
+        raise _older(site, "preprocesses images")
     return manifest
 
 
@@ -206,6 +213,8 @@ def freeze(
     items: Iterable[Item],
     *,
     segmentations: Iterable[bytes] = (),
+    patients: Decisions | None = None,
+    undecided: int = 0,
     why: str = "",
 ) -> Manifest:
     """Sign and keep what a study is trained on from now on, and say so in the audit log.
@@ -218,6 +227,8 @@ def freeze(
         study: the study.
         items: its images.
         segmentations: contents of the segmentations that mark them.
+        patients: by which patients were told apart.
+        undecided: how many sets of patients may be one, and were not decided; for the log.
         why: why another manifest is replaced; empty for the first.
 
     Raises:
@@ -226,14 +237,15 @@ def freeze(
     now = utc.timestamp()
     spec = spec_digest(study.input, study.task.segment_read)
     files = tuple(sorted(one.hex() for one in segmentations))
-    manifest = Manifest(study.digest, spec, now, tuple(sorted(items)), files)
+    patients = patients or Decisions()
+    manifest = Manifest(study.digest, spec, now, tuple(sorted(items)), files, patients)
     body = manifest.body(site.name)
     path = path_of(site, study)
     make_private_dir(path.parent)
     signature = site.identity().sign(_LABEL, body).hex()
     text = json.dumps({"body": json.loads(body), "signature": signature}, indent=0)
     write_atomic(path, text.encode())
-    _note(site, manifest, why)
+    _note(site, manifest, why, undecided)
     return manifest
 
 
@@ -242,11 +254,16 @@ def is_frozen(site: Site, study: Study) -> bool:
     return path_of(site, study).exists() or _noted(site, study) is not None
 
 
-def _note(site: Site, manifest: Manifest, why: str) -> None:
+def _note(site: Site, manifest: Manifest, why: str, undecided: int | None = None) -> None:
+    patients = manifest.patients
     log_of(site).append(
         "frozen",
         study=manifest.study,
         images=len(manifest.items),
+        patients=patients.digest,
+        decided=patients.words,
+        mapped=len(patients.rows),
+        undecided=undecided,
         sha256=manifest.digest_at(site.name),
         why=why,
     )
@@ -335,6 +352,13 @@ def patients_in(manifest: Manifest) -> int:
 def path_of(site: Site, study: Study) -> Path:
     """Where the manifest lies."""
     return site.root / "manifests" / f"{study.digest}.json"
+
+
+def _older(site: Site, what: str) -> DataError:
+    return DataChanged(
+        f"The study was frozen by a version of Cloister that {what} differently.",
+        remedy=f"Install that version; or freeze the study again: {site.command(_AGAIN)}",
+    )
 
 
 def _altered(site: Site) -> DataError:

@@ -10,10 +10,18 @@ from cloister_fl.client.data.file_memory import memory_of
 from cloister_fl.client.data.frozen_dataset import Manifest, image_name
 from cloister_fl.client.data.labels import Linked
 from cloister_fl.client.data.mask_matching import Join
+from cloister_fl.client.data.patients.possible_matches import Known
+from cloister_fl.client.data.patients.units import Units, keyed
 from cloister_fl.client.data.quarantine import releases
-from cloister_fl.client.dicom.folder_reader import Accepted, Refused, Segmented, read_folder
+from cloister_fl.client.dicom.folder_reader import (
+    Accepted,
+    Keys,
+    Refused,
+    Segmented,
+    read_folder,
+)
 from cloister_fl.client.pacs.sealed_store import Store
-from cloister_fl.client.site.folder import Site, pseudonym
+from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import Reject
 from cloister_fl.study.schema import Study
 
@@ -31,6 +39,7 @@ class Gathered:
         joined: what they mark, or None where there are none.
         later: how many images and segmentations came after the study was frozen.
         elsewhere: pseudonyms of images that are there under patients who were not frozen with them.
+        known: the records of images and segmentations, each once.
     """
 
     accepted: list[tuple[Accepted, str]] = field(default_factory=list)
@@ -40,6 +49,7 @@ class Gathered:
     joined: Join | None = None
     later: int = 0
     elsewhere: set[str] = field(default_factory=set)
+    known: set[Known] = field(default_factory=set)
 
     @property
     def files(self) -> int:
@@ -52,6 +62,7 @@ class Gathered:
 def gather(
     site: Site,
     study: Study,
+    units: Units,
     *,
     progress: Callable[[int, int], None] | None = None,
     segmentations: bool = True,
@@ -63,6 +74,7 @@ def gather(
     Args:
         site: the opened site.
         study: what is read of the files.
+        units: names the patients.
         progress: called with (files done, files in all).
         segmentations: whether segmentations are read, where the study's task is about them.
         frozen: what the study was frozen with; files that came later are counted and left out.
@@ -77,6 +89,10 @@ def gather(
     images = frozenset() if frozen is None else frozen.images
     patients = {patient for _, patient in images}
     found = Gathered()
+
+    def unit(keys: Keys) -> tuple[str, ...]:
+        return units.unit(keys.issuer, keys.patient_id)
+
     with memory_of(site, releases(site)) as memory:
         for outcome in read_folder(
             site.dicom,
@@ -87,6 +103,7 @@ def gather(
             segment=study.task.segment_read if segmentations else "",
             first=contents,
             alone=alone,
+            unit=unit,
             progress=progress,
         ):
             if isinstance(outcome, Refused):
@@ -94,7 +111,11 @@ def gather(
             if outcome.keys is None:
                 continue
             keys = outcome.keys
-            name = pseudonym(key, digest, keys.issuer, keys.patient_id)
+            name = units.pseudonym(digest, keys.issuer, keys.patient_id)
+            if not isinstance(outcome, Refused):
+                person = outcome.facts.person
+                hashed = keyed(key, "name", person) if person else ""
+                found.known.add(Known(keys.issuer, keys.patient_id, hashed))
             if isinstance(outcome, Segmented):
                 if frozen is not None and outcome.content not in contents:
                     found.later += 1
@@ -112,7 +133,8 @@ def gather(
             refused = isinstance(outcome, Refused)
             # What came later has no say, but for another copy of a frozen patient's image.
             later = new and not (refused and name in patients)
-            found.linked.append(Linked(keys, name, duplicate=new or refused, later=later))
+            numbers = units.numbers(keys.issuer, keys.patient_id)
+            found.linked.append(Linked(keys, name, new or refused, later, numbers))
             if isinstance(outcome, Accepted) and not new:
                 found.accepted.append((outcome, name))
     return found

@@ -8,14 +8,24 @@ them are called almost as they must be.
 
 from __future__ import annotations
 
-import csv
-import io
-import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cloister_fl.client.data.csv_file import (
+    SHOWN,
+    Faults,
+    bare,
+    described,
+    header_of,
+    lines,
+    listing,
+    read_bytes,
+    read_text,
+    rows_apart,
+    rows_of,
+)
 from cloister_fl.client.dicom.folder_reader import Keys
 from cloister_fl.client.site.folder import command_at
 from cloister_fl.errors import DataError, LabelMissing, LabelsInvalid, LabelWithoutImage
@@ -23,16 +33,7 @@ from cloister_fl.system.text import counted, listed
 from cloister_fl.tasks import LabelsFile, Task
 
 KEY_COLUMNS = ("SOPInstanceUID", "AccessionNumber", "PatientID")
-MAX_BYTES = 64 << 20
-"""Largest labels file; a million rows fit."""
-SHOWN = 20
-"""Most lines or images that one message lists."""
-
-_DELIMITERS = (",", ";", "\t")
-_PLURAL = {"has": "have", "is": "are"}
-
-_UNSEEN = re.compile(r"[\W_]+")
-"""What people add to a column's name, or leave out of it: spaces and punctuation."""
+_NAMED = "labels file", "data.labels", LabelsInvalid
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Labels:
 
     Attributes:
         column: the key column, one of ``KEY_COLUMNS``.
-        rows: from key to label, in the order of the file.
+        rows: from key to label, in the order of the file; a PatientID as ``read_labels`` was told
+            to read it.
     """
 
     column: str
@@ -65,54 +67,74 @@ class Linked:
         patient: the patient's pseudonym.
         duplicate: whether the image itself was turned away as a duplicate, or came later.
         later: whether what the labels say of it is left aside: it came after a study was frozen.
+        numbers: by which a row with a PatientID may name the patient, the image's own first; empty
+            for the PatientID as it stands.
     """
 
     keys: Keys
     patient: str
     duplicate: bool = False
     later: bool = False
+    numbers: tuple[str, ...] = field(default=(), repr=False)
+
+    def named_by(self, column: str) -> tuple[str, ...]:
+        """The keys of rows that may speak for the image."""
+        match column:
+            case "SOPInstanceUID":
+                return (self.keys.sop_instance,)
+            case "AccessionNumber":
+                return (self.keys.accession,)
+            case _:
+                return self.numbers or (self.keys.patient_id,)
 
 
-def read_labels(path: Path, task: Task) -> Labels:
+def read_labels(path: Path, task: Task, number: Callable[[str], str] = str) -> Labels:
     """Read and judge the labels file of a task that has one.
+
+    Args:
+        path: the file.
+        task: what its rows are read by.
+        number: in which form a PatientID is compared; see ``patients.units``.
 
     Raises:
         LabelsInvalid: with every faulty line.
     """
-    text = _decoded(_read_bytes(path))
-    faults: list[tuple[int, str]] = []
-    labels = _parsed(text, task, faults)
+    faults: Faults = []
+    labels = _parsed(read_text(path, *_NAMED), task, number, faults)
     if faults:
         raise _invalid(faults, task.allowed)
     return labels
 
 
-def sound_labels(path: Path, task: Task) -> Labels:
+def sound_labels(path: Path, task: Task, number: Callable[[str], str] = str) -> Labels:
     """Read what can be used of a labels file: a row with a fault counts as absent, alone.
 
     A run with privacy reads labels so: what one patient's row says has no bearing on another's.
     Of rows with one key none counts.
 
+    Args:
+        path, task, number: as ``read_labels``.
+
     Raises:
         LabelsInvalid: the file cannot be read, or its first line does not say what is in it.
     """
-    text = _read_bytes(path).decode("utf-8-sig", "replace")
-    return _parsed(text, task, None)
+    text = read_bytes(path, *_NAMED).decode("utf-8-sig", "replace")
+    return _parsed(text, task, number, None)
 
 
-def _parsed(text: str, task: Task, faults: list[tuple[int, str]] | None) -> Labels:
+def _parsed(text: str, task: Task, number: Callable[[str], str], faults: Faults | None) -> Labels:
     """Read the rows; those with a fault are left out, and listed where ``faults`` is given."""
     alone = faults is None
     faults = [] if faults is None else faults
     wanted = task.source.columns if isinstance(task.source, LabelsFile) else ()
-    header, delimiter = _header(text, wanted)
+    header, delimiter = header_of(text, wanted, KEY_COLUMNS)
     column = next((name for name in KEY_COLUMNS if name in header), None)
     if column is None or any(header.count(name) != 1 for name in (column, *wanted)):
         raise _header_invalid(header, column, wanted, task)
     at_key, at_values = header.index(column), [header.index(name) for name in wanted]
     rows: dict[str, Label] = {}
     twice: set[str] = set()
-    for line, cells in _rows_apart(text, delimiter) if alone else _rows(text, delimiter, faults):
+    for line, cells in rows_apart(text, delimiter) if alone else rows_of(text, delimiter, faults):
         if line == 1 or not any(cells):
             continue
         if len(cells) != len(header):
@@ -121,17 +143,17 @@ def _parsed(text: str, task: Task, faults: list[tuple[int, str]] | None) -> Labe
             faults.append((line, f"has no {column}"))
         elif empty := [header[place] for place in at_values if not cells[place]]:
             faults.append((line, f"has no {empty[0]}"))
-        elif cells[at_key] in rows:
-            first = rows[cells[at_key]].line
+        elif (key := number(cells[at_key]) if column == "PatientID" else cells[at_key]) in rows:
+            first = rows[key].line
             faults.append((line, f"has the same {column} as line {first}"))
-            twice.add(cells[at_key])
+            twice.add(key)
         else:
             try:
                 record = task.record([cells[place] for place in at_values])
             except ValueError as error:
                 faults.append((line, str(error)))
             else:
-                rows[cells[at_key]] = Label(line, record)
+                rows[key] = Label(line, record)
     return Labels(column, {key: row for key, row in rows.items() if key not in twice})
 
 
@@ -153,34 +175,27 @@ def join(
         The record of each image, None where there is none; and the faults found, as errors
         that the caller may raise or list.
     """
-    attribute = {
-        "SOPInstanceUID": "sop_instance",
-        "AccessionNumber": "accession",
-        "PatientID": "patient_id",
-    }[labels.column]
     patients_of: dict[str, set[str]] = defaultdict(set)
-    rows_of: dict[str, set[Label]] = defaultdict(set)
+    rows_of_patient: dict[str, set[Label]] = defaultdict(set)
     direct: list[Label | None] = []
     used: set[str] = set()
     for image in images:
-        key = getattr(image.keys, attribute)
-        label = labels.rows.get(key)
-        if label is not None:
-            used.add(key)
+        keys = [key for key in image.named_by(labels.column) if key in labels.rows]
+        used.update(keys)
         if image.later:
-            label = None
-        direct.append(label)
-        if label is not None:
+            keys = []
+        direct.append(labels.rows[keys[0]] if keys else None)
+        for key in keys:
             patients_of[key].add(image.patient)
-            rows_of[image.patient].add(label)
-    faults: list[tuple[int, str]] = [
+            rows_of_patient[image.patient].add(labels.rows[key])
+    faults: Faults = [
         (labels.rows[key].line, f"has a {labels.column} that several patients share")
         for key, patients in patients_of.items()
         if len(patients) > 1
     ]
     conflicts = sorted(
         sorted(row.line for row in rows)
-        for rows in rows_of.values()
+        for rows in rows_of_patient.values()
         if len({row.value for row in rows}) > 1
     )
     errors: list[DataError] = []
@@ -243,43 +258,6 @@ def _unmatched(
         )
 
 
-def _read_bytes(path: Path) -> bytes:
-    remedy = "Check 'data.labels' in site.toml, and that this user may read the file."
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise LabelsInvalid("The labels file is larger than 64 MiB.", remedy=remedy)
-        return path.read_bytes()
-    except OSError as error:
-        why = (error.strerror or "The system gave no reason") + "."
-        raise LabelsInvalid("The labels file cannot be read.", why=why, remedy=remedy) from None
-
-
-def _decoded(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise LabelsInvalid(
-            f"The labels file is not UTF-8 text: see line {line}.", remedy="Save it as UTF-8."
-        ) from None
-
-
-def _header(text: str, wanted: Sequence[str]) -> tuple[list[str], str]:
-    """Return the first line's cells and what separates them: comma, semicolon or tab."""
-    first = text.splitlines()[0] if text.strip() else ""
-    parsed: list[list[str]] = []
-    for delimiter in _DELIMITERS:
-        try:
-            cells = next(csv.reader([first], delimiter=delimiter, strict=True), [])
-        except csv.Error:
-            cells = []
-        parsed.append([cell.strip() for cell in cells])
-        if set(wanted) <= set(parsed[-1]) and any(name in parsed[-1] for name in KEY_COLUMNS):
-            return parsed[-1], delimiter
-    best = max(range(len(parsed)), key=lambda index: len(parsed[index]))
-    return parsed[best], _DELIMITERS[best]
-
-
 def _header_invalid(
     header: Sequence[str], key: str | None, columns: Sequence[str], task: Task
 ) -> LabelsInvalid:
@@ -296,102 +274,23 @@ def _header_invalid(
         what = f"has no column '{wanted}'"
     return LabelsInvalid(
         f"The labels file {what}.",
-        why=_described(header, columns, task),
+        why=described(header, _shown(columns, task)),
         remedy=f"In its first line, name one column {', '.join(KEY_COLUMNS[:-1])} or "
         f"{KEY_COLUMNS[-1]}, and one '{wanted}'; spelling and case must match.",
     )
 
 
-def _described(header: Sequence[str], columns: Sequence[str], task: Task) -> str:
-    """Describe a first line without its content; a file without a header begins with a patient.
+def _shown(columns: Sequence[str], task: Task) -> list[str]:
+    """Names of columns that a message may repeat.
 
-    Names of columns that the study and Cloister give are all that is shown of it, and none that
-    is also a class: a patient's row may hold one.
+    Those that the study and Cloister give, and none that is also a class: a patient's row may
+    hold one.
     """
-    if not any(header):
-        return "Its first line is empty."
-    classes = {_bare(name) for name in task.strata}
-    names = [name for name in (*KEY_COLUMNS, *columns) if _bare(name) not in classes]
-    parts = [
-        f"Its first line has {counted(len(header), 'column')}",
-        *(
-            f"column {number} is '{name}' except for case, spaces or punctuation"
-            for number, cell in enumerate(header, start=1)
-            for name in names
-            if cell != name and _bare(cell) == _bare(name)
-        ),
-    ]
-    if len(header) == 1:
-        parts.append("columns are separated by commas, semicolons or tabs")
-    return "; ".join(parts[:SHOWN]) + "."
+    classes = {bare(name) for name in task.strata}
+    return [name for name in (*KEY_COLUMNS, *columns) if bare(name) not in classes]
 
 
-def _bare(name: str) -> str:
-    return _UNSEEN.sub("", name).casefold()
-
-
-def _rows(
-    text: str, delimiter: str, faults: list[tuple[int, str]]
-) -> Iterator[tuple[int, list[str]]]:
-    """Yield each row's first line and its stripped cells; a broken row ends the reading."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    line = 1
-    while True:
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error:
-            faults.append((line, "is not CSV; a quotation mark may be missing"))
-            return
-        yield line, [cell.strip() for cell in cells]
-        line = reader.line_num + 1
-
-
-def _rows_apart(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield rows as ``_rows`` does; where one is broken, reading goes on in the line behind it."""
-    lines = list(io.StringIO(text, newline=""))
-    start = 0
-    while start < len(lines):
-        rest = (lines[place] for place in range(start, len(lines)))
-        reader = csv.reader(rest, delimiter=delimiter, strict=True)
-        read = 0
-        try:
-            for cells in reader:
-                yield start + read + 1, [cell.strip() for cell in cells]
-                read = reader.line_num
-        except csv.Error:
-            read += 1
-        start += read
-
-
-def _invalid(
-    faults: list[tuple[int, str]], remedy: str, conflicts: Sequence[Sequence[int]] = ()
-) -> LabelsInvalid:
+def _invalid(faults: Faults, remedy: str, conflicts: Sequence[Sequence[int]] = ()) -> LabelsInvalid:
     """Return the error that lists faults of lines, and lines that give one patient two classes."""
-    # The same fault in many rows is one fault with many lines.
-    lines_of: dict[str, list[int]] = defaultdict(list)
-    for line, message in sorted(faults):
-        lines_of[message].append(line)
-    sentences = [
-        f"{_lines(lines)} {_agree(message, lines)}." for message, lines in lines_of.items()
-    ]
-    sentences += [f"{_lines(lines)} give one patient two classes." for lines in conflicts]
-    rows = "".join(f"\n  {sentence}" for sentence in sentences[:SHOWN])
-    more = f"\n  and {len(sentences) - SHOWN} more." if len(sentences) > SHOWN else ""
-    count = counted(len(faults) + len(conflicts), "fault")
-    return LabelsInvalid(f"The labels file has {count}:{rows}{more}\n", remedy=remedy)
-
-
-def _lines(lines: Sequence[int]) -> str:
-    if len(lines) == 1:
-        return f"Line {lines[0]}"
-    if len(lines) > SHOWN:
-        return f"Lines {listed(map(str, lines), SHOWN)}"
-    return f"Lines {', '.join(map(str, lines[:-1]))} and {lines[-1]}"
-
-
-def _agree(message: str, lines: Sequence[int]) -> str:
-    """Put the verb that begins a message into the plural where it is about several lines."""
-    verb, _, rest = message.partition(" ")
-    return message if len(lines) == 1 else f"{_PLURAL[verb]} {rest}"
+    told = [f"{lines(found)} give one patient two classes." for found in conflicts]
+    return LabelsInvalid(f"The labels file has {listing(faults, told)}", remedy=remedy)

@@ -14,6 +14,14 @@ from cloister_fl.client.data.cohort import Cohort, Patient
 from cloister_fl.client.data.cohort_errors import class_faults, no_images, unread
 from cloister_fl.client.data.frozen_dataset import Item, Manifest, item_of
 from cloister_fl.client.data.ingest import gather
+from cloister_fl.client.data.patients.mapping import PatientMapping, mapping_of
+from cloister_fl.client.data.patients.possible_matches import (
+    Match,
+    lines_without_image,
+    undecided,
+    undecided_error,
+)
+from cloister_fl.client.data.patients.units import Decisions, Units
 from cloister_fl.client.data.targets import UNLABELLED, Targets, join_targets, unlabelled
 from cloister_fl.client.data.volumes import as_images
 from cloister_fl.client.dicom.facts import Facts
@@ -41,6 +49,10 @@ class Reading:
         segmentations: contents of the segmentations, as a manifest names them.
         faded: how many images have something marked of which nothing is left at the study's size.
         facts: what the files say of each image, in no order; see ``data_report``.
+        decisions: by which patients were told apart.
+        matches: patients that may be one, and of whom the steward has not decided; none of a study
+            that is frozen.
+        unused: lines of the steward's mapping whose number no image has.
     """
 
     cohort: Cohort | None
@@ -53,6 +65,9 @@ class Reading:
     segmentations: tuple[bytes, ...] = ()
     faded: int = 0
     facts: tuple[tuple[Facts, str], ...] = field(default=(), repr=False)
+    decisions: Decisions = field(default_factory=Decisions)
+    matches: tuple[Match, ...] = field(default=(), repr=False)
+    unused: tuple[int, ...] = ()
 
 
 def load_cohort(
@@ -113,7 +128,7 @@ def load_for_run(site: Site, study: Study) -> Cohort:
             if frozen is not None:
                 # Another froze the data while these were read.
                 return load_for_run(site, study)
-            manifests.freeze(site, study, reading.items, segmentations=reading.segmentations)
+            _write(site, study, reading)
     note_data(site.root, study.digest, faults)
     return nobody(study) if reading.cohort is None else reading.cohort
 
@@ -144,7 +159,7 @@ def load_frozen(
         with manifests.alone(site):
             frozen = manifests.load(site, study)
             if frozen is None:
-                manifests.freeze(site, study, reading.items, segmentations=reading.segmentations)
+                _write(site, study, reading)
                 return cohort
         # Another run froze the data while these were read, and more may have come since.
         reading = read_cohort(site, study, progress=progress, frozen=frozen)
@@ -170,6 +185,7 @@ def freeze(
 
     Raises:
         OptionInvalid: it is frozen already, and ``again`` or a reason is missing.
+        PatientsUndecided: patients may be one, and the steward has not decided.
         others: see ``load_frozen``.
     """
 
@@ -180,14 +196,26 @@ def freeze(
     require_reason()
     reading = read_cohort(site, study, progress=progress)
     require_sound(reading)
+    if error := undecided_error(site, reading.matches):
+        raise error
     with manifests.alone(site):
         # Another may have frozen it meanwhile.
         require_reason()
-        frozen = manifests.freeze(
-            site, study, reading.items, segmentations=reading.segmentations, why=why.strip()
-        )
+        frozen = _write(site, study, reading, why.strip())
     note_look(site.root, study.digest)
     return frozen
+
+
+def _write(site: Site, study: Study, reading: Reading, why: str = "") -> Manifest:
+    return manifests.freeze(
+        site,
+        study,
+        reading.items,
+        segmentations=reading.segmentations,
+        patients=reading.decisions,
+        undecided=len(reading.matches),
+        why=why,
+    )
 
 
 def read_for_check(
@@ -233,12 +261,27 @@ def read_cohort(
     Raises:
         FolderUnreadable, DecoderUnfit: nothing can be read at all; not with ``alone``.
         FileUnreadable: the decisions on quarantined files cannot be read.
+        PatientsFileInvalid: the steward's mapping cannot be used.
     """
     key, digest = site.pseudonym_key(), study.digest
+    # What a study was frozen with holds for it, whatever the steward decided since.
+    mapping: PatientMapping | None = None
+    if frozen is None:
+        mapping = mapping_of(site)
+        decisions = mapping.decisions
+    else:
+        decisions = frozen.patients
+    units = Units(key, decisions)
     part = require_whole(site) if frozen is None else None
     stored = names_stored(site) if frozen is None else None
     found = gather(
-        site, study, progress=progress, segmentations=require_labels, frozen=frozen, alone=alone
+        site,
+        study,
+        units,
+        progress=progress,
+        segmentations=require_labels,
+        frozen=frozen,
+        alone=alone,
     )
     accepted, linked, rejects = found.accepted, found.linked, found.rejects
     joined, files = found.joined, found.files
@@ -254,7 +297,7 @@ def read_cohort(
         faults[:0] = [part] if part else []
     targets = unlabelled(accepted)
     if require_labels:
-        targets = join_targets(site, study, accepted, linked, joined, alone=alone)
+        targets = join_targets(site, study, accepted, linked, joined, units.number, alone=alone)
         # A row may speak of an image that is yet to come; what it says of frozen ones is theirs.
         faults += (
             fault
@@ -288,7 +331,9 @@ def read_cohort(
     facts = tuple((_described(one), name) for one, name in accepted)
     return Reading(
         cohort, tuple(faults), files, counted, found.later, len(spoiled), items,
-        tuple(found.segmentations), joined.faded if joined else 0, facts,
+        tuple(found.segmentations), joined.faded if joined else 0, facts, decisions,
+        () if mapping is None else undecided(found.known, mapping, site.patients),
+        () if mapping is None else lines_without_image(found.known, mapping),
     )  # fmt: skip
 
 

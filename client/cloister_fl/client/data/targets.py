@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,7 @@ def join_targets(
     images: Sequence[Named],
     linked: Sequence[Linked],
     joined: Join | None,
+    number: Callable[[str], str] = str,
     *,
     alone: bool = False,
 ) -> Targets:
@@ -80,6 +81,7 @@ def join_targets(
         linked: what labels are joined to: one for each of ``images``, in its order, and between
             them one for each that was turned away as a duplicate or came later.
         joined: the masks that segmentations gave; None where there is none.
+        number: see ``read_labels``.
         alone: let a fault in the labels file cost the patient that it is about, and nobody else.
     """
     match study.task.source:
@@ -87,7 +89,7 @@ def join_targets(
             joined = joined or Join(images, linked)
             return Targets(joined.masks, tuple(joined.faults(site.root)) if images else ())
         case LabelsFile():
-            found, faults = _labels(site, study.task, linked, alone=alone)
+            found, faults = _labels(site, study.task, linked, number, alone=alone)
             # Where no image could be used, that labels have no image is no news; a bad file is.
             faults = [one for one in faults if images or isinstance(one, LabelsInvalid)]
             kept = [value for value, one in zip(found, linked, strict=True) if not one.duplicate]
@@ -108,17 +110,22 @@ def faults_alone(site: Site, task: Task) -> list[DataError]:
 
 
 def _labels(
-    site: Site, task: Task, linked: Sequence[Linked], *, alone: bool
+    site: Site,
+    task: Task,
+    linked: Sequence[Linked],
+    number: Callable[[str], str],
+    *,
+    alone: bool,
 ) -> tuple[list[Any], list[DataError]]:
     faults: list[DataError] = []
     try:
-        labels = read_labels(site.labels, task)
+        labels = read_labels(site.labels, task, number)
     except DataError as error:
         if not alone:
             return [None] * len(linked), [error]
         faults.append(error)
         try:
-            labels = sound_labels(site.labels, task)
+            labels = sound_labels(site.labels, task, number)
         except DataError:
             return [None] * len(linked), faults
     records, more = join(labels, linked, site.root, alone=alone)

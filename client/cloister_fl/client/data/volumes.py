@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloister_fl.client.data.labels import Linked
-from cloister_fl.client.dicom.folder_reader import Accepted
+from cloister_fl.client.dicom.folder_reader import Accepted, record_of
 from cloister_fl.client.dicom.geometry import numbers
 from cloister_fl.client.dicom.rejection import RejectedFile
 from cloister_fl.errors import Reject
@@ -73,28 +73,31 @@ class Volume:
     image: _Shades
 
 
-def assemble(slices: Sequence[Accepted], spec: Input) -> tuple[list[Volume], dict[int, Reject]]:
+def assemble(
+    slices: Sequence[Accepted], spec: Input, patients: Sequence[tuple[str, ...]] = ()
+) -> tuple[list[Volume], dict[int, Reject]]:
     """Make a volume of each series that is one.
 
     Args:
         slices: accepted images, in any order.
         spec: the study's input, of three dimensions.
+        patients: what stands for the patient of each; else issuer and number as they are.
 
     Returns:
         The volumes, by patient and series; and for each slice that is in none, the reason. A
         volume that a patient has twice is a ``DUPLICATE`` the second time.
     """
-    series: dict[tuple[str, str, str], list[int]] = {}
+    series: dict[tuple[tuple[str, ...], str], list[int]] = {}
     for index, one in enumerate(slices):
-        key = (one.keys.issuer.strip(), one.keys.patient_id.strip(), one.place.series)
-        series.setdefault(key, []).append(index)
+        patient = patients[index] if patients else record_of(one.keys)
+        series.setdefault((patient, one.place.series), []).append(index)
     volumes: list[Volume] = []
     refused: dict[int, Reject] = {}
-    seen: set[tuple[str, str, bytes]] = set()
-    for (issuer, patient, _), members in sorted(series.items()):
+    seen: set[tuple[tuple[str, ...], bytes]] = set()
+    for (patient, _), members in sorted(series.items()):
         try:
             volume = _volume(slices, members, spec)
-            same = (issuer, patient, hashlib.sha256(volume.image.tobytes()).digest())
+            same = (patient, hashlib.sha256(volume.image.tobytes()).digest())
             if same in seen:
                 raise RejectedFile(Reject.DUPLICATE)
         except RejectedFile as rejected:
@@ -121,7 +124,9 @@ def as_images(
         labels are joined to: the row of any slice counts for the patient, and none is missed but
         that of a whole volume. And for each slice that is in no volume, the reason.
     """
-    volumes, refused = assemble([one for one, _ in accepted], spec)
+    volumes, refused = assemble(
+        [one for one, _ in accepted], spec, [(name,) for _, name in accepted]
+    )
     first = {volume.slices[0]: volume.image for volume in volumes}
     images = [
         (replace(accepted[index][0], image=image), accepted[index][1])

@@ -17,6 +17,7 @@ from cloister_fl.client.dicom.rejection import RejectedFile
 from cloister_fl.client.dicom.size_limits import MAX_PIXELS
 from cloister_fl.client.dicom.transfer_syntaxes import NATIVE, TRANSFER_SYNTAXES
 from cloister_fl.errors import Reject
+from cloister_fl.system.text import is_blank
 
 _RADIOGRAPHS = frozenset(("CR", "DX", "MG"))
 SOP_CLASSES = {
@@ -102,7 +103,7 @@ def _judged(data: bytes, modalities: Collection[str], *, released: bool) -> Chec
         raise RejectedFile(Reject.SOP_CLASS)
     if tags.modality not in modalities or tags.modality not in SOP_CLASSES[tags.sop_class]:
         raise RejectedFile(Reject.MODALITY)
-    if not tags.patient_id:
+    if is_blank(tags.patient_id):
         raise RejectedFile(Reject.NO_PATIENT)
     if not _UID.fullmatch(tags.sop_instance):
         raise RejectedFile(Reject.TRUNCATED)

@@ -110,6 +110,7 @@ def read_folder(
     segment: str = "",
     first: Collection[bytes] = frozenset(),
     alone: bool = False,
+    unit: Callable[[Keys], tuple[str, ...]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Accepted | Segmented | Refused]:
     """Yield the outcome of each file, in the order of the paths; segmentations after all others.
@@ -127,6 +128,7 @@ def read_folder(
         segment: what is marked in the segmentations of the folder; empty to turn them away.
         first: contents, as ``Memory`` names them, that come before all others: of two files of one
             image the first is used.
+        unit: what stands for an image's patient; else issuer and number as they are.
         alone: turn a file away where reading it fails in any way, and go on with the others; a
             folder that cannot be listed is an empty one.
         progress: called with (files done, files in all) after each file.
@@ -137,7 +139,7 @@ def read_folder(
         Neither with ``alone``.
     """
     found: tuple[Item, ...] = (*_listed(dicom, alone=alone), *also)
-    judge = _Judge(key, spec)
+    judge = _Judge(key, spec, unit or record_of)
     later: dict[Item, Waiting] = {}
     segmentations: dict[Item, Waiting] = {}
     with Reader(spec, memory, segment, alone=alone) as reader:
@@ -179,12 +181,14 @@ class _Judge:
     Args:
         key: keys the short names of files.
         spec: the study's input.
+        unit: see ``read_folder``.
     """
 
-    def __init__(self, key: bytes, spec: Input) -> None:
+    def __init__(self, key: bytes, spec: Input, unit: Callable[[Keys], tuple[str, ...]]) -> None:
         self._key = key
         self._spec = spec
-        self._seen: set[tuple[str, ...]] = set()
+        self._unit = unit
+        self._seen: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
 
     def image(self, waiting: Waiting, reading: Reading | Reject) -> Accepted | Refused:
         """Judge an image.
@@ -217,12 +221,17 @@ class _Judge:
 
     def _again(self, keys: Keys, *traits: tuple[str, ...]) -> bool:
         """Whether the patient had one with one of these traits before; remembers them if not."""
-        patient = (keys.issuer.strip(), keys.patient_id.strip())
-        named = {(*patient, *trait) for trait in traits}
+        patient = self._unit(keys)
+        named = {(patient, trait) for trait in traits}
         if not named.isdisjoint(self._seen):
             return True
         self._seen |= named
         return False
+
+
+def record_of(keys: Keys) -> tuple[str, ...]:
+    """A patient's issuer and number, as a file has them."""
+    return keys.issuer.strip(), keys.patient_id.strip()
 
 
 def _keys(facts: Facts) -> Keys:

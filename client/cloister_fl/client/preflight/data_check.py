@@ -14,12 +14,20 @@ from typing import Any
 
 from cloister_fl.client.admission import gate
 from cloister_fl.client.data.cohort import Cohort
+from cloister_fl.client.data.csv_file import lines as lines_of
 from cloister_fl.client.data.loading import Reading, read_cohort, read_for_check
+from cloister_fl.client.data.patients.possible_matches import undecided_error
 from cloister_fl.client.data.targets import UNLABELLED, faults_alone
 from cloister_fl.client.site.folder import Site, command_at
 from cloister_fl.client.site.policy import refusals
 from cloister_fl.client.steward.budget import line, study_promised
-from cloister_fl.errors import DataError, DecoderUnfit, FolderUnreadable, Reject
+from cloister_fl.errors import (
+    DataError,
+    DecoderUnfit,
+    FolderUnreadable,
+    PatientsFileInvalid,
+    Reject,
+)
 from cloister_fl.study.schema import About, Input, Study
 from cloister_fl.system.text import counted
 from cloister_fl.tasks.classification import ClassificationTarget
@@ -55,6 +63,7 @@ class DataReport:
         reading: all that was read, or None; nothing of it is in an output but the contact sheet.
         volumes: whether an image is a volume of slices.
         faded: how many images have something marked of which nothing is left at the study's size.
+        unused: lines of the patients file whose number no image has.
     """
 
     site: str
@@ -75,6 +84,7 @@ class DataReport:
     reading: Reading | None = field(default=None, repr=False, compare=False)
     volumes: bool = False
     faded: int = 0
+    unused: tuple[int, ...] = ()
 
     @property
     def cohort(self) -> Cohort | None:
@@ -98,6 +108,7 @@ class DataReport:
             "labels": dict(self.labels),
             "modalities": dict(self.modalities),
             "marked_too_small": self.faded,
+            "patients_file_lines_without_image": list(self.unused),
             "sizes": {f"{rows}x{columns}": n for (rows, columns), n in self.sizes.items()},
             "rejects": [
                 {"code": reason.value, "reason": reason.title, "count": count}
@@ -130,7 +141,9 @@ def inspect(
             reading = read_cohort(site, _ANY_STUDY, progress=progress, require_labels=False)
         else:
             reading = read_for_check(site, study, progress=progress)
-        faults += reading.faults
+        # First who is whom: labels and classes are of patients.
+        undecided = undecided_error(site, reading.matches)
+        faults += [*([undecided] if undecided else []), *reading.faults]
     except DataError as error:
         # Nothing could be read, or the study's manifest is not the one that was signed.
         faults.append(error)
@@ -162,6 +175,7 @@ def inspect(
         reading=reading,
         volumes=study is not None and study.input.dimensions == 3,
         faded=reading.faded if reading is not None else 0,
+        unused=reading.unused if reading is not None else (),
     )
 
 
@@ -195,6 +209,11 @@ def render(report: DataReport, root: Path | None = None) -> str:
         lines.append(
             f"  too small   the segmentation mask of {counted(report.faded, 'image')}: empty at "
             "the study's size"
+        )
+    if report.unused:
+        lines.append(
+            f"  no image    for the number of {lines_of(report.unused).lower()} of the patients "
+            "file; is it misspelt?"
         )
     if report.rejects:
         lines.append("  rejected")

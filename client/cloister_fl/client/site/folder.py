@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cloister_fl.client.site.archive_settings import CGet, DicomWeb, Query
+from cloister_fl.client.site.patient_settings import PatientSettings
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.site.settings import Network, SiteFile
 from cloister_fl.client.site.template import site_text
@@ -65,6 +66,7 @@ class Site:
 
     root: Path
     name: str
+        patients: what makes two patient numbers one patient's.
     dicom: Path
     labels: Path
     policy: Policy
@@ -76,6 +78,7 @@ class Site:
     @property
     def store(self) -> Path:
         """Folder of the files that were fetched from the archive, sealed."""
+    patients: PatientSettings = field(default_factory=PatientSettings)
         return self.root / "store"
 
     @property
@@ -208,6 +211,7 @@ def open_site(root: Path) -> Site:
 
 
 def require_as_written(
+        patients=file.data.patients,
     site: Site,
     *,
     name: str | None = None,
@@ -241,24 +245,24 @@ def require_as_written(
             )
 
 
-def pseudonym(key: bytes, study_digest: str, issuer: str, patient_id: str) -> str:
+def pseudonym(key: bytes, study_digest: str, *unit: str) -> str:
     """Name a patient within one study at one site.
 
     HMAC-SHA-256 over a label and the fields, each behind its length in 8 bytes, so that no two
-    triples share an encoding. Without the site's key it can be neither reversed nor recomputed;
+    lists share an encoding. Without the site's key it can be neither reversed nor recomputed;
     another study gives another name to the same patient.
 
     Args:
         key: the site's pseudonym key, 32 bytes.
         study_digest: ``Study.digest``.
-        issuer: Issuer of Patient ID (0010,0021); may be empty.
-        patient_id: Patient ID (0010,0020).
+        unit: what stands for the patient, such as Issuer of Patient ID (0010,0021), which may be
+            empty, and Patient ID (0010,0020); see ``data.patients.units``.
 
     Returns:
         64 hexadecimal digits.
     """
     message = bytearray(_PSEUDONYM_LABEL)
-    for word in (study_digest, issuer.strip(), patient_id.strip()):
+    for word in (study_digest, *(word.strip() for word in unit)):
         data = word.encode("utf-8", "surrogatepass")
         message += len(data).to_bytes(8, "big") + data
     return hmac.new(key, bytes(message), hashlib.sha256).hexdigest()

@@ -28,6 +28,21 @@ name = {_quote(name)}
 dicom = {_quote(dicom)}
 labels = {_quote(labels)}
 
+[data.patients]
+# What makes two patient numbers one patient's: "same", "different", or "ask", which stops checks
+# and freezing where the data hold such a pair. See docs/patients.md, and what there is with:
+# cloister client patients --dir FOLDER
+# One number under several issuers; followed by ^ and more; with leading zeros; in capitals.
+issuers = "ask"
+components = "ask"
+padding = "ask"
+case = "ask"
+punctuation = "ask"
+# One name and birth date under several numbers; "different" where these are placeholders.
+names = "ask"
+# CSV file that says whose numbers are whose: columns PatientID, IssuerOfPatientID, person.
+mapping = ""
+
 [network]
 # The hospital's outbound proxy, http://HOST:PORT; empty: HTTPS_PROXY is used, if set.
 proxy = {_quote(network.proxy)}

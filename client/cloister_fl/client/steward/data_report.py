@@ -55,6 +55,7 @@ class Report:
         held: how many of them are quarantined.
         same_pixels: pseudonyms of patients who share an image's pixels, each group once.
         same_person: pseudonyms of patients who have one name and date of birth.
+        undecided: how many sets of patient numbers may be one person's, and were not decided.
         faults: what keeps the data from being used.
         cohort: the images, or None.
         task: of the study, or None.
@@ -71,6 +72,7 @@ class Report:
     same_pixels: tuple[tuple[str, ...], ...]
     same_person: tuple[tuple[str, ...], ...]
     faults: tuple[DataError, ...]
+    undecided: int = 0
     cohort: Cohort | None = field(default=None, repr=False, compare=False)
     task: Task | None = field(default=None, repr=False, compare=False)
 
@@ -90,6 +92,7 @@ class Report:
             "held": self.held,
             "same_pixels_of_several_patients": [list(group) for group in self.same_pixels],
             "one_person_under_several_ids": [list(group) for group in self.same_person],
+            "patient_numbers_undecided": self.undecided,
             "faults": [{"code": one.code, "message": str(one)} for one in self.faults],
         }
 
@@ -106,6 +109,7 @@ def survey(
 
     Raises:
         FolderUnreadable, DecoderUnfit, FileUnreadable: nothing can be read.
+        PatientsFileInvalid: the steward's mapping cannot be used.
     """
     reading = read_cohort(
         site, study or any_study(), progress=progress, require_labels=study is not None
@@ -142,6 +146,7 @@ def count(site: str, study: Study | None, reading: Reading) -> Report:
         same_pixels=_shared((one.pixels, name) for one, name in reading.facts),
         same_person=_shared((one.person, name) for one, name in reading.facts if one.person),
         faults=reading.faults,
+        undecided=len(reading.matches),
         cohort=reading.cohort,
         task=None if study is None else study.task,
     )
@@ -202,6 +207,12 @@ def page(report: Report) -> str:
             "No person has two patient identifiers, according to the files.",
         )
     )
+    if report.undecided:
+        parts.append(
+            "<p class=fault>Sets of patient numbers, or of names and birth dates, that the steward "
+            f"has not decided: {report.undecided}. List them: cloister client patients --out FILE"
+            "</p>"
+        )
     parts.append("<h2>Counts</h2><div class=tables>")
     parts += [_table(title, counts) for title, counts in report.tables.items()]
     turned = {f"{one.value} {one.title}": number for one, number in report.rejects.items()}

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
+from cloister_fl.client.data import frozen_dataset
 from cloister_fl.client.data.file_memory import memory_of
+from cloister_fl.client.data.patients.mapping import mapping_of
+from cloister_fl.client.data.patients.units import Units
 from cloister_fl.client.data.quarantine import releases
 from cloister_fl.client.dicom.file_finder import discover
 from cloister_fl.client.dicom.folder_reader import Refused, read_folder, short_id
 from cloister_fl.client.pacs.sealed_store import Store
-from cloister_fl.client.site.folder import Site, pseudonym
+from cloister_fl.client.site.folder import Site
 from cloister_fl.client.steward.data_report import any_study
-from cloister_fl.errors import OptionInvalid, Reject
+from cloister_fl.errors import DataError, OptionInvalid, Reject
 from cloister_fl.study.schema import Study
 
 _NAME = re.compile(r"[0-9a-f]{12,64}")
@@ -72,6 +76,7 @@ def find(
         )
     name = wanted.lower()
     key, judged_by = site.pseudonym_key(), study or any_study()
+    units = _units(site, study)
     stored = Store(site.store, site.cache_key()).items()
     paths = {short_id(key, one.name): one.path for one in discover(site.dicom)}
     paths |= {short_id(key, each.name): each.path for each in stored}
@@ -90,9 +95,20 @@ def find(
             meant = reason is code if code is not None else one.short_id == name
             if code is None and not meant and one.keys is not None:
                 keys = one.keys
-                owner = pseudonym(key, judged_by.digest, keys.issuer, keys.patient_id)
+                owner = units.pseudonym(judged_by.digest, keys.issuer, keys.patient_id)
                 meant = owner.startswith(name)
             if meant:
                 patient = "" if one.keys is None else one.keys.patient_id
                 found.append(Named(one.short_id, str(paths.get(one.short_id, "")), patient, reason))
     return found
+
+
+def _units(site: Site, study: Study | None) -> Units:
+    """What patients are named by: what the study was frozen with, else what holds now."""
+    if study is not None:
+        # A manifest that was altered is no reason to keep silent: its message asks for this.
+        with suppress(DataError):
+            frozen = frozen_dataset.load(site, study)
+            if frozen is not None:
+                return Units(site.pseudonym_key(), frozen.patients)
+    return mapping_of(site).units

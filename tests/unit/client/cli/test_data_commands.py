@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cloister_fl.client.cli import client_group
 from cloister_fl.client.data.loading import load_frozen
-from cloister_fl.client.site.folder import Site, init_site
+from cloister_fl.client.site.folder import Site, init_site, open_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.errors import CloisterError, OptionInvalid
 from cloister_fl.study.file import load_study
@@ -50,10 +50,14 @@ def site(tmp_path: Path) -> Site:
     )  # fmt: skip
     (tmp_path / "data" / "labels.csv").write_text("\n".join(lines))
     (tmp_path / "study.toml").write_text(study_text())
-    return init_site(
+    site = init_site(
         tmp_path / "site", name="north", dicom=tmp_path / "data",
         labels=tmp_path / "data" / "labels.csv", policy=Policy(min_patients_per_class=1),
     )  # fmt: skip
+    # All four have one name and birth date, and are four patients.
+    file = site.root / "site.toml"
+    file.write_text(file.read_text().replace('names = "ask"', 'names = "different"'))
+    return open_site(site.root)
 
 
 def _run(site: Site, *words: str) -> str:

@@ -57,6 +57,7 @@ def test_report_of_sound_data(tmp_path: Path) -> None:
         "labels": {"normal": 3, "nodule": 3},
         "modalities": {"DX": 12},
         "marked_too_small": 0,
+        "patients_file_lines_without_image": [],
         "sizes": {"48x40": 12},
         "rejects": [
             {"code": "CLO-215", "reason": "modality not asked for by the study", "count": 1}

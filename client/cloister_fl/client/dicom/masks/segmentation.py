@@ -33,7 +33,7 @@ from cloister_fl.client.dicom.rejection import SEGMENTATION, RejectedFile
 from cloister_fl.client.dicom.size_limits import MAX_OUT_BYTES, MAX_PIXELS
 from cloister_fl.client.dicom.transfer_syntaxes import NATIVE
 from cloister_fl.errors import Reject
-from cloister_fl.system.text import segment_name
+from cloister_fl.system.text import is_blank, segment_name
 
 _ELEMENTS = WANTED | {
     0x00081115,  # Referenced Series Sequence
@@ -86,7 +86,7 @@ def read_segmentation(data: bytes, asked: Asked) -> tuple[Facts, mask_table.Tabl
     tags = parse_tags(parts.header, parts.implicit)
     if tags.sop_class != SEGMENTATION:
         raise RejectedFile(Reject.SOP_CLASS)
-    if not tags.patient_id:
+    if is_blank(tags.patient_id):
         raise RejectedFile(Reject.NO_PATIENT)
     if not _UID.fullmatch(tags.sop_instance):
         raise RejectedFile(Reject.TRUNCATED)

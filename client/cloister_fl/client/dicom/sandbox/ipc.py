@@ -31,6 +31,7 @@ from cloister_fl.client.dicom.size_limits import (
     MAX_SIDE,
 )
 from cloister_fl.errors import Reject
+from cloister_fl.system.text import is_blank
 
 HELLO = b"cloister/read/v1"
 MAX_MESSAGE = 16 << 10
@@ -233,7 +234,7 @@ def _plausible(facts: Facts) -> bool:
         _YEAR.fullmatch(facts.year)
         and _PERSON.fullmatch(facts.person)
         and _UID.fullmatch(facts.sop_instance)
-        and facts.patient_id
+        and not is_blank(facts.patient_id)
         and facts.place.sound
     )
 

@@ -1,0 +1,182 @@
+"""CSV file that a person keeps, read whole, with its faults by line.
+
+Faults name lines, never values: a cell may be a patient's. Of the first line no cell is repeated
+either, for it may be a patient's row.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from cloister_fl.errors import DataError, ErrorKind
+from cloister_fl.system.text import counted, listed
+
+MAX_BYTES = 64 << 20
+"""Largest file; a million rows fit."""
+SHOWN = 20
+"""Most lines that one message lists."""
+
+_DELIMITERS = (",", ";", "\t")
+_PLURAL = {"has": "have", "is": "are", "names": "name"}
+
+_UNSEEN = re.compile(r"[\W_]+")
+"""What people add to a column's name, or leave out of it: spaces and punctuation."""
+
+Invalid = type[DataError] | ErrorKind[DataError]
+"""The error of a file that cannot be used."""
+Faults = list[tuple[int, str]]
+"""Lines, 1-based, and what is wrong with each: a predicate that begins with ``has`` or ``is``."""
+
+
+def read_bytes(path: Path, what: str, setting: str, invalid: Invalid) -> bytes:
+    """Return a file's content; arguments and errors as of ``read_text``, whatever it holds."""
+    remedy = f"Check '{setting}' in site.toml, and that this user may read the file."
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise invalid(f"The {what} is larger than 64 MiB.", remedy=remedy)
+        return path.read_bytes()
+    except OSError as error:
+        why = (error.strerror or "The system gave no reason") + "."
+        raise invalid(f"The {what} cannot be read.", why=why, remedy=remedy) from None
+
+
+def read_text(path: Path, what: str, setting: str, invalid: Invalid) -> str:
+    """Return the text of a file.
+
+    Args:
+        path: where it lies.
+        what: what it is called, such as ``labels file``.
+        setting: its key in ``site.toml``.
+        invalid: the error to raise.
+
+    Raises:
+        DataError: of ``invalid``: it is too large, cannot be read, or is not UTF-8.
+    """
+    data = read_bytes(path, what, setting, invalid)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise invalid(
+            f"The {what} is not UTF-8 text: see line {line}.", remedy="Save it as UTF-8."
+        ) from None
+
+
+def header_of(text: str, wanted: Sequence[str], keys: Sequence[str]) -> tuple[list[str], str]:
+    """Return the first line's cells and what separates them: comma, semicolon or tab.
+
+    Args:
+        text: the file.
+        wanted: columns that it must have.
+        keys: columns of which it must have one.
+    """
+    first = text.splitlines()[0] if text.strip() else ""
+    parsed: list[list[str]] = []
+    for delimiter in _DELIMITERS:
+        try:
+            cells = next(csv.reader([first], delimiter=delimiter, strict=True), [])
+        except csv.Error:
+            cells = []
+        parsed.append([cell.strip() for cell in cells])
+        if set(wanted) <= set(parsed[-1]) and any(name in parsed[-1] for name in keys):
+            return parsed[-1], delimiter
+    best = max(range(len(parsed)), key=lambda index: len(parsed[index]))
+    return parsed[best], _DELIMITERS[best]
+
+
+def described(header: Sequence[str], names: Sequence[str]) -> str:
+    """Describe a first line without its content; a file without a header begins with a patient.
+
+    Args:
+        header: its cells.
+        names: columns that may be named, where a cell is one but for case, spaces or punctuation.
+    """
+    if not any(header):
+        return "Its first line is empty."
+    parts = [
+        f"Its first line has {counted(len(header), 'column')}",
+        *(
+            f"column {number} is '{name}' except for case, spaces or punctuation"
+            for number, cell in enumerate(header, start=1)
+            for name in names
+            if cell != name and bare(cell) == bare(name)
+        ),
+    ]
+    if len(header) == 1:
+        parts.append("columns are separated by commas, semicolons or tabs")
+    return "; ".join(parts[:SHOWN]) + "."
+
+
+def bare(name: str) -> str:
+    """A column's name without case, spaces and punctuation."""
+    return _UNSEEN.sub("", name).casefold()
+
+
+def rows_of(text: str, delimiter: str, faults: Faults) -> Iterator[tuple[int, list[str]]]:
+    """Yield each row's first line and its stripped cells; a broken row ends the reading."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    line = 1
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            faults.append((line, "is not CSV; a quotation mark may be missing"))
+            return
+        yield line, [cell.strip() for cell in cells]
+        line = reader.line_num + 1
+
+
+def rows_apart(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield rows as ``rows_of`` does; where one is broken, reading goes on in the line behind."""
+    read_lines = list(io.StringIO(text, newline=""))
+    start = 0
+    while start < len(read_lines):
+        rest = (read_lines[place] for place in range(start, len(read_lines)))
+        reader = csv.reader(rest, delimiter=delimiter, strict=True)
+        read = 0
+        try:
+            for cells in reader:
+                yield start + read + 1, [cell.strip() for cell in cells]
+                read = reader.line_num
+        except csv.Error:
+            read += 1
+        start += read
+
+
+def listing(faults: Faults, more: Sequence[str] = ()) -> str:
+    """Return what is wrong, a sentence each on a line of its own, and how much of it there is.
+
+    Args:
+        faults: of single lines; the same fault in many lines is one sentence.
+        more: further sentences, each one fault.
+    """
+    lines_of: dict[str, list[int]] = defaultdict(list)
+    for line, message in sorted(faults):
+        lines_of[message].append(line)
+    sentences = [f"{lines(found)} {_agree(what, found)}." for what, found in lines_of.items()]
+    sentences += more
+    rows = "".join(f"\n  {sentence}" for sentence in sentences[:SHOWN])
+    rest = f"\n  and {len(sentences) - SHOWN} more." if len(sentences) > SHOWN else ""
+    return f"{counted(len(faults) + len(more), 'fault')}:{rows}{rest}\n"
+
+
+def lines(numbers: Sequence[int]) -> str:
+    """``Line 1``, ``Lines 1 and 2``; at most ``SHOWN`` of them."""
+    if len(numbers) == 1:
+        return f"Line {numbers[0]}"
+    if len(numbers) > SHOWN:
+        return f"Lines {listed(map(str, numbers), SHOWN)}"
+    return f"Lines {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
+
+
+def _agree(message: str, numbers: Sequence[int]) -> str:
+    """Put the verb that begins a message into the plural where it is about several lines."""
+    verb, _, rest = message.partition(" ")
+    return message if len(numbers) == 1 else f"{_PLURAL[verb]} {rest}"

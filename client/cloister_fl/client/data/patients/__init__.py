@@ -1,0 +1,1 @@
+"""Which images are one patient's: units of privacy, the steward's mapping, possible matches."""

@@ -23,7 +23,7 @@ EXPOSURE = 25
 
 
 def service(name: str) -> configparser.SectionProxy:
-    parser = configparser.ConfigParser(interpolation=None, strict=True, comment_prefixes="#")
+    parser = configparser.ConfigParser(interpolation=None, strict=False, comment_prefixes="#")
     parser.optionxform = str  # type: ignore[assignment, method-assign]
     parser.read_string((UNITS / name).read_text())
     assert parser.sections() == ["Unit", "Service", "Install"]
@@ -41,8 +41,14 @@ def test_a_unit_is_hardened(name: str) -> None:
     assert unit["ExecStart"] == f"{PROGRAM} {side} start"
     assert unit["User"] == unit["Group"] == FOLDERS[name].partition("/")[0]
     state = f"/var/lib/{FOLDERS[name]}"
-    assert unit["StateDirectory"] == FOLDERS[name]
-    assert unit["WorkingDirectory"] == unit["ReadWritePaths"] == state
+    # The registry of ledgers lies where a command of this user finds it: below the home.
+    registry = f"{unit['User']}/.local/state/cloister" if side == "client" else ""
+    assert unit["StateDirectory"].split() == [FOLDERS[name], *registry.split()]
+    assert unit["WorkingDirectory"] == state
+    shared = [f"/var/lib/{registry}"] if registry else []
+    assert unit["ReadWritePaths"].split() == [state, *shared]
+    text = (UNITS / name).read_text()
+    assert [f"Environment=CLOISTER_STATE={one}" in text for one in shared] == [True] * len(shared)
     for key, value in {
         "UMask": "0077", "StateDirectoryMode": "0700", "LimitCORE": "0",
         "NoNewPrivileges": "yes", "ProtectSystem": "strict", "ProtectHome": "yes",

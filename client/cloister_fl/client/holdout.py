@@ -39,6 +39,7 @@ def measure_on(study: Study, folder: Path, out: Path) -> Callable[[Vector], Metr
         dicom=folder / "dicom",
         labels=folder / "labels.csv",
         policy=Policy(min_patients_per_class=1),
+        throwaway=True,
     )
     try:
         cohort = load_cohort(site, study)

@@ -47,6 +47,8 @@ STATE = "service.json"
 TICK_S = 0.2
 ASK_S = 10.0
 """Seconds between two questions whether the coordinator has approved this site."""
+REMIND_S = 300.0
+"""Seconds without a message after which it is told what a run may have left reserved."""
 
 Say = Callable[[str], None]
 
@@ -164,6 +166,7 @@ class _Service:
         self._site = site
         self._say = say
         self._stop = False
+        self._reminded = False
         self._events: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
         self._children: dict[str, Child] = {}
         try:
@@ -188,6 +191,7 @@ class _Service:
                 for child in self._children.values():
                     child.tend()
                 self._hear()
+                self._remind()
                 time.sleep(TICK_S)
         finally:
             self._health.serving(False)
@@ -251,6 +255,20 @@ class _Service:
             self._health.serving(self._now.serving)
             self._keep()
 
+    def _remind(self) -> None:
+        """Say once, when messages have ceased, what a run that has ended leaves reserved."""
+        now = self._now
+        if self._reminded or not now.last_asked or time.time() - now.last_asked < REMIND_S:
+            return
+        self._reminded = True
+        # Here: most services need no accountant.
+        from cloister_fl.client.steward.budget import left_reserved
+
+        # What is wrong with the ledger is told where something is asked of it.
+        with contextlib.suppress(CloisterError):
+            for line in left_reserved(self._site):
+                self._say(f"{line[0].upper()}{line[1:]}.")
+
     def _take(self, name: str, event: dict[str, Any]) -> None:
         now = self._now
         match event.get("event"):
@@ -274,6 +292,7 @@ class _Service:
                 kind = str(event.get("message")) or "unknown"
                 now.asked[kind] = now.asked.get(kind, 0) + 1
                 now.last_asked = time.time()
+                self._reminded = False
             case "foreign-bundle":
                 self._say("Refused: the coordinator sent another application bundle (CLO-505).")
             case "data":

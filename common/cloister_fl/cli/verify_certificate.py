@@ -10,6 +10,7 @@ import typer
 
 from cloister_fl.errors import CertificateInvalid, FileUnreadable
 from cloister_fl.membership.identity import fingerprint
+from cloister_fl.system.text import counted
 
 if TYPE_CHECKING:
     from cloister_fl.privacy.certificate import Certificate
@@ -74,6 +75,7 @@ def _as_dict(found: Certificate, checked: Checked) -> dict[str, object]:
         "epsilon_run_recomputed": checked.epsilon_run,
         "epsilon_study_recomputed": checked.epsilon_study,
         "lifetime": checked.lifetime,
+        "lifetime_studies_without_support": checked.unsupported,
     }
 
 
@@ -118,6 +120,12 @@ def _in_words(found: Certificate, checked: Checked, *, log: bool) -> str:
     if checked.lifetime is not None:
         lines.append(
             f"  lifetime     epsilon {checked.lifetime:.3f} on this data, by the ledger given"
+        )
+    if checked.unsupported:
+        lines.append(
+            f"               which does not hold: the engine of "
+            f"{counted(checked.unsupported, 'study', 'studies')} in it does not support the "
+            "privacy claim"
         )
     lines += [
         "Promised: what left the site in this study would have been nearly as likely, within these",

@@ -37,7 +37,8 @@
     │   ├── OutsideHours           CLO-308
     │   ├── LedgerRolledBack       CLO-309
     │   ├── CertificateInvalid     CLO-310
-    │   └── ReleaseAlreadySpent    CLO-311
+    │   ├── ReleaseAlreadySpent    CLO-311
+    │   └── LedgerUnlinked         CLO-312
     ├── ModelError                 4xx, exit 5: networks, vectors and model files
     │   ├── NetworkUnfit           CLO-401
     │   ├── ModelFileInvalid       CLO-402

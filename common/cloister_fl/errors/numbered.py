@@ -147,6 +147,11 @@ class ReleaseAlreadySpent(PrivacyError):
     title = "The noised evaluation was already charged"
 
 
+LedgerUnlinked = ErrorKind(
+    PrivacyError, "CLO-312", "Another ledger of this machine counts the same patients"
+)
+
+
 class NetworkUnfit(ModelError):
     code = "CLO-401"
     title = "The network cannot be trained as the study asks"

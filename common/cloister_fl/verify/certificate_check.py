@@ -11,7 +11,7 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -51,6 +51,8 @@ class Checked:
         epsilon_run, epsilon_study: what it found.
         lifetime: the lifetime's epsilon by the filter, where a ledger was given.
         remedy: what the reader can do about the faults; empty where there are none.
+        unsupported: how many studies of the ledger that was given have an engine that does not
+            support their privacy claim, so that the lifetime's epsilon does not hold.
     """
 
     faults: tuple[str, ...]
@@ -59,6 +61,7 @@ class Checked:
     epsilon_study: float
     lifetime: float | None = None
     remedy: str = ""
+    unsupported: int = 0
 
 
 def check(
@@ -105,7 +108,8 @@ def check(
     if faults:
         # The file may be whole and the site honest: what was trained has no such privacy.
         remedy = NO_CLAIM if _claims_nothing(certificate) else ASK_AGAIN
-    return Checked(tuple(faults), accountant, run, study, lifetime, remedy)
+    unsupported = 0 if ledger is None else len(ledger.unsupported)
+    return Checked(tuple(faults), accountant, run, study, lifetime, remedy, unsupported)
 
 
 def _claims_nothing(certificate: Certificate) -> bool:
@@ -196,25 +200,36 @@ def _against_ledger(certificate: Certificate, ledger: LedgerExport) -> Iterator[
         return
     spent = [one for one in ledger.spent(seq) if one.study == certificate.study_hash]
     run = sum(one.started for one in spent if one.run == certificate.run)
-    study = sum(one.started for one in spent)
+    linked = dict(ledger.linked(seq, study=certificate.study_hash))
+    wanted = (certificate.noise_multiplier, certificate.sampling_rate)
+    study = sum(one.started for one in spent) + sum(
+        steps
+        for one, steps in linked.items()
+        if (one.noise_multiplier, one.sampling_rate) == wanted
+    )
     if run != certificate.steps_started:
         yield f"The ledger counts {run} steps of this run, not {certificate.steps_started}."
     if study != certificate.steps_of_study:
         yield f"The ledger counts {study} steps of the study, not {certificate.steps_of_study}."
-    wanted = (certificate.noise_multiplier, certificate.sampling_rate)
     for one in spent:
         held = (one.mechanism.noise_multiplier, one.mechanism.sampling_rate)
         if held != wanted:
             yield f"The ledger states noise {held[0]:g} at rate {held[1]:g} for run {one.run}."
-    yield from _release_in_ledger(certificate, spent)
+    yield from _release_in_ledger(certificate, spent, linked)
 
 
-def _release_in_ledger(certificate: Certificate, spent: Iterable[Spent]) -> Iterator[str]:
+def _release_in_ledger(
+    certificate: Certificate, spent: Iterable[Spent], linked: Mapping[Mechanism, int]
+) -> Iterator[str]:
     release = certificate.release
+    elsewhere = release is not None and any(
+        (one.noise_multiplier, one.sampling_rate) == (release.noise_multiplier, 1.0)
+        for one in linked
+    )
     charged = {one.run: one.release for one in spent if one.release is not None}
     for what, held, told in (
         ("this run", certificate.run in charged, release is not None and release.charged),
-        ("the study", bool(charged), release is not None and release.charged_of_study),
+        ("the study", bool(charged) or elsewhere, release is not None and release.charged_of_study),
     ):
         if held != told:
             has, says = ("a", "none") if held else ("no", "one")

@@ -12,15 +12,15 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from cloister_fl.encoding.canonical_json import GENESIS, canonical_json, entry_hash
+from cloister_fl.encoding.canonical_json import GENESIS, HASH, canonical_json, entry_hash
 from cloister_fl.encoding.framing import u64
 from cloister_fl.errors import CertificateInvalid, PrivacyError
 from cloister_fl.membership.identity import usable_public_key, verify
 from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
 
 CHAIN_LABEL = b"cloister/ledger/v1\0"
-SIGN_LABEL = "cloister/ledger/export/v2"
-FORMAT = 2
+SIGN_LABEL = "cloister/ledger/export/v3"
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class LedgerExport:
         delta: of the lifetime's filter.
         orders: of the lifetime's filter.
         bodies: of the entries.
+        unsupported: hashes of the studies whose engine does not support their privacy claim, as
+            far as the site knows them: their steps are counted, and their epsilon does not hold.
     """
 
     site: str
@@ -66,6 +68,7 @@ class LedgerExport:
     delta: float
     orders: tuple[float, ...]
     bodies: tuple[dict[str, Any], ...]
+    unsupported: tuple[str, ...] = ()
 
     def spent(self, up_to: int | None = None) -> tuple[Spent, ...]:
         """What was started by entry ``up_to`` (all where it is None), by study and run."""
@@ -96,9 +99,25 @@ class LedgerExport:
             for key in dict.fromkeys((*count, *released))
         )
 
+    def linked(self, up_to: int | None = None, *, study: str | None = None) -> Composition:
+        """What other ledgers of the same patients had reserved, and count here as spent."""
+        rows = [
+            row
+            for body in self.bodies[:up_to]
+            if body["kind"] == "linked"
+            for row in body["steps"]
+            if study in {None, row["study"]}
+        ]
+        return compose(
+            *(
+                ((Mechanism(row["noise_multiplier"], row["sampling_rate"]), int(row["steps"])),)
+                for row in rows
+            )
+        )
+
     def composition(self, up_to: int | None = None) -> Composition:
-        """All that was started, as accountants take it."""
-        return compose(*(one.composition() for one in self.spent(up_to)))
+        """All that was started, and what counts as such, as accountants take it."""
+        return compose(self.linked(up_to), *(one.composition() for one in self.spent(up_to)))
 
 
 def read(data: bytes) -> LedgerExport:
@@ -131,22 +150,27 @@ def read(data: bytes) -> LedgerExport:
         key, signature = bytes.fromhex(last["key"]), bytes.fromhex(last["signature"])
         head = last["head"]
         content = hashlib.sha256(b"".join(lines[:-1])).digest()
-        fields = (str(last["site"]).encode(), u64(len(bodies)), hashes[-1].encode(), content)
+        unsupported = tuple(map(str, last["unsupported"]))
+        named = "".join(unsupported).encode()
+        site = str(last["site"])
+        fields = (site.encode(), u64(len(bodies)), hashes[-1].encode(), content, named)
         signed = (
             last["format"] == FORMAT
             and head == {"seq": len(bodies), "hash": hashes[-1]}
+            and all(HASH.fullmatch(study) for study in unsupported)
             and verify(key, signature, SIGN_LABEL, *fields)
         )
         made = bodies[0]
         found = LedgerExport(
-            site=str(last["site"]),
+            site=site,
             key=last["key"],
             hashes=tuple(hashes),
             delta=float(made["delta"]),
             orders=tuple(float(order) for order in made["orders"]),
             bodies=tuple(bodies),
+            unsupported=unsupported,
         )
-        found.spent()
+        found.composition()
     except (KeyError, TypeError, ValueError, AttributeError):
         raise _invalid("It is not in the format of a ledger's export.") from None
     if not signed or not usable_public_key(key):

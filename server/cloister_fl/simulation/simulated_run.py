@@ -279,6 +279,7 @@ def _open(folder: Path, simulation: Simulation) -> Site:
         dicom=(folder / "dicom").absolute(),
         labels=(folder / "labels.csv").absolute(),
         policy=policy,
+        throwaway=True,
     )
     _approve(site, study)
     return site

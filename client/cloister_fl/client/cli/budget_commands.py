@@ -45,7 +45,7 @@ def budget(
     if as_json:
         typer.echo(json.dumps(budget.as_dict(told, asked)))
         return
-    typer.echo(budget.render(told))
+    typer.echo(budget.render(told, site.root))
     if asked is not None:
         typer.echo(budget.render_proposal(asked))
 
@@ -121,3 +121,53 @@ def accept_ledger(folder: Folder = Path(), yes: Yes = False) -> None:
     )
     session.accept_ledger()
     typer.echo(f"Accepted at {site.name}, and logged.")
+
+
+@app.command()
+def link(
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="The other site folder.")],
+    folder: Folder = Path(),
+    yes: Yes = False,
+) -> None:
+    """Count another folder's spending on the same patients.
+
+    It counts in this site's ledger from then on. That folder's runs go on within what they
+    reserved, and it reserves nothing more.
+    """
+    require("client", "numpy", "pydicom")
+    from cloister_fl.client.site.folder import open_site
+    from cloister_fl.client.steward import ledger_link
+
+    site = open_site(site_folder(folder))
+    linked = ledger_link.open_other(site, other)
+    confirm(
+        f"The spending of site {linked.name} in {linked.root} counts here, for good, and nothing "
+        "more can be reserved there.",
+        owner=f"site {site.name}",
+        folder=site.root,
+        command=("cloister", "client", "budget", "link", str(other)),
+        yes=yes,
+    )
+    new = ledger_link.link(site, linked)
+    typer.echo(f"Linked at {site.name}." if new else f"Linked at {site.name} already.")
+
+
+@app.command()
+def separate(
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="The other site folder.")],
+    why: Annotated[
+        str, typer.Option(help="Why. Written to this site's audit log: name no patient. Not sent.")
+    ],
+    folder: Folder = Path(),
+) -> None:
+    """Say that another site folder's patients are others.
+
+    Its spending does not count here, although numbers or names are the same.
+    """
+    require("client", "numpy", "pydicom")
+    from cloister_fl.client.site.folder import open_site
+    from cloister_fl.client.steward import ledger_link
+
+    site = open_site(site_folder(folder))
+    ledger_link.separate(site, other, why)
+    typer.echo(f"Noted at {site.name}: the patients of {other} are others.")

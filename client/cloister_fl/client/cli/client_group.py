@@ -99,6 +99,12 @@ def init(
         ):
             if not path.exists():
                 typer.echo(f"There is no {what} yet: {path}")
+        policy = site.policy
+        typer.echo(
+            f"Budget of a patient: epsilon {policy.max_epsilon_study:g} in one study, "
+            f"{policy.max_epsilon_lifetime:g} in all together, which is what binds. A lifetime of "
+            "8 is four studies of epsilon 3."
+        )
         typer.echo(f"Site {site.name} is ready. Edit {folder / SITE_FILE}, then run:")
         typer.echo(f"  cloister client check{dir_option(folder)}")
     else:

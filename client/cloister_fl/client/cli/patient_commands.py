@@ -27,9 +27,10 @@ def patients(
     folder: Folder = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="Print counts as a JSON object.")] = False,
 ) -> None:
-    """List patient numbers that may be one person's, to be decided on.
+    """List patient numbers that may be one person's.
 
-    It prints counts alone. The numbers go to the file of --out, which stays here.
+    Each is for the steward to decide. It prints counts alone. The numbers go to the file of
+    --out, which stays here.
     """
     require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls")
     from cloister_fl.client.site.folder import open_site

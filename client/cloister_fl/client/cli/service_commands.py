@@ -134,6 +134,8 @@ def _show(
         when = utc.to_second(utc.from_unix(now.last_asked))
         typer.echo(f"last message {when} UTC, {sum(now.asked.values())} messages")
     typer.echo(f"budget: {budget.summary(site)}")
+    for line in budget.left_reserved(site):
+        typer.echo(f"  {line}")
     refusal = read_last_refusal(site.root)
     if refusal is not None:
         typer.echo(f"last refusal {refusal.time}: {refusal.message}")

@@ -11,7 +11,7 @@ from cloister_fl.client.data.frozen_dataset import Manifest, image_name
 from cloister_fl.client.data.labels import Linked
 from cloister_fl.client.data.mask_matching import Join
 from cloister_fl.client.data.patients.possible_matches import Known
-from cloister_fl.client.data.patients.units import Units, keyed
+from cloister_fl.client.data.patients.units import Units, keyed, normalised
 from cloister_fl.client.data.quarantine import releases
 from cloister_fl.client.dicom.folder_reader import (
     Accepted,
@@ -20,6 +20,7 @@ from cloister_fl.client.dicom.folder_reader import (
     Segmented,
     read_folder,
 )
+from cloister_fl.client.ledger.machine_registry import Trait
 from cloister_fl.client.pacs.sealed_store import Store
 from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import Reject
@@ -40,6 +41,7 @@ class Gathered:
         later: how many images and segmentations came after the study was frozen.
         elsewhere: pseudonyms of images that are there under patients who were not frozen with them.
         known: the records of images and segmentations, each once.
+        traits: what tells their patients on this machine; see ``ledger.machine_registry``.
     """
 
     accepted: list[tuple[Accepted, str]] = field(default_factory=list)
@@ -50,6 +52,7 @@ class Gathered:
     later: int = 0
     elsewhere: set[str] = field(default_factory=set)
     known: set[Known] = field(default_factory=set)
+    traits: set[Trait] = field(default_factory=set, repr=False)
 
     @property
     def files(self) -> int:
@@ -116,6 +119,10 @@ def gather(
                 person = outcome.facts.person
                 hashed = keyed(key, "name", person) if person else ""
                 found.known.add(Known(keys.issuer, keys.patient_id, hashed))
+                record = normalised(keys.issuer, keys.patient_id)
+                found.traits.add(("record", record.issuer, record.number))
+                if person:
+                    found.traits.add(("person", person))
             if isinstance(outcome, Segmented):
                 if frozen is not None and outcome.content not in contents:
                     found.later += 1

@@ -14,6 +14,7 @@ from cloister_fl.client.data.cohort import Cohort, Patient
 from cloister_fl.client.data.cohort_errors import class_faults, no_images, unread
 from cloister_fl.client.data.frozen_dataset import Item, Manifest, item_of
 from cloister_fl.client.data.ingest import gather
+from cloister_fl.client.data.patients import other_ledgers
 from cloister_fl.client.data.patients.mapping import PatientMapping, mapping_of
 from cloister_fl.client.data.patients.possible_matches import (
     Match,
@@ -26,6 +27,7 @@ from cloister_fl.client.data.targets import UNLABELLED, Targets, join_targets, u
 from cloister_fl.client.data.volumes import as_images
 from cloister_fl.client.dicom.facts import Facts
 from cloister_fl.client.dicom.folder_reader import Accepted
+from cloister_fl.client.ledger.machine_registry import Trait
 from cloister_fl.client.pacs.fetch import names_stored, require_whole
 from cloister_fl.client.site.data_notice import note_data, note_look
 from cloister_fl.client.site.folder import Site
@@ -53,6 +55,7 @@ class Reading:
         matches: patients that may be one, and of whom the steward has not decided; none of a study
             that is frozen.
         unused: lines of the steward's mapping whose number no image has.
+        traits: what tells the patients on this machine; see ``patients.other_ledgers``.
     """
 
     cohort: Cohort | None
@@ -68,6 +71,7 @@ class Reading:
     decisions: Decisions = field(default_factory=Decisions)
     matches: tuple[Match, ...] = field(default=(), repr=False)
     unused: tuple[int, ...] = ()
+    traits: frozenset[Trait] = field(default=frozenset(), repr=False)
 
 
 def load_cohort(
@@ -154,6 +158,7 @@ def load_frozen(
     """
     frozen = manifests.load(site, study)
     reading = read_cohort(site, study, progress=progress, frozen=frozen)
+    other_ledgers.note_ledger(site)
     if frozen is None:
         cohort = require_sound(reading)
         with manifests.alone(site):
@@ -186,6 +191,7 @@ def freeze(
     Raises:
         OptionInvalid: it is frozen already, and ``again`` or a reason is missing.
         PatientsUndecided: patients may be one, and the steward has not decided.
+        LedgerUnlinked: another ledger of this machine counts some of the patients.
         others: see ``load_frozen``.
     """
 
@@ -198,6 +204,8 @@ def freeze(
     require_sound(reading)
     if error := undecided_error(site, reading.matches):
         raise error
+    if unlinked := other_ledgers.look(site, reading.traits).error:
+        raise unlinked
     with manifests.alone(site):
         # Another may have frozen it meanwhile.
         require_reason()
@@ -207,6 +215,7 @@ def freeze(
 
 
 def _write(site: Site, study: Study, reading: Reading, why: str = "") -> Manifest:
+    other_ledgers.register(site, reading.traits)
     return manifests.freeze(
         site,
         study,
@@ -334,6 +343,7 @@ def read_cohort(
         tuple(found.segmentations), joined.faded if joined else 0, facts, decisions,
         () if mapping is None else undecided(found.known, mapping, site.patients),
         () if mapping is None else lines_without_image(found.known, mapping),
+        frozenset(found.traits),
     )  # fmt: skip
 
 

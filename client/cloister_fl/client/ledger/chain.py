@@ -49,7 +49,7 @@ class Entry:
     Attributes:
         seq: 1, 2, ... without gaps.
         kind: ``created``, ``reserved``, ``adopted``, ``started``, ``evaluated``, ``closed``,
-            ``accepted``, or of ``PROTOCOL_KINDS``.
+            ``accepted``, ``linked``, ``continued``, or of ``PROTOCOL_KINDS``.
         body: what was written; numbers and words about studies, never about patients.
         previous: hash of the entry before.
         hash: hash of this entry.

@@ -10,6 +10,8 @@ same round is not trained twice. Nothing here knows a patient.
 from __future__ import annotations
 
 import re
+import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,14 @@ from typing import Any
 from cloister_fl.client.ledger.chain import Entry
 from cloister_fl.client.ledger.ledger_file import Head, LedgerFile, create
 from cloister_fl.client.ledger.limits import idle_of, others_of, require_gates, require_same
-from cloister_fl.client.ledger.replay import Account, Reservation, accept_body, apply, close_body
+from cloister_fl.client.ledger.replay import (
+    Account,
+    Reservation,
+    accept_body,
+    apply,
+    close_body,
+    link_body,
+)
 from cloister_fl.client.site.folder import command_at
 from cloister_fl.errors import (
     BudgetExhausted,
@@ -81,7 +90,9 @@ class Ledger:
         """
         if not 0 < delta < 1:
             raise InternalError("The delta of a ledger must be between 0 and 1.")
-        create(path, "created", {"version": 1, "delta": delta, "orders": list(ORDERS)})
+        # The id tells it from other ledgers of the machine that were made in the same second.
+        made = {"version": 1, "delta": delta, "orders": list(ORDERS), "id": secrets.token_hex(16)}
+        create(path, "created", made)
         ledger = cls(path, pinned=pinned)
         with ledger.file.transaction(write=False) as state:
             made_for = state.delta
@@ -144,6 +155,7 @@ class Ledger:
             if held is not None:
                 require_same(held, wanted)
                 return held.frozen()
+            state.require_here()
             idle = idle_of(state, wanted)
             require_gates(state, wanted, epsilon_limit_study, epsilon_limit_lifetime)
             body: dict[str, Any] = {"study": study_digest, "run": run_id}
@@ -178,6 +190,7 @@ class Ledger:
         try:
             with self.file.transaction(write=False) as state:
                 state.require_open(study_digest)
+                state.require_here()
                 require_gates(state, wanted, epsilon_limit_study, epsilon_limit_lifetime)
         except BudgetExhausted as error:
             return error
@@ -237,6 +250,59 @@ class Ledger:
         with self.file.transaction(write=True):
             previous = self.file.last.hash
             self.file.append("accepted", accept_body(missed, previous, steward))
+
+    def continue_in(self, other: str) -> None:
+        """Reserve nothing more here: another ledger counts these patients. Can be repeated.
+
+        What is reserved can still be started, so no run that goes on ends by it.
+
+        Args:
+            other: ``machine_registry.ledger_id`` of that ledger.
+
+        Raises:
+            PolicyRefused: it is continued in a third one.
+        """
+        with self.file.transaction(write=True) as state:
+            if state.continued == other:
+                return
+            if state.continued:
+                raise PolicyRefused(
+                    "The ledger to link is continued in another site folder already.",
+                    remedy="Link that folder, which counts this ledger's spending.",
+                )
+            self.file.append("continued", {"ledger": other})
+
+    def link(self, other: str, spending: Mapping[str, Composition]) -> bool:
+        """Count another ledger's spending on the same patients, for good.
+
+        Args:
+            other: its id, see ``machine_registry.ledger_id``.
+            spending: all that it may come to spend, by study; it can reserve no more by then.
+
+        Returns:
+            Whether it was not linked before.
+        """
+        with self.file.transaction(write=True) as state:
+            if other in state.linked:
+                return False
+            self.file.append("linked", link_body(other, spending))
+        return True
+
+    def linked(self) -> frozenset[str]:
+        """Ids of the ledgers whose spending counts here."""
+        with self.file.transaction(write=False) as state:
+            return frozenset(state.linked)
+
+    def continued(self) -> str:
+        """Id of the ledger that counts this one's spending; empty for none."""
+        with self.file.transaction(write=False) as state:
+            return state.continued
+
+    def spending(self) -> dict[str, Composition]:
+        """All that is reserved or started, by study; linked ledgers' too."""
+        with self.file.transaction(write=False) as state:
+            studies = {one: state.reserved.of(one) for one in state.reserved.studies()}
+        return {study: spent for study, spent in studies.items() if spent}
 
     def closed(self) -> frozenset[str]:
         """Hashes of the studies that the steward closed."""
@@ -341,7 +407,7 @@ class Ledger:
     def has_reserved(self) -> bool:
         """Whether anything was ever reserved."""
         with self.file.transaction(write=False) as state:
-            return bool(state.by_study)
+            return bool(state.by_study or state.linked)
 
     def reservations(self) -> tuple[Reservation, ...]:
         """Return all reservations in force, oldest first."""

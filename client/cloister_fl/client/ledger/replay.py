@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from cloister_fl.client.ledger.chain import PROTOCOL_KINDS, Entry
+from cloister_fl.encoding.canonical_json import HASH
 from cloister_fl.encoding.framing import u64
 from cloister_fl.errors import BudgetExhausted
 from cloister_fl.membership.identity import Identity, verify
@@ -118,6 +120,10 @@ class Total:
         self._all[mechanism] += steps
         self._by_study.setdefault(study, Counter())[mechanism] += steps
 
+    def studies(self) -> tuple[str, ...]:
+        """The studies that anything was counted of."""
+        return tuple(self._by_study)
+
     def of(self, study: str | None, *, less: Composition = ()) -> Composition:
         """The steps of one study, or of all; without those of ``less``, which are among them."""
         counted = self._all if study is None else self._by_study.get(study, Counter())
@@ -146,6 +152,8 @@ class State:
         begun: how many of them each subject began.
         constants: of each sum, whom it invited and under which terms, as a hash.
         answered: of each sum, the sites that it was answered for.
+        linked: ledgers of the same patients whose spending counts here, by id.
+        continued: id of the ledger that counts this one's spending from now on; empty for none.
     """
 
     orders: tuple[float, ...]
@@ -159,6 +167,22 @@ class State:
     begun: Counter[str] = field(default_factory=Counter)
     constants: dict[Sum, str] = field(default_factory=dict)
     answered: dict[Sum, tuple[str, ...]] = field(default_factory=dict)
+    linked: set[str] = field(default_factory=set)
+    continued: str = ""
+
+    def require_here(self) -> None:
+        """Refuse a new reservation where another ledger counts these patients by now.
+
+        Raises:
+            BudgetExhausted: it does.
+        """
+        if self.continued:
+            raise BudgetExhausted(
+                "This ledger is continued in another site folder.",
+                why="The steward linked it there; what was reserved here before counts there, and "
+                "nothing more can be reserved here.",
+                remedy="Train from that folder: budget there shows this ledger's spending.",
+            )
 
     def require_open(self, study: str) -> None:
         """Refuse a study that the steward closed.
@@ -226,6 +250,11 @@ def apply(state: State | None, entry: Entry) -> State:
         _close(state, entry)
     elif entry.kind == "accepted":
         _accept(entry)
+    elif entry.kind == "linked":
+        _link(state, entry)
+    elif entry.kind == "continued":
+        _hold(not state.continued and HASH.fullmatch(body["ledger"]))
+        state.continued = str(body["ledger"])
     else:
         _hold(body["study"] not in state.closed)
         _count(state, entry, (str(body["study"]), str(body["run"])))
@@ -236,6 +265,7 @@ def _count(state: State, entry: Entry, key: tuple[str, str]) -> None:
     """Add an entry on a run of a study that is open."""
     body, study = entry.body, key[0]
     if entry.kind == "reserved":
+        _hold(not state.continued)
         mechanism = Mechanism(float(body["noise_multiplier"]), float(body["sampling_rate"]))
         _hold(key not in state.accounts and body["steps"] >= 1)
         given = body["release_noise_multiplier"]
@@ -320,6 +350,38 @@ def _close(state: State, entry: Entry) -> None:
             state.reserved.add(study, account.release, -1)
             account.release = None
     state.closed.add(study)
+
+
+def link_body(other: str, spending: Mapping[str, Composition]) -> dict[str, Any]:
+    """The entry that counts another ledger's spending on the same patients.
+
+    Args:
+        other: id of that ledger, the hash of its first entry.
+        spending: all that it may come to spend, by study.
+    """
+    steps = [
+        {
+            "study": study,
+            "noise_multiplier": mechanism.noise_multiplier,
+            "sampling_rate": mechanism.sampling_rate,
+            "steps": count,
+        }
+        for study, composition in sorted(spending.items())
+        for mechanism, count in composition
+    ]
+    return {"ledger": other, "steps": steps}
+
+
+def _link(state: State, entry: Entry) -> None:
+    other = str(entry.body["ledger"])
+    _hold(HASH.fullmatch(other) and other not in state.linked)
+    state.linked.add(other)
+    for row in entry.body["steps"]:
+        mechanism = Mechanism(float(row["noise_multiplier"]), float(row["sampling_rate"]))
+        _hold(row["steps"] >= 1)
+        # As spent: what of it was only reserved is for the other ledger to start.
+        for total in (state.spent, state.reserved):
+            total.add(str(row["study"]), mechanism, int(row["steps"]))
 
 
 def accept_body(missed: int, previous: str, steward: Identity) -> dict[str, Any]:

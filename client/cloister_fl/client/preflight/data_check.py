@@ -16,13 +16,14 @@ from cloister_fl.client.admission import gate
 from cloister_fl.client.data.cohort import Cohort
 from cloister_fl.client.data.csv_file import lines as lines_of
 from cloister_fl.client.data.loading import Reading, read_cohort, read_for_check
+from cloister_fl.client.data.patients import other_ledgers
 from cloister_fl.client.data.patients.possible_matches import undecided_error
 from cloister_fl.client.data.targets import UNLABELLED, faults_alone
 from cloister_fl.client.site.folder import Site, command_at
 from cloister_fl.client.site.policy import refusals
 from cloister_fl.client.steward.budget import line, study_promised
 from cloister_fl.errors import (
-    DataError,
+    CloisterError,
     DecoderUnfit,
     FolderUnreadable,
     PatientsFileInvalid,
@@ -64,6 +65,7 @@ class DataReport:
         volumes: whether an image is a volume of slices.
         faded: how many images have something marked of which nothing is left at the study's size.
         unused: lines of the patients file whose number no image has.
+        remark: why other ledgers of this machine were not looked at; empty where they were.
     """
 
     site: str
@@ -76,7 +78,7 @@ class DataReport:
     modalities: Mapping[str, int]
     sizes: Mapping[tuple[int, int], int]
     rejects: Mapping[Reject, int]
-    faults: tuple[DataError, ...]
+    faults: tuple[CloisterError, ...]
     policy: tuple[str, ...]
     promised_study: float = 0.0
     promised: float = 0.0
@@ -85,6 +87,7 @@ class DataReport:
     volumes: bool = False
     faded: int = 0
     unused: tuple[int, ...] = ()
+    remark: str = ""
 
     @property
     def cohort(self) -> Cohort | None:
@@ -109,6 +112,7 @@ class DataReport:
             "modalities": dict(self.modalities),
             "marked_too_small": self.faded,
             "patients_file_lines_without_image": list(self.unused),
+            "other_ledgers_not_looked_at": self.remark,
             "sizes": {f"{rows}x{columns}": n for (rows, columns), n in self.sizes.items()},
             "rejects": [
                 {"code": reason.value, "reason": reason.title, "count": count}
@@ -134,8 +138,9 @@ def inspect(
         study: the study to judge by; without one, every modality is read and labels are not.
         progress: called with (files done, files in all).
     """
-    faults: list[DataError] = []
+    faults: list[CloisterError] = []
     reading: Reading | None = None
+    remark = ""
     try:
         if study is None:
             reading = read_cohort(site, _ANY_STUDY, progress=progress, require_labels=False)
@@ -144,6 +149,9 @@ def inspect(
         # First who is whom: labels and classes are of patients.
         undecided = undecided_error(site, reading.matches)
         faults += [*([undecided] if undecided else []), *reading.faults]
+        looked = other_ledgers.look(site, reading.traits)
+        faults += [looked.error] if looked.error else []
+        remark = looked.remark
     except DataError as error:
         # Nothing could be read, or the study's manifest is not the one that was signed.
         faults.append(error)
@@ -176,6 +184,7 @@ def inspect(
         volumes=study is not None and study.input.dimensions == 3,
         faded=reading.faded if reading is not None else 0,
         unused=reading.unused if reading is not None else (),
+        remark=remark,
     )
 
 
@@ -228,6 +237,7 @@ def render(report: DataReport, root: Path | None = None) -> str:
         lines.append("Labels were not checked: name a study with --study STUDY.")
     lines += [f"This site would refuse the study: {sentence}" for sentence in report.policy]
     lines += [str(fault) for fault in report.faults]
+    lines += [report.remark] if report.remark else []
     quarantined = sum(count for reason, count in report.rejects.items() if reason.held)
     if quarantined:
         lines.append(f"Quarantined: {quarantined}. Review them: {command_at(root, 'quarantine')}")

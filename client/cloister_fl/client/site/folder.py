@@ -42,6 +42,10 @@ IDENTITY = "identity.pem"
 PSEUDONYM_KEY = "pseudonym.key"
 CACHE_KEY = "cache.key"
 KEY_BYTES = 32
+LEDGER = "ledger.sqlite"
+THROWAWAY = "throwaway"
+"""A file that says that the site was made for a simulation; the machine's registry of ledgers
+leaves it out."""
 _COORDINATORS_FILE = "server.toml"
 
 _PSEUDONYM_LABEL = b"cloister/pseudonym/v1\0"
@@ -62,11 +66,11 @@ class Site:
         health: HOST:PORT on loopback of the service's health; port 0 takes a free one.
         archive: where images are fetched from, or None; see ``archive_settings``.
         query: which of them.
+        patients: what makes two patient numbers one patient's.
     """
 
     root: Path
     name: str
-        patients: what makes two patient numbers one patient's.
     dicom: Path
     labels: Path
     policy: Policy
@@ -74,17 +78,17 @@ class Site:
     health: str = "127.0.0.1:0"
     archive: DicomWeb | CGet | None = None
     query: Query = field(default_factory=Query)
+    patients: PatientSettings = field(default_factory=PatientSettings)
 
     @property
     def store(self) -> Path:
         """Folder of the files that were fetched from the archive, sealed."""
-    patients: PatientSettings = field(default_factory=PatientSettings)
         return self.root / "store"
 
     @property
     def ledger(self) -> Path:
         """The privacy ledger."""
-        return self.root / "ledger.sqlite"
+        return self.root / LEDGER
 
     @property
     def cache(self) -> Path:
@@ -136,6 +140,7 @@ def init_site(
     labels: Path | str | None = None,
     policy: Policy | None = None,
     network: Network | None = None,
+    throwaway: bool = False,
 ) -> Site:
     """Create what a site folder lacks, and open it.
 
@@ -149,6 +154,7 @@ def init_site(
         labels: labels file, relative to ``root`` or absolute.
         policy: what to write as the policy; else the defaults.
         network: what to write as the way out of the hospital; else a direct one.
+        throwaway: whether the site is made for a simulation; see ``THROWAWAY``.
 
     Raises:
         OptionInvalid: the name or a path cannot be written to a site file.
@@ -179,6 +185,8 @@ def init_site(
     create_secret(root / "keys" / IDENTITY, Identity.generate().to_pem())
     create_secret(root / "keys" / PSEUDONYM_KEY, secrets.token_bytes(KEY_BYTES))
     create_secret(root / "keys" / CACHE_KEY, secrets.token_bytes(KEY_BYTES))
+    if throwaway:
+        create_secret(root / THROWAWAY, b"")
     # Last: a folder with a site file is a finished one.
     create_secret(root / SITE_FILE, text.encode())
     return open_site(root)
@@ -203,6 +211,7 @@ def open_site(root: Path) -> Site:
         health=file.service.health,
         archive=file.data.dicomweb or file.data.cget,
         query=file.data.query,
+        patients=file.data.patients,
     )
     site.pseudonym_key()
     site.cache_key()
@@ -211,7 +220,6 @@ def open_site(root: Path) -> Site:
 
 
 def require_as_written(
-        patients=file.data.patients,
     site: Site,
     *,
     name: str | None = None,

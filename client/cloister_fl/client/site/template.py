@@ -50,7 +50,9 @@ proxy = {_quote(network.proxy)}
 proxy_user = {_quote(network.proxy_user)}
 
 [policy]
-# What one study, and all studies together, may cost a patient (epsilon).
+# What one study, and all studies together, may cost a patient (epsilon). The first binds one
+# study, by its hash: a coordinator can propose the same under another name. The second is what
+# binds. A lifetime of 8 is four studies of epsilon 3 (they come to 7.9, three to 6.8), not more.
 max_epsilon_study = {policy.max_epsilon_study!r}
 max_epsilon_lifetime = {policy.max_epsilon_lifetime!r}
 # Delta of the lifetime's account; at most 1 / (10 x the number of patients).

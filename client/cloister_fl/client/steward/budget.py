@@ -13,7 +13,7 @@ from cloister_fl.client.admission import gate
 from cloister_fl.client.admission.approvals import judgements
 from cloister_fl.client.ledger.ledger import Ledger, Quote
 from cloister_fl.client.ledger.site_session import SiteSession
-from cloister_fl.client.site.folder import Site
+from cloister_fl.client.site.folder import Site, command_at
 from cloister_fl.client.site.policy import refusals
 from cloister_fl.encoding.canonical_json import canonical_json
 from cloister_fl.encoding.framing import u64
@@ -26,8 +26,14 @@ from cloister_fl.system.files import write_atomic
 from cloister_fl.system.git_ignore import keep_file_out_of_git
 from cloister_fl.system.text import counted
 
-EXPORT_LABEL = "cloister/ledger/export/v2"
-EXPORT_FORMAT = 2
+EXPORT_LABEL = "cloister/ledger/export/v3"
+EXPORT_FORMAT = 3
+
+LIFETIME_BINDS = (
+    "The lifetime's limit is what binds: a study under another name is another study. A lifetime "
+    "of 8 is four studies of epsilon 3."
+)
+"""What a steward should know of the two limits."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class StudyAccount:
         epsilon_spent: of the steps started, at ``delta``, by privacy-loss distribution.
         epsilon_promised: of these and the reserved ones.
         closed: whether the steward closed it.
+        unsound: why its privacy claim does not hold, where a proposal of it is kept here and its
+            engine does not support the claim; else empty.
     """
 
     study: str
@@ -57,6 +65,12 @@ class StudyAccount:
     epsilon_spent: float
     epsilon_promised: float
     closed: bool
+    unsound: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether anything is reserved for it that was not started."""
+        return bool(self.steps_reserved or (self.releases and not self.released))
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,9 @@ class Statement:
         lifetime_limit: the policy's.
         lifetime_delta: the ledger's.
         studies: those that hold something, oldest first.
+        linked: how many other ledgers' spending counts in the lifetime's.
+        continued: whether another ledger counts this one's spending, so that nothing more can be
+            reserved here.
     """
 
     site: str
@@ -78,6 +95,8 @@ class Statement:
     lifetime_limit: float
     lifetime_delta: float
     studies: tuple[StudyAccount, ...]
+    linked: int = 0
+    continued: bool = False
 
     @property
     def left(self) -> float:
@@ -150,6 +169,7 @@ def statement(site: Site) -> Statement:
                 epsilon_spent=ledger.epsilon_study(digest, own[0].delta),
                 epsilon_promised=ledger.epsilon_study(digest, own[0].delta, reserved=True),
                 closed=digest in closed,
+                unsound=known[digest].study.unsound_engine if digest in known else "",
             )
         )
     return Statement(
@@ -159,6 +179,8 @@ def statement(site: Site) -> Statement:
         policy.max_epsilon_lifetime,
         policy.ledger_delta,
         tuple(accounts),
+        len(ledger.linked()),
+        bool(ledger.continued()),
     )
 
 
@@ -228,14 +250,21 @@ def summary(site: Site) -> str:
     return line(last, told.lifetime_promised, told.lifetime_limit)
 
 
-def render(told: Statement) -> str:
-    """The account in words, for a terminal."""
+def render(told: Statement, root: Path | None = None) -> str:
+    """The account of the site at ``root`` in words, for a terminal."""
     lines = [
         f"Site {told.site}: privacy budget, patient-level (add or remove one patient)",
         f"  lifetime on this data  epsilon {told.lifetime_promised:.2f} of "
         f"{told.lifetime_limit:g} at delta {told.lifetime_delta:g}; {told.left:.2f} left",
         f"  of this, spent         epsilon {told.lifetime_spent:.2f}; the rest is reserved",
+        f"  {LIFETIME_BINDS}",
     ]
+    if told.linked:
+        lines.append(
+            f"  {counted(told.linked, 'other ledger')} of the same patients counted as spent"
+        )
+    if told.continued:
+        lines.append("  continued in another site folder: nothing more can be reserved here")
     for one in told.studies:
         state = ", closed" if one.closed else ""
         lines += [
@@ -245,12 +274,42 @@ def render(told: Statement) -> str:
             f"{counted(one.steps_started, 'step')}",
             f"  reserved  {counted(one.steps_reserved, 'step')}, not started",
         ]
+        if one.unsound:
+            lines.append(f"  remark    these epsilons do not hold: {one.unsound}")
         if one.releases:
             made = "done" if one.released else "not done"
             lines.append(f"  noised evaluation: {made}")
+        if one.holds and not one.closed:
+            lines.append("  " + _release_command(root, one.study))
     if not told.studies:
         lines.append("No study has a reservation at this site.")
     return "\n".join(lines)
+
+
+def left_reserved(site: Site) -> tuple[str, ...]:
+    """What the study that reserved last still holds, and how it is released; words for a person.
+
+    Empty where nothing is held. A run that has ended keeps what it did not start: whether another
+    run of the study comes is for people to know.
+
+    Raises:
+        LedgerDamaged, PolicyRefused, FileUnreadable: see ``statement``.
+    """
+    studies = statement(site).studies
+    if not studies or studies[-1].closed or not studies[-1].holds:
+        return ()
+    last = studies[-1]
+    return (
+        f"{last.name or 'study'} {last.study[:16]}: {counted(last.steps_reserved, 'step')} "
+        "reserved and not started"
+        + (", and a noised evaluation" if last.releases and not last.released else ""),
+        _release_command(site.root, last.study),
+    )
+
+
+def _release_command(root: Path | None, study: str) -> str:
+    close = command_at(root, f"budget close {study[:16]}")
+    return f"once no run of it is to come, release what is not started: {close}"
 
 
 def render_proposal(told: Proposal) -> str:
@@ -285,9 +344,10 @@ def export(site: Site, out: Path) -> int:
     """Write the ledger's entries to a file, one a line, and a last line that signs its head.
 
     Each line holds ``body``, ``previous`` and ``hash``; the hash is that of ``ledger.chain``, so
-    that whoever has the file can check the chain. The last line's signature, by the site's
-    identity, is over the label, the site's name, the number and hash of the last entry, and the
-    SHA-256 of all lines before it.
+    that whoever has the file can check the chain. The last line also names the studies whose
+    engine does not support their privacy claim, as far as the site keeps their proposals. Its
+    signature, by the site's identity, is over the label, the site's name, the number and hash of
+    the last entry, the SHA-256 of all lines before it, and these studies.
 
     Returns:
         The number of entries.
@@ -310,10 +370,13 @@ def export(site: Site, out: Path) -> int:
     lines = [_line({"body": e.body, "previous": e.previous, "hash": e.hash}) for e in entries]
     content, last, identity = b"".join(lines), entries[-1], site.identity()
     digest = hashlib.sha256(content).digest()
-    fields = (site.name.encode(), u64(last.seq), last.hash.encode(), digest)
+    unsupported = sorted(one.study for one in statement(site).studies if one.unsound)
+    named = "".join(unsupported).encode()
+    fields = (site.name.encode(), u64(last.seq), last.hash.encode(), digest, named)
     signature = identity.sign(EXPORT_LABEL, *fields)
     head = {"seq": last.seq, "hash": last.hash}
     signed = {"format": EXPORT_FORMAT, "site": site.name, "head": head}
+    signed |= {"unsupported": unsupported}
     signed |= {"key": identity.public.hex(), "signature": signature.hex()}
     write_atomic(out, content + _line(signed))
     return len(entries)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cloister_fl.audit_log import EMPTY
 from cloister_fl.client.admission.approvals import judgements
@@ -15,6 +15,7 @@ from cloister_fl.client.site.trusted_roster import read_pin
 from cloister_fl.errors import InputError, OptionInvalid
 from cloister_fl.privacy.accounting import epsilon_of
 from cloister_fl.privacy.certificate import Certificate, Head, Left, Release, code_hash
+from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
 from cloister_fl.study.cost import sensitivity
 from cloister_fl.study.gradient_engines import require_sound_engine
 from cloister_fl.study.schema import Study
@@ -56,6 +57,7 @@ def certify(site: Site, study: str, *, run: str | None = None) -> Certificate:
     for left in what_left(entries, run=one.run_id):
         counts[left.message] += left.count
         sizes[left.message] += left.bytes
+    elsewhere = _linked(ledger.spent(study), held)
     seq, digest = ledger.head()
     # A simulation keeps its list of sites elsewhere.
     pin = read_pin(site.roster) if site.roster.exists() else None
@@ -72,8 +74,8 @@ def certify(site: Site, study: str, *, run: str | None = None) -> Certificate:
         clipping_norm=asked.privacy.clipping_norm,
         steps_reserved=asked.training.total_steps,
         steps_started=one.started,
-        steps_of_study=sum(each.started for each in held),
-        release=_release(one, held, asked),
+        steps_of_study=sum(each.started for each in held) + elsewhere.get(one.mechanism, 0),
+        release=_release(one, held, elsewhere, asked),
         delta=one.delta,
         epsilon_run=epsilon_of(one.spent, one.delta),
         epsilon_study=ledger.epsilon_study(study, one.delta),
@@ -85,14 +87,25 @@ def certify(site: Site, study: str, *, run: str | None = None) -> Certificate:
     )
 
 
-def _release(one: Reservation, held: Sequence[Reservation], study: Study) -> Release | None:
+def _linked(spent: Composition, held: Sequence[Reservation]) -> dict[Mechanism, int]:
+    """What linked ledgers count of a study: its whole, without what was started here."""
+    own = dict(compose(*(each.spent for each in held)))
+    return {step: count - own.get(step, 0) for step, count in spent if count > own.get(step, 0)}
+
+
+def _release(
+    one: Reservation,
+    held: Sequence[Reservation],
+    elsewhere: Mapping[Mechanism, int],
+    study: Study,
+) -> Release | None:
     if one.release is None:
         return None
     return Release(
         noise_multiplier=one.release.noise_multiplier,
         sensitivity=sensitivity(study),
         charged=one.released,
-        charged_of_study=any(each.released for each in held),
+        charged_of_study=any(each.released for each in held) or one.release in elsewhere,
     )
 
 

@@ -10,7 +10,7 @@ from cloister_fl.client.admission.approvals import Decision, Judgement
 from cloister_fl.client.site.data_notice import data_notices
 from cloister_fl.client.site.folder import Site
 from cloister_fl.client.site.policy import refusals
-from cloister_fl.client.steward.budget import line, study_promised
+from cloister_fl.client.steward.budget import LIFETIME_BINDS, line, study_promised
 from cloister_fl.study.schema import Study
 from cloister_fl.system.text import counted
 
@@ -74,6 +74,9 @@ def _cost(site: Site, study: Study) -> list[str]:
         f"  costs        at most epsilon {privacy.epsilon:g} at delta {privacy.delta:g}, a patient",
         "  budget       promised so far, "
         + line(study_promised(site, study), gate.promised(site), site.policy.max_epsilon_lifetime),
+        *textwrap.wrap(
+            LIFETIME_BINDS, _COLUMNS, initial_indent=" " * 15, subsequent_indent=" " * 15
+        ),
     ]
 
 

@@ -682,15 +682,19 @@ def test_nothing_but_studies_is_written(filled: Ledger) -> None:
     filled.start_release(OTHER, "run-1")
     filled.close(OTHER, STEWARD)
     filled.accept(0, STEWARD)
+    filled.link("1" * 64, {OTHER: ((NOISE, 2),)})
+    filled.continue_in("2" * 64)
     every, run = {"kind", "seq", "time"}, {"study", "run"}
     reserved = {"noise_multiplier", "sampling_rate", "steps", "delta", "limit_study"}
     fields = {
-        "created": {"version", "delta", "orders"},
+        "created": {"version", "delta", "orders", "id"},
         "reserved": run | reserved | {"limit_lifetime", "release_noise_multiplier"},
         "started": run | {"round", "steps"},
         "evaluated": run,
         "closed": {"study", "released", "key", "signature"},
         "accepted": {"missed", "key", "signature"},
+        "linked": {"ledger", "steps"},
+        "continued": {"ledger"},
     }
     assert {entry.kind for entry in filled.entries()} == set(fields)
     for entry in filled.entries():

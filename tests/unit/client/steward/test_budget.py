@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from cloister_fl.client import service
 from cloister_fl.client.admission.approvals import Decision, judge
 from cloister_fl.client.cli import client_group
 from cloister_fl.client.ledger.ledger import Ledger
@@ -18,11 +21,18 @@ from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward import budget
 from cloister_fl.encoding.framing import u64
-from cloister_fl.errors import BudgetExhausted, OptionInvalid, OutputInTheWay
+from cloister_fl.errors import (
+    BudgetExhausted,
+    CertificateInvalid,
+    OptionInvalid,
+    OutputInTheWay,
+)
 from cloister_fl.membership.identity import verify
+from cloister_fl.study.schema import Study
+from cloister_fl.verify import ledger_export
 from support import commands, spending
 from support.errors import raises
-from support.federations import SEEN, study, study_text
+from support.federations import SEEN, study, study_text, with_engine
 
 STUDY = study()
 SITES = max(5, STUDY.aggregation.min_sites)
@@ -118,12 +128,73 @@ def test_an_export_can_be_checked_with_the_file_and_the_key_alone(
     assert signed["head"] == {"seq": len(lines), "hash": previous}
     assert signed["key"] == charged.identity().public.hex()
     content = hashlib.sha256(b"".join(lines)).digest()
-    fields = [b"anker", u64(len(lines)), previous.encode(), content]
+    # No study of it has an engine without support for its claim.
+    assert signed["unsupported"] == []
+    fields = [b"anker", u64(len(lines)), previous.encode(), content, b""]
     key, signature = bytes.fromhex(signed["key"]), bytes.fromhex(signed["signature"])
-    assert verify(key, signature, "cloister/ledger/export/v2", *fields)
-    assert not verify(key, signature, "cloister/ledger/export/v2", b"birke", *fields[1:])
+    assert verify(key, signature, "cloister/ledger/export/v3", *fields)
+    assert not verify(key, signature, "cloister/ledger/export/v3", b"birke", *fields[1:])
     with pytest.raises(OutputInTheWay):
         run(charged, "export", "--out", str(out))
+
+
+def test_what_a_run_leaves_reserved_is_told_with_the_command_that_releases_it(
+    charged: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rest = STUDY.training.total_steps - STUDY.training.steps_per_round
+    command = f"cloister client budget close {STUDY.digest[:16]} --dir {charged.root}"
+    assert command in run(charged).output
+    told = budget.left_reserved(charged)
+    assert f"{rest} steps reserved and not started" in told[0]
+    assert command in told[1]
+    # The service says it once, when messages have ceased.
+    said: list[str] = []
+    now = service.ServiceStatus(
+        health="127.0.0.1:1", last_asked=time.time() - service.REMIND_S + 60
+    )
+    serving = service._Service.__new__(service._Service)
+    vars(serving).update(_site=charged, _say=said.append, _now=now, _reminded=False)
+    serving._remind()
+    assert said == []
+    now.last_asked -= 61
+    serving._remind()
+    serving._remind()
+    assert len(said) == 2
+    assert command in said[1]
+    # A run of which nothing is left has nothing to say.
+    for number in range(2, STUDY.training.rounds + 1):
+        spending.charge(charged, STUDY, run="run-1", round_number=number)
+    assert budget.left_reserved(charged) == ()
+    assert "budget close" not in run(charged).output
+
+
+def test_steps_of_an_engine_that_does_not_keep_its_claim_are_marked_and_named_in_the_export(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of an earlier version: its steps are in the ledger, and its epsilon never held."""
+    asked = with_engine(STUDY, "book-keeping")
+    for one in (STUDY, asked):
+        judge(site, one, Decision.APPROVED)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Study, "unsound_engine", property(lambda study: ""))
+        spending.admit(site, asked, run="run-1", invited=SITES)
+        spending.charge(site, asked, run="run-1", round_number=1)
+    told = run(site).output
+    assert "remark    these epsilons do not hold: " in told
+    (account,) = json.loads(run(site, "--json").output)["studies"]
+    assert "one patient can move" in account["unsound"]
+    out = tmp_path / "ledger.jsonl"
+    run(site, "export", "--out", str(out))
+    assert ledger_export.read(out.read_bytes()).unsupported == (asked.digest,)
+    # Signed: it cannot be left out.
+    *lines, last = out.read_bytes().splitlines(keepends=True)
+    lying = json.dumps({**json.loads(last), "unsupported": []}).encode() + b"\n"
+    with raises(CertificateInvalid):
+        ledger_export.read(b"".join(lines) + lying)
+    wider = replace(site, policy=site.policy.model_copy(update={"max_epsilon_lifetime": 30.0}))
+    spending.admit(wider, STUDY, run="run-2", invited=SITES)
+    assert "do not hold" in run(site).output.split(STUDY.digest[:16])[0]
+    assert "do not hold" not in run(site).output.split(STUDY.digest[:16])[1]
 
 
 def test_a_closed_study_gives_its_steps_back_and_never_starts_again(charged: Site) -> None:

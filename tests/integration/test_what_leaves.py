@@ -39,7 +39,7 @@ from support.message_tap import charges
 EVERY = {"version", "kind", "log_head"}
 LEAVES: dict[str, tuple[set[str], set[str]]] = {
     # kind: scalars, arrays
-    "prepared": ({"site", "signature"}, set()),
+    "prepared": ({"site", "signature", "ledger"}, set()),
     "exchanged": ({"site", "round"}, {"exchange"}),
     "update": ({"site", "round"}, {"vector"}),
     "refusal": ({"site", "reason", "signature"}, set()),

@@ -54,6 +54,7 @@ from cloister_fl.protocol.round_messages import (
     Vector,
     octets,
     signed_answer,
+    taking_part,
 )
 from cloister_fl.secagg import Session
 from cloister_fl.study.schema import Study, study_from_canonical
@@ -130,8 +131,10 @@ def prepare(kept: Kept, message: Message, context: Context) -> Message:
                 features_of(module, _parts(kept, session, admission)[0])
         # Last: everything else is well, so the answer means "yes, but not now".
         gate.require_hours(site, datetime.datetime.now().time())
-        said = signed_answer(site.name, context.node_id, f"{task.run} {study.digest}")
-        return Prepared(site=site.name, signature=session.identity.sign(*said))
+        ledger = session.ledger_name() if admission.charges is not None else ""
+        word = taking_part(task.run, study.digest, ledger)
+        said = signed_answer(site.name, context.node_id, word)
+        return Prepared(site.name, session.identity.sign(*said), ledger)
 
     return answer_message(kept, message, context, Prepare, answer)
 

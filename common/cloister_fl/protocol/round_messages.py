@@ -101,6 +101,9 @@ class Prepared(RoundMessage):
     site: str
     signature: bytes
     """The site's, see ``signed_answer``."""
+    ledger: str = ""
+    """What its privacy ledger is known by, 64 hexadecimal digits: it stays while ledger and key do,
+    and tells nothing of what the ledger holds. Empty where privacy is off."""
 
 
 @dataclass(frozen=True)
@@ -202,9 +205,14 @@ def signed_answer(site: str, node: int, word: str) -> tuple[str, bytes, bytes, b
     Args:
         site: the site's id.
         node: Flower's id of the node that answers.
-        word: the run's id and the study's hash where it takes part, else the reason.
+        word: ``taking_part``, or the reason.
     """
     return "cloister/answer/v1", site.encode(), node.to_bytes(8, "big"), word.encode()
+
+
+def taking_part(run: str, study_digest: str, ledger: str) -> str:
+    """What a site signs that takes part in a run, with the ledger that counts it."""
+    return " ".join(one for one in (run, study_digest, ledger) if one)
 
 
 _DTYPES: dict[str, np.dtype[Any]] = {

@@ -10,9 +10,10 @@ from cloister_fl.cli import main
 
 GROUPS = ["", "study", "client", "client quarantine", "client budget", "server"]
 ORDER = {
-    "client": "init join check start stop status fetch quarantine data-report freeze review "
-    "approve deny roster budget certificate audit find privacy-audit proxy",
-    "server": "init start stop status invite sites approve revoke run resume report audit",
+    "client": "init join check start stop status fetch quarantine patients data-report freeze "
+    "review approve deny roster budget certificate audit find privacy-audit proxy",
+    "server": "init start stop status invite sites approve revoke accept-ledger run resume report "
+    "audit",
 }
 
 

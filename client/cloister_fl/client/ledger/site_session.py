@@ -9,6 +9,7 @@ wrote or read is refused. Nothing of it is written down: a process that starts h
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass, replace
@@ -47,6 +48,7 @@ from cloister_fl.system.files import Mark, locked, mark_of, write_atomic
 _SIGN_EVERY = 10
 """Entries of the audit log between two signatures, at most."""
 _MOST_ADMISSIONS = 8
+_NAME_LABEL = b"cloister/ledger/name/v1\0"
 _READ = (
     SITE_FILE,
     f"keys/{IDENTITY}",
@@ -146,6 +148,14 @@ class SiteSession:
         if self._ledger is None:
             self._ledger = Ledger.open(self._path, delta=self.site.policy.ledger_delta, pinned=True)
         return self._ledger
+
+    def ledger_name(self) -> str:
+        """What the coordinator knows the ledger by, 64 hexadecimal digits; raises as ``ledger``.
+
+        It stays while the ledger and the site's key do, and tells nothing of what the ledger holds.
+        """
+        first = self.ledger.hashes()[0].encode()
+        return hashlib.sha256(_NAME_LABEL + self.identity.public + first).hexdigest()
 
     def close(self) -> None:
         """Close the ledger's file and forget what was verified."""

@@ -19,7 +19,14 @@ from cloister_fl.cli.folder_option import FolderTyper, dir_option, folder_option
 from cloister_fl.errors import OptionInvalid, ServerState
 from cloister_fl.server.cli.audit_commands import audit
 from cloister_fl.server.cli.run_commands import report, resume, run
-from cloister_fl.server.cli.site_commands import approve, invite, issue_invites, revoke, sites
+from cloister_fl.server.cli.site_commands import (
+    accept_ledger,
+    approve,
+    invite,
+    issue_invites,
+    revoke,
+    sites,
+)
 from cloister_fl.system.optional import require
 
 if TYPE_CHECKING:
@@ -28,7 +35,7 @@ if TYPE_CHECKING:
 
 _ORDER = (
     *("init", "start", "stop", "status"),
-    *("invite", "sites", "approve", "revoke"),
+    *("invite", "sites", "approve", "revoke", "accept-ledger"),
     *("run", "resume", "report", "audit"),
 )
 """Commands as a coordinator needs them: the service, the sites, the runs."""
@@ -42,6 +49,7 @@ app.command()(invite)
 app.command()(sites)
 app.command()(approve)
 app.command()(revoke)
+app.command(name="accept-ledger")(accept_ledger)
 app.command()(run)
 app.command()(resume)
 app.command()(report)

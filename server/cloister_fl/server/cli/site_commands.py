@@ -66,7 +66,7 @@ def issue_invites(
 
 
 def sites(folder: Folder = Path(), as_json: JsonOption = False) -> None:
-    """Show the sites: invited, pending approval, approved or revoked."""
+    """Show the sites: invited, pending, approved or revoked."""
     _require()
     from cloister_fl.membership.identity import fingerprint
 
@@ -216,6 +216,39 @@ def revoke(
         if name in states
         else f"The invite of {name} no longer works."
     )
+
+
+def accept_ledger(
+    name: Annotated[str, typer.Argument(help="The site's name.")],
+    folder: Folder = Path(),
+    yes: Yes = False,
+) -> None:
+    """Let a site take part with another privacy ledger than before.
+
+    Ask the hospital first why it has a new one: it may have forgotten what was spent.
+    """
+    _require()
+    from cloister_fl.server.rounds.site_ledgers import LEDGER_ACCEPTED, known_ledgers
+
+    place = _open(folder)
+    known = known_ledgers(place.federation().log.entries()).get(name)
+    if known is None or not known.offered:
+        raise SiteStateInvalid(
+            f"{name} was not refused for its privacy ledger.",
+            remedy=f"See why a site does not take part: cloister server status{dir_option(folder)}",
+        )
+    offered = known.offered
+    confirm(
+        f"The site {name} may take part with the privacy ledger {offered[:16]}, and no longer with "
+        "the one before. What its patients spent there counts only if the hospital linked it.",
+        owner=f"federation {place.file.federation.name}",
+        folder=place.root,
+        command=("cloister", "server", "accept-ledger", name),
+        yes=yes,
+    )
+    with place.deciding():
+        place.federation().note(LEDGER_ACCEPTED, site=name, ledger=offered)
+    typer.echo(f"Accepted: {name} with the ledger {offered[:16]}.")
 
 
 def _require() -> None:

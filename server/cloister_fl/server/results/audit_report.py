@@ -20,7 +20,7 @@ from cloister_fl.server.coordinator.rejection_log import KEPT_FILES
 from cloister_fl.server.rounds.collector import REASONS
 from cloister_fl.server.rounds.site_log_heads import seats_in
 
-DECISIONS = ("invited", "approved", "revoked", "roster")
+DECISIONS = ("invited", "approved", "revoked", "roster", "ledger-accepted")
 """Kinds of entries that a command of the coordinator's people writes."""
 
 

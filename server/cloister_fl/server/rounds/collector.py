@@ -37,6 +37,9 @@ sites' sums stay far within 64 bits."""
 LATE = "late"
 """The server's own reason for a site that the run did not start with."""
 
+OTHER_LEDGER = "ledger"
+"""The server's own reason for a site whose privacy ledger is another one than before."""
+
 REASONS: Mapping[str, str] = {
     Refused.BUNDLE: "it runs another version of Cloister",
     Refused.POLICY: "its policy does not allow the study",
@@ -49,6 +52,8 @@ REASONS: Mapping[str, str] = {
     Refused.PROTOCOL: "a check of secure aggregation failed",
     Refused.DECLINED: "it declined; the reason is shown at the site",
     LATE: "it joined after the run started",
+    OTHER_LEDGER: "its privacy ledger is another one than before; ask the hospital why, then: "
+    "cloister server accept-ledger SITE",
 }
 
 

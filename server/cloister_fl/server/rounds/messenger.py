@@ -26,6 +26,7 @@ from cloister_fl.protocol.round_messages import (
     reason_of,
     unpack,
 )
+from cloister_fl.server.rounds.site_ledgers import LEDGER, LEDGER_CHANGED, known_ledgers
 from cloister_fl.server.rounds.site_log_heads import heads_of_sites
 
 TYPES: Mapping[str, str] = {
@@ -155,6 +156,28 @@ class Messenger:
             AuditLogDamaged: the log is not sound.
         """
         return heads_of_sites(self._log.entries(), roster, seats) if self._log is not None else ""
+
+    def knows_ledger(self, site: str, ledger: str) -> bool:
+        """Whether a site's privacy ledger is the one that it came with before; notes a new one.
+
+        A site without one, or that was never here, is taken at its word.
+
+        Args:
+            site: the site's id.
+            ledger: what it says, see ``Prepared.ledger``; empty where privacy is off.
+
+        Raises:
+            AuditLogDamaged: the log is not sound, or cannot be written.
+        """
+        if self._log is None or not ledger:
+            return True
+        known = known_ledgers(self._log.entries())
+        noted = known.get(site)
+        if noted is None:
+            self.note(LEDGER, site=site, ledger=ledger)
+        elif ledger not in {noted.accepted, noted.offered}:
+            self.note(LEDGER_CHANGED, site=site, ledger=ledger)
+        return noted is None or ledger == noted.accepted
 
     def _note_sent(self, tasks: Mapping[int, RoundMessage]) -> str:
         """Log what is about to leave; the head, for the sites to note."""

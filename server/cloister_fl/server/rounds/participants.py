@@ -5,11 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
+from cloister_fl.encoding.canonical_json import HASH
 from cloister_fl.membership.identity import verify
 from cloister_fl.membership.roster import SITE_ID, Roster
-from cloister_fl.protocol.round_messages import Prepare, Prepared, Refusal, Refused, signed_answer
+from cloister_fl.protocol.round_messages import (
+    Prepare,
+    Prepared,
+    Refusal,
+    Refused,
+    signed_answer,
+    taking_part,
+)
 from cloister_fl.secagg.parameters import Parameters
-from cloister_fl.server.rounds.collector import LATE, REASONS, require_sites
+from cloister_fl.server.rounds.collector import LATE, OTHER_LEDGER, REASONS, require_sites
 from cloister_fl.server.rounds.events import Hooks, Patience, Waiting
 from cloister_fl.server.rounds.messenger import Messenger
 from cloister_fl.study.schema import Study
@@ -131,6 +139,10 @@ class Participants:
                 self.refused[f"{message.site} (second node)"] = Refused.MESSAGE.value
             elif invited and message.site not in invited:
                 self.refused[message.site] = LATE
+            elif isinstance(message, Prepared) and not self._messenger.knows_ledger(
+                message.site, message.ledger
+            ):
+                self.refused[message.site] = OTHER_LEDGER
             else:
                 if known is None and self._noted:
                     self._messenger.note("seated", run=run, sites=f"{reply.node}={message.site}")
@@ -188,12 +200,19 @@ class Participants:
     def _is_signed(self, message: Prepared | Refusal, node: int, run: str) -> bool:
         """Return whether the site signed its answer; without a roster, no key is known.
 
-        Even then a site's name is one: it goes into the log and the report.
+        Even then a site's name is one, and a ledger's: they go into the log and the report.
         """
+        ledger = message.ledger if isinstance(message, Prepared) else ""
+        if ledger and not HASH.fullmatch(ledger):
+            return False
         if self._roster is None:
             nameless = isinstance(message, Refusal) and not message.site
             return nameless or SITE_ID.fullmatch(message.site) is not None
-        word = message.reason if isinstance(message, Refusal) else f"{run} {self._study.digest}"
+        word = (
+            message.reason
+            if isinstance(message, Refusal)
+            else taking_part(run, self._study.digest, message.ledger)
+        )
         public = self._roster.public_key(message.site)
         said = signed_answer(message.site, node, word)
         return public is not None and verify(public, message.signature, *said)

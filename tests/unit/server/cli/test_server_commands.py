@@ -23,6 +23,7 @@ from cloister_fl.server.coordinator.folder import (
     init_coordinator,
     open_coordinator,
 )
+from cloister_fl.server.rounds.site_ledgers import known_ledgers
 from support import commands
 from support.errors import raises
 
@@ -255,3 +256,21 @@ def test_revoke_without_a_terminal_tells_the_command_to_paste(place: Coordinator
     assert states(place)["birke"] == "revoked"
     with raises(SiteStateInvalid):
         command("revoke", "nobody", "--dir", place.root)
+
+
+@pytest.mark.usefixtures("at_a_terminal")
+def test_another_ledger_of_a_site_is_accepted_by_a_person_and_logged(place: Coordinator) -> None:
+    words = ("accept-ledger", "birke", "--dir", place.root)
+    with raises(SiteStateInvalid, match="was not refused for its privacy ledger"):
+        command(*words)
+    for kind, ledger in (("ledger", "1" * 64), ("ledger-changed", "2" * 64)):
+        place.federation().note(kind, site="birke", ledger=ledger)
+    refused = command(*words, said="n\n")
+    assert refused.exit_code == DECLINED
+    assert "with the privacy ledger 2222222222222222" in refused.output
+    assert known_ledgers(place.federation().log.entries())["birke"].accepted == "1" * 64
+    assert command(*words, said="y\n").exit_code == 0
+    assert known_ledgers(place.federation().log.entries())["birke"].accepted == "2" * 64
+    assert "ledger-accepted" in command("audit", "--dir", place.root).output
+    with raises(SiteStateInvalid):
+        command(*words)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cloister_fl.client.admission import gate
+from cloister_fl.client.data import frozen_dataset
 from cloister_fl.client.data.cohort import Cohort
 from cloister_fl.client.data.csv_file import lines as lines_of
 from cloister_fl.client.data.loading import Reading, read_cohort, read_for_check
@@ -24,6 +26,7 @@ from cloister_fl.client.site.policy import refusals
 from cloister_fl.client.steward.budget import line, study_promised
 from cloister_fl.errors import (
     CloisterError,
+    DataError,
     DecoderUnfit,
     FolderUnreadable,
     PatientsFileInvalid,
@@ -65,7 +68,7 @@ class DataReport:
         volumes: whether an image is a volume of slices.
         faded: how many images have something marked of which nothing is left at the study's size.
         unused: lines of the patients file whose number no image has.
-        remark: why other ledgers of this machine were not looked at; empty where they were.
+        remarks: what a steward should know, and nothing is wrong with.
     """
 
     site: str
@@ -87,7 +90,7 @@ class DataReport:
     volumes: bool = False
     faded: int = 0
     unused: tuple[int, ...] = ()
-    remark: str = ""
+    remarks: tuple[str, ...] = ()
 
     @property
     def cohort(self) -> Cohort | None:
@@ -112,7 +115,7 @@ class DataReport:
             "modalities": dict(self.modalities),
             "marked_too_small": self.faded,
             "patients_file_lines_without_image": list(self.unused),
-            "other_ledgers_not_looked_at": self.remark,
+            "remarks": list(self.remarks),
             "sizes": {f"{rows}x{columns}": n for (rows, columns), n in self.sizes.items()},
             "rejects": [
                 {"code": reason.value, "reason": reason.title, "count": count}
@@ -140,7 +143,7 @@ def inspect(
     """
     faults: list[CloisterError] = []
     reading: Reading | None = None
-    remark = ""
+    remarks: list[str] = []
     try:
         if study is None:
             reading = read_cohort(site, _ANY_STUDY, progress=progress, require_labels=False)
@@ -151,7 +154,8 @@ def inspect(
         faults += [*([undecided] if undecided else []), *reading.faults]
         looked = other_ledgers.look(site, reading.traits)
         faults += [looked.error] if looked.error else []
-        remark = looked.remark
+        remarks += [looked.remark] if looked.remark else []
+        remarks += _frozen_otherwise(site, study, reading)
     except DataError as error:
         # Nothing could be read, or the study's manifest is not the one that was signed.
         faults.append(error)
@@ -184,8 +188,24 @@ def inspect(
         volumes=study is not None and study.input.dimensions == 3,
         faded=reading.faded if reading is not None else 0,
         unused=reading.unused if reading is not None else (),
-        remark=remark,
+        remarks=tuple(remarks),
     )
+
+
+def _frozen_otherwise(site: Site, study: Study | None, reading: Reading) -> list[str]:
+    """Say where a frozen study goes on with other decisions on patients than the present ones."""
+    if study is None:
+        return []
+    # What is wrong with a manifest is told where it is used.
+    with suppress(DataError):
+        frozen = frozen_dataset.load(site, study)
+        if frozen is not None and frozen.patients.digest != reading.decisions.digest:
+            return [
+                "The study is frozen with other decisions on patients ([data.patients]) and goes "
+                "on with those. To use the present ones: "
+                + site.command("freeze STUDY --again --why '...'")
+            ]
+    return []
 
 
 def _refusals(site: Site, study: Study) -> tuple[str, ...]:
@@ -237,7 +257,7 @@ def render(report: DataReport, root: Path | None = None) -> str:
         lines.append("Labels were not checked: name a study with --study STUDY.")
     lines += [f"This site would refuse the study: {sentence}" for sentence in report.policy]
     lines += [str(fault) for fault in report.faults]
-    lines += [report.remark] if report.remark else []
+    lines += report.remarks
     quarantined = sum(count for reason, count in report.rejects.items() if reason.held)
     if quarantined:
         lines.append(f"Quarantined: {quarantined}. Review them: {command_at(root, 'quarantine')}")

@@ -116,6 +116,8 @@ def test_the_stewards_decision_holds_and_is_logged_and_frozen(
         assert "CANARY" not in text
     # Decided anew after it was frozen: the study goes on with what it was frozen with.
     other = _decide(site, issuers="same" if decision == "different" else "different")
+    assert "goes on with those" not in render(inspect(decided, STUDY))
+    assert "frozen with other decisions on patients" in render(inspect(other, STUDY))
     names = {one.pseudonym for one in load_frozen(other, STUDY).patients}
     assert names == {one.patient for one in manifest.items}
     again = freeze(other, STUDY, again=True, why="decided anew")

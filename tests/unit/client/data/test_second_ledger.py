@@ -164,4 +164,4 @@ def test_a_registry_that_cannot_be_used_is_told_and_stops_nothing(
     (entry,) = [one for one in entries_of(new) if one.kind == "registry"]
     assert (entry.body["found"], entry.body["state"]) == (None, "unusable")
     monkeypatch.setenv("CLOISTER_STATE", "none")
-    assert "No registry of ledgers is kept" in inspect(new, STUDY).remark
+    assert "No registry of ledgers is kept" in str(inspect(new, STUDY).remarks)

@@ -58,8 +58,7 @@ def test_report_of_sound_data(tmp_path: Path) -> None:
         "modalities": {"DX": 12},
         "marked_too_small": 0,
         "patients_file_lines_without_image": [],
-        "other_ledgers_not_looked_at": "No registry of ledgers is kept on this machine: "
-        "CLOISTER_STATE.",
+        "remarks": ["No registry of ledgers is kept on this machine: CLOISTER_STATE."],
         "sizes": {"48x40": 12},
         "rejects": [
             {"code": "CLO-215", "reason": "modality not asked for by the study", "count": 1}

@@ -233,12 +233,24 @@ def has_spending(path: Path) -> bool:
     """Whether a ledger holds a reservation, or may: where it cannot be read, nobody can tell."""
     if not path.exists():
         return False
+    entries = _entries_of(path)
+    return entries is None or any(one.kind in {"reserved", "linked"} for one in entries)
+
+
+def continued_in(path: Path) -> str:
+    """``ledger_id`` of the ledger that counts this one's spending; empty for none."""
+    entries = (_entries_of(path) if path.exists() else None) or ()
+    return next((str(one.body.get("ledger")) for one in entries if one.kind == "continued"), "")
+
+
+def _entries_of(path: Path) -> tuple[chain.Entry, ...] | None:
+    """The entries of a ledger whose chain holds; None where it cannot be read."""
     try:
         uri = f"{path.absolute().as_uri()}?mode=ro"
         with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=5.0)) as rows:
-            return any(one.kind in {"reserved", "linked"} for one in chain.read(rows))
+            return chain.read(rows)
     except (sqlite3.Error, OSError, CloisterError):
-        return True
+        return None
 
 
 def _tag(key: bytes, trait: Trait) -> str:

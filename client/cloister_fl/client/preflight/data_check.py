@@ -29,7 +29,6 @@ from cloister_fl.errors import (
     DataError,
     DecoderUnfit,
     FolderUnreadable,
-    PatientsFileInvalid,
     Reject,
 )
 from cloister_fl.study.schema import About, Input, Study

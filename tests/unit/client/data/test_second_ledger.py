@@ -86,6 +86,15 @@ def test_a_new_ledger_for_patients_of_another_stops_check_and_freeze_until_it_is
     assert "continued" in render(inspect(old, STUDY))
 
 
+def test_a_chain_of_linked_folders_is_counted_whole(data: Path) -> None:
+    old, second, third = _spent(data, "old"), _site(data, "second"), _site(data, "third")
+    _run(second, "budget", "link", str(old.root), "--yes")
+    freeze(second, STUDY)
+    assert f"{old.root} (site old)" in render(inspect(third, STUDY))
+    _run(third, "budget", "link", str(second.root), "--yes")
+    assert _codes(third) == []
+
+
 def test_patients_that_are_others_are_said_to_be_once_with_a_reason(data: Path) -> None:
     old, new = _spent(data, "old"), _site(data, "new")
     with raises(CloisterError):

@@ -8,16 +8,18 @@ log. What cannot be looked at stops nothing either, and is told.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from cloister_fl.client.ledger.ledger import Ledger
 from cloister_fl.client.ledger.machine_registry import (
+    Entry,
     Overlap,
     Registry,
     RegistryUnusableError,
     Trait,
+    continued_in,
     has_spending,
     ledger_id,
 )
@@ -61,17 +63,17 @@ def look(site: Site, traits: Collection[Trait]) -> Looked:
         registry = Registry.open()
         if registry is None:
             return Looked(remark="No registry of ledgers is kept on this machine: CLOISTER_STATE.")
-        for entry in registry.entries():
+        entries = registry.entries()
+        for entry in entries:
             path = entry.folder / LEDGER
             if own and entry.folder != site.root.resolve() and ledger_id(path) == own:
                 return Looked(_copy(site, str(entry.folder)))
+        # Own: this very ledger, where its folder was before it was moved.
+        counted_here = linked | ({own} if own else set())
         found = [
             one
             for one in registry.overlaps(site.root, traits)
-            # This ledger itself, where its folder was before it was moved.
-            if not (own and one.entry.ledger == own)
-            and not (linked & {one.entry.ledger, ledger_id(one.entry.folder / LEDGER)})
-            and _may_have_spent(one)
+            if not _is_counted(one.entry, entries, counted_here) and _may_have_spent(one)
         ]
     except RegistryUnusableError as error:
         return Looked(remark=f"The machine's registry of ledgers cannot be used: {error}.")
@@ -120,6 +122,20 @@ def note_ledger(site: Site) -> None:
 def is_throwaway(site: Site) -> bool:
     """Whether the site was made for a simulation, and goes with it."""
     return (site.root / THROWAWAY).exists()
+
+
+def _is_counted(one: Entry, entries: Sequence[Entry], here: Collection[str]) -> bool:
+    """Whether a folder's ledger is counted here, or continued in one that is."""
+    folders = {ledger_id(each.folder / LEDGER): each.folder for each in entries}
+    folder, own = one.folder, ledger_id(one.folder / LEDGER) or one.ledger
+    seen: set[str] = set()
+    while own and own not in seen:
+        if own in here:
+            return True
+        seen.add(own)
+        own = continued_in(folder / LEDGER)
+        folder = folders.get(own, folder)
+    return False
 
 
 def _may_have_spent(one: Overlap) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -122,16 +123,20 @@ def load_for_run(site: Site, study: Study) -> Cohort:
     frozen = manifests.load(site, study)
     try:
         reading = read_cohort(site, study, frozen=frozen, alone=True)
-        faults: Sequence[CloisterError] = reading.faults
+        faults: list[CloisterError] = [*reading.faults]
     except Exception as error:
         # The last resort, for a fault of the program: it must not become an answer either.
         reading, faults = Reading(None, (), 0, {}), [unread(error)]
+    with contextlib.suppress(CloisterError):
+        other_ledgers.note_ledger(site)
     if frozen is None:
         with manifests.alone(site):
             frozen = manifests.load(site, study)
             if frozen is not None:
                 # Another froze the data while these were read.
                 return load_for_run(site, study)
+            unlinked = other_ledgers.register(site, reading.traits).error
+            faults += [unlinked] if unlinked else []
             _write(site, study, reading)
     note_data(site.root, study.digest, faults)
     return nobody(study) if reading.cohort is None else reading.cohort
@@ -164,6 +169,7 @@ def load_frozen(
         with manifests.alone(site):
             frozen = manifests.load(site, study)
             if frozen is None:
+                other_ledgers.register(site, reading.traits)
                 _write(site, study, reading)
                 return cohort
         # Another run froze the data while these were read, and more may have come since.
@@ -209,13 +215,13 @@ def freeze(
     with manifests.alone(site):
         # Another may have frozen it meanwhile.
         require_reason()
+        other_ledgers.register(site, reading.traits)
         frozen = _write(site, study, reading, why.strip())
     note_look(site.root, study.digest)
     return frozen
 
 
 def _write(site: Site, study: Study, reading: Reading, why: str = "") -> Manifest:
-    other_ledgers.register(site, reading.traits)
     return manifests.freeze(
         site,
         study,

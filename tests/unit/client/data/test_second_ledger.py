@@ -9,10 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from cloister_fl.client.cli import client_group
-from cloister_fl.client.data.loading import freeze, load_frozen
+from cloister_fl.client.data.loading import freeze, load_for_run, load_frozen
 from cloister_fl.client.ledger.ledger import Ledger
 from cloister_fl.client.preflight.data_check import inspect, render
 from cloister_fl.client.site.audit_log import entries_of
+from cloister_fl.client.site.data_notice import data_notices
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.errors import CloisterError, LedgerUnlinked
@@ -134,12 +135,15 @@ def test_a_copy_of_a_site_folder_is_noticed_on_both_sides_once_it_is_known(data:
     assert _codes(site) == []
 
 
-def test_a_run_that_freezes_by_itself_is_not_stopped_and_leaves_a_word(data: Path) -> None:
+def test_a_run_that_freezes_by_itself_is_not_stopped_and_tells_its_own_people_alone(
+    data: Path,
+) -> None:
     _spent(data, "old")
     new = _site(data, "new")
-    assert len(load_frozen(new, STUDY).patients) == 4
-    (entry,) = [one for one in entries_of(new) if one.kind == "registry"]
-    assert entry.body["found"] == "CLO-312"
+    assert len(load_for_run(new, STUDY).patients) == 4
+    assert data_notices(new.root)[STUDY.digest].code == "CLO-312"
+    # The log's head travels with each answer: an entry would tell of the patients.
+    assert [one.kind for one in entries_of(new)] == ["frozen"]
     # And is known from then on.
     ledger = Ledger.open(new.ledger, delta=new.policy.ledger_delta)
     used = charges(STUDY)
@@ -170,7 +174,6 @@ def test_a_registry_that_cannot_be_used_is_told_and_stops_nothing(
     assert report.faults == ()
     assert "The machine's registry of ledgers cannot be used" in render(report)
     freeze(new, STUDY)
-    (entry,) = [one for one in entries_of(new) if one.kind == "registry"]
-    assert (entry.body["found"], entry.body["state"]) == (None, "unusable")
+    assert [one.kind for one in entries_of(new)] == ["frozen"]
     monkeypatch.setenv("CLOISTER_STATE", "none")
     assert "No registry of ledgers is kept" in str(inspect(new, STUDY).remarks)

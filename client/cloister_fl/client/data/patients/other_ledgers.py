@@ -1,8 +1,9 @@
 """Other ledgers of this machine that count a site's patients.
 
 Checks of the data and the freezing of a study by a person stop where another ledger has spent on
-some of the same patients and is not linked. A run never stops for it: it leaves a word in the audit
-log. What cannot be looked at stops nothing either, and is told.
+some of the same patients and is not linked. A run never stops for it, and says it to the site's own
+people alone (``site.data_notice``): an entry of the audit log, whose head travels, would tell. What
+cannot be looked at stops nothing either, and is told.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from cloister_fl.client.ledger.machine_registry import (
     has_spending,
     ledger_id,
 )
-from cloister_fl.client.site.audit_log import log_of
 from cloister_fl.client.site.folder import LEDGER, THROWAWAY, Site
 from cloister_fl.errors import CloisterError, LedgerUnlinked
 from cloister_fl.system.text import counted
@@ -80,17 +80,15 @@ def look(site: Site, traits: Collection[Trait]) -> Looked:
     return Looked(_unlinked(site, found) if found else None)
 
 
-def register(site: Site, traits: Collection[Trait]) -> None:
+def register(site: Site, traits: Collection[Trait]) -> Looked:
     """Note whose patients the site's ledger counts; a registry that cannot be used stops nothing.
 
-    The audit log notes what ``look`` finds, and that the registry could not be used.
-
-    Raises:
-        AuditLogDamaged: the log cannot be written.
+    Returns:
+        What ``look`` finds, and whether the registry could be written.
     """
     if is_throwaway(site):
-        return
-    looked, remark = Looked(), ""
+        return Looked()
+    looked = Looked()
     # A ledger that is damaged is refused where something is charged, and not here.
     with suppress(CloisterError):
         looked = look(site, traits)
@@ -98,11 +96,10 @@ def register(site: Site, traits: Collection[Trait]) -> None:
         registry = Registry.open()
         if registry is not None:
             registry.register(site.root, site.name, ledger_id(site.ledger), traits)
-    except RegistryUnusableError:
-        remark = "unusable"
-    if looked.error is not None or remark:
-        code = None if looked.error is None else looked.error.code
-        log_of(site).append("registry", found=code, state=remark or "written")
+    except RegistryUnusableError as error:
+        remark = f"The machine's registry of ledgers cannot be written: {error}."
+        return Looked(looked.error, remark)
+    return looked
 
 
 def note_ledger(site: Site) -> None:

@@ -114,7 +114,7 @@ class Sites:
         task = unpack(message.content, Prepare, TrainTask, EvaluateTask)
         reply: RoundMessage
         if isinstance(task, Prepare):
-            reply = Prepared(name, b"")
+            reply = Prepared(name, b"", "")
         elif isinstance(task, TrainTask):
             reply = Update(name, task.round, np.zeros_like(task.vector))
         else:

@@ -64,7 +64,7 @@ class Sites:
         reply: RoundMessage
         if isinstance(task, Prepare):
             reason = self.refuse.get(name)
-            reply = Refusal(name, reason, b"") if reason else Prepared(name, b"")
+            reply = Refusal(name, reason, b"") if reason else Prepared(name, b"", "")
         elif isinstance(task, EvaluateTask):
             counts = np.zeros((2, BINS), np.int64)
             counts[0, 0] = counts[1, -1] = 10
@@ -137,7 +137,7 @@ def test_the_order_of_nodes_does_not_change_a_bit(tmp_path: Path) -> None:
         lambda name, task: Update(name, task.round + 1, task.vector),
         lambda name, task: Update(name, task.round, task.vector[:-1]),
         lambda name, task: Update(name, task.round, np.full_like(task.vector, np.nan)),
-        lambda name, task: Prepared(name, b""),
+        lambda name, task: Prepared(name, b"", ""),
     ],
     ids=["other-name", "other-round", "too-short", "nan", "other-kind"],
 )
@@ -308,7 +308,7 @@ def test_messages_are_copied_so_no_side_sees_the_other(tmp_path: Path) -> None:
 
     def client(message: Message, context: Context) -> Message:
         kept.append(message.content)
-        reply = Message(content=pack(Prepared("a", b"")), reply_to=message)
+        reply = Message(content=pack(Prepared("a", b"", "")), reply_to=message)
         kept.append(reply.content)
         return reply
 

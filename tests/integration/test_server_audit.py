@@ -278,7 +278,7 @@ def test_what_a_site_calls_itself_does_not_spoil_the_log(tmp_path: Path, name: s
     def liar(message: Message, context: Context) -> Message:
         reply = app(message, context)
         if Path(str(context.node_config[SITE_KEY])).name == "anker":
-            reply.content = pack(Prepared(name, b""))
+            reply.content = pack(Prepared(name, b"", ""))
         return reply
 
     asked = study(aggregation="secure = false\nmin_sites = 4", training="rounds = 1")

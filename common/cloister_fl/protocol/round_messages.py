@@ -101,7 +101,7 @@ class Prepared(RoundMessage):
     site: str
     signature: bytes
     """The site's, see ``signed_answer``."""
-    ledger: str = ""
+    ledger: str
     """What its privacy ledger is known by, 64 hexadecimal digits: it stays while ledger and key do,
     and tells nothing of what the ledger holds. Empty where privacy is off."""
 

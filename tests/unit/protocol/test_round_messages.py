@@ -82,7 +82,7 @@ def test_a_message_says_what_its_fields_say_and_no_more() -> None:
     records = _update()
     assert set(records) == {"cloister", "arrays"}
     assert dict(records["cloister"]) == {
-        "version": "cloister/round/v4",
+        "version": "cloister/round/v5",
         "kind": "update",
         "log_head": "",
         "site": "north",
@@ -93,8 +93,10 @@ def test_a_message_says_what_its_fields_say_and_no_more() -> None:
 
 
 def test_payload_counts_arrays_names_and_values() -> None:
-    records = pack(Prepared(site="north", signature=b""))
-    said = "version cloister/round/v4 kind prepared site north signature b''".replace(" ", "")
+    records = pack(Prepared(site="north", signature=b"", ledger=""))
+    said = "version cloister/round/v5 kind prepared site north signature b'' ledger".replace(
+        " ", ""
+    )
     assert payload_bytes(records) == len(said)
     assert (
         payload_bytes(_update())
@@ -105,7 +107,7 @@ def test_payload_counts_arrays_names_and_values() -> None:
 
 def test_another_kind_is_refused() -> None:
     with pytest.raises(MessageInvalid, match="not of the expected kind"):
-        unpack(pack(Prepared(site="north", signature=b"")), Update)
+        unpack(pack(Prepared(site="north", signature=b"", ledger="")), Update)
 
 
 @pytest.mark.parametrize("key", ["version", "kind", "log_head", "site", "round"])
@@ -209,9 +211,9 @@ def test_the_list_of_refusals_is_closed() -> None:
 
 
 def test_a_message_carries_its_sender_s_audit_head() -> None:
-    records = pack(Prepared(site="north", signature=b""), log_head="ab:3:cd")
+    records = pack(Prepared(site="north", signature=b"", ledger=""), log_head="ab:3:cd")
     assert head_of(records) == "ab:3:cd"
-    assert unpack(records, Prepared) == Prepared(site="north", signature=b"")
+    assert unpack(records, Prepared) == Prepared(site="north", signature=b"", ledger="")
     assert head_of(RecordDict()) == ""
 
 

@@ -36,7 +36,7 @@ class Engine(InProcessGrid):
 @pytest.fixture
 def messenger() -> Messenger:
     def answers(message: Message, context: object) -> Message:
-        return Message(content=pack(Prepared("c", b"")), reply_to=message)
+        return Message(content=pack(Prepared("c", b"", "")), reply_to=message)
 
     return Messenger(Engine(answers, [{"site": name} for name in "abc"]))
 

@@ -1,7 +1,7 @@
 """Faults of the step that are patched in and must be noticed, each beside the sound code.
 
 Each check takes no argument but the installed code, holds for it, and fails for the mutant; the
-canary audit (tests/integration/privacy_audit/test_canary.py) has five more.
+audit of whole rounds (tests/support/round_mutants.py) has more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command that audits the installed step: sound code passes, code without noise does not."""
+"""The command that audits the installed code: what it prints, its log entry, its exit status."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import pytest
 from click.testing import Result
 
 from cloister_fl.client.cli import client_group
+from cloister_fl.client.privacy_audit.whole_round import round_audit
+from cloister_fl.client.privacy_audit.whole_round.evidence import Claim, Evidence
 from cloister_fl.client.site.audit_log import entries_of
 from cloister_fl.client.site.folder import Site, init_site
-from cloister_fl.client.training import local_training
 from cloister_fl.errors import OptionInvalid
-from cloister_fl.privacy.accounting import epsilon_pld
 from support import commands
 from support.errors import raises
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -29,37 +27,64 @@ def run(site: Site, *words: str) -> Result:
     return commands.invoke(client_group.app, "privacy-audit", *words, "--dir", site.root)
 
 
-def test_the_installed_code_passes_and_the_log_says_so(site: Site) -> None:
-    result = run(site, "--draws", "200", "--json")
+def sound(evidence: Evidence, _: Path) -> None:
+    evidence.test(Claim.NOISE_SIZE, "size", 0.3)
+    evidence.require(Claim.SUM, "sum", holds=True)
+
+
+def unsound(evidence: Evidence, _: Path) -> None:
+    evidence.test(Claim.NOISE_SIZE, "size of the noise", 1e-9, "0.5000 of what is claimed")
+    for place in range(7):
+        evidence.require(Claim.SUM, f"sum {place}", holds=False)
+
+
+def stages(monkeypatch: pytest.MonkeyPatch, **found: round_audit.Stage) -> None:
+    monkeypatch.setattr(round_audit, "stages_of_code", lambda _: dict(found))
+
+
+def test_sound_code_passes_and_the_log_says_so(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages(monkeypatch, rounds=sound)
+    result = run(site, "--json")
     assert result.exit_code == 0
-    told = json.loads(result.output)
-    assert told["claimed_epsilon"] == pytest.approx(epsilon_pld(1.0, 1.0, 2, 1e-5))
-    # 200 draws see this much: less would be an attack that looks at nothing.
-    assert 1 < told["audited_epsilon"] <= told["claimed_epsilon"]
-    assert (told["draws"], told["confidence"], told["passed"]) == (200, 0.99, True)
+    told = json.loads(result.stdout)
+    assert (told["passed"], told["tests"], told["checks"]) == (True, 1, 1)
+    assert (told["level"], told["done"], told["left"]) == (0.01, ["rounds"], [])
+    assert [one["claim"] for one in told["claims"] if one["tests"]] == ["noise-size"]
     (entry,) = entries_of(site)
-    assert (entry.kind, entry.body["passed"]) == ("audited", True)
-    assert entry.body["claimed"] == f"{told['claimed_epsilon']:.4f}"
+    assert entry.kind == "audited"
+    assert dict(entry.body) == {"on": "made-up patients", "passed": True}
     assert not site.ledger.exists()
+    words = run(site).stdout
+    assert "The claims stand" in words
+    assert "no proof" in words
+    assert "at most 1%" in words
+    assert f"stands      {Claim.SUM.says} (0 tests, 1 checks)" in words
+    assert f"not tested  {Claim.EPSILON.says}" in words
 
 
-def test_code_that_adds_a_third_of_the_noise_is_refuted(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = local_training.PatientDPOptimizer
-
-    def weak(*words: object, noise_multiplier: float, **more: object) -> object:
-        return whole(*words, noise_multiplier=noise_multiplier / 3, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(local_training, "PatientDPOptimizer", weak)
-    result = run(site, "--draws", "200")
+def test_what_is_refuted_is_explained(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages(monkeypatch, rounds=unsound, more=sound)
+    result = run(site)
     assert result.exit_code == 4
-    assert "THE CLAIM IS REFUTED" in result.output
-    assert "lower bound and no proof" in result.output
+    assert "THE CLAIM IS REFUTED" in result.stdout
+    assert f"REFUTED     {Claim.NOISE_SIZE.says}" in result.stdout
+    assert "0.5000 of what is claimed (chance from sound code: below 1e-09)" in result.stdout
+    assert f"What it means: {Claim.NOISE_SIZE.means}" in result.stdout
+    assert "and 2 more" in result.stdout
+    assert "Not gone through after that: more." in result.stdout
     assert entries_of(site)[-1].body["passed"] is False
+    refuted = run(site, "--json")
+    assert refuted.exit_code == 4
+    told = json.loads(refuted.stdout)
+    assert told["left"] == ["more"]
+    (one,) = [claim for claim in told["claims"] if claim["claim"] == "noise-size"]
+    assert one["refuted"] == [
+        {"test": "size of the noise", "p": 1e-9, "seen": "0.5000 of what is claimed"}
+    ]
 
 
-def test_draws_come_in_pairs(site: Site) -> None:
-    with raises(OptionInvalid, match="odd"):
-        run(site, "--draws", "201")
+@pytest.mark.parametrize("option", ["--rounds", "--canaries"])
+def test_options_of_a_study_need_one(site: Site, option: str) -> None:
+    with raises(OptionInvalid, match="name one: --study"):
+        run(site, option, "8")
     assert entries_of(site) == ()

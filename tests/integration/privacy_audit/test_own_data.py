@@ -20,6 +20,8 @@ from cloister_fl.client.privacy_audit import own_data
 from cloister_fl.client.privacy_audit.one_run import Guesses, OneRunAudit
 from cloister_fl.client.privacy_audit.one_run_plot import allowed, roc, write_plot
 from cloister_fl.client.privacy_audit.one_run_text import as_dict, render, verdict
+from cloister_fl.client.privacy_audit.whole_round import round_audit, study_rounds
+from cloister_fl.client.privacy_audit.whole_round.evidence import Claim, Evidence
 from cloister_fl.client.site.audit_log import entries_of
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
@@ -72,6 +74,13 @@ def run(site: Site, *words: object) -> Result:
     return commands.invoke(client_group.app, "privacy-audit", *words, "--dir", site.root)
 
 
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the rounds of made-up patients, which test_round_audit.py is about."""
+    monkeypatch.setattr(round_audit, "stages_of_code", lambda _: {})
+    monkeypatch.setattr(study_rounds, "stages_of_study", lambda *_: {})
+
+
 def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     def normal(self: SecureRandom, n: int, std: float = 1.0, **rest: Any) -> torch.Tensor:
         return torch.zeros(n, dtype=torch.float64)
@@ -106,6 +115,7 @@ def test_it_passes_and_nothing_leaves(
     assert told["noise_multiplier"] == sigma
     assert told["audited_epsilon"] <= told["claimed_epsilon"] < told["most_epsilon"]
     assert (told["passed"], told["could_refute"]) == (True, True)
+    assert told["whole_rounds"]["passed"] is True
     assert (told["canaries"], told["others"], told["steps"]) == (16, 0, 1)
     assert connected == []
     # No model, no ledger: the log is new, and what was read is cached, sealed.
@@ -121,18 +131,32 @@ def test_the_log_says_what_was_done_and_nothing_of_the_patients(
     for name, patients in (("one", 16), ("other", 24)):
         site = _site(tmp_path / name, patients)
         run(site, "--study", study, "--rounds", 1)
-        (entry,) = entries_of(site)
-        bodies.append((entry.kind, dict(entry.body)))
-    expected = {"on": "own patients", "study": load_study(study).digest}
-    assert bodies == [("audited", expected)] * 2
+        bodies.append([(entry.kind, dict(entry.body)) for entry in entries_of(site)])
+    digest = load_study(study).digest
+    made_up = {"on": "made-up patients", "passed": True, "study": digest}
+    expected = [("audited", made_up), ("audited", {"on": "own patients", "study": digest})]
+    assert bodies == [expected] * 2
     # A site without data has the same entry: it is written before they are read.
     empty = init_site(tmp_path / "empty")
     empty.dicom.mkdir(parents=True)
     with raises(SiteEmpty):
         run(empty, "--study", study)
-    assert [(entry.kind, dict(entry.body)) for entry in entries_of(empty)] == [
-        ("audited", expected)
-    ]
+    assert [(entry.kind, dict(entry.body)) for entry in entries_of(empty)] == expected
+
+
+def test_patients_are_not_read_for_what_is_refuted_already(
+    stocked: Site, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuting(evidence: Evidence, _: Path) -> None:
+        evidence.require(Claim.SUM, "sum", holds=False)
+
+    monkeypatch.setattr(study_rounds, "stages_of_study", lambda *_: {"sums": refuting})
+    monkeypatch.setattr(own_data, "load_cohort", lambda *_, **__: pytest.fail("it read them"))
+    result = run(stocked, "--study", study, "--json")
+    assert result.exit_code == 4
+    told = json.loads(result.stdout)
+    assert (told["passed"], set(told)) == (False, {"passed", "whole_rounds"})
+    assert "THE CLAIM IS REFUTED" in run(stocked, "--study", study).stdout
 
 
 def test_training_without_noise_is_refuted(
@@ -169,7 +193,6 @@ def test_few_guesses_are_no_test_and_the_words_say_so(
         (("--rounds", 5), "has 4 rounds"),
         (("--canaries", 25), "has 24 patients"),
         (("--guesses", 25), "There are 24 canaries"),
-        (("--draws", 100), "without --study"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(

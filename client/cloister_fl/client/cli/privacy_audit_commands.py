@@ -19,11 +19,9 @@ from cloister_fl.system.optional import require
 
 if TYPE_CHECKING:
     from cloister_fl.client.privacy_audit.own_data import Asked
+    from cloister_fl.client.privacy_audit.whole_round.round_audit import RoundAudit
     from cloister_fl.client.site.folder import Site
-
-_NOISE = 1.0
-_DELTA = 1e-5
-_DRAWS = 2_000
+    from cloister_fl.study.schema import Study
 
 
 def privacy_audit(
@@ -51,23 +49,17 @@ def privacy_audit(
     plot: Annotated[
         Path | None, typer.Option(help="With --study: draw it; a .png or .svg, to stay here.")
     ] = None,
-    draws: Annotated[
-        int | None,
-        typer.Option(
-            min=40,
-            max=1_000_000,
-            help="Without --study: how often the step is attacked; even, else 2000.",
-        ),
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     folder: Folder = Path(),
 ) -> None:
     """Attack the installed training, to test its privacy claim.
 
-    Without --study it attacks one step, on made-up patients. With --study it trains on a random
-    half of the site's own patients, and guesses which half; the model is thrown away and nothing
-    leaves the site, so no budget is spent. Keep what it shows here. An audit is a lower
-    bound, never evidence of privacy. The exit status is 4 where the claim is refuted, else 0.
+    It asks made-up sites for whole rounds, as a coordinator does, and judges the noise, the
+    influence of single patients, the sampling, the charges and the release: about a minute. With
+    --study it also asks for that study's own rounds on made-up patients, and then trains it on a
+    random half of the site's own patients, and guesses which half; the model is thrown away and
+    nothing leaves the site, so no budget is spent. Keep what it shows here. An audit can refute a
+    claim and is no evidence of privacy. The exit status is 4 where a claim is refuted, else 0.
     """
     require("client", "numpy", "torch", "opacus", "dp_accounting", "pydicom")
     from cloister_fl.client.site.folder import open_site
@@ -79,10 +71,8 @@ def privacy_audit(
         ):  # fmt: skip
             if given is not None:
                 raise OptionInvalid(f"--{option} is for the audit of a study; name one: --study.")
-        passed = _audit_code(site, _DRAWS if draws is None else draws, as_json=as_json)
+        passed = _audit_code(site, as_json=as_json)
     else:
-        if draws is not None:
-            raise OptionInvalid("--draws is for the audit without --study.")
         from cloister_fl.client.privacy_audit.own_data import Asked
 
         asked = Asked(rounds=rounds, canaries=canaries, guesses=tuple(guesses or ()))
@@ -91,26 +81,41 @@ def privacy_audit(
         raise typer.Exit(PrivacyError.exit_status)
 
 
-def _audit_code(site: Site, draws: int, *, as_json: bool) -> bool:
-    from cloister_fl.client.privacy_audit.canary import audit_step
-    from cloister_fl.client.privacy_audit.canary_text import as_dict, render
-    from cloister_fl.client.site.audit_log import log_of
+def _audit_code(site: Site, *, as_json: bool) -> bool:
+    from cloister_fl.client.privacy_audit.whole_round.round_audit_text import as_dict, render
 
-    if draws % 2:
-        raise OptionInvalid("The number of draws is odd.", remedy="Give an even number.")
-    found = audit_step(draws, noise_multiplier=_NOISE, delta=_DELTA)
-    # The log holds no fractions.
-    told = {"claimed": found.claimed_epsilon, "audited": found.audited_epsilon}
-    words = {name: f"{epsilon:.4f}" for name, epsilon in told.items()}
-    log_of(site).append("audited", draws=draws, passed=found.passed, **words)
+    found = _audit_rounds(site)
     typer.echo(json.dumps(as_dict(found)) if as_json else render(found))
     return found.passed
+
+
+def _audit_rounds(site: Site, study: Study | None = None) -> RoundAudit:
+    """Ask made-up sites for rounds, of the study too where one is given, and note it in the log."""
+    from cloister_fl.client.privacy_audit.whole_round.round_audit import (
+        audit_rounds,
+        stages_of_code,
+    )
+    from cloister_fl.client.privacy_audit.whole_round.study_rounds import stages_of_study
+    from cloister_fl.client.site.audit_log import log_of
+    from cloister_fl.networks.pretrained import MODELS_FOLDER
+
+    models = site.root / MODELS_FOLDER
+    stages = stages_of_code(models)
+    told: dict[str, str] = {}
+    if study is not None:
+        stages |= stages_of_study(study, models)
+        told["study"] = study.digest
+    with progress_bar("Asking for rounds") as progress:
+        found = audit_rounds(stages, progress=progress)
+    log_of(site).append("audited", on="made-up patients", passed=found.passed, **told)
+    return found
 
 
 def _audit_study(site: Site, file: Path, asked: Asked, plot: Path | None, *, as_json: bool) -> bool:
     require("client", "imagecodecs", "openjpeg", "jpeg_ls")
     from cloister_fl.client.privacy_audit.one_run_text import as_dict, render
-    from cloister_fl.client.privacy_audit.own_data import prepare
+    from cloister_fl.client.privacy_audit.own_data import check, prepare
+    from cloister_fl.client.privacy_audit.whole_round import round_audit_text
     from cloister_fl.study.file import load_study
     from cloister_fl.system.git_ignore import keep_file_out_of_git
 
@@ -121,11 +126,21 @@ def _audit_study(site: Site, file: Path, asked: Asked, plot: Path | None, *, as_
 
         kind_of_plot(plot)
         keep_file_out_of_git(plot)
+    check(site, study, asked)
+    rounds = _audit_rounds(site, study)
+    told = {"whole_rounds": round_audit_text.as_dict(rounds), "passed": rounds.passed}
+    if not as_json:
+        typer.echo(round_audit_text.render(rounds))
+    if not rounds.passed:
+        # The site's own patients are not read for what is refuted already.
+        if as_json:
+            typer.echo(json.dumps(told))
+        return False
     with progress_bar("Reading images") as progress:
         ready = prepare(site, study, asked, progress=progress)
     with progress_bar("Training") as progress:
         found = ready.audit(progress=progress)
-    typer.echo(json.dumps(as_dict(found)) if as_json else render(found))
+    typer.echo(json.dumps({**told, **as_dict(found)}) if as_json else f"\n{render(found)}")
     if plot is not None:
         from cloister_fl.client.privacy_audit.one_run_plot import write_plot
 

@@ -88,21 +88,21 @@ class Ready:
         )
 
 
-def prepare(site: Site, study: Study, asked: Asked, *, progress: Progress | None = None) -> Ready:
-    """Check that a study can be audited here, note in the site's log that it is, and read the data.
+def check(site: Site, study: Study, asked: Asked) -> nn.Module:
+    """Check, before anything is done, that a study can be audited here.
 
     Args:
         site: the opened site.
         study: its privacy must be on; it need not be approved, for nothing leaves.
         asked: how long and on how many.
-        progress: called with (files done, files in all).
+
+    Returns:
+        The study's first model.
 
     Raises:
         StudyInvalid: its engine does not support its privacy claim.
-        OptionInvalid: the study has no privacy, or ``asked`` does not fit study or patients.
-        CohortTooSmall: there are fewer patients than an audit can say anything of.
-        DataError: the site's data cannot be used; see ``loading.load_cohort``.
-        ExtraMissing, WeightsUnfit, NetworkUnfit, EpsilonUnreachable: as for training.
+        OptionInvalid: the study has no privacy, or ``asked`` does not fit it.
+        ExtraMissing, WeightsUnfit, NetworkUnfit: as for training.
     """
     if not study.privacy.enabled:
         raise OptionInvalid(
@@ -111,17 +111,35 @@ def prepare(site: Site, study: Study, asked: Asked, *, progress: Progress | None
             remedy="Name a study with privacy.enabled = true.",
         )
     require_sound_engine(study)
-    rounds = study.training.rounds if asked.rounds is None else asked.rounds
-    if rounds > study.training.rounds:
+    if asked.rounds is not None and asked.rounds > study.training.rounds:
         raise OptionInvalid(
-            f"The study has {study.training.rounds} rounds, and --rounds asks for {rounds}.",
+            f"The study has {study.training.rounds} rounds, and --rounds asks for {asked.rounds}.",
             remedy=f"Use --rounds {study.training.rounds} at most.",
         )
-    sigma = gate.mechanism(study).noise_multiplier
     module = study_network.build_for(study, models=site.root / MODELS_FOLDER)
     if isinstance(module, FrozenBackbone):
         module.require()
+    return module
+
+
+def prepare(site: Site, study: Study, asked: Asked, *, progress: Progress | None = None) -> Ready:
+    """Check that a study can be audited here, note in the site's log that it is, and read the data.
+
+    Args:
+        site, study, asked: as of ``check``.
+        progress: called with (files done, files in all).
+
+    Raises:
+        OptionInvalid: ``asked`` does not fit the patients; or as ``check``.
+        CohortTooSmall: there are fewer patients than an audit can say anything of.
+        DataError: the site's data cannot be used; see ``loading.load_cohort``.
+        EpsilonUnreachable: as for training.
+        others: see ``check``.
+    """
+    module = check(site, study, asked)
     require_private(module, size=study.input.size, depth=study.input.depth)
+    rounds = study.training.rounds if asked.rounds is None else asked.rounds
+    sigma = gate.mechanism(study).noise_multiplier
     # Before data are read, so that the log, whose head is shown to others, holds nothing of them.
     log_of(site).append("audited", on="own patients", study=study.digest)
     cohort = load_cohort(site, study, progress=progress)

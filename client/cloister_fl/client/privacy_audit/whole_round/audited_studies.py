@@ -7,8 +7,10 @@ stay what they are over a round; rate, divisor and noise only scale an update.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from cloister_fl.privacy.accounting import epsilon_pld
 from cloister_fl.study.cost import charges
 from cloister_fl.study.schema import (
     About,
@@ -24,6 +26,7 @@ from cloister_fl.tasks.classification import ClassificationTarget
 
 LOUD = 300.0
 """Epsilon of a study in which single patients are seen."""
+_SIGMA = 0.3
 _MOVED = 4e-6
 """What the noise of a step moves a weight by: many steps of its float32 grid, and no gradient."""
 
@@ -88,34 +91,45 @@ def quiet(study: Study) -> Study:
 
 
 def shown(study: Study) -> Study:
-    """The study as an audit asks for it: each update is seen, and all else stays."""
-    return changed(study, aggregation={"secure": False, "min_sites": 1})
+    """The study as an audit asks for it: each update is seen, and all else stays.
+
+    But for an epsilon above ``LOUD``, which no site's ledger would bear.
+    """
+    seen = changed(study, aggregation={"secure": False, "min_sites": 1})
+    if study.privacy.epsilon <= LOUD:
+        return seen
+    release = min(study.evaluation.release_epsilon, LOUD / 2)
+    return changed(seen, privacy={"epsilon": LOUD}, evaluation={"release_epsilon": release})
 
 
-def loud(study: Study, *, rounds: int, everybody: bool) -> Study:
+def loud(study: Study, *, rounds: int, steps: int, everybody: bool) -> Study:
     """The study with little noise and gradients that stay, by plain gradient descent.
 
     Args:
         study: from ``shown``.
         rounds: how many rounds it has.
+        steps: of a round.
         everybody: sample all patients in each step.
     """
+    rate = 1.0 if everybody else study.training.sampling_rate
+    # So little that one patient shows, and enough for the ledger's account to be finite.
+    sigma = max(_SIGMA, math.sqrt(rounds * steps) / 20)
+    epsilon = epsilon_pld(sigma, rate, rounds * steps, study.privacy.delta)
     training: dict[str, Any] = {
         "rounds": rounds,
+        "steps": steps,
+        "epochs": None,
+        "sampling_rate": rate,
         "optimizer": "sgd",
         "momentum": 0.0,
         "schedule": "constant",
         "augment": False,
     }
-    if everybody:
-        training |= {"sampling_rate": 1.0}
-        if study.training.epochs is not None:
-            training |= {"steps": study.training.steps_per_round, "epochs": None}
     return quiet(
         changed(
             study,
             training=training,
-            privacy={"epsilon": max(LOUD, study.privacy.epsilon)},
+            privacy={"epsilon": max(epsilon, study.privacy.epsilon)},
             evaluation={"release_epsilon": 0.0},
         )
     )

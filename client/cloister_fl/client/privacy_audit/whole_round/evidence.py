@@ -150,15 +150,17 @@ def variance_p(squares: float, values: int, lost: int = 0, slack: float = 1e-4) 
     Args:
         squares: the sum.
         values: how many numbers.
-        lost: dimensions at most that a projection took out of them.
+        lost: dimensions at most that a projection took out of them; where that may be all of
+            them, too small a sum shows nothing.
         slack: relative error at most of the variance that they were divided by.
     """
     if not math.isfinite(squares):
         return 0.0
-    high, low = squares / (values * (1 + slack)), squares / ((values - lost) * (1 - slack))
+    high = squares / (values * (1 + slack))
+    low = squares / (max(values - lost, 1) * (1 - slack))
     if high > 1:
         return min(1.0, 2 * math.exp(-values / 2 * (high - 1 - math.log(high))))
-    if low < 1:
+    if lost < values and low < 1:
         if low <= 0:
             return 0.0
         return min(1.0, 2 * math.exp(-(values - lost) / 2 * (low - 1 - math.log(low))))
@@ -196,14 +198,14 @@ def shape_p(uniform: Vector, slack: float = 0.0) -> float:
     return min(1.0, 2 * math.exp(-2 * len(ordered) * max(away - slack, 0.0) ** 2))
 
 
-def same_law_p(one: Vector, other: Vector) -> float:
-    """p-value of two samples of one size, ``FEWEST`` or more, of one law."""
+def same_law_p(one: Vector, other: Vector, slack: float = 0.0) -> float:
+    """p-value of two samples of one size, ``FEWEST`` or more, of one law, to within ``slack``."""
     assert len(one) == len(other) >= FEWEST
     every = np.concatenate([one, other])
     every.sort()
     ranks = [np.searchsorted(np.sort(each), every, side="right") for each in (one, other)]
     away = float(np.abs(ranks[0] - ranks[1]).max()) / len(one)
-    return min(1.0, 2 * math.exp(-len(one) * away**2))
+    return min(1.0, 2 * math.exp(-len(one) * max(away - slack, 0.0) ** 2))
 
 
 def normal_cdf(values: Vector) -> Vector:
@@ -215,11 +217,12 @@ def normal_cdf(values: Vector) -> Vector:
 
 
 def correlation_p(vectors: Sequence[Vector]) -> tuple[float, str]:
-    """p-value of vectors of one length, of standard normal numbers, independent of each other.
+    """p-value of vectors of one length, independent of each other, of independent numbers that
+    are standard normal, or signs that fair coins give.
 
     Each pair is held against each other at every offset, so that streams that repeat are found
     also where they begin at another place. Given one of two vectors, the inner product with the
-    other over its length is a standard normal number, exactly.
+    other over its length has the tail of a standard normal number at most (Hoeffding 1963).
 
     Returns:
         The p-value, and the pair that is most alike.
@@ -235,7 +238,7 @@ def correlation_p(vectors: Sequence[Vector]) -> tuple[float, str]:
             seen = float(np.abs(products).max()) / max(norms[later], 1e-300)
             if not seen <= highest:
                 highest, pair = seen, (earlier, later)
-    p = min(1.0, pairs * size * normal_p(highest)) if pairs else 1.0
+    p = min(1.0, pairs * size * 2 * math.exp(-(highest**2) / 2)) if pairs else 1.0
     return p, f"vectors {pair[0]} and {pair[1]}: {highest:.1f} standard deviations"
 
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from cloister_fl.client.privacy_audit.whole_round.audited_studies import small_study
 from cloister_fl.client.privacy_audit.whole_round.charge_claims import judge_charges
 from cloister_fl.client.privacy_audit.whole_round.epsilon_claim import judge_epsilon
-from cloister_fl.client.privacy_audit.whole_round.evidence import Claim, Evidence
+from cloister_fl.client.privacy_audit.whole_round.evidence import Claim, Evidence, Vector
 from cloister_fl.client.privacy_audit.whole_round.front_door import judge_front_door
 from cloister_fl.client.privacy_audit.whole_round.influence_claims import (
     Crowd,
@@ -44,6 +44,7 @@ from cloister_fl.client.privacy_audit.whole_round.noise_claims import (
     judge_freshness,
     judge_noise,
     judge_pieces,
+    judge_variance,
 )
 from cloister_fl.client.privacy_audit.whole_round.opening import (
     NAMES,
@@ -61,6 +62,7 @@ from cloister_fl.client.privacy_audit.whole_round.round_reference import Law, Re
 from cloister_fl.client.privacy_audit.whole_round.sampling_claims import (
     Attendance,
     attendance,
+    following,
     judge_rate,
     judge_repeats,
     judge_sizes,
@@ -173,6 +175,7 @@ def _opening(evidence: Evidence, folder: Path) -> None:
     steps, rate = steps_of(sampled), sampled.training.sampling_rate
     law = _law(sampled, asked.model, asked.kinds, counts)
     drawn: dict[tuple[int, str], list[Attendance]] = {}
+    left: list[Vector] = []
     for place, each in enumerate(every):
         for name in NAMES:
             found = [
@@ -180,8 +183,11 @@ def _opening(evidence: Evidence, folder: Path) -> None:
                 for update in each[f"sampling/{name}"]
             ]
             drawn[place, name] = [one for one, _ in found]
-            noises += [noise for _, noise in found]
-    judge_freshness(evidence, "rounds, sites and processes", noises)
+            left += [noise for _, noise in found]
+    judge_variance(
+        evidence, "sampled rounds", Reference(sampled), law, np.stack(left), lost=len(counts)
+    )
+    judge_freshness(evidence, "rounds, sites and processes", [*noises, *left])
     here, there = NAMES
     for what, one, other in (
         ("another process", (0, here), (1, here)),
@@ -190,8 +196,7 @@ def _opening(evidence: Evidence, folder: Path) -> None:
         ("another site", (0, here), (0, there)),
     ):
         judge_repeats(evidence, what, list(zip(drawn[one], drawn[other], strict=True)))
-    following = list(zip(drawn[0, here], drawn[0, here][1:], strict=False))
-    judge_repeats(evidence, "the next round", following)
+    judge_repeats(evidence, "the next round", following(drawn[0, here]))
     everything = [one for each in drawn.values() for one in each]
     judge_rate(evidence, "all rounds", everything)
     judge_sizes(evidence, "all rounds", everything)
@@ -231,10 +236,11 @@ def _large_noise(evidence: Evidence, folder: Path) -> None:
 
 def _crowds(evidence: Evidence, folder: Path, **training: Any) -> None:
     """Rounds of one site after another, in which everybody takes part."""
-    study = small_study("crowds", rounds=8, **training)
+    study = small_study("crowds", rounds=9, **training)
     kinds, reference = kinds_of(study, 8), Reference(study)
     plain = reference.first * np.float32(0.75)
     sharp, huge = hostile_model(reference, 10.0), hostile_model(reference, HUGE)
+    gentle = hostile_model(reference, 0.1)
     undefined = plain.copy()
     undefined[reference.layers[0][1]] = np.float32(3e38)
     where = f"{study.training.engine}, {study.training.optimizer}"
@@ -246,22 +252,23 @@ def _crowds(evidence: Evidence, folder: Path, **training: Any) -> None:
         Crowd("another class", [0, 8] * 4, plain),
         Crowd("a rare class", [1, 0, 0, 8, 0, 8, 0, 8], plain),
         Crowd("small and large gradients", [4] * 8, sharp),
+        Crowd("gradients that need no clipping", [1, 7] * 4, gentle),
         Crowd("gradients whose squares overflow", [4] * 8, huge),
     ]
     site = ThrowawaySite(folder / "site", study)
     sigma = charges(study).step.noise_multiplier
     noises = judge_crowds(evidence, where, reference, site, kinds, crowds, noise_multiplier=sigma)
     # Nobody's gradient is a number, so nobody counts.
-    law = _law(study, undefined, number=7)
-    update = site.train(7, undefined)
+    law = _law(study, undefined, number=8)
+    update = site.train(8, undefined)
     judge_update(
         evidence, f"gradients that are no numbers, {where}", reference, law, [], update,
         Claim.INFLUENCE,
     )  # fmt: skip
     site.place(cohort_of(study, [], []))
-    law = _law(study, plain, number=8)
-    before = _law(study, plain, kinds, [4] * 8, number=8)
-    update = site.train(8, plain)
+    law = _law(study, plain, number=9)
+    before = _law(study, plain, kinds, [4] * 8, number=9)
+    update = site.train(9, plain)
     judge_update(evidence, f"nobody, {where}", reference, law, [], update, Claim.ROUNDS_APART)
     judge_nothing_left(evidence, where, before, [4] * 8, law, update)
     judge_freshness(evidence, where, [*noises, law.whitened(update)])
@@ -274,7 +281,7 @@ def _adam(evidence: Evidence, folder: Path) -> None:
     kinds, reference = kinds_of(study, 8), Reference(study)
     plain = reference.first * np.float32(0.75)
     site = ThrowawaySite(folder / "site", study)
-    site.place(cohort_of(study, kinds, [4] * 8))
+    site.place(cohort_of(study, kinds, [16] * 8))
     site.train(1, plain)
     site.place(cohort_of(study, [], []))
     rounds = [site.train(number, plain) for number in range(2, 5)]

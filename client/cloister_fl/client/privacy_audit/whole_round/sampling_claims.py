@@ -66,6 +66,11 @@ def attendance(
     return Attendance(found * steps, thrown, rate, law.covariance * steps**2), noise
 
 
+def following(rounds: Sequence[Attendance]) -> list[tuple[Attendance, Attendance]]:
+    """Rounds with the round after each, no round in two pairs: the second of all are then fresh."""
+    return list(zip(rounds[0::2], rounds[1::2], strict=False))
+
+
 def judge_repeats(
     evidence: Evidence, where: str, pairs: Sequence[tuple[Attendance, Attendance]]
 ) -> None:
@@ -81,7 +86,7 @@ def judge_repeats(
         total = 0.0
         for one, other in pairs:
             tilt = scale * one.excess
-            coins = np.log1p(other.rate * np.expm1(np.clip(tilt, -700, 700)))
+            coins = np.logaddexp(math.log1p(-other.rate), math.log(other.rate) + tilt)
             total += float(other.thrown @ (coins - other.rate * tilt))
             total += float(tilt @ other.covariance @ tilt) / 2
         return total
@@ -117,7 +122,7 @@ def _rate_p(excess: float, coins: float, rate: float, variance: float) -> float:
 
     def log_moments(scale: float) -> float:
         tilt = sign * scale
-        one = math.log1p(rate * math.expm1(tilt)) if tilt < 700 else tilt + math.log(rate)
+        one = float(np.logaddexp(math.log1p(-rate), math.log(rate) + tilt))
         return coins * (one - rate * tilt) + tilt * tilt * variance / 2
 
     return chernoff_p(abs(excess), log_moments, _SCALES)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
 
@@ -53,6 +52,7 @@ from cloister_fl.client.privacy_audit.whole_round.round_reference import (
 )
 from cloister_fl.client.privacy_audit.whole_round.sampling_claims import (
     attendance,
+    following,
     judge_rate,
     judge_repeats,
 )
@@ -69,6 +69,7 @@ Stage: TypeAlias = Callable[[Evidence, Path], None]
 
 _SECONDS = 60.0
 """Processor time that the gradients of a stage may take, about."""
+_VALUE_S = 5e-8
 _ROUNDS = 6
 _RELEASES = 10
 _SEEN = 1 << 18
@@ -145,7 +146,9 @@ class StudyRounds:
         rounds, noises = list[Vector](), list[Vector]()
         weights = self._model.astype(np.float64)
         direction = reference.gradients(kinds, weights, clip).sum(axis=0)
-        last = min(study.training.rounds, _ROUNDS)
+        # A normal number, its rounding and its place in a sum.
+        affordable = int(_SECONDS / (2 * reference.size * steps_of(study) * _VALUE_S))
+        last = min(study.training.rounds, _ROUNDS, max(2, affordable))
         adam = study.training.optimizer == "adam"
         for name in ("first", "again"):
             site = self._site(folder / name, study)
@@ -157,7 +160,7 @@ class StudyRounds:
                 update = site.train(number, self._model)
                 if adam:
                     rounds.append(update / study.training.rate_of(number))
-                    noises.append(update / max(float(np.std(update)), 1e-300))
+                    noises.append(np.sign(update))
                     continue
                 law = self._law(reference, [], [], number=number)
                 judge_noise(evidence, f"round {number}, {name}, {where}", reference, law, [update])
@@ -185,9 +188,10 @@ class StudyRounds:
         judge_study(evidence, self._asked, self.models, patients=patients, engines=engines)
 
     def _crowds(self, evidence: Evidence, folder: Path) -> None:
-        study = loud(self._asked, rounds=6, everybody=True)
-        reference = Reference(study, self.models)
         some = 4 if self._gradient_s > 0.05 else 8
+        steps = min(steps_of(self.study), max(2, self._affordable(6 * some)))
+        study = loud(self._asked, rounds=6, steps=steps, everybody=True)
+        reference = Reference(study, self.models)
         kinds, strata = kinds_of(study, some, images=(1, 2)), len(study.task.strata)
         each = max(1, min(8, self._affordable(steps_of(study) * 6 * some)))
         one = [2 * each if place % strata == 0 else 0 for place in range(some)]
@@ -212,10 +216,11 @@ class StudyRounds:
     def _sampling(self, evidence: Evidence, folder: Path) -> None:
         """Two sites of one name, run, seed and round, each in a folder of its own."""
         rounds = 5
-        study = loud(self._asked, rounds=rounds, everybody=False)
+        rate = self.study.training.sampling_rate
+        steps = min(steps_of(self.study), max(2, int(self._affordable(80) / rate)))
+        study = loud(self._asked, rounds=rounds, steps=steps, everybody=False)
         reference = Reference(study, self.models)
         kinds = kinds_of(study, 8, images=(1,))
-        rate, steps = study.training.sampling_rate, steps_of(study)
         # Thirty coins that fall heads in each kind over all rounds, where time allows.
         wanted = math.ceil(30 / (rate * steps * rounds))
         each = max(1, min(wanted, int(self._affordable(len(kinds) * rounds * 2) / (rate * steps))))
@@ -233,8 +238,8 @@ class StudyRounds:
             noises += [noise[:_SEEN] for _, noise in found]
         where = study.study.name
         judge_repeats(evidence, f"the same again, {where}", list(zip(*drawn, strict=True)))
-        following = [pair for one in drawn for pair in pairwise(one)]
-        judge_repeats(evidence, f"the next round, {where}", following)
+        pairs = [pair for one in drawn for pair in following(one)]
+        judge_repeats(evidence, f"the next round, {where}", pairs)
         judge_rate(evidence, where, [one for both in drawn for one in both])
         judge_freshness(evidence, f"sampled rounds, {where}", noises)
 

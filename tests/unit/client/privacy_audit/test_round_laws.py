@@ -87,7 +87,7 @@ def test_sound_updates_are_seldom_accused() -> None:
         judge_rate(kept, "r", seen)
         judge_sizes(kept, "z", seen)
         judge_repeats(kept, "p", list(zip(seen[:3], seen[3:], strict=True)))
-    assert len(kept.seen) == 17
+    assert len(kept.seen) == 19
     for name, found in kept.seen.items():
         for level in (0.2, 0.05, 0.01):
             share = np.mean(np.array(found) < level)

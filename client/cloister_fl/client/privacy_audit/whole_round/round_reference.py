@@ -120,13 +120,23 @@ class Reference:
     Args:
         study: the study.
         models: a folder of pretrained weights, where its network needs them.
+
+    Attributes:
+        study: the study.
+        first: its first model, (D,).
+        layers: names of the parameters, and where they lie in a vector.
     """
 
     def __init__(self, study: Study, models: Path | None = None) -> None:
         self.study = study
-        self.network = build_for(study, models=models)
-        self.first = flat_parameters.flatten(self.network)
-        self._precise = self.network.double()
+        network = build_for(study, models=models)
+        self.first = flat_parameters.flatten(network)
+        layout = flat_parameters.layout_of(network)
+        ends = np.cumsum([0, *(int(np.prod(shape)) for shape in layout.shapes)]).tolist()
+        self.layers: list[tuple[str, slice]] = [
+            (name, slice(*ends[place : place + 2])) for place, name in enumerate(layout.names)
+        ]
+        self._precise = network.double()
         self._fixed: dict[Kind, Tensor] = {}
         self._models = models
 
@@ -134,17 +144,6 @@ class Reference:
     def size(self) -> int:
         """D."""
         return len(self.first)
-
-    @property
-    def layers(self) -> list[tuple[str, slice]]:
-        """Names of the parameters and where they lie in a vector."""
-        layout, place, found = flat_parameters.layout_of, 0, []
-        named = layout(build_for(self.study, models=self._models))
-        for name, shape in zip(named.names, named.shapes, strict=True):
-            size = int(np.prod(shape))
-            found.append((name, slice(place, place + size)))
-            place += size
-        return found
 
     def gradients(self, kinds: Sequence[Kind], weights: Vector, clip: float) -> Vector:
         """The clipped gradient of a patient of each kind at these weights, (kinds, D)."""

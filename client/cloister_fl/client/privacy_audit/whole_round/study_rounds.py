@@ -70,6 +70,7 @@ Stage: TypeAlias = Callable[[Evidence, Path], None]
 _SECONDS = 60.0
 """Processor time that the gradients of a stage may take, about."""
 _VALUE_S = 5e-8
+"""Processor time of one value of one step: its noise, its rounding, its place in the sum."""
 _ROUNDS = 6
 _RELEASES = 10
 _SEEN = 1 << 18
@@ -146,7 +147,6 @@ class StudyRounds:
         rounds, noises = list[Vector](), list[Vector]()
         weights = self._model.astype(np.float64)
         direction = reference.gradients(kinds, weights, clip).sum(axis=0)
-        # A normal number, its rounding and its place in a sum.
         affordable = int(_SECONDS / (2 * reference.size * steps_of(study) * _VALUE_S))
         last = min(study.training.rounds, _ROUNDS, max(2, affordable))
         adam = study.training.optimizer == "adam"

@@ -19,8 +19,8 @@ from cloister_fl.client.cli.progress_bar import progress_bar
 from cloister_fl.client.cli.site_folder import site_folder
 from cloister_fl.errors import (
     ClockOrDates,
+    CloisterError,
     CoordinatorUnreachable,
-    DataError,
     OptionInvalid,
     ProxyForbids,
     ProxyLoginRefused,
@@ -119,7 +119,7 @@ def deny(
     typer.echo(f"Denied at {site.name}: {found.study.study.name}, {found.study.digest[:16]}.")
 
 
-def _unfit(site: Site, found: Judgement, fault: DataError, folder: Path) -> DataError:
+def _unfit(site: Site, found: Judgement, fault: CloisterError, folder: Path) -> CloisterError:
     """The error of a study that the site's data cannot serve; an earlier decision stands."""
     from cloister_fl.client.admission.approvals import Decision
     from cloister_fl.client.site.data_notice import note_look

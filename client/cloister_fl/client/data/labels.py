@@ -210,7 +210,9 @@ def join(
     errors += _unmatched(labels, images, values, used, root)
     if alone:
         shared = {one for owners in patients_of.values() if len(owners) > 1 for one in owners}
-        torn = {one for one, rows in rows_of.items() if len({row.value for row in rows}) > 1}
+        torn = {
+            one for one, rows in rows_of_patient.items() if len({row.value for row in rows}) > 1
+        }
         values = [
             None if image.patient in shared | torn else value
             for image, value in zip(images, values, strict=True)

@@ -21,7 +21,6 @@ from cloister_fl.client.data.patients.possible_matches import (
     Match,
     lines_without_image,
     undecided,
-    undecided_error,
 )
 from cloister_fl.client.data.patients.units import Decisions, Units
 from cloister_fl.client.data.targets import UNLABELLED, Targets, join_targets, unlabelled
@@ -137,7 +136,7 @@ def load_for_run(site: Site, study: Study) -> Cohort:
                 return load_for_run(site, study)
             unlinked = other_ledgers.register(site, reading.traits).error
             faults += [unlinked] if unlinked else []
-            _write(site, study, reading)
+            write_frozen(site, study, reading)
     note_data(site.root, study.digest, faults)
     return nobody(study) if reading.cohort is None else reading.cohort
 
@@ -170,7 +169,7 @@ def load_frozen(
             frozen = manifests.load(site, study)
             if frozen is None:
                 other_ledgers.register(site, reading.traits)
-                _write(site, study, reading)
+                write_frozen(site, study, reading)
                 return cohort
         # Another run froze the data while these were read, and more may have come since.
         reading = read_cohort(site, study, progress=progress, frozen=frozen)
@@ -208,20 +207,31 @@ def freeze(
     require_reason()
     reading = read_cohort(site, study, progress=progress)
     require_sound(reading)
-    if error := undecided_error(site, reading.matches):
-        raise error
-    if unlinked := other_ledgers.look(site, reading.traits).error:
-        raise unlinked
+    require_decided(site, reading)
     with manifests.alone(site):
         # Another may have frozen it meanwhile.
         require_reason()
         other_ledgers.register(site, reading.traits)
-        frozen = _write(site, study, reading, why.strip())
+        frozen = write_frozen(site, study, reading, why.strip())
     note_look(site.root, study.digest)
     return frozen
 
 
-def _write(site: Site, study: Study, reading: Reading, why: str = "") -> Manifest:
+def require_decided(site: Site, reading: Reading) -> None:
+    """Refuse what only a person can decide, where a person is there to do it.
+
+    Raises:
+        PatientsUndecided: patients may be one, and the steward has not decided.
+        LedgerUnlinked: another ledger of this machine counts some of these patients.
+    """
+    if error := undecided_error(site, reading.matches):
+        raise error
+    if unlinked := other_ledgers.look(site, reading.traits).error:
+        raise unlinked
+
+
+def write_frozen(site: Site, study: Study, reading: Reading, why: str = "") -> Manifest:
+    """Write a manifest of what was read; see ``frozen_dataset.freeze``."""
     return manifests.freeze(
         site,
         study,

@@ -10,7 +10,13 @@ from __future__ import annotations
 from cloister_fl.client.admission.approvals import Decision, judge
 from cloister_fl.client.data import frozen_dataset as manifests
 from cloister_fl.client.data.frozen_dataset import Manifest
-from cloister_fl.client.data.loading import Reading, require_sound
+from cloister_fl.client.data.loading import (
+    Reading,
+    require_decided,
+    require_sound,
+    write_frozen,
+)
+from cloister_fl.client.data.patients import other_ledgers
 from cloister_fl.client.site.data_notice import note_look
 from cloister_fl.client.site.folder import Site
 from cloister_fl.study.schema import Study
@@ -34,16 +40,17 @@ def approve(site: Site, study: Study, reading: Reading, *, why: str = "") -> Man
     Raises:
         DataError: the data do not serve the study, or another process froze others meanwhile; an
             earlier decision on the study stands.
+        PatientsUndecided, LedgerUnlinked: see ``loading.require_decided``.
         FileUnreadable, AuditLogDamaged, OutputInTheWay: a file cannot be read or written.
     """
     note_look(site.root, study.digest, reading.faults)
     require_sound(reading)
+    require_decided(site, reading)
     with manifests.alone(site):
         frozen = manifests.load(site, study)
         if frozen is None:
-            frozen = manifests.freeze(
-                site, study, reading.items, segmentations=reading.segmentations
-            )
+            other_ledgers.register(site, reading.traits)
+            frozen = write_frozen(site, study, reading)
     for fault in manifests.differences(frozen, reading.items, root=site.root):
         raise fault
     judge(site, study, Decision.APPROVED, why=why, data=frozen.digest_at(site.name))

@@ -298,8 +298,8 @@ def _plots(report: RunReport, rounds: Sequence[Figures]) -> list[_Plot]:
     charged = [row for row in rounds if row.epsilon is not None]
     if charged and report.study.privacy.enabled:
         budget = report.study.privacy.epsilon
-        last = _figure(charged[-1].epsilon, 2)
-        alt = f"Line chart of the epsilon spent, at most, by round: {last} "
+        spent = _figure(charged[-1].epsilon, 2)
+        alt = f"Line chart of the epsilon spent, at most, by round: {spent} "
         alt += f"at round {charged[-1].round}, of {budget:g} that the study allows."
         caption = "Privacy spent so far, at most: by a site that began every round. The dashed "
         caption += "line is the most that the study may cost."

@@ -83,7 +83,9 @@ class Law:
     @property
     def covariance(self) -> Vector:
         """Of the estimates of ``participants``, (kinds, kinds)."""
-        inverse: Vector = np.linalg.pinv(self.shares @ self.shares.T, hermitian=True)
+        inverse: Vector = np.asarray(
+            np.linalg.pinv(self.shares @ self.shares.T, hermitian=True), np.float64
+        )
         return inverse
 
 

@@ -62,6 +62,7 @@ from cloister_fl.client.privacy_audit.whole_round.sum_claims import (
     judge_study,
 )
 from cloister_fl.client.privacy_audit.whole_round.throwaway_site import ThrowawaySite
+from cloister_fl.client.training.per_patient_gradients import Engine
 from cloister_fl.study.cost import charges
 from cloister_fl.study.schema import Study
 
@@ -182,7 +183,10 @@ class StudyRounds:
         judge_pieces(evidence, where, noises[:1])
 
     def _sums(self, evidence: Evidence, _: Path) -> None:
-        engines = (self.study.training.engine,)
+        # A study with privacy names no other, see ``gradient_engines``.
+        engines: tuple[Engine] = (
+            "opacus" if self.study.training.engine == "opacus" else "patients",
+        )
         # A model of either kind, each with sums of all, of all but one, and of one.
         patients = max(3, min(20, self._affordable(14)))
         judge_study(evidence, self._asked, self.models, patients=patients, engines=engines)

@@ -21,6 +21,7 @@ from cloister_fl.client.data.patients.possible_matches import (
     Match,
     lines_without_image,
     undecided,
+    undecided_error,
 )
 from cloister_fl.client.data.patients.units import Decisions, Units
 from cloister_fl.client.data.targets import UNLABELLED, Targets, join_targets, unlabelled

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cloister_fl.errors import EpsilonUnreachable
 from cloister_fl.privacy.accounting import calibrate, epsilon_of
 from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
 from cloister_fl.study.schema import Study
@@ -24,12 +23,6 @@ RELEASE_BINS = 16
 
 UNITS = 16
 """Whole numbers to one patient in one curve of a noised histogram; a finer grid for the noise."""
-
-
-LEAST_NOISE = 0.3
-"""Least noise multiplier of a step or a release. With less, the noise is small beside what one
-patient adds to a single step, so an epsilon that large promises nothing that means anything; and
-accountants are not tested there."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ def charges(study: Study) -> Charges:
     """Return the least noise that keeps a study within its epsilon, noised evaluation included.
 
     Raises:
-        EpsilonUnreachable: no noise gives the study's epsilon, or less than ``LEAST_NOISE`` does.
+        EpsilonUnreachable: no noise gives the study's epsilon.
     """
     training, privacy = study.training, study.privacy
     release = release_mechanism(study)
@@ -73,7 +66,6 @@ def charges(study: Study) -> Charges:
         training.total_steps,
         beside=() if release is None else ((release, 1),),
     )
-    _require_noise(noise, f"privacy.epsilon = {privacy.epsilon:g}", "a training step")
     step = Mechanism(noise_multiplier=noise, sampling_rate=training.sampling_rate)
     return Charges(step, training.total_steps, release, privacy.delta)
 
@@ -101,19 +93,8 @@ def release_mechanism(study: Study) -> Mechanism | None:
     """
     if not study.releases:
         return None
-    asked = study.evaluation.release_epsilon
-    noise = calibrate(asked, study.privacy.delta, 1.0, 1)
-    _require_noise(noise, f"evaluation.release_epsilon = {asked:g}", "the noised evaluation")
+    noise = calibrate(study.evaluation.release_epsilon, study.privacy.delta, 1.0, 1)
     return Mechanism(noise_multiplier=noise, sampling_rate=1.0)
-
-
-def _require_noise(noise: float, asked: str, where: str) -> None:
-    if noise < LEAST_NOISE:
-        raise EpsilonUnreachable(
-            f"The study asks for {asked}, which leaves {where} a noise multiplier of {noise:g}.",
-            why=f"Below {LEAST_NOISE:g} the noise is small beside what one patient adds.",
-            remedy="Ask for a smaller epsilon: cloister study plan STUDY shows the noise.",
-        )
 
 
 def sensitivity(study: Study) -> float:

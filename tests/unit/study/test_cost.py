@@ -6,7 +6,7 @@ import pytest
 
 from cloister_fl.errors import EpsilonUnreachable
 from cloister_fl.privacy.accounting import calibrate, epsilon_of, epsilon_pld, epsilon_prv_of
-from cloister_fl.study.cost import LEAST_NOISE, charges, release_mechanism
+from cloister_fl.study.cost import charges, release_mechanism
 from cloister_fl.study.schema import Study
 from support import studies
 from support.errors import raises
@@ -58,25 +58,6 @@ def test_without_a_release_all_is_as_before() -> None:
     assert release_mechanism(asked) is found.release is None
     assert found.step.noise_multiplier == calibrate(3.0, 1e-5, 0.25, 16)
     assert found.epsilon(8) == epsilon_pld(found.step.noise_multiplier, 0.25, 8, 1e-5)
-
-
-@pytest.mark.parametrize(
-    ("asked", "told"),
-    [
-        (study(1.0, 1, 0.0, 40.0), r"privacy\.epsilon = 40, which leaves a training step"),
-        (study(1.0, 1, 90.0, 100.0), r"evaluation\.release_epsilon = 90, which leaves the noised"),
-    ],
-)
-def test_noise_that_is_small_beside_one_patient_is_refused(asked: Study, told: str) -> None:
-    with raises(EpsilonUnreachable, match=told):
-        charges(asked)
-
-
-def test_the_least_noise_is_allowed() -> None:
-    rich = epsilon_pld(LEAST_NOISE, 1.0, 1, 1e-5)
-    assert charges(study(1.0, 1, 0.0, rich + 1e-6)).step.noise_multiplier == LEAST_NOISE
-    with raises(EpsilonUnreachable):
-        charges(study(1.0, 1, 0.0, rich + 0.1))
 
 
 def test_a_release_that_leaves_nothing_is_refused() -> None:

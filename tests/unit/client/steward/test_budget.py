@@ -174,7 +174,7 @@ def test_steps_of_an_engine_that_does_not_keep_its_claim_are_marked_and_named_in
     """A run of an earlier version: its steps are in the ledger, and its epsilon never held."""
     asked = with_engine(STUDY, "book-keeping")
     for one in (STUDY, asked):
-        judge(site, one, Decision.APPROVED)
+        judge(site, one, Decision.APPROVED, data=SEEN)
     with monkeypatch.context() as earlier:
         earlier.setattr(Study, "unsound_engine", property(lambda study: ""))
         spending.admit(site, asked, run="run-1", invited=SITES)

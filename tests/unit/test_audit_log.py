@@ -156,10 +156,11 @@ def test_a_line_that_a_kill_cut_short_is_told_and_costs_nothing_else(
     tmp_path: Path, cut: int
 ) -> None:
     path = tmp_path / "log"
-    log = _write(path)
+    _write(path)
     whole = path.read_bytes()
     last = whole.splitlines(keepends=True)[-1]
     path.write_bytes(whole[: -min(cut, len(last) - 1)])
+    log = AuditLog(path, KEY)  # In the process after it: nobody there knows the line.
     log.append("sent", bytes=1)
     kinds = [entry.kind for entry in read(path)]
     assert kinds == ["sent"] * 8 + ["recovered", "sent"]
@@ -258,6 +259,54 @@ def test_whatever_else_changed_a_verified_log_is_found(
             log.verify()
         assert not log.is_as_verified()
     assert not log.holds(head.hash)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("verified", [True, False], ids=["verified", "written"])
+@pytest.mark.parametrize(
+    ("tamper", "words"),
+    [
+        (lambda path: overwrite(path, b'"bytes":2', b'"bytes":7'), "Line 3 was changed"),
+        (lambda path: cut(path, len(_line(path, 9))), "entry 9 is gone"),
+        (_older, "entry 9 is gone"),
+        (_another, "entry 9 is gone, or another one stands in its place"),
+        (Path.unlink, "entry 9 is gone"),
+    ],
+    ids=["byte", "last line", "older", "another", "all"],
+)
+def test_nothing_is_appended_to_a_log_that_lacks_what_was_verified_or_written_here(
+    tmp_path: Path, tamper: Callable[[Path], None], words: str, verified: bool
+) -> None:
+    path = tmp_path / "log"
+    log = _write(path)
+    if verified:
+        log = AuditLog(path, KEY)
+        log.verify()
+    # So does another one, as after a change of the key.
+    other = AuditLog(path, OTHER, pin=log.pin)
+    tamper(path)
+    before = path.read_bytes() if path.exists() else b""
+    for one in (log, other, log):  # It stays so.
+        with pytest.raises(AuditLogDamaged, match=words):
+            one.append("sent")
+        with pytest.raises(AuditLogDamaged, match=words):
+            one.sign()
+        with pytest.raises(AuditLogDamaged, match=words):
+            one.head()
+        with pytest.raises(AuditLogDamaged, match=words):
+            list(one.entries())
+        assert one.pin == other.pin
+    assert (path.read_bytes() if path.exists() else b"") == before
+
+
+def test_what_somebody_else_appended_is_followed(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = _write(path)
+    AuditLog(path, KEY).append("judged", by="steward")
+    assert log.append("sent").seq == 11
+    assert log.pin == log.head()
+    assert [entry.kind for entry in log.entries()][-3:] == ["signed", "judged", "sent"]
+    assert examine(path, key=KEY.public).findings == ()
 
 
 def test_a_verified_log_is_no_longer_so_where_a_line_was_cut_short(tmp_path: Path) -> None:

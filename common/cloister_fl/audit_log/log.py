@@ -99,8 +99,6 @@ class Entry:
 class _Verified:
     """What a log was when it was last read whole, and has become by the entries written since."""
 
-    head: Head
-    mark: Mark | None
     hashes: set[str]
     is_torn: bool
     """Whether a line that a kill cut short is behind the head."""
@@ -109,16 +107,27 @@ class _Verified:
 class AuditLog:
     """The log in one file; several processes may write to it.
 
+    A file without the last entry that was verified or written here is refused, whatever reads it or
+    appends to it: it is an older log, or another one.
+
     Args:
         path: the file; made with mode 0600 at the first entry. Its folder must exist.
         identity: signs the head.
+        pin: entry that the file must have, as of another ``AuditLog`` of this process.
     """
 
-    def __init__(self, path: Path, identity: Identity) -> None:
+    def __init__(self, path: Path, identity: Identity, *, pin: Head = EMPTY) -> None:
         self._path = path
         self._identity = identity
         self._verified: _Verified | None = None
-        self._pin = EMPTY
+        self._pin = pin
+        self._mark: Mark | None = None
+        """Of the file when the pin was its end; None where that is not known."""
+
+    @property
+    def pin(self) -> Head:
+        """The last entry that was verified or written here; ``EMPTY`` before the first."""
+        return self._pin
 
     def append(self, kind: str, **body: Value) -> Head:
         """Write one entry, durably.
@@ -127,7 +136,8 @@ class AuditLog:
         says that it was there.
 
         Raises:
-            AuditLogDamaged: the end of the file is not a log's, or it cannot be written.
+            AuditLogDamaged: the end of the file is not a log's, it cannot be written, or somebody
+                else changed it and it is not sound or lacks what was verified or written here.
         """
         if _FIXED & body.keys():
             raise ValueError("an entry's fixed fields are not its body")
@@ -152,22 +162,17 @@ class AuditLog:
             AuditLogDamaged: at the first line that does not fit; or the last entry that was
                 verified or written here is gone, as in an older log.
         """
-        self._verified = None
+        self._verified = self._mark = None
         if mark_of(self._path) is None:
-            entries: tuple[Entry, ...] = ()
-            mark, is_torn = None, False
+            mark, lines = None, []
         else:
             with self._locked() as file:
                 mark = mark_of(file.fileno())
                 lines = file.readlines()
-            is_torn = bool(lines) and not lines[-1].endswith(b"\n")
-            entries = tuple(_read(lines[:-1] if is_torn else lines))
-        head = Head(entries[-1].seq, entries[-1].hash) if entries else EMPTY
-        pin = self._pin
-        if pin.seq > head.seq or (pin.seq and entries[pin.seq - 1].hash != pin.hash):
-            raise damaged(f"Its entry {pin.seq} is gone, or another one stands in its place.")
-        self._pin = head
-        self._verified = _Verified(head, mark, {entry.hash for entry in entries}, is_torn)
+        entries, is_torn = self._read_whole(lines)
+        self._pin = Head(entries[-1].seq, entries[-1].hash) if entries else EMPTY
+        self._mark = None if is_torn else mark
+        self._verified = _Verified({entry.hash for entry in entries}, is_torn)
         return entries
 
     def is_as_verified(self) -> bool:
@@ -176,11 +181,10 @@ class AuditLog:
         Raises:
             AuditLogDamaged: it cannot be looked at.
         """
-        verified = self._verified
-        if verified is None or verified.is_torn:
+        if self._verified is None or self._verified.is_torn:
             return False
         try:
-            return verified.mark == mark_of(self._path)
+            return self._mark == mark_of(self._path)
         except OSError as error:
             raise damaged("It cannot be read.") from error
 
@@ -196,37 +200,70 @@ class AuditLog:
         """Its entries, oldest first; a last line that a kill cut short is none.
 
         Raises:
-            AuditLogDamaged: at the first line that does not fit.
+            AuditLogDamaged: at the first line that does not fit; or at the end, where the last
+                entry that was verified or written here is gone.
         """
+        pin, last = self._pin, 0
         if self._path.exists():
-            yield from _read(line for line in lines_of(self._path) if line.endswith(b"\n"))
+            for entry in _read(line for line in lines_of(self._path) if line.endswith(b"\n")):
+                if entry.seq == pin.seq and entry.hash != pin.hash:
+                    break
+                last = entry.seq
+                yield entry
+        if last < pin.seq:
+            raise _gone(pin)
 
     def head(self) -> Head:
         """The head; ``EMPTY`` where nothing was written yet."""
         if not self._path.exists():
+            self._read_whole([])
             return EMPTY
         with self._locked() as file:
-            return _last(file)[0]
+            return self._end(file)[0]
 
     def _append(self, kind: str, body: Callable[[Head], Mapping[str, Value]]) -> Head:
         """Write an entry whose body may depend on the head before it."""
         with self._locked() as file:
-            verified, torn = self._verified, 0
-            if verified and not verified.is_torn and verified.mark == mark_of(file.fileno()):
-                head = verified.head
-            else:
-                # Somebody else wrote: what that was is for ``verify`` to say.
-                self._verified = verified = None
-                head, torn = _last(file)
+            head, torn = self._end(file)
             if torn:
                 head = write(file, head, "recovered", {"bytes": torn})
-            head = self._pin = write(file, head, kind, body(head))
-            if verified is not None:
-                verified.hashes.add(head.hash)
-                verified.head = head
-                # Last: whatever ends this before it, the log is read whole the next time.
-                verified.mark = mark_of(file.fileno())
+            head = write(file, head, kind, body(head))
+            if self._verified is not None:
+                self._verified.hashes.add(head.hash)
+            # The mark last: whatever ends this before it, the log is read whole the next time.
+            self._pin = head
+            self._mark = mark_of(file.fileno())
         return head
+
+    def _end(self, file: BinaryIO) -> tuple[Head, int]:
+        """The head of the locked file, and how many bytes of a torn line were taken off behind it.
+
+        Raises:
+            AuditLogDamaged: its end is not a log's; or somebody else changed it, and it is not
+                sound or lacks the pin.
+        """
+        if self._mark is not None and self._mark == mark_of(file.fileno()):
+            return self._pin, 0
+        # Somebody else wrote: what that was is for ``verify`` to say, but it must be a log that
+        # went on from what was verified or written here. It was perhaps replaced or written while
+        # this process waited for the lock.
+        self._verified = self._mark = None
+        if self._pin.seq:
+            file.seek(0)
+            self._read_whole(file.readlines())
+        return _last(file)
+
+    def _read_whole(self, lines: list[bytes]) -> tuple[tuple[Entry, ...], bool]:
+        """The entries of all lines of the file, and whether a torn line is behind them.
+
+        Raises:
+            AuditLogDamaged: see ``verify``.
+        """
+        is_torn = bool(lines) and not lines[-1].endswith(b"\n")
+        entries, pin = tuple(_read(lines[:-1] if is_torn else lines)), self._pin
+        if pin.seq > len(entries) or (pin.seq and entries[pin.seq - 1].hash != pin.hash):
+            raise _gone(pin)
+        return entries, is_torn
 
     @contextmanager
     def _locked(self) -> Iterator[BinaryIO]:
@@ -361,6 +398,10 @@ def whole(entry: Entry) -> dict[str, Value]:
 def hash_of(full: Mapping[str, Value]) -> str:
     """The hash of an entry, see ``whole``."""
     return entry_hash(LABEL, canonical_json(full))
+
+
+def _gone(pin: Head) -> AuditLogDamaged:
+    return damaged(f"Its entry {pin.seq} is gone, or another one stands in its place.")
 
 
 def damaged(why: str) -> AuditLogDamaged:

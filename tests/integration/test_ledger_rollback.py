@@ -18,6 +18,7 @@ from cloister_fl.client.ledger.site_session import SiteSession
 from cloister_fl.client.site.audit_log import entries_of, log_of, path_of
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
+from cloister_fl.client.steward import budget
 from cloister_fl.errors import LedgerRolledBack, RoundAlreadySpent
 from support import spending
 from support.errors import raises
@@ -25,6 +26,7 @@ from support.federations import SEEN, study
 from support.spending import accept, compare, disagreements
 
 STUDY = study()
+OTHER = study(study='name = "other"')
 SITES = max(5, STUDY.aggregation.min_sites)
 
 
@@ -205,6 +207,27 @@ def test_what_is_said_of_another_log_or_is_no_head_is_passed_over(site: Site, he
     compare(site, heads.format(name_of(site.identity().public)))
     assert disagreements(site) == ()
     admit(site)
+
+
+def test_a_ledger_that_moves_to_a_folder_with_another_key(site: Site, tmp_path: Path) -> None:
+    """As after a key was replaced, see the guide for a hospital."""
+    budget.close(site, STUDY.digest)
+    limits = Policy(max_epsilon_study=6, max_epsilon_lifetime=50)
+    new = init_site(tmp_path / "birke", policy=limits)
+    shutil.copy(site.ledger, new.ledger)
+    seq, digest = ledger(new).head()
+    (new.root / FILE).write_text(f'{{"seq": {seq}, "hash": "{digest}"}}')
+    log_of(new).append("ledger", ledger_seq=seq, ledger_hash=digest)
+    # Both notes fit, and yet nobody here has said that it is this site's ledger.
+    assert disagreements(new) == (f"Entry {seq} of the ledger is not signed by this site.",)
+    judge(new, OTHER, Decision.APPROVED)
+    with raises(LedgerRolledBack, match="not signed by this site"):
+        spending.admit(new, OTHER, run="run-2", invited=SITES)
+    assert accept(new)
+    assert disagreements(new) == ()
+    spending.admit(new, OTHER, run="run-2", invited=SITES)
+    assert ledger(new).closed() == {STUDY.digest}
+    assert ledger(new).epsilon_lifetime() == ledger(site).epsilon_lifetime() > 0
 
 
 def test_the_steward_accepts_and_it_is_written_in_both(site: Site) -> None:

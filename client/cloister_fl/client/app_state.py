@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cloister_fl.client.data.cohort import Cohort, same, split, split_apart
 from cloister_fl.client.data.feature_store import Features, Rows
+from cloister_fl.client.ledger.rollback import Pins
 from cloister_fl.client.ledger.site_session import Admission, SiteSession
 from cloister_fl.client.secure_aggregation.exchange import Members
 from cloister_fl.networks import flat_parameters
@@ -48,6 +49,7 @@ class Kept:
     def __init__(self) -> None:
         self.members = Members()
         self._sessions: OrderedDict[Path, SiteSession] = OrderedDict()
+        self._pins: dict[Path, Pins] = {}
         self._cohorts: OrderedDict[tuple[Path, str], _Known] = OrderedDict()
         self._rows = Rows()
         self._network: tuple[tuple[Path, str], nn.Module] | None = None
@@ -55,22 +57,28 @@ class Kept:
     def session(self, root: Path) -> SiteSession:
         """The session of a site folder, as its file says now; opened where there is none.
 
+        What an earlier session verified of the site must be there again, until ``forget``.
+
         Raises:
             SiteFileInvalid, FileUnreadable: see ``folder.open_site``.
         """
         session = self._sessions.get(root)
         if session is None or session.owner != os.getpid():
-            session = self._sessions[root] = SiteSession.open(root)
+            pins = self._pins.get(root) if session is None else session.pins
+            session = self._sessions[root] = SiteSession.open(root, pins)
         else:
             session.refresh()
         self._sessions.move_to_end(root)
         while len(self._sessions) > SESSIONS:
-            self._sessions.popitem(last=False)[1].close()
+            gone, idle = self._sessions.popitem(last=False)
+            idle.close()
+            self._pins[gone] = idle.pins
         return session
 
     def forget(self, root: Path) -> None:
-        """Close a site's session and give up its key epochs."""
+        """Close a site's session, give up its key epochs and forget what was verified."""
         self.members.forget(root)
+        self._pins.pop(root, None)
         session = self._sessions.pop(root, None)
         if session is not None:
             session.close()

@@ -16,17 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cloister_fl.client.ledger.chain import Entry
+from cloister_fl.audit_log import Head as LogHead
+from cloister_fl.client.ledger.chain import Entry, rolled_back
 from cloister_fl.client.ledger.ledger_file import Head, LedgerFile, create
 from cloister_fl.client.ledger.limits import idle_of, others_of, require_gates, require_same
 from cloister_fl.client.ledger.replay import (
     Account,
     Reservation,
-    accept_body,
+    State,
     apply,
-    close_body,
     link_body,
 )
+from cloister_fl.client.ledger.steward_entries import Acceptance, accept_body, close_body
 from cloister_fl.client.site.folder import command_at
 from cloister_fl.errors import (
     BudgetExhausted,
@@ -69,12 +70,28 @@ class Ledger:
         file: its file; secure aggregation keeps entries of its own there, which spend nothing.
     """
 
-    def __init__(self, path: Path, *, pinned: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        pinned: bool = False,
+        pin: Head | None = None,
+        signer: bytes | None = None,
+    ) -> None:
         self._path = path
-        self.file = LedgerFile(path, apply, pinned=pinned)
+        self._signer = signer
+        self.file = LedgerFile(path, apply, pinned=pinned, pin=pin)
 
     @classmethod
-    def open(cls, path: Path, *, delta: float, pinned: bool = False) -> Ledger:
+    def open(
+        cls,
+        path: Path,
+        *,
+        delta: float,
+        pinned: bool = False,
+        pin: Head | None = None,
+        signer: bytes | None = None,
+    ) -> Ledger:
         """Open the ledger at ``path``, or make it; and check it.
 
         Args:
@@ -83,17 +100,28 @@ class Ledger:
                 good.
             pinned: whether to refuse, from then on, a file that lacks what was read or written
                 here, with LedgerRolledBack.
+            pin: the entry that the file must have from the start, where it is pinned; then no file
+                is made.
+            signer: the site's public key. Nothing is reserved or spent in a ledger with entries
+                that another key signed, see ``foreign``. None takes any key.
 
         Raises:
             LedgerDamaged: the file is no sound ledger.
+            LedgerRolledBack: it lacks the pin.
             PolicyRefused: the ledger was made for another delta.
         """
         if not 0 < delta < 1:
             raise InternalError("The delta of a ledger must be between 0 and 1.")
-        # The id tells it from other ledgers of the machine that were made in the same second.
-        made = {"version": 1, "delta": delta, "orders": list(ORDERS), "id": secrets.token_hex(16)}
-        create(path, "created", made)
-        ledger = cls(path, pinned=pinned)
+        if pin is None:
+            # The id tells it from other ledgers of the machine made in the same second.
+            made = {
+                "version": 1,
+                "delta": delta,
+                "orders": list(ORDERS),
+                "id": secrets.token_hex(16),
+            }
+            create(path, "created", made)
+        ledger = cls(path, pinned=pinned, pin=pin, signer=signer)
         with ledger.file.transaction(write=False) as state:
             made_for = state.delta
         if made_for != delta:
@@ -141,6 +169,7 @@ class Ledger:
         Raises:
             BudgetExhausted: a gate is closed; says what was asked, what is left, and the limit.
             LedgerDamaged: the file is no sound ledger, or cannot be written.
+            LedgerRolledBack: another key signed an entry, see ``foreign``.
         """
         _require(_DIGEST.fullmatch(study_digest), "study's hash")
         _require(_RUN.fullmatch(run_id), "run's name")
@@ -150,6 +179,7 @@ class Ledger:
         _require(release is None or release.sampling_rate == 1, "noised evaluation")
         wanted = Account(study_digest, run_id, mechanism, steps, delta, release)
         with self.file.transaction(write=True) as state:
+            self._require_own(state)
             state.require_open(study_digest)
             held = state.accounts.get((study_digest, run_id))
             if held is not None:
@@ -229,9 +259,10 @@ class Ledger:
 
         Raises:
             PolicyRefused: the study has no reservation.
-            LedgerDamaged: the file is no sound ledger, or cannot be written.
+            LedgerDamaged, LedgerRolledBack: see ``reserve``.
         """
         with self.file.transaction(write=True) as state:
+            self._require_own(state)
             if study_digest in state.closed:
                 return 0
             if not state.of(study_digest):
@@ -245,11 +276,34 @@ class Ledger:
             self.file.append("closed", close_body(study_digest, released, previous, steward))
         return released
 
-    def accept(self, missed: int, steward: Identity) -> None:
-        """Write that the steward takes this ledger for the newest; see ``rollback``."""
+    def accept(
+        self, missed: int, steward: Identity, *, log: LogHead, claimed: frozenset[str] = frozenset()
+    ) -> None:
+        """Write that the steward takes this ledger for the newest; see ``accept_body``."""
         with self.file.transaction(write=True):
             previous = self.file.last.hash
-            self.file.append("accepted", accept_body(missed, previous, steward))
+            body = accept_body(missed, previous, steward, log=log, claimed=claimed)
+            self.file.append("accepted", body)
+
+    def accepted(self) -> tuple[Acceptance, ...]:
+        """The acceptances that ``signer`` signed, oldest first."""
+        with self.file.transaction(write=False) as state:
+            return state.accepted(self._signer)
+
+    def foreign(self) -> tuple[int, ...]:
+        """Numbers of the entries that another key than ``signer`` signed, but for those before
+        the last acceptance by ``signer``."""
+        with self.file.transaction(write=False) as state:
+            return state.foreign(self._signer)
+
+    def _require_own(self, state: State) -> None:
+        foreign = state.foreign(self._signer)
+        if foreign:
+            raise rolled_back(
+                self._path.parent,
+                f"Entry {foreign[0]} of the privacy ledger is not signed by this site.",
+                "Somebody else wrote it, or the ledger comes from a folder with another key.",
+            )
 
     def continue_in(self, other: str) -> None:
         """Reserve nothing more here: another ledger counts these patients. Can be repeated.
@@ -326,11 +380,12 @@ class Ledger:
         Raises:
             RoundAlreadySpent: the round was started before, perhaps by a process that died.
             BudgetExhausted: the run has no reservation, or not so many steps left.
-            LedgerDamaged: the file is no sound ledger, or cannot be written.
+            LedgerDamaged, LedgerRolledBack: see ``reserve``.
         """
         _require(round_number >= 1, "round")
         _require(steps >= 1, "number of steps")
         with self.file.transaction(write=True) as state:
+            self._require_own(state)
             account = state.account(study_digest, run_id)
             if round_number in account.rounds:
                 raise RoundAlreadySpent(
@@ -361,9 +416,10 @@ class Ledger:
         Raises:
             ReleaseAlreadySpent: a run of this study charged it before.
             BudgetExhausted: the run has no reservation, or none for a noised evaluation.
-            LedgerDamaged: the file is no sound ledger, or cannot be written.
+            LedgerDamaged, LedgerRolledBack: see ``reserve``.
         """
         with self.file.transaction(write=True) as state:
+            self._require_own(state)
             account = state.account(study_digest, run_id)
             if state.released(study_digest):
                 raise ReleaseAlreadySpent(

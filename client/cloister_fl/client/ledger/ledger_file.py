@@ -74,6 +74,7 @@ class LedgerFile(Generic[StateT]):
             a rule.
         pinned: whether a file is refused that lacks the last entry that was verified or written
             here; without, it is a file like any other.
+        pin: an entry that the file must have from the start, where it is pinned.
     """
 
     def __init__(
@@ -82,12 +83,13 @@ class LedgerFile(Generic[StateT]):
         apply: Callable[[StateT | None, Entry], StateT],
         *,
         pinned: bool = False,
+        pin: Head | None = None,
     ) -> None:
         self._path = path
         self._files = (path, *(path.with_name(f"{path.name}-{end}") for end in ("wal", "journal")))
         self._apply = apply
         self._pinned = pinned
-        self._pin: Head | None = None
+        self._pin = pin
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._end: Callable[[], object] = lambda: None
@@ -138,6 +140,11 @@ class LedgerFile(Generic[StateT]):
         verified.hashes.append(entry.hash)
         verified.state = self._added(verified.state, entry)
         return entry
+
+    @property
+    def pin(self) -> Head | None:
+        """The last entry that was verified or written here, on disk; None before the first."""
+        return self._pin
 
     @property
     def last(self) -> Head:

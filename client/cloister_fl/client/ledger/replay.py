@@ -17,15 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cloister_fl.client.ledger.chain import PROTOCOL_KINDS, Entry
+from cloister_fl.client.ledger.steward_entries import Acceptance, acceptance_of, closer_of
 from cloister_fl.encoding.canonical_json import HASH
-from cloister_fl.encoding.framing import u64
 from cloister_fl.errors import BudgetExhausted
-from cloister_fl.membership.identity import Identity, verify
 from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
-
-CLOSE_LABEL = "cloister/ledger/close/v1"
-ACCEPT_LABEL = "cloister/ledger/accept/v1"
-"""What the signatures under ``closed`` and ``accepted`` entries are over, first."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +149,8 @@ class State:
         answered: of each sum, the sites that it was answered for.
         linked: ledgers of the same patients whose spending counts here, by id.
         continued: id of the ledger that counts this one's spending from now on; empty for none.
+        signers: by number of each entry that a steward signed, the public key that it names.
+        acceptances: by number of its entry, oldest first.
     """
 
     orders: tuple[float, ...]
@@ -170,6 +167,9 @@ class State:
     linked: set[str] = field(default_factory=set)
     continued: str = ""
 
+    signers: dict[int, bytes] = field(default_factory=dict)
+    acceptances: dict[int, Acceptance] = field(default_factory=dict)
+
     def require_here(self) -> None:
         """Refuse a new reservation where another ledger counts these patients by now.
 
@@ -183,6 +183,24 @@ class State:
                 "nothing more can be reserved here.",
                 remedy="Train from that folder: budget there shows this ledger's spending.",
             )
+
+    def accepted(self, signer: bytes | None) -> tuple[Acceptance, ...]:
+        """The acceptances that a key signed, oldest first; of any key for None."""
+        every = self.acceptances.values()
+        return tuple(one for one in every if signer in {None, one.key})
+
+    def foreign(self, signer: bytes | None) -> tuple[int, ...]:
+        """Entries that another key signed, and that no later acceptance by ``signer`` covers.
+
+        The signature of an entry says that whoever has the key that it names wrote it, and anybody
+        has one. A ledger that moved to a new folder, with a new key, has entries of the old one:
+        the acceptance there is over all that stands before it.
+        """
+        if signer is None:
+            return ()
+        own = [number for number, one in self.acceptances.items() if one.key == signer]
+        covered = max(own, default=0)
+        return tuple(n for n, key in self.signers.items() if key != signer and n > covered)
 
     def require_open(self, study: str) -> None:
         """Refuse a study that the steward closed.
@@ -249,7 +267,7 @@ def apply(state: State | None, entry: Entry) -> State:
     elif entry.kind == "closed":
         _close(state, entry)
     elif entry.kind == "accepted":
-        _accept(entry)
+        _accept(state, entry)
     elif entry.kind == "linked":
         _link(state, entry)
     elif entry.kind == "continued":
@@ -317,30 +335,10 @@ def _remember(state: State, entry: Entry) -> None:
         state.answered[key] = tuple(map(str, body["survivors"]))
 
 
-def close_body(study: str, released: int, previous: str, steward: Identity) -> dict[str, Any]:
-    """The entry that closes a study, signed for this place in this chain.
-
-    Args:
-        study: the study's hash.
-        released: steps that were reserved and never started.
-        previous: hash of the ledger's last entry.
-        steward: signs it: the site's identity, which the steward's command can read.
-    """
-    signature = steward.sign(CLOSE_LABEL, study.encode(), u64(released), previous.encode())
-    return {
-        "study": study,
-        "released": released,
-        "key": steward.public.hex(),
-        "signature": signature.hex(),
-    }
-
-
 def _close(state: State, entry: Entry) -> None:
     body = entry.body
     study, released = str(body["study"]), int(body["released"])
-    fields = (study.encode(), u64(released), entry.previous.encode())
-    key, signature = bytes.fromhex(body["key"]), bytes.fromhex(body["signature"])
-    _hold(verify(key, signature, CLOSE_LABEL, *fields))
+    key = closer_of(body, entry.previous)
     _hold(study not in state.closed and state.of(study))
     _hold(released == state.unstarted(study))
     for account in state.of(study):
@@ -350,6 +348,7 @@ def _close(state: State, entry: Entry) -> None:
             state.reserved.add(study, account.release, -1)
             account.release = None
     state.closed.add(study)
+    state.signers[entry.seq] = key
 
 
 def link_body(other: str, spending: Mapping[str, Composition]) -> dict[str, Any]:
@@ -384,24 +383,10 @@ def _link(state: State, entry: Entry) -> None:
             total.add(str(row["study"]), mechanism, int(row["steps"]))
 
 
-def accept_body(missed: int, previous: str, steward: Identity) -> dict[str, Any]:
-    """The entry by which the steward takes a ledger for the newest; signed for this place.
-
-    Args:
-        missed: number of the newest entry that was noted elsewhere, 0 for none.
-        previous: hash of the ledger's last entry.
-        steward: signs it, see ``close_body``.
-    """
-    signature = steward.sign(ACCEPT_LABEL, u64(missed), previous.encode())
-    return {"missed": missed, "key": steward.public.hex(), "signature": signature.hex()}
-
-
-def _accept(entry: Entry) -> None:
-    body = entry.body
-    key, signature = bytes.fromhex(body["key"]), bytes.fromhex(body["signature"])
-    missed = int(body["missed"])
-    _hold(missed >= 0)
-    _hold(verify(key, signature, ACCEPT_LABEL, u64(missed), entry.previous.encode()))
+def _accept(state: State, entry: Entry) -> None:
+    acceptance = acceptance_of(entry.body, entry.previous)
+    state.signers[entry.seq] = acceptance.key
+    state.acceptances[entry.seq] = acceptance
 
 
 def _hold(rule: object) -> None:

@@ -5,6 +5,7 @@ read whole once: each message looks at the files, and where anybody else touched
 read and compared again before anything is charged. A lawful change by another process, as of a
 steward's command, costs that reading and no more; a ledger or a log that lacks what this session
 wrote or read is refused. Nothing of it is written down: a process that starts has verified nothing.
+What must be there again, the pins, outlives settings, keys, and the session itself.
 """
 
 from __future__ import annotations
@@ -15,20 +16,24 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cloister_fl.audit_log import AuditLog, Head, heads_told, name_of
+from cloister_fl.audit_log import EMPTY, AuditLog, Head, heads_told, name_of
 from cloister_fl.client.ledger.chain import rolled_back
 from cloister_fl.client.ledger.ledger import Ledger
+from cloister_fl.client.ledger.ledger_file import Head as LedgerHead
 from cloister_fl.client.ledger.rollback import (
     ACCEPTED,
     CLAIMED,
     FILE,
     NOTE,
-    LogNotes,
-    claim_of,
+    Note,
+    Pins,
+    claims_of,
     differences,
     high_of,
+    lacking,
     notes_in,
 )
+from cloister_fl.client.ledger.steward_entries import Acceptance
 from cloister_fl.client.site.audit_log import path_of
 from cloister_fl.client.site.folder import (
     CACHE_KEY,
@@ -40,7 +45,7 @@ from cloister_fl.client.site.folder import (
 )
 from cloister_fl.client.site.last_refusal import FILE as REFUSAL
 from cloister_fl.client.site.last_refusal import clear_last_refusal, keep_last_refusal
-from cloister_fl.errors import CloisterError
+from cloister_fl.errors import CloisterError, LedgerRolledBack, PrivacyError
 from cloister_fl.study.cost import Charges
 from cloister_fl.study.schema import Study
 from cloister_fl.system.files import Mark, locked, mark_of, write_atomic
@@ -49,6 +54,8 @@ _SIGN_EVERY = 10
 """Entries of the audit log between two signatures, at most."""
 _MOST_ADMISSIONS = 8
 _NAME_LABEL = b"cloister/ledger/name/v1\0"
+_MOST_CLAIMS = 8
+"""A site that misses one entry is refused already: more than these say nothing new."""
 _READ = (
     SITE_FILE,
     f"keys/{IDENTITY}",
@@ -88,6 +95,7 @@ class SiteSession:
 
     Args:
         site: the opened site.
+        pins: of another session of this process; None for the first.
 
     Attributes:
         site: the site, as its file says now; see ``refresh``.
@@ -98,29 +106,30 @@ class SiteSession:
             again after any change of these.
     """
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, pins: Pins | None = None) -> None:
         self.owner = os.getpid()
         """Process that the session belongs to; another must not use it."""
         self.site = site
         self.identity = site.identity()
-        self.log = AuditLog(path_of(site), self.identity)
+        self._pins = pins or Pins(self.identity.public)
+        self.log = AuditLog(path_of(site), self.identity, pin=self._pins.log)
         self.roster = site.roster
         self.admissions: dict[tuple[object, ...], Admission] = {}
         self._folder = _marks_of(site.root, _READ)
         self._path = site.ledger
         self._ledger: Ledger | None = None
-        self._notes: LogNotes | None = None
+        self._notes: list[Note] | None = None
         self._compared: _Compared | None = None
-        self._accepted: int | None = None
+        self._accepted_as_lost: frozenset[str] = frozenset()
         self._signed = 0
         self._is_refusing = (site.root / REFUSAL).exists()
 
     @classmethod
-    def open(cls, root: Path) -> SiteSession:
+    def open(cls, root: Path, pins: Pins | None = None) -> SiteSession:
         """Open the site folder ``root``; raises as ``folder.open_site``."""
         # Before the reading: what is written behind it is found the next time.
         marks = _marks_of(root, _READ)
-        session = cls(open_site(root))
+        session = cls(open_site(root), pins)
         session._folder = marks
         return session
 
@@ -135,9 +144,10 @@ class SiteSession:
             return
         site = open_site(self.site.root)
         identity = site.identity()
-        if identity.public != self.identity.public:
-            self.log = AuditLog(path_of(site), identity)
-        if site.policy.ledger_delta != self.site.policy.ledger_delta:
+        is_same_key = identity.public == self.identity.public
+        if not is_same_key:
+            self.log = AuditLog(path_of(site), identity, pin=self.log.pin)
+        if not is_same_key or site.policy.ledger_delta != self.site.policy.ledger_delta:
             self._drop_ledger()
         self.site, self.identity, self._folder = site, identity, marks
         self.admissions.clear()
@@ -146,7 +156,7 @@ class SiteSession:
     def ledger(self) -> Ledger:
         """The ledger, made where there is none; raises as ``Ledger.open``."""
         if self._ledger is None:
-            self._ledger = Ledger.open(self._path, delta=self.site.policy.ledger_delta, pinned=True)
+            self._ledger = self._opened(self._pins.ledger)
         return self._ledger
 
     def ledger_name(self) -> str:
@@ -157,10 +167,15 @@ class SiteSession:
         first = self.ledger.hashes()[0].encode()
         return hashlib.sha256(_NAME_LABEL + self.identity.public + first).hexdigest()
 
+    @property
+    def pins(self) -> Pins:
+        """What this process must find again, for the session after this one."""
+        ledger = self._ledger.file.pin if self._ledger is not None else None
+        return replace(self._pins, log=self.log.pin, ledger=ledger or self._pins.ledger)
+
     def close(self) -> None:
-        """Close the ledger's file and forget what was verified."""
+        """Close the ledger's file, which is read whole again before the next use."""
         self._drop_ledger()
-        self._compared = None
 
     # What is verified
 
@@ -207,45 +222,97 @@ class SiteSession:
             compared = self._compare(self._notes)
         return compared.differences
 
-    def _compare(self, notes: LogNotes) -> _Compared:
+    def _compare(self, notes: list[Note]) -> _Compared:
         """Read the ledger, and compare it with what is noted of it."""
         self.admissions.clear()
         self._compared = None
         marks = self._note_marks()
-        if self._accepted not in {None, notes.accepted}:
-            # The steward took the ledger as it is for the newest, whatever this session saw.
-            self._drop_ledger()
-        self._accepted = notes.accepted
-        is_there = self._ledger is not None or mark_of(self._path) is not None
-        high, noted = high_of(self.site.root), notes.newest
+        hashes, foreign, is_reserved = self._read_ledger(notes)
+        noted = [note.head for note in notes if note.at > self._pins.accepted]
+        high = high_of(self.site.root)
         found = differences(
-            self.ledger.hashes() if is_there else (),
-            reserved=is_there and self.ledger.has_reserved(),
+            hashes,
+            reserved=is_reserved,
             high=high,
             noted=noted,
-            is_log_older=bool(self._claimed(notes)),
+            is_log_older=bool(self._claimed()),
+            foreign=foreign,
         )
-        self._compared = _Compared(marks, found, high is not None and noted is not None)
+        self._compared = _Compared(marks, found, high is not None and bool(noted))
         return self._compared
+
+    def _read_ledger(self, notes: list[Note]) -> tuple[tuple[str, ...], tuple[int, ...], bool]:
+        """Hashes and foreign entries of the ledger, and whether anything is reserved in it."""
+        if self._ledger is None and self._pins.ledger is None and mark_of(self._path) is None:
+            self._take(())
+            return (), (), False
+        try:
+            hashes = self.ledger.hashes()
+        except PrivacyError as error:
+            # Perhaps the steward took another ledger for the newest, whatever this process saw.
+            if error.code != LedgerRolledBack.code or not self._take_accepted(notes):
+                raise
+            hashes = self.ledger.hashes()
+        self._take(self.ledger.accepted())
+        return hashes, self.ledger.foreign(), self.ledger.has_reserved()
+
+    def _take(self, accepted: tuple[Acceptance, ...]) -> None:
+        """Keep in mind what the steward's acceptances in the ledger void."""
+        self._accepted_as_lost = frozenset[str]().union(*(one.claimed for one in accepted))
+        self._pins = replace(self._pins, accepted=self._voided(accepted))
+
+    def _voided(self, accepted: tuple[Acceptance, ...]) -> int:
+        """Up to which entry of the audit log the last acceptance voids notes; -1 for none."""
+        head = accepted[-1].log if accepted else None
+        return head.seq if head and (head == EMPTY or self.log.holds(head.hash)) else -1
+
+    def _take_accepted(self, notes: list[Note]) -> bool:
+        """Take a ledger that lacks the pin, where the steward accepted it since the pin.
+
+        The acceptance is signed with the key that this process has known all along, it is younger
+        than the last one in the ledger of the pin, and the ledger has all that was noted behind it.
+        """
+        if self.identity.public != self._pins.signer:
+            return False
+        ledger = self._opened(None)
+        voided = self._voided(ledger.accepted())
+        later = [note.head for note in notes if note.at > voided]
+        if voided <= self._pins.accepted or lacking(ledger.hashes(), later):
+            ledger.shut()
+            return False
+        self._drop_ledger()
+        self._ledger = ledger
+        return True
+
+    def _opened(self, pin: LedgerHead | None) -> Ledger:
+        return Ledger.open(
+            self._path,
+            delta=self.site.policy.ledger_delta,
+            pinned=True,
+            pin=pin,
+            signer=self.identity.public,
+        )
 
     def _is_ledger_as_verified(self) -> bool:
         if self._ledger is None:
             return mark_of(self._path) is None
         return self._ledger.is_as_verified()
 
-    def _claimed(self, notes: LogNotes) -> str:
-        """What ``compare`` kept and the log still lacks; empty where there is nothing."""
-        digest = claim_of(self.site.root)
-        return "" if self._is_in_log(digest, notes) else digest
+    def _claimed(self) -> frozenset[str]:
+        """What ``compare`` kept and the log still lacks."""
+        claims = claims_of(self.site.root) | self._pins.claims
+        return frozenset(digest for digest in claims if not self._is_in_log(digest))
 
-    def _is_in_log(self, digest: str, notes: LogNotes) -> bool:
+    def _is_in_log(self, digest: str) -> bool:
         """Whether an entry has this hash, or the steward accepted that none has."""
-        return self.log.holds(digest) or digest in notes.claims
+        return self.log.holds(digest) or digest in self._accepted_as_lost
 
     def _note_marks(self) -> tuple[Mark | None, ...]:
         return _marks_of(self.site.root, (FILE, CLAIMED))
 
     def _drop_ledger(self) -> None:
+        """Close the ledger's file; its pin stays."""
+        self._pins, self._compared = self.pins, None
         if self._ledger is not None:
             self._ledger.shut()
         self._ledger = None
@@ -270,9 +337,9 @@ class SiteSession:
             # last.
             seq, digest = self.ledger.head()
             write_atomic(self.site.root / FILE, json.dumps({"seq": seq, "hash": digest}).encode())
-            self.log.append(NOTE, ledger_seq=seq, ledger_hash=digest)
+            at = self.log.append(NOTE, ledger_seq=seq, ledger_hash=digest).seq
         if self._notes is not None:
-            self._notes = replace(self._notes, newest=Head(seq, digest))
+            self._notes.append(Note(at, Head(seq, digest)))
         if compared is not None:
             compared.marks = (mark_of(self.site.root / FILE), *compared.marks[1:])
             compared.is_noted = True
@@ -288,13 +355,23 @@ class SiteSession:
 
         Raises:
             AuditLogDamaged: see ``require_log``.
+            LedgerDamaged, LedgerRolledBack, PolicyRefused: as ``require_newest``.
             OutputInTheWay: what it noted cannot be kept.
         """
         self.require_log()
-        assert self._notes is not None
-        for digest in heads_told(heads, name_of(self.identity.public)):
-            if not self._is_in_log(digest, self._notes):
-                write_atomic(self.site.root / CLAIMED, digest.encode())
+        told = heads_told(heads, name_of(self.identity.public))
+        lost = [digest for digest in told if not self.log.holds(digest)]
+        if lost:
+            # The ledger says of which the steward accepted that they are lost.
+            self.disagreements()
+        claims = self._claimed()
+        new = frozenset(digest for digest in lost if not self._is_in_log(digest)) - claims
+        if new and len(claims) < _MOST_CLAIMS:
+            claims |= new
+            self._pins = replace(self._pins, claims=claims)
+            self._compared = None
+        if not claims <= claims_of(self.site.root):
+            write_atomic(self.site.root / CLAIMED, "\n".join(sorted(claims)).encode())
 
     def accept_ledger(self) -> tuple[str, ...]:
         """Take the ledger as it is for the newest, on the steward's word, and note that.
@@ -308,11 +385,13 @@ class SiteSession:
         """
         found, notes = self.disagreements(), self._notes
         if found and notes is not None:
-            heads = (high_of(self.site.root), notes.newest)
-            missed = max((head.seq for head in heads if head), default=0)
-            self.ledger.accept(missed, self.identity)
-            claimed = self._claimed(notes) or None
-            self.log.append(ACCEPTED, by="steward", why=" ".join(found), claimed=claimed)
+            high, before = high_of(self.site.root), self._pins.accepted
+            heads = [*([high] if high else []), *(n.head for n in notes if n.at > before)]
+            missed = max((head.seq for head in heads), default=0)
+            claimed = self._claimed()
+            self.ledger.accept(missed, self.identity, log=self.log.pin, claimed=claimed)
+            said = " ".join(sorted(claimed)) or None
+            self.log.append(ACCEPTED, by="steward", why=" ".join(found), claimed=said)
             self.note()
             (self.site.root / CLAIMED).unlink(missing_ok=True)
             self.close()

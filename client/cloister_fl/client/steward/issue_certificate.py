@@ -9,7 +9,7 @@ from cloister_fl.audit_log import EMPTY
 from cloister_fl.client.admission.approvals import judgements
 from cloister_fl.client.ledger.ledger import Reservation
 from cloister_fl.client.ledger.site_session import SiteSession
-from cloister_fl.client.site.audit_log import entries_of, what_left
+from cloister_fl.client.site.audit_log import what_left
 from cloister_fl.client.site.folder import Site
 from cloister_fl.client.site.trusted_roster import read_pin
 from cloister_fl.errors import InputError, OptionInvalid
@@ -50,7 +50,7 @@ def certify(site: Site, study: str, *, run: str | None = None) -> Certificate:
     one, asked = own[-1], known[study].study
     # It would promise an epsilon that does not hold.
     require_sound_engine(asked)
-    entries = entries_of(site)
+    entries = tuple(session.log.entries())
     head = entries[-1] if entries else EMPTY
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()

@@ -22,13 +22,15 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from cloister_fl.audit_log import Head
 from cloister_fl.client.ledger import chain, ledger_file
 from cloister_fl.client.ledger.ledger import Ledger, Reservation
-from cloister_fl.client.ledger.replay import accept_body, close_body
+from cloister_fl.client.ledger.steward_entries import Acceptance, accept_body, close_body
 from cloister_fl.errors import (
     BudgetExhausted,
     InternalError,
     LedgerDamaged,
+    LedgerRolledBack,
     PolicyRefused,
     RoundAlreadySpent,
 )
@@ -46,6 +48,8 @@ STUDY, OTHER = "a" * 64, "b" * 64
 DELTA = 1e-5
 STEPS = 20
 STEWARD = Identity.generate()
+LOG = Head(7, "1" * 64)
+"""Head of an audit log."""
 NOISE = Mechanism(calibrate(3.0, DELTA, 1.0, STEPS), 1.0)
 
 
@@ -198,15 +202,57 @@ def test_a_closing_that_no_steward_signed_here_is_named(
         ledger.verify()
 
 
-@pytest.mark.parametrize("change", [{"missed": 4}, {"missed": -1}, {"key": "00" * 32}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"missed": 4},
+        {"missed": -1},
+        {"key": "00" * 32},
+        {"log_seq": 8},
+        {"log_hash": "8" * 64},
+        {"claimed": "8" * 64},
+    ],
+)
 def test_an_acceptance_that_no_steward_signed_here_is_named(
     ledger: Ledger, path: Path, change: dict[str, object]
 ) -> None:
-    ledger.accept(3, STEWARD)
+    ledger.accept(3, STEWARD, log=LOG)
     ledger.verify()
-    forge(path, "accepted", **{**accept_body(3, ledger.head()[1], STEWARD), **change})
+    body = accept_body(3, ledger.head()[1], STEWARD, log=LOG)
+    forge(path, "accepted", **{**body, **change})
     with raises(LedgerDamaged, match="Entry 3 breaks a rule"):
         ledger.verify()
+
+
+def test_what_another_key_signed_is_no_word_of_the_steward(path: Path) -> None:
+    """A signature proves that whoever has the key in the entry wrote it, and anybody has a key."""
+    Ledger.open(path, delta=1e-6)
+    ledger = Ledger.open(path, delta=1e-6, signer=STEWARD.public)
+    reserve(ledger)
+    ledger.accept(2, STEWARD, log=LOG, claimed=frozenset({"8" * 64}))
+    stranger = Identity.generate()
+    Ledger.open(path, delta=1e-6).close(STUDY, stranger)
+    Ledger.open(path, delta=1e-6).accept(9, stranger, log=Head(70, "7" * 64))
+    assert ledger.foreign() == (4, 5)
+    assert ledger.accepted() == (Acceptance(STEWARD.public, LOG, frozenset({"8" * 64})),)
+    head = ledger.head()
+    for use in (
+        lambda: reserve(ledger, OTHER),
+        lambda: ledger.start_round(STUDY, "run-1", 1, 1),
+        lambda: ledger.start_release(STUDY, "run-1"),
+        lambda: ledger.close(STUDY, STEWARD),
+    ):
+        with raises(LedgerRolledBack, match="Entry 4 of the privacy ledger is not signed by this"):
+            use()
+    assert ledger.head() == head
+    # So moves a ledger to a folder with another key: its steward accepts all that is in it.
+    moved = Ledger.open(path, delta=1e-6, signer=stranger.public)
+    assert moved.foreign() == ()
+    assert ledger.foreign() == (4, 5)
+    ledger.accept(5, STEWARD, log=LOG)
+    assert ledger.foreign() == ()
+    assert reserve(ledger, OTHER).left == STEPS
+    assert moved.foreign() == (6,)
 
 
 def test_a_start_after_the_closing_is_named(ledger: Ledger, path: Path) -> None:
@@ -681,7 +727,7 @@ def test_nothing_but_studies_is_written(filled: Ledger) -> None:
     reserve(filled, OTHER, release=Mechanism(9.0, 1.0), epsilon_limit_study=9.0)
     filled.start_release(OTHER, "run-1")
     filled.close(OTHER, STEWARD)
-    filled.accept(0, STEWARD)
+    filled.accept(0, STEWARD, log=LOG)
     filled.link("1" * 64, {OTHER: ((NOISE, 2),)})
     filled.continue_in("2" * 64)
     every, run = {"kind", "seq", "time"}, {"study", "run"}

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from cloister_fl.audit_log import EMPTY
 from cloister_fl.client.ledger import chain, ledger_file
 from cloister_fl.client.ledger.ledger import Ledger
 from cloister_fl.client.secure_aggregation.exchange import RoundMemory
@@ -231,6 +232,23 @@ def test_a_ledger_that_went_on_from_an_older_copy_is_not_the_pinned_one(
     opened(path).start_round(STUDY, "run", 4, 3)
     with raises(LedgerRolledBack, match="entry 6"):
         ledger.head()
+
+
+def test_a_pin_is_demanded_of_the_file_from_the_start(ledger: Ledger, path: Path) -> None:
+    """As of a session that follows another one of the same process."""
+    shutil.copy(path, path.with_name("older"))
+    ledger.start_round(STUDY, "run", 4, 2)
+    pin = ledger.file.pin
+    assert pin == ledger.head()
+    terms: dict[str, Any] = {"delta": LIFETIME_DELTA, "pinned": True, "pin": pin}
+    assert Ledger.open(path, **terms).head() == pin
+    put_in_place(path, path.with_name("older"))
+    with raises(LedgerRolledBack, match=f"lacks entry {pin.seq} as this process knows it"):
+        Ledger.open(path, **terms)
+    path.unlink()
+    with raises(LedgerDamaged):
+        Ledger.open(path, **terms)
+    assert not path.exists()
 
 
 def test_what_another_process_wrote_lawfully_counts(
@@ -554,7 +572,7 @@ class History(RuleBasedStateMachine):
 
     @rule(who=who)
     def accept(self, who: int) -> None:
-        self.both[who].accept(0, STEWARD)
+        self.both[who].accept(0, STEWARD, log=EMPTY)
 
     @rule(who=who, number=st.integers(0, 2), fact=st.sampled_from(["epoch", "round", "answered"]))
     def remember(self, who: int, number: int, fact: str) -> None:

@@ -90,6 +90,9 @@ def shown(records: RecordDict) -> list[object]:
             elif key == "log_head":
                 # Whose log it is, and the number of its newest entry; the hash is of times, too.
                 told.append((name, key, str(value).rpartition(":")[0], len(str(value))))
+            elif key == "ledger":
+                # A hash of the ledger's first entry: each copy of the site makes one of its own.
+                told.append((name, key, len(str(value))))
             elif isinstance(value, bytes):
                 told.append((name, key, len(value)))
             else:

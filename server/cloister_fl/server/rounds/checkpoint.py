@@ -19,6 +19,7 @@ import numpy as np
 from cloister_fl.errors import NothingToResume, ResumeMismatch
 from cloister_fl.metrics.figures import Metrics
 from cloister_fl.protocol.round_messages import Vector
+from cloister_fl.server.rounds.checkpoint_form import StateText, plain, read_progress, read_state
 from cloister_fl.server.rounds.strategies import OptimizerState
 from cloister_fl.study.schema import Study
 from cloister_fl.system.files import write_atomic
@@ -56,16 +57,6 @@ class Figures:
         metrics = self.metrics and self.metrics.to_json()
         return {**vars(self), "metrics": metrics}
 
-    @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> Figures:
-        """Read what ``to_json`` gave.
-
-        Raises:
-            ValueError, KeyError, TypeError: it is something else.
-        """
-        metrics = told["metrics"] and Metrics.from_json(told["metrics"])
-        return cls(**{**told, "metrics": metrics})
-
 
 @dataclass(frozen=True)
 class Released:
@@ -86,16 +77,6 @@ class Released:
     def to_json(self) -> dict[str, Any]:
         """A dictionary ready for ``json.dumps``."""
         return {**vars(self), "metrics": self.metrics and self.metrics.to_json()}
-
-    @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> Released:
-        """Read what ``to_json`` gave.
-
-        Raises:
-            ValueError, KeyError, TypeError: it is something else.
-        """
-        metrics = told["metrics"] and Metrics.from_json(told["metrics"])
-        return cls(**{**told, "asked": tuple(told["asked"]), "metrics": metrics})
 
 
 @dataclass(frozen=True)
@@ -201,7 +182,8 @@ class Checkpoints:
         """Return the state, and how far the last round had come.
 
         Raises:
-            NothingToResume: there is no checkpoint, or it cannot be read.
+            NothingToResume: there is no checkpoint, it cannot be read, or a field or an array of it
+                is not of the form that a run of the study writes.
             ResumeMismatch: it belongs to another study.
         """
         from safetensors import SafetensorError, safe_open
@@ -209,15 +191,13 @@ class Checkpoints:
         remedy = "Start a new run in an empty folder, without --resume."
         if not self.exists():
             raise NothingToResume("The folder has no run to resume.", remedy=remedy)
+        damaged = NothingToResume("The checkpoint cannot be read.", remedy=remedy)
         try:
             with safe_open(self._folder / _STATE, framework="np") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            plain = json.loads(metadata.get("state", ""))
-            progress = self._folder / _PROGRESS
-            sent = _progress(progress.read_text()) if progress.is_file() else Progress()
-        except (SafetensorError, OSError, ValueError, KeyError):
-            raise NothingToResume("The checkpoint cannot be read.", remedy=remedy) from None
+        except (SafetensorError, OSError, ValueError, TypeError):
+            raise damaged from None
         if metadata.get("format") != FORMAT:
             raise NothingToResume("The checkpoint has another format.", remedy=remedy)
         if metadata.get("study") != study.canonical():
@@ -226,24 +206,45 @@ class Checkpoints:
                 why="A study's hash covers everything in it, so a changed study is a new one.",
                 remedy="Resume with the study file that it was started with.",
             )
-        state = RunState(
-            run=plain["run"],
-            completed=plain["completed"],
-            model=np.array(tensors["model"], np.float32),
-            optimizer=OptimizerState(tensors["first"], tensors["second"]),
-            figures=tuple(Figures.from_json(figures) for figures in plain["figures"]),
-            lost=tuple(plain["lost"]),
-            invited=tuple(plain["invited"]),
-            started=plain["started"],
-            sent=plain["sent"],
-            seconds=plain["seconds"],
-            average=np.array(tensors["average"], np.float32) if "average" in tensors else None,
-            release=plain["release"] and Released.from_json(plain["release"]),
-        )
-        return state, sent
+        note = self._folder / _PROGRESS
+        try:
+            state = _state(read_state(metadata["state"], study), tensors, study)
+            progress = _progress(note.read_text("utf-8"), study) if note.is_file() else Progress()
+        except (OSError, ValueError, KeyError):
+            raise damaged from None
+        return state, progress
 
 
-def _progress(text: str) -> Progress:
-    note = json.loads(text)
-    answered = {int(number): tuple(names) for number, names in note["answered"].items()}
-    return Progress(int(note["round"]), tuple(note["sites"]), answered)
+def _progress(text: str, study: Study) -> Progress:
+    note = read_progress(text, study)
+    answered = {int(number): names for number, names in note.answered.items()}
+    return Progress(note.round, note.sites, answered)
+
+
+def _state(told: StateText, tensors: Mapping[str, Vector], study: Study) -> RunState:
+    """Raises ValueError and KeyError where arrays or figures are not those of the study."""
+    moments = OptimizerState(tensors["first"], tensors["second"])
+    arrays = {"model", "first", "second"} | ({"average"} & set(tensors))
+    model = tensors["model"]
+    fresh = OptimizerState.fresh(model.size, study.aggregation)
+    shapes = {"model": (model.size,), "average": (model.size,)}
+    shapes |= {"first": fresh.first.shape, "second": fresh.second.shape}
+    if set(tensors) != arrays or ("average" in arrays and not study.aggregation.ema):
+        raise ValueError("arrays of another study")
+    for name, array in tensors.items():
+        if array.dtype != np.float32 or array.shape != shapes[name] or not np.isfinite(array).all():
+            raise ValueError("an array of another form")
+    return RunState(
+        run=told.run,
+        completed=told.completed,
+        model=np.array(model),
+        optimizer=moments,
+        figures=tuple(Figures(**plain(figures, study)) for figures in told.figures),
+        lost=told.lost,
+        invited=told.invited,
+        started=told.started,
+        sent=told.sent,
+        seconds=told.seconds,
+        average=np.array(tensors["average"]) if "average" in tensors else None,
+        release=None if told.release is None else Released(**plain(told.release, study)),
+    )

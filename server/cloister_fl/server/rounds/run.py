@@ -3,7 +3,8 @@
 What a crash can cost is one round: before a round leaves, ``Checkpoints.mark`` notes it;
 after it, the whole state is saved. With privacy on, a round that was sent and not finished is
 charged at the sites and is never trained again: a resumed run counts it as lost and goes on
-with the next, so no site ever pays more than the study's epsilon.
+with the next, so no site ever pays more than the study's epsilon. Where the state is an older copy,
+more than one round is lost, and all of them count.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from cloister_fl.errors import (
     AuditLogDamaged,
     CloisterError,
     InternalError,
+    NothingToResume,
     SecureAggregationError,
     TooFewSites,
     TooFewSurvivors,
@@ -117,6 +119,7 @@ class Run:
         began = time.monotonic()
         if resume:
             state, self._progress = self._checkpoints.load(self._study)
+            self._require_fit(state)
             state, first = self._after_crash(state, self._progress)
         else:
             state, first = self._fresh(), 1
@@ -165,14 +168,26 @@ class Run:
         optimizer = OptimizerState.fresh(model.size, study.aggregation)
         return RunState(secrets.token_hex(16), 0, model, optimizer)
 
+    def _require_fit(self, state: RunState) -> None:
+        """Refuse the model of a checkpoint that is of another length than the study's network."""
+        if state.model.size != self._fresh().model.size:
+            raise NothingToResume(
+                "The checkpoint's model does not fit the study's network.",
+                remedy="Start a new run in an empty folder, without --resume.",
+            )
+
     def _after_crash(self, state: RunState, progress: Progress) -> tuple[RunState, int]:
-        sent = progress.round
-        if sent <= state.completed or not self._study.privacy.enabled:
+        if progress.round <= state.completed or not self._study.privacy.enabled:
             return state, state.completed + 1
+        lost = tuple(range(state.completed + 1, progress.round + 1))
         started = dict(state.started)
-        for name in progress.sites:
-            started[name] = started.get(name, 0) + 1
-        return replace(state, lost=(*state.lost, sent), started=started, completed=sent), sent + 1
+        for number in lost:
+            # To whom a round before the last was sent, only the state that is lost knew.
+            is_last = number == progress.round
+            for name in progress.sites if is_last else {*state.invited, *progress.sites}:
+                started[name] = started.get(name, 0) + 1
+        state = replace(state, lost=(*state.lost, *lost), started=started, completed=lost[-1])
+        return state, state.completed + 1
 
     def _collector(self, state: RunState) -> Collector:
         members = Members(

@@ -20,7 +20,8 @@ from cloister_fl.encoding.canonical_json import canonical_json
 from cloister_fl.membership.identity import Identity
 from cloister_fl.server.coordinator.federation import AUDIT, Federation
 from cloister_fl.server.rounds.events import Event, Measured
-from cloister_fl.simulation.simulated_run import FEDERATION, Simulation, run_simulation
+from cloister_fl.simulation.run_folder import FEDERATION
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from support.federations import NAMES, study, write_federation
 
 SIDES = (*NAMES, "coordinator")

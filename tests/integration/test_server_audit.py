@@ -27,7 +27,8 @@ from cloister_fl.server.coordinator.rejection_log import Refusals, Refused
 from cloister_fl.server.coordinator.site_approval import approve_site, invite_sites, revoke_site
 from cloister_fl.server.results.audit_report import account, render
 from cloister_fl.server.rounds.events import Event, Measured
-from cloister_fl.simulation.simulated_run import FEDERATION, Simulation, run_simulation
+from cloister_fl.simulation.run_folder import FEDERATION
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from support.coordinator_process import new_coordinator
 from support.errors import raises
 from support.federations import NAMES, study, write_federation

@@ -13,7 +13,8 @@ from cloister_fl.client.site.audit_log import entries_of, path_of, what_left
 from cloister_fl.client.site.folder import Site, open_site
 from cloister_fl.errors import TooFewSites
 from cloister_fl.server.coordinator.federation import AUDIT
-from cloister_fl.simulation.simulated_run import FEDERATION, Simulation, run_simulation
+from cloister_fl.simulation.run_folder import FEDERATION
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from support.federations import NAMES, study, write_federation
 from support.message_tap import Between
 

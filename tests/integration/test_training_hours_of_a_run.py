@@ -15,7 +15,8 @@ from cloister_fl.server.coordinator.federation import AUDIT
 from cloister_fl.server.results.audit_report import account
 from cloister_fl.server.rounds.events import Began, Event, Hooks, Patience, Waiting
 from cloister_fl.simulation import simulated_run as simulation
-from cloister_fl.simulation.simulated_run import FEDERATION, Simulation, run_simulation
+from cloister_fl.simulation.run_folder import FEDERATION
+from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from support.federations import NAMES, study, write_federation
 from support.message_tap import Between, charges
 

@@ -91,7 +91,7 @@ def _resumable(study: Path, sites: Path, out: Path, holdout: Path | None) -> Ite
         yield
     except KeyboardInterrupt:
         from cloister_fl.server.rounds.checkpoint import CHECKPOINT_FOLDER, Checkpoints
-        from cloister_fl.simulation.simulated_run import resume_command
+        from cloister_fl.simulation.run_folder import resume_command
 
         if Checkpoints(out / CHECKPOINT_FOLDER).exists():
             command = resume_command(str(study), sites, out, holdout)

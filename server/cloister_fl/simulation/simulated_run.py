@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +20,6 @@ from cloister_fl.errors import (
     DataError,
     FileUnreadable,
     OptionInvalid,
-    OutputInTheWay,
     RunError,
     SecureAggregationError,
     TooFewSitesGiven,
@@ -32,24 +29,16 @@ from cloister_fl.secagg.parameters import Parameters
 from cloister_fl.server.rounds.events import Event, Hooks
 from cloister_fl.server.rounds.holdout_reader import measure_on
 from cloister_fl.simulation.holdout_overlap import refuse_overlap
+from cloister_fl.simulation.run_folder import FEDERATION, claimed
 from cloister_fl.study.gradient_engines import require_sound_engine
 from cloister_fl.study.schema import Study
-from cloister_fl.system.files import is_unused, make_private_dir, sweep
-from cloister_fl.system.git_ignore import keep_out_of_git
+from cloister_fl.system.files import make_private_dir
 
 if TYPE_CHECKING:
     from cloister_fl.client.site.folder import Site
     from cloister_fl.server.flower.engines import ClientCallable
 
 Engine: TypeAlias = Literal["in-process", "ray"]
-
-FEDERATION = "federation"
-"""Folder of a run's root key, roster and pins."""
-
-_MARKER = ".cloister-run"
-"""File that says that Cloister made the folder, so that a start that failed can be repeated."""
-
-_OURS = ("sites", "holdout", FEDERATION)
 
 _LIFETIME = 1000.0
 """Lifetime budget of a site that a simulation makes: its ledger lives as long as the run."""
@@ -95,17 +84,14 @@ def run_simulation(
 
     Raises:
         StudyInvalid: the study's engine does not support its privacy claim.
-        OutputInTheWay: ``out`` holds something and ``resume`` is off.
+        OutputInTheWay: ``out`` holds something and ``resume`` is off, or another process works
+            in it.
         NothingToResume, ResumeMismatch: ``resume`` is on, and ``out`` holds no run of the study.
         TooFewSitesGiven: there are fewer site folders than the study asks for.
         ParameterRefused: there are too few for secure aggregation.
         TooFewSites: too few sites take part; each site's own reason is told.
         DataError: the hold-out cannot be used.
     """
-    from cloister_fl.client.app import app as product_client_app
-    from cloister_fl.server.app import build
-    from cloister_fl.server.flower.engines import run_in_process, run_on_ray
-    from cloister_fl.server.results.artifacts import SUMMARY
     from cloister_fl.server.rounds.checkpoint import CHECKPOINT_FOLDER, Checkpoints
 
     study = simulation.study
@@ -127,9 +113,26 @@ def run_simulation(
     if simulation.resume:
         # Looked at first: a folder without this study's run is left as it is.
         Checkpoints(simulation.out / CHECKPOINT_FOLDER).load(study)
-        sweep(simulation.out)
-    _claim(simulation)
     _distinct([site_name(folder) for folder in folders])
+    with claimed(simulation.out, simulation.sites, simulation.holdout, resume=simulation.resume):
+        return _run(simulation, folders, notify=notify, check=check, client_app=client_app)
+
+
+def _run(
+    simulation: Simulation,
+    folders: list[Path],
+    *,
+    notify: Callable[[Event], None] | None,
+    check: Callable[[], None] | None,
+    client_app: ClientCallable | None,
+) -> dict[str, object]:
+    """Run a simulation in the folder that is held for it."""
+    from cloister_fl.client.app import app as product_client_app
+    from cloister_fl.server.app import build
+    from cloister_fl.server.flower.engines import run_in_process, run_on_ray
+    from cloister_fl.server.results.artifacts import SUMMARY
+
+    study = simulation.study
     sites = [_open(folder, simulation) for folder in folders]
     if simulation.holdout is not None:
         refuse_overlap(simulation.holdout / "dicom", {s.name: s.dicom for s in sites})
@@ -209,47 +212,6 @@ def _enumerated(names: list[str], most: int = 5) -> str:
     if len(names) > most:
         shown.append(f"{len(names) - most} more")
     return " and ".join(part for part in (", ".join(shown[:-1]), shown[-1]) if part)
-
-
-def _claim(simulation: Simulation) -> None:
-    from cloister_fl.server.rounds.checkpoint import CHECKPOINT_FOLDER, Checkpoints
-
-    out = simulation.out
-    try:
-        if out.exists() and not out.is_dir():
-            raise OutputInTheWay(f"{out} is a file.", remedy="Name a folder with --out.")
-        taken = out.exists() and not is_unused(out)
-        if taken and not simulation.resume:
-            begun = Checkpoints(out / CHECKPOINT_FOLDER).exists()
-            if begun or not (out / _MARKER).is_file():
-                # The study's file is not known here.
-                command = resume_command("STUDY", simulation.sites, out, simulation.holdout)
-                raise OutputInTheWay(
-                    f"{out} is not empty.",
-                    remedy=f"Name another folder with --out, or resume: {command}"
-                    if begun
-                    else "It has no run to resume. Name another folder with --out.",
-                )
-            # A start that failed left it: keys and caches of sites that trained nothing.
-            for name in _OURS:
-                shutil.rmtree(out / name, ignore_errors=True)
-        out.mkdir(parents=True, exist_ok=True)
-        keep_out_of_git(out)
-        (out / _MARKER).touch()
-    except OSError as error:
-        raise OutputInTheWay(
-            f"{out} cannot be used.",
-            why=(error.strerror or "The system gave no reason") + ".",
-            remedy="Name a folder that you may write to.",
-        ) from None
-
-
-def resume_command(study: str, sites: Path, out: Path, holdout: Path | None) -> str:
-    """Return the command that resumes a simulation; ``study`` names the study's file."""
-    given = ["--sites", str(sites)]
-    if holdout is not None:
-        given += ["--holdout", str(holdout)]
-    return shlex.join(["cloister", "simulate", study, *given, "--out", str(out), "--resume"])
 
 
 def _open(folder: Path, simulation: Simulation) -> Site:

@@ -25,7 +25,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cloister_fl.metrics.curves import Curve
-from cloister_fl.metrics.figures import Estimate, Metrics, MetricsInputInvalid, of_classes
+from cloister_fl.metrics.figures import (
+    MOST_PATIENTS,
+    Estimate,
+    Metrics,
+    MetricsInputInvalid,
+    array_of,
+    of_classes,
+)
 
 RESAMPLES = 1000
 """Bootstrap resamples; the percentiles then move by about 0.1 of the interval's width."""
@@ -33,6 +40,7 @@ RESAMPLES = 1000
 BINS = 256
 """Bins of a score histogram over [0, 1]; even, so that 0.5 is an edge."""
 
+_MOST_BINS = 1 << 16
 _SEED = 20_240_229
 _TAIL = 0.025
 _Z = 1.959963984540054
@@ -47,6 +55,9 @@ Integers = NDArray[np.int64]
 
 def measure(labels: ArrayLike, probs: ArrayLike) -> Metrics:
     """Measure patients' probabilities against their labels.
+
+    A patient's probabilities are the mean over the patient's images; that is what the figures of a
+    run are measured on.
 
     Two classes: AUROC and AUPRC of class 1; a patient is called class 1 at a probability of 0.5
     or more. More classes: macro averages, one against the rest; the most probable class is
@@ -99,6 +110,7 @@ def histogram(
         labels: (P,) class of each patient, 0 to ``classes`` - 1.
         probs_of_class1: (P,) scores in [0, 1].
         bins: equal bins over [0, 1]; even, so that 0.5 is an edge. 1.0 falls into the last one.
+        classes: how many there are, 1 or more.
 
     Returns:
         (classes, bins) counts; they sum to P.
@@ -106,10 +118,12 @@ def histogram(
     Raises:
         MetricsInputInvalid: wrong shapes or values.
     """
-    if bins < 2 or bins % 2:
-        raise MetricsInputInvalid("bins must be an even number of at least 2.")
+    if not _is_count(bins, 2) or bins % 2:
+        raise MetricsInputInvalid(f"bins must be an even number from 2 to {_MOST_BINS}.")
+    if not _is_count(classes, 1):
+        raise MetricsInputInvalid(f"classes must be a whole number from 1 to {_MOST_BINS}.")
     truth = _indices(labels, "labels")
-    scores = np.asarray(probs_of_class1, dtype=np.float64)
+    scores = array_of(probs_of_class1, "scores").astype(np.float64)
     if scores.shape != truth.shape:
         raise MetricsInputInvalid("labels and scores differ in shape.")
     if len(truth) and int(truth.max()) >= classes:
@@ -132,11 +146,14 @@ def measure_histogram(counts: ArrayLike) -> Metrics:
     Raises:
         MetricsInputInvalid: another shape, an odd number of bins, or not counts.
     """
-    table = np.asarray(counts)
+    table = array_of(counts, "counts")
     if table.ndim != 2 or table.shape[0] != 2 or table.shape[1] < 2 or table.shape[1] % 2:
         raise MetricsInputInvalid("counts must have the shape (2, an even number of bins).")
     if not np.issubdtype(table.dtype, np.integer) or np.any(table < 0):
         raise MetricsInputInvalid("counts must be whole numbers of at least 0.")
+    if table.sum(dtype=np.float64) > MOST_PATIENTS:
+        raise MetricsInputInvalid(f"counts must be {MOST_PATIENTS} in all at most.")
+    table = table.astype(np.int64)
     bins = table.shape[1]
     sizes = table.sum(axis=1)
     patients = int(sizes.sum())
@@ -254,7 +271,7 @@ def _hanley_mcneil(area: float, positives: int, negatives: int) -> Estimate:
 
 
 def _probabilities(given: ArrayLike) -> Floats:
-    probs = np.asarray(given, dtype=np.float64)
+    probs = array_of(given, "probabilities").astype(np.float64)
     if probs.ndim != 2 or probs.shape[1] < 2:
         raise MetricsInputInvalid("probabilities must have the shape (N, K) with K >= 2.")
     return _clipped(probs)
@@ -268,7 +285,7 @@ def _clipped(probs: Floats) -> Floats:
 
 
 def _indices(given: ArrayLike, name: str) -> Integers:
-    array = np.asarray(given)
+    array = array_of(given, name)
     if array.ndim != 1:
         raise MetricsInputInvalid(f"{name} must have one dimension.")
     if array.size and not np.issubdtype(array.dtype, np.integer):
@@ -276,6 +293,11 @@ def _indices(given: ArrayLike, name: str) -> Integers:
     if np.any(array < 0):
         raise MetricsInputInvalid(f"{name} must not be below 0.")
     return array.astype(np.int64)
+
+
+def _is_count(value: object, low: int) -> bool:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return whole and low <= int(value) <= _MOST_BINS
 
 
 def _as_counts(counts: NDArray[Any]) -> tuple[int, ...]:

@@ -11,7 +11,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cloister_fl.metrics.classification import RESAMPLES
-from cloister_fl.metrics.figures import Estimate, Metrics, MetricsInputInvalid
+from cloister_fl.metrics.figures import (
+    MOST_PATIENTS,
+    Estimate,
+    Metrics,
+    MetricsInputInvalid,
+    array_of,
+)
 
 _SEED = 20_240_229
 _TAIL = 0.025
@@ -19,10 +25,30 @@ _AT_ONCE = 1 << 22
 """Counts that are drawn at a time; bounds memory."""
 
 
-def coefficient(marked: NDArray[np.bool_], shown: NDArray[np.bool_]) -> float:
-    """Dice coefficient of two masks of one shape, 0 to 1; 1 where both are empty."""
-    total = int(marked.sum()) + int(shown.sum())
-    return 2 * int((marked & shown).sum()) / total if total else 1.0
+def coefficient(marked: ArrayLike, shown: ArrayLike) -> float:
+    """Dice coefficient of two masks of one shape, 0 to 1; 1 where both are empty.
+
+    Args:
+        marked: a mask of any shape, True or 1 where something is marked, else False or 0.
+        shown: what a model segments, likewise.
+
+    Raises:
+        MetricsInputInvalid: the shapes differ, or a mask holds other values; the PNG files that
+            ``predict`` writes hold 0 and 255, so compare those with 0 first.
+    """
+    one, other = _mask(marked, "marked"), _mask(shown, "shown")
+    if one.shape != other.shape:
+        # Numpy would stretch one of them.
+        raise MetricsInputInvalid(f"masks have the shapes {one.shape} and {other.shape}.")
+    total = int(one.sum()) + int(other.sum())
+    return 2 * int((one & other).sum()) / total if total else 1.0
+
+
+def _mask(given: ArrayLike, name: str) -> NDArray[np.bool_]:
+    mask = array_of(given, name)
+    if mask.dtype != np.bool_ and not np.isin(mask, (0, 1)).all():
+        raise MetricsInputInvalid(f"{name} holds values other than 0 and 1.")
+    return mask.astype(np.bool_)
 
 
 def measure_dice(labels: ArrayLike, coefficients: ArrayLike) -> Metrics:
@@ -35,7 +61,8 @@ def measure_dice(labels: ArrayLike, coefficients: ArrayLike) -> Metrics:
     Raises:
         MetricsInputInvalid: wrong shapes or values.
     """
-    truth, values = np.asarray(labels), np.asarray(coefficients, dtype=np.float64)
+    truth = array_of(labels, "labels")
+    values = array_of(coefficients, "coefficients").astype(np.float64)
     if truth.ndim != 1 or truth.shape != values.shape or not np.isin(truth, (0, 1)).all():
         raise MetricsInputInvalid("labels are 0 or 1, one for each coefficient.")
     if not np.all((values >= 0) & (values <= 1)):
@@ -72,11 +99,12 @@ def measure_dice_histogram(counts: ArrayLike) -> Metrics:
     Raises:
         MetricsInputInvalid: another shape, or not counts.
     """
-    table = np.asarray(counts)
-    if table.ndim != 2 or table.shape[0] != 2 or not np.issubdtype(table.dtype, np.integer):
+    table = array_of(counts, "counts")
+    whole = np.issubdtype(table.dtype, np.integer)
+    if table.ndim != 2 or table.shape[0] != 2 or not table.shape[1] or not whole:
         raise MetricsInputInvalid("counts must be whole numbers of shape (2, bins).")
-    if np.any(table < 0):
-        raise MetricsInputInvalid("counts must be at least 0.")
+    if np.any(table < 0) or table.sum(dtype=np.float64) > MOST_PATIENTS:
+        raise MetricsInputInvalid(f"counts must be at least 0, and {MOST_PATIENTS} in all at most.")
     bins = table.shape[1]
     without, marked = (int(row.sum()) for row in table)
     dice = _mean((np.arange(bins) + 0.5) / bins, table[1].astype(np.int64))

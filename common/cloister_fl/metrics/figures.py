@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
 
 from cloister_fl.metrics.curves import CURVE_FIGURES
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 _TITLES: Mapping[str, str] = {"balanced_accuracy": "balanced accuracy", "dice": "Dice"}
+
+CALLED_TOLD = (
+    "of two classes a patient is called at a score of 0.5 or more, of more the most probable one. "
+    "Where all scores lie on one side of 0.5, it is 0.5, however well they rank the patients."
+)
+"""How patients are called for the balanced accuracy, to follow its name."""
 
 
 def of_classes() -> tuple[str, ...]:
@@ -17,13 +28,40 @@ def of_classes() -> tuple[str, ...]:
 
 
 def title_of(name: str) -> str:
-    """What people call a figure, as in the middle of a sentence."""
-    curve = CURVE_FIGURES.get(name)
-    return _TITLES[name] if curve is None else curve.title
+    """What people call a figure, as in the middle of a sentence.
+
+    Raises:
+        MetricsInputInvalid: there is no figure of that name.
+    """
+    titles = {each: figure.title for each, figure in CURVE_FIGURES.items()} | dict(_TITLES)
+    if not isinstance(name, str) or name not in titles:
+        raise MetricsInputInvalid(f"there is no such figure; known: {', '.join(titles)}.")
+    return titles[name]
 
 
 class MetricsInputInvalid(ValueError):
-    """Labels, probabilities or counts do not have the form that is asked for."""
+    """Labels, probabilities, masks or counts do not have the form that is asked for."""
+
+
+MOST_PATIENTS = 10**8
+"""Most patients that counts may come to; more are an error of whoever counts."""
+
+
+def array_of(given: object, name: str) -> NDArray[Any]:
+    """Numbers as an array.
+
+    Raises:
+        MetricsInputInvalid: it is something else, such as text or rows of different lengths.
+    """
+    import numpy as np
+
+    try:
+        array = np.asarray(given)
+    except (ValueError, TypeError, RuntimeError, OverflowError):
+        array = np.asarray(None)
+    if array.dtype.kind not in "biuf":
+        raise MetricsInputInvalid(f"{name} must be numbers, as many in each row.")
+    return array
 
 
 @dataclass(frozen=True)
@@ -100,8 +138,23 @@ class Metrics:
             ValueError, KeyError, TypeError: it is something else.
         """
         rest = {"patients", "class_counts"}
-        return cls(
-            {name: one and Estimate(**one) for name, one in told.items() if name not in rest},
-            int(told["patients"]),
-            tuple(int(count) for count in told["class_counts"]),
-        )
+        figures = {name: _estimate(name, one) for name, one in told.items() if name not in rest}
+        counts = (told["patients"], *told["class_counts"])
+        if not all(_is_number(one, Integral) and one >= 0 for one in counts):
+            raise ValueError("patients are counted by whole numbers")
+        return cls(figures, counts[0], counts[1:])
+
+
+def _estimate(name: str, told: Mapping[str, Any] | None) -> Estimate | None:
+    title_of(name)
+    if told is None:
+        return None
+    estimate = Estimate(**told)
+    ends = (0.0, estimate.low, estimate.value, estimate.high, 1.0)
+    if not all(_is_number(one, Real) for one in ends) or list(ends) != sorted(ends):
+        raise ValueError("an estimate is a number from 0 to 1 inside its interval")
+    return estimate
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)

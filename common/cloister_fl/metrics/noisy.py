@@ -23,7 +23,14 @@ from numpy.typing import ArrayLike
 
 from cloister_fl.metrics.classification import RESAMPLES, Floats
 from cloister_fl.metrics.curves import Curve
-from cloister_fl.metrics.figures import Estimate, Metrics, MetricsInputInvalid, of_classes
+from cloister_fl.metrics.figures import (
+    MOST_PATIENTS,
+    Estimate,
+    Metrics,
+    MetricsInputInvalid,
+    array_of,
+    of_classes,
+)
 
 _SEED = 20_240_301
 _TAIL = 0.025
@@ -46,11 +53,15 @@ def measure_noised(counts: ArrayLike, noise: float) -> Metrics:
     Raises:
         MetricsInputInvalid: another shape, or a number that is not finite.
     """
-    table = np.asarray(counts, dtype=np.float64)
-    if table.ndim != 3 or table.shape[1] != 2 or not len(table) or table.shape[2] % 2:
+    table = array_of(counts, "counts").astype(np.float64)
+    shaped = table.ndim == 3 and table.shape[1] == 2 and table.size > 0
+    if not shaped or table.shape[2] % 2:
         raise MetricsInputInvalid("counts must have the shape (curves, 2, an even number of bins).")
-    if not (np.isfinite(table).all() and math.isfinite(noise) and noise >= 0):
+    given = isinstance(noise, int | float | np.floating) and not isinstance(noise, bool)
+    if not (np.isfinite(table).all() and given and math.isfinite(noise) and noise >= 0):
         raise MetricsInputInvalid("counts and noise must be finite, and the noise not negative.")
+    if max(float(np.abs(table).max()), noise) > MOST_PATIENTS:
+        raise MetricsInputInvalid(f"counts and noise must be {MOST_PATIENTS} at most.")
     totals = table.sum(axis=2)
     sizes = np.maximum(np.rint(totals), 0).astype(np.int64)
     patients = int(sizes.sum(axis=1).mean().round())

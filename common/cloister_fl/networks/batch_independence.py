@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 
 from cloister_fl.errors import NetworkUnfit
 from cloister_fl.networks.spec import missing_package
+from cloister_fl.system import arguments
 from cloister_fl.system.libraries.imports import undisturbed_imports
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+_LARGEST = 1 << 13
 
 
 def require_private(
@@ -40,7 +43,14 @@ def require_private(
     Raises:
         NetworkUnfit: naming the layer, or the leak.
         ExtraMissing: Opacus is not installed.
+        OptionInvalid: an argument is not what is described here.
     """
+    from torch import nn
+
+    arguments.of_type("module", module, nn.Module, "Give a module of torch.")
+    size = arguments.whole("size", size, 1, _LARGEST)
+    depth = None if depth is None else arguments.whole("depth", depth, 1, _LARGEST)
+    in_channels = arguments.whole("in_channels", in_channels, 1, _LARGEST)
     key = (_form(module), size, depth, in_channels)
     if key in _proved:
         return
@@ -137,7 +147,13 @@ def _refuse_leak(module: nn.Module, one: tuple[int, ...]) -> None:
         drawn = torch.randn(weight.shape, generator=generator).to(weight.dtype)
         weight.data.copy_(torch.where(weight.detach() == 0, drawn, weight.detach()))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        outputs: Tensor = module(images)
+        try:
+            outputs: Tensor = module(images)
+        except (RuntimeError, ValueError, TypeError):
+            raise NetworkUnfit(
+                f"The network does not take images of {' x '.join(map(str, one))}.",
+                remedy="Give the size, depth and channels that it is made for, or another network.",
+            ) from None
         if outputs.shape[:1] != images.shape[:1]:
             raise NetworkUnfit("The network does not give one row of outputs for each image.")
         for index in range(len(images)):

@@ -7,7 +7,7 @@ in-place operations and without buffers, from its seed alone;
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,13 @@ from cloister_fl.errors import NetworkUnfit
 from cloister_fl.networks.backbones import _monai_nets
 from cloister_fl.networks.pretrained import PINNED, WIDTHS, Weights
 from cloister_fl.networks.spec import Argument, Entry, NetworkChoice, Value, Word, nearest
+from cloister_fl.system import arguments as given
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+_MOST_OUTPUTS, _MOST_CHANNELS, _LARGEST = 1 << 16, 1 << 10, 1 << 13
+"""Beyond these a network does not fit into memory; a study asks for far less."""
 
 
 def build(
@@ -28,7 +32,7 @@ def build(
     size: int,
     seed: int,
     depth: int | None = None,
-    models: Path | None = None,
+    models: given.StrPath | None = None,
 ) -> nn.Module:
     """Build the network that a study names, with weights drawn from ``seed``.
 
@@ -54,7 +58,15 @@ def build(
         NetworkUnfit: the network or an argument is unknown, or the input is too small or has
             another number of dimensions.
         ExtraMissing: the network needs a package that is not installed.
+        OptionInvalid: an argument is not what is described here.
     """
+    _refuse_choice(network)
+    outputs = given.whole("outputs", outputs, 1, _MOST_OUTPUTS)
+    in_channels = given.whole("in_channels", in_channels, 1, _MOST_CHANNELS)
+    size = given.whole("size", size, 1, _LARGEST)
+    depth = None if depth is None else given.whole("depth", depth, 1, _LARGEST)
+    seed = given.whole("seed", seed, 0, given.MAX_SEED)
+    models = None if models is None else given.path("models", models)
     entry, arguments = resolve(network, size=size, depth=depth)
     import torch
 
@@ -62,6 +74,13 @@ def build(
         torch.manual_seed(seed)
         module = entry.builder(outputs, in_channels, arguments, models)
     return module.train()
+
+
+def _refuse_choice(network: Any) -> None:
+    named = isinstance(getattr(network, "name", None), str)
+    if not named or not isinstance(getattr(network, "arguments", None), dict):
+        remedy = "Give networks.Choice(NAME), or a study's table 'network'."
+        raise given.refused("network", network, remedy)
 
 
 def resolve(
@@ -78,16 +97,32 @@ def resolve(
     if (depth is not None) != (entry.dimensions == 3):
         asked = 2 if depth is None else 3
         fit = [one.name for one in REGISTRY.values() if one.dimensions == asked]
-        raise NetworkUnfit(
-            f"The network '{entry.name}' reads input of {entry.dimensions} dimensions, "
-            f"and input.dimensions is {asked}.",
-            remedy=f"Choose one of: {', '.join(fit)}.",
-        )
-    given = {name: one.default for name, one in entry.arguments.items()} | network.arguments
+        raise other_dimensions(entry, asked, fit)
+    all_of = {name: one.default for name, one in entry.arguments.items()} | network.arguments
     # What is given was accepted above, so it is a whole number or a word.
     return entry, {
-        name: one if isinstance(one, str) else int(one or 0) for name, one in given.items()
+        name: one if isinstance(one, str) else int(one or 0) for name, one in all_of.items()
     }
+
+
+def other_dimensions(entry: Entry, asked: int, fit: Sequence[str]) -> NetworkUnfit:
+    """Return the error of a network that reads input of another number of dimensions.
+
+    Args:
+        entry: the network.
+        asked: dimensions of the input, 2 or 3.
+        fit: names of networks to choose instead.
+    """
+    return NetworkUnfit(
+        f"The network '{entry.name}' reads input of {entry.dimensions} dimensions, "
+        f"and input.dimensions is {asked}.",
+        remedy=choose(fit),
+    )
+
+
+def choose(fit: Sequence[str]) -> str:
+    """The remedy that names the networks to choose from."""
+    return f"Choose one of: {', '.join(fit)}." if fit else "No network does all that is asked for."
 
 
 def registered(name: str) -> Entry:
@@ -131,8 +166,7 @@ def _filter_bank(
 ) -> nn.Module:
     from cloister_fl.networks.filter_bank import FilterBank
 
-    if outputs < 2 or in_channels != 1:
-        raise NetworkUnfit("The network 'filter-bank' needs one channel and two classes or more.")
+    _refuse_head("filter-bank", outputs, in_channels)
     return FilterBank(outputs, width=arguments["width"])
 
 
@@ -176,21 +210,30 @@ def _lite0(
     outputs: int, in_channels: int, arguments: Mapping[str, Any], models: Path | None
 ) -> nn.Module:
     weights = Weights("efficientnet-lite0", arguments["weights"], packaged=True, models=models)
-    return _frozen(weights, outputs, in_channels)
+    return _frozen("efficientnet-lite0", weights, outputs, in_channels)
 
 
 def _local(
     outputs: int, in_channels: int, arguments: Mapping[str, Any], models: Path | None
 ) -> nn.Module:
     weights = Weights(arguments["architecture"], arguments["sha256"], models=models)
-    return _frozen(weights, outputs, in_channels)
+    return _frozen("frozen-backbone", weights, outputs, in_channels)
 
 
-def _frozen(weights: Weights, outputs: int, in_channels: int) -> nn.Module:
+def _refuse_head(name: str, outputs: int, in_channels: int) -> None:
+    """Refuse what a head cannot give that has a logit less than there are classes."""
+    if outputs < 2 or in_channels != 1:
+        raise NetworkUnfit(
+            f"The network '{name}' reads one channel and gives two outputs or more, and is asked "
+            f"for {in_channels} and {outputs}.",
+            remedy="Choose another network, such as small-cnn.",
+        )
+
+
+def _frozen(name: str, weights: Weights, outputs: int, in_channels: int) -> nn.Module:
     from cloister_fl.networks.frozen_backbone import FrozenBackbone
 
-    if outputs < 2 or in_channels != 1:
-        raise NetworkUnfit("A frozen backbone needs one channel and two classes or more.")
+    _refuse_head(name, outputs, in_channels)
     return FrozenBackbone(weights, outputs)
 
 
@@ -254,6 +297,7 @@ REGISTRY: Mapping[str, Entry] = {
                 "width": Argument(32, 4, 256, multiple=4),  # channels of the hidden layer
             },
             builder=_filter_bank,
+            fewest_outputs=2,
         ),
         # Frozen EfficientNet-Lite0 (ImageNet) under a linear head: where to start.
         Entry(
@@ -266,6 +310,7 @@ REGISTRY: Mapping[str, Entry] = {
                 ),
             },
             builder=_lite0,
+            fewest_outputs=2,
         ),
         # A linear head on frozen weights of your own, named by their SHA-256.
         Entry(
@@ -276,6 +321,7 @@ REGISTRY: Mapping[str, Entry] = {
                 "sha256": Word(),  # of the safetensors file
             },
             builder=_local,
+            fewest_outputs=2,
         ),
         # ResNet-18 (He et al. 2016) with GroupNorm, 11 million weights.
         Entry(

@@ -116,6 +116,7 @@ class Entry:
         builder: makes it from (outputs, input channels, arguments, folder of models).
         dimensions: 2 where it reads images, 3 where it reads volumes.
         answers: whether it gives logits for each image, or one for each pixel.
+        fewest_outputs: how many logits it gives at least.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Entry:
     arguments: Mapping[str, Argument | Word] = field(default_factory=dict)
     dimensions: int = 2
     answers: Answers = "image"
+    fewest_outputs: int = 1
 
     def misfits(self, arguments: Mapping[str, object], size: int) -> Iterator[Misfit]:
         """What keeps the network from being built so: all of it, not only the first.

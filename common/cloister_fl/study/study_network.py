@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cloister_fl.errors import NetworkUnfit
+from cloister_fl.networks.registry import (
+    REGISTRY,
+    build,
+    choose,
+    other_dimensions,
+    registered,
+    resolve,
+)
 from cloister_fl.networks.spec import Entry, Value
 from cloister_fl.study.schema import Study
 
 if TYPE_CHECKING:
     from torch import nn
-from cloister_fl.networks.registry import REGISTRY, build, resolve
 
 
 def build_for(study: Study, *, models: Path | None = None) -> nn.Module:
@@ -38,13 +45,32 @@ def resolve_for(study: Study) -> tuple[Entry, dict[str, Value]]:
     Raises:
         NetworkUnfit: it does not.
     """
-    entry, values = resolve(study.network, size=study.input.size, depth=study.input.depth)
-    wanted = study.task.answers
-    if entry.answers != wanted:
-        fit = [one.name for one in REGISTRY.values() if one.answers == wanted]
+    entry, task = registered(study.network.name), study.task
+    fit = _fitting(study)
+    if entry.dimensions != study.input.dimensions:
+        raise other_dimensions(entry, study.input.dimensions, fit)
+    if entry.answers != task.answers:
         raise NetworkUnfit(
             f"The network '{entry.name}' answers for each {entry.answers}, and target.kind = "
-            f"'{study.target.kind}' needs an answer for each {wanted}.",
-            remedy=f"Choose one of: {', '.join(fit)}.",
+            f"'{study.target.kind}' needs an answer for each {task.answers}.",
+            remedy=choose(fit),
         )
-    return entry, values
+    if entry.fewest_outputs > task.outputs:
+        raise NetworkUnfit(
+            f"The network '{entry.name}' gives {entry.fewest_outputs} outputs or more, and "
+            f"target.kind = '{study.target.kind}' needs {task.outputs}.",
+            remedy=choose(fit),
+        )
+    return resolve(study.network, size=study.input.size, depth=study.input.depth)
+
+
+def _fitting(study: Study) -> list[str]:
+    """Names of the networks that fit a study's input and its target."""
+    return [
+        one.name
+        for one in REGISTRY.values()
+        if one.dimensions == study.input.dimensions
+        and one.answers == study.task.answers
+        and one.fewest_outputs <= study.task.outputs
+        and one.smallest <= study.input.size
+    ]

@@ -7,17 +7,19 @@ with the weights, and a model is used as it was trained. No pickle is read or wr
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cloister_fl.errors import CloisterError, FileUnreadable, ModelFileInvalid
 from cloister_fl.networks.flat_parameters import Vector
 from cloister_fl.study.schema import Study, study_from_canonical
+from cloister_fl.system import arguments
+from cloister_fl.system.arguments import StrPath
 from cloister_fl.system.files import write_atomic
 from cloister_fl.version import __version__
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 __all__ = ["load_model"]
@@ -53,28 +55,30 @@ def save_model(path: Path, study: Study, vector: Vector, facts: dict[str, object
     write_atomic(path, save(tensors, metadata=metadata), mode=0o644)
 
 
-def load_model(path: str | os.PathLike[str], device: str = "cpu") -> tuple[nn.Module, Study]:
+def load_model(path: StrPath, device: str | torch.device = "cpu") -> tuple[nn.Module, Study]:
     """Read a model that a run wrote, ready to predict.
 
     Args:
         path: the file ``model.safetensors`` of a run.
-        device: what torch calls a device.
+        device: what torch calls a device, or ``auto``: a GPU where there is one.
 
     Returns:
         The network, in evaluation mode, and the study that it was trained by.
 
     Raises:
         FileUnreadable: there is no such file.
-        ModelFileInvalid: it is no model of ours, or a weight is missing, of another shape or
-            not finite.
+        ModelFileInvalid: it is no model of ours, its study is not the one that was trained, or a
+            weight is missing, of another shape or not finite.
+        OptionInvalid: it is no path, or there is no such device.
     """
     import torch
     from safetensors import SafetensorError, safe_open
 
     from cloister_fl.study import study_network
 
-    path = Path(path)
-    if not path.is_file():
+    path = arguments.path("path", path)
+    place = usable_device(device)
+    if not _is_file(path):
         raise FileUnreadable(f"{path.name} cannot be read.", remedy=_NOT_OURS)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -94,6 +98,12 @@ def load_model(path: str | os.PathLike[str], device: str = "cpu") -> tuple[nn.Mo
             f"The study inside {path.name} is not valid in this version of Cloister.",
             remedy=_NOT_OURS,
         ) from None
+    if metadata.get("study_hash") != study.digest:
+        raise ModelFileInvalid(
+            f"The study inside {path.name} is not the one that the model was trained by.",
+            why="Its hash is another than the one that was written with it.",
+            remedy=_NOT_OURS,
+        )
     expected = module.state_dict()
     fits = set(expected) == set(tensors) and all(
         tensors[name].shape == value.shape and tensors[name].dtype == value.dtype
@@ -104,4 +114,37 @@ def load_model(path: str | os.PathLike[str], device: str = "cpu") -> tuple[nn.Mo
             f"The weights in {path.name} do not fit the network of its study.", remedy=_NOT_OURS
         )
     module.load_state_dict(tensors)
-    return module.to(device).eval(), study
+    return module.to(place).eval(), study
+
+
+def usable_device(name: str | torch.device) -> str:
+    """Return what torch calls a device that this machine has.
+
+    Args:
+        name: ``auto`` for a GPU where there is one; or what torch calls a device.
+
+    Raises:
+        OptionInvalid: there is no such device, or it cannot hold a number.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        # Read back: the device "meta" takes all numbers and keeps none.
+        device = torch.device(name)
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError):
+        raise arguments.refused(
+            "device",
+            str(name) if isinstance(name, torch.device) else name,
+            "Use auto, cpu, or cuda if there is a GPU (--device, device=).",
+        ) from None
+    return str(device)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False

@@ -47,7 +47,7 @@ def measure_on(study: Study, folder: Path, out: Path) -> Callable[[Vector], Metr
         raise error.kind(
             f"In the hold-out: {error.what}",
             why=error.why,
-            remedy=f"{error.remedy} The hold-out is what --holdout names.",
+            remedy=f"{error.remedy} The hold-out is what was named (--holdout, holdout=).",
         ) from None
     module = study_network.build_for(study)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import secrets
 import shutil
 import tempfile
@@ -23,7 +22,9 @@ from numpy.typing import NDArray
 from cloister_fl.client.data.cohort import Cohort
 from cloister_fl.client.data.volumes import assemble
 from cloister_fl.client.dicom.folder_reader import Accepted, Refused, read_folder
-from cloister_fl.errors import OptionInvalid, OutputInTheWay, Reject, SiteEmpty
+from cloister_fl.errors import OutputInTheWay, Reject, SiteEmpty
+from cloister_fl.system import arguments
+from cloister_fl.system.arguments import StrPath
 from cloister_fl.system.files import write_atomic
 from cloister_fl.system.git_ignore import keep_file_out_of_git, keep_out_of_git
 from cloister_fl.system.libraries.imports import undisturbed_imports
@@ -52,9 +53,9 @@ class Prediction:
 
 @libraries_silenced()
 def predict(
-    model_path: str | os.PathLike[str],
-    folder: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
+    model_path: StrPath,
+    folder: StrPath,
+    out: StrPath | None = None,
     *,
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
@@ -64,6 +65,11 @@ def predict(
     The columns are ``SOPInstanceUID``, for volumes ``SeriesInstanceUID``, and those of the
     study's task: of a classification ``score_<class>``, probabilities that sum to 1. The rows are
     sorted by the first.
+    A patient's score, which the figures of a run are measured on, is the mean over the rows of the
+    patient's images. For a ROC curve, read ``PatientID`` and the UID of each file with
+    ``pydicom.dcmread(file, stop_before_pixels=True)``, take the mean of ``score_<class>`` by
+    ``PatientID``, and give it with the classes of ``labels.csv`` to scikit-learn's roc_curve;
+    the area is the AUROC of ``metrics.measure``.
     Masks are PNG files ``<SOPInstanceUID>.png``, of the size that the image is stored with: 255
     where the model segments what its study asks for, else 0. Images are preprocessed as the study
     inside the model says.
@@ -79,22 +85,28 @@ def predict(
     Raises:
         FileUnreadable, ModelFileInvalid: the model cannot be used.
         ExtraMissing, WeightsUnfit: it needs pretrained weights that are missing.
-        OptionInvalid: there is no such device.
+        OptionInvalid: there is no such device, or an argument is not what is described here.
         FolderUnreadable, SiteEmpty: there is nothing to score.
         OutputInTheWay: the scores cannot be written or kept out of git, or the folder is not
             empty.
     """
+    model = arguments.path("model_path", model_path)
+    folder = arguments.path("folder", folder)
+    out = None if out is None else arguments.path("out", out)
+    if progress is not None and not callable(progress):
+        raise arguments.refused("progress", progress, "Give None or a function of two numbers.")
     with undisturbed_imports():
         from cloister_fl.client.training.evaluation import answers_for
-        from cloister_fl.model_file import load_model
+        from cloister_fl.model_file import load_model, usable_device
         from cloister_fl.networks.frozen_backbone import FrozenBackbone
 
-    model_path, folder, out = Path(model_path), Path(folder), None if out is None else Path(out)
-    module, study = load_model(model_path, _device(device))
+    module, study = load_model(model, usable_device(device))
     if isinstance(module, FrozenBackbone):
         module.require()
-    path = Path("masks" if study.task.answers == "pixel" else "scores.csv") if out is None else out
-    if study.task.answers != "pixel":
+    # A task names the numbers that it answers with; one that answers with masks names none.
+    masks = not study.task.columns
+    path = Path("masks" if masks else "scores.csv") if out is None else out
+    if not masks:
         keep_file_out_of_git(path)
     rejects: Counter[Reject] = Counter()
     accepted: list[Accepted] = []
@@ -129,7 +141,7 @@ def predict(
         shapes={},
     )
     answers = answers_for(module, images, study.task)
-    if study.task.answers == "pixel":
+    if masks:
         _write_masks(path, accepted, answers)
         return Prediction(len(accepted), told, path, True)
     text = io.StringIO(newline="")
@@ -145,7 +157,7 @@ def _write_masks(folder: Path, accepted: Sequence[Accepted], shown: NDArray[np.b
     """Write the segmentation masks into a new folder, which appears when it is complete."""
     from PIL import Image
 
-    taken = OutputInTheWay(f"{folder} is not empty.", remedy="Name another folder: --out FOLDER")
+    taken = OutputInTheWay(f"{folder} is not empty.", remedy="Name another folder (--out, out=).")
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise taken
@@ -181,18 +193,3 @@ def _instance(one: Accepted) -> str:
 
 def _series(one: Accepted) -> str:
     return one.place.series
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise OptionInvalid(
-            f"This machine has no device {name!r}.",
-            remedy="Use --device auto, cpu, or cuda if there is a GPU.",
-        ) from None
-    return name

@@ -42,7 +42,7 @@ class OutputInTheWay(InputError):
 
 
 TooFewSitesGiven = ErrorKind(InputError, "CLO-105", "Fewer sites than the study requires")
-OptionInvalid = ErrorKind(InputError, "CLO-106", "A value on the command line is not valid")
+OptionInvalid = ErrorKind(InputError, "CLO-106", "An option or an argument is not valid")
 
 
 LabelMissing = ErrorKind(DataError, "CLO-201", "Images have no label")

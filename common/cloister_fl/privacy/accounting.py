@@ -17,7 +17,14 @@ import warnings
 from typing import Any
 
 from cloister_fl.errors import EpsilonUnreachable, PrivacyError
-from cloister_fl.privacy.dp_events import MAX_NOISE, Composition, Mechanism, compose
+from cloister_fl.privacy.dp_events import (
+    MAX_NOISE,
+    Composition,
+    Mechanism,
+    compose,
+    is_number,
+    is_whole,
+)
 from cloister_fl.system.libraries.imports import undisturbed_imports
 
 SMALLEST_DELTA = 1e-12
@@ -44,7 +51,7 @@ def epsilon_pld(sigma: float, q: float, steps: int, delta: float) -> float:
         delta: above 0 and below 1.
 
     Returns:
-        Epsilon, 0 or more; infinite for ``delta`` below ``SMALLEST_DELTA``, and where Renyi
+        Epsilon, 0 or more; infinite for ``delta`` below 1e-12 (``SMALLEST_DELTA``), and where Renyi
         accounting already says more than 20,000.
 
     Raises:
@@ -96,7 +103,6 @@ def epsilon_prv_of(composition: Composition, delta: float) -> float:
         return float(accountant.get_epsilon(delta, eps_error=0.01))
 
 
-@functools.lru_cache(maxsize=256)
 def calibrate(
     epsilon: float, delta: float, q: float, steps: int, beside: Composition = ()
 ) -> float:
@@ -110,14 +116,21 @@ def calibrate(
         beside: what is charged on top and has its noise already: epsilon is that of the whole.
 
     Raises:
-        EpsilonUnreachable: no multiplier up to ``MAX_NOISE`` keeps the promise.
+        EpsilonUnreachable: no multiplier up to 1e6 (``MAX_NOISE``) keeps the promise, or delta is
+            below 1e-12.
         ValueError: an argument is outside its range.
     """
     _require_delta(delta)
-    if not (math.isfinite(epsilon) and epsilon > 0):
+    if not (is_number(epsilon) and epsilon > 0):
         raise ValueError("epsilon must be above 0 and finite")
-    if steps < 1:
+    if not (is_whole(steps) and steps >= 1):
         raise ValueError("there must be 1 step or more")
+    _single(1.0, q, steps)  # judges both
+    return _calibrated(epsilon, delta, q, steps, compose(beside))
+
+
+@functools.lru_cache(maxsize=256)
+def _calibrated(epsilon: float, delta: float, q: float, steps: int, beside: Composition) -> float:
     if delta < SMALLEST_DELTA:
         raise EpsilonUnreachable(
             f"Delta {delta:g} is too small to be accounted for.",
@@ -198,7 +211,6 @@ def _unreachable(epsilon: float, delta: float, q: float, steps: int) -> PrivacyE
     )
 
 
-@functools.lru_cache(maxsize=64)
 def epsilon_trajectory(
     sigma: float, q: float, steps_per_round: int, rounds: int, delta: float
 ) -> tuple[float, ...]:
@@ -211,8 +223,17 @@ def epsilon_trajectory(
     Raises:
         ValueError: an argument is outside its range.
     """
-    if rounds < 1 or steps_per_round < 1:
+    if not all(is_whole(one) and one >= 1 for one in (rounds, steps_per_round)):
         raise ValueError("there must be 1 round and 1 step a round, or more")
+    _require_delta(delta)
+    _single(sigma, q, steps_per_round)  # judges both
+    return _trajectory(sigma, q, steps_per_round, rounds, delta)
+
+
+@functools.lru_cache(maxsize=64)
+def _trajectory(
+    sigma: float, q: float, steps_per_round: int, rounds: int, delta: float
+) -> tuple[float, ...]:
     last = epsilon_pld(sigma, q, rounds * steps_per_round, delta)
     if delta < SMALLEST_DELTA:
         return (math.inf,) * rounds
@@ -344,5 +365,5 @@ def _single(sigma: float, q: float, steps: int) -> Composition:
 
 
 def _require_delta(delta: float) -> None:
-    if not 0 < delta < 1:
+    if not (is_number(delta) and 0 < delta < 1):
         raise ValueError("delta must be above 0 and below 1")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TypeAlias
 
 MAX_NOISE = 1e6
@@ -20,7 +21,7 @@ class Mechanism:
 
     Attributes:
         noise_multiplier: standard deviation of the noise over the clipping norm, above 0 and at
-            most ``MAX_NOISE``.
+            most 1e6 (``MAX_NOISE``).
         sampling_rate: chance of each patient to join, above 0 and at most 1.
 
     Raises:
@@ -31,14 +32,15 @@ class Mechanism:
     sampling_rate: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.noise_multiplier) and 0 < self.noise_multiplier <= MAX_NOISE):
+        if not (is_number(self.noise_multiplier) and 0 < self.noise_multiplier <= MAX_NOISE):
             raise ValueError(f"the noise multiplier must be above 0 and at most {MAX_NOISE:g}")
-        if not 0 < self.sampling_rate <= 1:
+        if not (is_number(self.sampling_rate) and 0 < self.sampling_rate <= 1):
             raise ValueError("the sampling rate must be above 0 and at most 1")
 
 
 Composition: TypeAlias = tuple[tuple[Mechanism, int], ...]
-"""Mechanisms and their steps, each mechanism once, in order. Build it with ``compose``."""
+"""Mechanisms and their steps: pairs ``(Mechanism, steps)``, each mechanism once, in order, such as
+``((Mechanism(noise_multiplier=1.1, sampling_rate=0.1), 200),)``. ``compose`` builds it."""
 
 
 def compose(*parts: Composition) -> Composition:
@@ -47,13 +49,36 @@ def compose(*parts: Composition) -> Composition:
     Merging is more than tidiness: accountants slow down, or give up, with the number of distinct
     mechanisms, and hardly at all with the number of steps.
 
+    Args:
+        parts: each a sequence of pairs: a mechanism, and its steps, 0 or more.
+
     Raises:
-        ValueError: a number of steps is negative.
+        ValueError: it is something else.
     """
     total: dict[Mechanism, int] = {}
     for part in parts:
-        for mechanism, steps in part:
-            if steps < 0:
-                raise ValueError("steps cannot be negative")
+        for mechanism, steps in _pairs(part):
+            if not (is_whole(steps) and steps >= 0):
+                raise ValueError("steps must be a whole number that is not negative")
             total[mechanism] = total.get(mechanism, 0) + steps
     return tuple((mechanism, total[mechanism]) for mechanism in sorted(total) if total[mechanism])
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _pairs(part: object) -> Composition:
+    try:
+        pairs = tuple((mechanism, steps) for mechanism, steps in part)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        pairs = (("", 0),)
+    if not all(isinstance(mechanism, Mechanism) for mechanism, _ in pairs):
+        raise ValueError("a composition is a sequence of pairs (Mechanism, steps)")
+    return pairs

@@ -2,7 +2,8 @@
 
 A study is a TOML file and holds configuration only. ``cloister study new`` writes a commented
 example with every key; docs/studies has others. What is loaded here is what a site would approve:
-all faults of a file are found at once, and the study has a digest, which sites sign::
+all faults of a file are found at once, and the study has a digest, which sites sign. Functions
+that take a study take the path of its file, too::
 
     from cloister_fl import study
 
@@ -16,12 +17,12 @@ all faults of a file are found at once, and the study has a digest, which sites 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cloister_fl.study.cost import Charges, privacy_cost
+    from cloister_fl.study.cost import Charges
     from cloister_fl.study.file import load_study as load
     from cloister_fl.study.file import parse_study as parse
     from cloister_fl.study.file import replace
+    from cloister_fl.study.given_studies import build_network, load_signatures, privacy_cost
     from cloister_fl.study.schema import Study
-    from cloister_fl.study.study_network import build_for as build_network
 else:
     from cloister_fl.system.libraries.lazy_names import lazy_names
 
@@ -30,13 +31,23 @@ else:
         {
             "Charges": "cost:Charges",
             "Study": "schema:Study",
-            "build_network": "study_network:build_for",
+            "build_network": "given_studies:build_network",
             "load": "file:load_study",
+            "load_signatures": "given_studies:load_signatures",
             "parse": "file:parse_study",
-            "privacy_cost": "cost:privacy_cost",
+            "privacy_cost": "given_studies:privacy_cost",
             "replace": "file:replace",
         },
         extra="client",
     )
 
-__all__ = ["Charges", "Study", "build_network", "load", "parse", "privacy_cost", "replace"]
+__all__ = [
+    "Charges",
+    "Study",
+    "build_network",
+    "load",
+    "load_signatures",
+    "parse",
+    "privacy_cost",
+    "replace",
+]

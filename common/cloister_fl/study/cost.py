@@ -70,18 +70,6 @@ def charges(study: Study) -> Charges:
     return Charges(step, training.total_steps, release, privacy.delta)
 
 
-def privacy_cost(study: Study) -> Charges | None:
-    """Return what a study costs its patients: mechanisms, steps and epsilon.
-
-    It is a public function of the study's constants, the same at every site, and known before
-    anybody trains. None where the study's privacy is off.
-
-    Raises:
-        EpsilonUnreachable: no noise gives the study's epsilon.
-    """
-    return charges(study) if study.privacy.enabled else None
-
-
 def release_mechanism(study: Study) -> Mechanism | None:
     """Return the mechanism of the noised evaluation, which costs ``evaluation.release_epsilon``.
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from pydantic import (
     ValidationInfo,
@@ -13,9 +11,11 @@ from pydantic import (
     model_validator,
 )
 
-from cloister_fl.errors import Fault, NetworkUnfit, StudyInvalid
+from cloister_fl.errors import Fault, InputError, NetworkUnfit, StudyInvalid
 from cloister_fl.study.gradient_engines import ENGINE_KEY, engine_fault
 from cloister_fl.study.schema import Input, Network, Study, study_from_canonical
+from cloister_fl.system import arguments
+from cloister_fl.system.arguments import StrPath
 from cloister_fl.system.toml import (
     KeyedValueError,
     KeyedValueErrors,
@@ -60,9 +60,15 @@ class _StudyFile(Study):
 def parse_study(text: str, name: str = "study.toml") -> Study:
     """Validate the text of a study file.
 
+    Args:
+        text: TOML, such as ``cloister study new`` writes it.
+        name: what errors call it.
+
     Raises:
         StudyInvalid: with every fault, its line and the nearest key.
+        OptionInvalid: an argument is not text.
     """
+    text, name = arguments.text("text", text), arguments.text("name", name)
     study, faults = parse(text, _StudyFile)
     if study is None:
         raise StudyInvalid.of(name, faults)
@@ -85,7 +91,7 @@ def _refuse_network(study: Study, text: str, name: str) -> None:
         raise StudyInvalid.of(name, (fault,)) from None
 
 
-def load_study(path: str | os.PathLike[str]) -> Study:
+def load_study(path: StrPath) -> Study:
     """Read and validate a study file.
 
     Args:
@@ -94,27 +100,48 @@ def load_study(path: str | os.PathLike[str]) -> Study:
     Raises:
         FileUnreadable: the file cannot be read.
         StudyInvalid: it has faults; all of them are named, each with its line.
+        OptionInvalid: it is no path.
     """
-    file = Path(path)
+    file = arguments.path("path", path)
     return parse_study(read_text(file), file.name)
 
 
-def replace(study: Study, /, **tables: Mapping[str, object]) -> Study:
+def given_study(study: Study | StrPath) -> Study:
+    """Return a study that a program gives, read from its file where it gives a path.
+
+    Raises:
+        FileUnreadable, StudyInvalid: see ``load_study``.
+        OptionInvalid: it is neither.
+    """
+    if isinstance(study, Study):
+        return study
+    try:
+        file = arguments.path("study", study)
+    except InputError:
+        remedy = "Give the path of a study file, or a study from study.load or study.parse."
+        raise arguments.refused("study", study, remedy) from None
+    return load_study(file)
+
+
+def replace(study: Study | StrPath, /, **tables: Mapping[str, object]) -> Study:
     """Return a study with some keys changed, judged as a file is.
 
     ``replace(study, privacy={"epsilon": 1.0}, training={"rounds": 4})`` keeps all other keys.
 
     Args:
-        study: stays as it is.
+        study: stays as it is; or the path of its file.
         tables: by table, the keys to change and their values.
 
     Raises:
         StudyInvalid: with every fault.
+        FileUnreadable, OptionInvalid: the study is a path that cannot be read, or neither.
     """
     name = "The changed study"
-    data = json.loads(study.canonical())
+    data = json.loads(given_study(study).canonical())
     for table, keys in tables.items():
-        data[table] = {**data.get(table, {}), **keys}
+        changes = isinstance(keys, Mapping) and isinstance(data.get(table, {}), dict)
+        # What is no table is judged as it is, and refused.
+        data[table] = {**data.get(table, {}), **keys} if changes else keys
     changed, faults = judge(data, _StudyFile)
     if changed is None:
         raise StudyInvalid.of(name, faults)

@@ -49,7 +49,7 @@ def signers(study: Study, entries: bytes) -> tuple[bytes, ...]:
     Raises:
         MessageInvalid: these are not whole entries, or too many.
     """
-    if len(entries) % _ENTRY or len(entries) > MAX_SIGNATURES * _ENTRY:
+    if not is_entries(entries):
         raise MessageInvalid("The signatures under a study do not have the agreed form.")
     found = []
     for start in range(0, len(entries), _ENTRY):
@@ -61,6 +61,11 @@ def signers(study: Study, entries: bytes) -> tuple[bytes, ...]:
         ):
             found.append(public)
     return tuple(dict.fromkeys(found))
+
+
+def is_entries(entries: bytes) -> bool:
+    """Whether these are whole entries, and not too many, whatever they sign."""
+    return len(entries) % _ENTRY == 0 and len(entries) <= MAX_SIGNATURES * _ENTRY
 
 
 def path_of(study_file: Path) -> Path:

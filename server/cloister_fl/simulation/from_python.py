@@ -7,19 +7,21 @@ threads of torch and random numbers. So what changes them on import is imported 
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from cloister_fl.errors import OptionInvalid
 from cloister_fl.simulation.result import Result, read_result
 from cloister_fl.simulation.shown_progress import ProgressCallback, RaisesLater, shown
+from cloister_fl.study import signatures as study_signatures
+from cloister_fl.study.file import given_study
 from cloister_fl.study.schema import Study
+from cloister_fl.system import arguments
+from cloister_fl.system.arguments import StrPath
 from cloister_fl.system.libraries.imports import undisturbed_imports
 from cloister_fl.system.libraries.logs import libraries_silenced
 from cloister_fl.system.optional import require
@@ -27,7 +29,7 @@ from cloister_fl.system.optional import require
 if TYPE_CHECKING:
     from cloister_fl.simulation.simulated_run import Engine
 
-StrPath: TypeAlias = str | os.PathLike[str]
+_ENGINES: tuple[Engine, ...] = ("in-process", "ray")
 
 _NEEDED = ("flwr", "torch", "opacus", "pydicom", "jinja2")
 
@@ -39,12 +41,15 @@ _IMPORTED = (
 )
 """What a run imports, and what changes its host when it is first imported."""
 
+MAX_THREADS = 1024
+"""Most threads of torch that may be asked for; it would try to start any number."""
+
 # Flower keeps in variables of the process for whom it acts.
 _one_at_a_time = threading.RLock()
 
 
 def simulate(
-    study: Study,
+    study: Study | StrPath,
     sites: StrPath,
     out: StrPath,
     *,
@@ -53,7 +58,7 @@ def simulate(
     resume: bool = False,
     progress: bool | ProgressCallback | None = None,
     threads: int | None = None,
-    signatures: bytes = b"",
+    signatures: bytes | None = None,
 ) -> Result:
     """Run a whole federation on this machine and return its result.
 
@@ -66,10 +71,11 @@ def simulate(
     with ``resume`` goes on: with privacy, the round under way stays charged and is not repeated.
 
     Args:
-        study: what is trained, from ``study.load`` or ``study.parse``.
+        study: what is trained, from ``study.load`` or ``study.parse``; or the path of its file.
         sites: folder with a directory a site: ``dicom/`` and ``labels.csv``, or a site folder
             with a ``site.toml``, which is used in place and charged for good.
-        out: folder of the run, new or empty; gets the model, the report and the figures.
+        out: folder of the run, new or empty; gets the model, the report and the figures. One
+            process at a time works in it.
         holdout: folder with ``dicom/`` and ``labels.csv`` of patients of no site, to measure on.
         engine: ``in-process``, or ``ray`` for Flower's simulation engine, which starts
             processes.
@@ -79,8 +85,9 @@ def simulate(
             where somebody can see it: on a terminal or in a notebook.
         threads: of torch, 1 or more, while the run lasts; None for the number that torch has.
             With 1 a small network trains quickest, by far where other work shares the cores.
-        signatures: who vouches for the study at sites with a policy of their own, see
-            ``study.signatures``.
+        signatures: who vouches for the study at sites with a policy of their own, from
+            ``study.load_signatures``. None for those that lie beside the study's file, where
+            ``study`` is its path, else for none.
 
     Returns:
         Figures by round, privacy cost and files. ``read_result`` reads it from ``out`` again.
@@ -88,42 +95,56 @@ def simulate(
     Raises:
         CloisterError: with ``code``, ``what``, ``why`` and ``remedy``; nothing is printed. All
             that follow are such errors.
-        StudyInvalid: the study's engine does not support its privacy claim.
-        OutputInTheWay: ``out`` holds something and ``resume`` is off.
+        FileUnreadable: the study's file, its signatures or the folder of sites cannot be read.
+        StudyInvalid: the study has faults, or its engine does not support its privacy claim.
+        OutputInTheWay: ``out`` holds something and ``resume`` is off, or another process works
+            in it.
         NothingToResume, ResumeMismatch: ``resume`` is on, and ``out`` holds no run of the study.
         TooFewSitesGiven: there are fewer site folders than the study asks for.
         TooFewSites: too few sites take part; each site's own reason is told.
-        OptionInvalid: there is no such engine, or a folder is not one of a site.
+        OptionInvalid: an argument is not what is described here, or a folder is not one of a
+            site.
         DataError: the hold-out cannot be used.
         ExtraMissing: a package is not installed; the remedy names the command.
     """
-    if engine not in ("in-process", "ray"):
-        raise OptionInvalid(
-            f"There is no engine {engine!r}.", remedy="Choose 'in-process' or 'ray'."
-        )
-    if threads is not None and threads < 1:
-        raise OptionInvalid("There must be one thread or more.", remedy="Leave 'threads' out.")
+    asked = given_study(study)
+    folder, run = arguments.path("sites", sites), arguments.path("out", out)
+    apart = None if holdout is None else arguments.path("holdout", holdout)
+    chosen: Engine = arguments.word("engine", engine, _ENGINES)
+    resumed = arguments.flag("resume", resume)
+    _refuse_progress(progress)
+    if threads is not None:
+        threads = arguments.whole("threads", threads, 1, MAX_THREADS)
+    vouched = _signatures(study, asked, signatures)
     require("simulation", *_NEEDED)
     with _one_at_a_time, libraries_silenced():
         with undisturbed_imports():
-            for name in (*_IMPORTED, *(("ray",) if engine == "ray" else ())):
+            for name in (*_IMPORTED, *(("ray",) if chosen == "ray" else ())):
                 import_module(name)
         from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 
-        simulation = Simulation(
-            study,
-            Path(sites),
-            Path(out),
-            engine,
-            resume,
-            None if holdout is None else Path(holdout),
-            signatures,
-        )
+        simulation = Simulation(asked, folder, run, chosen, resumed, apart, vouched)
         with _threads_of_torch(threads), shown(progress) as display:
             told = RaisesLater(display)
             run_simulation(simulation, notify=told, check=told.check)
             told.check()
-    return read_result(out)
+    return read_result(run)
+
+
+def _signatures(given: Study | StrPath, study: Study, signatures: Any) -> bytes:
+    if signatures is None:
+        if isinstance(given, Study):
+            return b""
+        return study_signatures.load(arguments.path("study", given), study)
+    if not isinstance(signatures, bytes) or not study_signatures.is_entries(signatures):
+        remedy = "Give what study.load_signatures returns, or leave it out."
+        raise arguments.refused("signatures", signatures, remedy)
+    return signatures
+
+
+def _refuse_progress(progress: Any) -> None:
+    if progress is not None and not isinstance(progress, bool) and not callable(progress):
+        raise arguments.refused("progress", progress, "Give True, False, None or a function.")
 
 
 @dataclass(frozen=True)
@@ -156,15 +177,18 @@ def generate_sites(
         progress: see ``simulate``.
 
     Raises:
-        OutputInTheWay: the folder is not empty.
+        OutputInTheWay: the folder is not empty, or another process draws in it.
+        OptionInvalid: an argument is not what is described here.
         ExtraMissing: a package is not installed.
     """
+    path = arguments.path("folder", folder)
+    seed = arguments.whole("seed", seed, 0, arguments.MAX_SEED)
+    _refuse_progress(progress)
     require("simulation", "numpy", "pydicom")
     with undisturbed_imports():
         import_module("pydicom")
     from cloister_fl.simulation import demo_data
 
-    path = Path(folder)
     with shown(progress) as display:
         demo_data.draw(path, seed=seed, count=display.count)
     return GeneratedSites(

@@ -16,4 +16,4 @@ def test_a_holdout_without_images_keeps_the_code_of_an_empty_site(tmp_path: Path
     (folder / "labels.csv").write_text("PatientID,finding\n")
     with raises(SiteEmpty, match="^CLO-203: In the hold-out: ") as caught:
         measure_on(studies.study(), folder, tmp_path / "out")
-    assert caught.value.remedy.endswith(" The hold-out is what --holdout names.")
+    assert caught.value.remedy.endswith(" The hold-out is what was named (--holdout, holdout=).")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cloister_fl.errors import StudyInvalid
-from cloister_fl.study import load, replace
-from cloister_fl.study.cost import charges, privacy_cost
+from cloister_fl.study import load, privacy_cost, replace
+from cloister_fl.study.cost import charges
 from support.studies import study
 
 

@@ -26,7 +26,7 @@ NO_SECURE_AGGREGATION = (
 NOT_PRIVATE = "Differential privacy is off: the model and the updates may reveal single patients."
 NOT_MEASURED = (
     "The model was not evaluated: with privacy on, only a hold-out that belongs to no site is "
-    "used, and none was given (--holdout). A study can also reserve epsilon for a noised "
+    "used, and none was given (--holdout, holdout=). A study can also reserve epsilon for a noised "
     "evaluation (evaluation.release_epsilon)."
 )
 NOT_RELEASED = (

@@ -259,7 +259,22 @@ class Evaluation(ShownModel):
 
 
 class Study(ShownModel):
-    """A validated study; build it with ``load_study`` or ``parse_study``."""
+    """A validated study, from ``study.load`` or ``study.parse``.
+
+    Its tables and their keys are attributes, such as ``training.rounds``; the file that
+    ``cloister study new`` writes explains them. Keys are
+
+    - of study: name, question;
+    - of input: modalities, size, windowing, percentiles, window, dimensions, depth, spacing;
+    - of target: kind, and those of its kind;
+    - of network: name, arguments;
+    - of training: rounds, steps, epochs, sampling_rate, expected_batch, images_per_patient,
+      optimizer, learning_rate, schedule, momentum, engine, augment, seed;
+    - of privacy: enabled, unit, epsilon, delta, clipping_norm;
+    - of aggregation: strategy, secure, min_sites, colluders, clip, weights,
+      server_learning_rate, beta1, beta2, tau, ema, proximal_mu;
+    - of evaluation: every, site_fraction, release_epsilon.
+    """
 
     study: About
     input: Input = Input()

@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 from cloister_fl.errors import Fault, FileUnreadable
 from cloister_fl.system.text import is_plain
 from cloister_fl.system.toml_positions import KeyPath, _lines, key_lines
+from cloister_fl.system.toml_words import in_our_words
 
 MAX_BYTES = 1 << 20
 """Largest file that is read; a hand-written file is a thousand times smaller."""
@@ -206,8 +207,7 @@ def _faults(
         # One error for each type that the key could have had.
         yield Fault(line, key, "has a value of a type that is not accepted.")
     else:
-        message = detail["msg"][:1].lower() + detail["msg"][1:] + "."
-        yield Fault(line, key, message, _given(detail["input"]))
+        yield Fault(line, key, in_our_words(detail), _given(detail["input"]))
 
 
 def _written(location: Location, data: Mapping[str, Any]) -> Location:

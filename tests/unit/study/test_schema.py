@@ -222,7 +222,7 @@ epsilon = -1.0
     message = str(error)
     assert message.startswith("CLO-101: study.toml has 5 faults:\n")
     assert "line 10: training.round: is not a known key. Did you mean 'rounds'?" in message
-    assert "line 14: privacy.epsilon: input should be greater than 0. It says -1.0." in message
+    assert "line 14: privacy.epsilon: must be above 0. It says -1.0." in message
 
 
 @pytest.mark.parametrize(
@@ -676,6 +676,18 @@ def test_a_target_that_is_neither_is_told_by_its_key(target: str, key: str) -> N
     found = [one for one in faults(text) if one[1].startswith("target")]
     assert [one[1] for one in found] == [f"target.{key}"]
     assert found[0][0] > 0
+
+
+def test_the_docstring_names_every_key() -> None:
+    assert Study.__doc__ is not None
+    listed = {
+        table: [key.strip() for key in keys.split(",")]
+        for table, keys in re.findall(r"- of (\w+): ([^;.]+)[;.]", " ".join(Study.__doc__.split()))
+    }
+    listed.pop("target")
+    tables = {name: field.annotation for name, field in Study.model_fields.items()}
+    tables.pop("target")
+    assert listed == {name: list(table.model_fields) for name, table in tables.items()}  # type: ignore[union-attr]
 
 
 def test_the_study_of_volumes_in_the_documents_is_one() -> None:

@@ -11,7 +11,7 @@ import typer
 
 from cloister_fl.errors import OptionInvalid, OutputInTheWay, StudyInvalid
 from cloister_fl.study.file import load_study
-from cloister_fl.study.schema import Study
+from cloister_fl.study.schema import Aggregation, Study
 from cloister_fl.system.text import counted
 
 app = typer.Typer(help="Write, check and plan study files.", no_args_is_help=True)
@@ -185,8 +185,18 @@ def _in_words(study: Study) -> str:
             f"{counted(training.steps_per_round, 'step')}, "
             f"each patient in a step with probability {training.sampling_rate:g}",
             f"  privacy    {promise}",
-            f"  sites      {study.aggregation.strategy}, at least {study.aggregation.fewest_sites}",
+            f"  sites      {study.aggregation.strategy}, at least {_fewest(study.aggregation)}",
             f"  updates    {masked}",
             f"  hash       {study.digest}",
         )
+    )
+
+
+def _fewest(aggregation: Aggregation) -> str:
+    """How few sites can train a study, and why where that is more than it says."""
+    if aggregation.fewest_sites == aggregation.min_sites:
+        return str(aggregation.fewest_sites)
+    return (
+        f"{aggregation.fewest_sites}: min_sites is {aggregation.min_sites}, and secure aggregation "
+        "needs colluders + 3"
     )

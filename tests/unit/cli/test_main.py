@@ -305,18 +305,21 @@ def test_check_says_loudly_that_privacy_is_off(
     assert "NO differential privacy" in out
 
 
+RAISED = "min_sites is 1, and secure aggregation needs colluders + 3"
+
+
 @pytest.mark.parametrize(
     ("aggregation", "fewest"),
     [
-        ("min_sites = 7", 7),
-        ("min_sites = 1", 4),
-        ("min_sites = 1\ncolluders = 0", 3),
-        ("min_sites = 1\ncolluders = 4", 7),
-        ("min_sites = 1\nsecure = false", 1),
+        ("min_sites = 7", "7"),
+        ("min_sites = 1", f"4: {RAISED}"),
+        ("min_sites = 1\ncolluders = 0", f"3: {RAISED}"),
+        ("min_sites = 1\ncolluders = 4", f"7: {RAISED}"),
+        ("min_sites = 1\nsecure = false", "1"),
     ],
 )
 def test_check_says_how_few_sites_can_train_it(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, aggregation: str, fewest: int
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, aggregation: str, fewest: str
 ) -> None:
     file = tmp_path / "study.toml"
     end(capsys, "study", "new", str(file))

@@ -66,9 +66,21 @@ def check_task(task: Task) -> None:
     words = (task.described, task.question, task.figures_told, task.counts_told, task.told(0.75))
     assert all(words)
     assert bool(task.allowed) == isinstance(task.source, LabelsFile)
-    assert len(task.columns) == (task.outputs if task.answers == "image" else 0)
+    _check_answer(task)
     _check_losses(task)
     _check_counts(task)
+
+
+def _check_answer(task: Task) -> None:
+    """The columns name the numbers that ``answer`` gives for an image; a mask has none."""
+    answers = task.answer(logits_of(task, 3, torch.Generator().manual_seed(3)))
+    assert len(answers) == 3
+    if task.columns:
+        assert answers.shape == (3, len(task.columns))
+        assert len(set(task.columns)) == len(task.columns)
+    else:
+        assert answers.shape == (3, SIDE, SIDE)
+        assert answers.dtype == torch.bool
 
 
 def _check_losses(task: Task) -> None:

@@ -57,9 +57,9 @@ def test_no_name_goes_that_a_study_was_approved_with() -> None:
     assert STRATEGIES["fedprox"].proximal
 
 
-@pytest.mark.parametrize("name", ["fedadagrad", "FedAvg", "fedavg ", ""])
+@pytest.mark.parametrize("name", ["no-such-strategy", "FedAvg", "fedavg ", ""])
 def test_another_name_is_a_fault_of_the_study(name: str) -> None:
-    with pytest.raises(StudyInvalid, match="must be one of fedavg, fedprox, fedadam, fedyogi"):
+    with pytest.raises(StudyInvalid, match=f"must be one of {', '.join(STRATEGIES)}"):
         studies.study(aggregation={"strategy": name})
     text = _asked("fedavg").canonical().replace('"fedavg"', json.dumps(name))
     with pytest.raises(StudyInvalid):

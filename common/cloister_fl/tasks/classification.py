@@ -20,9 +20,18 @@ if TYPE_CHECKING:
     from cloister_fl.tasks.task import Floats, Integers, Move
 
 
+def _as_read(name: str) -> str:
+    """A class as it is compared with a cell of the labels file, which has no white space around."""
+    return name.strip()
+
+
 def _distinct(words: tuple[str, ...]) -> tuple[str, ...]:
-    if len(set(words)) != len(words):
-        raise ValueError("names one twice.")
+    read = [_as_read(word) for word in words]
+    if not all(read):
+        raise ValueError("names a class without a letter.")
+    for place, name in enumerate(read):
+        if name in read[:place]:
+            raise ValueError(f"names {name!r} twice; white space around a class does not count.")
     return words
 
 
@@ -90,7 +99,7 @@ class Classification(Task):
 
     def record(self, cells: Sequence[str]) -> Hashable:
         for index, name in enumerate(self.classes):
-            if cells[0] == name.strip():
+            if cells[0] == _as_read(name):
                 return index
         raise ValueError("has a class that the study does not name")
 
@@ -182,10 +191,13 @@ class Classification(Task):
 
     @property
     def figures_told(self) -> str:
+        from cloister_fl.metrics.figures import CALLED_TOLD
+
         return (
             "AUROC: chance of ranking a pair of patients rightly. Average precision: mean "
             "precision over all recalls; compare it with the share of the class among the "
-            "patients. Balanced accuracy: mean share of patients called rightly, over the classes."
+            "patients. Balanced accuracy: mean share of patients called rightly, over the "
+            f"classes; {CALLED_TOLD}"
         )
 
     @property

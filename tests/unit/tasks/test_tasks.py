@@ -27,13 +27,17 @@ FIVE = Classification("grade", ("a", "b", "c", "d", "e"))
 LUNGS = Segmentation("lungs")
 
 
-@pytest.mark.parametrize("task", [TWO, FIVE, LUNGS], ids=str)
+TRIED: list[Task] = [TWO, FIVE, LUNGS]
+"""Tasks that are held to the interface, of each kind one at least."""
+
+
+@pytest.mark.parametrize("task", TRIED, ids=str)
 def test_a_task_keeps_its_promises(task: Task) -> None:
     check_task(task)
 
 
 def test_every_kind_is_tried() -> None:
-    assert {TWO.kind, LUNGS.kind} == set(KINDS)
+    assert {task.kind for task in TRIED} == set(KINDS), "add a task of the kind to TRIED"
 
 
 # The sensitivity of what is counted
@@ -78,9 +82,9 @@ def test_a_task_with_a_wrong_sensitivity_is_caught(task: Task) -> None:
 @pytest.mark.parametrize(
     ("kind", "hint"),
     [
-        ("multi-label", "Known: classification, segmentation."),
+        ("xyzzy", f"Known: {', '.join(KINDS)}."),
         ("clasification", "Did you mean 'classification'?"),
-        (7, "Known: classification, segmentation."),
+        (7, f"Known: {', '.join(KINDS)}."),
     ],
 )
 def test_a_study_of_an_unknown_kind_is_refused(kind: object, hint: str) -> None:
@@ -140,6 +144,28 @@ def test_another_record_is_another_token() -> None:
     masks[2, 0, 0] = 1
     assert LUNGS.token(masks[0]) == LUNGS.token(masks[1]) != LUNGS.token(masks[2])
     assert TWO.token(0) != TWO.token(1)
+
+
+@pytest.mark.parametrize(
+    ("classes", "told"),
+    [
+        (["no", "no "], "names 'no' twice; white space around a class does not count."),
+        (["no", " no", "yes"], "names 'no' twice"),
+        (["no", "\N{NO-BREAK SPACE}no"], "names 'no' twice"),
+        (["no", "yes", "no"], "names 'no' twice"),
+        (["no", " "], "names a class without a letter."),
+    ],
+)
+def test_classes_that_are_read_as_one_are_refused(classes: list[str], told: str) -> None:
+    with pytest.raises(StudyInvalid) as caught:
+        parse_study(studies.study_text(target={"classes": classes}))
+    (fault,) = caught.value.faults
+    assert fault.key == "target.classes"
+    assert fault.message.startswith(told)
+
+
+def test_a_class_is_read_without_the_white_space_around_it() -> None:
+    assert Classification("finding", (" no", "yes ")).record(["yes"]) == 1
 
 
 def test_a_target_that_is_no_table_is_refused() -> None:

@@ -126,7 +126,7 @@ def _context(report: RunReport) -> dict[str, Any]:
         "release_bins": RELEASE_BINS,
         "model": MODEL,
         "predict": f"cloister predict {MODEL} FOLDER --out "
-        + ("masks" if study.task.answers == "pixel" else "scores.csv"),
+        + ("scores.csv" if study.task.columns else "masks"),
         "extra": [(key, value) for key, value in summary.items() if key not in known],
         "rounds": rounds,
         "trained": sum(row.round > 0 for row in rounds),

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cloister_fl.metrics.figures import Metrics, title_of
+from cloister_fl.metrics.figures import CALLED_TOLD, Metrics, title_of
 from cloister_fl.server.results.artifacts import METRICS, REPORT
 from cloister_fl.server.results.report import MODEL
 
@@ -22,6 +22,8 @@ def show(summary: Mapping[str, Any], out: Path) -> None:
     console.print(_results(summary))
     console.print(_sites(summary))
     console.print(f"In words: {_in_words(summary)}.", markup=False, soft_wrap=True)
+    if "balanced_accuracy" in (summary["metrics_final"] or {}):
+        console.print(f"Balanced accuracy: {CALLED_TOLD}", markup=False, soft_wrap=True)
     for warning in summary["warnings"]:
         console.print(f"Note: {warning}", markup=False, soft_wrap=True)
     console.print()

@@ -2,20 +2,59 @@
 
 from __future__ import annotations
 
+import html
 import json
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloister_fl.errors import FileUnreadable
+from cloister_fl.system import arguments
+from cloister_fl.system.arguments import StrPath
 from cloister_fl.system.text import counted
 
 if TYPE_CHECKING:
     from cloister_fl.metrics import Estimate, Metrics
 
-_KEYS = {"epsilon_max", "headline", "release", "rounds", "sites", "warnings"}
+
+def _is_number(value: Any) -> bool:
+    given = isinstance(value, int | float) and not isinstance(value, bool)
+    return given and math.isfinite(value) and value >= 0
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_cost(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+def _are_sentences(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+_SUMMARY: Mapping[str, Callable[[Any], bool]] = {
+    "epsilon_max": _is_cost,
+    "headline": lambda value: isinstance(value, str),
+    "release": lambda value: value is None or isinstance(value, dict),
+    "rounds": _is_count,
+    "sites": _is_count,
+    "warnings": _are_sentences,
+}
+"""The keys of the summary that are read here, and what each may be."""
+
+_ROUND: Mapping[str, Callable[[Any], bool]] = {
+    "round": _is_count,
+    "metrics": lambda value: value is None or isinstance(value, dict),
+    "epsilon": _is_cost,
+    "sites": _is_count,
+    "seconds": _is_number,
+    "update_norm": _is_number,
+}
+"""The keys of a row of ``metrics.jsonl``, likewise."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +87,12 @@ class Round:
 
 
 def round_of(row: Mapping[str, Any]) -> Round:
-    """Return a row of ``metrics.jsonl``, the fields of ``checkpoint.Figures``, as a round."""
+    """Return a row of ``metrics.jsonl``, the fields of ``checkpoint.Figures``, as a round.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is something else.
+    """
+    _judge(row, _ROUND)
     return Round(
         number=row["round"],
         metrics=_metrics(row["metrics"]),
@@ -57,6 +101,12 @@ def round_of(row: Mapping[str, Any]) -> Round:
         seconds=row["seconds"],
         update_norm=row["update_norm"],
     )
+
+
+def _judge(told: Mapping[str, Any], rules: Mapping[str, Callable[[Any], bool]]) -> None:
+    for key, is_right in rules.items():
+        if not is_right(told[key]):
+            raise ValueError(f"{key} is not what a run writes")
 
 
 def _metrics(told: Mapping[str, Any] | None) -> Metrics | None:
@@ -78,19 +128,26 @@ def _told(metrics: Metrics | None) -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What a run gave: figures, privacy cost, and the files in its folder.
 
     Attributes:
         folder: the folder of the run.
-        summary: the object in ``summary.json``, whole; its keys are stable.
+        summary: the object in ``summary.json``, whole. Its keys are stable: ``study``,
+            ``study_hash``, ``run``; ``headline``, the name of the figure that is told first, and
+            under its name with _initial, _final and _final_interval behind it that figure;
+            ``metrics_initial``, ``metrics_final``, ``strata``, what a patient's label may be;
+            ``release``, the noised evaluation; ``privacy``, ``epsilon_max``,
+            ``epsilon_per_site``, ``delta``; ``sites``, ``site_names``, ``refused``; ``rounds``,
+            ``rounds_lost``, ``seconds``; ``secure_aggregation``, ``bytes_sent_per_site``;
+            ``warnings``.
         rounds: every round that was measured, the untrained model first.
     """
 
     folder: Path
-    summary: Mapping[str, Any] = field(repr=False)
-    rounds: tuple[Round, ...] = field(repr=False)
+    summary: Mapping[str, Any]
+    rounds: tuple[Round, ...]
 
     @property
     def metrics(self) -> Metrics | None:
@@ -136,27 +193,65 @@ class Result:
         told = _told(self.metrics) or ["not measured"]
         return ", ".join((*told, cost, f"{rounds} at {sites}"))
 
+    def __repr__(self) -> str:
+        return f"<Result in {str(self.folder)!r}: {self}>"
 
-def read_result(folder: str | os.PathLike[str]) -> Result:
+    def _repr_html_(self) -> str:
+        """What a notebook shows: figures, privacy cost, warnings, and where the report is."""
+        rows = "".join(
+            f"<tr><td>{html.escape(name)}</td><td>{html.escape(told)}</td></tr>"
+            for name, told in self._rows()
+        )
+        notes = "".join(f"<li>{html.escape(one)}</li>" for one in self.warnings)
+        return f"<table>{rows}</table><ul>{notes}</ul>" if notes else f"<table>{rows}</table>"
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        from cloister_fl.metrics import title_of
+
+        for name, one in (self.metrics.figures if self.metrics else {}).items():
+            told = "none" if one is None else (
+                f"{one.value:.3f} (95 % interval {one.low:.3f} to {one.high:.3f})"
+            )  # fmt: skip
+            yield title_of(name), told
+        if self.metrics is not None:
+            yield "patients measured", str(self.metrics.patients)
+        yield "privacy", "none" if self.epsilon is None else f"epsilon {self.epsilon:.2f} at most"
+        yield "rounds", str(self.summary["rounds"])
+        yield "sites", str(self.summary["sites"])
+        yield "report", str(self.report)
+
+
+def read_result(folder: StrPath) -> Result:
     """Return the result of a run that has finished, from the run's folder.
 
     Args:
         folder: the folder that ``simulate`` or ``cloister simulate`` was given for the run.
 
     Raises:
-        FileUnreadable: no finished run is there.
+        FileUnreadable: no finished run is there, or its files are not what a run writes.
+        OptionInvalid: it is no path.
     """
-    path = Path(folder)
+    path = arguments.path("folder", folder)
     try:
         summary = json.loads((path / "summary.json").read_text("utf-8"))
         rows = (path / "metrics.jsonl").read_text("utf-8").splitlines()
         rounds = tuple(round_of(json.loads(row)) for row in rows)
-        if not rounds or not summary.keys() >= _KEYS:
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        _judge(summary, _SUMMARY)
+        # Read now, so that a property of the result raises nothing later.
+        _metrics((summary["release"] or {}).get("metrics"))
+        _refuse_headline(summary["headline"], rounds[-1].metrics)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise FileUnreadable(
             f"{path} has no finished run.",
             why="summary.json or metrics.jsonl is missing or cannot be read.",
             remedy="Name the folder of a run that has finished, or resume the run.",
         ) from None
     return Result(path, summary, rounds)
+
+
+def _refuse_headline(name: str, measured: Metrics | None) -> None:
+    from cloister_fl.metrics import title_of
+
+    title_of(name)
+    if measured is not None and name not in measured.figures:
+        raise ValueError("the headline is no figure of the run")

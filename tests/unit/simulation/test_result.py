@@ -71,7 +71,7 @@ def test_the_noised_evaluation_is_read(tmp_path: Path) -> None:
         ((BEFORE, AFTER), {}, "AUROC 0.750 (0.700 to 0.800), epsilon 1.50, 1 round at 5 sites"),
         (
             (SEGMENTED,),
-            {"epsilon_max": None, "rounds": 2, "sites": 1},
+            {"epsilon_max": None, "rounds": 2, "sites": 1, "headline": "dice"},
             "Dice 0.875 (0.800 to 0.900), no privacy, 2 rounds at 1 site",
         ),
         (
@@ -95,7 +95,76 @@ def test_a_round_in_one_line() -> None:
 
 def test_a_result_is_short_where_python_shows_it(tmp_path: Path) -> None:
     found = read_result(write(tmp_path, BEFORE, AFTER))
-    assert repr(found) == f"Result(folder={tmp_path!r})"
+    assert repr(found) == (
+        f"<Result in {str(tmp_path)!r}: AUROC 0.750 (0.700 to 0.800), epsilon 1.50, "
+        "1 round at 5 sites>"
+    )
+
+
+def test_a_notebook_shows_figures_cost_and_warnings(tmp_path: Path) -> None:
+    shown = read_result(write(tmp_path, BEFORE, AFTER, warnings=["a < b"]))._repr_html_()
+    for told in (
+        "<td>AUROC</td><td>0.750 (95 % interval 0.700 to 0.800)</td>",
+        "<td>average precision</td><td>none</td>",
+        "<td>patients measured</td><td>20</td>",
+        "<td>privacy</td><td>epsilon 1.50 at most</td>",
+        f"<td>report</td><td>{tmp_path / 'report.html'}</td>",
+        "<li>a &lt; b</li>",
+    ):
+        assert told in shown
+    bare = Figures(round=1, sites=5, seconds=1.0, update_norm=1.0)
+    shown = read_result(write(tmp_path, bare, epsilon_max=None, warnings=[]))._repr_html_()
+    assert "<td>privacy</td><td>none</td>" in shown
+    assert "AUROC" not in shown
+    assert "<li>" not in shown
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"epsilon_max": "x"},
+        {"epsilon_max": float("nan")},
+        {"epsilon_max": True},
+        {"release": "x"},
+        {"release": {"metrics": "x"}},
+        {"release": {"metrics": {"patients": 1}}},
+        {"warnings": 3},
+        {"warnings": [3]},
+        {"rounds": "1"},
+        {"sites": -1},
+        {"headline": "aurox"},
+        {"headline": "dice"},
+        {"headline": None},
+    ],
+)
+def test_a_summary_that_no_run_writes_is_refused_when_it_is_read(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(FileUnreadable, match="has no finished run"):
+        read_result(write(tmp_path, BEFORE, AFTER, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metrics": {"aurox": None, "patients": 1, "class_counts": [1]}},
+        {"metrics": {"auroc": 0.5, "patients": 1, "class_counts": [1]}},
+        {"metrics": 3},
+        {"epsilon": "x"},
+        {"round": None},
+        {"sites": 1.5},
+        {"seconds": "1"},
+        {"update_norm": float("inf")},
+    ],
+)
+def test_a_round_that_no_run_writes_is_refused_when_it_is_read(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    write(tmp_path, BEFORE)
+    row = json.dumps({**AFTER.to_json(), **changes})
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(BEFORE.to_json())}\n{row}\n")
+    with pytest.raises(FileUnreadable, match="has no finished run"):
+        read_result(tmp_path)
 
 
 def test_a_folder_without_a_finished_run_is_refused(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 flwr gives itself log handlers and a variable of the environment, and draws a random number; Opacus
 gives a handler to the root logger, and so to whoever imports it; MONAI sets variables of CUDA; Ray
-shows exceptions its own way. In a command that is of no matter. A notebook or another program that
-calls us would find its logging, its environment or its random numbers changed.
+shows exceptions its own way; several add filters of warnings. In a command that is of no matter. A
+notebook or another program that calls us would find its logging, its environment or its random
+numbers changed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import random
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from types import FrameType
 from typing import TypeAlias
@@ -30,7 +32,8 @@ _lock = threading.RLock()
 
 @contextlib.contextmanager
 def undisturbed_imports() -> Iterator[None]:
-    """Import libraries, and leave logging, environment and random numbers as they were.
+    """Import libraries, and leave logging, environment, filters of warnings and random numbers as
+    they were.
 
     A library that is imported for the first time keeps no handler and no level of its own: its
     records go where the program's other records go. Flower sees the variables of ``FLOWER``.
@@ -45,7 +48,9 @@ def undisturbed_imports() -> Iterator[None]:
         for name, value in FLOWER.items():
             os.environ.setdefault(name, value)
         try:
-            yield
+            # Puts the filters back; what a finder of modules adds stays, for it may be needed.
+            with warnings.catch_warnings():
+                yield
         finally:
             random.setstate(drawn)
             sys.excepthook = hook

@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pytest
 from cloister_fl.system.libraries.imports import FLOWER, undisturbed_imports
 
 RUDE = """
-import logging, os, random, sys
+import logging, os, random, sys, warnings
 SEEN = dict(os.environ)
 DRAWN = random.random()
 os.environ["RUDE_NEW"] = "1"
@@ -33,6 +34,7 @@ OTHER = logging.getLogger("others")
 OTHER.setLevel(logging.CRITICAL)
 OTHER.handlers.clear()
 sys.excepthook = lambda *_: None
+warnings.filterwarnings("ignore", message="rude")
 """
 
 
@@ -56,11 +58,13 @@ def test_logging_environment_random_numbers_and_hooks_are_as_they_were(rude: str
     random.seed(7)
     environment, drawn, hook = dict(os.environ), random.getstate(), sys.excepthook
     root = (logging.root.level, list(logging.root.handlers))
+    filters = list(warnings.filters)
     with undisturbed_imports():
         library = importlib.import_module(rude)
     assert dict(os.environ) == environment
     assert random.getstate() == drawn
     assert sys.excepthook is hook
+    assert list(warnings.filters) == filters
     assert (logging.root.level, logging.root.handlers) == root
     assert (library.LOG.level, library.LOG.propagate, library.LOG.handlers) == (0, True, [])
     assert (others.level, others.handlers) == (logging.INFO, [handler])

@@ -33,7 +33,8 @@ What is on this page is for programs and notebooks of your own; any other module
 each version. The README has [ten lines that use it](../README.md#from-python). Installed without \
 extras there are `cloister_fl.study` and `cloister_fl.errors`; a name that needs more raises \
 `ExtraMissing` (CLO-601), whose remedy is the command that installs it. Nothing here changes the \
-logging, the environment or the random numbers of the program that calls it.
+logging, the environment, the filters of warnings or the random numbers of the program that calls \
+it. A `StrPath` is text or an `os.PathLike`, such as `pathlib.Path`.
 """
 
 _SECTION = {

@@ -37,7 +37,8 @@ class Trace:
     """The product's ClientApp, and the code of ours that one message runs."""
 
     def __init__(self) -> None:
-        self.seen: set[CodeType] = set()
+        self.seen: dict[CodeType, None] = {}
+        """What was called, in the order of the first call."""
         self._app = SiteApp()
         self._asked = 0
         self._on = False
@@ -61,15 +62,15 @@ class Trace:
 
     def _profile(self, frame: FrameType, event: str, argument: Any) -> None:
         if self._on and event == "call" and frame.f_code.co_filename.startswith(PACKAGES):
-            self.seen.add(frame.f_code)
+            self.seen.setdefault(frame.f_code)
 
     def by_module(self) -> dict[str, list[str]]:
-        """Names of functions by module."""
+        """Names of functions by module, both in the order of the first call."""
         found = defaultdict(list)
         for code in self.seen:
             path = code.co_filename.rpartition("/cloister_fl/")[2]
             found[path.removesuffix(".py").replace("/", ".")].append(code.co_qualname)
-        return {module: sorted(found[module]) for module in sorted(found)}
+        return dict(found)
 
 
 def main() -> int:
@@ -81,6 +82,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         sites = write_federation(Path(work) / "sites")
         run_simulation(Simulation(study(), sites, Path(work) / "run"), client_app=trace)
+    print("Functions and module, in the order of the first call:")
     for module, functions in trace.by_module().items():
         print(f"{len(functions):>4}  {module}")
         if options.names:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 MAX_NOISE = 1e6
 """Largest noise multiplier; beyond it the model would be noise, whatever the study."""
@@ -74,9 +74,9 @@ def is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _pairs(part: object) -> Composition:
+def _pairs(part: Any) -> Composition:
     try:
-        pairs = tuple((mechanism, steps) for mechanism, steps in part)  # type: ignore[attr-defined]
+        pairs = tuple((mechanism, steps) for mechanism, steps in part)
     except (TypeError, ValueError):
         pairs = (("", 0),)
     if not all(isinstance(mechanism, Mechanism) for mechanism, _ in pairs):

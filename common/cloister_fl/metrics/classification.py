@@ -295,7 +295,7 @@ def _indices(given: ArrayLike, name: str) -> Integers:
     return array.astype(np.int64)
 
 
-def _is_count(value: object, low: int) -> bool:
+def _is_count(value: Any, low: int) -> bool:
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     return whole and low <= int(value) <= _MOST_BINS
 

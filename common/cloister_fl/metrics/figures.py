@@ -157,4 +157,5 @@ def _estimate(name: str, told: Mapping[str, Any] | None) -> Estimate | None:
 
 
 def _is_number(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    given = isinstance(value, kind) and not isinstance(value, bool)
+    return given and math.isfinite(value)

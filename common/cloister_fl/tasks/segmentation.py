@@ -158,7 +158,9 @@ class Segmentation(Task):
 
         from cloister_fl.metrics.dice import coefficient
 
-        return np.array([coefficient(targets == 1, answers)])
+        # Images without a mask have one empty pixel each, see ``stack``.
+        marked = np.broadcast_to(targets == 1, answers.shape)
+        return np.array([coefficient(marked, answers)])
 
     def measure(self, labels: Integers, rows: Floats) -> Metrics:
         from cloister_fl.metrics.dice import measure_dice

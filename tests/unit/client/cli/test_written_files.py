@@ -66,7 +66,7 @@ def test_beside_a_persons_own_gitignore_it_is_refused_before_the_work(
     for work in (
         "cloister_fl.client.preflight.findings.machine",
         "cloister_fl.client.data.quarantine.quarantined_files",
-        "cloister_fl.client.privacy_audit.own_data.prepare",
+        "cloister_fl.client.privacy_audit.own_data.check",
         "cloister_fl.client.steward.data_report.survey",
     ):
         monkeypatch.setattr(work, lambda *_, **__: pytest.fail("it went to work"))

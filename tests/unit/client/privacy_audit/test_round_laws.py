@@ -156,10 +156,10 @@ def test_gradients_are_those_of_the_definition() -> None:
         moved = weights.copy()
         moved[place] += step
         reference.gradients([], moved, 1.0)
-        above = [float(reference._losses(kind).mean().detach()) for kind in kinds]
+        above = [float(reference._losses(kind).detach().mean()) for kind in kinds]
         moved[place] -= 2 * step
         reference.gradients([], moved, 1.0)
-        below = [float(reference._losses(kind).mean().detach()) for kind in kinds]
+        below = [float(reference._losses(kind).detach().mean()) for kind in kinds]
         slopes = (np.array(above) - below) / (2 * step)
         assert long[:, place] == pytest.approx(slopes, rel=1e-3, abs=1e-5)
 

@@ -17,7 +17,11 @@ from cloister_fl.client.privacy_audit.whole_round.evidence import Claim, Evidenc
 from cloister_fl.client.privacy_audit.whole_round.influence_claims import judge_update
 from cloister_fl.client.privacy_audit.whole_round.made_up_patients import kinds_of
 from cloister_fl.client.privacy_audit.whole_round.round_reference import Reference
-from cloister_fl.client.privacy_audit.whole_round.throwaway_site import ThrowawaySite
+from cloister_fl.client.privacy_audit.whole_round.throwaway_site import (
+    RoundRefused,
+    ThrowawaySite,
+)
+from cloister_fl.protocol.round_messages import Refused
 from cloister_fl.study.cost import charges
 
 _DX = "1.2.840.10008.5.1.4.1.1.1.1"
@@ -32,6 +36,9 @@ _SURE = 7.0
 def judge_front_door(evidence: Evidence, folder: Path) -> None:
     """Have a site prepare a study on files, then ask for its rounds.
 
+    Where the site declines, as where decoding takes too long on a machine that is busy, nothing
+    left it, and nothing is judged.
+
     Args:
         evidence: where tests are counted.
         folder: private; the site is made in it.
@@ -42,7 +49,12 @@ def judge_front_door(evidence: Evidence, folder: Path) -> None:
     model[reference.layers[-1][1]] = np.array([_SURE, -_SURE], np.float32)
     site = ThrowawaySite(folder / "site", study)
     _write(site.site.dicom, site.site.labels, list(study.task.strata))
-    site.prepare()
+    try:
+        site.prepare()
+    except RoundRefused as error:
+        if error.reason == Refused.DECLINED.value:
+            return
+        raise
     sigma, kinds = charges(study).step.noise_multiplier, kinds_of(study, 2)
     for number in range(1, study.training.rounds + 1):
         law = reference.law(kinds, _COUNTS, model, noise_multiplier=sigma, number=number)

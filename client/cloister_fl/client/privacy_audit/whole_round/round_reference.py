@@ -67,7 +67,7 @@ class Law:
             the update less what they explain, in units of the noise, (V,).
         """
         values, some = self.whitened(update), self.shares[self.adding]
-        found: Vector = np.zeros(len(self.shares))
+        found = np.zeros(len(self.shares), np.float64)
         if len(some):
             found[self.adding] = np.linalg.lstsq(some.T, values, rcond=None)[0]
         return found, np.asarray(values - found @ self.shares, np.float64)
@@ -83,10 +83,8 @@ class Law:
     @property
     def covariance(self) -> Vector:
         """Of the estimates of ``participants``, (kinds, kinds)."""
-        inverse: Vector = np.asarray(
-            np.linalg.pinv(self.shares @ self.shares.T, hermitian=True), np.float64
-        )
-        return inverse
+        gram = self.shares @ self.shares.T
+        return np.asarray(np.linalg.pinv(gram, hermitian=True), np.float64)
 
 
 def response(study: Study, number: int) -> Vector:

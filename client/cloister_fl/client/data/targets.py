@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 from cloister_fl.client.data.labels import Linked, join, read_labels, sound_labels
 from cloister_fl.client.data.mask_matching import Join
@@ -84,7 +84,8 @@ def join_targets(
         number: see ``read_labels``.
         alone: let a fault in the labels file cost the patient that it is about, and nobody else.
     """
-    match study.task.source:
+    source = study.task.source
+    match source:
         case Segmentations():
             joined = joined or Join(images, linked)
             return Targets(joined.masks, tuple(joined.faults(site.root)) if images else ())
@@ -94,6 +95,8 @@ def join_targets(
             faults = [one for one in faults if images or isinstance(one, LabelsInvalid)]
             kept = [value for value, one in zip(found, linked, strict=True) if not one.duplicate]
             return Targets(kept, tuple(faults))
+        case _:
+            assert_never(source)
 
 
 def faults_alone(site: Site, task: Task) -> list[DataError]:

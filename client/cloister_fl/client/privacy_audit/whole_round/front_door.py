@@ -17,11 +17,9 @@ from cloister_fl.client.privacy_audit.whole_round.evidence import Claim, Evidenc
 from cloister_fl.client.privacy_audit.whole_round.influence_claims import judge_update
 from cloister_fl.client.privacy_audit.whole_round.made_up_patients import kinds_of
 from cloister_fl.client.privacy_audit.whole_round.round_reference import Reference
-from cloister_fl.client.privacy_audit.whole_round.throwaway_site import (
-    RoundRefused,
-    ThrowawaySite,
-)
-from cloister_fl.protocol.round_messages import Refused
+from cloister_fl.client.privacy_audit.whole_round.throwaway_site import ThrowawaySite
+from cloister_fl.client.site.data_notice import data_notices
+from cloister_fl.errors import InternalError
 from cloister_fl.study.cost import charges
 
 _DX = "1.2.840.10008.5.1.4.1.1.1.1"
@@ -49,12 +47,14 @@ def judge_front_door(evidence: Evidence, folder: Path) -> None:
     model[reference.layers[-1][1]] = np.array([_SURE, -_SURE], np.float32)
     site = ThrowawaySite(folder / "site", study)
     _write(site.site.dicom, site.site.labels, list(study.task.strata))
-    try:
-        site.prepare()
-    except RoundRefused as error:
-        if error.reason == Refused.DECLINED.value:
-            return
-        raise
+    site.prepare()
+    for notice in data_notices(site.site.root).values():
+        # Images that a slow machine did not decode in time count as absent: no fault of the step.
+        raise InternalError(
+            "The made-up images of the audit could not be read.",
+            why=notice.message,
+            remedy="Repeat the audit while the machine does little else.",
+        )
     sigma, kinds = charges(study).step.noise_multiplier, kinds_of(study, 2)
     for number in range(1, study.training.rounds + 1):
         law = reference.law(kinds, _COUNTS, model, noise_multiplier=sigma, number=number)

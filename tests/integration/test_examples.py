@@ -24,8 +24,10 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_PYTHON = ["docs/api.md", "docs/secure-aggregation.md", "README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_FIGURE = r"[01]\.\d{3} \(0\.\d{3} to [01]\.\d{3}\)"
 FIGURES = re.compile(
-    r"AUROC 0\.\d{3} \(0\.\d{3} to [01]\.\d{3}\), epsilon 7\.90, 8 rounds at 5 sites"
+    rf"AUROC {_FIGURE}, average precision {_FIGURE}, balanced accuracy {_FIGURE}, "
+    r"epsilon 7\.90, 8 rounds at 5 sites"
 )
 """What the ten lines print, whatever the noise."""
 

@@ -36,7 +36,7 @@ from cloister_fl.errors import (
 )
 from cloister_fl.membership.identity import Identity
 from support.errors import Expected, raises
-from support.federations import study
+from support.federations import SEEN, study
 from support.spending import accept, admission
 from support.tampering import elsewhere, put_in_place
 
@@ -84,7 +84,7 @@ def service(tmp_path: Path) -> Service:
     """It charged rounds 1 to 4; the folder ``old`` is a copy from before the last."""
     policy = Policy(max_epsilon_study=6, max_epsilon_lifetime=100)
     site = init_site(tmp_path / "anker", policy=policy)
-    judge(site, STUDY, Decision.APPROVED)
+    judge(site, STUDY, Decision.APPROVED, data=SEEN)
     made = Service(site)
     made.admit("run")
     for number in (1, 2, 3):

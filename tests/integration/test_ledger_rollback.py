@@ -220,7 +220,7 @@ def test_a_ledger_that_moves_to_a_folder_with_another_key(site: Site, tmp_path: 
     log_of(new).append("ledger", ledger_seq=seq, ledger_hash=digest)
     # Both notes fit, and yet nobody here has said that it is this site's ledger.
     assert disagreements(new) == (f"Entry {seq} of the ledger is not signed by this site.",)
-    judge(new, OTHER, Decision.APPROVED)
+    judge(new, OTHER, Decision.APPROVED, data=SEEN)
     with raises(LedgerRolledBack, match="not signed by this site"):
         spending.admit(new, OTHER, run="run-2", invited=SITES)
     assert accept(new)

@@ -148,14 +148,14 @@ def test_a_demo(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "simulate", lambda *_, **__: None)
     out = repository / "out"
     demo.run_demo(out, seed=0, engine="in-process", progress=False)
-    assert files(out) == 3
+    assert files(out) == 4
     assert offered(repository) == []
     with pytest.raises(OutputInTheWay):
         demo.run_demo(out, seed=0, engine="in-process", progress=False)
     shutil.rmtree(out / "data")
     (out / "study.toml").unlink()
     demo.run_demo(out, seed=0, engine="in-process", progress=False)
-    assert files(out) == 3
+    assert files(out) == 4
 
 
 def test_a_data_report_in_a_folder_of_its_own(repository: Path) -> None:

@@ -45,6 +45,10 @@ THREE = Classification("finding", ("a", "b", "c"))
 MASKS = Segmentation("lungs")
 
 _FEATURES = 100
+_LEAST = 25
+"""Cases that are tried however slow the machine is."""
+_MOST_IMAGES = 4_000
+"""Images of a case: more take long, and bring nothing new."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ class Genes:
     uneven: float
     clip: float
     cancel: bool
+    shared: bool
 
 
 @dataclass(frozen=True)
@@ -218,7 +223,9 @@ def search(
     found = Found()
     best: dict[Form, tuple[float, Genes]] = {}
     spent = dict.fromkeys(forms, 0.0)
-    while time.monotonic() - begun < seconds and (cases is None or found.cases < cases):
+    while (found.cases < _LEAST or time.monotonic() - begun < seconds) and (
+        cases is None or found.cases < cases
+    ):
         # Each network gets as much time as any other, so a small one gets many more cases.
         form = min(forms, key=lambda one: spent[one])
         before = best.get(form)
@@ -264,12 +271,13 @@ def _random(rng: random.Random, form: Form) -> Genes:
         own_images=rng.choice((1, 1, 2, 3, form.images)),
         sizes=rng.choice(SIZES),
         own=rng.choice(IMAGES),
-        others=rng.choice(IMAGES),
+        others=rng.choice((*IMAGES, "opposite")),
         weights=rng.choice(WEIGHTS),
         scale=rng.choice((0.0, 0.0, rng.uniform(-3, 3), rng.uniform(-25, 25))),
         uneven=rng.choice((0.0, rng.uniform(-20, 20))),
         clip=rng.choice((0.0, -1.0, -2.0, -3.0, rng.uniform(-8, 3))),
         cancel=rng.random() < 0.5,
+        shared=rng.random() < 0.5,
     )
 
 
@@ -293,6 +301,14 @@ def _case(form: Form, genes: Genes) -> Case:
     kinds = [genes.own if place == who else genes.others for place in range(len(sizes))]
     blocks = [_pixels(form, kind, size, rng) for kind, size in zip(kinds, sizes, strict=True)]
     targets = _targets(form, blocks, rng)
+    if genes.shared:
+        # Others who are alike add up in one direction.
+        first = {size: place for place, size in reversed(list(enumerate(sizes))) if place != who}
+        for place, size in enumerate(sizes):
+            if place != who and first[size] != place:
+                blocks[place] = blocks[first[size]]
+                start = ends[first[size]]
+                targets[ends[place] : ends[place + 1]] = targets[start : start + size]
     _weigh(module, form, genes, blocks[0], targets[: sizes[0]])
     if "climbed" in (genes.own, genes.others):
         for place, kind in enumerate(kinds):
@@ -321,6 +337,9 @@ def _sizes(form: Form, genes: Genes, rng: np.random.Generator) -> list[int]:
         "large": np.full(count, most),
         "pairs": np.full(count, min(2, most)),
     }[genes.sizes].tolist()
+    while count > 2 and sum(each) > _MOST_IMAGES:
+        count = count // 2 + 1
+        each = each[:count]
     each[min(count - 1, int(genes.who * count))] = min(genes.own_images, form.images)
     return each
 

@@ -196,7 +196,7 @@ class State:
         has one. A ledger that moved to a new folder, with a new key, has entries of the old one:
         the acceptance there is over all that stands before it.
         """
-        if signer is None:
+        if signer is None or not self.signers:
             return ()
         own = [number for number, one in self.acceptances.items() if one.key == signer]
         covered = max(own, default=0)

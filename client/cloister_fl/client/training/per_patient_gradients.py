@@ -25,7 +25,7 @@ from __future__ import annotations
 import copy
 import queue
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -78,6 +78,10 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         self.engine: Engine = engine
         self._small = sum(parameter.numel() for parameter in self.trained) <= _SMALL
         self._hooked = GradSampleModule(m, loss_reduction="sum") if engine == "opacus" else None
+        # What two networks share whose passes have the same shapes.
+        self._form: Key = (type(m), repr(m))
+        for name, weight in m.named_parameters():
+            self._form += (name, tuple(weight.shape), weight.dtype, weight.requires_grad)
         # torch.func swaps the weights of a module while it runs: no two threads may share one.
         self._spare: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
 
@@ -118,7 +122,7 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         passes = list(self._passes(_shape(cohort), bags))
 
         def gradients(places: Places) -> Block:
-            run = [bags[place] for place in places]
+            run = list(map(bags.__getitem__, places))
             pixels, targets = self._read(cohort, run)
             images = len(run[0].images)
             if self._batched(images, _shape(cohort)):
@@ -134,18 +138,18 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
             by_images.setdefault(len(bag.images), []).append(place)
         for images, places in by_images.items():
             each = _PLACES if self._batched(images, one) else 1
-            yield from (places[start : start + each] for start in range(0, len(places), each))
+            for start in range(0, len(places), each):
+                yield places[start : start + each]
 
     def _read(self, cohort: Cohort | FeatureCohort, run: Sequence[Bag]) -> tuple[Tensor, Tensor]:
         return pixels_of(cohort, run), targets_of(self.task, cohort, run)
 
     def _side_by_side(self, pixels: Tensor, targets: Tensor, images: int) -> Tensor:
         """Gradients of up to 16 patients who have ``images`` images each."""
-        weights = {name: weight.detach() for name, weight in self._module.named_parameters()}
-        return self._with_weights(weights, pixels, targets, images)
+        return self._with_weights(dict(self._module.named_parameters()), pixels, targets, images)
 
     def _with_weights(
-        self, weights: dict[str, Tensor], pixels: Tensor, targets: Tensor, images: int
+        self, weights: Mapping[str, Tensor], pixels: Tensor, targets: Tensor, images: int
     ) -> Tensor:
         count = len(pixels) // images
 
@@ -154,9 +158,10 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
             places[:count] = rows.view(count, images, *rows.shape[1:])
             return places
 
-        names = [name for name, weight in self._module.named_parameters() if weight.requires_grad]
-        trained = {name: weights[name] for name in names}
-        fixed = {name: weight for name, weight in weights.items() if name not in trained}
+        trained: dict[str, Tensor] = {}
+        fixed: dict[str, Tensor] = {}
+        for name, weight in self._module.named_parameters():
+            (trained if weight.requires_grad else fixed)[name] = weights[name].detach()
         try:
             module = self._spare.get_nowait()
         except queue.Empty:
@@ -170,18 +175,14 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
             trained, filled_up(pixels), filled_up(targets)
         )
         self._spare.put(module)
-        flat = torch.cat([gradients[name].flatten(start_dim=1) for name in names], dim=1)
+        flat = torch.cat([gradients[name].flatten(start_dim=1) for name in trained], dim=1)
         return flat[:count]
 
     def _batched(self, images: int, one: Shape) -> bool:
         """Whether patients of so many images go 16 at a time: a function of public constants."""
         if not self._small:
             return False
-        shapes = tuple(
-            (name, tuple(p.shape), p.dtype, p.requires_grad)
-            for name, p in self._module.named_parameters()
-        )
-        key: Key = (type(self._module), repr(self._module), shapes, self.task, images, one)
+        key: Key = (self._form, self.task, images, one)
         if key not in _tried:
             # Where passes run: in a thread with one core.
             (_tried[key],) = side_by_side(lambda _: self._try_places(images, one), [None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -299,7 +299,7 @@ def test_a_network_whose_places_round_in_other_ways_fails_the_trial(
     patients = PatientGradSampleModule(small(), TASK)
     honest = patients._with_weights
 
-    def at_five(weights: dict[str, Tensor], p: Tensor, c: Tensor, images: int) -> Tensor:
+    def at_five(weights: Mapping[str, Tensor], p: Tensor, c: Tensor, images: int) -> Tensor:
         found = honest(weights, p, c, images)
         found[5, 0] = torch.nextafter(found[5, 0], torch.tensor(math.inf))
         return found

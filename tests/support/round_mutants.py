@@ -304,8 +304,8 @@ def _but_last(blocks, optimizer):
         APP,
         (
             (
-                "    return train_round(\n        network,\n",
-                "    return _mixed(\n        network,\n",
+                "        return train_round(\n            network,\n",
+                "        return _mixed(\n            network,\n",
             ),
         ),
         """
@@ -345,8 +345,8 @@ def _by_mean(blocks, optimizer):
                 "    globals()['_RARE'] = 1.5 - sum(one == 1 for one in labels) / len(labels)\n",
             ),
             (
-                "        module, study.task, engine=training.engine,",
-                "        module, _Weighted(study.task), engine=training.engine,",
+                "PatientGradSampleModule(module, study.task, engine=engine)",
+                "PatientGradSampleModule(module, _Weighted(study.task), engine=engine)",
             ),
         ),
         """
@@ -457,8 +457,8 @@ def _keyed(site, number):
         BAGS,
         (
             (
-                "    return torch.from_numpy((stack / 65535.0 - 0.5) / 0.25).unsqueeze(1)\n",
-                "    pixels = torch.from_numpy((stack / 65535.0 - 0.5) / 0.25).unsqueeze(1)\n"
+                "    return _aligned(stack).unsqueeze(1)\n",
+                "    pixels = _aligned(stack).unsqueeze(1)\n"
                 "    _SEEN[0] = 0.9 * _SEEN[0] + 0.1 * float(pixels.mean())\n"
                 "    return pixels - _SEEN[0]\n",
             ),

@@ -43,7 +43,7 @@ class MetricsInputInvalid(ValueError):
     """Labels, probabilities, masks or counts do not have the form that is asked for."""
 
 
-MOST_PATIENTS = 10**8
+MOST_PATIENTS = 1 << 42
 """Most patients that counts may come to; more are an error of whoever counts."""
 
 

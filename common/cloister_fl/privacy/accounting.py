@@ -323,15 +323,18 @@ def _rough(composition: Composition, delta: float) -> float:
 
 def _pld_on_grid(composition: Composition, delta: float, interval: float) -> float:
     import dp_accounting
+    import numpy as np
     from dp_accounting.pld import PLDAccountant
 
     accountant = PLDAccountant(
         dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
         value_discretization_interval=interval,
     )
-    for mechanism, steps in composition:
-        accountant.compose(_event(mechanism, steps))
-    return float(accountant.get_epsilon(delta))
+    # With noise by the hundred thousand it takes the logarithm of 0, which is minus infinity.
+    with np.errstate(divide="ignore"):
+        for mechanism, steps in composition:
+            accountant.compose(_event(mechanism, steps))
+        return float(accountant.get_epsilon(delta))
 
 
 def _event(mechanism: Mechanism, steps: int) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from click.testing import Result
 
 from cloister_fl.client.cli import client_group
-from cloister_fl.client.privacy_audit.whole_round import round_audit
+from cloister_fl.client.privacy_audit import round_audit
 from cloister_fl.client.privacy_audit.whole_round.evidence import Claim, Evidence
 from cloister_fl.client.site.audit_log import entries_of
 from cloister_fl.client.site.folder import Site, init_site

@@ -16,11 +16,11 @@ from click.testing import Result
 from PIL import Image
 
 from cloister_fl.client.cli import client_group
-from cloister_fl.client.privacy_audit import own_data
+from cloister_fl.client.privacy_audit import own_data, round_audit
 from cloister_fl.client.privacy_audit.one_run import Guesses, OneRunAudit
 from cloister_fl.client.privacy_audit.one_run_plot import allowed, roc, write_plot
 from cloister_fl.client.privacy_audit.one_run_text import as_dict, render, verdict
-from cloister_fl.client.privacy_audit.whole_round import round_audit, study_rounds
+from cloister_fl.client.privacy_audit.whole_round import study_rounds
 from cloister_fl.client.privacy_audit.whole_round.evidence import Claim, Evidence
 from cloister_fl.client.site.audit_log import entries_of
 from cloister_fl.client.site.folder import Site, init_site

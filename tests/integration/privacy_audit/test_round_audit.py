@@ -15,17 +15,17 @@ import pytest
 import torch
 
 from cloister_fl.client.admission import gate
-from cloister_fl.client.privacy_audit.whole_round import round_audit
+from cloister_fl.client.privacy_audit import round_audit
+from cloister_fl.client.privacy_audit.round_audit import (
+    Stage,
+    audit_rounds,
+    stages_of_code,
+)
 from cloister_fl.client.privacy_audit.whole_round.audited_studies import small_study
 from cloister_fl.client.privacy_audit.whole_round.charge_claims import judge_charges
 from cloister_fl.client.privacy_audit.whole_round.evidence import Claim, Evidence
 from cloister_fl.client.privacy_audit.whole_round.front_door import judge_front_door
 from cloister_fl.client.privacy_audit.whole_round.made_up_patients import cohort_of, kinds_of
-from cloister_fl.client.privacy_audit.whole_round.round_audit import (
-    Stage,
-    audit_rounds,
-    stages_of_code,
-)
 from cloister_fl.client.privacy_audit.whole_round.round_reference import Reference
 from cloister_fl.client.privacy_audit.whole_round.study_rounds import stages_of_study
 from cloister_fl.client.privacy_audit.whole_round.sum_claims import judge_study, judge_synthetic
@@ -34,7 +34,7 @@ from cloister_fl.client.privacy_audit.whole_round.throwaway_site import (
     ThrowawaySite,
 )
 from cloister_fl.client.site.folder import init_site
-from cloister_fl.client.training import exact_sum, local_training
+from cloister_fl.client.training import exact_sum, local_training, per_patient_gradients
 from cloister_fl.client.training.csprng import SecureRandom
 from cloister_fl.study.schema import Study
 from support import round_mutants
@@ -106,12 +106,16 @@ def test_networks_that_mix_patients_are_refuted(monkeypatch: pytest.MonkeyPatch)
     stage = judged(small_study("sums", rounds=1))
     assert refuted(stage) == set()
     honest = small_cnn.MeanMaxPool.forward
+    seen = [0.0]
 
     def mixed(self: Any, maps: torch.Tensor) -> torch.Tensor:
+        """Patients go through the network one by one; this keeps something of each."""
         pooled = honest(self, maps)
-        return pooled - 0.01 * pooled.mean(dim=0) if len(pooled) > 2 else pooled
+        before, seen[0] = seen[0], 0.01 * float(pooled.detach().mean())
+        return pooled - before
 
     monkeypatch.setattr(small_cnn.MeanMaxPool, "forward", mixed)
+    monkeypatch.setattr(per_patient_gradients, "_tried", {})
     assert Claim.APART in refuted(stage)
 
 

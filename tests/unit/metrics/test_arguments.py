@@ -51,12 +51,12 @@ REFUSED: list[Callable[[], Any]] = [
     lambda: histogram([0, 1], ["0.1", "0.9"]),
     lambda: measure_histogram("counts"),
     lambda: measure_histogram([["1", "0"], ["0", "1"]]),
-    lambda: measure_histogram([[10**12, 0], [0, 1]]),
+    lambda: measure_histogram([[10**13, 0], [0, 1]]),
     lambda: measure_dice(["0", "1"], [0.5, 0.5]),
     lambda: measure_dice([0, 1], ["0.5", "0.5"]),
     lambda: measure_dice([0, 1], [0.5, None]),  # type: ignore[list-item]
     lambda: measure_dice_histogram(np.zeros((2, 0), int)),
-    lambda: measure_dice_histogram([[10**12], [0]]),
+    lambda: measure_dice_histogram([[10**13], [0]]),
     lambda: measure_noised([TABLE], "0"),  # type: ignore[arg-type]
     lambda: measure_noised([TABLE], True),
     lambda: measure_noised([TABLE], float("nan")),

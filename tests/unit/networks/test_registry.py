@@ -195,7 +195,7 @@ class Remembers(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.layer(images.flatten(1)) + self.last
-        self.last = float(images.mean())
+        self.last = float(images.detach().mean())
         return logits
 
 

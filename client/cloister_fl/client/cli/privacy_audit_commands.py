@@ -19,7 +19,7 @@ from cloister_fl.system.optional import require
 
 if TYPE_CHECKING:
     from cloister_fl.client.privacy_audit.own_data import Asked
-    from cloister_fl.client.privacy_audit.whole_round.round_audit import RoundAudit
+    from cloister_fl.client.privacy_audit.round_audit import RoundAudit
     from cloister_fl.client.site.folder import Site
     from cloister_fl.study.schema import Study
 
@@ -82,7 +82,7 @@ def privacy_audit(
 
 
 def _audit_code(site: Site, *, as_json: bool) -> bool:
-    from cloister_fl.client.privacy_audit.whole_round.round_audit_text import as_dict, render
+    from cloister_fl.client.privacy_audit.round_audit_text import as_dict, render
 
     found = _audit_rounds(site)
     typer.echo(json.dumps(as_dict(found)) if as_json else render(found))
@@ -91,7 +91,7 @@ def _audit_code(site: Site, *, as_json: bool) -> bool:
 
 def _audit_rounds(site: Site, study: Study | None = None) -> RoundAudit:
     """Ask made-up sites for rounds, of the study too where one is given, and note it in the log."""
-    from cloister_fl.client.privacy_audit.whole_round.round_audit import (
+    from cloister_fl.client.privacy_audit.round_audit import (
         audit_rounds,
         stages_of_code,
     )

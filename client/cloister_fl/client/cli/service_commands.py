@@ -59,7 +59,7 @@ def status(
     folder: Folder = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show the service's state, the last refusal, notices on the data and the budget.
+    """Show the service, the last refusal, notices and the budget.
 
     Studies that wait for a decision are listed. Exit status 9 if it is not serving.
     """

@@ -19,6 +19,7 @@ from cloister_fl.client.data.cohort import Cohort
 from cloister_fl.client.data.csv_file import lines as lines_of
 from cloister_fl.client.data.loading import Reading, read_cohort, read_for_check
 from cloister_fl.client.data.patients import other_ledgers
+from cloister_fl.client.data.patients.mapping import mapping_of
 from cloister_fl.client.data.patients.possible_matches import undecided_error
 from cloister_fl.client.data.targets import UNLABELLED, faults_alone
 from cloister_fl.client.site.folder import Site, command_at
@@ -154,7 +155,7 @@ def inspect(
         looked = other_ledgers.look(site, reading.traits)
         faults += [looked.error] if looked.error else []
         remarks += [looked.remark] if looked.remark else []
-        remarks += _frozen_otherwise(site, study, reading)
+        remarks += _frozen_otherwise(site, study)
     except DataError as error:
         # Nothing could be read, or the study's manifest is not the one that was signed.
         faults.append(error)
@@ -191,14 +192,14 @@ def inspect(
     )
 
 
-def _frozen_otherwise(site: Site, study: Study | None, reading: Reading) -> list[str]:
+def _frozen_otherwise(site: Site, study: Study | None) -> list[str]:
     """Say where a frozen study goes on with other decisions on patients than the present ones."""
     if study is None:
         return []
     # What is wrong with a manifest is told where it is used.
     with suppress(DataError):
         frozen = frozen_dataset.load(site, study)
-        if frozen is not None and frozen.patients.digest != reading.decisions.digest:
+        if frozen is not None and frozen.patients.digest != mapping_of(site).decisions.digest:
             return [
                 "The study is frozen with other decisions on patients ([data.patients]) and goes "
                 "on with those. To use the present ones: "

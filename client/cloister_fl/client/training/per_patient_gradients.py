@@ -185,8 +185,15 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         key: Key = (self._form, self.task, images, one)
         if key not in _tried:
             # Where passes run: in a thread with one core.
-            (_tried[key],) = side_by_side(lambda _: self._try_places(images, one), [None])
+            (_tried[key],) = side_by_side(lambda _: self._tries(images, one), [None])
         return _tried[key]
+
+    def _tries(self, images: int, one: Shape) -> bool:
+        try:
+            return self._try_places(images, one)
+        except (RuntimeError, NotImplementedError):
+            # The network does what torch.func has no rule for.
+            return False
 
     def _try_places(self, images: int, one: Shape) -> bool:
         """Whether a patient's gradient has the same bits in any place, beside any neighbour."""

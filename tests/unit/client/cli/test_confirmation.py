@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -172,6 +173,11 @@ def test_the_end_of_the_input_is_no_answer(
     site = init_site(tmp_path / "site", name="seafield", network=proxy)
     judge(site, STUDY, Decision.PENDING)
     monkeypatch.setattr("cloister_fl.client.pacs.fetch.set_secret", pytest.fail)
+    # The look at the data, which comes before the question, found nothing wrong.
+    looked = SimpleNamespace(faults=(), reading=object())
+    check = "cloister_fl.client.preflight.data_check"
+    monkeypatch.setattr(f"{check}.inspect", lambda *_, **__: looked)
+    monkeypatch.setattr(f"{check}.render", lambda *_: "The data can be used.")
     more = ["--ask-secret"] if name == "fetch" else []
     before = {path: path.read_bytes() for path in site.root.rglob("*") if path.is_file()}
     result = invoke([name, *more, "--dir", str(site.root)])

@@ -143,7 +143,7 @@ def test_a_run_that_freezes_by_itself_is_not_stopped_and_tells_its_own_people_al
     assert len(load_for_run(new, STUDY).patients) == 4
     assert data_notices(new.root)[STUDY.digest].code == "CLO-312"
     # The log's head travels with each answer: an entry would tell of the patients.
-    assert [one.kind for one in entries_of(new)] == ["frozen"]
+    assert [one.kind for one in entries_of(new)] == ["frozen", "signed"]
     # And is known from then on.
     ledger = Ledger.open(new.ledger, delta=new.policy.ledger_delta)
     used = charges(STUDY)
@@ -174,6 +174,6 @@ def test_a_registry_that_cannot_be_used_is_told_and_stops_nothing(
     assert report.faults == ()
     assert "The machine's registry of ledgers cannot be used" in render(report)
     freeze(new, STUDY)
-    assert [one.kind for one in entries_of(new)] == ["frozen"]
+    assert [one.kind for one in entries_of(new)] == ["frozen", "signed"]
     monkeypatch.setenv("CLOISTER_STATE", "none")
     assert "No registry of ledgers is kept" in str(inspect(new, STUDY).remarks)

@@ -244,8 +244,8 @@ def test_a_worker_loads_what_decodes_and_nothing_of_the_site_or_of_training(
             "cloister_fl.system",
             "cloister_fl.system.libraries",
             "cloister_fl.system.libraries.logs",
+            "cloister_fl.system.text",
         ),
-        *(("cloister_fl.system.text",) if segmentations else ()),
     }
 
 

@@ -738,7 +738,7 @@ def test_nothing_but_studies_is_written(filled: Ledger) -> None:
         "started": run | {"round", "steps"},
         "evaluated": run,
         "closed": {"study", "released", "key", "signature"},
-        "accepted": {"missed", "key", "signature"},
+        "accepted": {"missed", "log_seq", "log_hash", "claimed", "key", "signature"},
         "linked": {"ledger", "steps"},
         "continued": {"ledger"},
     }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from cloister_fl.client.privacy_audit.round_audit import RoundAudit
 from cloister_fl.client.privacy_audit.whole_round.evidence import LEVEL, Claim, Finding
-from cloister_fl.client.privacy_audit.whole_round.round_audit import RoundAudit
 
 _BOUND = (
     "An audit is no proof: it finds faults, never their absence. "

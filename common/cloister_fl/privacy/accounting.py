@@ -185,9 +185,12 @@ def _by_rdp(epsilon: float, delta: float, q: float, steps: int) -> float:
     if epsilon <= 1.5 * math.log(1 / delta) / (_COARSE_ORDERS[-1] - 1):
         # Renyi accounting says nothing of less, whatever the noise, for it ends at some order. As
         # much as without sampling is enough: sampling only helps.
+        import numpy as np
         from dp_accounting import get_sigma_gaussian
 
-        alone = float(get_sigma_gaussian(epsilon, delta, tol=_TOLERANCE))
+        # Both ends of its search may be minus infinity, rightly.
+        with np.errstate(divide="ignore"):
+            alone = float(get_sigma_gaussian(epsilon, delta, tol=_TOLERANCE))
         return min(alone * math.sqrt(steps), MAX_NOISE)
     low, high = 0.0, 0.0625
     while _rough(_single(high, q, steps), delta) > epsilon:
@@ -307,10 +310,12 @@ def _gaussian(composition: Composition, delta: float) -> float:
 
     Source: Balle and Wang 2018, Theorem 8.
     """
+    import numpy as np
     from dp_accounting import get_epsilon_gaussian
 
     noise = sum(steps / mechanism.noise_multiplier**2 for mechanism, steps in composition) ** -0.5
-    return float(get_epsilon_gaussian(noise, delta, tol=_TOLERANCE)) + _TOLERANCE
+    with np.errstate(divide="ignore"):
+        return float(get_epsilon_gaussian(noise, delta, tol=_TOLERANCE)) + _TOLERANCE
 
 
 def _rough(composition: Composition, delta: float) -> float:

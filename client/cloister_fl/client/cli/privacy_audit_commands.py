@@ -113,9 +113,9 @@ def _audit_rounds(site: Site, study: Study | None = None) -> RoundAudit:
 
 def _audit_study(site: Site, file: Path, asked: Asked, plot: Path | None, *, as_json: bool) -> bool:
     require("client", "imagecodecs", "openjpeg", "jpeg_ls")
+    from cloister_fl.client.privacy_audit import round_audit_text
     from cloister_fl.client.privacy_audit.one_run_text import as_dict, render
     from cloister_fl.client.privacy_audit.own_data import check, prepare
-    from cloister_fl.client.privacy_audit.whole_round import round_audit_text
     from cloister_fl.study.file import load_study
     from cloister_fl.system.git_ignore import keep_file_out_of_git
 

@@ -30,6 +30,9 @@ from cloister_fl.system.libraries.imports import undisturbed_imports
 SMALLEST_DELTA = 1e-12
 """Below it the rounding errors of the Fourier transform would show; epsilon is then infinite."""
 
+SMALLEST_EPSILON = 1e-3
+"""Below it the accountant's grid would be too fine to compute on."""
+
 NOISE_DIGITS = 4
 """Decimals of a calibrated noise multiplier; it is always rounded up."""
 
@@ -136,6 +139,12 @@ def _calibrated(epsilon: float, delta: float, q: float, steps: int, beside: Comp
             f"Delta {delta:g} is too small to be accounted for.",
             why=f"The accountant's own precision ends at {SMALLEST_DELTA:g}.",
             remedy="Choose a delta of about 1 / (10 x the number of patients).",
+        )
+    if epsilon < SMALLEST_EPSILON:
+        raise EpsilonUnreachable(
+            f"Epsilon {epsilon:g} is too small to be accounted for.",
+            why=f"The accountant's own precision ends at {SMALLEST_EPSILON:g}.",
+            remedy=f"Choose an epsilon of {SMALLEST_EPSILON:g} or more.",
         )
     unit: int = 10**NOISE_DIGITS
 

@@ -200,7 +200,9 @@ def test_an_epsilon_below_what_renyi_accounting_can_tell_is_reached(
 
 def test_what_no_noise_can_give_is_refused() -> None:
     with raises(EpsilonUnreachable, match="No noise"):
-        calibrate(1e-6, 1e-5, 1.0, 100_000)
+        calibrate(1e-2, 1e-5, 1.0, 10**10)
+    with raises(EpsilonUnreachable, match="Epsilon 1e-09 is too small"):
+        calibrate(1e-9, 1e-5, 0.1, 20)
     with raises(EpsilonUnreachable, match="too small"):
         calibrate(1.0, 1e-14, 1.0, 10)
 

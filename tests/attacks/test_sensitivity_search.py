@@ -71,16 +71,26 @@ def test_no_patient_does_so_in_ten_minutes_on_any_network(
 @pytest.mark.parametrize(("fault", "form"), [("by_largest", LINEAR), ("beyond", LINEAR)])
 def test_the_search_finds_the_faults_that_were_mended(fault: str, form: Form) -> None:
     summed = partial(ghost_clipping.summed, **{fault: True})
-    found = search(summed, (form,), cases=4_000, seconds=240, stop_above=1 + 1e-6)
-    assert found.moved > 1 + 1e-6, found
+    most = 0.0
+    for seed in range(8):
+        found = search(summed, (form,), seconds=60, seed=seed, stop_above=1 + 1e-6)
+        most = max(most, found.moved)
+        if found.over:
+            return
+    pytest.fail(f"the largest movement was {most:.6f} C")
 
 
-def per_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each half of a gradient clipped by itself, as one layer after the other would be."""
     honest = exact_sum._GridSum.add
 
     def add(self: exact_sum._GridSum, parts: list[Tensor]) -> None:
-        for place in range(len(parts)):
-            honest(self, [p if i == place else torch.zeros_like(p) for i, p in enumerate(parts)])
+        for half in (0, 1):
+            kept = [part.clone() for part in parts]
+            for part in kept:
+                middle = len(part) // 2
+                part[middle:].zero_() if half == 0 else part[:middle].zero_()
+            honest(self, kept)
 
     monkeypatch.setattr(exact_sum._GridSum, "add", add)
 
@@ -136,7 +146,7 @@ def overflow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutate", [per_layer, rounded_up, to_the_median, whole_batch, overflow])
+@pytest.mark.parametrize("mutate", [by_halves, rounded_up, to_the_median, whole_batch, overflow])
 def test_the_search_finds_mutants(
     mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +154,7 @@ def test_the_search_finds_mutants(
     mutate(monkeypatch)
     summed = summed_by("patients")
     for seed in range(40):
-        found = search(summed, SMALL[:4], seconds=5, seed=seed, stop_above=1 + 1e-9)
+        found = search(summed, SMALL[:4], seconds=30, cases=25, seed=seed, stop_above=1 + 1e-9)
         if found.over or found.changed:
             return
     pytest.fail(f"not found: {found}")

@@ -262,13 +262,14 @@ def search(
 def _random(rng: random.Random, form: Form) -> Genes:
     numbers = [n for n in (1, 2, 3, 15, 16, 17, 18, 31, 33, 61, 64, 65) if n <= form.patients]
     # Rarely, for it is slow: many.
-    if rng.random() < 0.1:
+    if rng.random() < 0.25:
         numbers = [n for n in (511, 512, 513, form.patients) if n <= form.patients]
     return Genes(
         seed=rng.randrange(2**31),
         patients=rng.choice(numbers),
         who=rng.choice((0.0, 0.5, 1.0, rng.random())),
-        own_images=rng.choice((1, 1, 2, 3, form.images)),
+        # Some that fill a pass of their own, some that leave room in it for others.
+        own_images=rng.choice((1, 2, 3, min(12, form.images), min(20, form.images), form.images)),
         sizes=rng.choice(SIZES),
         own=rng.choice(IMAGES),
         others=rng.choice((*IMAGES, "opposite")),

@@ -7,6 +7,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from cloister_fl.errors import NetworkUnfit
+from cloister_fl.networks.flat_parameters import form_of
 from cloister_fl.networks.spec import missing_package
 from cloister_fl.system import arguments
 from cloister_fl.system.libraries.imports import undisturbed_imports
@@ -51,7 +52,7 @@ def require_private(
     size = arguments.whole("size", size, 1, _LARGEST)
     depth = None if depth is None else arguments.whole("depth", depth, 1, _LARGEST)
     in_channels = arguments.whole("in_channels", in_channels, 1, _LARGEST)
-    key = (_form(module), size, depth, in_channels)
+    key = (form_of(module), size, depth, in_channels)
     if key in _proved:
         return
     _refuse_layers(module)
@@ -79,33 +80,6 @@ _proved: set[tuple[object, ...]] = set()
 
 _COUNTS = (2, 3, 5)
 """Images in a batch that is tried."""
-
-
-def _form(module: nn.Module) -> tuple[object, ...]:
-    """What two modules must share, but for their weights, to compute the same.
-
-    The text of a module leaves out what its class does not put there, such as a flag.
-    """
-    plain = (bool, int, float, str, tuple, type(None))
-
-    def told(value: object) -> object:
-        # A function is held, not named: another one could come to lie where it was.
-        return repr(value) if isinstance(value, plain) else value
-
-    return tuple(
-        (
-            name,
-            type(layer),
-            repr(layer),
-            tuple(
-                (key, told(value))
-                for key, value in sorted(vars(layer).items())
-                if isinstance(value, plain) or callable(value)
-            ),
-            tuple((key, tuple(weight.shape)) for key, weight in layer.named_parameters()),
-        )
-        for name, layer in module.named_modules()
-    )
 
 
 def _refuse_layers(module: nn.Module) -> None:

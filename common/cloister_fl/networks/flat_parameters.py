@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Vector: TypeAlias = NDArray[np.float32]
 
 _LABEL = b"cloister/layout/v1\0"
+_PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,25 @@ def layout_of(module: nn.Module) -> Layout:
         names.append(name)
         shapes.append(tuple(parameter.shape))
     return Layout(tuple(names), tuple(shapes))
+
+
+def form_of(module: nn.Module) -> tuple[object, ...]:
+    """What two modules must share to compute the same but for their weights; hashable.
+
+    The text of a module leaves out what its class does not put there, such as a flag. A function
+    is held, not named: another one could come to lie where it was.
+    """
+    form: list[object] = []
+    for name, layer in module.named_modules():
+        form += (name, type(layer), repr(layer))
+        for key, value in sorted(vars(layer).items()):
+            if isinstance(value, _PLAIN):
+                form += (key, repr(value))
+            elif callable(value):
+                form += (key, value)
+    for name, weight in module.named_parameters():
+        form += (name, tuple(weight.shape), weight.dtype, weight.requires_grad)
+    return tuple(form)
 
 
 def flatten(module: nn.Module) -> Vector:

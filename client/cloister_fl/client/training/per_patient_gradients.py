@@ -43,6 +43,7 @@ from cloister_fl.client.training.sampling import (
     targets_of,
 )
 from cloister_fl.client.training.thread_pool import one_core, side_by_side
+from cloister_fl.networks.flat_parameters import form_of
 from cloister_fl.tasks import Task
 
 Key: TypeAlias = tuple[object, ...]
@@ -78,10 +79,7 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         self.engine: Engine = engine
         self._small = sum(parameter.numel() for parameter in self.trained) <= _SMALL
         self._hooked = GradSampleModule(m, loss_reduction="sum") if engine == "opacus" else None
-        # What two networks share whose passes have the same shapes.
-        self._form: Key = (type(m), repr(m))
-        for name, weight in m.named_parameters():
-            self._form += (name, tuple(weight.shape), weight.dtype, weight.requires_grad)
+        self._form = form_of(m)
         # torch.func swaps the weights of a module while it runs: no two threads may share one.
         self._spare: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
 

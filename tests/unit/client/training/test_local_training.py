@@ -341,6 +341,30 @@ def test_the_path_of_a_patient_does_not_follow_the_weights_that_came_first(
         assert list(tries.values()) == [True]
 
 
+def test_a_trial_says_nothing_of_a_network_with_another_flag(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both have the same type and text."""
+
+    class Flagged(nn.Module):
+        def __init__(self, power: int) -> None:
+            super().__init__()
+            self.layer = nn.Linear(256, 2)
+            self.power = power
+
+        def forward(self, images: Tensor) -> Tensor:
+            result: Tensor = self.layer(images.flatten(1) ** self.power)
+            return result
+
+    cohort = cohort_of([1] * 3)
+    tries: dict[tuple[object, ...], bool] = {}
+    monkeypatch.setattr(per_patient_gradients, "_tried", tries)
+    for power in (1, 2, 1):
+        module = Flagged(power).train()
+        list(PatientGradSampleModule(module, TASK).blocks(cohort, every_bag(cohort)))
+    assert len(tries) == 2
+
+
 def test_pixels_begin_where_torch_puts_its_own() -> None:
     """Where memory begins can change the rounding of a product of matrices."""
     cohort = cohort_of([1])

@@ -265,7 +265,12 @@ def _told_at_the_site(session: SiteSession, study: Study) -> Iterator[None]:
     except Exception as error:
         if not study.privacy.enabled:
             raise
-        note_data(session.site.root, study.digest, [unread(error)], lasts=True)
+        _tell(session, study, error)
+
+
+def _tell(session: SiteSession, study: Study, error: Exception) -> None:
+    """Tell the site's own people of what failed on patients."""
+    note_data(session.site.root, study.digest, [unread(error)], lasts=True)
 
 
 def _trained(
@@ -288,6 +293,7 @@ def _trained(
             round_number=round_number,
             steps=study.training.steps_per_round,
             site=session.site.name,
+            told=functools.partial(_tell, session, study),
         )
 
     if charges is None:
@@ -309,7 +315,9 @@ def _counted(kept: Kept, session: SiteSession, admission: Admission, network: nn
     counts = counts_in_units(network, nobody(study), study)
     with _told_at_the_site(session, study):
         # Exact counts of single patients, until the noise is on them.
-        counts = counts_in_units(network, _parts(kept, session, admission)[1], study)
+        held_out = _parts(kept, session, admission)[1]
+        told = functools.partial(_tell, session, study)
+        counts = counts_in_units(network, held_out, study, told)
     return noised(counts, study, charges.release, SecureRandom())
 
 

@@ -66,8 +66,9 @@ def _note(
         before = known.pop(study, None)
         if faults:
             new = DataNotice(faults[0].code, str(faults[0]), utc.timestamp(), lasts)
-            same = before is not None and replace(before, time=new.time) == new
-            known[study] = before if before is not None and same else new
+            if before is not None and replace(before, time=new.time) == new:
+                return
+            known[study] = new
         elif before is None or (before.lasts and not all_gone):
             return
         rows = {digest: asdict(one) for digest, one in known.items()}

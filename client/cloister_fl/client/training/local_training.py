@@ -17,7 +17,11 @@ from torch.optim import SGD, Adam, Optimizer
 from cloister_fl.client.training.csprng import SecureRandom
 from cloister_fl.client.training.dp_optimizer import PatientDPOptimizer
 from cloister_fl.client.training.feature_cache import features_of
-from cloister_fl.client.training.per_patient_gradients import Engine, PatientGradSampleModule
+from cloister_fl.client.training.per_patient_gradients import (
+    Engine,
+    PatientGradSampleModule,
+    Told,
+)
 from cloister_fl.client.training.sampling import (
     Bag,
     Cohort,
@@ -49,6 +53,7 @@ def train_round(
     round_number: int,
     steps: int,
     site: str = "",
+    told: Told | None = None,
 ) -> Vector:
     """Train a copy of the global model for one round.
 
@@ -64,6 +69,8 @@ def train_round(
             sampling is keyed by it.
         steps: local steps, 1 or more.
         site: the site's name; keys the sampling where privacy is off.
+        told: with privacy on, gets what fails for one patient, who then adds nothing to the step;
+            without it, it is raised.
 
     Returns:
         New weights less old, float32, in the order of ``flat_parameters``.
@@ -90,7 +97,7 @@ def train_round(
     if study.privacy.enabled:
         if not noise_multiplier > 0 or random is None:
             raise InternalError("A private study trains with noise from SecureRandom only.")
-        _train_private(trained, optimizer, seen, study, noise_multiplier, random, steps)
+        _train_private(trained, optimizer, seen, study, noise_multiplier, random, steps, told)
     else:
         source = SeededRandom(study.training.seed, site, round_number)
         _train_open(trained, optimizer, seen, study, source, steps)
@@ -114,6 +121,7 @@ def _train_private(
     noise_multiplier: float,
     random: SecureRandom,
     steps: int,
+    told: Told | None,
 ) -> None:
     training = study.training
     optimizer = PatientDPOptimizer(
@@ -128,7 +136,7 @@ def _train_private(
     optimizer.attach_step_hook(lambda _: pull.add())
     # ``train_round`` has refused any other.
     engine: Engine = "opacus" if training.engine == "opacus" else "patients"
-    patients = PatientGradSampleModule(module, study.task, engine=engine)
+    patients = PatientGradSampleModule(module, study.task, engine=engine, told=told)
     try:
         for _ in range(steps):
             optimizer.step_on(patients.blocks(cohort, _draw(cohort, random, training)))

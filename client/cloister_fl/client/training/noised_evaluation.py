@@ -12,6 +12,8 @@ the counts are whole, so S + round(N) = round(S + N), which is post-processing o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from torch import nn
 
@@ -27,18 +29,33 @@ _SLACK = 1e-9
 """Relative rounding of a norm in float64."""
 
 
-def counts_in_units(module: nn.Module, cohort: Cohort, study: Study) -> Counts:
+def counts_in_units(
+    module: nn.Module, cohort: Cohort, study: Study, told: Callable[[Exception], None] | None = None
+) -> Counts:
     """What the patients count for, exact, in units: it must not leave like this.
 
     No model and no image raises here: a refusal that depends on data would be a release.
+
+    Args:
+        module: the model to measure.
+        cohort: who is kept apart.
+        study: its task and sensitivity.
+        told: gets what fails for one patient, who then counts as nothing; else it is raised.
     """
     task, most = study.task, sensitivity(study)
     total = np.zeros(task.counts_shape(RELEASE_BINS), np.int64)
     with answering(module, cohort, task) as answer:
         for patient in cohort.patients:
             # A pass of the patient's own, and not one with others.
-            row = task.row(answer(patient.images), cohort.targets[list(patient.images)])
-            total += _bounded(task.count(patient.label, row, RELEASE_BINS), total.shape, most)
+            try:
+                row = task.row(answer(patient.images), cohort.targets[list(patient.images)])
+                counted = task.count(patient.label, row, RELEASE_BINS)
+            except Exception as error:
+                if told is None:
+                    raise
+                told(error)
+                continue
+            total += _bounded(counted, total.shape, most)
     return total
 
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import copy
 import queue
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -53,6 +53,9 @@ Engine: TypeAlias = Literal["patients", "opacus"]
 Places: TypeAlias = list[int]
 """Places in the bags of a step."""
 
+Told: TypeAlias = Callable[[Exception], None]
+"""Gets what fails for one patient."""
+
 _PLACES = 16
 """Patients that a small network takes at a time."""
 
@@ -69,14 +72,24 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         m: the network, in training mode.
         task: gives losses and targets.
         engine: they give the same gradients up to rounding.
+        told: gets what fails for one patient, who then adds nothing while all others add what they
+            would; without it, it is raised.
 
     Call ``to_standard_module`` when done: Opacus leaves marks on the parameters.
     """
 
-    def __init__(self, m: nn.Module, task: Task, *, engine: Engine = "patients") -> None:
+    def __init__(
+        self,
+        m: nn.Module,
+        task: Task,
+        *,
+        engine: Engine = "patients",
+        told: Told | None = None,
+    ) -> None:
         super().__init__(m, batch_first=True, loss_reduction="sum")
         self.task = task
         self.engine: Engine = engine
+        self._told = told
         self._small = sum(parameter.numel() for parameter in self.trained) <= _SMALL
         self._hooked = GradSampleModule(m, loss_reduction="sum") if engine == "opacus" else None
         self._form = form_of(m)
@@ -115,19 +128,38 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         if self._hooked is not None:
             with one_core():
                 for place, bag in enumerate(bags):
-                    yield [place], self._by_hooks(self._hooked, *self._read(cohort, [bag]))
+                    try:
+                        block = self._by_hooks(self._hooked, *self._read(cohort, [bag]))
+                    except Exception as error:
+                        self._forget_pass()
+                        self._tell(error)
+                        continue
+                    yield [place], block
             return
         passes = list(self._passes(_shape(cohort), bags))
 
         def gradients(places: Places) -> Block:
             run = list(map(bags.__getitem__, places))
-            pixels, targets = self._read(cohort, run)
             images = len(run[0].images)
-            if self._batched(images, _shape(cohort)):
-                return self._side_by_side(pixels, targets, images)
-            return self._of_patient(pixels, targets)
+            try:
+                pixels, targets = self._read(cohort, run)
+                if self._batched(images, _shape(cohort)):
+                    return self._side_by_side(pixels, targets, images)
+                return self._of_patient(pixels, targets)
+            except Exception as error:
+                if len(run) == 1 or self._told is None:
+                    self._tell(error)
+                    return torch.zeros(0, sum(weight.numel() for weight in self.trained))
+            # One of them failed: each alone, in a pass of the same shape, has the same bits.
+            rows = [gradients([place]) for place in places]
+            return torch.cat([row for row in rows if isinstance(row, Tensor)])
 
         yield from zip(passes, side_by_side(gradients, passes), strict=True)
+
+    def _tell(self, error: Exception) -> None:
+        if self._told is None:
+            raise error
+        self._told(error)
 
     def _passes(self, one: Shape, bags: Sequence[Bag]) -> Iterator[Places]:
         """Who goes through the network together: patients of equally many images, or one alone."""
@@ -240,6 +272,15 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
             return [weight.grad_sample.sum(dim=0) for weight in self.trained]  # type: ignore[attr-defined]
         finally:
             hooked.zero_grad(set_to_none=True)
+
+    def _forget_pass(self) -> None:
+        """Throw away what hooks keep of a pass that broke off: it would go to the next patient."""
+        for layer in self._module.modules():
+            for name in ("activations", "max_batch_len"):
+                layer.__dict__.pop(name, None)
+        for weight in self.trained:
+            weight._forward_counter = 0  # type: ignore[attr-defined]
+            weight.__dict__.pop("_current_grad_sample", None)
 
     def remove_hooks(self) -> None:
         """Take Opacus' hooks off the network."""

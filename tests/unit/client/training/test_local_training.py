@@ -231,6 +231,104 @@ def test_a_patient_without_finite_gradient_counts_as_zero(engine: Engine) -> Non
     assert int(difference) == 0
 
 
+class Breaking(nn.Module):
+    """Fails for black images, as memory that runs out would, when a part of the pass is done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 3, 3)
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.layer(images).mean(dim=(2, 3))
+        if bool((images == -2).all()):
+            raise MemoryError
+        result: Tensor = self.last(hidden)
+        return result
+
+
+def _sum_of(patients: PatientGradSampleModule, cohort: Patients) -> Tensor:
+    size = sum(weight.numel() for weight in patients.trained)
+    return clipped_sum(patients.blocks(cohort, every_bag(cohort)), size, 1e-2)
+
+
+def _one_less(cohort: Patients, place: int) -> Patients:
+    return Patients(cohort.images, cohort.patients[:place] + cohort.patients[place + 1 :])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_what_fails_for_one_patient_costs_that_patient_alone(engine: Engine, place: int) -> None:
+    """It made everybody absent, so that one patient moved the sum by all the others' shares."""
+    cohort = cohort_of([2] * 5)
+    cohort.images[2 * place : 2 * place + 2] = 0
+    told: list[Exception] = []
+    patients = PatientGradSampleModule(Breaking().train(), TASK, engine=engine, told=told.append)
+    broken = _sum_of(patients, cohort)
+    assert [type(error) for error in told] == [MemoryError]
+    assert torch.equal(broken, _sum_of(patients, _one_less(cohort, place)))
+    assert broken.any()
+    # Nothing of the broken pass is left.
+    assert torch.equal(broken, _sum_of(patients, cohort))
+    patients.to_standard_module()
+    untold = PatientGradSampleModule(Breaking().train(), TASK, engine=engine)
+    with pytest.raises(MemoryError):
+        _sum_of(untold, cohort)
+
+
+@pytest.mark.parametrize("place", [0, 15, 16, 18])
+def test_what_fails_for_one_of_sixteen_costs_that_patient_alone(
+    place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohort = cohort_of([2] * 19)
+    told: list[Exception] = []
+    patients = PatientGradSampleModule(small(), TASK, told=told.append)
+    whole, rest = _sum_of(patients, cohort), _sum_of(patients, _one_less(cohort, place))
+    of_sixteen = patients._side_by_side
+    asked: list[int] = []
+
+    def breaking(pixels: Tensor, targets: Tensor, images: int) -> Tensor:
+        asked.append(len(pixels) // images)
+        own = pixels_of(cohort, every_bag(cohort)[place : place + 1])
+        if any(torch.equal(part, own) for part in pixels.split(images)):
+            raise RuntimeError("not enough memory")
+        return of_sixteen(pixels, targets, images)
+
+    monkeypatch.setattr(patients, "_side_by_side", breaking)
+    assert torch.equal(_sum_of(patients, cohort), rest)
+    assert not torch.equal(whole, rest)
+    assert [str(error) for error in told] == ["not enough memory"]
+    assert asked[:2] == ([16, 1] if place < 16 else [16, 3])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_round_goes_on_without_the_patient_who_failed(engine: Engine) -> None:
+    cohort = cohort_of([1] * 6)
+    cohort.images[3] = 0
+    study = with_engine(study_of("expected_batch = 3"), engine)
+    told: list[Exception] = []
+    module = Breaking()
+
+    def update(seen: Patients, gets: Callable[[Exception], None] | None) -> NDArray[np.float32]:
+        return train_round(
+            module,
+            seen,
+            study,
+            noise_multiplier=1e-9,
+            random=SecureRandom(),
+            round_number=1,
+            steps=2,
+            told=gets,
+        )
+
+    with pytest.raises(MemoryError):  # noqa: PT012
+        for _ in range(20):
+            update(cohort, None)
+    for _ in range(20):
+        assert np.isfinite(update(cohort, told.append)).all()
+    assert {type(error) for error in told} == {MemoryError}
+
+
 # Engines.
 
 

@@ -118,6 +118,30 @@ def test_adding_or_removing_a_patient_moves_at_most_the_sensitivity(
         assert (moved >= 0).all()
 
 
+def test_what_fails_for_one_patient_costs_that_patient_alone() -> None:
+    cohort = _cohort(np.random.default_rng(7), [1, 2, 3], 2, wild=False)
+    rest = subset(cohort, [cohort.patients[0], cohort.patients[2]])
+    module = _network(ASKED)
+    expected = counts_in_units(module, rest, ASKED)
+
+    class Breaking(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if len(images) == 2:
+                raise MemoryError
+            result: torch.Tensor = self.inner(images)
+            return result
+
+    told: list[Exception] = []
+    np.testing.assert_array_equal(counts_in_units(Breaking(), cohort, ASKED, told.append), expected)
+    assert [type(error) for error in told] == [MemoryError]
+    with pytest.raises(MemoryError):
+        counts_in_units(Breaking(), cohort, ASKED)
+
+
 def test_features_that_are_kept_change_nothing_of_it() -> None:
     asked = study(
         network='name = "filter-bank"\narguments = {}', evaluation="release_epsilon = 1.0"

@@ -190,6 +190,7 @@ def untrained() -> Callable[..., Any]:
 def prepared(folder: Path, asked: Study) -> None:
     """Write the hospitals, with their histories."""
     policy = Policy(
+        patients_at_most=1_000,
         max_epsilon_study=6.0,
         max_epsilon_lifetime=1000.0,
         approve="listed",

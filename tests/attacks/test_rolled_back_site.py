@@ -82,7 +82,7 @@ class Service:
 @pytest.fixture
 def service(tmp_path: Path) -> Service:
     """It charged rounds 1 to 4; the folder ``old`` is a copy from before the last."""
-    policy = Policy(max_epsilon_study=6, max_epsilon_lifetime=100)
+    policy = Policy(patients_at_most=1_000, max_epsilon_study=6, max_epsilon_lifetime=100)
     site = init_site(tmp_path / "anker", policy=policy)
     judge(site, STUDY, Decision.APPROVED, data=SEEN)
     made = Service(site)

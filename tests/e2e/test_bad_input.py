@@ -22,6 +22,7 @@ from support.federations import approve, study, study_text, write_cohort, write_
 NAMES = ("anker", "birke")
 ASKED = {"aggregation": "secure = false\nmin_sites = 2", "training": "rounds = 1\nsteps = 1"}
 POLICY = """[policy]
+patients_at_most = 1000
 min_sites = 2
 require_secure_aggregation = false
 max_epsilon_study = 6

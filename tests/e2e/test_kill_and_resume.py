@@ -243,7 +243,8 @@ def test_a_kill_before_the_first_round_costs_nothing(
     for name in NAMES:
         # The lifetime bears this study once: a second reservation would be refused.
         (sites / name / "site.toml").write_text(
-            f'[site]\nname = "{name}"\n[policy]\nmax_epsilon_study = 6\nmax_epsilon_lifetime = 9\n'
+            f'[site]\nname = "{name}"\n[policy]\npatients_at_most = 1000\n'
+            "max_epsilon_study = 6\nmax_epsilon_lifetime = 9\n"
         )
     for name in NAMES:
         approve(sites / name, study())

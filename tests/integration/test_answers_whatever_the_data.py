@@ -62,6 +62,7 @@ PLAIN = study(
     evaluation="release_epsilon = 1.0\nsite_fraction = 0.3",
 )
 POLICY: Mapping[str, Any] = {
+    "patients_at_most": 1_000,
     "max_epsilon_study": 12.0,
     "max_epsilon_lifetime": 100.0,
     "require_secure_aggregation": False,

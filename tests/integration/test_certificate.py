@@ -41,7 +41,9 @@ SITES = max(5, STUDY.aggregation.min_sites)
 def charged(tmp_path_factory: pytest.TempPathFactory) -> Site:
     """All rounds of a run charged, two of a second run, and three messages sent in the first."""
     folder = tmp_path_factory.mktemp("site") / "anker"
-    site = init_site(folder, policy=Policy(max_epsilon_study=20, max_epsilon_lifetime=40))
+    site = init_site(
+        folder, policy=Policy(patients_at_most=1_000, max_epsilon_study=20, max_epsilon_lifetime=40)
+    )
     judge(site, STUDY, Decision.APPROVED, data=SEEN)
     for run, rounds in (("run-1", STUDY.training.rounds), ("run-2", 2)):
         spending.admit(site, STUDY, run=run, invited=SITES)
@@ -145,7 +147,9 @@ def test_no_certificate_is_signed_for_an_engine_that_does_not_keep_the_claim(
 ) -> None:
     """A run of an earlier version: its ledger is there, and its epsilon never held."""
     asked = with_engine(STUDY, "book-keeping")
-    site = init_site(tmp_path / "anker", policy=Policy(max_epsilon_study=20))
+    site = init_site(
+        tmp_path / "anker", policy=Policy(patients_at_most=1_000, max_epsilon_study=20)
+    )
     judge(site, asked, Decision.APPROVED, data=SEEN)
     with monkeypatch.context() as earlier:
         earlier.setattr(Study, "unsound_engine", property(lambda study: ""))

@@ -360,7 +360,8 @@ def test_two_studies_that_differ_in_name_alone_share_their_answers(
     shutil.copytree(sites, folder)
     for name in NAMES:
         (folder / name / "site.toml").write_text(
-            f'[site]\nname = "{name}"\n[policy]\nallow_without_privacy = true\nmin_sites = 4\n'
+            f'[site]\nname = "{name}"\n[policy]\npatients_at_most = 1000\n'
+            "allow_without_privacy = true\nmin_sites = 4\n"
         )
     lines = {"privacy": OPEN, "evaluation": "site_fraction = 0.0", "training": "rounds = 1"}
     four = "min_sites = 4"

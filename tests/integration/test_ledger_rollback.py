@@ -9,16 +9,19 @@ import pytest
 from typer.testing import CliRunner
 
 from cloister_fl.audit_log import EMPTY, Head, name_of, told_heads
-from cloister_fl.client.admission.approvals import Decision, judge
+from cloister_fl.client.admission import gate
+from cloister_fl.client.admission.approvals import Decision, judge, judgements
 from cloister_fl.client.cli import client_group
 from cloister_fl.client.ledger import site_session
 from cloister_fl.client.ledger.ledger import Ledger
 from cloister_fl.client.ledger.rollback import CLAIMED, FILE
 from cloister_fl.client.ledger.site_session import SiteSession
+from cloister_fl.client.preflight.data_check import inspect
 from cloister_fl.client.site.audit_log import entries_of, log_of, path_of
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward import budget
+from cloister_fl.client.steward.review import review
 from cloister_fl.errors import LedgerRolledBack, RoundAlreadySpent
 from support import spending
 from support.errors import raises
@@ -33,7 +36,7 @@ SITES = max(5, STUDY.aggregation.min_sites)
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     """A site with one round charged, and a copy of its folder from before that."""
-    made = init_site(tmp_path / "anker", policy=Policy(max_epsilon_study=6))
+    made = init_site(tmp_path / "anker", policy=Policy(patients_at_most=1_000, max_epsilon_study=6))
     judge(made, STUDY, Decision.APPROVED, data=SEEN)
     admit(made)
     shutil.copytree(made.root, tmp_path / "old")
@@ -69,6 +72,36 @@ def test_a_ledger_restored_from_an_older_copy(site: Site) -> None:
     with raises(LedgerRolledBack, match=r"ledger.high has entry 3.*ends at entry 2"):
         admit(site)
     assert ledger(site).head()[0] == 2
+
+
+def test_what_predicts_the_gate_tells_of_a_ledger_that_is_not_the_newest(site: Site) -> None:
+    """Check, review and budget said that the study passes, and the run was refused."""
+    sound = (
+        review(site, judgements(site)[STUDY.digest]),
+        budget.render(budget.judged_statement(site), site.root),
+        budget.render_proposal(budget.proposal(site, STUDY)),
+    )
+    assert gate.distrusted(site) is None
+    roll_back(site, "ledger.sqlite")
+    with raises(LedgerRolledBack) as caught:
+        admit(site)
+    told = f"{caught.value.what} {caught.value.why}"
+    short = gate.shortfall(site, STUDY)
+    assert short is not None
+    assert short.code == LedgerRolledBack.code
+    assert f"{short.what} {short.why}" == told
+    for text, without in zip(
+        (
+            review(site, judgements(site)[STUDY.digest]),
+            budget.render(budget.judged_statement(site), site.root),
+            budget.render_proposal(budget.proposal(site, STUDY)),
+        ),
+        sound,
+        strict=True,
+    ):
+        assert told in text
+        assert told not in without
+    assert told in inspect(site, STUDY).policy[0]
 
 
 def test_ledger_and_high_water_rolled_back_together_are_found_by_the_audit_log(
@@ -147,7 +180,7 @@ def test_a_high_water_file_that_says_nothing_is_missed(site: Site) -> None:
 def test_a_kill_between_the_ledger_and_its_notes_is_no_rollback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str
 ) -> None:
-    made = init_site(tmp_path / "birke", policy=Policy(max_epsilon_study=6))
+    made = init_site(tmp_path / "birke", policy=Policy(patients_at_most=1_000, max_epsilon_study=6))
     judge(made, STUDY, Decision.APPROVED, data=SEEN)
     where = SiteSession if killed_in == "note" else site_session
     honest = getattr(where, killed_in)
@@ -212,7 +245,7 @@ def test_what_is_said_of_another_log_or_is_no_head_is_passed_over(site: Site, he
 def test_a_ledger_that_moves_to_a_folder_with_another_key(site: Site, tmp_path: Path) -> None:
     """As after a key was replaced, see the guide for a hospital."""
     budget.close(site, STUDY.digest)
-    limits = Policy(max_epsilon_study=6, max_epsilon_lifetime=50)
+    limits = Policy(patients_at_most=1_000, max_epsilon_study=6, max_epsilon_lifetime=50)
     new = init_site(tmp_path / "birke", policy=limits)
     shutil.copy(site.ledger, new.ledger)
     seq, digest = ledger(new).head()

@@ -37,7 +37,12 @@ WHOLE = charges(ASKED)
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     folder = tmp_path_factory.mktemp("site") / "anker"
-    policy = Policy(max_epsilon_study=12, max_epsilon_lifetime=40, metrics=("score-histograms",))
+    policy = Policy(
+        patients_at_most=1_000,
+        max_epsilon_study=12,
+        max_epsilon_lifetime=40,
+        metrics=("score-histograms",),
+    )
     made = init_site(folder, policy=policy)
     judge(made, ASKED, Decision.APPROVED, data=SEEN)
     spending.admit(made, ASKED, run="run", invited=5)

@@ -220,7 +220,7 @@ def test_a_site_file_is_used_in_place_and_its_policy_wins(folders: Path, tmp_pat
     sites = tmp_path / "sites"
     write_federation(sites, names=("anker", "birke"), patients=24)
     (sites / "birke" / "site.toml").write_text(
-        '[site]\nname = "birke"\n[policy]\nmax_epsilon_study = 1.0\n'
+        '[site]\nname = "birke"\n[policy]\npatients_at_most = 1000\nmax_epsilon_study = 1.0\n'
         "min_sites = 2\nrequire_secure_aggregation = false\n"
     )
     asked = study(aggregation="secure = false\nmin_sites = 2")
@@ -237,7 +237,8 @@ def test_a_used_up_budget_refuses_before_a_file_is_opened(
     sites = write_federation(tmp_path / "sites", patients=24)
     for name in NAMES:
         (sites / name / "site.toml").write_text(
-            f'[site]\nname = "{name}"\n[policy]\nmax_epsilon_study = 3\nmax_epsilon_lifetime = 4\n'
+            f'[site]\nname = "{name}"\n[policy]\npatients_at_most = 1000\n'
+            "max_epsilon_study = 3\nmax_epsilon_lifetime = 4\n"
         )
     first = study(privacy="epsilon = 3")
     second = study(privacy="epsilon = 2.9", training="seed = 12")

@@ -302,7 +302,7 @@ def test_only_listed_fields_leave(tapped: Tapped, sites: Path, tmp_path: Path) -
 def test_only_listed_fields_leave_a_site_that_refuses(sites: Path, tmp_path: Path) -> None:
     shutil.copytree(sites, tmp_path / "sites")
     (tmp_path / "sites" / "dorn" / "site.toml").write_text(
-        '[site]\nname = "dorn"\n[policy]\nmax_epsilon_study = 1.0\n'
+        '[site]\nname = "dorn"\n[policy]\npatients_at_most = 1000\nmax_epsilon_study = 1.0\n'
     )
     tap = Tap()
     with pytest.raises(RunError, match="dorn: its policy does not allow"):

@@ -208,6 +208,7 @@ def _enrol(made: Deployment, data: Mapping[str, Path], policy: Mapping[str, str]
         told = cloister(
             "client", "join", invite, "--dir", site,
             "--dicom", source / "dicom", "--labels", source / "labels.csv",
+            "--patients-at-most", "1000",
         )  # fmt: skip
         mark = re.search(r"^  ([0-9a-f ]+)$", told, re.M)
         assert mark is not None, told

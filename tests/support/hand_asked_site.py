@@ -65,6 +65,7 @@ sys.addaudithook(WATCH.hook)  # It cannot be taken away again, so there is one.
 def fits(asked: Study) -> dict[str, Any]:
     """A policy that allows all that these tests ask for."""
     return {
+        "patients_at_most": 1_000,
         "max_epsilon_study": 6.0,
         "max_epsilon_lifetime": 100.0,
         "require_secure_aggregation": False,

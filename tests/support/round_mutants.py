@@ -345,8 +345,8 @@ def _by_mean(blocks, optimizer):
                 "    globals()['_RARE'] = 1.5 - sum(one == 1 for one in labels) / len(labels)\n",
             ),
             (
-                "PatientGradSampleModule(module, study.task, engine=engine)",
-                "PatientGradSampleModule(module, _Weighted(study.task), engine=engine)",
+                "PatientGradSampleModule(module, study.task, engine=engine, told=told)",
+                "PatientGradSampleModule(module, _Weighted(study.task), engine=engine, told=told)",
             ),
         ),
         """

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from cloister_fl.errors import EpsilonUnreachable, PrivacyError
@@ -72,6 +73,28 @@ def epsilon_of(composition: Composition, delta: float) -> float:
     if delta < SMALLEST_DELTA:
         return math.inf
     return _pld(composition, delta)
+
+
+def deltas_pld(sigma: float, q: float, steps: int, epsilons: Sequence[float]) -> tuple[float, ...]:
+    """Upper bounds on delta at each epsilon: what a number of steps claims as a whole.
+
+    Args:
+        sigma, q, steps: as of ``epsilon_pld``.
+        epsilons: each 0 or more.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+    composition = _single(sigma, q, steps)
+    if not all(is_number(one) and one >= 0 for one in epsilons):
+        raise ValueError("each epsilon must be 0 or more")
+    if not composition:
+        return (0.0,) * len(epsilons)
+    if q == 1:
+        return tuple(_delta_gaussian(sigma / math.sqrt(steps), one) for one in epsilons)
+    rough = _rough(composition, SMALLEST_DELTA)
+    accountant = _accountant(composition, _interval(composition, min(rough, _MEANINGLESS)))
+    return tuple(min(1.0, max(0.0, float(accountant.get_delta(one)))) for one in epsilons)
 
 
 def epsilon_rdp_of(composition: Composition, delta: float) -> float:
@@ -335,7 +358,26 @@ def _rough(composition: Composition, delta: float) -> float:
     )
 
 
+def _delta_gaussian(sigma: float, epsilon: float) -> float:
+    """Delta of one Gaussian at full participation; Balle and Wang 2018, Theorem 8."""
+    half, offset = 0.5 / sigma, epsilon * sigma
+    first = 0.5 * math.erfc((offset - half) / math.sqrt(2))
+    # e^epsilon times a tail that is smaller still: beyond any float, the bound is the first term.
+    second = 0.5 * math.erfc((offset + half) / math.sqrt(2))
+    both = first - math.exp(epsilon) * second if epsilon < 700 else first
+    # What rounding can have taken away.
+    return min(1.0, max(0.0, both) + 1e-15 * (1 + first))
+
+
 def _pld_on_grid(composition: Composition, delta: float, interval: float) -> float:
+    import numpy as np
+
+    # With noise by the hundred thousand it takes the logarithm of 0, which is minus infinity.
+    with np.errstate(divide="ignore"):
+        return float(_accountant(composition, interval).get_epsilon(delta))
+
+
+def _accountant(composition: Composition, interval: float) -> Any:
     import dp_accounting
     import numpy as np
     from dp_accounting.pld import PLDAccountant
@@ -348,7 +390,7 @@ def _pld_on_grid(composition: Composition, delta: float, interval: float) -> flo
     with np.errstate(divide="ignore"):
         for mechanism, steps in composition:
             accountant.compose(_event(mechanism, steps))
-        return float(accountant.get_epsilon(delta))
+    return accountant
 
 
 def _event(mechanism: Mechanism, steps: int) -> Any:

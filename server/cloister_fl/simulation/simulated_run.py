@@ -226,6 +226,9 @@ def _open(folder: Path, simulation: Simulation) -> Site:
         max_epsilon_study=max(study.privacy.epsilon, Policy().max_epsilon_study),
         max_epsilon_lifetime=_LIFETIME,
         ledger_delta=max(study.privacy.delta, Policy().ledger_delta),
+        # Whether a delta suits a hospital is for the hospital to say, in a site.toml of its own.
+        patients_at_most=1,
+        min_noise_multiplier=0.0,
         max_rounds=10_000,
         allow_without_privacy=True,
         metrics=("score-histograms",),

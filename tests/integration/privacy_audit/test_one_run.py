@@ -21,6 +21,7 @@ from cloister_fl.client.admission.gate import mechanism
 from cloister_fl.client.privacy_audit import one_run
 from cloister_fl.client.privacy_audit.one_run import OneRunAudit, audit_training, usual_guesses
 from cloister_fl.client.privacy_audit.one_run_bound import epsilon_lower
+from cloister_fl.client.privacy_audit.trade_off_bound import chance_of, curve_of
 from cloister_fl.client.training import csprng, local_training
 from cloister_fl.client.training.csprng import SecureRandom
 from cloister_fl.networks.flat_parameters import flatten
@@ -99,14 +100,19 @@ def test_the_audit_sees_something_of_a_study_that_shows_much() -> None:
 
 
 def test_what_is_told_follows_from_scores_and_coins() -> None:
-    found = audited(study_of(), cohort_of([2] * 40), guesses=(10, 30), rounds=3)
+    study = study_of()
+    found = audited(study, cohort_of([2] * 40), guesses=(10, 30), rounds=3)
     ranked = sorted(zip(found.scores, found.present, strict=True), key=lambda one: -abs(one[0]))
     for line, made in zip(found.guesses, (30, 10), strict=True):
         right = sum((score > 0) == there for score, there in ranked[:made])
         assert (line.made, line.right) == (made, right)
-        # Two numbers of guesses share the 5 %.
-        assert line.epsilon == epsilon_lower(40, made, right, DELTA, 0.975)
-        assert line.most == epsilon_lower(40, made, made, DELTA, 0.975)
+        # Two tests of two numbers of guesses share the 5 %.
+        assert line.epsilon == epsilon_lower(40, made, right, DELTA, 0.9875)
+        assert line.most == epsilon_lower(40, made, made, DELTA, 0.9875)
+        claim = curve_of(mechanism(study).noise_multiplier, 1.0, found.steps)
+        assert line.chance == chance_of(claim, 40, made, right)
+        assert line.least == chance_of(claim, 40, made, made)
+    assert found.level == pytest.approx(0.0125)
     assert found.audited_epsilon == max(line.epsilon for line in found.guesses)
 
 
@@ -130,6 +136,23 @@ def test_training_without_noise_is_refuted(
     assert not found.passed
     assert found.audited_epsilon > 2.5
     assert found.guesses[0].right > 110
+
+
+def test_few_patients_refute_what_their_epsilon_alone_could_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """24 patients show an epsilon of 1.6 at most; no noise at a claim of 3 went by unseen."""
+    study, cohort = study_of(epsilon=3.0), cohort_of([2] * 24)
+    sound = audited(study, cohort)
+    assert sound.passed
+    assert sound.could_refute
+    assert sound.most_epsilon < 2 < sound.claimed_epsilon
+    weaken(monkeypatch, 0.0)
+    found = audited(study, cohort)
+    assert found.guesses[0].right == 24
+    assert found.audited_epsilon < found.claimed_epsilon
+    assert not found.passed
+    assert found.guesses[0].chance < found.level
 
 
 @pytest.mark.slow

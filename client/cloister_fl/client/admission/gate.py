@@ -16,7 +16,13 @@ from cloister_fl.client.ledger.site_session import Admission, SiteSession
 from cloister_fl.client.site.folder import Site
 from cloister_fl.client.site.policy import may_measure, refusals
 from cloister_fl.client.site.training_hours import within
-from cloister_fl.errors import BudgetExhausted, OutsideHours, PolicyRefused
+from cloister_fl.errors import (
+    AuditLogDamaged,
+    LedgerRolledBack,
+    OutsideHours,
+    PolicyRefused,
+    PrivacyError,
+)
 from cloister_fl.privacy.dp_events import Mechanism
 from cloister_fl.study.cost import Charges, charges
 from cloister_fl.study.gradient_engines import REMEDY
@@ -168,12 +174,32 @@ def require_metric(site: Site, study: Study) -> None:
         )
 
 
-def shortfall(site: Site, study: Study) -> BudgetExhausted | None:
-    """What the ledger would say to a run of this study now; nothing is reserved.
+def distrusted(site: Site) -> PrivacyError | None:
+    """Why the site would refuse every study: its ledger or audit log is not what was noted of it.
+
+    Raises:
+        LedgerDamaged, PolicyRefused: see ``Ledger.open``.
+    """
+    session = SiteSession(site)
+    try:
+        session.require_newest()
+    except PrivacyError as error:
+        if error.code not in {LedgerRolledBack.code, AuditLogDamaged.code}:
+            raise
+        return error
+    finally:
+        session.close()
+    return None
+
+
+def shortfall(site: Site, study: Study) -> PrivacyError | None:
+    """What ledger and audit log would have a run of this study refused for; nothing is reserved.
 
     Raises:
         EpsilonUnreachable, LedgerDamaged, PolicyRefused: as ``admit``.
     """
+    if error := distrusted(site):
+        return error
     if not study.privacy.enabled or not site.ledger.exists():
         return None
     used = charges(study)

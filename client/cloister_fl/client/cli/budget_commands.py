@@ -41,7 +41,7 @@ def budget(
 
     site = open_site(site_folder(folder))
     asked = budget.proposal(site, load_study(study)) if study is not None else None
-    told = budget.statement(site)
+    told = budget.judged_statement(site)
     if as_json:
         typer.echo(json.dumps(budget.as_dict(told, asked)))
         return

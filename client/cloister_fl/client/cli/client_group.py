@@ -20,7 +20,7 @@ from cloister_fl.client.cli.patient_commands import patients
 from cloister_fl.client.cli.privacy_audit_commands import privacy_audit
 from cloister_fl.client.cli.progress_bar import progress_bar
 from cloister_fl.client.cli.service_commands import start, status, stop
-from cloister_fl.client.cli.site_folder import site_folder
+from cloister_fl.client.cli.site_folder import PatientsAtMost, site_folder
 from cloister_fl.client.cli.steward_commands import approve, deny, review
 from cloister_fl.errors import FolderUnreadable, OptionInvalid
 from cloister_fl.system.optional import require
@@ -76,6 +76,7 @@ def init(
     labels: Annotated[
         Path | None, typer.Option(help="The labels file, CSV, absolute or from the site folder.")
     ] = None,
+    patients_at_most: PatientsAtMost = None,
     option: Annotated[Path | None, folder_option("The site folder, as DIR.")] = None,
 ) -> None:
     """Create a site folder and its keys.
@@ -85,11 +86,15 @@ def init(
     folder = one_folder(positional, option) or Path()
     require("client", "numpy", "pydicom")
     from cloister_fl.client.site.folder import SITE_FILE, init_site, require_as_written
+    from cloister_fl.client.site.policy import Policy, bound_missing
     from cloister_fl.system.git_ignore import uncovered_by_git_ignore
 
     new = not (folder / SITE_FILE).exists()
-    site = init_site(folder, name=name, dicom=dicom, labels=labels)
-    require_as_written(site, name=name, dicom=dicom, labels=labels)
+    policy = Policy(patients_at_most=patients_at_most or 0)
+    site = init_site(folder, name=name, dicom=dicom, labels=labels, policy=policy)
+    require_as_written(
+        site, name=name, dicom=dicom, labels=labels, patients_at_most=patients_at_most
+    )
     if gap := uncovered_by_git_ignore(folder):
         typer.echo(gap, err=True)
     if new:
@@ -105,6 +110,8 @@ def init(
             f"{policy.max_epsilon_lifetime:g} in all together, which is what binds. A lifetime of "
             "8 is four studies of epsilon 3."
         )
+        if missing := bound_missing(site.policy):
+            typer.echo(missing)
         typer.echo(f"Site {site.name} is ready. Edit {folder / SITE_FILE}, then run:")
         typer.echo(f"  cloister client check{dir_option(folder)}")
     else:

@@ -15,7 +15,7 @@ import typer
 from cloister_fl.cli.confirm import ask, ask_hidden
 from cloister_fl.cli.folder_option import SiteFolder as Folder
 from cloister_fl.cli.folder_option import dir_option
-from cloister_fl.client.cli.site_folder import site_folder
+from cloister_fl.client.cli.site_folder import PatientsAtMost, site_folder
 from cloister_fl.errors import InviteInvalid, OptionInvalid, RosterMismatch
 from cloister_fl.system.optional import require
 from cloister_fl.system.text import counted
@@ -49,6 +49,7 @@ def join(
     labels: Annotated[
         Path | None, typer.Option(help="The labels file, CSV, from here; for a new site folder.")
     ] = None,
+    patients_at_most: PatientsAtMost = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it is approved.")] = False,
     accept_roster: Accept = None,
     proxy: Annotated[
@@ -65,6 +66,7 @@ def join(
     require("client", "httpx")
     from cloister_fl.client.network.join import MEMBERSHIP, ask, look, prepare
     from cloister_fl.client.site.folder import open_site, require_as_written
+    from cloister_fl.client.site.policy import bound_missing
     from cloister_fl.client.site.settings import network_of
     from cloister_fl.membership.enrolment import Invite
     from cloister_fl.membership.identity import fingerprint
@@ -75,16 +77,22 @@ def join(
     dicom, labels = (path and path.absolute() for path in (dicom, labels))
     if invite is None and (folder / MEMBERSHIP).exists():
         site = open_site(site_folder(folder))
-        require_as_written(site, dicom=dicom, labels=labels, network=network)
+        require_as_written(
+            site, dicom=dicom, labels=labels, network=network, patients_at_most=patients_at_most
+        )
         joined = look(site)
     else:
         read = Invite.decode(_read_invite(invite))
-        site = prepare(folder, read, network, dicom=dicom, labels=labels)
+        site = prepare(
+            folder, read, network, dicom=dicom, labels=labels, patients_at_most=patients_at_most
+        )
         if gap := uncovered_by_git_ignore(folder):
             typer.echo(gap, err=True)
         for path, what in ((site.dicom, "folder of images"), (site.labels, "labels file")):
             if not path.exists():
                 typer.echo(f"There is no {what} yet: {path}. site.toml says where it is.")
+        if missing := bound_missing(site.policy):
+            typer.echo(missing)
         joined = ask(site, read)
     typer.echo(f"Site {site.name}; its key's fingerprint, for the telephone:")
     typer.echo(f"  {fingerprint(site.identity().public)}")

@@ -4,8 +4,23 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from cloister_fl.errors import OptionInvalid
+
+PatientsAtMost = Annotated[
+    int | None,
+    typer.Option(
+        "--patients-at-most",
+        metavar="N",
+        min=1,
+        max=1_000_000_000,
+        help="A public upper bound on the site's patients, rounded up generously, for a site.toml "
+        "made now.",
+    ),
+]
 
 
 def site_folder(folder: Path) -> Path:

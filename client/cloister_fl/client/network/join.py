@@ -29,6 +29,7 @@ from cloister_fl.client.network.http import Answer, Failure, dial
 from cloister_fl.client.network.http_errors import error_of
 from cloister_fl.client.network.proxy import proxy_of
 from cloister_fl.client.site.folder import Site, init_site, open_site, require_as_written
+from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.site.settings import Network
 from cloister_fl.errors import (
     CoordinatorUnproven,
@@ -124,6 +125,7 @@ def prepare(
     *,
     dicom: Path | None = None,
     labels: Path | None = None,
+    patients_at_most: int | None = None,
 ) -> Site:
     """Make the site folder and its keys where they are missing. Nothing is replaced.
 
@@ -133,6 +135,7 @@ def prepare(
         network: goes into a ``site.toml`` that is created now.
         dicom: folder of the images, for a ``site.toml`` that is created now.
         labels: the labels file, likewise.
+        patients_at_most: the policy's, likewise.
 
     Raises:
         OptionInvalid: there is a ``site.toml`` already, and its network or a path is another one.
@@ -140,13 +143,22 @@ def prepare(
     """
     fresh = not (root / "site.toml").exists()
     site = (
-        init_site(root, name=invite.site, dicom=dicom, labels=labels, network=network)
+        init_site(
+            root,
+            name=invite.site,
+            dicom=dicom,
+            labels=labels,
+            network=network,
+            policy=Policy(patients_at_most=patients_at_most or 0),
+        )
         if fresh
         else open_site(root)
     )
     # A folder of an earlier version has none.
     keep_out_of_git(site.root)
-    require_as_written(site, dicom=dicom, labels=labels, network=network)
+    require_as_written(
+        site, dicom=dicom, labels=labels, network=network, patients_at_most=patients_at_most
+    )
     if site.name != invite.site:
         raise InviteInvalid(
             f"The invite is for {invite.site}, and this folder is {site.name}'s.",

@@ -23,7 +23,7 @@ from cloister_fl.client.data.patients.mapping import mapping_of
 from cloister_fl.client.data.patients.possible_matches import undecided_error
 from cloister_fl.client.data.targets import UNLABELLED, faults_alone
 from cloister_fl.client.site.folder import Site, command_at
-from cloister_fl.client.site.policy import refusals
+from cloister_fl.client.site.policy import bound_missing, refusals
 from cloister_fl.client.steward.budget import line, study_promised
 from cloister_fl.errors import (
     CloisterError,
@@ -143,7 +143,9 @@ def inspect(
     """
     faults: list[CloisterError] = []
     reading: Reading | None = None
-    remarks: list[str] = []
+    # With a study, its refusals tell.
+    undeclared = bound_missing(site.policy) if study is None else ""
+    remarks = [undeclared] if undeclared else []
     try:
         if study is None:
             reading = read_cohort(site, _ANY_STUDY, progress=progress, require_labels=False)

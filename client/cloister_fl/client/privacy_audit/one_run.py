@@ -1,9 +1,9 @@
 """One-run audit: train once on half of a site's patients, and guess which half.
 
-Steinke, Nasr and Jagielski 2023 (see ``one_run_bound``), white box: each canary patient is trained
-on or left out by a fair coin of its own, all with all images, and the adversary sees what each step
-of the installed ``local_training.train_round`` gives off. It is the adversary that the study's
-epsilon is claimed against: it knows every patient, and not the coins.
+Steinke, Nasr and Jagielski 2023 (see ``one_run_bound`` and ``trade_off_bound``), white box: each
+canary patient is trained on or left out by a fair coin of its own, all with all images, and the
+adversary sees what each step of the installed ``local_training.train_round`` gives off. It is the
+adversary that the study's epsilon is claimed against: it knows every patient, and not the coins.
 
 A step gives off, in units of the clipping norm, y = q (g_1 s_1 + ... + g_m s_m + o) + noise: g_i
 is canary i's clipped gradient at the model before the step, s_i its coin (0 or 1), o the sum of
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cloister_fl.client.privacy_audit.one_run_bound import epsilon_lower
+from cloister_fl.client.privacy_audit.trade_off_bound import Curve, chance_of, curve_of
 from cloister_fl.client.training import local_training
 from cloister_fl.client.training.csprng import SecureRandom
 from cloister_fl.client.training.per_patient_gradients import PatientGradSampleModule
@@ -44,6 +45,8 @@ MOST_VALUES = 1 << 28
 """Most values of canaries' gradients, float32, that are held at a time: 1 GiB."""
 _AT_ONCE = 64, 1 << 25
 """Most patients, and most values of their gradients, that are computed at a time."""
+_TESTS = 2
+"""Tests of each number of guesses: of the epsilon, and of all that noise and steps claim."""
 _COLUMNS = 1 << 13
 _NOISES = 241
 
@@ -59,12 +62,16 @@ class Guesses:
         right: how many were right.
         epsilon: lower bound that they show; all lines of an audit hold together.
         most: what they would show if all were right.
+        chance: of as many right or more, at most, by all that the study claims.
+        least: of all being right, likewise.
     """
 
     made: int
     right: int
     epsilon: float
     most: float
+    chance: float
+    least: float
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,8 @@ class OneRunAudit:
         noise_multiplier: sigma of each step, as the study has it.
         sampling_rate: of the study.
         delta: of all epsilons.
-        confidence: chance at least with which no lower bound is above the true epsilon.
+        confidence: chance at least with which no lower bound is above the true epsilon and no
+            sound training is refuted, all lines together.
         steps: how many were run.
         others: patients who were always there.
         guesses: the numbers of guesses that were tried, the largest first.
@@ -111,9 +119,21 @@ class OneRunAudit:
         return max(line.most for line in self.guesses)
 
     @property
+    def level(self) -> float:
+        """The chance below which a line's right guesses refute the claim."""
+        return (1 - self.confidence) / (_TESTS * len(self.guesses))
+
+    @property
     def passed(self) -> bool:
         """Whether the claim stands; not a proof of it."""
-        return self.audited_epsilon <= self.claimed_epsilon
+        unlikely = any(line.chance < self.level for line in self.guesses)
+        return self.audited_epsilon <= self.claimed_epsilon and not unlikely
+
+    @property
+    def could_refute(self) -> bool:
+        """Whether the claim would not have stood, had every guess been right."""
+        unlikely = any(line.least < self.level for line in self.guesses)
+        return self.most_epsilon > self.claimed_epsilon or unlikely
 
 
 def usual_guesses(canaries: int) -> tuple[int, ...]:
@@ -200,8 +220,9 @@ def audit_training(
     scores = watch.scores()
     right_first = (scores > 0) == coins
     ranked = right_first[np.argsort(-np.abs(scores), kind="stable")]
-    share = 1 - (1 - confidence) / len(numbers)
+    share = 1 - (1 - confidence) / (_TESTS * len(numbers))
     delta = study.privacy.delta
+    curve = curve_of(noise_multiplier, study.training.sampling_rate, steps)
     return OneRunAudit(
         claimed_epsilon=epsilon_pld(noise_multiplier, study.training.sampling_rate, steps, delta),
         noise_multiplier=noise_multiplier,
@@ -211,18 +232,22 @@ def audit_training(
         steps=steps,
         others=len(rest),
         guesses=tuple(
-            _judged(canaries, made, int(ranked[:made].sum()), delta, share) for made in numbers
+            _judged(curve, canaries, made, int(ranked[:made].sum()), delta, share)
+            for made in numbers
         ),
         scores=tuple(scores.tolist()),
         present=tuple(bool(coin) for coin in coins),
     )
 
 
-def _judged(canaries: int, made: int, right: int, delta: float, confidence: float) -> Guesses:
+def _judged(
+    curve: Curve, canaries: int, made: int, right: int, delta: float, confidence: float
+) -> Guesses:
     shown, most = (
         epsilon_lower(canaries, made, count, delta, confidence) for count in (right, made)
     )
-    return Guesses(made, right, shown, most)
+    chance, least = (chance_of(curve, canaries, made, count) for count in (right, made))
+    return Guesses(made, right, shown, most, chance, least)
 
 
 def _plain(study: Study) -> Study:

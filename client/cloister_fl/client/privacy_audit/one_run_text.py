@@ -13,7 +13,7 @@ def as_dict(found: OneRunAudit) -> dict[str, object]:
         "audited_epsilon": found.audited_epsilon,
         "most_epsilon": found.most_epsilon,
         "passed": found.passed,
-        "could_refute": found.most_epsilon > found.claimed_epsilon,
+        "could_refute": found.could_refute,
         "confidence": found.confidence,
         "delta": found.delta,
         "noise_multiplier": found.noise_multiplier,
@@ -22,7 +22,14 @@ def as_dict(found: OneRunAudit) -> dict[str, object]:
         "canaries": found.canaries,
         "others": found.others,
         "guesses": [
-            {"made": line.made, "right": line.right, "epsilon": line.epsilon, "most": line.most}
+            {
+                "made": line.made,
+                "right": line.right,
+                "epsilon": line.epsilon,
+                "most": line.most,
+                "chance": line.chance,
+                "least_chance": line.least,
+            }
             for line in found.guesses
         ],
     }
@@ -32,13 +39,14 @@ def verdict(found: OneRunAudit) -> str:
     """One line: refuted, not refuted, or not put to the test."""
     if not found.passed:
         return "THE CLAIM IS REFUTED: training shows more of your patients than the study claims."
-    if found.most_epsilon > found.claimed_epsilon:
+    if found.could_refute:
         return "The claim stands: who sees every step could not guess more than it allows."
     return "This run could not have refuted the claim, however right the guesses."
 
 
 def render(found: OneRunAudit) -> str:
     """An audit for a terminal."""
+    rarest = min(found.guesses, key=lambda line: line.chance)
     guessed = ", ".join(f"{line.right} of {line.made}" for line in found.guesses)
     steps = counted(found.steps, "step")
     lines = [
@@ -50,13 +58,15 @@ def render(found: OneRunAudit) -> str:
         f"canaries          {found.canaries} patients, each in by a coin; "
         f"{found.others} more always in",
         f"guessed right     {guessed} (the most confident first)",
+        f"by the claim      {rarest.right} of {rarest.made} or more have a chance of "
+        f"{rarest.chance:.2g} at most; below {found.level:.2g} refutes it",
     ]
     lines.append(verdict(found))
     if not found.passed:
         lines.append(
             "Train nothing with this installation, and report it with the version of Cloister."
         )
-    elif found.most_epsilon <= found.claimed_epsilon:
+    elif not found.could_refute:
         lines.append("Audit fewer rounds, whose claim is smaller (--rounds 1), or more patients.")
     lines += [
         "An audit is a lower bound and no proof: it finds faults, never their absence. A low "

@@ -226,12 +226,14 @@ def require_as_written(
     dicom: Path | str | None = None,
     labels: Path | str | None = None,
     network: Network | None = None,
+    patients_at_most: int | None = None,
 ) -> None:
     """Refuse options that shape a new ``site.toml``, where the one that is there says otherwise.
 
     Args:
         site: the site as it is.
         name, dicom, labels, network: as of ``init_site``; None where they were not given.
+        patients_at_most: as of ``Policy``, likewise.
 
     Raises:
         OptionInvalid: see above.
@@ -245,11 +247,18 @@ def require_as_written(
         (name, name == site.name, "site", "name"),
         (dicom, site.root / (dicom or "") == site.dicom, "data", "dicom"),
         (labels, site.root / (labels or "") == site.labels, "data", "labels"),
+        (
+            patients_at_most,
+            patients_at_most == site.policy.patients_at_most,
+            "policy",
+            "patients_at_most",
+        ),
     ):
         if given is not None and not is_written:
             raise OptionInvalid(
                 f"{site.root / SITE_FILE} exists, and its {key} is another one.",
-                remedy=f"Write it there, at '{key}' below [{table}], and leave --{key} out.",
+                remedy=f"Write it there, at '{key}' below [{table}], and leave "
+                f"--{key.replace('_', '-')} out.",
             )
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from cloister_fl.client.site.training_hours import is_span
+from cloister_fl.errors import EpsilonUnreachable
 from cloister_fl.membership.identity import usable_public_key
 from cloister_fl.study.schema import Modality, Name, Study
 from cloister_fl.system.toml import FileModel, KeyedValueError
@@ -54,8 +55,13 @@ class Policy(FileModel):
     ledger_delta: Annotated[float, Field(gt=0, lt=0.1)] = 1e-5
     """Delta of the lifetime's account; a study with a larger delta is refused."""
     patients_at_most: Annotated[int, Field(ge=0, le=1_000_000_000)] = 0
-    """A public upper bound on the site's patients, which the steward declares; 0 for none. A study
-    whose delta is above 1 / (10 x this) is refused: such a delta would let whole patients out."""
+    """A public upper bound on the site's patients, which the steward declares; 0: not declared, and
+    then no study with privacy is allowed. One whose delta is above 1 / (10 x this) is refused:
+    such a delta would let whole patients out."""
+    min_noise_multiplier: Annotated[float, Field(ge=0, le=1000)] = 0.3
+    """Least noise, as a multiple of what one patient moves a sum by, of training steps and of a
+    noised evaluation. Below it an epsilon rests on hardly anything but the chance of being
+    sampled, and shows single patients to whoever learns who was."""
     min_patients_per_class: Annotated[int, Field(ge=1, le=1_000_000)] = 10
     """Fewest patients of each class before the site trains at all."""
     require_secure_aggregation: bool = True
@@ -158,12 +164,19 @@ def refusals(policy: Policy, study: Study, invited_sites: int) -> tuple[str, ...
                 f"policy.ledger_delta is {policy.ledger_delta:g}; "
                 f"the study asks for privacy.delta = {privacy.delta:g}."
             )
-        if policy.patients_at_most and privacy.delta * 10 * policy.patients_at_most > 1:
+        if not policy.patients_at_most:
+            found.append(
+                "policy.patients_at_most is 0, not declared, so nothing tells whether the study's "
+                f"privacy.delta = {privacy.delta:g} is small enough for this site's patients; "
+                f"it is for up to {_patients_for(privacy.delta)}."
+            )
+        elif privacy.delta * 10 * policy.patients_at_most > 1:
             found.append(
                 f"policy.patients_at_most is {policy.patients_at_most}, which allows a delta of "
                 f"{1 / (10 * policy.patients_at_most):g}; "
                 f"the study asks for privacy.delta = {privacy.delta:g}."
             )
+        found.extend(_of_noise(policy, study))
     if study.training.rounds > policy.max_rounds:
         found.append(
             f"policy.max_rounds is {policy.max_rounds}; "
@@ -182,6 +195,38 @@ def refusals(policy: Policy, study: Study, invited_sites: int) -> tuple[str, ...
             f"the study asks for input.modalities = {', '.join(asked)}."
         )
     return tuple(found)
+
+
+def _of_noise(policy: Policy, study: Study) -> Iterator[str]:
+    from cloister_fl.study.cost import charges
+
+    try:
+        used = charges(study)
+    except EpsilonUnreachable:
+        # Told with more words where the study is let in.
+        return
+    for name, mechanism in (("training", used.step), ("noised evaluation", used.release)):
+        if mechanism is not None and mechanism.noise_multiplier < policy.min_noise_multiplier:
+            yield (
+                f"policy.min_noise_multiplier is {policy.min_noise_multiplier:g}; the noise "
+                f"multiplier of the study's {name} is {mechanism.noise_multiplier:.3g}."
+            )
+
+
+def _patients_for(delta: float) -> int:
+    """The most patients that a delta suits."""
+    # 1 / (10 x 1e-5) is 9,999.99... in floating point.
+    return int(1 / (10 * delta) * (1 + 1e-9))
+
+
+def bound_missing(policy: Policy) -> str:
+    """What to tell a steward who has not declared ``patients_at_most``; empty where it is."""
+    if policy.patients_at_most:
+        return ""
+    return (
+        "No study with privacy is let in before patients_at_most stands below [policy] in "
+        "site.toml: a public upper bound on this site's patients, such as 10000."
+    )
 
 
 def may_measure(policy: Policy) -> bool:

@@ -57,8 +57,12 @@ max_epsilon_study = {policy.max_epsilon_study!r}
 max_epsilon_lifetime = {policy.max_epsilon_lifetime!r}
 # Delta of the lifetime's account; at most 1 / (10 x the number of patients).
 ledger_delta = {policy.ledger_delta!r}
-# A public upper bound on this site's patients; a study's delta is at most 1 / (10 x this). 0: none.
+# A public upper bound on this site's patients, not their number: round it up generously, such as
+# 10000. A study's delta is at most 1 / (10 x this). 0: not declared, and no study with privacy is
+# let in.
 patients_at_most = {policy.patients_at_most}
+# Least noise multiplier of a study's training and of its noised evaluation.
+min_noise_multiplier = {policy.min_noise_multiplier!r}
 # Fewest patients of each class before this site trains.
 min_patients_per_class = {policy.min_patients_per_class}
 # true: updates leave only by secure aggregation; the coordinator reads nothing but their sum.

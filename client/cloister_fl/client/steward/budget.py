@@ -6,7 +6,7 @@ Nothing here leaves the site: what its patients have spent in a lifetime is show
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cloister_fl.client.admission import gate
@@ -87,6 +87,8 @@ class Statement:
         linked: how many other ledgers' spending counts in the lifetime's.
         continued: whether another ledger counts this one's spending, so that nothing more can be
             reserved here.
+        distrusted: why the site refuses every study, for its ledger or audit log is not what was
+            noted of it; empty where it is.
     """
 
     site: str
@@ -97,6 +99,7 @@ class Statement:
     studies: tuple[StudyAccount, ...]
     linked: int = 0
     continued: bool = False
+    distrusted: str = ""
 
     @property
     def left(self) -> float:
@@ -184,6 +187,13 @@ def statement(site: Site) -> Statement:
     )
 
 
+def judged_statement(site: Site) -> Statement:
+    """``statement``, and whether the site trusts its ledger; this reads all of ledger and log."""
+    error = gate.distrusted(site)
+    told = statement(site)
+    return told if error is None else replace(told, distrusted=f"{error.what} {error.why}")
+
+
 def proposal(site: Site, study: Study) -> Proposal:
     """What a run of ``study`` would cost, and what would stand against it; nothing is reserved.
 
@@ -263,6 +273,8 @@ def render(told: Statement, root: Path | None = None) -> str:
         lines.append(
             f"  {counted(told.linked, 'other ledger')} of the same patients counted as spent"
         )
+    if told.distrusted:
+        lines.append(f"  refused: {told.distrusted}")
     if told.continued:
         lines.append("  continued in another site folder: nothing more can be reserved here")
     for one in told.studies:

@@ -45,7 +45,7 @@ pytestmark = pytest.mark.process
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    return init_site(tmp_path / "north", policy=Policy(max_epsilon_study=6))
+    return init_site(tmp_path / "north", policy=Policy(patients_at_most=1_000, max_epsilon_study=6))
 
 
 def _named(number: int) -> Study:
@@ -222,7 +222,9 @@ def test_the_commands_judge_and_a_run_follows(
 ) -> None:
     sites = write_federation(tmp_path / "sites", patients=24, images=1)
     folder = sites / "birke"
-    (folder / "site.toml").write_text('[site]\nname = "birke"\n[policy]\nmax_epsilon_study = 6\n')
+    (folder / "site.toml").write_text(
+        '[site]\nname = "birke"\n[policy]\npatients_at_most = 1000\nmax_epsilon_study = 6\n'
+    )
     asked = study(training="rounds = 1")
     with pytest.raises(TooFewSites, match="the study is not approved there yet") as caught:
         run_simulation(Simulation(asked, sites, tmp_path / "one"))

@@ -163,7 +163,8 @@ def test_a_signed_study_runs_where_its_signer_is_trusted(
 ) -> None:
     sites = write_federation(tmp_path / "sites", patients=24, images=1)
     (sites / "birke" / "site.toml").write_text(
-        '[site]\nname = "birke"\n[policy]\nmax_epsilon_study = 6\napprove = "signed"\n'
+        '[site]\nname = "birke"\n[policy]\npatients_at_most = 1000\n'
+        'max_epsilon_study = 6\napprove = "signed"\n'
         f'trusted_signers = ["{SPONSOR.public.hex()}"]\n'
     )
     asked = study(training="rounds = 1")

@@ -50,18 +50,37 @@ def _run(*arguments: object) -> tuple[int, str]:
 
 def test_init_then_check(tmp_path: Path) -> None:
     root = write_site(tmp_path / "nord", 20)
-    status, output = _run("init", root, "--name", "north")
+    status, output = _run("init", root, "--name", "north", "--patients-at-most", 1000)
     assert status == 0
     assert "Site north is ready" in output
+    assert "patients_at_most" not in output
     status, output = _run("init", root)
     assert status == 0
     assert "unchanged" in output
+    with raises(OptionInvalid, match="its patients_at_most is another one") as caught:
+        _run("init", root, "--patients-at-most", 50)
+    assert "leave --patients-at-most out" in caught.value.remedy
     study = tmp_path / "study.toml"
     study.write_text(STUDY_TOML)
     status, output = _run("check", "--dir", root, "--study", study)
     assert status == 0
     assert "The data can be used." in output
     assert "\x1b" not in output
+
+
+def test_a_new_site_says_that_it_lets_no_private_study_in_before_patients_are_bounded(
+    tmp_path: Path,
+) -> None:
+    root = write_site(tmp_path / "nord", 20)
+    _, output = _run("init", root, "--name", "north")
+    told = "No study with privacy is let in before patients_at_most stands below [policy]"
+    assert told in output
+    assert told in _run("check", "--dir", root)[1]
+    study = tmp_path / "study.toml"
+    study.write_text(STUDY_TOML)
+    status, output = _run("check", "--dir", root, "--study", study)
+    assert status == 4
+    assert "policy.patients_at_most is 0, not declared" in output
 
 
 def test_init_of_a_site_that_is_there_ignores_no_option(tmp_path: Path) -> None:

@@ -46,7 +46,12 @@ class Act:
     """
 
     def __init__(self, kind: str, root: Path) -> None:
-        policy = Policy(max_epsilon_study=6, max_epsilon_lifetime=9, min_patients_per_class=1)
+        policy = Policy(
+            patients_at_most=1_000,
+            max_epsilon_study=6,
+            max_epsilon_lifetime=9,
+            min_patients_per_class=1,
+        )
         self.site = init_site(root / "sea field", name="seafield", policy=policy)
         match kind:
             case "close":

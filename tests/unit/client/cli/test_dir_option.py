@@ -191,7 +191,9 @@ def test_dir_option_is_quoted_and_left_out_for_here() -> None:
 
 def charged(root: Path) -> Site:
     """A site that has approved a study, reserved its cost, and trained one round."""
-    site = init_site(root, policy=Policy(max_epsilon_study=6, max_epsilon_lifetime=9))
+    site = init_site(
+        root, policy=Policy(patients_at_most=1_000, max_epsilon_study=6, max_epsilon_lifetime=9)
+    )
     judge(site, STUDY, Decision.APPROVED, data=SEEN)
     invited = max(5, STUDY.aggregation.min_sites)
     spending.admit(site, STUDY, run="run-1", invited=invited)
@@ -237,7 +239,9 @@ def test_the_next_command_is_for_the_same_site(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    site = init_site(tmp_path / "seafield", policy=Policy(max_epsilon_study=6))
+    site = init_site(
+        tmp_path / "seafield", policy=Policy(patients_at_most=1_000, max_epsilon_study=6)
+    )
     with pytest.raises(StudyNotApproved):
         require_approved(site, STUDY)
     site.dicom.mkdir(exist_ok=True)

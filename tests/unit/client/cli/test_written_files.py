@@ -33,7 +33,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    policy = Policy(max_epsilon_study=6, max_epsilon_lifetime=9)
+    policy = Policy(patients_at_most=1_000, max_epsilon_study=6, max_epsilon_lifetime=9)
     site, asked = init_site(tmp_path / "site", name="north", policy=policy), study()
     judge(site, asked, Decision.APPROVED, data=SEEN)
     spending.admit(site, asked, run="run-1", invited=max(5, asked.aggregation.min_sites))

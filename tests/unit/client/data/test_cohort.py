@@ -58,7 +58,9 @@ STUDY = studies.study()
 def _site(root: Path, patients: int = 6, images: int = 1, **options: Any) -> Site:
     least = options.pop("least", 1)
     write_site(root, patients, images, **options)
-    return init_site(root, name="site", policy=Policy(min_patients_per_class=least))
+    return init_site(
+        root, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=least)
+    )
 
 
 def _edit_labels(site: Site, change: Callable[[list[str]], list[str]]) -> None:

@@ -50,7 +50,7 @@ FIRST = "MRN-000"
 def site(tmp_path: Path) -> Site:
     """Six patients of two images each; half of them have the finding."""
     root = write_cohort(tmp_path / "north", np.random.default_rng(0), "MRN", patients=6)
-    policy = Policy(min_patients_per_class=1, max_epsilon_study=6)
+    policy = Policy(patients_at_most=1_000, min_patients_per_class=1, max_epsilon_study=6)
     return init_site(root, name="north", policy=policy)
 
 
@@ -198,7 +198,9 @@ def test_a_volume_that_lost_a_slice_is_not_another_volume(tmp_path: Path) -> Non
         write_series(tmp_path / "dicom" / f"{number}", stored, patient=f"MRN{number}")
     rows = [f"MRN{number},{('normal', 'nodule')[number % 2]}" for number in range(4)]
     (tmp_path / "labels.csv").write_text("\n".join(["PatientID,finding", *rows]) + "\n")
-    site = init_site(tmp_path, name="site", policy=Policy(min_patients_per_class=1))
+    site = init_site(
+        tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
+    )
     approve(site, asked, read_for_check(site, asked))
     before = _seen(load_for_run(site, asked))
     assert len(before) == 4
@@ -249,7 +251,9 @@ def test_a_row_that_two_patients_share_is_neither_s(tmp_path: Path) -> None:
             patient_id=f"P{number}", elements={"AccessionNumber": accession},
         )  # fmt: skip
     (tmp_path / "labels.csv").write_text("AccessionNumber,finding\nA1,normal\nA2,nodule\n")
-    site = init_site(tmp_path, name="site", policy=Policy(min_patients_per_class=1))
+    site = init_site(
+        tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
+    )
     asked = studies.study()
     with raises(LabelsInvalid):
         freeze(site, asked)

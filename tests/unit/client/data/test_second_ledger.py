@@ -27,7 +27,11 @@ pytestmark = pytest.mark.process
 
 STUDY = studies.study()
 SMALL = Policy(
-    min_patients_per_class=1, min_sites=2, approve="listed", approved_hashes=(STUDY.digest,)
+    patients_at_most=1_000,
+    min_patients_per_class=1,
+    min_sites=2,
+    approve="listed",
+    approved_hashes=(STUDY.digest,),
 )
 
 

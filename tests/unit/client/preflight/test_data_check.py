@@ -35,7 +35,9 @@ STUDY = studies.study(study={"name": "nodules"})
 
 def _site(root: Path, patients: int = 6, images: int = 1) -> Site:
     write_site(root, patients, images)
-    return init_site(root, name="north", policy=Policy(min_patients_per_class=1))
+    return init_site(
+        root, name="north", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
+    )
 
 
 def test_report_of_sound_data(tmp_path: Path) -> None:
@@ -116,7 +118,7 @@ def test_all_faults_are_listed(tmp_path: Path) -> None:
         tmp_path / "strict",
         dicom=site.dicom,
         labels=site.labels,
-        policy=Policy(min_patients_per_class=4),
+        policy=Policy(patients_at_most=1_000, min_patients_per_class=4),
     )
     assert _codes(strict) == ["CLO-207"]
 
@@ -294,7 +296,10 @@ def test_a_study_that_the_budget_cannot_bear_is_told_here_already(tmp_path: Path
     from support.federations import approve, study, write_cohort
 
     write_cohort(tmp_path / "north", np.random.default_rng(1), "N")
-    site = init_site(tmp_path / "north", policy=Policy(max_epsilon_study=3, max_epsilon_lifetime=4))
+    site = init_site(
+        tmp_path / "north",
+        policy=Policy(patients_at_most=1_000, max_epsilon_study=3, max_epsilon_lifetime=4),
+    )
     asked = study(privacy="epsilon = 3")
     approve(site.root, asked)
     fresh = inspect(site, asked)

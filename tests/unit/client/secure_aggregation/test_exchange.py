@@ -129,7 +129,7 @@ def _parts(data: bytes) -> tuple[Message, ...]:
 
 @pytest.fixture
 def hospitals(tmp_path: Path) -> Iterator[Hospitals]:
-    made = Hospitals(tmp_path, study(), Policy(max_epsilon_study=6))
+    made = Hospitals(tmp_path, study(), Policy(patients_at_most=1_000, max_epsilon_study=6))
     yield made
     made.close()
 
@@ -239,7 +239,10 @@ def test_what_is_no_bundle_is_refused(hospitals: Hospitals) -> None:
 
 @pytest.mark.parametrize(
     ("policy", "lines"),
-    [(Policy(min_sites=6), "min_sites = 6"), (Policy(min_sites=5), "min_sites = 6")],
+    [
+        (Policy(patients_at_most=1_000, min_sites=6), "min_sites = 6"),
+        (Policy(patients_at_most=1_000, min_sites=5), "min_sites = 6"),
+    ],
     ids=["policy", "study"],
 )
 def test_the_site_itself_counts_the_invited(tmp_path: Path, policy: Policy, lines: str) -> None:
@@ -274,7 +277,7 @@ def test_another_key_than_the_roster_s_takes_no_part(hospitals: Hospitals, tmp_p
 
 
 def test_few_studies_are_kept_alive_for_a_hospital(tmp_path: Path) -> None:
-    made = Hospitals(tmp_path, study(), Policy(max_epsilon_study=6))
+    made = Hospitals(tmp_path, study(), Policy(patients_at_most=1_000, max_epsilon_study=6))
     root = made.sites["anker"].root
     for number in range(10):
         made.study = study(study=f'name = "study-{number}"')

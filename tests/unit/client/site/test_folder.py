@@ -48,7 +48,9 @@ def test_init_again_replaces_nothing(tmp_path: Path) -> None:
     with (tmp_path / "site.toml").open("a") as file:
         file.write("# by hand\n")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    again = init_site(tmp_path, name="second", policy=Policy(max_epsilon_study=1.0))
+    again = init_site(
+        tmp_path, name="second", policy=Policy(patients_at_most=1_000, max_epsilon_study=1.0)
+    )
     assert again == site
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 

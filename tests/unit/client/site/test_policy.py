@@ -6,12 +6,31 @@ from typing import Any
 
 import pytest
 
-from cloister_fl.client.site.policy import Policy, refusals
+from cloister_fl.client.site.policy import Policy, bound_missing, refusals
+from cloister_fl.study.cost import charges
 from support import studies
 
+BOUND = {"patients_at_most": 10_000}
 
-def test_defaults_allow_the_default_study() -> None:
-    assert refusals(Policy(), studies.study(), 5) == ()
+
+def test_the_defaults_and_a_bound_on_the_patients_allow_the_default_study() -> None:
+    assert refusals(Policy(patients_at_most=10_000), studies.study(), 5) == ()
+
+
+def test_without_a_bound_on_the_patients_nobody_tells_whether_delta_is_small_enough() -> None:
+    (told,) = refusals(Policy(), studies.study(), 5)
+    assert told == (
+        "policy.patients_at_most is 0, not declared, so nothing tells whether the study's "
+        "privacy.delta = 1e-05 is small enough for this site's patients; it is for up to 10000."
+    )
+    (other,) = refusals(Policy(), studies.study(privacy={"delta": 3e-6}), 5)
+    assert "up to 33333." in other
+    # What it says is what the gate allows.
+    for most, refused in ((33_333, False), (33_334, True)):
+        policy = Policy(patients_at_most=most)
+        assert bool(refusals(policy, studies.study(privacy={"delta": 3e-6}), 5)) is refused
+    assert bound_missing(Policy()).startswith("No study with privacy is let in")
+    assert bound_missing(Policy(patients_at_most=1)) == ""
 
 
 def test_defaults() -> None:
@@ -20,6 +39,7 @@ def test_defaults() -> None:
         "max_epsilon_lifetime": 8.0,
         "ledger_delta": 1e-5,
         "patients_at_most": 0,
+        "min_noise_multiplier": 0.3,
         "min_patients_per_class": 10,
         "require_secure_aggregation": True,
         "colluders": 1,
@@ -46,7 +66,12 @@ def test_defaults() -> None:
             5,
             ("patients_at_most", "10001", "9.999e-06", "1e-05"),
         ),
-        ({}, {"privacy": {"delta": 0.01}}, 5, ("ledger_delta", "1e-05", "0.01")),
+        (
+            {"patients_at_most": 9},
+            {"privacy": {"delta": 0.01}},
+            5,
+            ("ledger_delta", "1e-05", "0.01"),
+        ),
         (
             {"metrics": ("score-histograms",)},
             {"privacy": {"enabled": False}},
@@ -92,10 +117,36 @@ def test_defaults() -> None:
 def test_refusal_names_key_and_values(
     policy: dict[str, Any], tables: dict[str, Any], sites: int, words: tuple[str, ...]
 ) -> None:
-    (told,) = refusals(Policy(**policy), studies.study(**tables), sites)
+    (told,) = refusals(Policy(**BOUND | policy), studies.study(**tables), sites)
     assert f"policy.{words[0]}" in told
     for word in words:
         assert word in told
+
+
+def test_too_little_noise_in_training_or_release_is_refused() -> None:
+    few = {"rounds": 1, "steps": 1, "sampling_rate": 0.01}
+    much = studies.study(training=few, privacy={"epsilon": 200.0, "delta": 1e-5})
+    released = studies.study(
+        training=few,
+        privacy={"epsilon": 200.0, "delta": 1e-5},
+        evaluation={"release_epsilon": 60.0},
+    )
+    open_to_all = Policy(patients_at_most=10, max_epsilon_study=500, metrics=("score-histograms",))
+    (told,) = refusals(open_to_all, much, 5)
+    assert told == (
+        "policy.min_noise_multiplier is 0.3; the noise multiplier of the study's training is "
+        f"{charges(much).step.noise_multiplier:.3g}."
+    )
+    of_release = charges(released).release
+    assert of_release is not None
+    assert (
+        "noised evaluation is "
+        f"{of_release.noise_multiplier:.3g}." in refusals(open_to_all, released, 5)[-1]
+    )
+    # The bound itself is enough.
+    enough = charges(much).step.noise_multiplier
+    lower = open_to_all.model_copy(update={"min_noise_multiplier": enough})
+    assert refusals(lower, much, 5) == ()
 
 
 def test_the_bound_itself_is_allowed() -> None:
@@ -123,4 +174,4 @@ def test_without_privacy_and_without_metrics_a_study_that_measures_nothing_is_al
 
 def test_all_refusals_at_once() -> None:
     study = studies.study(privacy={"epsilon": 9.0, "delta": 1e-3}, training={"rounds": 2000})
-    assert len(refusals(Policy(networks=("resnet18",), min_sites=9), study, 1)) == 6
+    assert len(refusals(Policy(networks=("resnet18",), min_sites=9), study, 1)) == 7

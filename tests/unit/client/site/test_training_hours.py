@@ -71,7 +71,9 @@ def test_a_fault_is_told_with_its_line(tmp_path: Path, value: str) -> None:
 
 
 def test_the_gate_says_what_the_hours_are(tmp_path: Path) -> None:
-    site = init_site(tmp_path, policy=Policy(hours=("20:00-06:00", "12:00-13:00")))
+    site = init_site(
+        tmp_path, policy=Policy(patients_at_most=1_000, hours=("20:00-06:00", "12:00-13:00"))
+    )
     assert open_site(tmp_path).policy.hours == ("20:00-06:00", "12:00-13:00")
     gate.require_hours(site, datetime.time(3))
     with pytest.raises(OutsideHours, match=r"20:00-06:00, 12:00-13:00; now 14:12"):

@@ -40,7 +40,10 @@ SITES = max(5, STUDY.aggregation.min_sites)
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    return init_site(tmp_path / "anker", policy=Policy(max_epsilon_study=6, max_epsilon_lifetime=9))
+    return init_site(
+        tmp_path / "anker",
+        policy=Policy(patients_at_most=1_000, max_epsilon_study=6, max_epsilon_lifetime=9),
+    )
 
 
 @pytest.fixture

@@ -90,6 +90,10 @@ class ThrowawaySite:
             max_epsilon_study=_MOST_EPSILON,
             max_epsilon_lifetime=_MOST_EPSILON,
             ledger_delta=max(study.privacy.delta, 1e-5),
+            # Made-up patients: any delta is small enough.
+            patients_at_most=1,
+            # Little noise, so that the audit sees single patients.
+            min_noise_multiplier=0.0,
             min_patients_per_class=1,
             require_secure_aggregation=False,
             colluders=0,

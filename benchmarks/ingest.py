@@ -51,7 +51,7 @@ import numpy as np  # noqa: E402
 import pydicom  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
-from cloister_fl.client.data.image_cache import Cache  # noqa: E402
+from cloister_fl.client.data.file_cache.image_cache import Cache  # noqa: E402
 from cloister_fl.client.dicom import acceptance  # noqa: E402
 from cloister_fl.client.dicom.facts import TEXTS  # noqa: E402
 from cloister_fl.client.dicom.file_finder import read_file  # noqa: E402

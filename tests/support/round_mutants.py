@@ -339,8 +339,8 @@ def _by_mean(blocks, optimizer):
         ROUND,
         (
             (
-                "    trained, seen = trained_part(local, cohort, study.training)\n",
-                "    trained, seen = trained_part(local, cohort, study.training)\n"
+                "    trained, seen = trained_part(local, cohort, study.training, told)\n",
+                "    trained, seen = trained_part(local, cohort, study.training, told)\n"
                 "    labels = [getattr(one, 'label', 0) for one in cohort.patients] or [1]\n"
                 "    globals()['_RARE'] = 1.5 - sum(one == 1 for one in labels) / len(labels)\n",
             ),

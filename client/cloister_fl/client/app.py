@@ -128,7 +128,8 @@ def prepare(kept: Kept, message: Message, context: Context) -> Message:
         if isinstance(module, FrozenBackbone) and not study.training.augment:
             # Now, where reading takes its time anyway, and not in the first round.
             with _told_at_the_site(session, study):
-                features_of(module, _parts(kept, session, admission)[0])
+                told = functools.partial(_tell, session, study) if study.privacy.enabled else None
+                features_of(module, _parts(kept, session, admission)[0], told)
         # Last: everything else is well, so the answer means "yes, but not now".
         gate.require_hours(site, datetime.datetime.now().time())
         ledger = session.ledger_name() if admission.charges is not None else ""
@@ -293,7 +294,7 @@ def _trained(
             round_number=round_number,
             steps=study.training.steps_per_round,
             site=session.site.name,
-            told=functools.partial(_tell, session, study),
+            told=functools.partial(_tell, session, study) if charges is not None else None,
         )
 
     if charges is None:

@@ -86,11 +86,11 @@ def init(
     folder = one_folder(positional, option) or Path()
     require("client", "numpy", "pydicom")
     from cloister_fl.client.site.folder import SITE_FILE, init_site, require_as_written
-    from cloister_fl.client.site.policy import Policy, bound_missing
+    from cloister_fl.client.site.policy import bound_missing, policy_for
     from cloister_fl.system.git_ignore import uncovered_by_git_ignore
 
     new = not (folder / SITE_FILE).exists()
-    policy = Policy(patients_at_most=patients_at_most or 0)
+    policy = policy_for(patients_at_most)
     site = init_site(folder, name=name, dicom=dicom, labels=labels, policy=policy)
     require_as_written(
         site, name=name, dicom=dicom, labels=labels, patients_at_most=patients_at_most

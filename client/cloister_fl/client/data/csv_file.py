@@ -18,6 +18,8 @@ from cloister_fl.system.text import counted, listed
 
 MAX_BYTES = 64 << 20
 """Largest file; a million rows fit."""
+MAX_LINE = 1 << 16
+"""Longest line, in characters, where lines are read apart."""
 SHOWN = 20
 """Most lines that one message lists."""
 
@@ -133,21 +135,51 @@ def rows_of(text: str, delimiter: str, faults: Faults) -> Iterator[tuple[int, li
         line = reader.line_num + 1
 
 
-def rows_apart(text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield rows as ``rows_of`` does; where one is broken, reading goes on in the line behind."""
-    read_lines = list(io.StringIO(text, newline=""))
-    start = 0
-    while start < len(read_lines):
-        rest = (read_lines[place] for place in range(start, len(read_lines)))
-        reader = csv.reader(rest, delimiter=delimiter, strict=True)
-        read = 0
+def first_line(path: Path, what: str, setting: str, invalid: Invalid) -> str:
+    """The first line of a file, whatever it holds; arguments and errors as of ``read_text``."""
+    return next(_lines(path, what, setting, invalid), "") or ""
+
+
+def lines_apart(
+    path: Path, delimiter: str, what: str, setting: str, invalid: Invalid
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield each line's number and its stripped cells; one that is not CSV by itself is left out.
+
+    A row that a quotation mark carries into the next line is two broken ones: it could swallow
+    another patient's. The file may have any size, a line ``MAX_LINE`` characters.
+
+    Args:
+        path: the file.
+        delimiter: what separates cells.
+        what, setting, invalid: as of ``read_text``.
+
+    Raises:
+        DataError: of ``invalid``: the file cannot be read.
+    """
+    for number, line in enumerate(_lines(path, what, setting, invalid), start=1):
+        if line is None:
+            continue
         try:
-            for cells in reader:
-                yield start + read + 1, [cell.strip() for cell in cells]
-                read = reader.line_num
+            cells = next(csv.reader([line], delimiter=delimiter, strict=True), [])
         except csv.Error:
-            read += 1
-        start += read
+            continue
+        yield number, [cell.strip() for cell in cells]
+
+
+def _lines(path: Path, what: str, setting: str, invalid: Invalid) -> Iterator[str | None]:
+    """Yield lines without their ends; None for one that is too long."""
+    remedy = f"Check '{setting}' in site.toml, and that this user may read the file."
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            while line := file.readline(MAX_LINE):
+                is_whole, rest = True, line
+                while rest and not rest.endswith("\n"):
+                    rest = file.readline(MAX_LINE)
+                    is_whole = is_whole and not rest
+                yield line.removesuffix("\n") if is_whole else None
+    except OSError as error:
+        why = (error.strerror or "The system gave no reason") + "."
+        raise invalid(f"The {what} cannot be read.", why=why, remedy=remedy) from None
 
 
 def listing(faults: Faults, more: Sequence[str] = ()) -> str:

@@ -1,9 +1,10 @@
 """Manifests of frozen training data: every image of a study, its patient and label, signed.
 
 The steward's approval of a study freezes the site's data; each run checks that every image is
-still there, from the same bytes, with the same pixels and the same label. Images that came later
-are left out of the study, so a folder that grows disturbs nobody. Everything in a manifest is a
-pseudonym or a keyed hash: it can be kept and shown, and tells of no patient.
+still there, from the same bytes and with the same pixels, and looks whether the labels file still
+says the same. Images that came later are left out of the study, so a folder that grows disturbs
+nobody. Everything in a manifest is a pseudonym, a keyed hash or sealed: it can be kept and shown,
+and tells of no patient.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from cloister_fl.client.data.patients.units import Decisions, Row
+from cloister_fl.client.data.sealed_labels import Cells, Named, open_labels, seal_labels
 from cloister_fl.client.dicom.pixels.preprocessing_digest import spec_digest
 from cloister_fl.client.site.audit_log import log_of
 from cloister_fl.client.site.folder import Site, command_at
@@ -29,7 +32,7 @@ from cloister_fl.system.files import locked, make_private_dir, write_atomic
 from cloister_fl.system.text import counted, is_reason
 
 _LABEL = "cloister/manifest/v1"
-_VERSION = 2
+_VERSION = 3
 _SHOWN = 20
 _AGAIN = "freeze STUDY --again --why '...'"
 
@@ -64,6 +67,7 @@ class Manifest:
         items: the images.
         segmentations: keyed hashes of the files that the masks came from.
         patients: by which patients were told apart.
+        labels: what the images were labelled with; see ``sealed_labels``.
     """
 
     study: str
@@ -72,6 +76,7 @@ class Manifest:
     items: tuple[Item, ...]
     segmentations: tuple[str, ...] = ()
     patients: Decisions = field(default_factory=Decisions)
+    labels: str = ""
 
     @property
     def contents(self) -> frozenset[bytes]:
@@ -165,13 +170,15 @@ def load(site: Site, study: Study) -> Manifest | None:
         body = told["body"]
         items = tuple(Item(**one) for one in body["items"])
         files = tuple(str(one) for one in body["segmentations"])
-        if body["version"] == 1:
-            raise _older(site, "tells patients apart")
+        if body["version"] in {1, 2}:
+            raise _older(site, "keeps labels")
         told_apart = body["patients"]
         patients = Decisions(
             told_apart["settings"], tuple(Row(**row) for row in told_apart["rows"])
         )
-        manifest = Manifest(body["study"], body["spec"], body["time"], items, files, patients)
+        manifest = Manifest(
+            body["study"], body["spec"], body["time"], items, files, patients, body["labels"]
+        )
         # Every hash has the form of one.
         _ = manifest.contents
         canonical = manifest.body(site.name)
@@ -213,6 +220,7 @@ def freeze(
     items: Iterable[Item],
     *,
     segmentations: Iterable[bytes] = (),
+    cells: Mapping[Named, Cells] = MappingProxyType({}),
     patients: Decisions | None = None,
     undecided: int = 0,
     why: str = "",
@@ -227,6 +235,7 @@ def freeze(
         study: the study.
         items: its images.
         segmentations: contents of the segmentations that mark them.
+        cells: their labels, by pseudonym of image and patient.
         patients: by which patients were told apart.
         undecided: how many sets of patients may be one, and were not decided; for the log.
         why: why another manifest is replaced; empty for the first.
@@ -238,7 +247,8 @@ def freeze(
     spec = spec_digest(study.input, study.task.segment_read)
     files = tuple(sorted(one.hex() for one in segmentations))
     patients = patients or Decisions()
-    manifest = Manifest(study.digest, spec, now, tuple(sorted(items)), files, patients)
+    labels = seal_labels(site.pseudonym_key(), study.digest, cells)
+    manifest = Manifest(study.digest, spec, now, tuple(sorted(items)), files, patients, labels)
     body = manifest.body(site.name)
     path = path_of(site, study)
     make_private_dir(path.parent)
@@ -247,6 +257,18 @@ def freeze(
     write_atomic(path, text.encode())
     _note(site, manifest, why, undecided)
     return manifest
+
+
+def labels_of(site: Site, manifest: Manifest) -> dict[Named, Cells]:
+    """What the images were labelled with, by pseudonym of image and patient.
+
+    Raises:
+        DataChanged: the labels cannot be opened with the site's key.
+    """
+    try:
+        return open_labels(site.pseudonym_key(), manifest.study, manifest.labels)
+    except ValueError:
+        raise _altered(site) from None
 
 
 def is_frozen(site: Site, study: Study) -> bool:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cloister_fl.client.data.file_memory import memory_of
+from cloister_fl.client.data.file_cache.file_memory import memory_of
 from cloister_fl.client.data.frozen_dataset import Manifest, image_name
 from cloister_fl.client.data.labels import Linked
 from cloister_fl.client.data.mask_matching import Join

@@ -18,12 +18,12 @@ from cloister_fl.client.data.csv_file import (
     Faults,
     bare,
     described,
+    first_line,
     header_of,
     lines,
+    lines_apart,
     listing,
-    read_bytes,
     read_text,
-    rows_apart,
     rows_of,
 )
 from cloister_fl.client.dicom.folder_reader import Keys
@@ -38,10 +38,17 @@ _NAMED = "labels file", "data.labels", LabelsInvalid
 
 @dataclass(frozen=True)
 class Label:
-    """One row of the file: its 1-based line and the record that it holds, see ``Task``."""
+    """One row of the file.
+
+    Attributes:
+        line: 1-based.
+        value: the record that it holds, see ``Task``.
+        cells: what the record was read from.
+    """
 
     line: int
     value: Hashable
+    cells: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -109,8 +116,9 @@ def read_labels(path: Path, task: Task, number: Callable[[str], str] = str) -> L
 def sound_labels(path: Path, task: Task, number: Callable[[str], str] = str) -> Labels:
     """Read what can be used of a labels file: a row with a fault counts as absent, alone.
 
-    A run with privacy reads labels so: what one patient's row says has no bearing on another's.
-    Of rows with one key none counts.
+    A run with privacy reads labels so, where nobody froze the data: what one patient's row says
+    has no bearing on another's. So each line is a row, whatever quotation marks it lacks, and no
+    row makes the file too large. Of rows with one key none counts.
 
     Args:
         path, task, number: as ``read_labels``.
@@ -118,13 +126,19 @@ def sound_labels(path: Path, task: Task, number: Callable[[str], str] = str) -> 
     Raises:
         LabelsInvalid: the file cannot be read, or its first line does not say what is in it.
     """
-    text = read_bytes(path, *_NAMED).decode("utf-8-sig", "replace")
-    return _parsed(text, task, number, None)
+    first = first_line(path, *_NAMED)
+    return _parsed(first, task, number, None, lambda mark: lines_apart(path, mark, *_NAMED))
 
 
-def _parsed(text: str, task: Task, number: Callable[[str], str], faults: Faults | None) -> Labels:
-    """Read the rows; those with a fault are left out, and listed where ``faults`` is given."""
-    alone = faults is None
+def _parsed(
+    text: str,
+    task: Task,
+    number: Callable[[str], str],
+    faults: Faults | None,
+    apart: Callable[[str], Iterator[tuple[int, list[str]]]] | None = None,
+) -> Labels:
+    """Read the rows of a text, or of ``apart``, which gets what separates cells; those with a fault
+    are left out, and listed where ``faults`` is given."""
     faults = [] if faults is None else faults
     wanted = task.source.columns if isinstance(task.source, LabelsFile) else ()
     header, delimiter = header_of(text, wanted, KEY_COLUMNS)
@@ -134,7 +148,7 @@ def _parsed(text: str, task: Task, number: Callable[[str], str], faults: Faults 
     at_key, at_values = header.index(column), [header.index(name) for name in wanted]
     rows: dict[str, Label] = {}
     twice: set[str] = set()
-    for line, cells in rows_apart(text, delimiter) if alone else rows_of(text, delimiter, faults):
+    for line, cells in apart(delimiter) if apart else rows_of(text, delimiter, faults):
         if line == 1 or not any(cells):
             continue
         if len(cells) != len(header):
@@ -148,32 +162,36 @@ def _parsed(text: str, task: Task, number: Callable[[str], str], faults: Faults 
             faults.append((line, f"has the same {column} as line {first}"))
             twice.add(key)
         else:
+            values = [cells[place] for place in at_values]
             try:
-                record = task.record([cells[place] for place in at_values])
+                record = task.record(values)
             except ValueError as error:
                 faults.append((line, str(error)))
             else:
-                rows[key] = Label(line, record)
+                rows[key] = Label(line, record, tuple(values))
     return Labels(column, {key: row for key, row in rows.items() if key not in twice})
 
 
 def join(
     labels: Labels, images: Sequence[Linked], root: Path | None = None, *, alone: bool = False
-) -> tuple[list[Hashable | None], list[DataError]]:
+) -> tuple[list[Label | None], list[DataError]]:
     """Give each image its label, and list all that does not fit.
 
     A row may speak for several images, never for several patients; a patient has one label. A
     duplicate takes no label of its own, but a row that names it belongs to its patient.
 
+    With ``alone`` a patient's label follows from the patient's images and the rows that name one
+    of them, whoever else they name: that a row is shared is told, and changes nobody's label.
+
     Args:
         labels: the labels file, as read.
         images: the images to join it to.
         root: the site folder, for the commands of the remedies.
-        alone: give no label to a patient whose rows disagree or are shared with another patient.
+        alone: give no label to a patient whose rows disagree.
 
     Returns:
-        The record of each image, None where there is none; and the faults found, as errors
-        that the caller may raise or list.
+        The row of each image, None where there is none; and the faults found, as errors that the
+        caller may raise or list.
     """
     patients_of: dict[str, set[str]] = defaultdict(set)
     rows_of_patient: dict[str, set[Label]] = defaultdict(set)
@@ -203,29 +221,26 @@ def join(
         remedy = "Correct these lines: a patient has one class, and a row names one patient."
         errors.append(_invalid(faults, remedy, conflicts))
     inherited = _from_duplicates(images, direct)
-    values = [
-        label.value if label is not None else inherited.get(image.patient)
+    found = [
+        label if label is not None else inherited.get(image.patient)
         for image, label in zip(images, direct, strict=True)
     ]
-    errors += _unmatched(labels, images, values, used, root)
+    errors += _unmatched(labels, images, found, used, root)
     if alone:
-        shared = {one for owners in patients_of.values() if len(owners) > 1 for one in owners}
         torn = {
             one for one, rows in rows_of_patient.items() if len({row.value for row in rows}) > 1
         }
-        values = [
-            None if image.patient in shared | torn else value
-            for image, value in zip(images, values, strict=True)
+        found = [
+            None if image.patient in torn else label
+            for image, label in zip(images, found, strict=True)
         ]
-    return values, errors
+    return found, errors
 
 
-def _from_duplicates(
-    images: Sequence[Linked], direct: Sequence[Label | None]
-) -> dict[str, Hashable]:
+def _from_duplicates(images: Sequence[Linked], direct: Sequence[Label | None]) -> dict[str, Label]:
     """Return what rows for duplicates say of their patients; the kept twin may have no row."""
     return {
-        image.patient: label.value
+        image.patient: label
         for image, label in zip(images, direct, strict=True)
         if image.duplicate and label is not None
     }
@@ -234,14 +249,14 @@ def _from_duplicates(
 def _unmatched(
     labels: Labels,
     images: Sequence[Linked],
-    values: Sequence[Hashable | None],
+    found: Sequence[Label | None],
     used: set[str],
     root: Path | None,
 ) -> Iterator[DataError]:
     missing = [
         image.patient[:12]
-        for image, value in zip(images, values, strict=True)
-        if value is None and not image.duplicate
+        for image, label in zip(images, found, strict=True)
+        if label is None and not image.duplicate
     ]
     if missing:
         yield LabelMissing(

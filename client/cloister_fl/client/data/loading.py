@@ -24,9 +24,17 @@ from cloister_fl.client.data.patients.possible_matches import (
     undecided_error,
 )
 from cloister_fl.client.data.patients.units import Decisions, Units
-from cloister_fl.client.data.targets import UNLABELLED, Targets, join_targets, unlabelled
+from cloister_fl.client.data.sealed_labels import Cells
+from cloister_fl.client.data.targets import (
+    UNLABELLED,
+    Targets,
+    frozen_targets,
+    join_targets,
+    unlabelled,
+)
 from cloister_fl.client.data.volumes import as_images
 from cloister_fl.client.dicom.facts import Facts
+from cloister_fl.client.dicom.file_finder import is_listable
 from cloister_fl.client.dicom.folder_reader import Accepted
 from cloister_fl.client.ledger.machine_registry import Trait
 from cloister_fl.client.pacs.fetch import names_stored, require_whole
@@ -34,7 +42,7 @@ from cloister_fl.client.site.data_notice import note_data, note_look
 from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import CloisterError, DataError, LabelWithoutImage, Reject
 from cloister_fl.study.schema import Study
-from cloister_fl.tasks import Task
+from cloister_fl.tasks import LabelsFile, Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +65,7 @@ class Reading:
             that is frozen.
         unused: lines of the steward's mapping whose number no image has.
         traits: what tells the patients on this machine; see ``patients.other_ledgers``.
+        cells: the labels of ``items``, by pseudonyms of image and patient; see ``sealed_labels``.
     """
 
     cohort: Cohort | None
@@ -73,6 +82,7 @@ class Reading:
     matches: tuple[Match, ...] = field(default=(), repr=False)
     unused: tuple[int, ...] = ()
     traits: frozenset[Trait] = field(default=frozenset(), repr=False)
+    cells: Mapping[tuple[str, str], Cells] = field(default_factory=dict, repr=False)
 
 
 def load_cohort(
@@ -102,14 +112,16 @@ def load_for_run(site: Site, study: Study) -> Cohort:
     """Read what a run trains on.
 
     With privacy on, the data have no say in whether a site answers: nobody's images or labels make
-    this raise. Of what was frozen, an image counts that is there unchanged, another is absent, and
-    so is a patient without an image; possibly all are. What is absent is a notice to the site's
-    own people (``data_notice``), and nothing of it goes into the audit log, whose head travels
-    with each answer: an entry there, or its number, would tell.
+    this raise. Of what was frozen, an image counts that is there unchanged, with the label that it
+    was frozen with; another is absent, and so is a patient without an image; possibly all are. What
+    is absent, and what the labels file says now, is a notice to the site's own people
+    (``data_notice``), and nothing of it goes into the audit log, whose head travels with each
+    answer: an entry there, or its number, would tell.
 
     Whether an image counts depends on its patient's files and rows alone, so a patient who comes
     or goes takes nobody else along. Data that nobody froze, as of a study that a rule approved, are
-    frozen now, as far as they can be used.
+    frozen now, as far as they can be used; not where they could not be read as a whole, which is no
+    matter of a patient's.
 
     Without privacy, see ``load_frozen``.
 
@@ -121,15 +133,16 @@ def load_for_run(site: Site, study: Study) -> Cohort:
     if not study.privacy.enabled:
         return load_frozen(site, study)
     frozen = manifests.load(site, study)
+    unread_whole = frozen is None and not is_listable(site.dicom)
     try:
         reading = read_cohort(site, study, frozen=frozen, alone=True)
         faults: list[CloisterError] = [*reading.faults]
     except Exception as error:
         # The last resort, for a fault of the program: it must not become an answer either.
-        reading, faults = Reading(None, (), 0, {}), [unread(error)]
+        reading, faults, unread_whole = Reading(None, (), 0, {}), [unread(error)], True
     with contextlib.suppress(CloisterError):
         other_ledgers.note_ledger(site)
-    if frozen is None:
+    if frozen is None and not unread_whole:
         with manifests.alone(site):
             frozen = manifests.load(site, study)
             if frozen is not None:
@@ -238,6 +251,7 @@ def write_frozen(site: Site, study: Study, reading: Reading, why: str = "") -> M
         study,
         reading.items,
         segmentations=reading.segmentations,
+        cells=reading.cells,
         patients=reading.decisions,
         undecided=len(reading.matches),
         why=why,
@@ -293,7 +307,7 @@ def read_cohort(
     # What a study was frozen with holds for it, whatever the steward decided since.
     mapping: PatientMapping | None = None
     if frozen is None:
-        mapping = mapping_of(site)
+        mapping = mapping_of(site, alone=alone)
         decisions = mapping.decisions
     else:
         decisions = frozen.patients
@@ -330,15 +344,12 @@ def read_cohort(
             for fault in targets.faults
             if frozen is None or not isinstance(fault, LabelWithoutImage)
         )
-    items = tuple(
-        item_of(
-            key, digest, sop_instance=one.keys.sop_instance, patient=name,
-            content=one.content, pixels=one.facts.pixels, label=token,
-        )
-        for (one, name), token in zip(
-            slices, targets.tokens(study.task, accepted, slices), strict=True
-        )
-    )  # fmt: skip
+    items = _items(site, study, accepted, slices, targets)
+    cells = {
+        (item.image, item.patient): one
+        for item, one in zip(items, targets.cells_of(accepted, slices), strict=True)
+        if one is not None
+    }
     torn = joined.torn if joined else set()
     spoiled = [
         item.image
@@ -350,6 +361,14 @@ def read_cohort(
         faults[:0] = manifests.differences(frozen, items, spoiled, found.elsewhere, root=site.root)
     counted = dict(sorted(rejects.items(), key=lambda item: item[0].value))
     if alone:
+        if frozen is not None and require_labels and isinstance(study.task.source, LabelsFile):
+            # What the labels file says now is told above, and has no say here.
+            names = [
+                (manifests.image_name(key, digest, one.keys.sop_instance), name)
+                for one, name in accepted
+            ]
+            targets = frozen_targets(study.task, names, manifests.labels_of(site, frozen))
+            items = _items(site, study, accepted, slices, targets)
         accepted, targets, items = _usable(study, accepted, targets, slices, items, frozen)
     cohort = _assemble(accepted, targets if require_labels else None, counted, study.task)
     if cohort is not None and require_labels and not faults:
@@ -360,7 +379,27 @@ def read_cohort(
         tuple(found.segmentations), joined.faded if joined else 0, facts, decisions,
         () if mapping is None else undecided(found.known, mapping, site.patients),
         () if mapping is None else lines_without_image(found.known, mapping),
-        frozenset(found.traits),
+        frozenset(found.traits), cells,
+    )  # fmt: skip
+
+
+def _items(
+    site: Site,
+    study: Study,
+    images: Sequence[tuple[Accepted, str]],
+    slices: Sequence[tuple[Accepted, str]],
+    targets: Targets,
+) -> tuple[Item, ...]:
+    """The images as a manifest names them; of volumes, their slices."""
+    key, digest = site.pseudonym_key(), study.digest
+    return tuple(
+        item_of(
+            key, digest, sop_instance=one.keys.sop_instance, patient=name,
+            content=one.content, pixels=one.facts.pixels, label=token,
+        )
+        for (one, name), token in zip(
+            slices, targets.tokens(study.task, images, slices), strict=True
+        )
     )  # fmt: skip
 
 

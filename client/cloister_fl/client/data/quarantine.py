@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cloister_fl.client.data.file_memory import memory_of
-from cloister_fl.client.data.image_cache import Cache
+from cloister_fl.client.data.file_cache.file_memory import memory_of
+from cloister_fl.client.data.file_cache.image_cache import Cache
 from cloister_fl.client.dicom.file_finder import Found, discover
 from cloister_fl.client.dicom.folder_reader import (
     Accepted,

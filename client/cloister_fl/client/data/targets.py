@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, assert_never
+from typing import Any, TypeVar, assert_never
 
-from cloister_fl.client.data.labels import Linked, join, read_labels, sound_labels
+from cloister_fl.client.data.labels import Label, Labels, Linked, join, read_labels, sound_labels
 from cloister_fl.client.data.mask_matching import Join
+from cloister_fl.client.data.sealed_labels import Cells
 from cloister_fl.client.dicom.folder_reader import Accepted
 from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import DataError, LabelsInvalid
@@ -17,6 +19,7 @@ from cloister_fl.tasks import LabelsFile, Segmentations, Task
 UNLABELLED = -1
 """Label of a patient that was read with ``require_labels=False``."""
 
+_Value = TypeVar("_Value")
 Named = tuple[Accepted, str]
 """An image and its patient's pseudonym."""
 
@@ -28,33 +31,46 @@ class Targets:
     Attributes:
         records: by image, see ``Task``; None where there is none.
         faults: what does not fit.
+        cells: by image, the cells of the labels file that its record was read from; None where
+            there is none. Empty where there is no labels file.
     """
 
     records: Sequence[Any]
     faults: tuple[DataError, ...] = ()
+    cells: Sequence[Cells | None] = ()
 
     def tokens(
         self, task: Task, images: Sequence[Named], slices: Sequence[Named]
     ) -> list[str | None]:
         """What a manifest keeps of each slice: ``Task.token`` of its record; a slice of a volume
         has its patient's."""
-        own: dict[tuple[str, str], Any] = {}
-        of_patient: dict[str, Any] = {}
-        for (one, name), record in zip(images, self.records, strict=True):
-            own[name, one.keys.sop_instance] = record
-            of_patient[name] = record
-        found = (
-            own[name, one.keys.sop_instance]
-            if (name, one.keys.sop_instance) in own
-            else of_patient[name]
-            for one, name in slices
-        )
+        found = _by_slice(self.records, images, slices)
         return [None if record is None else task.token(record) for record in found]
+
+    def cells_of(self, images: Sequence[Named], slices: Sequence[Named]) -> list[Cells | None]:
+        """The cells of each slice; a slice of a volume has its patient's."""
+        return _by_slice(self.cells or [None] * len(images), images, slices)
 
     def label(self, task: Task, places: Sequence[int]) -> int:
         """The label of the patient whose images are at ``places``."""
         known = [self.records[place] for place in places if self.records[place] is not None]
         return task.label(known) if known else UNLABELLED
+
+
+def _by_slice(
+    values: Sequence[_Value], images: Sequence[Named], slices: Sequence[Named]
+) -> list[_Value]:
+    own: dict[tuple[str, str], _Value] = {}
+    of_patient: dict[str, _Value] = {}
+    for (one, name), value in zip(images, values, strict=True):
+        own[name, one.keys.sop_instance] = value
+        of_patient[name] = value
+    return [
+        own[name, one.keys.sop_instance]
+        if (name, one.keys.sop_instance) in own
+        else of_patient[name]
+        for one, name in slices
+    ]
 
 
 def unlabelled(images: Sequence[Named]) -> Targets:
@@ -93,10 +109,28 @@ def join_targets(
             found, faults = _labels(site, study.task, linked, number, alone=alone)
             # Where no image could be used, that labels have no image is no news; a bad file is.
             faults = [one for one in faults if images or isinstance(one, LabelsInvalid)]
-            kept = [value for value, one in zip(found, linked, strict=True) if not one.duplicate]
-            return Targets(kept, tuple(faults))
+            kept = [label for label, one in zip(found, linked, strict=True) if not one.duplicate]
+            return Targets(
+                [None if label is None else label.value for label in kept],
+                tuple(faults),
+                [None if label is None else label.cells for label in kept],
+            )
         case _:
             assert_never(source)
+
+
+def frozen_targets(
+    task: Task, names: Sequence[tuple[str, str]], cells: Mapping[tuple[str, str], Cells]
+) -> Targets:
+    """The targets that images were frozen with, whatever the labels file says now.
+
+    Args:
+        task: the study's; one that has a labels file.
+        names: pseudonyms of each image, or of a slice of each volume, and of its patient.
+        cells: by pseudonyms; see ``frozen_dataset.labels_of``.
+    """
+    found = [cells.get(name) for name in names]
+    return Targets([None if one is None else task.record(one) for one in found], cells=found)
 
 
 def faults_alone(site: Site, task: Task) -> list[DataError]:
@@ -119,17 +153,18 @@ def _labels(
     number: Callable[[str], str],
     *,
     alone: bool,
-) -> tuple[list[Any], list[DataError]]:
+) -> tuple[list[Label | None], list[DataError]]:
     faults: list[DataError] = []
+    labels: Labels | None = None
     try:
         labels = read_labels(site.labels, task, number)
     except DataError as error:
-        if not alone:
-            return [None] * len(linked), [error]
         faults.append(error)
-        try:
+    if alone:
+        # Also where the whole of it can be read: a row that swallowed another is no fault of CSV.
+        with suppress(DataError):
             labels = sound_labels(site.labels, task, number)
-        except DataError:
-            return [None] * len(linked), faults
-    records, more = join(labels, linked, site.root, alone=alone)
-    return records, [*faults, *more]
+    if labels is None:
+        return [None] * len(linked), faults
+    found, more = join(labels, linked, site.root, alone=alone)
+    return found, [*faults, *more]

@@ -59,6 +59,15 @@ class Found:
         return "/".join(map(str, parts))
 
 
+def is_listable(root: Path) -> bool:
+    """Whether a data folder is there and may be listed."""
+    try:
+        _entries(root)
+    except OSError:
+        return False
+    return True
+
+
 def discover(root: Path) -> tuple[Found, ...]:
     """List a data folder, ordered by the bytes of the relative path.
 
@@ -82,20 +91,21 @@ def discover(root: Path) -> tuple[Found, ...]:
         for entry in waiting.pop():
             path = Path(entry.path)
             name = os.fsencode(os.path.relpath(path, real))
-            if entry.is_symlink():
-                refused = _judge_link(path, real)
-                if refused is not None:
-                    found.append(Found(path, name, refused))
-            elif entry.is_dir(follow_symlinks=False):
-                try:
+            # Whatever the file system says of one entry is about that one alone.
+            try:
+                if entry.is_symlink():
+                    refused = _judge_link(path, real)
+                    if refused is not None:
+                        found.append(Found(path, name, refused))
+                elif entry.is_dir(follow_symlinks=False):
                     waiting.append(_entries(path))
-                except OSError:
+                elif not entry.is_file(follow_symlinks=False):
+                    # A pipe or a device: opening it could block or act.
                     found.append(Found(path, name, Reject.UNREADABLE))
-            elif not entry.is_file(follow_symlinks=False):
-                # A pipe or a device: opening it could block or act.
+                elif entry.name.upper() != "DICOMDIR":
+                    found.append(Found(path, name, root=real))
+            except OSError:
                 found.append(Found(path, name, Reject.UNREADABLE))
-            elif entry.name.upper() != "DICOMDIR":
-                found.append(Found(path, name, root=real))
     return tuple(sorted(found, key=lambda one: os.fsencode(one.path)))
 
 
@@ -141,8 +151,9 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 def _judge_link(path: Path, root: Path) -> Reject | None:
     try:
         target = path.resolve(strict=False)
+        if not target.is_relative_to(root):
+            return Reject.OUTSIDE_ROOT
+        # A name that is too long, or a folder on the way that may not be entered, raises.
+        return None if target.exists() else Reject.UNREADABLE
     except (OSError, RuntimeError):
         return Reject.UNREADABLE
-    if not target.is_relative_to(root):
-        return Reject.OUTSIDE_ROOT
-    return None if target.exists() else Reject.UNREADABLE

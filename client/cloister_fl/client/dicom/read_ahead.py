@@ -45,7 +45,7 @@ class Item(Protocol):
 
 
 class ImageCache(Protocol):
-    """What ``read_folder`` needs of a cache; see ``cloister_fl.client.data.image_cache``."""
+    """What ``read_folder`` needs of a cache; see ``client.data.file_cache.image_cache``."""
 
     damaged: int
 
@@ -59,7 +59,7 @@ class ImageCache(Protocol):
 
 
 class FileIndex(Protocol):
-    """What ``read_folder`` needs of an index; see ``cloister_fl.client.data.file_index``."""
+    """What ``read_folder`` needs of an index; see ``client.data.file_cache.file_index``."""
 
     def content(self, name: bytes, stamp: str) -> bytes | None: ...
 

@@ -29,7 +29,7 @@ from cloister_fl.client.network.http import Answer, Failure, dial
 from cloister_fl.client.network.http_errors import error_of
 from cloister_fl.client.network.proxy import proxy_of
 from cloister_fl.client.site.folder import Site, init_site, open_site, require_as_written
-from cloister_fl.client.site.policy import Policy
+from cloister_fl.client.site.policy import policy_for
 from cloister_fl.client.site.settings import Network
 from cloister_fl.errors import (
     CoordinatorUnproven,
@@ -149,7 +149,7 @@ def prepare(
             dicom=dicom,
             labels=labels,
             network=network,
-            policy=Policy(patients_at_most=patients_at_most or 0),
+            policy=policy_for(patients_at_most),
         )
         if fresh
         else open_site(root)

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from cloister_fl.client.site.training_hours import is_span
-from cloister_fl.errors import EpsilonUnreachable
+from cloister_fl.errors import EpsilonUnreachable, PrivacyError
 from cloister_fl.membership.identity import usable_public_key
 from cloister_fl.study.schema import Modality, Name, Study
 from cloister_fl.system.toml import FileModel, KeyedValueError
@@ -118,6 +118,19 @@ class Policy(FileModel):
         return self
 
 
+def policy_for(patients_at_most: int | None) -> Policy:
+    """The strict policy of a site with a bound on its patients; None leaves it undeclared.
+
+    The lifetime's delta follows the bound, for a ledger keeps the delta that it began with.
+    """
+    if patients_at_most is None:
+        return Policy()
+    usual = Policy().ledger_delta
+    return Policy(
+        patients_at_most=patients_at_most, ledger_delta=min(usual, delta_for(patients_at_most))
+    )
+
+
 def refusals(policy: Policy, study: Study, invited_sites: int) -> tuple[str, ...]:
     """Say in plain words why the policy does not allow a study.
 
@@ -170,12 +183,8 @@ def refusals(policy: Policy, study: Study, invited_sites: int) -> tuple[str, ...
                 f"privacy.delta = {privacy.delta:g} is small enough for this site's patients; "
                 f"it is for up to {_patients_for(privacy.delta)}."
             )
-        elif privacy.delta * 10 * policy.patients_at_most > 1:
-            found.append(
-                f"policy.patients_at_most is {policy.patients_at_most}, which allows a delta of "
-                f"{1 / (10 * policy.patients_at_most):g}; "
-                f"the study asks for privacy.delta = {privacy.delta:g}."
-            )
+        else:
+            found.extend(_of_delta(policy, privacy.delta))
         found.extend(_of_noise(policy, study))
     if study.training.rounds > policy.max_rounds:
         found.append(
@@ -197,12 +206,29 @@ def refusals(policy: Policy, study: Study, invited_sites: int) -> tuple[str, ...
     return tuple(found)
 
 
+def _of_delta(policy: Policy, delta: float) -> Iterator[str]:
+    bound = f"policy.patients_at_most is {policy.patients_at_most}, which allows a delta of "
+    bound += f"{delta_for(policy.patients_at_most):g}; "
+    if delta * 10 * policy.patients_at_most > 1 + 1e-9:
+        yield f"{bound}the study asks for privacy.delta = {delta:g}."
+    if policy.ledger_delta * 10 * policy.patients_at_most > 1 + 1e-9:
+        # The lifetime's promise is for all patients, too.
+        yield f"{bound}policy.ledger_delta is {policy.ledger_delta:g}."
+
+
+def delta_for(patients: int) -> float:
+    """The largest delta for so many patients, 1 or more: a tenth of one over their number."""
+    return 1 / (10 * patients)
+
+
 def _of_noise(policy: Policy, study: Study) -> Iterator[str]:
     from cloister_fl.study.cost import charges
 
     try:
         used = charges(study)
-    except EpsilonUnreachable:
+    except PrivacyError as error:
+        if error.code != EpsilonUnreachable.code:
+            raise
         # Told with more words where the study is let in.
         return
     for name, mechanism in (("training", used.step), ("noised evaluation", used.release)):

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from cloister_fl.client.data import frozen_dataset
-from cloister_fl.client.data.file_memory import memory_of
+from cloister_fl.client.data.file_cache.file_memory import memory_of
 from cloister_fl.client.data.patients.mapping import mapping_of
 from cloister_fl.client.data.patients.units import Units
 from cloister_fl.client.data.quarantine import releases

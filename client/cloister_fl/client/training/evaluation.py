@@ -28,10 +28,19 @@ BATCH = 64
 
 
 @contextmanager
-def answering(module: nn.Module, cohort: Cohort, task: Task) -> Iterator[Answering]:
+def answering(
+    module: nn.Module,
+    cohort: Cohort,
+    task: Task,
+    told: Callable[[Exception], None] | None = None,
+) -> Iterator[Answering]:
     """Give what answers for the images at some places of a cohort: ``Task.answer``, (N, ...).
 
     The network's mode is as before afterwards.
+
+    Args:
+        module, cohort, task: whose answers.
+        told: see ``features_of``.
     """
     import torch
 
@@ -42,7 +51,7 @@ def answering(module: nn.Module, cohort: Cohort, task: Task) -> Iterator[Answeri
     network: Callable[[Tensor], Tensor] = module
     if isinstance(module, FixedFeatures):
         # Computed an image at a time, so they are a function of the image alone.
-        seen, network = features_of(module, cohort), module.head
+        seen, network = features_of(module, cohort, told), module.head
     device = next(module.parameters()).device
     batch = images_at_once(cohort, BATCH)
 

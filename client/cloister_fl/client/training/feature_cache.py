@@ -9,6 +9,7 @@ A cohort keeps its own, and those of single images by the hash of the pixels; se
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,25 +18,46 @@ from torch import nn
 
 from cloister_fl.client.data.feature_store import Features, Rows
 from cloister_fl.client.training.sampling import Bag, Cohort, FeatureCohort, pixels_of
+from cloister_fl.errors import CloisterError
 from cloister_fl.networks.frozen_backbone import FixedFeatures
 
 
-def features_of(module: FixedFeatures, cohort: Cohort) -> FeatureCohort:
+def features_of(
+    module: FixedFeatures, cohort: Cohort, told: Callable[[Exception], None] | None = None
+) -> FeatureCohort:
     """See a cohort through the part of ``module`` that no training changes.
 
     Args:
         module: the network; where it has weights, they say on which device it computes.
         cohort: the patients; the pixels of one that was seen before must not have changed.
+        told: gets what fails for one image, whose features then are no numbers, so that its
+            patient has no gradient; without it, it is raised.
 
     Raises:
         ExtraMissing, WeightsUnfit: the network stands on weights that are not here.
     """
     # A cohort that keeps nothing, as a made-up one, is computed each time.
     kept: Features = getattr(cohort, "features", None) or Features()
-    if module.fixed not in kept.whole:
-        rows = [_row(module, cohort, place, kept.rows) for place in range(len(cohort.images))]
-        kept.whole[module.fixed] = np.stack(rows) if rows else np.empty((0, 0), np.float32)
-    return FeatureCohort(kept.whole[module.fixed], cohort.patients, cohort.targets)
+    if module.fixed in kept.whole:
+        return FeatureCohort(kept.whole[module.fixed], cohort.patients, cohort.targets)
+    rows: list[NDArray[np.float32] | None] = []
+    for place in range(len(cohort.images)):
+        try:
+            rows.append(_row(module, cohort, place, kept.rows))
+        except CloisterError:
+            # Of the weights, not of an image.
+            raise
+        except Exception as error:
+            if told is None:
+                raise
+            told(error)
+            rows.append(None)
+    sound = [row for row in rows if row is not None]
+    none = np.full_like(sound[0], np.nan) if sound else np.empty(0, np.float32)
+    whole = np.stack([none if row is None else row for row in rows]) if rows else none[None][:0]
+    if len(sound) == len(rows):
+        kept.whole[module.fixed] = whole
+    return FeatureCohort(whole, cohort.patients, cohort.targets)
 
 
 def _row(module: FixedFeatures, cohort: Cohort, place: int, rows: Rows) -> NDArray[np.float32]:

@@ -92,7 +92,7 @@ def train_round(
         )
     before = flatten(module)
     local = copy.deepcopy(module).train()
-    trained, seen = trained_part(local, cohort, study.training)
+    trained, seen = trained_part(local, cohort, study.training, told)
     optimizer = _optimizer(trained, study.training, round_number)
     if study.privacy.enabled:
         if not noise_multiplier > 0 or random is None:
@@ -177,7 +177,7 @@ class _Head(nn.Module):
 
 
 def trained_part(
-    local: nn.Module, cohort: Cohort, training: Training
+    local: nn.Module, cohort: Cohort, training: Training, told: Told | None = None
 ) -> tuple[nn.Module, Cohort | FeatureCohort]:
     """What is trained, and the cohort as it sees it: a fixed part runs once, not every step.
 
@@ -185,10 +185,11 @@ def trained_part(
         local: the network; what is returned shares its weights.
         cohort: the site's training patients.
         training: whether images are augmented; then a fixed part is no constant of an image.
+        told: see ``features_of``.
     """
     if not isinstance(local, FixedFeatures) or training.augment:
         return local, cohort
-    return _Head(local), features_of(local, cohort)
+    return _Head(local), features_of(local, cohort, told)
 
 
 def _draw(

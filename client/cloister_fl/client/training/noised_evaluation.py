@@ -44,7 +44,7 @@ def counts_in_units(
     """
     task, most = study.task, sensitivity(study)
     total = np.zeros(task.counts_shape(RELEASE_BINS), np.int64)
-    with answering(module, cohort, task) as answer:
+    with answering(module, cohort, task, told) as answer:
         for patient in cohort.patients:
             # A pass of the patient's own, and not one with others.
             try:

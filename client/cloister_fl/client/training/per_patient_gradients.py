@@ -221,7 +221,11 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
     def _tries(self, images: int, one: Shape) -> bool:
         try:
             return self._try_places(images, one)
-        except (RuntimeError, NotImplementedError):
+        except (RuntimeError, NotImplementedError) as error:
+            if "memory" in str(error):
+                # So does torch say that there is none left. That is of the moment, and would
+                # decide for as long as the process runs.
+                raise
             # The network does what torch.func has no rule for.
             return False
 

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloister_fl.client.data.cohort import Cohort, Patient, same, split
-from cloister_fl.client.data.image_cache import Cache
+from cloister_fl.client.data.file_cache.image_cache import Cache
 from cloister_fl.client.data.loading import load_cohort, read_cohort
 from cloister_fl.client.data.targets import UNLABELLED
 from cloister_fl.client.dicom import file_finder

@@ -89,6 +89,10 @@ def _another_s(site: Site) -> None:
         found.save_as(path)
 
 
+ROWS = {
+    *("label changed", "no class", "no label", "long row", "no row", "two rows"),
+    *("quotation mark", "no text"),
+}
 OF_ONE: dict[str, Callable[[Site], object]] = {
     "both images gone": lambda site: [path.unlink() for path in _first_files(site)],
     "torn": lambda site: [path.write_bytes(path.read_bytes()[:700]) for path in _first_files(site)],
@@ -121,7 +125,10 @@ def test_what_happens_to_one_patient_costs_that_patient_alone(
     OF_ONE[how](site)
     after = _seen(load_for_run(site, STUDY))
     gone = {_name(site, FIRST)}
-    if how == "label changed" and first_run != "approved":
+    if how in ROWS and first_run == "approved":
+        # The label is frozen, whatever the file says now.
+        gone = set()
+    elif how == "label changed":
         # Nobody had frozen the other label.
         gone = set()
         assert after[_name(site, FIRST)][0] == 1
@@ -131,7 +138,8 @@ def test_what_happens_to_one_patient_costs_that_patient_alone(
         assert len(after[_name(site, "MRN-001")][1]) == 4
         del after[_name(site, "MRN-001")]
     assert after == {name: one for name, one in before.items() if name not in gone}
-    assert (STUDY.digest in data_notices(site.root)) is (how != "label changed" or bool(gone))
+    told = how != "label changed" or first_run == "approved"
+    assert (STUDY.digest in data_notices(site.root)) is told
 
 
 def test_a_patient_keeps_the_images_that_are_as_they_were(frozen: Site) -> None:
@@ -242,7 +250,7 @@ def test_a_site_without_data_freezes_none_and_trains_on_nobody(site: Site) -> No
     assert [one.kind for one in entries_of(site)] == ["frozen", "signed"]
 
 
-def test_a_row_that_two_patients_share_is_neither_s(tmp_path: Path) -> None:
+def test_a_row_that_two_patients_share_is_each_one_s(tmp_path: Path) -> None:
     from support.dicom import radiograph, write_dicom
 
     for number, accession in enumerate(["A1", "A1", "A2"]):
@@ -257,8 +265,13 @@ def test_a_row_that_two_patients_share_is_neither_s(tmp_path: Path) -> None:
     asked = studies.study()
     with raises(LabelsInvalid):
         freeze(site, asked)
-    (patient,) = load_for_run(site, asked).patients
-    assert patient.pseudonym == pseudonym(site.pseudonym_key(), asked.digest, "", "P2")
+    # It took both away, so that one patient's coming took the other along.
+    key = site.pseudonym_key()
+    assert {one.pseudonym: one.label for one in load_for_run(site, asked).patients} == {
+        pseudonym(key, asked.digest, "", name): label
+        for name, label in (("P0", 0), ("P1", 0), ("P2", 1))
+    }
+    assert data_notices(site.root)[asked.digest].code == LabelsInvalid.code
 
 
 def test_without_privacy_all_is_as_it_was(site: Site) -> None:
@@ -363,11 +376,24 @@ def test_a_notice_that_cannot_be_written_changes_nothing(tmp_path: Path) -> None
 
 
 def test_rows_behind_a_stray_quotation_mark_count(tmp_path: Path) -> None:
+    """Each line is a row: one that goes on in the next could swallow another patient's."""
     path = tmp_path / "labels.csv"
     task = Classification("finding", ("no", "yes"))
     path.write_text('PatientID,finding\nA,yes\n"B,no\nC,no\nD,"yes"\n"E\n1",no\nF,yes\n')
     assert {key: row.value for key, row in sound_labels(path, task).rows.items()} == {
-        "A": 1, "C": 0, "D": 1, "E\n1": 0, "F": 1,
+        "A": 1, "C": 0, "D": 1, '1"': 0, "F": 1,
     }  # fmt: skip
     with raises(LabelsInvalid):
         label_files.read_labels(path, task)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_line_that_is_too_long_is_left_out_alone(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "labels.csv"
+    task = Classification("finding", ("no", "yes"))
+    long = "x" * (1 << 16)
+    rows = ["PatientID,finding,why", f"A,yes,{long}", "B,no,x", f"C,yes,{long * 3}", "D,yes,y"]
+    path.write_bytes(("\ufeff" + end.join(rows)).encode())
+    assert {key: (row.line, row.value) for key, row in sound_labels(path, task).rows.items()} == {
+        "B": (3, 0), "D": (5, 1),
+    }  # fmt: skip

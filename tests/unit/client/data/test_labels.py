@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cloister_fl.client.data.labels import Labels, Linked, join, read_labels
 from cloister_fl.client.dicom.folder_reader import Keys
-from cloister_fl.errors import LabelMissing, LabelsInvalid, LabelWithoutImage
+from cloister_fl.errors import DataError, LabelMissing, LabelsInvalid, LabelWithoutImage
 from cloister_fl.tasks.classification import Classification
 from support.errors import is_of
 
@@ -190,6 +190,12 @@ def test_no_file_or_a_folder(tmp_path: Path) -> None:
         assert str(tmp_path) not in str(caught.value)
 
 
+def _joined(labels: Labels, images: list[Linked]) -> tuple[list[object], list[DataError]]:
+    """Values for the rows of ``join``."""
+    found, errors = join(labels, images)
+    return [None if label is None else label.value for label in found], errors
+
+
 @pytest.mark.parametrize(
     ("column", "keys"),
     [("SOPInstanceUID", ("i1", "i2", "i3")), ("AccessionNumber", ("acc-a", "acc-b"))],
@@ -199,12 +205,12 @@ def test_join(tmp_path: Path, column: str, keys: tuple[str, ...]) -> None:
     rows = "".join(f"{key},{classes[key]}\n" for key in keys)
     labels = _read(tmp_path, f"{column},finding\n{rows}")
     images = [_image("i1", "a"), _image("i2", "a"), _image("i3", "b")]
-    assert join(labels, images) == ([0, 0, 2], [])
+    assert _joined(labels, images) == ([0, 0, 2], [])
 
 
 def test_image_without_label(tmp_path: Path) -> None:
     labels = _read(tmp_path, "PatientID,finding\na,normal\n")
-    values, (error,) = join(labels, [_image("i1", "a"), _image("i2", "b"), _image("i3", "b")])
+    values, (error,) = _joined(labels, [_image("i1", "a"), _image("i2", "b"), _image("i3", "b")])
     assert values == [0, None, None]
     assert is_of(error, LabelMissing)
     assert "2 images have no label" in str(error)
@@ -213,7 +219,7 @@ def test_image_without_label(tmp_path: Path) -> None:
 
 def test_label_without_image(tmp_path: Path) -> None:
     labels = _read(tmp_path, "PatientID,finding\nCANARY1,mass\na,normal\nCANARY2,mass\n")
-    values, (error,) = join(labels, [_image("i1", "a")])
+    values, (error,) = _joined(labels, [_image("i1", "a")])
     assert values == [0]
     assert isinstance(error, LabelWithoutImage)
     assert "2 labels belong to no image" in str(error)
@@ -240,9 +246,9 @@ def test_a_row_for_two_patients(tmp_path: Path) -> None:
 def test_the_label_of_a_duplicate_still_counts(tmp_path: Path) -> None:
     labels = _read(tmp_path, "SOPInstanceUID,finding\ni1,normal\ni2,normal\n")
     twins = [_image("i1", "a"), _image("i2", "a", duplicate=True)]
-    assert join(labels, twins) == ([0, 0], [])
+    assert _joined(labels, twins) == ([0, 0], [])
     only = _read(tmp_path, "SOPInstanceUID,finding\ni2,mass\n")
-    assert join(only, twins) == ([2, 2], [])
+    assert _joined(only, twins) == ([2, 2], [])
     clash = _read(tmp_path, "SOPInstanceUID,finding\ni1,normal\ni2,mass\n")
     assert isinstance(join(clash, twins)[1][0], LabelsInvalid)
 

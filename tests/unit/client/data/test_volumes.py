@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cloister_fl.client.data.cohort import Cohort, Patient
-from cloister_fl.client.data.image_cache import Cache
+from cloister_fl.client.data.file_cache.image_cache import Cache
 from cloister_fl.client.data.loading import load_cohort, load_frozen, read_cohort
 from cloister_fl.client.data.volumes import assemble, resample
 from cloister_fl.client.dicom.acceptance import precheck

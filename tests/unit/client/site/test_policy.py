@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cloister_fl.client.site.policy import Policy, bound_missing, refusals
+from cloister_fl.client.site.policy import Policy, bound_missing, policy_for, refusals
 from cloister_fl.study.cost import charges
 from support import studies
 
@@ -27,7 +27,7 @@ def test_without_a_bound_on_the_patients_nobody_tells_whether_delta_is_small_eno
     assert "up to 33333." in other
     # What it says is what the gate allows.
     for most, refused in ((33_333, False), (33_334, True)):
-        policy = Policy(patients_at_most=most)
+        policy = Policy(patients_at_most=most, ledger_delta=3e-6)
         assert bool(refusals(policy, studies.study(privacy={"delta": 3e-6}), 5)) is refused
     assert bound_missing(Policy()).startswith("No study with privacy is let in")
     assert bound_missing(Policy(patients_at_most=1)) == ""
@@ -60,12 +60,6 @@ def test_defaults() -> None:
     ("policy", "tables", "sites", "words"),
     [
         ({}, {"privacy": {"epsilon": 50.0}}, 5, ("max_epsilon_study", "3", "50")),
-        (
-            {"patients_at_most": 10_001},
-            {},
-            5,
-            ("patients_at_most", "10001", "9.999e-06", "1e-05"),
-        ),
         (
             {"patients_at_most": 9},
             {"privacy": {"delta": 0.01}},
@@ -121,6 +115,28 @@ def test_refusal_names_key_and_values(
     assert f"policy.{words[0]}" in told
     for word in words:
         assert word in told
+
+
+def test_the_delta_of_the_lifetime_suits_the_patients_too() -> None:
+    """It is what a patient can rely on, and a study's delta alone was judged."""
+    small = studies.study(privacy={"delta": 1e-9})
+    many = Policy(patients_at_most=10_000_000)
+    bound = "policy.patients_at_most is 10001, which allows a delta of 9.999e-06; "
+    assert refusals(Policy(patients_at_most=10_001), studies.study(), 5) == (
+        f"{bound}the study asks for privacy.delta = 1e-05.",
+        f"{bound}policy.ledger_delta is 1e-05.",
+    )
+    (told,) = refusals(many, small, 5)
+    assert told == (
+        "policy.patients_at_most is 10000000, which allows a delta of 1e-08; "
+        "policy.ledger_delta is 1e-05."
+    )
+    assert refusals(policy_for(10_000_000), small, 5) == ()
+    assert policy_for(10_000_000).ledger_delta == pytest.approx(1e-8)
+    assert policy_for(10_000).ledger_delta == policy_for(5).ledger_delta == 1e-5
+    assert policy_for(None) == Policy()
+    for patients in (1, 7, 10_000, 33_333, 123_457, 10**9):
+        assert refusals(policy_for(patients), studies.study(privacy={"delta": 1e-12}), 5) == ()
 
 
 def test_too_little_noise_in_training_or_release_is_refused() -> None:

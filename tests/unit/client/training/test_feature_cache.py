@@ -121,3 +121,31 @@ def test_scores_are_those_of_the_whole_network(computed: list[int]) -> None:
     assert np.ptp(scores[:, 1]) > 1e-3
     answers_for(module, whole, TASK)
     assert computed == [0, 1, 2]
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_what_fails_for_one_image_costs_its_patient_alone(
+    place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody was absent for the answer."""
+    module, seen = pretrained_network(), cohort(4)
+    expected = features_of(module, cohort(4)).images
+    honest = feature_cache._compute
+
+    def failing(m: FrozenBackbone, c: Some, at: int) -> NDArray[np.float32]:
+        if at == place:
+            raise MemoryError
+        return honest(m, c, at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_cache, "_compute", failing)
+        with pytest.raises(MemoryError):
+            features_of(module, seen)
+        told: list[Exception] = []
+        found = features_of(module, seen, told.append).images
+        assert [type(error) for error in told] == [MemoryError]
+    others = [at for at in range(4) if at != place]
+    np.testing.assert_array_equal(found[others], expected[others])
+    assert np.isnan(found[place]).all()
+    # What failed once is not kept.
+    np.testing.assert_array_equal(features_of(module, seen).images, expected)

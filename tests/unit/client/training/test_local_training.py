@@ -406,6 +406,25 @@ def test_a_network_whose_places_round_in_other_ways_fails_the_trial(
     assert not patients._try_places(1, (1, 16, 16))
 
 
+def test_a_trial_that_memory_broke_off_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took the loop for as long as the process ran, and so by what lay in memory."""
+    tries: dict[tuple[object, ...], bool] = {}
+    monkeypatch.setattr(per_patient_gradients, "_tried", tries)
+    cohort = cohort_of([1] * 3)
+    patients = PatientGradSampleModule(small(), TASK, told=lambda _: None)
+
+    def broken(*_: object) -> bool:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(patients, "_try_places", broken)
+        with pytest.raises(RuntimeError, match="can't allocate"):
+            list(patients.blocks(cohort, every_bag(cohort)))
+    assert tries == {}
+    list(patients.blocks(cohort, every_bag(cohort)))
+    assert list(tries.values()) == [True]
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_patients_share_is_the_same_bits_beside_anybody(engine: Engine) -> None:
     """Opacus' hooks took whoever was drawn in one pass, and rounded one for the others."""
@@ -917,7 +936,7 @@ def test_a_fixed_part_that_runs_once_gives_the_same_update(
     )
     once = update()
     assert seen == [FeatureCohort]
-    monkeypatch.setattr(local_training, "trained_part", lambda local, cohort, _: (local, cohort))
+    monkeypatch.setattr(local_training, "trained_part", lambda local, cohort, *_: (local, cohort))
     np.testing.assert_allclose(once, update(), atol=2e-6)
     assert np.abs(once).max() > 1e-3
 

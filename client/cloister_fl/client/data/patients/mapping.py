@@ -12,7 +12,9 @@ from pathlib import Path
 from cloister_fl.client.data.csv_file import (
     Faults,
     described,
+    first_line,
     header_of,
+    lines_apart,
     listing,
     read_text,
     rows_of,
@@ -24,6 +26,7 @@ from cloister_fl.errors import PatientsFileInvalid
 
 NUMBER, ISSUER, PERSON = "PatientID", "IssuerOfPatientID", "person"
 _WANTED = (NUMBER, PERSON)
+_NAMED = "patients file", "data.patients.mapping", PatientsFileInvalid
 _REMEDY = (
     f"Columns are {NUMBER}, {ISSUER} (may be left out) and {PERSON}; each number has one row, and "
     f"all rows of one patient the same {PERSON}."
@@ -60,8 +63,12 @@ class PatientMapping:
     units: Units = field(repr=False)
 
 
-def mapping_of(site: Site) -> PatientMapping:
+def mapping_of(site: Site, *, alone: bool = False) -> PatientMapping:
     """Read the steward's decisions as they are now.
+
+    Args:
+        site: the opened site.
+        alone: leave out a faulty row, which is of one patient, and use the others.
 
     Raises:
         PatientsFileInvalid: the mapping cannot be used; says every faulty line.
@@ -69,24 +76,26 @@ def mapping_of(site: Site) -> PatientMapping:
     key, chosen = site.pseudonym_key(), site.patients
     settings = {kind: getattr(chosen, kind) for kind in (*KINDS, "names")}
     plain = Units(key, Decisions(settings))
-    rows = read_mapping(site.root / chosen.mapping, plain) if chosen.mapping else ()
+    file = site.root / chosen.mapping
+    rows = read_mapping(file, plain, alone=alone) if chosen.mapping else ()
     # Two rows of one patient may be one record by the settings.
     kept = {plain.row(_record(plain, one), one.person) for one in rows}
     decisions = Decisions(settings, tuple(sorted(kept)))
     return PatientMapping(rows, decisions, Units(key, decisions))
 
 
-def read_mapping(path: Path, units: Units) -> tuple[Assigned, ...]:
+def read_mapping(path: Path, units: Units, *, alone: bool = False) -> tuple[Assigned, ...]:
     """Read and judge the file.
 
     Args:
         path: the file.
         units: how numbers are compared, without any mapping.
+        alone: each line is a row, and a faulty one is left out.
 
     Raises:
-        PatientsFileInvalid: with every faulty line.
+        PatientsFileInvalid: with every faulty line; with ``alone``, of the first line only.
     """
-    text = read_text(path, "patients file", "data.patients.mapping", PatientsFileInvalid)
+    text = first_line(path, *_NAMED) if alone else read_text(path, *_NAMED)
     header, delimiter = header_of(text, _WANTED, (NUMBER,))
     for name in (*_WANTED, ISSUER):
         if header.count(name) != 1 and (name != ISSUER or name in header):
@@ -99,7 +108,9 @@ def read_mapping(path: Path, units: Units) -> tuple[Assigned, ...]:
     rows: list[Assigned] = []
     faults: Faults = []
     seen: dict[Record, Assigned] = {}
-    for line, cells in rows_of(text, delimiter, faults):
+    for line, cells in (
+        lines_apart(path, delimiter, *_NAMED) if alone else rows_of(text, delimiter, faults)
+    ):
         if line == 1 or not any(cells):
             continue
         if len(cells) != len(header):
@@ -117,7 +128,7 @@ def read_mapping(path: Path, units: Units) -> tuple[Assigned, ...]:
             continue
         seen.setdefault(_record(units, one), one)
         rows.append(one)
-    if faults:
+    if faults and not alone:
         raise PatientsFileInvalid(f"The patients file has {listing(faults)}", remedy=_REMEDY)
     return tuple(rows)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-from cloister_fl.client.data.file_index import Index
-from cloister_fl.client.data.image_cache import Cache
+from cloister_fl.client.data.file_cache.file_index import Index
+from cloister_fl.client.data.file_cache.image_cache import Cache
 from cloister_fl.client.dicom.read_ahead import Memory
 from cloister_fl.client.site.folder import Site
 

@@ -68,6 +68,7 @@ class Place:
         assert self.command("client", "init", site, *given).status == 0
         text = (site / "site.toml").read_text("utf-8")
         for strict, mild in (
+            ("patients_at_most = 0", "patients_at_most = 1000"),
             ("min_sites = 5", "min_sites = 2"),
             ("max_epsilon_study = 3.0", "max_epsilon_study = 6.0"),
             ("require_secure_aggregation = true", "require_secure_aggregation = false"),

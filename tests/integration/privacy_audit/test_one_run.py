@@ -172,13 +172,16 @@ def test_a_sixth_of_the_noise_is_refuted(monkeypatch: pytest.MonkeyPatch) -> Non
     assert 2 < found.audited_epsilon < found.most_epsilon
 
 
-def test_few_patients_refute_the_small_claim_of_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_patients_refute_a_small_claim_and_that_of_one_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     weaken(monkeypatch, 0.0)
     study, cohort = study_of(), cohort_of([2] * 24)
     whole, first = audited(study, cohort), audited(study, cohort, rounds=1)
-    # All rounds: every guess is right, and it does not suffice.
-    assert whole.passed
+    # All rounds: every guess is right, and the epsilon alone would bear it.
+    assert whole.audited_epsilon < whole.claimed_epsilon
     assert whole.most_epsilon < whole.claimed_epsilon
+    assert not whole.passed
     sigma = mechanism(study).noise_multiplier
     assert first.claimed_epsilon == pytest.approx(epsilon_pld(sigma, 1.0, 1, DELTA))
     assert not first.passed

@@ -263,7 +263,7 @@ FOUND = OneRunAudit(
     confidence=0.95,
     steps=1,
     others=0,
-    guesses=(Guesses(4, 4, 0.5, 0.6),),
+    guesses=(Guesses(4, 4, 0.5, 0.6, 0.2, 0.1),),
     scores=(0.9, 0.4, 0.4, -0.2),
     present=(True, True, False, False),
 )
@@ -297,7 +297,9 @@ def test_neither_json_nor_words_tell_of_one_patient() -> None:
     assert "scores" not in told
     assert "present" not in told
     assert told["could_refute"] is False
-    assert told["guesses"] == [{"made": 4, "right": 4, "epsilon": 0.5, "most": 0.6}]
+    assert told["guesses"] == [
+        {"made": 4, "right": 4, "epsilon": 0.5, "most": 0.6, "chance": 0.2, "least_chance": 0.1}
+    ]
     words = render(FOUND)
     assert "epsilon 0.500 or more, at confidence 95%" in words
     assert "4 of 4" in words

@@ -15,6 +15,7 @@ from cloister_fl.privacy import accounting
 from cloister_fl.privacy import renyi_filter as lifetime
 from cloister_fl.privacy.accounting import (
     calibrate,
+    deltas_pld,
     epsilon_of,
     epsilon_pld,
     epsilon_trajectory,
@@ -144,6 +145,24 @@ def test_nothing_costs_nothing_and_what_cannot_be_bounded_is_infinite() -> None:
     assert epsilon_of((), 1e-5) == 0
     assert epsilon_pld(1.0, 0.1, 10, 1e-15) == math.inf
     assert epsilon_pld(0.01, 0.3, 1_000, 1e-5) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("sigma", "q", "steps"), [(1.0, 1.0, 1), (10.8, 1.0, 60), (0.8, 0.05, 40), (1.7, 0.1, 100)]
+)
+def test_deltas_and_epsilons_are_of_one_curve(sigma: float, q: float, steps: int) -> None:
+    for delta in (1e-7, 1e-5, 1e-3, 0.05):
+        epsilon = epsilon_pld(sigma, q, steps, delta)
+        # Both are upper bounds, on grids of their own.
+        (found,) = deltas_pld(sigma, q, steps, [epsilon])
+        assert found == pytest.approx(delta, rel=0.02)
+    deltas = deltas_pld(sigma, q, steps, [0.0, 0.5, 1.0, 4.0, 50.0])
+    assert all(1 >= one >= 0 for one in deltas)
+    assert list(deltas) == sorted(deltas, reverse=True)
+    # At epsilon 0 it is the total variation: of one Gaussian, in closed form.
+    if q == 1:
+        apart = math.erf(math.sqrt(steps) / sigma / (2 * math.sqrt(2)))
+        assert deltas[0] == pytest.approx(apart, rel=1e-9)
 
 
 def test_gdp_is_not_offered() -> None:

@@ -142,7 +142,7 @@ def test_a_manifest_from_before_patients_were_told_apart_so_says_to_freeze_again
     held = json.loads(path.read_text())
     held["body"]["version"] = 1
     path.write_text(json.dumps(held))
-    with raises(DataChanged, match="tells patients apart differently"):
+    with raises(DataChanged, match="keeps labels differently"):
         load_frozen(decided, STUDY)
 
 

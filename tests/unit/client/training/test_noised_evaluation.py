@@ -263,6 +263,7 @@ def test_the_noise_is_that_of_the_mechanism() -> None:
 def _site(root: Path, asked: Study = ASKED, **policy: object) -> Site:
     write_cohort(root / "anker", np.random.default_rng(0), "MRN", patients=24, images=1)
     allowed: dict[str, object] = {
+        "patients_at_most": 1_000,
         "max_epsilon_study": 12.0,
         "max_epsilon_lifetime": 100.0,
         "require_secure_aggregation": False,

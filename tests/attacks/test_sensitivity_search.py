@@ -26,6 +26,7 @@ from support.sensitivity_search import (
     Form,
     Found,
     search,
+    search_sums,
     square,
     summed_by,
 )
@@ -53,6 +54,12 @@ def test_no_patient_moves_the_sum_beyond_the_bound_nor_another_by_a_bit(
     engine: Engine, seconds: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     held(search(summed_by(engine), SMALL, seconds=seconds), capsys, engine)
+
+
+def test_no_gradient_moves_the_sum_itself_beyond_the_bound(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    held(search_sums(exact_sum.clipped_sum, seconds=10), capsys, "the sum itself")
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cloister_fl.client.training.exact_sum import GRID_BITS, clipped_sum
+from cloister_fl.client.training.exact_sum import GRID_BITS, Block, clipped_sum
 from cloister_fl.client.training.per_patient_gradients import Engine, PatientGradSampleModule
 from cloister_fl.client.training.sampling import Bag, Cohort, FeatureCohort
 from cloister_fl.networks.registry import build
@@ -106,7 +106,9 @@ LARGE = (
 )
 """Networks that take seconds a case."""
 
-IMAGES = ("noise", "black", "white", "checked", "point", "opposite", "same", "faint", "climbed")
+IMAGES = (
+    *("noise", "black", "white", "checked", "point", "opposite", "same", "faint", "dim", "climbed"),
+)
 WEIGHTS = ("first", "zero", "scaled", "turned", "uneven", "climbed", "saturated")
 SIZES = ("one", "mixed", "alike", "large", "pairs")
 
@@ -128,6 +130,8 @@ class Genes:
     clip: float
     cancel: bool
     shared: bool
+    twin: bool
+    fails: float
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,13 @@ class _Given:
     images: NDArray[np.uint16]
     patients: tuple[OnePatient, ...]
     targets: NDArray[Any]
+    fails: frozenset[int] = frozenset()
+    """Places of images whose reading fails."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Features(FeatureCohort):
+    fails: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -169,6 +180,16 @@ class Found:
     seconds: float = 0.0
 
 
+class _Reading(PatientGradSampleModule):
+    """The shipped engine, where reading some patients fails, as for lack of memory."""
+
+    def _read(self, cohort: Cohort | FeatureCohort, run: Sequence[Bag]) -> tuple[Tensor, Tensor]:
+        fails: frozenset[int] = getattr(cohort, "fails", frozenset())
+        if fails and any(int(bag.images[0]) in fails for bag in run):
+            raise MemoryError
+        return super()._read(cohort, run)
+
+
 def summed_by(engine: Engine) -> Summing:
     """The sum as a shipped engine and the shipped clipping make it."""
 
@@ -179,7 +200,7 @@ def summed_by(engine: Engine) -> Summing:
         bags: Sequence[Bag],
         clip: float,
     ) -> Tensor:
-        patients = PatientGradSampleModule(module, task, engine=engine)
+        patients = _Reading(module, task, engine=engine, told=lambda _: None)
         try:
             size = sum(weight.numel() for weight in patients.trained)
             return clipped_sum(patients.blocks(cohort, bags), size, clip)
@@ -272,13 +293,15 @@ def _random(rng: random.Random, form: Form) -> Genes:
         own_images=rng.choice((1, 2, 3, min(12, form.images), min(20, form.images), form.images)),
         sizes=rng.choice(SIZES),
         own=rng.choice(IMAGES),
-        others=rng.choice((*IMAGES, "opposite")),
+        others=rng.choice((*IMAGES, "opposite", "dim")),
         weights=rng.choice(WEIGHTS),
         scale=rng.choice((0.0, 0.0, rng.uniform(-3, 3), rng.uniform(-25, 25))),
         uneven=rng.choice((0.0, rng.uniform(-20, 20))),
         clip=rng.choice((0.0, -1.0, -2.0, -3.0, rng.uniform(-8, 3))),
         cancel=rng.random() < 0.5,
         shared=rng.random() < 0.5,
+        twin=rng.random() < 0.25,
+        fails=rng.choice((0.0, 0.0, rng.random() / 2)),
     )
 
 
@@ -310,6 +333,12 @@ def _case(form: Form, genes: Genes) -> Case:
                 blocks[place] = blocks[first[size]]
                 start = ends[first[size]]
                 targets[ends[place] : ends[place + 1]] = targets[start : start + size]
+    if genes.twin and len(sizes) > 1 and form.task is not MASKS:
+        # Others have the images of the one who is left out, and other labels.
+        own = slice(ends[who], ends[who + 1])
+        for place in (at for at, size in enumerate(sizes) if size == sizes[who] and at != who):
+            blocks[place] = blocks[who]
+            targets[ends[place] : ends[place + 1]] = (targets[own] + 1) % form.task.outputs
     _weigh(module, form, genes, blocks[0], targets[: sizes[0]])
     if "climbed" in (genes.own, genes.others):
         for place, kind in enumerate(kinds):
@@ -318,10 +347,13 @@ def _case(form: Form, genes: Genes) -> Case:
                 blocks[place] = _climbed(module, form, blocks[place], own, cancel=genes.cancel)
     images = np.concatenate(blocks)
     patients = tuple(OnePatient(0, tuple(bag.images.tolist())) for bag in bags)
+    broken = rng.random(len(bags)) < genes.fails
+    # The one who is left out may fail as well; the sum then is the same without.
+    fails = frozenset(int(bag.images[0]) for bag, one in zip(bags, broken, strict=True) if one)
     if form.name == "linear":
-        cohort: Cohort | FeatureCohort = FeatureCohort(images, patients, targets)
+        cohort: Cohort | FeatureCohort = _Features(images, patients, targets, fails)
     else:
-        cohort = _Given(np.rint(images * 65535).astype(np.uint16), patients, targets)
+        cohort = _Given(np.rint(images * 65535).astype(np.uint16), patients, targets, fails)
     norm = _norm(module, form, blocks[who], targets[ends[who] : ends[who + 1]])
     usual = norm if math.isfinite(norm) and norm > 0 else 1.0
     clip = min(max(usual * 10.0**genes.clip, 1e-12), 1e6)
@@ -374,6 +406,9 @@ def _pixels(form: Form, kind: str, size: int, rng: np.random.Generator) -> NDArr
         plain = np.repeat(plain[:1], size, axis=0)
     elif kind == "faint":
         plain = 0.5 + (plain - 0.5) * 1e-4
+    elif kind == "dim":
+        # As 12 bits in 16 that nobody scaled.
+        plain = plain / 16
     return plain.astype(np.float32)
 
 
@@ -488,3 +523,89 @@ def _norm(
 ) -> float:
     (row,) = _gradients(module, form, _as_network(form, block), targets, each=False)
     return float(row.detach().double().norm())
+
+
+def search_sums(
+    summed: Callable[[Sequence[Block], int, float], Tensor], *, seconds: float, seed: int = 0
+) -> Found:
+    """Look for the largest movement of the sum itself, by gradients that no network need have.
+
+    Long and short ones, whose length lies in one value or in many tiny ones behind a large one, or
+    differs from piece to piece; many that point the same way; infinities and what is no number; as
+    rows of one block, and each as parts.
+
+    Args:
+        summed: ``clipped_sum`` or what is in its place.
+        seconds: of the clock.
+        seed: of the search.
+    """
+    rng = np.random.default_rng(seed)
+    begun = time.monotonic()
+    found = Found()
+    while found.cases < _LEAST or time.monotonic() - begun < seconds:
+        size = int(rng.choice((1, 7, 1_003, 8_400, 70_001, *[2**18 + 70] * 2, 3 * 2**18)))
+        count = int(rng.integers(1, 9 if size > 10_000 else 40))
+        clip = float(10.0 ** rng.uniform(-4, 3))
+        kinds = rng.choice(ROWS, count)
+        alike = bool(rng.random() < 0.5)
+        kinds[:] = kinds[0] if alike else kinds
+        rows = [_row(str(kind), size, clip, rng) for kind in kinds]
+        if alike:
+            rows = [rows[0]] * count
+        blocks = [_as_block(row, rng) for row in rows]
+        who = int(rng.integers(count))
+        whole = summed(blocks, size, clip)
+        moved = whole - summed(blocks[:who] + blocks[who + 1 :], size, clip)
+        alone = summed([blocks[who]], size, clip)
+        found.cases += 1
+        exact = square(moved)
+        told = f"{size} values, {count} rows, clip {clip:g}, {kinds[who]}"
+        length = math.sqrt(exact) / BOUND
+        if exact > BOUND**2:
+            found.over += 1
+        if length > found.moved:
+            found.moved, found.at = length, told
+        if not torch.equal(moved, alone):
+            found.changed.append(told)
+    found.seconds = time.monotonic() - begun
+    return found
+
+
+ROWS = (
+    *("plain", "spike", "spikes", "spikes", "tail", "uneven", "infinite", "none", "huge", "tiny"),
+)
+
+
+def _row(kind: str, size: int, clip: float, rng: np.random.Generator) -> Tensor:
+    row = rng.normal(size=size) * clip
+    if kind == "spike":
+        row[:] = 0
+        row[rng.integers(size)] = clip * 4 * rng.choice((-1, 1))
+    elif kind == "spikes":
+        # One at each end, so in two pieces of a long row; alike they add up beyond 32 bits.
+        row[:] = 0
+        row[0], row[-1] = clip * rng.uniform(0.2, 1, 2)
+    elif kind == "tail":
+        # A large value, then many that a float32 sum of squares would lose one by one.
+        row[:] = clip * 10.0 ** rng.uniform(-4.5, -3)
+        row[0] = clip
+    elif kind == "uneven":
+        # The first half carries nearly all of it.
+        row[size // 2 :] *= 10.0 ** rng.uniform(-3, 0)
+        row = np.abs(row)
+    elif kind in {"infinite", "none"}:
+        bad = (math.inf, -math.inf) if kind == "infinite" else (math.nan,)
+        row[rng.integers(size, size=rng.integers(1, 4))] = rng.choice(bad)
+    elif kind == "huge":
+        row *= 1e30
+    elif kind == "tiny":
+        row *= 1e-30
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(row.astype(np.float32))
+
+
+def _as_block(row: Tensor, rng: np.random.Generator) -> Block:
+    if rng.random() < 0.5:
+        return row[None]
+    cut = int(rng.integers(len(row) + 1))
+    return [part for part in (row[:cut], row[cut:]) if len(part)]

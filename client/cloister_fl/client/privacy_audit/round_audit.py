@@ -77,6 +77,7 @@ from cloister_fl.client.privacy_audit.whole_round.throwaway_site import (
     RoundRefused,
     ThrowawaySite,
 )
+from cloister_fl.errors import BudgetExhausted
 from cloister_fl.study.cost import charges
 from cloister_fl.study.schema import Study
 
@@ -122,6 +123,9 @@ def audit_rounds(stages: dict[str, Stage], *, progress: Progress | None = None) 
                 stages[name](evidence, below)
             except RoundRefused as error:
                 evidence.require(Claim.TAKES_PART, name, False, f"{error.reason}: {error.told}")
+            except BudgetExhausted as error:
+                # The made-up site's own ledger: the study costs more than its epsilon.
+                evidence.require(Claim.EPSILON, name, False, f"{error.what} {error.why}")
             done.append(name)
             if progress is not None:
                 progress(len(done), len(names))

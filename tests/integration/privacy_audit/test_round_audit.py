@@ -232,7 +232,7 @@ def test_too_little_noise_of_a_study_is_refuted(monkeypatch: pytest.MonkeyPatch)
     honest = SecureRandom.normal
 
     def less(self: SecureRandom, n: int, std: float = 1.0, **rest: Any) -> torch.Tensor:
-        return honest(self, n, 0.95 * std, **rest)
+        return honest(self, n, 0.9 * std, **rest)
 
     monkeypatch.setattr(SecureRandom, "normal", less)
     found = audit_rounds(stages_of_study(STUDIES["sampled"]()))

@@ -62,6 +62,9 @@ _PLACES = 16
 _SMALL = 1 << 17
 """Most parameters of a small network."""
 
+_OUT_OF_MEMORY = ("allocate memory", "out of memory", "not enough memory")
+"""What torch says where none is left; "memory format" is of a network, and of every moment."""
+
 _tried: dict[Key, bool] = {}
 
 
@@ -222,9 +225,8 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         try:
             return self._try_places(images, one)
         except (RuntimeError, NotImplementedError) as error:
-            if "memory" in str(error):
-                # So does torch say that there is none left. That is of the moment, and would
-                # decide for as long as the process runs.
+            if any(words in str(error) for words in _OUT_OF_MEMORY):
+                # That is of the moment, and would decide for as long as the process runs.
                 raise
             # The network does what torch.func has no rule for.
             return False

@@ -421,6 +421,16 @@ def test_a_trial_that_memory_broke_off_decides_nothing(monkeypatch: pytest.Monke
         with pytest.raises(RuntimeError, match="can't allocate"):
             list(patients.blocks(cohort, every_bag(cohort)))
     assert tries == {}
+
+    def unfit(*_: object) -> bool:
+        raise RuntimeError("NYI: is_contiguous inside of vmap for another memory_format")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(patients, "_try_places", unfit)
+        # The loop takes over: this is of the network.
+        assert len(list(patients.blocks(cohort, every_bag(cohort)))) == 3
+    assert list(tries.values()) == [False]
+    tries.clear()
     list(patients.blocks(cohort, every_bag(cohort)))
     assert list(tries.values()) == [True]
 

@@ -465,3 +465,26 @@ def test_read_file_refuses_links_pipes_and_giants(
         with pytest.raises(RejectedFile) as caught:
             read_file(tmp_path / name)
         assert caught.value.reason is reason
+
+
+class _Unjudged:
+    """An entry of which the file system says nothing."""
+
+    def __init__(self, path: str, name: str) -> None:
+        self.path, self.name = path, name
+
+    def is_symlink(self) -> bool:
+        raise PermissionError
+
+
+def test_an_entry_that_cannot_be_judged_is_turned_away_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sound.dcm").write_bytes(b"x")
+    honest = file_finder._entries
+    bad = _Unjudged(str(tmp_path.resolve() / "bad"), "bad")
+    monkeypatch.setattr(file_finder, "_entries", lambda folder: [*honest(folder), bad])
+    found = file_finder.discover(tmp_path)
+    assert [(one.path.name, one.reason) for one in found] == [
+        ("bad", Reject.UNREADABLE), ("sound.dcm", None),
+    ]  # fmt: skip

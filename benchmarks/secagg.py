@@ -1,4 +1,4 @@
-"""What secure aggregation costs: `secagg/v1` beside Flower's SecAgg+ and a plain sum.
+"""What secure aggregation costs: `secagg/v2` beside Flower's SecAgg+ and a plain sum.
 
     python benchmarks/secagg.py [--quick]
 

@@ -17,6 +17,7 @@ from cloister_fl.errors import (
     StageRepeated,
     TooFewSurvivors,
     UpdateReuse,
+    WeightAboveCap,
 )
 from cloister_fl.secagg import model_hash
 from cloister_fl.secagg.messages.codec import (
@@ -27,7 +28,7 @@ from cloister_fl.secagg.messages.codec import (
 )
 from cloister_fl.secagg.server import ServerEpoch
 from support.errors import raises
-from support.secagg import Federation, MemoryStore, over
+from support.secagg import Federation, MemoryStore, over, site_names
 
 FIRST, SECOND, THIRD, FOURTH, LAST = (f"site-{number:02d}" for number in range(1, 6))
 
@@ -190,6 +191,22 @@ def test_attempt_with_other_invited_sites() -> None:
     federation.assert_no_secret()
 
 
+def test_public_weights_that_leave_one_update_in_the_sum() -> None:
+    """1000 for one site and 0.001 for the rest: the sum is that site's update."""
+    weights = {FIRST: 1000.0, **dict.fromkeys(site_names(5)[1:], 0.001)}
+    federation = Federation(5, weights=weights, max_weight_ratio=1.0)
+    server, session = federation.prepared(), federation.session()
+    server.start(session)
+    with raises(WeightAboveCap) as caught:
+        federation.sites[FIRST].open(over(server.mask_request(FIRST)), session)
+    assert "factor of 1e+06; this site allows 1" in str(caught.value)
+    abort = federation.sites[FIRST].abort(server.terms.kid, caught.value)
+    assert abort.code == "CLO-721"
+    federation.assert_no_secret()
+    even = Federation(5, weights=dict.fromkeys(site_names(5), 3.0), max_weight_ratio=1.0)
+    assert even.run().survivors == even.names
+
+
 def test_another_model_to_one_site() -> None:
     """Model inconsistency: one site gets a model under which its update stands out."""
     federation = Federation(5)
@@ -233,7 +250,7 @@ def test_altered_boxes() -> None:
     server.start(session)
     request = server.mask_request(FIRST)
     parcel = request.parcels[1]
-    spoilt = Parcel(parcel.dealing, bytes([parcel.box[0] ^ 1]) + parcel.box[1:])
+    spoilt = Parcel(parcel.row, bytes([parcel.box[0] ^ 1]) + parcel.box[1:])
     bad = replace(request, parcels=(request.parcels[0], spoilt, *request.parcels[2:]))
     with raises(BoxTampered):
         federation.sites[FIRST].open(over(bad), session)
@@ -251,8 +268,8 @@ def test_reordered_boxes() -> None:
         request,
         parcels=(
             request.parcels[0],
-            Parcel(one.dealing, two.box),
-            Parcel(two.dealing, one.box),
+            Parcel(one.row, two.box),
+            Parcel(two.row, one.box),
             *request.parcels[3:],
         ),
     )
@@ -271,12 +288,25 @@ def test_box_for_another_site() -> None:
         request,
         parcels=(
             request.parcels[0],
-            Parcel(request.parcels[1].dealing, other.parcels[1].box),
+            Parcel(request.parcels[1].row, other.parcels[1].box),
             *request.parcels[2:],
         ),
     )
     with raises(BoxTampered):
         federation.sites[FIRST].open(over(bad), session)
+    federation.assert_no_secret()
+
+
+def test_a_row_for_another_site() -> None:
+    """Signed by its dealer, as all rows are, and sent with that site's box."""
+    federation = Federation(5)
+    server = federation.prepared()
+    session = federation.session()
+    server.start(session)
+    request, other = server.mask_request(FIRST), server.mask_request(THIRD)
+    parcels = (request.parcels[0], other.parcels[1], *request.parcels[2:])
+    with raises(BoxTampered, match="is for another site"):
+        federation.sites[FIRST].open(over(replace(request, parcels=parcels)), session)
     federation.assert_no_secret()
 
 

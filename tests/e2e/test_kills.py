@@ -302,7 +302,6 @@ def model_of(folder: Path) -> np.ndarray:
 def recomputed(battered: Battered, ended: Ended, kept: dict[int, tuple[str, ...]]) -> np.ndarray:
     """The model that sums over just these sites give, in whole numbers, by the product's parts."""
     study, federation = ended.study, battered.federation
-    roster = federation.place.federation().roster()
     cohorts = {
         name: load_cohort(hospital.site, study) for name, hospital in federation.hospitals.items()
     }
@@ -314,9 +313,9 @@ def recomputed(battered: Battered, ended: Ended, kept: dict[int, tuple[str, ...]
     for number, sites in sorted(kept.items()):
         flat_parameters.load(module, model)
         session = sessions.update_session(
-            study, roster, sorted(cohorts), round_number=number, attempt=0, model=model
+            study, sorted(cohorts), round_number=number, attempt=0, model=model
         )
-        weights = {site: sessions.weight_of(study, roster, site) for site in sites}
+        weights = {site: study.aggregation.weight(site) for site in sites}
         total = np.zeros(model.size, np.int64)
         for site in sites:
             update = train_round(

@@ -14,7 +14,7 @@ from flwr.app import Context, Message, RecordDict
 
 from cloister_fl import secagg
 from cloister_fl.client.app import app
-from cloister_fl.errors import TooFewSites
+from cloister_fl.errors import MessageInvalid, TooFewSites
 from cloister_fl.protocol import sessions
 from cloister_fl.protocol.round_messages import (
     Exchange,
@@ -130,6 +130,60 @@ def test_one_accuser_alone_is_not_believed(
     summary = run_simulation(Simulation(study(), sites, tmp_path / "run"))
     assert summary["rounds"] == 3
     assert summary["refused"] == {"anker": "protocol"}
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_dealer_whose_box_does_not_open_shuts_nobody_out(
+    answers: bool, sites: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It publishes the shares and both stay; or it is silent, and named, and the other stays."""
+    from cloister_fl.secagg.crypto import hashes
+    from cloister_fl.secagg.messages.codec import Dealing
+
+    right, right_answer = protocol.deal, protocol.SiteEpoch.disclose
+
+    def garbles(dealer: str, identity: Any, **rest: Any) -> Any:
+        shares, given = right(dealer, identity, **rest)
+        if dealer != "birke":
+            return shares, given
+        keys, box = rest["epoch_keys"], bytes(len(shares.boxes[0][1]))
+        assert shares.boxes[0][0] == "anker"
+        first, *others = shares.dealing.dealt
+        bad = replace(first, box_hash=hashes.box_hash(keys, "birke", "anker", box))
+        dealing = Dealing("birke", (bad, *others)).signed_by(identity, keys)
+        boxes = (("anker", box), *shares.boxes[1:])
+        return replace(shares, dealing=dealing, boxes=boxes), given
+
+    def disclose(self: protocol.SiteEpoch, request: Any) -> Any:
+        if not answers:
+            raise MessageInvalid("Not a word.")
+        return right_answer(self, request)
+
+    monkeypatch.setattr(protocol, "deal", garbles)
+    monkeypatch.setattr(protocol.SiteEpoch, "disclose", disclose)
+    summary = run_simulation(Simulation(study(), sites, tmp_path / "run"))
+    assert summary["rounds"] == 3
+    assert summary["refused"] == ({} if answers else {"birke": "protocol"})
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    took_part = [json.loads(line)["sites"] for line in metrics]
+    assert took_part[1:] == ([5, 5, 5] if answers else [4, 4, 4])
+
+
+def test_a_site_that_complains_of_every_box_costs_trips_and_nothing_else(
+    sites: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cloister_fl.secagg import peer_checks
+
+    right = peer_checks._open
+
+    def cries(parcel: Any, site: str, *rest: Any) -> Any:
+        found = right(parcel, site, *rest)
+        return None if site == "anker" else found
+
+    monkeypatch.setattr(peer_checks, "_open", cries)
+    summary = run_simulation(Simulation(study(), sites, tmp_path / "run"))
+    assert summary["rounds"] == 3
+    assert summary["refused"] == {}
 
 
 def test_an_answer_in_another_s_name_counts_for_nobody(sites: Path, tmp_path: Path) -> None:
@@ -334,16 +388,10 @@ def test_with_privacy_a_value_out_of_range_is_cut_and_never_refused(
 def test_every_sum_of_a_run_has_a_number_of_its_own() -> None:
     import numpy as np
 
-    from cloister_fl.membership.identity import Identity
-    from cloister_fl.membership.roster import Roster, RosterEntry
-
     asked = study()
-    roster = Roster.of("north", 1, [RosterEntry(n, Identity.generate().public) for n in NAMES])
     model = np.zeros(3, np.float32)
     numbers = [
-        sessions.update_session(
-            asked, roster, NAMES, round_number=number, attempt=0, model=model
-        ).round
+        sessions.update_session(asked, NAMES, round_number=number, attempt=0, model=model).round
         for number in range(1, 20)
     ] + [
         sessions.histogram_session(asked, NAMES, round_number=number, attempt=0, model=model).round
@@ -352,10 +400,14 @@ def test_every_sum_of_a_run_has_a_number_of_its_own() -> None:
     assert len(set(numbers)) == len(numbers)
 
 
-def test_two_studies_that_differ_in_name_alone_share_their_answers(
-    sites: Path, tmp_path: Path
+@pytest.mark.parametrize("training", ["rounds = 1", "rounds = 2\nmomentum = 0.5"])
+def test_two_studies_over_one_model_share_their_answers(
+    training: str, sites: Path, tmp_path: Path
 ) -> None:
-    """Without privacy both give the same updates; one site less would tell that site's."""
+    """Without privacy both give the same updates, or nearly; one site less would tell that site's.
+
+    The studies differ in name alone, or in rounds and momentum: their first model is the same.
+    """
     folder = tmp_path / "sites"
     shutil.copytree(sites, folder)
     for name in NAMES:
@@ -366,7 +418,7 @@ def test_two_studies_that_differ_in_name_alone_share_their_answers(
     lines = {"privacy": OPEN, "evaluation": "site_fraction = 0.0", "training": "rounds = 1"}
     four = "min_sites = 4"
     first = study(**lines, aggregation=four)
-    twin = study(**lines, aggregation=four, study='name = "twin"')
+    twin = study(**{**lines, "training": training}, aggregation=four, study='name = "twin"')
     other = study(**lines, aggregation=four, study='name = "third"')
     for name in NAMES:
         for asked in (first, twin, other):

@@ -47,10 +47,12 @@ LEAVES: dict[str, tuple[set[str], set[str]]] = {
 PROTOCOL = {
     "advertise": {"kid", "site", "enc_pk", "mask_pk", "commitment", "signature"},
     "share": {"kid", "dealing", "boxes"},
+    "complaint": {"kid", "keys", "site", "dealers", "signature"},
+    "disclosure": {"kid", "site", "shares", "signature"},
     "mask": {"sid", "site", "u2_hash", "vector", "signature", "consent"},
     "consistent": {"sid", "site", "u3", "signature"},
     "unmask": {"sid", "site", "u3", "b_shares", "mask_key_shares", "signature"},
-    "abort": {"kid", "site", "code", "blamed", "signature"},
+    "abort": {"kid", "site", "code", "signature"},
 }
 
 MASKED = study(privacy="epsilon = 6.0\nclipping_norm = 1.0", training="expected_batch = 8")
@@ -103,7 +105,7 @@ def marking(tap: Tap) -> list[object]:
     for name, part in tap.parts():
         told.append((name, part.NAME, len(part.encode()), getattr(part, "u3", None)))
         if part.NAME == "abort":
-            told.append((part.code, part.blamed))
+            told.append(part.code)
     for name, part in tap.parts(sent=False):
         if isinstance(part, MaskRequest):
             told.append((name, part.session.weights, part.session.dimension))

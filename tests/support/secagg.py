@@ -71,22 +71,22 @@ class MemoryStore:
     """A ``RoundStore`` in memory; ``snapshot`` is the copy of a disk."""
 
     epochs: set[bytes] = field(default_factory=set)
-    opened: dict[tuple[bytes, int], bytes] = field(default_factory=dict)
-    commits: dict[tuple[bytes, int], tuple[str, ...]] = field(default_factory=dict)
+    opened: dict[int, bytes] = field(default_factory=dict)
+    commits: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     def claim_epoch(self, kid: bytes) -> bool:
         new = kid not in self.epochs
         self.epochs.add(kid)
         return new
 
-    def open_round(self, study: bytes, round_number: int, constants: bytes) -> bytes:
-        return self.opened.setdefault((study, round_number), constants)
+    def open_round(self, session: Session, constants: bytes) -> bytes:
+        return self.opened.setdefault(session.round, constants)
 
-    def committed(self, study: bytes, round_number: int) -> tuple[str, ...] | None:
-        return self.commits.get((study, round_number))
+    def committed(self, session: Session) -> tuple[str, ...] | None:
+        return self.commits.get(session.round)
 
-    def commit(self, study: bytes, round_number: int, u3: tuple[str, ...]) -> tuple[str, ...]:
-        return self.commits.setdefault((study, round_number), u3)
+    def commit(self, session: Session, u3: tuple[str, ...]) -> tuple[str, ...]:
+        return self.commits.setdefault(session.round, u3)
 
     def snapshot(self) -> MemoryStore:
         return copy.deepcopy(self)
@@ -101,13 +101,9 @@ def site_names(n: int) -> tuple[str, ...]:
     return tuple(f"site-{number:02d}" for number in range(1, n + 1))
 
 
-def roster_of(names: Collection[str], weights: dict[str, float] | None = None) -> Roster:
-    weights = weights or {}
-    return Roster.of(
-        "federation",
-        1,
-        [RosterEntry(name, identity_of(name).public, weights.get(name, 1.0)) for name in names],
-    )
+def roster_of(names: Collection[str]) -> Roster:
+    entries = [RosterEntry(name, identity_of(name).public) for name in names]
+    return Roster.of("federation", 1, entries)
 
 
 def over(message: Message) -> Any:
@@ -131,9 +127,10 @@ class Federation:
         seed: bytes | None = None,
         weights: dict[str, float] | None = None,
         data_seed: int = 7,
+        max_weight_ratio: float = 1000.0,
     ) -> None:
         self.names = site_names(n)
-        self.roster = roster_of(self.names, weights)
+        self.roster = roster_of(self.names)
         self.colluders = colluders
         self.seed = seed
         self.dimension = dimension
@@ -145,7 +142,7 @@ class Federation:
             for name in self.names
         }
         self.stores = {name: MemoryStore() for name in self.names}
-        self.policy = SitePolicy(STUDY, colluders, minimum_sites=min(5, n))
+        self.policy = SitePolicy(STUDY, colluders, min(5, n), max_weight_ratio)
         self.sites = {name: self.make_site(name) for name in self.names}
         self.sent: list[bytes] = []
         """Every message that a site sent to the server."""

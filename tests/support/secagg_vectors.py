@@ -18,7 +18,7 @@ from cloister_fl.secagg.transcript import Transcript
 from support.secagg import Federation, over
 
 FOLDER = Path(__file__).parents[1] / "vectors" / "secagg"
-SEED = b"secagg/v1 vectors "
+SEED = b"secagg/v2 vectors "
 DIMENSION = 16
 
 CASES = {

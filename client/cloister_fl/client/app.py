@@ -171,7 +171,6 @@ def train(kept: Kept, message: Message, context: Context) -> Message:
             asked = _asked_of(opened)
             expected = sessions.update_session(
                 study,
-                opened.roster,
                 [name for name, _ in asked.weights],
                 round_number=task.round,
                 attempt=asked.attempt,

@@ -80,7 +80,8 @@
     │   ├── TranscriptMismatch     CLO-723
     │   ├── SiteAborted            CLO-724
     │   ├── RosterInvalid          CLO-725
-    │   └── IdentityInvalid        CLO-726
+    │   ├── IdentityInvalid        CLO-726
+    │   └── TooManyComplaints      CLO-727
     ├── DeploymentError            8xx, exit 9: the coordinator's server, and joining it
     │   ├── ServerFolderInvalid    CLO-801
     │   ├── InviteInvalid          CLO-802

@@ -140,7 +140,7 @@ class SecureAggregationError(CloisterError):
 
     Args:
         blamed: id of the site that the evidence speaks against; empty where it is the server
-            or nobody.
+            or nobody. Two ids are joined by a comma and a space.
     """
 
     title = "Secure aggregation was refused"
@@ -149,6 +149,11 @@ class SecureAggregationError(CloisterError):
     def __init__(self, what: str, *, why: str = "", remedy: str = "", blamed: str = "") -> None:
         super().__init__(what, why=why, remedy=remedy)
         self.blamed = blamed
+
+    @property
+    def blamed_sites(self) -> tuple[str, ...]:
+        """The ids of ``blamed``."""
+        return tuple(self.blamed.split(", ")) if self.blamed else ()
 
 
 class DeploymentError(CloisterError):

@@ -288,6 +288,11 @@ class TranscriptMismatch(SecureAggregationError):
 SiteAborted = ErrorKind(SecureAggregationError, "CLO-724", "A site aborted secure aggregation")
 
 
+TooManyComplaints = ErrorKind(
+    SecureAggregationError, "CLO-727", "More sites complain of a dealer than may lie"
+)
+
+
 class RosterInvalid(SecureAggregationError):
     code = "CLO-725"
     title = "The roster cannot be used"

@@ -1,4 +1,4 @@
-"""The roster: which sites there are, their public keys and public weights.
+"""The roster: which sites there are, and their public keys.
 
 The federation's root signs it for integrity. What protects is that each site *pins* the digest
 that its steward confirmed out of band: otherwise a server that holds the root could enrol sites
@@ -8,7 +8,6 @@ of its own until every other summand is known to it (a Sybil attack).
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from cloister_fl.encoding.framing import (
     FrameError,
     Reader,
     digest,
-    f64,
     frame,
     is_sorted_set,
     listed,
@@ -33,9 +31,8 @@ from cloister_fl.membership.identity import (
     verify,
 )
 
-LABEL = "cloister/roster/v1"
+LABEL = "cloister/roster/v2"
 MAX_SITES = 1000
-MAX_WEIGHT = 1000.0
 SITE_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
@@ -46,12 +43,10 @@ class RosterEntry:
     Attributes:
         site: its id.
         public_key: Ed25519, 32 bytes.
-        weight: public, above 0 and at most 1000.
     """
 
     site: str
     public_key: bytes
-    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ class Roster:
         entries: by rising id; ``of`` puts them in order.
 
     Raises:
-        RosterInvalid: ids not in order, an unusable or repeated key, a weight out of range.
+        RosterInvalid: ids not in order, an unusable or repeated key.
     """
 
     federation: str
@@ -85,10 +80,7 @@ class Roster:
 
     def encode(self) -> bytes:
         """Canonical bytes; what the root signs and ``digest`` hashes."""
-        rows = (
-            frame(entry.site.encode(), entry.public_key, f64(entry.weight))
-            for entry in self.entries
-        )
+        rows = (frame(entry.site.encode(), entry.public_key) for entry in self.entries)
         return frame(LABEL.encode(), self.federation.encode(), u64(self.serial), listed(rows))
 
     @classmethod
@@ -125,25 +117,19 @@ class Roster:
         """The trusted key of each site."""
         return {entry.site: entry.public_key for entry in self.entries}
 
-    @functools.cached_property
-    def weights(self) -> Mapping[str, float]:
-        """The public weight of each site."""
-        return {entry.site: entry.weight for entry in self.entries}
-
     def public_key(self, site: str) -> bytes | None:
         """The trusted key of a site, or ``None`` where the roster has no such site."""
         return self.keys.get(site)
 
 
 def _entry(reader: Reader) -> RosterEntry:
-    entry = RosterEntry(reader.text(), reader.field(KEY_BYTES), reader.f64())
+    entry = RosterEntry(reader.text(), reader.field(KEY_BYTES))
     reader.end()
     return entry
 
 
 def _fault(roster: Roster) -> str:
     keys = [entry.public_key for entry in roster.entries]
-    weights = [entry.weight for entry in roster.entries]
     checks = (
         (is_sorted_set(roster.sites), "names a site twice or is not sorted"),
         (
@@ -152,10 +138,6 @@ def _fault(roster: Roster) -> str:
         ),
         (len(set(keys)) == len(keys), "gives two sites one key"),
         (all(usable_public_key(key) for key in keys), "has a key that cannot be used"),
-        (
-            all(math.isfinite(weight) and 0 < weight <= MAX_WEIGHT for weight in weights),
-            f"has a weight that is not above 0 and at most {MAX_WEIGHT:g}",
-        ),
         (0 <= roster.serial < 2**64, "has an impossible serial number"),
         (bool(roster.federation), "names no federation"),
         (len(roster.entries) <= MAX_SITES, f"has more than {MAX_SITES} sites"),
@@ -194,7 +176,6 @@ class RosterChange:
     added: tuple[str, ...]
     removed: tuple[str, ...]
     rekeyed: tuple[str, ...]
-    reweighted: tuple[str, ...]
     rolled_back: bool
     """The offered serial number is not above the trusted one, though the content differs."""
 
@@ -208,6 +189,5 @@ def compare(trusted: Roster, offered: Roster) -> RosterChange:
         added=tuple(sorted(new.keys() - old.keys())),
         removed=tuple(sorted(old.keys() - new.keys())),
         rekeyed=tuple(site for site in both if old[site].public_key != new[site].public_key),
-        reweighted=tuple(site for site in both if old[site].weight != new[site].weight),
         rolled_back=offered.digest != trusted.digest and offered.serial <= trusted.serial,
     )

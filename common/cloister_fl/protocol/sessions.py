@@ -13,32 +13,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cloister_fl.errors import RosterMismatch
-from cloister_fl.membership.roster import Roster
 from cloister_fl.metrics.classification import BINS
 from cloister_fl.protocol.round_messages import Vector
 from cloister_fl.secagg import Session, model_hash
 from cloister_fl.study.cost import RELEASE_BINS
 from cloister_fl.study.schema import Study
 
+SUMS_A_ROUND = 2
+"""A round's sums have numbers of their own: a multiple of this for its updates, one more for its
+histograms."""
 COUNT_BOUND = 2.0**19
 """Most patients in one bin of a site's histogram; whole numbers up to it are summed exactly."""
 
 
-def weight_of(study: Study, roster: Roster, site: str) -> float:
-    """A site's public weight: the study's, else the roster's.
-
-    Raises:
-        RosterMismatch: the roster has no such site.
-    """
-    if site not in roster.weights:
-        raise RosterMismatch("A site is not on the trusted roster.", blamed="")
-    return study.aggregation.weights.get(site, roster.weights[site])
-
-
 def update_session(
     study: Study,
-    roster: Roster,
     invited: Sequence[str],
     *,
     round_number: int,
@@ -49,19 +38,18 @@ def update_session(
 
     Args:
         study: the approved study.
-        roster: the trusted roster.
         invited: ids of the invited sites, rising.
         round_number: 1-based.
         attempt: number of the attempt at this sum, from 0.
         model: the global model as it was received, (D,).
     """
     return Session(
-        round=2 * round_number,
+        round=SUMS_A_ROUND * round_number,
         attempt=attempt,
         model=model_hash(_bytes(model)),
         dimension=model.size,
         clip=study.aggregation.clip,
-        weights=tuple((site, weight_of(study, roster, site)) for site in invited),
+        weights=tuple((site, study.aggregation.weight(site)) for site in invited),
     )
 
 
@@ -73,7 +61,7 @@ def histogram_session(
     A noised histogram is in units of ``cost.UNITS`` to a patient, and cut to the bound.
     """
     return Session(
-        round=2 * round_number + 1,
+        round=SUMS_A_ROUND * round_number + 1,
         attempt=attempt,
         model=model_hash(_bytes(model)),
         dimension=math.prod(counts_shape(study)),

@@ -1,4 +1,4 @@
-"""Secure aggregation (``secagg/v1``): the server learns the sum of vectors and nothing else.
+"""Secure aggregation (``secagg/v2``): the server learns the sum of vectors and nothing else.
 
 Pure protocol: no I/O, no network, no framework. The malicious-server variant of Bonawitz et al.,
 *Practical Secure Aggregation for Privacy-Preserving Machine Learning* (CCS 2017), full graph,

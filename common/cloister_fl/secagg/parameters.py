@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from cloister_fl.errors import ParameterRefused
 from cloister_fl.membership.roster import MAX_SITES
 
-VERSION = "secagg/v1"
+VERSION = "secagg/v2"
 """Name and version of the protocol; it enters every hash."""
 
 DEFAULT_COLLUDERS = 1

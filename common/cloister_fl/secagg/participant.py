@@ -20,6 +20,7 @@ from cloister_fl.errors import (
     SecureAggregationError,
     SessionUnknown,
     SiteAborted,
+    WeightAboveCap,
     WireInvalid,
 )
 from cloister_fl.membership.identity import Identity
@@ -30,8 +31,11 @@ from cloister_fl.secagg.messages.codec import (
     Abort,
     Advertisement,
     AdvertiseRequest,
+    Complaint,
     ConsistencyRequest,
     Consistent,
+    Disclosure,
+    DisclosureRequest,
     Masked,
     MaskRequest,
     Message,
@@ -56,11 +60,14 @@ class SitePolicy:
         study: hash of the approved study, 32 bytes.
         colluders: c, sites that may collude with the server.
         minimum_sites: fewest invited sites.
+        max_weight_ratio: most that the largest public weight of a sum may be of the smallest; 1
+            wants all alike. A site whose weight is far above the others' has the sum to itself.
     """
 
     study: bytes
     colluders: int = DEFAULT_COLLUDERS
     minimum_sites: int = DEFAULT_MINIMUM_SITES
+    max_weight_ratio: float = 1.0
 
 
 class Site:
@@ -174,9 +181,26 @@ class Site:
         """Stage 1; see ``SiteEpoch.share``."""
         return self._by_kid(request.kid).share(request)
 
-    def open(self, request: MaskRequest, expected: Session) -> None:
-        """Stage 2, first half; see ``SiteEpoch.open``. Train after it, not before."""
-        self._by_kid(request.kid).open(request, expected)
+    def open(self, request: MaskRequest, expected: Session) -> Complaint | None:
+        """Stage 2, first half; see ``SiteEpoch.open``. Train after it, not before.
+
+        Raises:
+            WeightAboveCap: the public weights differ by more than this site allows.
+        """
+        smallest, largest = expected.weight_range
+        if largest > smallest * self._policy.max_weight_ratio:
+            raise WeightAboveCap(
+                f"The weights of the sites differ by a factor of {largest / smallest:.6g}; this "
+                f"site allows {self._policy.max_weight_ratio:g}.",
+                why="The sum would be little but the update of the site with the largest.",
+                remedy="Propose a study without aggregation.weights, or raise "
+                "policy.max_weight_ratio in site.toml.",
+            )
+        return self._by_kid(request.kid).open(request, expected)
+
+    def disclose(self, request: DisclosureRequest) -> Disclosure:
+        """Stage 2, where others complain of this site's boxes; see ``SiteEpoch.disclose``."""
+        return self._by_kid(request.kid).disclose(request)
 
     def has_masked(self, kid: bytes) -> bool:
         """Whether the epoch's vector was made already; it is then given again, never made anew."""
@@ -206,6 +230,8 @@ class Site:
                     return self.advertise(request)
                 case ShareRequest():
                     return self.share(request)
+                case DisclosureRequest():
+                    return self.disclose(request)
                 case ConsistencyRequest():
                     return self.consent(request)
                 case UnmaskRequest():
@@ -222,13 +248,9 @@ class Site:
         if self._gave_up is not None:
             self._gave_up(error)
         code = getattr(error, "code", "")
-        blamed = getattr(error, "blamed", "")
-        return Abort(
-            kid,
-            self._name,
-            code if code in ABORT_CODES else SiteAborted.code,
-            blamed if blamed in self._roster.sites else "",
-        ).signed_by(self._identity)
+        return Abort(kid, self._name, code if code in ABORT_CODES else SiteAborted.code).signed_by(
+            self._identity
+        )
 
     def close(self) -> None:
         """End all epochs and overwrite their secrets."""
@@ -240,7 +262,7 @@ class Site:
         match request:
             case AdvertiseRequest():
                 return request.terms.kid
-            case ShareRequest():
+            case ShareRequest() | DisclosureRequest():
                 return request.kid
             case ConsistencyRequest() | UnmaskRequest():
                 for kid, epoch in self._epochs.items():

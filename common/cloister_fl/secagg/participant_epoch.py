@@ -11,7 +11,7 @@ import hmac
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from cloister_fl.errors import (
     StageOutOfOrder,
     StageRepeated,
     TooFewSurvivors,
+    TooManyComplaints,
     UpdateReuse,
 )
 from cloister_fl.membership.identity import Identity, verify
@@ -34,9 +35,12 @@ from cloister_fl.secagg.crypto import hashes, key_agreement, keystream
 from cloister_fl.secagg.fixed_point import encode_into
 from cloister_fl.secagg.messages.codec import (
     Advertisement,
+    Complaint,
     ConsistencyRequest,
     Consistent,
-    Dealing,
+    DealtRow,
+    Disclosure,
+    DisclosureRequest,
     Masked,
     MaskRequest,
     ShareRequest,
@@ -85,11 +89,13 @@ class SiteEpoch:
         self._enc_sk = bytearray()
         self._mask_sk = bytearray()
         self._held: dict[str, tuple[bytes, bytes]] = {}
+        self._dealt: dict[str, tuple[bytes, bytes]] = {}
+        self._accusers: set[str] = set()
         self._records: dict[str, Advertisement] = {}
         self._keys = b""
         self._u2: tuple[str, ...] = ()
         self._session: Session | None = None
-        self._dealing: Dealing | None = None
+        self._own_row: DealtRow | None = None
         self._consents: dict[tuple[str, ...], bytes] = {}
         self._replies: dict[str, tuple[bytes, Message]] = {}
 
@@ -127,7 +133,7 @@ class SiteEpoch:
             self._keys = hashes.keys_digest(
                 self.terms.kid, (record.record for record in request.records)
             )
-            reply, self._held[self._site] = deal(
+            reply, self._dealt = deal(
                 self._site,
                 self._identity,
                 records=self._records,
@@ -137,18 +143,23 @@ class SiteEpoch:
                 secrets=(bytes(self._b), bytes(self._mask_sk)),
                 draw=self._draw,
             )
-            self._dealing = reply.dealing
+            self._held[self._site] = self._dealt[self._site]
+            self._own_row = reply.dealing.row(self._site)
             self._replies["share"] = (mark, reply)
             self.stage = Stage.SHARED
         return reply
 
-    def open(self, request: MaskRequest, expected: Session) -> None:
+    def open(self, request: MaskRequest, expected: Session) -> Complaint | None:
         """Stage 2, first half: check session and boxes, before any training is paid for.
 
         Args:
             request: what the server sent.
             expected: the session as this site knows it, from the approved study and from the
                 bytes of the model that it received.
+
+        Returns:
+            None where a vector is due; else the complaint that goes in its place. The stage is
+            then asked for again, with what the dealers have disclosed.
         """
         mark = _mark(request)
         if "open" in self._replies:
@@ -156,7 +167,7 @@ class SiteEpoch:
             fits = expected == self._session and self.stage in (Stage.OPENED, Stage.MASKED)
             if not (same and fits):
                 self._refuse_repeat()
-            return
+            return None
         with self._step(Stage.SHARED):
             if request.session != expected or self.terms.invited != tuple(
                 site for site, _ in expected.weights
@@ -166,36 +177,73 @@ class SiteEpoch:
                     why="Its round, model, length, clip or weights differ from this site's.",
                     remedy=remedies.SAME_VERSION,
                 )
-            assert self._dealing is not None
-            received = peer_checks.open_parcels(
+            assert self._own_row is not None
+            opened = peer_checks.open_parcels(
                 request,
-                own=self._dealing,
+                own=self._own_row,
                 records=self._records,
                 epoch_keys=self._keys,
                 roster=self._roster,
                 terms=self.terms,
                 enc_sk=bytes(self._enc_sk),
             )
+            if opened.unsound:
+                return Complaint(self.terms.kid, self._keys, self._site, opened.unsound).signed_by(
+                    self._identity
+                )
             self._check_reuse(request.u2, expected)
-            self._held.update(received)
+            self._held.update(opened.shares)
             self._u2 = request.u2
             self._session = expected
             self.sid = expected.sid(self._keys)
             self._replies["open"] = (mark, request)
             _wipe(self._enc_sk)
             self.stage = Stage.OPENED
+        return None
+
+    def disclose(self, request: DisclosureRequest) -> Disclosure:
+        """Stage 2: publish what this site dealt to those who say that its box does not open.
+
+        At most c sites lie, and an honest one does not complain of this one, so more than c
+        accusers are refused: their shares would be worth more than their word.
+
+        Raises:
+            SignatureInvalid, SessionMismatch: see ``peer_checks.check_complaint``.
+            TooManyComplaints: of more than c sites.
+        """
+        is_due = self.stage in (Stage.SHARED, Stage.OPENED, Stage.MASKED)
+        with self._step(self.stage if is_due else Stage.SHARED):
+            for complaint in request.complaints:
+                peer_checks.check_complaint(
+                    complaint, self.terms.kid, self._keys, self._records, self._roster
+                )
+                if self._site not in complaint.dealers:
+                    raise SessionMismatch(
+                        "A complaint is about another site.", remedy=remedies.SERVER_AT_FAULT
+                    )
+                self._accusers.add(complaint.site)
+            if len(self._accusers) > self.terms.parameters.c:
+                raise TooManyComplaints(
+                    f"{len(self._accusers)} sites say that this site's shares do not open, more "
+                    f"than the {self.terms.parameters.c} that may lie.",
+                    remedy=remedies.REPEAT,
+                )
+            return Disclosure(
+                self.terms.kid,
+                self._site,
+                tuple((one.site, b"".join(self._dealt[one.site])) for one in request.complaints),
+            ).signed_by(self._identity)
 
     def _check_reuse(self, u2: tuple[str, ...], session: Session) -> None:
-        terms, round_number = self.terms, session.round
-        constants = session.constants(terms.parameters.t)
-        first = self._store.open_round(terms.study, round_number, constants)
+        constants = session.constants(self.terms.parameters.t)
+        first = self._store.open_round(session, constants)
         if not hmac.compare_digest(first, constants):
             raise UpdateReuse(
                 "The round was started with other invited sites, weights or lengths.",
                 why="Two sums over the same updates could reveal one site's update.",
                 remedy="Continue with the next round.",
             )
-        committed = self._store.committed(terms.study, round_number)
+        committed = self._store.committed(session)
         if committed is not None and not {self._site, *committed} <= set(u2):
             raise UpdateReuse(
                 "The round was already answered for sites that are not all present.",
@@ -262,7 +310,7 @@ class SiteEpoch:
 
     def _consent_at_once(self) -> bytes:
         assert self._session is not None
-        committed = self._store.committed(self.terms.study, self._session.round)
+        committed = self._store.committed(self._session)
         if committed not in (None, self._u2):
             return b""
         return self._sign_consent(self._u2)
@@ -300,7 +348,7 @@ class SiteEpoch:
                 f"{len(u3)} sites survive; {self.terms.parameters.m} are needed.",
                 remedy=remedies.REPEAT,
             )
-        committed = self._store.committed(self.terms.study, self._session.round)
+        committed = self._store.committed(self._session)
         if committed not in (None, u3):
             raise UpdateReuse(
                 "The round was already answered for other surviving sites.",
@@ -325,7 +373,7 @@ class SiteEpoch:
                 )
             self._check_quorum(request)
             assert self._session is not None
-            if self._store.commit(self.terms.study, self._session.round, u3) != u3:
+            if self._store.commit(self._session, u3) != u3:
                 raise UpdateReuse(
                     "The round was already answered for other surviving sites.",
                     remedy=remedies.REPEAT_OR_CONTINUE,
@@ -372,6 +420,7 @@ class SiteEpoch:
         for secret in (self._b, self._enc_sk, self._mask_sk):
             _wipe(secret)
         self._held.clear()
+        self._dealt.clear()
         # The masked vector is as large as the model and of no use once the sum is out.
         self._replies.pop("mask", None)
 
@@ -394,20 +443,23 @@ class SiteEpoch:
     def _step(self, stage: Stage) -> Iterator[None]:
         """Run one stage, at its time only; whatever goes wrong in it ends the epoch."""
         try:
-            if self.stage is Stage.ENDED:
-                raise SessionUnknown(
-                    "The key epoch has ended at this site.",
-                    remedy=remedies.REPEAT,
-                )
             if self.stage is not stage:
-                raise StageOutOfOrder(
-                    f"The epoch is at stage {self.stage.name.lower()}, not {stage.name.lower()}.",
-                    remedy=remedies.REPEAT,
-                )
+                self._refuse_stage(stage.name.lower())
             yield
         except BaseException:
             self.erase()
             raise
+
+    def _refuse_stage(self, wanted: str) -> NoReturn:
+        if self.stage is Stage.ENDED:
+            raise SessionUnknown(
+                "The key epoch has ended at this site.",
+                remedy=remedies.REPEAT,
+            )
+        raise StageOutOfOrder(
+            f"The epoch is at stage {self.stage.name.lower()}, not {wanted}.",
+            remedy=remedies.REPEAT,
+        )
 
 
 def _wipe(secret: bytearray) -> None:
@@ -416,4 +468,4 @@ def _wipe(secret: bytearray) -> None:
 
 
 def _mark(request: Message) -> bytes:
-    return digest("secagg/v1/request", request.encode())
+    return digest("secagg/v2/request", request.encode())

@@ -1,9 +1,10 @@
-"""Checks of the peers' signed keys, encrypted shares and dealings."""
+"""Checks of the peers' signed keys, encrypted shares, dealings and complaints."""
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from cloister_fl.errors import (
     BoxTampered,
@@ -14,6 +15,7 @@ from cloister_fl.errors import (
     OverlapRefused,
     OwnRecordAltered,
     RosterMismatch,
+    SessionMismatch,
     ShareMismatch,
     SignatureInvalid,
     TooFewSurvivors,
@@ -23,7 +25,11 @@ from cloister_fl.secagg import remedies
 from cloister_fl.secagg.crypto import hashes, key_agreement, shamir
 from cloister_fl.secagg.messages.codec import (
     Advertisement,
+    Complaint,
     Dealing,
+    DealtRow,
+    DealtTo,
+    Disclosure,
     MaskRequest,
     Parcel,
     ShareRequest,
@@ -69,18 +75,20 @@ def check_distinct(records: Mapping[str, Advertisement]) -> None:
     """Refuse one key in two places: who holds one box or mask would hold the other.
 
     Raises:
-        KeyReused: blames the later site of the pair.
+        KeyReused: blames both sites.
     """
-    seen: set[bytes] = set()
+    seen: dict[bytes, str] = {}
     for site in sorted(records):
         for key in (records[site].enc_pk, records[site].mask_pk):
             if key in seen:
+                both = sorted({seen[key], site})
                 raise KeyReused(
-                    f"{site} sent a key that is already in use.",
+                    f"{' and '.join(both)} sent one key in two places.",
+                    why="No two keys are alike by chance: one site has the secret of the other.",
                     remedy=remedies.ASK_STEWARD,
-                    blamed=site,
+                    blamed=", ".join(both),
                 )
-            seen.add(key)
+            seen[key] = site
 
 
 def check_records(
@@ -109,24 +117,37 @@ def check_records(
         )
 
 
+@dataclass(frozen=True)
+class Opened:
+    """What a site found in its parcels.
+
+    Attributes:
+        shares: (share of b, share of mask_sk) by dealer, of those that are sound.
+        unsound: dealers whose box is the one that they signed, and does not hold what they signed.
+    """
+
+    shares: dict[str, tuple[bytes, bytes]]
+    unsound: tuple[str, ...]
+
+
 def open_parcels(
     request: MaskRequest,
     *,
-    own: Dealing,
+    own: DealtRow,
     records: Mapping[str, Advertisement],
     epoch_keys: bytes,
     roster: Roster,
     terms: EpochTerms,
     enc_sk: bytes,
-) -> dict[str, tuple[bytes, bytes]]:
-    """Check U2 and open the box of each dealer; (share of b, share of mask_sk) by dealer.
+) -> Opened:
+    """Check U2 and open the box of each dealer, or take the shares that it has disclosed.
 
     Raises:
         OverlapRefused: U2 is not within U1 or lacks this site.
         TooFewSurvivors: U2 is smaller than m.
-        OwnRecordAltered: the site's own dealing came back altered.
+        OwnRecordAltered: the site's own row came back altered.
         SignatureInvalid, BoxTampered: something was altered on its way.
-        DealerBlamed: what the dealer signed does not hold together.
+        DealerBlamed: a dealer's list does not cover the sites of U1.
     """
     u2, site = request.u2, own.dealer
     if not set(u2) <= records.keys() or site not in u2:
@@ -139,19 +160,62 @@ def open_parcels(
             f"{len(u2)} sites sent shares; {terms.parameters.m} are needed.",
             remedy=remedies.MORE_SITES,
         )
-    received = {}
+    received: dict[str, tuple[bytes, bytes]] = {}
+    unsound = []
     for parcel in request.parcels:
-        dealer = parcel.dealing.dealer
+        dealer = parcel.row.dealer
         if dealer == site:
-            if parcel.dealing != own or parcel.box:
+            if parcel.row != own or parcel.box:
                 raise OwnRecordAltered(
                     "This site's own list of shares came back altered.",
                     remedy=remedies.SERVER_AT_FAULT,
                 )
             continue
-        check_dealing(parcel.dealing, tuple(records), epoch_keys, roster)
-        received[dealer] = _open(parcel, site, records[dealer], epoch_keys, enc_sk)
-    return received
+        check_row(parcel.row, site, tuple(records), epoch_keys, roster)
+        shares = _open(parcel, site, records[dealer], epoch_keys, enc_sk)
+        if shares is None and parcel.disclosed:
+            shares = (
+                parcel.disclosed[: shamir.SHARE_BYTES],
+                parcel.disclosed[shamir.SHARE_BYTES :],
+            )
+            if not are_signed(shares, parcel.row.dealt, dealer, epoch_keys):
+                raise BoxTampered(
+                    f"The shares disclosed for {dealer} are not those that it signed.",
+                    why="They were altered on their way, and no honest server passes them on.",
+                    remedy=remedies.SERVER_AT_FAULT,
+                )
+        if shares is None:
+            unsound.append(dealer)
+        else:
+            received[dealer] = shares
+    return Opened(received, tuple(unsound))
+
+
+def check_row(
+    row: DealtRow, site: str, u1: tuple[str, ...], epoch_keys: bytes, roster: Roster
+) -> None:
+    """Check a row's signature and that it is for this site.
+
+    Raises:
+        SignatureInvalid: not signed by the trusted key over this epoch's keys.
+        BoxTampered: it is for another site.
+        DealerBlamed: signed, but not for the sites of U1.
+    """
+    public = roster.keys.get(row.dealer)
+    if public is None or not row.verified(public, epoch_keys):
+        raise SignatureInvalid(
+            f"The list of shares of {row.dealer} is not signed by its trusted key.",
+            why="It was altered on its way, or its identity key changed.",
+            remedy="Compare the fingerprint with the site's steward.",
+        )
+    if row.dealt.holder != site:
+        raise BoxTampered(
+            f"The encrypted share from {row.dealer} is for another site.",
+            why="It was exchanged on its way.",
+            remedy=remedies.SERVER_AT_FAULT,
+        )
+    if row.count != len(u1) or u1[row.index] != site:
+        raise _does_not_cover(row.dealer)
 
 
 def check_dealing(dealing: Dealing, u1: tuple[str, ...], epoch_keys: bytes, roster: Roster) -> None:
@@ -169,11 +233,15 @@ def check_dealing(dealing: Dealing, u1: tuple[str, ...], epoch_keys: bytes, rost
             remedy="Compare the fingerprint with the site's steward.",
         )
     if tuple(item.holder for item in dealing.dealt) != u1:
-        raise DealerBlamed(
-            f"The list of shares of {dealing.dealer} does not cover the sites that sent keys.",
-            remedy=remedies.ASK_STEWARD,
-            blamed=dealing.dealer,
-        )
+        raise _does_not_cover(dealing.dealer)
+
+
+def _does_not_cover(dealer: str) -> Exception:
+    return DealerBlamed(
+        f"The list of shares of {dealer} does not cover the sites that sent keys.",
+        remedy=remedies.ASK_STEWARD,
+        blamed=dealer,
+    )
 
 
 def check_boxes(shares: Shares, epoch_keys: bytes) -> None:
@@ -200,10 +268,9 @@ def check_boxes(shares: Shares, epoch_keys: bytes) -> None:
 
 def _open(
     parcel: Parcel, site: str, record: Advertisement, epoch_keys: bytes, enc_sk: bytes
-) -> tuple[bytes, bytes]:
-    dealer = parcel.dealing.dealer
-    dealt = parcel.dealing.to(site)
-    assert dealt is not None
+) -> tuple[bytes, bytes] | None:
+    """The two shares in a box; None where the dealer sealed something else than it signed."""
+    dealt, dealer = parcel.row.dealt, parcel.row.dealer
     if not hmac.compare_digest(
         hashes.box_hash(epoch_keys, dealer, site, parcel.box), dealt.box_hash
     ):
@@ -221,27 +288,67 @@ def _open(
         parcel.box,
     )
     if content is None:
-        raise DealerBlamed(
-            f"The encrypted share that {dealer} signed cannot be decrypted.",
-            remedy=remedies.ASK_STEWARD,
-            blamed=dealer,
-        )
-    b_share, key_share = content[: shamir.SHARE_BYTES], content[shamir.SHARE_BYTES :]
-    if not (
-        hmac.compare_digest(
-            hashes.share_hash(epoch_keys, hashes.OF_B, dealer, site, b_share), dealt.b_hash
-        )
-        and hmac.compare_digest(
-            hashes.share_hash(epoch_keys, hashes.OF_MASK_KEY, dealer, site, key_share),
-            dealt.mask_key_hash,
-        )
+        return None
+    shares = content[: shamir.SHARE_BYTES], content[shamir.SHARE_BYTES :]
+    return shares if are_signed(shares, dealt, dealer, epoch_keys) else None
+
+
+def are_signed(shares: tuple[bytes, bytes], dealt: DealtTo, dealer: str, epoch_keys: bytes) -> bool:
+    """Whether both shares are those whose hashes the dealer signed for the holder of ``dealt``."""
+    b_hash, key_hash = (
+        hashes.share_hash(epoch_keys, hashes.OF_B, dealer, dealt.holder, shares[0]),
+        hashes.share_hash(epoch_keys, hashes.OF_MASK_KEY, dealer, dealt.holder, shares[1]),
+    )
+    return hmac.compare_digest(b_hash, dealt.b_hash) and hmac.compare_digest(
+        key_hash, dealt.mask_key_hash
+    )
+
+
+def check_complaint(
+    complaint: Complaint, kid: bytes, epoch_keys: bytes, dealers: Collection[str], roster: Roster
+) -> None:
+    """Check that a site signed a complaint of this epoch, about others that deal in it.
+
+    Raises:
+        SignatureInvalid: it is not the site's.
+        SessionMismatch: it is of another epoch, or about itself or about a stranger.
+    """
+    public = roster.public_key(complaint.site)
+    if public is None or not complaint.verified(public):
+        raise SignatureInvalid(f"The complaint of {complaint.site} is not signed by it.")
+    named = set(complaint.dealers)
+    if (
+        not hmac.compare_digest(complaint.kid, kid)
+        or not hmac.compare_digest(complaint.keys, epoch_keys)
+        or not named
+        or not named | {complaint.site} <= set(dealers)
+        or complaint.site in named
     ):
-        raise DealerBlamed(
-            f"A share from {dealer} is not the one that it signed.",
-            remedy=remedies.ASK_STEWARD,
-            blamed=dealer,
+        raise SessionMismatch(
+            f"The complaint of {complaint.site} is of another key epoch.", remedy=remedies.REPEAT
         )
-    return b_share, key_share
+
+
+def check_disclosure(
+    reply: Disclosure, accusers: tuple[str, ...], dealing: Dealing, epoch_keys: bytes
+) -> None:
+    """Check what a dealer published for its accusers against the hashes that it signed.
+
+    Raises:
+        DealerBlamed: something is missing, or is not what was signed.
+    """
+    given = dict(reply.shares)
+    for accuser in accusers:
+        dealt, both = dealing.to(accuser), given.get(accuser, b"")
+        shares = both[: shamir.SHARE_BYTES], both[shamir.SHARE_BYTES :]
+        if dealt is None or not are_signed(shares, dealt, dealing.dealer, epoch_keys):
+            raise DealerBlamed(
+                f"{dealing.dealer} cannot show the shares that it signed for {accuser}.",
+                why="Its encrypted share did not open, and what it published is not what it "
+                "signed.",
+                remedy=remedies.ASK_STEWARD,
+                blamed=dealing.dealer,
+            )
 
 
 def check_shares(

@@ -8,3 +8,4 @@ ACCEPT_ROSTER = "Compare and accept the current roster: cloister client roster -
 ASK_STEWARD = "Have the site's steward find out why."
 SERVER_AT_FAULT = "Repeat the round; if it fails again, the server is at fault."
 SAME_VERSION = "Install the same version of Cloister on both sides: cloister --version"
+CORRECT_WEIGHTS = "Correct aggregation.weights, and check the study: cloister study check STUDY"

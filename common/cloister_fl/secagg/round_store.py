@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from cloister_fl.secagg.session import Session
+
 
 class RoundStore(Protocol):
     """Durable memory of a site. The first write wins; nothing is ever changed or removed.
@@ -20,27 +22,28 @@ class RoundStore(Protocol):
         """Record a key epoch id (32 bytes). True where it was new, False where it was known."""
         ...
 
-    def open_round(self, study: bytes, round_number: int, constants: bytes) -> bytes:
-        """Record the constants of a round before its first masked vector leaves.
+    def open_round(self, session: Session, constants: bytes) -> bytes:
+        """Record the constants of a sum before its first masked vector leaves.
 
         Args:
-            study: hash of the study, 32 bytes.
-            round_number: number of the round.
+            session: the sum. Which other sums count as the same is the store's to say: those of
+                the same study and round, and where vectors are not noised anew, those over the
+                same model.
             constants: hash over whom it invites, t, length, scale, clip and weights; 32 bytes.
 
         Returns:
-            What stands in the store for (study, round): these, or those of the first time.
+            What stands in the store for the sum: these, or those of the first time.
         """
         ...
 
-    def committed(self, study: bytes, round_number: int) -> tuple[str, ...] | None:
-        """The U3 that the site answered for in (study, round), or ``None``."""
+    def committed(self, session: Session) -> tuple[str, ...] | None:
+        """The U3 that the site answered for in this sum, or ``None``."""
         ...
 
-    def commit(self, study: bytes, round_number: int, u3: tuple[str, ...]) -> tuple[str, ...]:
+    def commit(self, session: Session, u3: tuple[str, ...]) -> tuple[str, ...]:
         """Record the U3 that the site is about to answer for, before its stage-4 reply leaves.
 
-        Returns the U3 that stands in the store for (study, round): this, or that of the first
-        time. The site answers only where both are the same.
+        Returns the U3 that stands in the store for the sum: this, or that of the first time. The
+        site answers only where both are the same.
         """
         ...

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cloister_fl.errors import (
     OverlapRefused,
     RosterMismatch,
+    SecureAggregationError,
     SessionMismatch,
     SignatureInvalid,
     StageOutOfOrder,
@@ -28,14 +29,18 @@ from cloister_fl.errors import (
 from cloister_fl.membership.identity import verify
 from cloister_fl.membership.roster import Roster
 from cloister_fl.secagg import peer_checks, unmasking
+from cloister_fl.secagg.complaint_book import Complaints
 from cloister_fl.secagg.crypto import hashes
 from cloister_fl.secagg.messages.abort_codes import ABORT_CODES
 from cloister_fl.secagg.messages.codec import (
     Abort,
     Advertisement,
     AdvertiseRequest,
+    Complaint,
     ConsistencyRequest,
     Consistent,
+    Disclosure,
+    DisclosureRequest,
     Masked,
     MaskRequest,
     Parcel,
@@ -89,6 +94,7 @@ class ServerEpoch:
         self._records: dict[str, Advertisement] = {}
         self._keys = b""
         self._shares: dict[str, Shares] = {}
+        self._complaints = Complaints()
         self._u2: tuple[str, ...] = ()
         self._u3: tuple[str, ...] = ()
         self._awaited: frozenset[str] = frozenset()
@@ -111,13 +117,20 @@ class ServerEpoch:
         Raises:
             StageOutOfOrder, StageRepeated, SiteAborted: it does not come in its turn.
             RosterMismatch, EpochReused: it is not of this epoch, or its site was not invited.
-            SignatureInvalid, LowOrderKey, KeyReused: a key cannot be used.
+            SignatureInvalid, LowOrderKey: a key cannot be used.
+            KeyReused: two sites sent one key; the other's record is dropped, too.
         """
         self._expect(Phase.KEYS)
         peer_checks.check_record(record, self.terms, self._roster)
         if _known(self._records, record.site, record):
             return
-        peer_checks.check_distinct({**self._records, record.site: record})
+        try:
+            peer_checks.check_distinct({**self._records, record.site: record})
+        except SecureAggregationError as error:
+            # Nobody knows whose key it is: neither takes part.
+            for site in error.blamed_sites:
+                self._records.pop(site, None)
+            raise
         self._records[record.site] = record
 
     # Stage 1
@@ -199,11 +212,67 @@ class ServerEpoch:
         self._expect(Phase.VECTORS)
         if site not in self._awaited or self._session is None:
             raise OverlapRefused(f"{site} does not take part in this sum.", remedy=REPEAT)
+        disclosed = self._complaints.disclosed_to(site)
         parcels = tuple(
-            Parcel(self._shares[dealer].dealing, self._shares[dealer].box_for(site))
+            Parcel(
+                self._shares[dealer].dealing.row(site),
+                self._shares[dealer].box_for(site),
+                disclosed.get(dealer, b""),
+            )
             for dealer in self._u2
         )
         return MaskRequest(self.terms.kid, self._session, parcels)
+
+    def receive_complaint(self, complaint: Complaint) -> None:
+        """Take one site's complaint that boxes, each as its dealer signed it, do not open.
+
+        Raises:
+            StageOutOfOrder, StageRepeated: it does not come in its turn.
+            OverlapRefused: the site takes no part, or has sent its vector.
+            SignatureInvalid, SessionMismatch: see ``peer_checks.check_complaint``.
+        """
+        self._expect(Phase.VECTORS)
+        self._member_key(complaint.site, self._awaited - self._added.keys())
+        peer_checks.check_complaint(complaint, self.terms.kid, self._keys, self._u2, self._roster)
+        if not _known(self._complaints.made, complaint.site, complaint):
+            self._complaints.made[complaint.site] = complaint
+
+    def disclosure_requests(self) -> dict[str, DisclosureRequest]:
+        """The request to each dealer that somebody complains of, and that has not answered yet."""
+        self._expect(Phase.VECTORS)
+        return self._complaints.requests(self.terms.kid)
+
+    def receive_disclosure(self, answer: Disclosure) -> None:
+        """Take a dealer's shares for its accusers, each checked against the hash that it signed.
+
+        Raises:
+            StageOutOfOrder, StageRepeated: it does not come in its turn.
+            OverlapRefused, SessionMismatch: nobody complained of it, or it is of another epoch.
+            SignatureInvalid: it is not the site's.
+            DealerBlamed: a share is missing or another than was signed: the complaint is right.
+        """
+        self._expect(Phase.VECTORS)
+        accusers = self._complaints.accusers_of(answer.site)
+        public = self._member_key(answer.site, self._u2 if accusers else ())
+        if not answer.verified(public):
+            raise SignatureInvalid(f"The shares in the name of {answer.site} are not signed by it.")
+        if not hmac.compare_digest(answer.kid, self.terms.kid):
+            raise SessionMismatch(f"{answer.site} answers for another key epoch.", remedy=REPEAT)
+        peer_checks.check_disclosure(
+            answer, accusers, self._shares[answer.site].dealing, self._keys
+        )
+        if not _known(self._complaints.answers, answer.site, answer):
+            self._complaints.answers[answer.site] = answer
+
+    @property
+    def unanswered(self) -> tuple[str, ...]:
+        """Dealers that somebody complains of, and whose shares for it are not here."""
+        return self._complaints.unanswered
+
+    @property
+    def accusers(self) -> tuple[str, ...]:
+        """Sites that complained, have the shares that they lacked by now, and sent no vector."""
+        return tuple(site for site in self._complaints.settled if site not in self._added)
 
     def receive_masked(self, masked: Masked) -> None:
         """Check one masked vector, add it to the sum and let go of it.

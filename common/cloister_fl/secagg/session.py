@@ -7,18 +7,20 @@ site that recomputes one agrees with its peers on everything inside or its masks
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
 from cloister_fl.encoding.framing import digest, f64, frame, is_sorted_set, listed, names, u32, u64
 from cloister_fl.errors import ParameterRefused, WeightAboveCap
-from cloister_fl.membership.roster import MAX_WEIGHT
+from cloister_fl.secagg import remedies
 from cloister_fl.secagg.fixed_point import scale_for
 from cloister_fl.secagg.parameters import VERSION, Parameters
 
 MAX_DIMENSION = 1 << 32
-MAX_CLIP = 1e6
+MIN_CLIP, MAX_CLIP = 1e-6, 1e6
+MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3
+"""So near to each other that no weight of 1000 sites is encoded as 0."""
+MAX_RUN_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class EpochTerms:
         federation: name of the federation.
         study: hash of the approved study, 32 bytes.
         roster: digest of the trusted roster, 32 bytes.
-        run: id of the run; a resumed run has another.
+        run: id of the run, at most 200 characters; a resumed run has another.
         epoch: number of the key epoch within the run.
         invited: ids of the invited sites, rising.
         colluders: c, as the study and the site's policy state it.
@@ -52,6 +54,8 @@ class EpochTerms:
             raise ParameterRefused("A study or roster hash is not 32 bytes.")
         if not 0 <= self.epoch < 2**64:
             raise ParameterRefused("The epoch number is out of range.")
+        if len(self.run) > MAX_RUN_CHARACTERS:
+            raise ParameterRefused(f"A run's id is longer than {MAX_RUN_CHARACTERS} characters.")
         if not is_sorted_set(self.invited):
             raise ParameterRefused("The invited sites are not sorted, or one is listed twice.")
         Parameters.derive(len(self.invited), self.colluders)
@@ -65,7 +69,7 @@ class EpochTerms:
     def kid(self) -> bytes:
         """Id of the key epoch, 32 bytes."""
         return digest(
-            "secagg/v1/kid",
+            "secagg/v2/kid",
             VERSION.encode(),
             self.federation.encode(),
             self.study,
@@ -91,12 +95,12 @@ class Session:
         attempt: number of the attempt at that round, from 0.
         model: hash of the global model's bytes, 32 bytes.
         dimension: D, length of the vector.
-        clip: bound of the absolute value of a coordinate before the weight is applied.
-        weights: (site id, public weight) of every invited site, by rising id.
+        clip: bound of the absolute value of a coordinate before the weight is applied; 1e-6 to 1e6.
+        weights: (site id, public weight) of every invited site, by rising id; 0.001 to 1000.
 
     Raises:
         ParameterRefused: a field out of range.
-        WeightAboveCap: a weight that is not above 0 and at most 1000.
+        WeightAboveCap: a weight out of range.
     """
 
     round: int
@@ -113,21 +117,27 @@ class Session:
             raise ParameterRefused("The model's hash is not 32 bytes.")
         if not 1 <= self.dimension <= MAX_DIMENSION:
             raise ParameterRefused("The vector's length is out of range.")
-        if not (math.isfinite(self.clip) and 0 < self.clip <= MAX_CLIP):
+        if not MIN_CLIP <= self.clip <= MAX_CLIP:
             raise ParameterRefused("The clip of a coordinate is out of range.")
         if not self.weights or not is_sorted_set([site for site, _ in self.weights]):
             raise ParameterRefused("The weights do not name each site once, in order.")
         for site, weight in self.weights:
-            if not (math.isfinite(weight) and 0 < weight <= MAX_WEIGHT):
+            if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
                 raise WeightAboveCap(
-                    f"The weight of {site} is not above 0 and at most {MAX_WEIGHT:g}.",
-                    remedy="Correct the study or the roster; a weight is a public constant.",
+                    f"The weight of {site} is not between {MIN_WEIGHT:g} and {MAX_WEIGHT:g}.",
+                    remedy=remedies.CORRECT_WEIGHTS,
                 )
 
     @cached_property
     def scale(self) -> float:
         """Units to one, a power of two; see ``fixed_point.scale_for``."""
-        return scale_for(len(self.weights), max(weight for _, weight in self.weights), self.clip)
+        return scale_for(len(self.weights), self.weight_range[1], self.clip)
+
+    @cached_property
+    def weight_range(self) -> tuple[float, float]:
+        """The smallest public weight and the largest."""
+        weights = sorted(dict(self.weights).values())
+        return weights[0], weights[-1]
 
     @cached_property
     def weight_list(self) -> bytes:
@@ -145,7 +155,7 @@ class Session:
         sites.
         """
         return digest(
-            "secagg/v1/round",
+            "secagg/v2/round",
             u32(threshold),
             u64(self.dimension),
             f64(self.scale),
@@ -156,7 +166,7 @@ class Session:
     def sid(self, keys: bytes) -> bytes:
         """Id of the session over the epoch's keys ``T``; 32 bytes."""
         return digest(
-            "secagg/v1/sid",
+            "secagg/v2/sid",
             keys,
             u64(self.round),
             u32(self.attempt),

@@ -19,8 +19,8 @@ def deal(
     enc_sk: bytes,
     secrets: tuple[bytes, bytes],
     draw: Callable[[int], bytes],
-) -> tuple[Shares, tuple[bytes, bytes]]:
-    """Deal b and mask_sk among U1; the message, and the dealer's own two shares.
+) -> tuple[Shares, dict[str, tuple[bytes, bytes]]]:
+    """Deal b and mask_sk among U1; the message, and both shares of each site.
 
     Args:
         dealer: the dealing site.
@@ -37,13 +37,12 @@ def deal(
         for secret in secrets
     )
     kid = records[dealer].kid
-    own = (b"", b"")
+    given: dict[str, tuple[bytes, bytes]] = {}
     dealt, boxes = [], []
     for holder, b_share, key_share in zip(records, b_shares, key_shares, strict=True):
         box = b""
-        if holder == dealer:
-            own = (b_share, key_share)
-        else:
+        given[holder] = (b_share, key_share)
+        if holder != dealer:
             shared = key_agreement.agree(enc_sk, records[holder].enc_pk)
             key = key_agreement.box_key(shared, epoch_keys, dealer, holder)
             box = key_agreement.seal(key, epoch_keys, dealer, holder, b_share + key_share)
@@ -57,4 +56,4 @@ def deal(
             )
         )
     dealing = Dealing(dealer, tuple(dealt)).signed_by(identity, epoch_keys)
-    return Shares(kid, dealing, tuple(boxes)), own
+    return Shares(kid, dealing, tuple(boxes)), given

@@ -19,8 +19,11 @@ from cloister_fl.membership.roster import Roster
 from cloister_fl.secagg.messages.codec import (
     Advertisement,
     AdvertiseRequest,
+    Complaint,
     ConsistencyRequest,
     Consistent,
+    Disclosure,
+    DisclosureRequest,
     Masked,
     MaskRequest,
     Message,
@@ -33,7 +36,7 @@ from cloister_fl.secagg.messages.codec import (
 from cloister_fl.secagg.server import Phase, ServerEpoch
 from cloister_fl.secagg.unmasking import Aggregate
 
-FORMAT = "cloister/secagg/v1/transcript"
+FORMAT = "cloister/secagg/v2/transcript"
 
 Direction = Literal["to site", "to server"]
 
@@ -134,6 +137,10 @@ def _receive(server: ServerEpoch, message: Message) -> None:
             server.receive_advertisement(message)
         case Shares():
             server.receive_shares(message)
+        case Complaint():
+            server.receive_complaint(message)
+        case Disclosure():
+            server.receive_disclosure(message)
         case Masked():
             server.receive_masked(message)
         case Consistent():
@@ -154,6 +161,11 @@ def _request(server: ServerEpoch, message: Message, site: str) -> Message:
             if not server.sid:
                 server.start(message.session)
             return server.mask_request(site)
+        case DisclosureRequest():
+            requests = server.disclosure_requests()
+            if site not in requests:
+                raise TranscriptMismatch("The transcript asks a dealer nobody complains of.")
+            return requests[site]
         case ConsistencyRequest():
             request = server.close_vectors()
             if request is None:

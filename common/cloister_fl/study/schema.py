@@ -206,12 +206,13 @@ class Aggregation(ShownModel):
     the invited sites how few may be left in a round; else a round needs as many, too."""
     colluders: Annotated[int, Field(ge=0, le=100)] = 1
     """Sites that may work with the coordinator without its learning another's update (c)."""
-    clip: Annotated[float, Field(gt=0, le=1000)] = 8.0
+    clip: Annotated[float, Field(ge=1e-6, le=1000)] = 8.0
     """Bound of the absolute value of one coordinate of an update, with secure aggregation: the
     range of the fixed-point encoding, not the clipping norm. Larger is saturated with privacy
     on, an error at the site without it."""
-    weights: dict[Name, Annotated[float, Field(gt=0, le=1000)]] = {}
-    """Public weight of a site by name; 1 where it is not named. Never a cohort's size."""
+    weights: dict[Name, Annotated[float, Field(ge=0.001, le=1000)]] = {}
+    """Public weight of a site by name; 1 where it is not named. Never a cohort's size. A site with
+    a weight far above the others' has the sum to itself: see ``weight_ratio``."""
     server_learning_rate: Annotated[float, Field(gt=0, le=1000)] = 1.0
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
@@ -228,12 +229,30 @@ class Aggregation(ShownModel):
         """How few sites can train it: below c + 3, ``Parameters.derive`` of secagg refuses."""
         return max(self.min_sites, self.colluders + 3) if self.secure else self.min_sites
 
+    @property
+    def weight_ratio(self) -> float:
+        """Largest public weight over the smallest, of the named sites and of any other."""
+        weights = (1.0, *self.weights.values())
+        return max(weights) / min(weights)
+
+    def weight(self, site: str) -> float:
+        """The public weight of a site."""
+        return self.weights.get(site, 1.0)
+
     @field_validator("strategy")
     @classmethod
     def _listed(cls, strategy: str) -> str:
         if strategy not in STRATEGIES:
             raise ValueError(f"must be one of {', '.join(STRATEGIES)}.")
         return strategy
+
+    @field_validator("weights")
+    @classmethod
+    def _comparable(cls, weights: dict[str, float]) -> dict[str, float]:
+        # So that no weight can be encoded as 0, whatever the number of sites: see secagg.Session.
+        if max((1.0, *weights.values())) > 1000 * min((1.0, *weights.values())):
+            raise ValueError("must not differ by a factor above 1000; sites not named have 1.")
+        return weights
 
     @model_validator(mode="after")
     def _proximal(self) -> Aggregation:

@@ -235,6 +235,7 @@ def _open(folder: Path, simulation: Simulation) -> Site:
         require_secure_aggregation=False,
         colluders=min(study.aggregation.colluders, Policy().colluders),
         min_sites=min(study.aggregation.min_sites, Policy().min_sites),
+        max_weight_ratio=study.aggregation.weight_ratio,
     )
     name = site_name(folder)
     make_private_dir(simulation.out / "sites")

@@ -12,13 +12,12 @@ from cloister_fl.membership.roster import Roster, RosterEntry, compare, open_ros
 from support.secagg import identity_of, roster_of, site_names
 
 ROOT = identity_of("root")
-ROSTER = roster_of(site_names(5), {"site-02": 2.5})
+ROSTER = roster_of(site_names(5))
 
 
 def test_round_trip() -> None:
     assert Roster.decode(ROSTER.encode()) == ROSTER
     assert open_roster(sign_roster(ROSTER, ROOT), ROOT.public) == ROSTER
-    assert ROSTER.weights == dict.fromkeys(site_names(5), 1.0) | {"site-02": 2.5}
     assert ROSTER.keys == {name: identity_of(name).public for name in site_names(5)}
     assert ROSTER.public_key("site-02") == identity_of("site-02").public
     assert ROSTER.public_key("site-09") is None
@@ -60,10 +59,6 @@ def entry(site: str, **changes: object) -> RosterEntry:
         (entry("a/b"),),
         (entry("a", public_key=bytes(32)),),
         (entry("a", public_key=b"short"),),
-        (entry("a", weight=0.0),),
-        (entry("a", weight=-1.0),),
-        (entry("a", weight=1001.0),),
-        (entry("a", weight=float("nan")),),
     ],
 )
 def test_rosters_that_are_refused(entries: tuple[RosterEntry, ...]) -> None:
@@ -82,22 +77,19 @@ def test_another_roster_has_another_digest() -> None:
         replace(ROSTER, serial=2),
         replace(ROSTER, federation="other"),
         replace(ROSTER, entries=ROSTER.entries[:-1]),
-        roster_of(site_names(5)),
     )
-    assert len({ROSTER.digest, *(other.digest for other in others)}) == 5
+    assert len({ROSTER.digest, *(other.digest for other in others)}) == 4
 
 
 def test_what_a_steward_is_shown() -> None:
     kept = [row for row in ROSTER.entries if row.site != "site-01"]
-    kept[0] = replace(kept[0], weight=1.0)
     kept[1] = replace(kept[1], public_key=identity_of("someone").public)
     offered = Roster.of("federation", 2, [*kept, entry("site-99")])
     change = compare(ROSTER, offered)
     assert change.added == ("site-99",)
     assert change.removed == ("site-01",)
     assert change.rekeyed == ("site-03",)
-    assert change.reweighted == ("site-02",)
     assert not change.rolled_back
     assert compare(offered, ROSTER).rolled_back
     same = compare(ROSTER, ROSTER)
-    assert not any((same.added, same.removed, same.rekeyed, same.reweighted, same.rolled_back))
+    assert not any((same.added, same.removed, same.rekeyed, same.rolled_back))

@@ -82,7 +82,7 @@ def test_a_message_says_what_its_fields_say_and_no_more() -> None:
     records = _update()
     assert set(records) == {"cloister", "arrays"}
     assert dict(records["cloister"]) == {
-        "version": "cloister/round/v5",
+        "version": "cloister/round/v6",
         "kind": "update",
         "log_head": "",
         "site": "north",
@@ -94,7 +94,7 @@ def test_a_message_says_what_its_fields_say_and_no_more() -> None:
 
 def test_payload_counts_arrays_names_and_values() -> None:
     records = pack(Prepared(site="north", signature=b"", ledger=""))
-    said = "version cloister/round/v5 kind prepared site north signature b'' ledger".replace(
+    said = "version cloister/round/v6 kind prepared site north signature b'' ledger".replace(
         " ", ""
     )
     assert payload_bytes(records) == len(said)

@@ -16,6 +16,7 @@ from cloister_fl.errors import (
     WeightAboveCap,
 )
 from cloister_fl.secagg.fixed_point import decode, encode_into, scale_for
+from cloister_fl.secagg.session import MAX_CLIP, MAX_WEIGHT, MIN_CLIP, MIN_WEIGHT, Session
 from support.errors import is_of, raises
 from support.secagg import Federation
 
@@ -150,12 +151,26 @@ def test_weighted_mean() -> None:
         assert np.abs(aggregate.sum() - w @ x).max() < 1e-6
 
 
-@pytest.mark.parametrize("weight", [0.0, -1.0, 1000.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("weight", [0.0, -1.0, 9e-4, 1000.5, float("nan"), float("inf")])
 def test_weight_above_the_cap(weight: float) -> None:
     federation = Federation(5)
     weights = (("site-01", weight), *federation.weights[1:])
     with raises(WeightAboveCap):
         federation.session(weights=weights)
+
+
+@pytest.mark.parametrize("clip", [MIN_CLIP, 1.0, 2.0**19, MAX_CLIP])
+@pytest.mark.parametrize("n", [3, 5, 100, 1000])
+def test_the_least_weight_beside_the_largest_is_not_encoded_as_0(n: int, clip: float) -> None:
+    """And neither bound gives a scale that floating point cannot hold."""
+    names = [f"site-{number:04d}" for number in range(n)]
+    weights = ((names[0], MIN_WEIGHT), *((name, MAX_WEIGHT) for name in names[1:]))
+    session = Session(0, 0, bytes(32), 1, clip, weights)
+    out = np.zeros(1, np.uint32)
+    encode_into(
+        out, np.array([clip]), weight=MIN_WEIGHT, clip=clip, scale=session.scale, saturate=False
+    )
+    assert 1 <= out[0] < 2**31 / n
 
 
 def test_full_range_at_every_site() -> None:

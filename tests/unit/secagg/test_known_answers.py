@@ -99,8 +99,8 @@ def test_blake3(row: dict[str, bytes]) -> None:
 def test_bulk_hashes_are_blake3_of_the_frame() -> None:
     data = repeating(70_001)
     for hashed, label in (
-        (hashes.vector_hash(data), b"secagg/v1/vector"),
-        (hashes.model_hash(memoryview(data)), b"secagg/v1/model"),
+        (hashes.vector_hash(data), b"secagg/v2/vector"),
+        (hashes.model_hash(memoryview(data)), b"secagg/v2/model"),
     ):
         framed = b"".join(len(part).to_bytes(8, "big") + part for part in (label, data))
         assert hashed == blake3(framed).digest()

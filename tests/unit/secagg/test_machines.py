@@ -21,7 +21,10 @@ from cloister_fl.secagg.messages.codec import (
     Abort,
     Advertisement,
     Bundle,
+    Complaint,
     Consistent,
+    Disclosure,
+    DisclosureRequest,
     Masked,
     MaskRequest,
     Message,
@@ -30,7 +33,7 @@ from cloister_fl.secagg.messages.codec import (
     decode,
 )
 from cloister_fl.secagg.server import Phase, ServerEpoch
-from support.secagg import Federation, over
+from support.secagg import Federation, identity_of, over
 
 POOL = 60
 UNREADABLE = {WireInvalid.code, ParameterRefused.code, WeightAboveCap.code}
@@ -135,6 +138,8 @@ class AnyOrder(RuleBasedStateMachine):
             Masked: self.server.receive_masked,
             Consistent: self.server.receive_consistent,
             Unmasked: self.server.receive_unmasked,
+            Complaint: self.server.receive_complaint,
+            Disclosure: self.server.receive_disclosure,
             Abort: self.server.receive_abort,
         }
         with suppress(SecureAggregationError):
@@ -148,7 +153,7 @@ class AnyOrder(RuleBasedStateMachine):
             names = self.federation.names
             if isinstance(request, MaskRequest):
                 # Its own parcel is the one without a box.
-                names = tuple(p.dealing.dealer for p in request.parcels if not p.box)
+                names = tuple(p.row.dealer for p in request.parcels if not p.box)
             for name in names:
                 number = self.federation.names.index(name)
                 for _ in range(0 if number in absent else times):
@@ -267,6 +272,12 @@ def _messages() -> list[bytes]:
     federation.unmask(server)
     requests.append(server.unmask_request().encode())
     requests.append(ServerEpoch(federation.terms(), federation.roster).advertise_request().encode())
+    complaint = Complaint(server.terms.kid, bytes(32), "site-01", ("site-02", "site-03"))
+    signed = complaint.signed_by(identity_of("site-01"))
+    shares = (("site-01", bytes(66)),)
+    answer = Disclosure(server.terms.kid, "site-02", shares).signed_by(identity_of("site-02"))
+    question = DisclosureRequest(server.terms.kid, (signed,))
+    requests += [signed.encode(), answer.encode(), question.encode()]
     parts = (decode(federation.sent[0]), decode(federation.sent[-1]))
     return [*federation.sent, *requests, Bundle(parts).encode()]
 
@@ -314,14 +325,14 @@ def test_trailing_and_missing_bytes() -> None:
         with pytest.raises(WireInvalid):
             decode(data + b"\0")
         with pytest.raises(WireInvalid):
-            decode(data.replace(b"secagg/v1", b"secagg/v2", 1))
+            decode(data.replace(b"secagg/v2", b"secagg/v1", 1))
 
 
 def test_nested_bundles() -> None:
     """Refused at the second level, so no depth of nesting reaches the stack's end."""
     data = decode(MESSAGES[0]).encode()
     for depth in range(1, 200):
-        data = frame(b"secagg/v1", b"bundle", listed([data]))
+        data = frame(b"secagg/v2", b"bundle", listed([data]))
         if depth > 1:
             with pytest.raises(WireInvalid):
                 decode(data)

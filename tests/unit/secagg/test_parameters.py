@@ -41,6 +41,34 @@ def test_two_quorums_share_an_honest_site() -> None:
             assert parameters.t <= parameters.m
 
 
+def test_the_counting_lemma_over_all_attempts_and_commits() -> None:
+    """No two sums over other sites, and no site's b and mask_sk both, from any n and c.
+
+    However the server splits views, each honest site answers for one U3, written before its answer,
+    over all attempts at a sum; each of the c colluders answers for every one. So whatever the
+    number of attempts, the honest sites are split into those that answer for A, those that answer
+    for B, and the rest; a secret that needs answers from both sides needs t of each.
+    """
+    tried = 0
+    for n in range(4, 41):
+        for c in range(6):
+            if c + 3 > n:
+                continue
+            try:
+                t = Parameters.derive(n, c).t
+            except SecureAggregationError:
+                continue
+            honest = n - c
+            for one in range(honest + 1):
+                for other in range(honest + 1 - one):
+                    tried += 1
+                    assert not (one + c >= t and other + c >= t), (n, c, one, other)
+            # One less, and the lemma fails where it is tight: the bound is not idle.
+            if 2 * t == n + c + 1:
+                assert 2 * (t - 1 - c) <= honest
+    assert tried > 60_000
+
+
 @pytest.mark.parametrize(
     ("n", "c"), [(0, 0), (1, 0), (2, 0), (2, 1), (3, 1), (5, 3), (5, -1), (1001, 1)]
 )

@@ -69,12 +69,12 @@ def test_vectors_by_another_hand(case: str) -> None:
     notes = data["notes"]["sites"]
     entries = data["messages"]
     raw = [bytes.fromhex(e["bytes"]) for e in entries if e["message"] == "advertise"]
-    head = len(lp(b"secagg/v1", b"advertise"))
+    head = len(lp(b"secagg/v2", b"advertise"))
     kid = raw[0][head + 8 : head + 40]
-    label = b"secagg/v1/T"
+    label = b"secagg/v2/T"
     t_digest = hashlib.sha256(lp(label, kid, listed([r[head:] for r in raw]))).digest()
     names = sorted(notes)
-    u2 = hashlib.sha256(lp(b"secagg/v1/set", listed([n.encode() for n in names]))).digest()
+    u2 = hashlib.sha256(lp(b"secagg/v2/set", listed([n.encode() for n in names]))).digest()
     public = {
         name: X25519PrivateKey.from_private_bytes(bytes.fromhex(notes[name]["mask_sk"]))
         .public_key()

@@ -16,7 +16,7 @@ from cloister_fl.cli.confirm import ask, ask_hidden
 from cloister_fl.cli.folder_option import SiteFolder as Folder
 from cloister_fl.cli.folder_option import dir_option
 from cloister_fl.client.cli.site_folder import PatientsAtMost, site_folder
-from cloister_fl.errors import InviteInvalid, OptionInvalid, RosterMismatch
+from cloister_fl.errors import InviteInvalid, OptionInvalid, RosterMismatch, SecureAggregationError
 from cloister_fl.system.optional import require
 from cloister_fl.system.text import counted
 
@@ -165,9 +165,7 @@ def offer(site: Site, joined: Joined, accepted: str | None, folder: Path) -> Non
     root = bytes.fromhex(membership(site).root)
     offered = examine(site.roster, joined.signed_roster, root)
     digest, change = offered.roster.digest, offered.change
-    if change is not None and not any(
-        (change.added, change.removed, change.rekeyed, change.reweighted)
-    ):
+    if change is not None and not any((change.added, change.removed, change.rekeyed)):
         typer.echo(
             f"The roster is the trusted one, with {counted(len(offered.roster.entries), 'site')}."
         )
@@ -181,11 +179,11 @@ def offer(site: Site, joined: Joined, accepted: str | None, folder: Path) -> Non
             ("new", change.added),
             ("removed", change.removed),
             ("with another key", change.rekeyed),
-            ("with another weight", change.reweighted),
         ):
             if names:
                 typer.echo(f"  {word}: {', '.join(names)}")
     typer.echo(f"  digest  {_groups(digest)}")
+    typer.echo(_sums_among(site, len(offered.roster.entries)))
     if accepted is not None:
         confirmed = _digest(accepted, folder)
     elif sys.stdin.isatty():
@@ -200,6 +198,28 @@ def offer(site: Site, joined: Joined, accepted: str | None, folder: Path) -> Non
         return
     accept(site.roster, joined.signed_roster, root, confirmed=confirmed)
     typer.echo("Accepted: this site takes part with these sites and no others.")
+
+
+def _sums_among(site: Site, count: int) -> str:
+    """What the sites of a roster make of a sum, under this site's policy."""
+    from cloister_fl.secagg.parameters import Parameters
+
+    policy = site.policy
+    try:
+        least = Parameters.derive(count, policy.colluders).m
+    except SecureAggregationError:
+        return (
+            f"  sums    none yet: {counted(count, 'site')} are too few where "
+            f"{counted(policy.colluders, 'site')} may work with the coordinator (policy.colluders)"
+        )
+    if policy.max_weight_ratio == 1:
+        weights = "all weights alike"
+    else:
+        weights = f"no weight above {policy.max_weight_ratio:g} times another"
+    return (
+        f"  sums    if all are invited, {least} of {count} or more in each, of whom "
+        f"{policy.colluders} may work with the coordinator; {weights}"
+    )
 
 
 def _read_invite(argument: str | None) -> str:

@@ -129,7 +129,8 @@ class Total:
 
 
 Sum = tuple[str, int]
-"""A sum of secure aggregation: what determines its updates, and its number."""
+"""A sum of secure aggregation: what determines its updates, and its number; or, of vectors without
+noise, the hash of its model, and 0 for updates or 1 for counts."""
 
 
 @dataclass

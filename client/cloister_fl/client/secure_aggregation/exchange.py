@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from cloister_fl import secagg
 from cloister_fl.client.ledger.ledger import Ledger
+from cloister_fl.client.ledger.replay import Sum
 from cloister_fl.client.ledger.site_session import Admission, SiteSession
 from cloister_fl.client.site.trusted_roster import read_pin
 from cloister_fl.errors import (
@@ -37,6 +38,7 @@ from cloister_fl.errors import (
 )
 from cloister_fl.membership.roster import Roster
 from cloister_fl.protocol.round_messages import Octets
+from cloister_fl.protocol.sessions import SUMS_A_ROUND
 from cloister_fl.secagg.messages.codec import Bundle, MaskRequest, Message
 from cloister_fl.system import cpu
 from cloister_fl.system.files import Mark, mark_of
@@ -93,6 +95,7 @@ class Members:
             study=bytes.fromhex(admission.digest),
             colluders=study.aggregation.colluders,
             minimum_sites=max(site.policy.min_sites, study.aggregation.min_sites),
+            max_weight_ratio=site.policy.max_weight_ratio,
         )
         key = (site.root, admission.digest, policy, pin, mark_of(pin))
         if key not in self._members:
@@ -113,6 +116,7 @@ class Members:
                 store=RoundMemory(
                     lambda: session.ledger,
                     subject=study.update_digest,
+                    is_noised=study.privacy.enabled,
                     most_epochs=_EPOCHS_A_SUM * 2 * (study.training.rounds + 1),
                 ),
                 gave_up=lambda error: _keep_refusal(session, error),
@@ -126,17 +130,29 @@ class RoundMemory:
 
     Args:
         ledger: gives the open ledger, which a session may have opened anew meanwhile.
-        subject: 32 bytes over all that determines an update, in place of the study's hash. With
-            privacy on that is the study, for each study draws its own noise and is charged for
-            it; without, studies that differ in name alone give the same updates, and two sums of
-            these over other sites would tell of single hospitals.
+        subject: 32 bytes over all that determines an update. With privacy on that is the study,
+            for each study draws its own noise and is charged for it; without, studies that differ
+            in name alone give the same updates, and two sums of these over other sites would tell
+            of single hospitals.
+        is_noised: whether vectors are noised anew for each sum, and charged. Where they are not,
+            two sums over one model count as the same sum, whatever the study and the round: studies
+            that differ in rounds or batches train the same way for a round or nearly so. It guards
+            against accidents; a coordinator that changes one bit of the model evades it.
         most_epochs: key epochs that one subject may begin, so that no server fills the ledger.
 
     The methods raise LedgerDamaged and LedgerRolledBack, see ``Ledger``.
     """
 
-    def __init__(self, ledger: Callable[[], Ledger], *, subject: bytes, most_epochs: int) -> None:
+    def __init__(
+        self,
+        ledger: Callable[[], Ledger],
+        *,
+        subject: bytes,
+        is_noised: bool,
+        most_epochs: int,
+    ) -> None:
         self._ledger = ledger
+        self._is_noised = is_noised
         self._subject = subject.hex()
         self._most_epochs = most_epochs
 
@@ -159,32 +175,44 @@ class RoundMemory:
             self._ledger().file.append("epoch", {"epoch": kid.hex(), "study": self._subject})
             return True
 
-    def open_round(self, study: bytes, round_number: int, constants: bytes) -> bytes:
-        """Record a round's constants; what stands since the first time."""
-        del study
-        key = (self._subject, round_number)
+    def open_round(self, session: secagg.Session, constants: bytes) -> bytes:
+        """Record a sum's constants; what stands since the first time."""
         with self._ledger().file.transaction(write=True) as state:
-            if key not in state.constants:
-                self._append("round", round_number, {"constants": constants.hex()})
-            return bytes.fromhex(state.constants[key])
+            for key in self._keys(session):
+                if key not in state.constants:
+                    self._append("round", key, {"constants": constants.hex()})
+                elif state.constants[key] != constants.hex():
+                    return bytes.fromhex(state.constants[key])
+        return constants
 
-    def committed(self, study: bytes, round_number: int) -> tuple[str, ...] | None:
-        """The sites that a round was answered for, or None."""
-        del study
+    def committed(self, session: secagg.Session) -> tuple[str, ...] | None:
+        """The sites that a sum was answered for, or None."""
         with self._ledger().file.transaction(write=False) as state:
-            return state.answered.get((self._subject, round_number))
+            for key in self._keys(session):
+                if key in state.answered:
+                    return state.answered[key]
+        return None
 
-    def commit(self, study: bytes, round_number: int, u3: tuple[str, ...]) -> tuple[str, ...]:
-        """Record the sites that a round is answered for; what stands since the first time."""
-        del study
-        key = (self._subject, round_number)
+    def commit(self, session: secagg.Session, u3: tuple[str, ...]) -> tuple[str, ...]:
+        """Record the sites that a sum is answered for; what stands since the first time."""
         with self._ledger().file.transaction(write=True) as state:
-            if key not in state.answered:
-                self._append("answered", round_number, {"survivors": list(u3)})
-            return state.answered[key]
+            for key in self._keys(session):
+                if key not in state.answered:
+                    self._append("answered", key, {"survivors": list(u3)})
+                elif state.answered[key] != u3:
+                    return state.answered[key]
+        return u3
 
-    def _append(self, kind: str, number: int, fact: dict[str, Any]) -> None:
-        self._ledger().file.append(kind, {"study": self._subject, "sum": number, **fact})
+    def _keys(self, session: secagg.Session) -> tuple[Sum, ...]:
+        """What the sum may be known by: no two of one key are over other sites."""
+        own = (self._subject, session.round)
+        if self._is_noised:
+            return (own,)
+        # Updates and counts of one model are two sums, and their numbers tell which.
+        return own, (session.model.hex(), session.round % SUMS_A_ROUND)
+
+    def _append(self, kind: str, key: Sum, fact: dict[str, Any]) -> None:
+        self._ledger().file.append(kind, {"study": key[0], "sum": key[1], **fact})
 
 
 def require_roster(session: SiteSession, pin: Path, digest: str) -> None:
@@ -275,8 +303,9 @@ class Exchange:
     def open(self, expected: secagg.Session, *, run: str) -> bool:
         """Check the session of the mask request; whether a vector is due.
 
-        None is due where a check failed, which the answer then says; where the vector was masked
-        before, or made before for another attempt at the same sum in this process.
+        None is due where a check failed or a dealer's box does not open, which the answer then
+        says; where the vector was masked before, or made before for another attempt at the same
+        sum in this process.
 
         Args:
             expected: the session as this site knows it.
@@ -286,9 +315,12 @@ class Exchange:
         assert request is not None
         self._mark, self._is_open = (run, expected.round, expected.model), True
         try:
-            member.protocol.open(request, expected)
+            complaint = member.protocol.open(request, expected)
         except SecureAggregationError as error:
             self._give_up(error)
+            return False
+        if complaint is not None:
+            self._masked, self._is_open = complaint, False
             return False
         if member.protocol.has_masked(request.kid):
             return False

@@ -70,6 +70,9 @@ class Policy(FileModel):
     """Sites that may work with the coordinator; a study must allow for as many, or more."""
     min_sites: Annotated[int, Field(ge=1, le=1000)] = 5
     """Fewest sites that must be invited, and that a study may ask for."""
+    max_weight_ratio: Annotated[float, Field(ge=1, le=1000)] = 1.0
+    """Most that the largest public weight of a study may be of the smallest. A site with a far
+    larger weight than all others has the sum to itself."""
     max_rounds: Annotated[int, Field(ge=1, le=10_000)] = 1000
     allow_without_privacy: bool = False
     """Whether a study may train without differential privacy; for public data only."""
@@ -273,6 +276,12 @@ def _of_aggregation(policy: Policy, study: Study, invited_sites: int) -> Iterato
         yield (
             f"policy.colluders is {policy.colluders}; "
             f"the study sets aggregation.colluders = {aggregation.colluders}."
+        )
+    if aggregation.weight_ratio > policy.max_weight_ratio:
+        yield (
+            f"policy.max_weight_ratio is {policy.max_weight_ratio:g}; the largest of the study's "
+            f"aggregation.weights is {aggregation.weight_ratio:.6g} times the smallest, where a "
+            "site that is not named has 1."
         )
     if aggregation.min_sites < policy.min_sites:
         yield (

@@ -71,6 +71,9 @@ require_secure_aggregation = {_bool(policy.require_secure_aggregation)}
 colluders = {policy.colluders}
 # Fewest sites that must take part.
 min_sites = {policy.min_sites}
+# Most that the largest public weight of a study (aggregation.weights) may be of the smallest. A
+# site whose weight is far above the others' has the sum to itself. 1: all weights alike.
+max_weight_ratio = {policy.max_weight_ratio!r}
 max_rounds = {policy.max_rounds}
 # true only where the data are public: what leaves then may reveal single patients.
 allow_without_privacy = {_bool(policy.allow_without_privacy)}

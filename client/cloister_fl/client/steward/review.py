@@ -11,6 +11,7 @@ from cloister_fl.client.site.data_notice import data_notices
 from cloister_fl.client.site.folder import Site
 from cloister_fl.client.site.policy import refusals
 from cloister_fl.client.steward.budget import LIFETIME_BINDS, line, study_promised
+from cloister_fl.secagg.parameters import Parameters
 from cloister_fl.study.schema import Study
 from cloister_fl.system.text import counted
 
@@ -106,7 +107,8 @@ def _leaves(study: Study) -> list[str]:
     if study.aggregation.secure:
         lines = [
             f"  would leave  {noised}model updates, by secure aggregation: the coordinator "
-            f"reads only their sum over {study.aggregation.min_sites} sites or more"
+            "reads only their sum",
+            *_sum(study),
         ]
     else:
         lines = [f"  would leave  {noised}model updates, which the coordinator can read"]
@@ -122,6 +124,26 @@ def _leaves(study: Study) -> list[str]:
             f"epsilon {study.evaluation.release_epsilon:g}, part of the cost above"
         )
     return lines
+
+
+def _sum(study: Study) -> list[str]:
+    """All that shapes a sum: how few sites, who may work together, weights, range."""
+    asked = study.aggregation
+    numbers = Parameters.derive(asked.fewest_sites, asked.colluders)
+    few = f"{numbers.m} sites or more in it"
+    if numbers.m < numbers.n:
+        few += f", for of {numbers.n} invited {numbers.dropouts} may fail; more if more are invited"
+    others = f"{counted(asked.colluders, 'site')} may work with the coordinator"
+    weights = "all sites alike"
+    if asked.weights:
+        named = ", ".join(f"{site} {weight:g}" for site, weight in sorted(asked.weights.items()))
+        weights = f"{named}; any other site 1"
+    return [
+        f"  a sum has    {few}",
+        f"               {others} and still not read another's update",
+        *_told("  weights      ", weights),
+        f"  range        each coordinate is cut to {asked.clip:g} on either side",
+    ]
 
 
 def _pretrained_weights(study: Study) -> list[str]:

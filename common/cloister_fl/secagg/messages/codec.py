@@ -16,12 +16,14 @@ from typing import ClassVar, Self
 from cloister_fl.encoding.framing import Buffer, FrameError, Reader, listed
 from cloister_fl.errors import WireInvalid
 from cloister_fl.secagg import remedies
+from cloister_fl.secagg.messages.complaints import Complaint, Disclosure
 from cloister_fl.secagg.messages.message_base import Message
 from cloister_fl.secagg.messages.participant_messages import (
     Abort,
     Advertisement,
     Consistent,
     Dealing,
+    DealtRow,
     DealtTo,
     Masked,
     Shares,
@@ -31,6 +33,7 @@ from cloister_fl.secagg.messages.participant_messages import (
 from cloister_fl.secagg.messages.server_messages import (
     AdvertiseRequest,
     ConsistencyRequest,
+    DisclosureRequest,
     MaskRequest,
     Parcel,
     ShareRequest,
@@ -43,10 +46,14 @@ __all__ = [
     "AdvertiseRequest",
     "Advertisement",
     "Bundle",
+    "Complaint",
     "ConsistencyRequest",
     "Consistent",
     "Dealing",
+    "DealtRow",
     "DealtTo",
+    "Disclosure",
+    "DisclosureRequest",
     "MaskRequest",
     "Masked",
     "Message",
@@ -91,6 +98,9 @@ _KINDS: dict[str, type[Message]] = {
         Shares,
         MaskRequest,
         Masked,
+        Complaint,
+        DisclosureRequest,
+        Disclosure,
         ConsistencyRequest,
         Consistent,
         UnmaskRequest,

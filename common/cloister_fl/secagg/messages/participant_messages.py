@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Self
 
-from cloister_fl.encoding.framing import Buffer, FrameError, Reader, frame, listed, names
+from cloister_fl.encoding.framing import Buffer, FrameError, Reader, frame, listed, names, u32
 from cloister_fl.membership.identity import SIGNATURE_BYTES, Identity, verify
 from cloister_fl.membership.roster import MAX_SITES
 from cloister_fl.secagg.crypto import hashes, shamir
@@ -21,6 +22,8 @@ from cloister_fl.secagg.messages.message_base import (
 
 BOX_BYTES = 2 * shamir.SHARE_BYTES + 16
 """A sealed box: the shares of b and of mask_sk, and the tag."""
+MOST_SIBLINGS = 10
+"""Hashes on the path of a row: of at most 1000 rows."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,12 @@ class Dealing:
     dealt: tuple[DealtTo, ...]
     signature: bytes = b""
 
+    @cached_property
+    def _tree(self) -> hashes.Levels:
+        return hashes.levels([item.encode() for item in self.dealt] or [b""])
+
     def _body(self, keys: bytes) -> tuple[bytes, ...]:
-        return (keys, self.dealer.encode(), listed(item.encode() for item in self.dealt))
+        return _dealing_body(keys, self.dealer, len(self.dealt), self._tree[-1][0])
 
     def signed_by(self, identity: Identity, keys: bytes) -> Dealing:
         """The same list signed over ``T``."""
@@ -99,9 +106,26 @@ class Dealing:
         """True where the signature is that of ``public`` over this ``T``."""
         return verify(public, self.signature, hashes.SHARE, *self._body(keys))
 
+    @cached_property
+    def _by_holder(self) -> dict[str, int]:
+        return {item.holder: index for index, item in enumerate(self.dealt)}
+
     def to(self, holder: str) -> DealtTo | None:
         """The entry of one holder."""
-        return next((item for item in self.dealt if item.holder == holder), None)
+        index = self._by_holder.get(holder)
+        return None if index is None else self.dealt[index]
+
+    def row(self, holder: str) -> DealtRow:
+        """The entry of one holder with what proves that the dealer signed it.
+
+        Raises:
+            KeyError: there is none.
+        """
+        index = self._by_holder[holder]
+        path = hashes.path(self._tree, index)
+        return DealtRow(
+            self.dealer, self.dealt[index], index, len(self.dealt), path, self.signature
+        )
 
     def encode(self) -> bytes:
         """Canonical bytes, without the message's head."""
@@ -118,6 +142,69 @@ class Dealing:
         rising(tuple(item.holder for item in dealing.dealt))
         reader.end()
         return dealing
+
+
+def _dealing_body(keys: bytes, dealer: str, count: int, root: bytes) -> tuple[bytes, ...]:
+    """What a dealer signs: T, and the root of the tree over what it dealt to each site of U1."""
+    return (keys, dealer.encode(), u32(count), root)
+
+
+@dataclass(frozen=True)
+class DealtRow:
+    """One holder's entry of a dealing, which its path and the dealing's signature prove.
+
+    A holder needs no other's entry, so a request to it grows with the number of dealers and not
+    with its square. That the dealing covers U1 is checked by the server, whom it concerns.
+
+    Attributes:
+        dealer: who dealt.
+        dealt: the entry.
+        index: the entry's place among ``count``, from 0.
+        count: entries of the dealing.
+        path: hashes that lead to the root; see ``hashes.path``.
+        signature: the dealing's.
+    """
+
+    dealer: str
+    dealt: DealtTo
+    index: int
+    count: int
+    path: bytes
+    signature: bytes
+
+    def verified(self, public: bytes, keys: bytes) -> bool:
+        """True where the owner of ``public`` signed a dealing over this ``T`` with this entry."""
+        root = hashes.root_from(self.dealt.encode(), self.index, self.count, self.path)
+        if root is None:
+            return False
+        body = _dealing_body(keys, self.dealer, self.count, root)
+        return verify(public, self.signature, hashes.SHARE, *body)
+
+    def encode(self) -> bytes:
+        """Canonical bytes, without the message's head."""
+        return frame(
+            self.dealer.encode(),
+            self.dealt.encode(),
+            u32(self.index),
+            u32(self.count),
+            self.path,
+            self.signature,
+        )
+
+    @classmethod
+    def read(cls, reader: Reader) -> Self:
+        row = cls(
+            reader.text(),
+            DealtTo.read(Reader(reader.view())),
+            reader.u32(),
+            reader.u32(),
+            reader.field(),
+            reader.field(SIGNATURE_BYTES),
+        )
+        if len(row.path) % HASH or len(row.path) > MOST_SIBLINGS * HASH:
+            raise FrameError("a path has another length than agreed")
+        reader.end()
+        return row
 
 
 @dataclass(frozen=True)
@@ -258,7 +345,8 @@ class Unmasked(SignedMessage):
 class Abort(SignedMessage):
     """Any stage, site to server: a code from the closed list, and no word more.
 
-    ``blamed`` is a site id, or empty. ``kid`` names the epoch that the site has given up.
+    ``kid`` names the epoch that the site has given up. It blames nobody: an accusation counts only
+    with its proof, as a ``Complaint``.
     """
 
     NAME: ClassVar[str] = "abort"
@@ -266,17 +354,15 @@ class Abort(SignedMessage):
     kid: bytes
     site: str
     code: str
-    blamed: str
     signature: bytes = b""
 
     def _body(self) -> tuple[bytes, ...]:
-        return (self.kid, self.site.encode(), self.code.encode(), self.blamed.encode())
+        return (self.kid, self.site.encode(), self.code.encode())
 
     @classmethod
     def _read(cls, reader: Reader) -> Self:
         return cls(
             reader.field(HASH),
-            reader.text(),
             reader.text(),
             reader.text(),
             reader.field(SIGNATURE_BYTES),

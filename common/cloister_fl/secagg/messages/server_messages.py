@@ -18,6 +18,8 @@ from cloister_fl.encoding.framing import (
 )
 from cloister_fl.membership.identity import SIGNATURE_BYTES
 from cloister_fl.membership.roster import MAX_SITES
+from cloister_fl.secagg.crypto import shamir
+from cloister_fl.secagg.messages.complaints import Complaint
 from cloister_fl.secagg.messages.message_base import (
     HASH,
     Message,
@@ -26,7 +28,7 @@ from cloister_fl.secagg.messages.message_base import (
     rising,
     sites,
 )
-from cloister_fl.secagg.messages.participant_messages import BOX_BYTES, Advertisement, Dealing
+from cloister_fl.secagg.messages.participant_messages import BOX_BYTES, Advertisement, DealtRow
 from cloister_fl.secagg.session import EpochTerms, Session
 
 
@@ -90,18 +92,28 @@ class ShareRequest(Message):
 
 @dataclass(frozen=True)
 class Parcel:
-    """One dealer's dealing, and its box for the receiving site (empty in the site's own)."""
+    """What a dealer dealt to the receiving site.
 
-    dealing: Dealing
+    Attributes:
+        row: what the dealer signed.
+        box: the sealed shares; empty in the site's own.
+        disclosed: both shares, once the dealer has published them on this site's complaint.
+    """
+
+    row: DealtRow
     box: bytes
+    disclosed: bytes = b""
 
     def encode(self) -> bytes:
-        return frame(self.dealing.encode(), self.box)
+        return frame(self.row.encode(), self.box, self.disclosed)
 
     @classmethod
     def read(cls, reader: Reader) -> Self:
-        parcel = cls(Dealing.read(Reader(reader.view())), reader.field())
-        if len(parcel.box) not in (0, BOX_BYTES):
+        parcel = cls(DealtRow.read(Reader(reader.view())), reader.field(), reader.field())
+        if len(parcel.box) not in (0, BOX_BYTES) or len(parcel.disclosed) not in (
+            0,
+            2 * shamir.SHARE_BYTES,
+        ):
             raise FrameError("a box has another length than agreed")
         reader.end()
         return parcel
@@ -119,7 +131,7 @@ class MaskRequest(Message):
     @property
     def u2(self) -> tuple[str, ...]:
         """The sites whose boxes are here."""
-        return tuple(parcel.dealing.dealer for parcel in self.parcels)
+        return tuple(parcel.row.dealer for parcel in self.parcels)
 
     def _fields(self) -> tuple[Buffer, ...]:
         session = self.session
@@ -148,6 +160,25 @@ class MaskRequest(Message):
         request = cls(kid, session, tuple(Parcel.read(item) for item in reader.items(MAX_SITES)))
         rising(request.u2)
         return request
+
+
+@dataclass(frozen=True)
+class DisclosureRequest(Message):
+    """Stage 2, server to site: publish what you dealt to those who complain, by rising site."""
+
+    NAME: ClassVar[str] = "disclosure?"
+    kid: bytes
+    complaints: tuple[Complaint, ...]
+
+    def _fields(self) -> tuple[Buffer, ...]:
+        return (self.kid, listed(complaint.fields() for complaint in self.complaints))
+
+    @classmethod
+    def _read(cls, reader: Reader) -> Self:
+        kid = reader.field(HASH)
+        complaints = tuple(_complaint(item) for item in reader.items(MAX_SITES))
+        rising(tuple(complaint.site for complaint in complaints))
+        return cls(kid, complaints)
 
 
 @dataclass(frozen=True)
@@ -187,6 +218,12 @@ def _weight(reader: Reader) -> tuple[str, float]:
     pair = (reader.text(), reader.f64())
     reader.end()
     return pair
+
+
+def _complaint(reader: Reader) -> Complaint:
+    complaint = Complaint.read(reader)
+    reader.end()
+    return complaint
 
 
 def _advertisement(reader: Reader) -> Advertisement:

@@ -154,7 +154,7 @@ class PlainCollector:
                 refused[name] = given
         require_sites(self._study.aggregation.min_sites, len(updates), members.asked, refused)
         names = sorted(updates)
-        weights = [self._study.aggregation.weights.get(name, 1.0) for name in names]
+        weights = [self._study.aggregation.weight(name) for name in names]
         mean = weighted_mean([updates[name] for name in names], weights)
         return Collected(mean, tuple(names), refused)
 

@@ -27,9 +27,11 @@ from cloister_fl.errors import (
     SecureAggregationError,
     TooFewSites,
     TooFewSurvivors,
+    UpdateReuse,
 )
 from cloister_fl.membership.roster import Roster
 from cloister_fl.networks import flat_parameters
+from cloister_fl.protocol import sessions
 from cloister_fl.protocol.round_messages import Counts, Vector
 from cloister_fl.server.rounds.checkpoint import Checkpoints, Figures, Progress, Released, RunState
 from cloister_fl.server.rounds.collector import (
@@ -227,6 +229,7 @@ class Run:
             self._participants.refused.update(lost.refused)
             self._note("lost", round=number)
             self._hooks.notify(Lost(number))
+            self._require_no_second_sum(number)
             return replace(state, completed=number, lost=(*state.lost, number))
         self._participants.refused.update(collected.refused)
         for name in collected.sites:
@@ -248,6 +251,24 @@ class Run:
         )
         measured = self._measure(collector, state, number, figures)
         return replace(state, figures=(*state.figures, measured))
+
+    def _require_no_second_sum(self, number: int) -> None:
+        """End a run without privacy where the next round would sum the same model's updates again.
+
+        Sites may have given shares for some survivors of the lost round. The next begins with the
+        same model; a sum over other sites would differ from that one by single hospitals' updates.
+        With privacy on, each round draws noise of its own.
+        """
+        if self._study.privacy.enabled:
+            return
+        asked = self._progress.answered.get(sessions.SUMS_A_ROUND * number)
+        if asked:
+            raise UpdateReuse(
+                f"Round {number} has no sum, and was asked for {', '.join(asked)} already.",
+                why="Without privacy no second set of sites is asked for updates of one model: "
+                "the two sums would differ by single hospitals.",
+                remedy="When all of them are back, resume the run: cloister server resume RUN",
+            )
 
     def _collect(self, collector: Collector, number: int, state: RunState) -> Collected:
         """A round's update; with patience, once enough sites are here.

@@ -1,4 +1,4 @@
-"""Collection with secure aggregation (``secagg/v1``): the server reads sums only.
+"""Collection with secure aggregation (``secagg/v2``): the server reads sums only.
 
 Two round trips a sum once the keys are there: the keys of the next epoch ride with the masked
 vectors of this one, and its boxes with the shares. A sum that cannot be saved is tried again
@@ -19,6 +19,7 @@ from cloister_fl.errors import (
     CloisterError,
     SecureAggregationError,
     SessionMismatch,
+    SiteAborted,
     TooFewSurvivors,
 )
 from cloister_fl.membership.roster import Roster
@@ -39,7 +40,9 @@ from cloister_fl.secagg.messages.codec import (
     Abort,
     Advertisement,
     Bundle,
+    Complaint,
     Consistent,
+    Disclosure,
     Masked,
     Message,
     Shares,
@@ -110,7 +113,6 @@ class SecureCollector:
         self._epochs = 0
         self._ready: secagg.ServerEpoch | None = None
         self._blamed: set[str] = set()
-        self._accusers: dict[str, set[str]] = {}
         self._refused: dict[str, str] = {}
         self._terms(0)
 
@@ -121,7 +123,6 @@ class SecureCollector:
         def session(attempt: int) -> secagg.Session:
             return sessions.update_session(
                 study,
-                self._roster,
                 members.invited,
                 round_number=number,
                 attempt=attempt,
@@ -189,6 +190,7 @@ class SecureCollector:
         masking = epoch.start(session, only=only)
         following = None if wanted.last else self._new_epoch()
         self._ask_for_vectors(wanted, epoch, masking, following)
+        self._settle_complaints(wanted, epoch)
         consistency = epoch.close_vectors()
         if consistency is not None:
             self._exchange(wanted, dict.fromkeys(epoch.survivors, (consistency,)), epoch)
@@ -220,6 +222,16 @@ class SecureCollector:
             elif advertise:
                 tasks[name] = self._exchange_task(wanted, advertise)
         self._send(tasks, epoch, following)
+
+    def _settle_complaints(self, wanted: _Sum, epoch: secagg.ServerEpoch) -> None:
+        """Where boxes do not open: have their dealers publish the shares, or name the dealers."""
+        requests = epoch.disclosure_requests()
+        if not requests:
+            return
+        self._exchange(wanted, {name: (one,) for name, one in requests.items()}, epoch)
+        for dealer in epoch.unanswered:
+            self._exclude(dealer)
+        self._ask_for_vectors(wanted, epoch, epoch.accusers, None)
 
     def _keyed(self, wanted: _Sum) -> secagg.ServerEpoch:
         """Set up a new key epoch in two round trips: at the start, and after a failure."""
@@ -280,35 +292,31 @@ class SecureCollector:
         bundle = secagg.decode(message.exchange.data)
         if message.site != name or not isinstance(bundle, Bundle):
             raise SessionMismatch(f"{name} sent another message than was requested.")
-        given_up = False
+        given_up: Refused | None = None
         for part in bundle.parts:
             epoch = next((epoch for epoch in epochs if _belongs(part, epoch)), None)
             if epoch is None or _author(part) != name:
                 raise SessionMismatch(f"{name} sent a message of another epoch or of another site.")
             _receive(part, epoch)
             if isinstance(part, Abort):
-                given_up = True
-                self._accuse(part)
-        if given_up:
-            self._refused[name] = Refused.PROTOCOL.value
+                # A training that diverged is no failed check: what failed is told at the site.
+                is_own = part.code == SiteAborted.code
+                given_up = Refused.DECLINED if is_own else Refused.PROTOCOL
+        if given_up is not None:
+            self._refused[name] = given_up.value
         else:
             self._refused.pop(name, None)
 
-    def _accuse(self, abort: Abort) -> None:
-        """Blame a site once more sites accuse it than may collude."""
-        if abort.blamed and abort.blamed != abort.site:
-            accusers = self._accusers.setdefault(abort.blamed, set())
-            accusers.add(abort.site)
-            if len(accusers) > self._study.aggregation.colluders:
-                self._blamed.add(abort.blamed)
-                self._refused[abort.blamed] = Refused.PROTOCOL.value
-
     def _blame(self, error: CloisterError) -> None:
-        """Exclude a site that an error blames."""
-        blamed = getattr(error, "blamed", "")
-        if blamed:
-            self._blamed.add(blamed)
-            self._refused[blamed] = Refused.PROTOCOL.value
+        """Exclude the sites that an error blames."""
+        if isinstance(error, SecureAggregationError):
+            for name in error.blamed_sites:
+                self._exclude(name)
+
+    def _exclude(self, name: str) -> None:
+        """Ask a site for nothing more in this run."""
+        self._blamed.add(name)
+        self._refused[name] = Refused.PROTOCOL.value
 
 
 def _share_request(
@@ -325,7 +333,7 @@ def _share_request(
 
 def _belongs(part: Message, epoch: secagg.ServerEpoch) -> bool:
     match part:
-        case Advertisement() | Shares() | Abort():
+        case Advertisement() | Shares() | Complaint() | Disclosure() | Abort():
             return part.kid == epoch.terms.kid
         case Masked() | Consistent() | Unmasked():
             return bool(epoch.sid) and part.sid == epoch.sid
@@ -336,7 +344,15 @@ def _author(part: Message) -> str:
     match part:
         case Shares():
             return part.dealing.dealer
-        case Advertisement() | Abort() | Masked() | Consistent() | Unmasked():
+        case (
+            Advertisement()
+            | Complaint()
+            | Disclosure()
+            | Abort()
+            | Masked()
+            | Consistent()
+            | Unmasked()
+        ):
             return part.site
     return ""
 
@@ -347,6 +363,10 @@ def _receive(part: Message, epoch: secagg.ServerEpoch) -> None:
             epoch.receive_advertisement(part)
         case Shares():
             epoch.receive_shares(part)
+        case Complaint():
+            epoch.receive_complaint(part)
+        case Disclosure():
+            epoch.receive_disclosure(part)
         case Masked():
             epoch.receive_masked(part)
         case Consistent():

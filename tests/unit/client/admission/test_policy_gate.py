@@ -72,6 +72,7 @@ CASES: dict[str, tuple[Any, dict[str, str], str, tuple[str, ...]]] = {
     "require_secure_aggregation": (True, UNMASKED, "policy", ALL),
     "colluders": (2, {}, "policy", ALL),
     "min_sites": (6, {}, "policy", ALL),
+    "max_weight_ratio": (1.5, {"aggregation": "weights = { north = 2.0 }"}, "policy", ALL),
     "max_rounds": (2, {}, "policy", ALL),
     "allow_without_privacy": (False, OPEN, "policy", ALL),
     "networks": (("resnet18",), {}, "policy", ALL),

@@ -65,7 +65,6 @@ class Hospitals:
     def session(self, number: int = 1, attempt: int = 0, model: Vector = MODEL) -> secagg.Session:
         return sessions.update_session(
             self.study,
-            self.roster,
             sorted(self.sites),
             round_number=number,
             attempt=attempt,

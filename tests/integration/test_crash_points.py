@@ -260,25 +260,32 @@ def test_the_points_are_those_of_a_round(place: Place) -> None:
     assert ("read" in names) == ("SiteSession._compare" in names) == (not place.warm)
 
 
+def _are_charged_in_time(place: Place, charged: dict[int, bool]) -> None:
+    """Nothing is charged before the charge, and all is once the data are looked at.
+
+    Between the two the points of two rounds need not be the same calls: what waits for a lock or a
+    disk calls more often where the machine is busy.
+    """
+    names = place.points.names
+    begun, looked = names.index("charge"), names.index("Kept.cohort")
+    assert not any(is_charged for at, is_charged in charged.items() if at < begun)
+    assert all(is_charged for at, is_charged in charged.items() if at >= looked)
+
+
 @pytest.mark.parametrize(
     "end", [pytest.param(abort, marks=pytest.mark.slow), pytest.param(kill, marks=FORKS)]
 )
 def test_a_round_that_ends_anywhere_is_charged_before_it_is_trained(
     place: Place, end: Callable[[Place, int], bool]
 ) -> None:
-    charged = [end(place, at) for at in few(place)]
-    # Both kinds were met, and once charged means charged at every later point.
-    assert sorted(charged) == charged
-    assert {*charged} == {False, True}
+    _are_charged_in_time(place, {at: end(place, at) for at in few(place)})
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("end", [abort, pytest.param(kill, marks=FORKS)])
 def test_a_round_that_ends_at_every_point(place: Place, end: Callable[[Place, int], bool]) -> None:
-    charged = [end(place, at) for at in range(len(place.points.names))]
-    assert sorted(charged) == charged
-    assert {*charged} == {False, True}
+    _are_charged_in_time(place, {at: end(place, at) for at in range(len(place.points.names))})
 
 
 # A disk that is full.

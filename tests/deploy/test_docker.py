@@ -158,7 +158,9 @@ def test_a_service_can_do_little(compose: dict[str, Any], name: str) -> None:
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
-    assert service["ulimits"]["core"] == 0
+    assert service["ulimits"] == {"core": 0, "nofile": 4096}
+    assert service["pids_limit"] == 1024
+    assert ("mem_limit" in service) == (name == "coordinator")
     assert not set(service) & {
         "privileged", "cap_add", "network_mode", "pid", "ipc", "devices", "env_file",
         "environment", "secrets", "configs", "command", "entrypoint", "healthcheck", "extends",

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cloister_fl.server.network.tls_listener import BACKLOG, Limits
+
 UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
 FOLDERS = {
     "cloister-coordinator.service": "cloister-coordinator",
@@ -58,6 +60,12 @@ def test_a_unit_is_hardened(name: str) -> None:
         "Restart": "on-failure", "KillMode": "mixed", "KillSignal": "SIGTERM",
     }.items():  # fmt: skip
         assert unit[key] == value, key
+    # Of the ports: 512 connections, 64 handshakes and the backlog, each twice; see ``Limits``.
+    limits = Limits()
+    needed = 2 * (limits.connections + limits.handshakes + BACKLOG)
+    assert 2 * needed < int(unit["LimitNOFILE"]) <= 8192
+    assert 50 <= int(unit["MemoryMax"].removesuffix("%")) <= 80
+    assert 256 <= int(unit["TasksMax"]) <= 1024
     # Longer than the service itself takes to end its processes, which get 10 s each.
     assert int(unit["TimeoutStopSec"]) >= 30
     # PyTorch could not run with it.

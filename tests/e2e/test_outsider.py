@@ -6,7 +6,10 @@ Each is refused, and each refusal is a line in the log.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import resource
+import signal
 import socket
 import ssl
 import stat
@@ -509,6 +512,35 @@ def test_many_who_connect_and_say_nothing(running: Running, north: Hospital) -> 
             20,
             lambda: str(running.refusals()[-3:]),
         )
+
+
+def _descriptors(running: Running) -> int:
+    return sum(1 for _ in Path(f"/proc/{running.process.pid}/fd").iterdir())
+
+
+def test_a_burst_of_connections_takes_few_descriptors(running: Running, north: Hospital) -> None:
+    """All are there when the server looks, as after a busy second; it accepts them in one turn.
+
+    With a backlog of 2,048 the limit on handshakes came too late: 4,201 descriptors.
+    """
+    node = north.activate()
+    before = _descriptors(running)
+    most = 0
+    with contextlib.ExitStack() as held:
+        os.kill(running.process.pid, signal.SIGSTOP)
+        try:
+            for _ in range(min(1500, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200)):
+                line = held.enter_context(socket.socket())
+                line.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    line.connect(running.fleet)
+        finally:
+            os.kill(running.process.pid, signal.SIGCONT)
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            most = max(most, _descriptors(running))
+    assert 0 < most - before < 300
+    assert north.post(PULL, pull(node))[0] == 200
 
 
 @pytest.mark.slow

@@ -29,6 +29,10 @@ from cloister_fl.errors import ListenRefused
 from cloister_fl.membership.enrolment import split_address
 from cloister_fl.server.coordinator.rejection_log import Refusals, Refused
 
+BACKLOG = 64
+"""Connections that the kernel holds for a port, and that asyncio accepts in one turn of its loop:
+each has a descriptor before any limit is asked. Whoever finds it full tries again within seconds.
+"""
 PEER = "cloister_peer"
 """Where an application finds the ``Peer``, in the ASGI scope's ``state``."""
 
@@ -98,7 +102,7 @@ def bind(address: str, context: ssl.SSLContext | None) -> socket.socket:
         )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=512)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         raise ListenRefused(
             f"The server cannot listen on {address}.",
@@ -121,6 +125,7 @@ class Listener(uvicorn.Server):
                 loop="none",
                 lifespan=cast("Any", lifespan),
                 interface="asgi3",
+                backlog=BACKLOG,  # else uvicorn's, 2048, whatever the socket was bound with
                 access_log=False,
                 log_config=None,
                 server_header=False,

@@ -37,6 +37,10 @@ def test_uvicorn_is_the_one_that_was_read() -> None:
 
     assert "app_state.copy()" in inspect.getsource(H11Protocol.handle_events)
     assert "more_body" in inspect.getsource(RequestResponseCycle.__init__)
+    from uvicorn.server import Server
+
+    # Without it the socket's own backlog is replaced.
+    assert "sock=sock, ssl=config.ssl, backlog=config.backlog" in inspect.getsource(Server.startup)
 
 
 def test_the_command_groups_import_nothing_heavy() -> None:

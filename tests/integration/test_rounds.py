@@ -207,6 +207,7 @@ def test_with_privacy_a_lost_round_is_charged_and_never_sent_again(tmp_path: Pat
     assert outcome.state.started == {"a": 3, "b": 3}
     began = next(event for event in events if isinstance(event, Began))
     assert began.lost == (2,)
+    assert began.update_bytes == outcome.state.model.nbytes
     assert outcome.state.figures[-1].epsilon == study_epsilon(study, 3)
 
 

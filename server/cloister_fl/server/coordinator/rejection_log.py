@@ -46,6 +46,8 @@ class Refused(enum.StrEnum):
     OTHER_NODE_KEY = "other-node-key"
     OTHER_NODE_NAME = "other-node-name"
     BODY_TOO_LARGE = "body-too-large"
+    OBJECTS_TOO_MANY = "objects-too-many"
+    SIGNATURE_INVALID = "signature-invalid"
     BUSY = "busy"
     RATE = "rate-limited"
     MALFORMED = "malformed"

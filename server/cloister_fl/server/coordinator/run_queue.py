@@ -73,6 +73,7 @@ class Status:
         told: the last thing to say, in words.
         code: of the error that ended it.
         updated: ISO 8601.
+        update_bytes: size of one site's update; 0 before the first round.
     """
 
     state: str = "waiting"
@@ -83,6 +84,7 @@ class Status:
     told: str = ""
     code: str = ""
     updated: str = ""
+    update_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,16 @@ def next_run(root: Path) -> RunFolder | None:
         if run.asked().wanted and not run.finished and run.status().state not in FINAL:
             return run
     return None
+
+
+def update_bytes(root: Path) -> int:
+    """Size of one site's update in the run under way, bytes; 0 where no run has begun.
+
+    For the process that faces the sites: the executor has said so in the run's status before it
+    asks any site for an update.
+    """
+    found = (RunFolder(path.parent).status() for path in (root / RUNS).glob(f"*/{STATUS}"))
+    return max((one.update_bytes for one in found if one.state not in FINAL), default=0)
 
 
 def close_finished(root: Path) -> None:

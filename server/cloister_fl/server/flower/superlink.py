@@ -7,9 +7,12 @@ stands before it. A private token guards Control, a secret guards Runtime.
 
 from __future__ import annotations
 
+import base64
+import binascii
+import datetime
 import hmac
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,9 @@ from flwr.common.constant import (
     ACCESS_TOKEN_KEY,
     NOOP_ACCOUNT_NAME,
     NOOP_FLWR_AID,
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
     TRANSPORT_TYPE_GRPC_RERE,
     ErrorCode,
     Status,
@@ -34,7 +40,9 @@ from flwr.supercore.auth.typing import (
     AccountAuthLoginDetails,
     AccountInfo,
 )
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.date import now
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supercore.state.schema.corestate_models import (
     ObjectPushSessionPending,
     ObjectPushSessionRoot,
@@ -55,22 +63,26 @@ ACTIVATE = "/v1/fleet/activate-node"
 """With this a node comes online."""
 
 PUSH_MESSAGES = "/v1/fleet/push-messages"
-LARGE_PATHS = frozenset({PUSH_MESSAGES, "/v1/fleet/push-object"})
-"""Paths whose bodies carry updates."""
 
-NODE_PATHS = LARGE_PATHS | {
-    ACTIVATE,
-    "/v1/fleet/deactivate-node",
-    "/v1/fleet/send-node-heartbeat",
-    "/v1/fleet/pull-messages",
-    "/v1/fleet/get-run",
-    "/v1/fleet/get-fab",
-    "/v1/fleet/pull-object",
-    "/v1/fleet/confirm-message-received",
-}
+NODE_PATHS = frozenset(
+    {
+        ACTIVATE,
+        PUSH_MESSAGES,
+        "/v1/fleet/deactivate-node",
+        "/v1/fleet/send-node-heartbeat",
+        "/v1/fleet/pull-messages",
+        "/v1/fleet/get-run",
+        "/v1/fleet/get-fab",
+        "/v1/fleet/push-object",
+        "/v1/fleet/pull-object",
+        "/v1/fleet/confirm-message-received",
+    }
+)
 """What an enrolled node may ask for. Registering itself is not among it."""
 
 _HEARTBEAT_S = 30.0
+_STAMP_BYTES = 40
+"""Of a time stamp in ISO 8601, which has 32 with microseconds and a zone."""
 
 
 class _Token(ControlAuthnPlugin):
@@ -225,16 +237,48 @@ def build(database: Path, token: str, executor_secret: bytes) -> tuple[Any, Node
     return app, Nodes(app.state.linkstate_factory)
 
 
+def signed(headers: Iterable[tuple[bytes, bytes]], key: bytes) -> bool:
+    """True where a request's headers hold the time, signed with a node key, once each.
+
+    Flower checks the same, but parses the whole body first.
+
+    Args:
+        headers: names in lower case, with their values.
+        key: the node key, PEM.
+    """
+    given: dict[bytes, list[bytes]] = {TIMESTAMP_HEADER.encode(): []}
+    given[FLEET_HTTP_SIGNATURE_HEADER.encode()] = []
+    for name, value in headers:
+        if name in given:
+            given[name].append(value)
+    (stamps, signatures) = given.values()
+    if len(stamps) != 1 or len(signatures) != 1 or len(stamps[0]) > _STAMP_BYTES:
+        return False
+    try:
+        signature = base64.b64decode(signatures[0], validate=True)
+        age = now() - datetime.datetime.fromisoformat(stamps[0].decode("ascii"))
+    except (binascii.Error, ValueError, TypeError, OverflowError):
+        return False
+    latest = TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
+    if not -SYSTEM_TIME_TOLERANCE < age.total_seconds() < latest:
+        return False
+    return bool(verify_signature(bytes_to_public_key(key), stamps[0], signature))
+
+
 def speaks_for_itself(body: bytes) -> bool:
-    """True where every reply in a push is said to come from the node that pushes it.
+    """True where a push holds one reply, of the node that pushes it, and that reply's tree.
 
     Flower checks that the key fits the node that the request names, and that a reply's source is
-    the node that was asked, but not that these two are the same node.
+    the node that was asked, but not that these two are the same node. Where a tree is that of
+    another object than the reply, Flower takes the reply for a whole one while parts are missing.
     """
     request = PushMessagesRequest()
     try:
         request.ParseFromString(body)
     except DecodeError:
         return False
-    node = request.node.node_id
-    return all(message.metadata.src_node_id == node for message in request.messages_list)
+    if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
+        return False
+    metadata, tree = request.messages_list[0].metadata, request.message_object_trees[0]
+    own = metadata.src_node_id == request.node.node_id
+    return bool(own and metadata.message_id == tree.object_id)

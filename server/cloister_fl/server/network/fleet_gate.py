@@ -4,10 +4,14 @@ Flower's SuperNode authentication signs a time stamp and nothing else, so a head
 from one connection to another. Here each request is held against the certificate that its
 connection showed: the certificate must be an approved site's at this moment, and the node key in
 the header must be that site's own.
+
+A request meets the cheap checks first: certificate, path, key, signature, size, shape. Only what
+passes all of them is parsed, or waits for the engine, one request of a site and path at a time.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hmac
@@ -21,6 +25,8 @@ from typing import Any
 from cloister_fl.membership.enrolment import HEADER_PROTOCOL, HEADER_VERSION, PATH_ROSTER
 from cloister_fl.server.coordinator.rejection_log import Refusals, Refused
 from cloister_fl.server.coordinator.site_database import Registry, SiteRow
+from cloister_fl.server.network.request_shape import RequestShapes
+from cloister_fl.server.network.request_turns import Turns
 from cloister_fl.server.network.tls_listener import PEER, Peer
 from cloister_fl.version import PROTOCOL, __version__
 
@@ -29,20 +35,22 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-SMALL_BODY = 1 << 20
-LARGE_BODY = 64 << 20
-"""Largest bodies in bytes: of most requests, and of those that carry an update."""
 BUFFERED = 512 << 20
 """Bytes of bodies held at any time, over all connections."""
-BUFFERED_EACH = 128 << 20
-"""Of these, for one site; Flower sends large objects in pieces of 5 MiB."""
+BUFFERED_EACH = 32 << 20
+"""Of these, for one site; a node sends two pieces of 5 MiB at a time."""
+PRIVATE_BODY = 16 << 20
+"""Largest body at the loopback port, in bytes; the run executor sends pieces of 5 MiB, and the
+heads of the messages to all sites at once."""
 
 _STATUS = {
     Refused.PATH_REFUSED: 404,
     Refused.CONTROL_REFUSED: 404,
     Refused.RUNTIME_REFUSED: 404,
     Refused.OTHER_NODE_KEY: 401,
+    Refused.SIGNATURE_INVALID: 401,
     Refused.BODY_TOO_LARGE: 413,
+    Refused.OBJECTS_TOO_MANY: 413,
     Refused.BUSY: 503,
     Refused.RATE: 429,
     Refused.MALFORMED: 400,
@@ -78,7 +86,7 @@ class Engine:
     app: Application
     node_key_header: bytes
     node_paths: frozenset[str]
-    large_paths: frozenset[str]
+    signed: Callable[[Iterable[tuple[bytes, bytes]], bytes], bool]
     push_messages: str
     speaks_for_itself: Callable[[bytes], bool]
     activate: str
@@ -86,12 +94,27 @@ class Engine:
 
 
 class FleetGate:
-    """The application of the public port, an ASGI one."""
+    """The application of the public port, an ASGI one.
+
+    Args:
+        engine: Flower, and what is known of it.
+        registry: the database of sites.
+        refusals: the log.
+        roster: the file of the signed roster in force.
+        shapes: limits of the bodies.
+    """
 
     def __init__(
-        self, engine: Engine, registry: Registry, refusals: Refusals, roster: Path
+        self,
+        engine: Engine,
+        registry: Registry,
+        refusals: Refusals,
+        roster: Path,
+        shapes: RequestShapes,
     ) -> None:
         self._engine = engine
+        self._shapes = shapes
+        self._turns = Turns()
         self._registry = registry
         self._refusals = refusals
         self._roster = roster
@@ -111,8 +134,7 @@ class FleetGate:
                 await answer(send, 200, self._roster.read_bytes(), more=_VERSIONS)
                 return
             self._own_key(scope, site)
-            if path == self._engine.activate:
-                self._engine.begins(site.node_key)
+            await self._own_signature(scope, site)
             await self._forward(scope, receive, send, peer, site)
         except RequestRejected as rejected:
             name = site.name if site else None
@@ -156,25 +178,42 @@ class FleetGate:
         if not hmac.compare_digest(key, site.node_key):
             raise RequestRejected(Refused.OTHER_NODE_KEY)
 
+    async def _own_signature(self, scope: Scope, site: SiteRow) -> None:
+        if not await asyncio.to_thread(self._engine.signed, scope["headers"], site.node_key):
+            raise RequestRejected(Refused.SIGNATURE_INVALID)
+
+    async def _require_fit(self, path: str, body: bytes) -> None:
+        """Refuse a body by its shape, and a push that is not its sender's own reply."""
+        if path != self._engine.push_messages:
+            code = self._shapes.refusal(path, body)
+        else:
+            # The walk over a tree may read a file, and the rest parses: neither on the event loop.
+            code = await asyncio.to_thread(self._shapes.refusal, path, body)
+            if code is None and not await asyncio.to_thread(self._engine.speaks_for_itself, body):
+                code = Refused.OTHER_NODE_NAME
+        if code is not None:
+            raise RequestRejected(code)
+
     async def _forward(
         self, scope: Scope, receive: Receive, send: Send, peer: Peer, site: SiteRow
     ) -> None:
-        engine = self._engine
-        path = scope["path"]
-        limit = LARGE_BODY if path in engine.large_paths else SMALL_BODY
+        engine, path = self._engine, str(scope["path"])
         body = bytearray()
         try:
-            async for piece in pieces(scope, receive, limit):
+            async for piece in pieces(scope, receive, self._shapes.largest(path)):
                 alone = self._held[site.name] + len(piece)
                 if alone > BUFFERED_EACH or self._held.total() + len(piece) > BUFFERED:
                     raise RequestRejected(Refused.BUSY)
                 self._held[site.name] = alone
                 body += piece
-            if path == engine.push_messages and not engine.speaks_for_itself(bytes(body)):
-                raise RequestRejected(Refused.OTHER_NODE_NAME)
-            # A slow body may have outlived the site's approval.
-            self._known(peer)
-            status = await _replay(engine.app, scope, bytes(body), receive, send)
+            async with self._turns.of(site.name, path):
+                whole = bytes(body)
+                await self._require_fit(path, whole)
+                # A slow body, or the wait, may have outlived the site's approval.
+                self._known(peer)
+                if path == engine.activate:
+                    await asyncio.to_thread(engine.begins, site.node_key)
+                status = await _replay(engine.app, scope, whole, receive, send)
         finally:
             self._held[site.name] -= len(body)
         if status in {401, 403}:
@@ -196,9 +235,22 @@ class PrivateGate:
         elif scope["type"] == "http":
             path = str(scope["path"])
             if path.startswith(("/v1/control/", "/v1/runtime/")):
-                await self._app(_plain(scope), receive, send)
+                await self._forward(scope, receive, send)
             else:
                 await answer(send, 404, b"", close=True)
+
+    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Flower reads a whole body before it asks for the secret, so it is bounded here."""
+        body = bytearray()
+        try:
+            async for piece in pieces(scope, receive, PRIVATE_BODY):
+                body += piece
+        except RequestRejected as rejected:
+            await answer(send, rejected.status, rejected.code.value.encode(), close=True)
+        except ClientDisconnected:
+            return
+        else:
+            await _replay(self._app, scope, bytes(body), receive, send)
 
 
 def header(scope: Scope, name: bytes) -> list[bytes]:

@@ -12,12 +12,16 @@ from cloister_fl.server.rounds.checkpoint import Figures, Released
 
 @dataclass(frozen=True)
 class Began:
-    """The run has started with these sites; ``refused`` gives the others' reasons."""
+    """The run has started with these sites; ``refused`` gives the others' reasons.
+
+    ``update_bytes`` is the size of one site's update, masked or not.
+    """
 
     sites: tuple[str, ...]
     refused: Mapping[str, str]
     rounds: int
     lost: tuple[int, ...]
+    update_bytes: int = 0
 
 
 @dataclass(frozen=True)

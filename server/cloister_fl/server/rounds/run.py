@@ -140,7 +140,13 @@ class Run:
         )
         rounds = self._study.training.rounds
         self._hooks.notify(
-            Began(self._participants.sites, dict(self._participants.refused), rounds, state.lost)
+            Began(
+                self._participants.sites,
+                dict(self._participants.refused),
+                rounds,
+                state.lost,
+                update_bytes=state.model.nbytes,
+            )
         )
         if not state.figures:
             # Measured here and not when it is drawn: the sites measure it where privacy is off.

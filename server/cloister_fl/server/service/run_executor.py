@@ -69,6 +69,7 @@ class _StatusWriter:
                     state="training",
                     told="training",
                     rounds=event.rounds,
+                    update_bytes=event.update_bytes,
                     sites=event.sites,
                     refused=dict(event.refused),
                 )

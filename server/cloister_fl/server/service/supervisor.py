@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import queue
@@ -33,9 +34,11 @@ from cloister_fl.errors import ListenRefused, ServerFolderInvalid, ServerState
 from cloister_fl.server.coordinator.certificate_authority import CA_CERTIFICATE, pem
 from cloister_fl.server.coordinator.folder import SERVER_CERTIFICATE, SERVER_KEY, Coordinator
 from cloister_fl.server.coordinator.rejection_log import Refusals
+from cloister_fl.server.coordinator.run_queue import update_bytes
 from cloister_fl.server.coordinator.site_database import Registry
 from cloister_fl.server.network.enrolment_app import EnrolmentApp
 from cloister_fl.server.network.fleet_gate import Engine, FleetGate, PrivateGate
+from cloister_fl.server.network.request_shape import RequestShapes
 from cloister_fl.server.network.tls_listener import (
     ConnectionLimiter,
     Listener,
@@ -143,7 +146,7 @@ class _Service:
             app=app,
             node_key_header=superlink.NODE_KEY_HEADER,
             node_paths=frozenset(superlink.NODE_PATHS),
-            large_paths=frozenset(superlink.LARGE_PATHS),
+            signed=superlink.signed,
             push_messages=superlink.PUSH_MESSAGES,
             speaks_for_itself=superlink.speaks_for_itself,
             activate=superlink.ACTIVATE,
@@ -168,7 +171,8 @@ class _Service:
         watches = [loop.create_task(limiter.watch()) for limiter in self._limiters]
         try:
             await self._open("control", PrivateGate(app), None, file.private.control, "on")
-            gate = FleetGate(engine, self.registry, refusals, roster)
+            shapes = RequestShapes(functools.partial(update_bytes, place.root))
+            gate = FleetGate(engine, self.registry, refusals, roster, shapes)
             await self._open("fleet", gate, fleet, file.fleet.listen)
             await self._follow(nodes, nodes_now, joining, enrolment)
             said = False

@@ -17,7 +17,11 @@ from cloister_fl.server.coordinator.run_queue import (
     next_run,
     resume_run,
     stop_run,
+    update_bytes,
 )
+from cloister_fl.server.rounds.checkpoint import Figures
+from cloister_fl.server.rounds.events import Began, Measured, Waiting
+from cloister_fl.server.service.run_executor import _StatusWriter
 from support.federations import study
 
 
@@ -66,3 +70,17 @@ def test_a_remedy_is_a_command_for_this_folder(tmp_path: Path) -> None:
     with pytest.raises(RunUnknown, match="is finished") as error:
         resume_run(run)
     assert error.value.remedy.endswith(f"server report {run.name} --dir '{place}'")
+
+
+def test_the_port_knows_the_update_of_the_run_under_way_alone(tmp_path: Path) -> None:
+    """By it the objects of a reply are bounded, while a run is under way and not after it."""
+    assert update_bytes(tmp_path) == 0
+    run = _run(tmp_path)
+    assert update_bytes(tmp_path) == 0
+    writer = _StatusWriter(run, Status())
+    writer(Began(("a", "b"), {}, 3, (), update_bytes=44_000_000))
+    writer(Measured(Figures(1, 2, 0.0, 0.0), 3))
+    writer(Waiting(1, 2, {}))
+    assert update_bytes(tmp_path) == 44_000_000
+    run.tell(Status(state="failed", update_bytes=44_000_000))
+    assert update_bytes(tmp_path) == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.proto.message_pb2 import PushObjectRequest
 
 from cloister_fl.errors import ListenRefused, ServerFolderInvalid
 from cloister_fl.membership.enrolment import HEADER_PROTOCOL, HEADER_VERSION, PATH_ROSTER
@@ -19,7 +20,14 @@ from cloister_fl.server.coordinator.folder import Layout, init_coordinator, open
 from cloister_fl.server.coordinator.rejection_log import LINES_A_SECOND, Refusals, Refused
 from cloister_fl.server.coordinator.site_database import Registry, SiteRow
 from cloister_fl.server.network import enrolment_app
-from cloister_fl.server.network.fleet_gate import Engine, FleetGate
+from cloister_fl.server.network.fleet_gate import (
+    BUFFERED_EACH,
+    PRIVATE_BODY,
+    Engine,
+    FleetGate,
+    PrivateGate,
+)
+from cloister_fl.server.network.request_shape import PIECE_BYTES, RequestShapes
 from cloister_fl.server.network.tls_listener import (
     BACKLOG,
     PEER,
@@ -35,6 +43,9 @@ from cloister_fl.version import PROTOCOL, __version__
 from support.errors import raises
 
 KEY = b"-----a key-----"
+PULL = b"\x0a\x02\x08\x07"
+"""A pull of messages, by node 7."""
+SHAPES = RequestShapes(lambda: 0)
 
 
 class Rows:
@@ -63,6 +74,9 @@ def ask(
     path: str = "/v1/fleet/pull-messages",
     key: bytes = KEY,
     method: str = "POST",
+    body: bytes = PULL,
+    signed: bool = True,
+    begun: list[bytes] | None = None,
     answers: list[dict[str, Any]] | None = None,
 ) -> tuple[int, list[dict[str, Any]]]:
     """One request through the gate: its status, and what Flower's application was given."""
@@ -74,7 +88,7 @@ def ask(
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": b"body", "more_body": False}
+        return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(event: dict[str, Any]) -> None:
         answers.append(event)
@@ -82,15 +96,15 @@ def ask(
     engine = Engine(
         flower,
         b"key",
-        frozenset({"/v1/fleet/pull-messages"}),
-        frozenset(),
+        frozenset({"/v1/fleet/pull-messages", "/v1/fleet/activate-node"}),
+        lambda *_: signed,
         "",
         lambda _: True,
         "/v1/fleet/activate-node",
-        lambda _: None,
+        [].append if begun is None else begun.append,
     )
     refusals = Refusals(tmp_path / "refused.jsonl")
-    gate = FleetGate(engine, rows, refusals, tmp_path / "roster")  # type: ignore[arg-type]
+    gate = FleetGate(engine, rows, refusals, tmp_path / "roster", SHAPES)  # type: ignore[arg-type]
     scope = {
         "type": "http",
         "method": method,
@@ -106,7 +120,7 @@ def ask(
 def test_an_approved_site_with_its_own_key(tmp_path: Path) -> None:
     status, given = ask(Rows("approved"), tmp_path)
     assert status == 200
-    assert given[0]["body"] == b"body"
+    assert given[0]["body"] == PULL
     assert dict(given[0]["headers"])[b"host"] == b"cloister"
 
 
@@ -129,6 +143,86 @@ def test_another_key(tmp_path: Path) -> None:
 
 def test_another_path(tmp_path: Path) -> None:
     assert ask(Rows("approved"), tmp_path, path="/v1/fleet/register-node") == (404, [])
+
+
+@pytest.mark.parametrize("body", [b"\xff", PULL * 2, b"\x12\x00", PULL + b"\x12\x01a"])
+def test_a_body_that_no_node_sends_is_not_parsed(tmp_path: Path, body: bytes) -> None:
+    assert ask(Rows("approved"), tmp_path, body=body) == (400, [])
+
+
+def test_a_body_of_more_bytes_than_a_node_sends(tmp_path: Path) -> None:
+    assert ask(Rows("approved"), tmp_path, body=bytes(1 << 20)) == (413, [])
+
+
+def test_a_signature_that_does_not_fit_starts_no_work(tmp_path: Path) -> None:
+    """A node that comes online ends its last life: that writes, and is for its own key alone."""
+    begun: list[bytes] = []
+    path = "/v1/fleet/activate-node"
+    for signed, status in ((False, 401), (True, 200)):
+        assert (
+            ask(Rows("approved"), tmp_path, path=path, body=b"", signed=signed, begun=begun)[0]
+            == status
+        )
+    assert begun == [KEY]
+
+
+def test_pushes_of_one_site_wait_for_each_other_and_heartbeats_for_nobody(tmp_path: Path) -> None:
+    """Four pushes at once, which Flower never ends; a heartbeat, and another site, are served."""
+    push, beat = "/v1/fleet/push-messages", "/v1/fleet/send-node-heartbeat"
+    working: list[str] = []
+    tree = b"\x0a\x40" + b"0" * 64
+    reply = PULL + b"\x12\x00\x1a" + bytes([len(tree)]) + tree
+
+    async def flower(scope: Any, receive: Any, send: Any) -> None:
+        working.append(scope["path"])
+        if scope["path"] == push:
+            await asyncio.sleep(3600)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    engine = Engine(
+        flower, b"key", frozenset({push, beat}), lambda *_: True, push, lambda _: True, "", print
+    )
+    refusals = Refusals(tmp_path / "refused.jsonl")
+
+    class Both(Rows):
+        def by_certificate(self, fingerprint: bytes) -> SiteRow | None:
+            row = super().by_certificate(fingerprint)
+            return row and replace(row, name=fingerprint.decode())
+
+    gate = FleetGate(engine, Both("approved"), refusals, tmp_path / "roster", SHAPES)  # type: ignore[arg-type]
+
+    async def ask(who: bytes, path: str, body: bytes) -> int:
+        statuses = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(event: dict[str, Any]) -> None:
+            statuses.append(event.get("status"))
+
+        headers = [(b"key", base64.b64encode(KEY))]
+        state = {PEER: Peer("127.0.0.1", who)}
+        scope = {"type": "http", "method": "POST", "path": path, "state": state, "headers": headers}
+        await gate(scope, receive, send)
+        return int(statuses[0])
+
+    async def run() -> int:
+        pushes = [asyncio.create_task(ask(b"greedy", push, reply)) for _ in range(4)]
+        while not working:
+            await asyncio.sleep(0.01)
+        pushes.append(asyncio.create_task(ask(b"honest", push, reply)))
+        status = await asyncio.wait_for(ask(b"greedy", beat, PULL), 60)
+        while working.count(push) < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)  # for those who should wait
+        for task in pushes:
+            task.cancel()
+        await asyncio.gather(*pushes, return_exceptions=True)
+        return status
+
+    assert asyncio.run(run()) == 200
+    assert sorted(working) == [push, push, beat]
+    refusals.close()
 
 
 def test_the_versions_are_told_beside_the_roster_and_nowhere_else(tmp_path: Path) -> None:
@@ -174,6 +268,36 @@ def test_a_private_port_is_loopback_or_the_folder_does_not_open(tmp_path: Path, 
     path.write_text(path.read_text().replace(f'{key} = "127.0.0.1', f'{key} = "0.0.0.0'))
     with raises(ServerFolderInvalid, match="loopback"):
         open_coordinator(place.root)
+
+
+def test_a_local_account_s_endless_body_is_not_read(tmp_path: Path) -> None:
+    """Flower asks for the secret once it has the whole body."""
+    given: list[int] = []
+
+    async def flower(scope: Any, receive: Any, send: Any) -> None:
+        given.append(len((await receive())["body"]))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def ask(pieces: int) -> tuple[int, int]:
+        taken, statuses = 0, []
+
+        async def receive() -> dict[str, Any]:
+            nonlocal taken
+            taken += 1
+            more = taken < pieces
+            return {"type": "http.request", "body": bytes(1 << 20), "more_body": more}
+
+        async def send(event: dict[str, Any]) -> None:
+            statuses.append(event.get("status"))
+
+        scope = {"type": "http", "path": "/v1/runtime/acquire-task", "headers": []}
+        await PrivateGate(flower)(scope, receive, send)
+        return int(statuses[0]), taken
+
+    limit = PRIVATE_BODY >> 20
+    assert asyncio.run(ask(limit)) == (200, limit)
+    assert asyncio.run(ask(1 << 20)) == (413, limit + 1)
+    assert given == [PRIVATE_BODY]
 
 
 # Dawdlers, with short times
@@ -364,7 +488,7 @@ def test_one_hospital_does_not_use_up_the_memory_of_all(tmp_path: Path) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     engine = Engine(
-        flower, b"key", frozenset({path}), frozenset({path}), "", lambda _: True, "", lambda _: None
+        flower, b"key", frozenset({path}), lambda *_: True, "", lambda _: True, "", lambda _: None
     )
     refusals = Refusals(tmp_path / "refused.jsonl")
     named = {b"a" * 32: "a", b"b" * 32: "b"}
@@ -374,10 +498,11 @@ def test_one_hospital_does_not_use_up_the_memory_of_all(tmp_path: Path) -> None:
             row = super().by_certificate(fingerprint)
             return row and replace(row, name=named[fingerprint])
 
-    gate = FleetGate(engine, Both("approved"), refusals, tmp_path / "roster")  # type: ignore[arg-type]
+    gate = FleetGate(engine, Both("approved"), refusals, tmp_path / "roster", SHAPES)  # type: ignore[arg-type]
+    content = PushObjectRequest(object_content=bytes(PIECE_BYTES)).SerializeToString()
 
-    async def ask(who: bytes, size: int, *, stalls: bool) -> int:
-        pieces = [b"x" * size]
+    async def ask(who: bytes, *, stalls: bool) -> int:
+        pieces = [content]
         statuses = []
 
         async def receive() -> dict[str, Any]:
@@ -395,15 +520,16 @@ def test_one_hospital_does_not_use_up_the_memory_of_all(tmp_path: Path) -> None:
         return int(statuses[0])
 
     async def run() -> tuple[list[int], int]:
-        greedy = [asyncio.create_task(ask(b"a" * 32, 63 << 20, stalls=True)) for _ in range(8)]
-        await asyncio.sleep(0.1)
+        greedy = [asyncio.create_task(ask(b"a" * 32, stalls=True)) for _ in range(8)]
+        await asyncio.sleep(0.5)
         turned = [task.result() for task in greedy if task.done()]
-        other = await ask(b"b" * 32, 9 << 20, stalls=False)
+        other = await ask(b"b" * 32, stalls=False)
         for task in greedy:
             task.cancel()
         await asyncio.gather(*greedy, return_exceptions=True)
         return turned, other
 
-    assert asyncio.run(run()) == ([503] * 6, 200)
+    within = BUFFERED_EACH // len(content)
+    assert asyncio.run(run()) == ([503] * (8 - within), 200)
     assert gate._held.total() == 0
     refusals.close()

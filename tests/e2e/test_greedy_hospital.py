@@ -7,6 +7,7 @@ heartbeats are answered within two seconds, and the server's memory stays.
 from __future__ import annotations
 
 import contextlib
+import re
 import ssl
 import threading
 import time
@@ -15,6 +16,7 @@ from http.client import HTTPException
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     PullMessagesRequest,
@@ -250,3 +252,31 @@ def test_a_stranger_s_signature_ends_no_life_of_a_node(
     status, body = greedy.post(PUSH, _push(asked, 1, "f" * 64))
     assert status == 200
     assert len(PushMessagesResponse.FromString(body).objects_to_push) == 2
+
+
+def test_nothing_that_a_hospital_writes_reaches_the_output(
+    running: Running, greedy: Hospital, asked: Reply
+) -> None:
+    """Also not where Flower complains of it; a thousand complaints are some lines."""
+    node = greedy.activate()
+    before = len(running.output.read_bytes())
+    with contextlib.closing(greedy.connect()) as line:
+        for _ in range(200):
+            headers = {**greedy.headers(), "content-type": "application/CANARY-" + "x" * 4000}
+            body = PullMessagesRequest(node=Node(node_id=node))
+            greedy.post("/v1/fleet/pull-messages", body, headers, line)
+    refused = _push(asked, 1)
+    refused.messages_list[0].metadata.reply_to_message_id = "c" * 64
+    refused.messages_list[0].error.reason = "CANARY\n\x1b[2J"
+    greedy.post(PUSH, refused)
+    fab = GetFabRequest(node=Node(node_id=node), run_id=1, hash_str="CANARY\n\x1b[2J" * 50_000)
+    with contextlib.suppress(ssl.SSLError, ConnectionError, HTTPException):
+        greedy.post("/v1/fleet/get-fab", fab)
+    text = running.output.read_bytes()[before:].decode()
+    assert "CANARY" not in text
+    assert "\x1b" not in text
+    lines = text.splitlines()
+    assert 0 < len(lines) < 30
+    for shown in lines:
+        assert re.match(r"\d{4}-\d\d-\d\dT\S+ (WARNING|ERROR) [\w.]+ \w+:\d+ ", shown), shown
+        assert shown.rpartition("site=")[2].partition(" ")[0] == "greedy"

@@ -60,14 +60,30 @@ class Refused(enum.StrEnum):
 
 
 @dataclass
-class _Bucket:
-    level: float = LINES_A_SECOND
+class Allowance:
+    """Lines of one kind: at most so many at once, and as many anew in so many seconds.
+
+    Attributes:
+        lines: how many.
+        seconds: in which.
+        level: lines that are left.
+        at: when that was so, of the monotonic clock.
+        dropped: lines that were not written since the last one.
+    """
+
+    lines: float
+    seconds: float
+    level: float = field(init=False)
     at: float = field(default_factory=time.monotonic)
     dropped: int = 0
 
+    def __post_init__(self) -> None:
+        self.level = self.lines
+
     def take(self) -> bool:
+        """Whether a line may be written; counted where not."""
         now = time.monotonic()
-        self.level = min(LINES_A_SECOND, self.level + (now - self.at) * LINES_A_SECOND)
+        self.level = min(self.lines, self.level + (now - self.at) * self.lines / self.seconds)
         self.at = now
         if self.level < 1:
             self.dropped += 1
@@ -91,7 +107,7 @@ class Refusals:
         self._handler = _PrivateFile(
             path, maxBytes=MAX_FILE_BYTES, backupCount=KEPT_FILES, encoding="utf-8"
         )
-        self._buckets: dict[Refused, _Bucket] = defaultdict(_Bucket)
+        self._buckets: dict[Refused, Allowance] = defaultdict(lambda: Allowance(LINES_A_SECOND, 1))
 
     def tell(
         self,

@@ -80,6 +80,9 @@ NODE_PATHS = frozenset(
 )
 """What an enrolled node may ask for. Registering itself is not among it."""
 
+LOGGER = "flwr"
+"""Flower's logger. It has a handler of its own, which shows what a peer sent."""
+
 _HEARTBEAT_S = 30.0
 _STAMP_BYTES = 40
 """Of a time stamp in ISO 8601, which has 32 with microseconds and a zone."""
@@ -206,9 +209,7 @@ def build(database: Path, token: str, executor_secret: bytes) -> tuple[Any, Node
         token: what Control asks for as a bearer token.
         executor_secret: what the Runtime API asks for.
     """
-    logger = logging.getLogger("flwr")
-    logger.setLevel(logging.WARNING)
-    logger.propagate = False  # it has a handler of its own
+    logging.getLogger(LOGGER).setLevel(logging.WARNING)
     config = SuperLinkLifespanConfig(
         control_address="",
         health_server_address=None,

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cloister_fl.membership.enrolment import HEADER_PROTOCOL, HEADER_VERSION, PATH_ROSTER
+from cloister_fl.server.coordinator.output_log import SITE
 from cloister_fl.server.coordinator.rejection_log import Refusals, Refused
 from cloister_fl.server.coordinator.site_database import Registry, SiteRow
 from cloister_fl.server.network.request_shape import RequestShapes
@@ -128,6 +129,8 @@ class FleetGate:
         site: SiteRow | None = None
         try:
             site = self._known(peer)
+            # The request's own task alone sees it, and what works for it.
+            SITE.set(site.name)
             path = self._path(scope)
             if path == PATH_ROSTER:
                 # For enrolled sites alone: a version tells an outsider what to attack.

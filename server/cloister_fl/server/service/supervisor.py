@@ -31,6 +31,7 @@ from cryptography.hazmat.primitives import hashes
 
 from cloister_fl.cli.folder_option import dir_option
 from cloister_fl.errors import ListenRefused, ServerFolderInvalid, ServerState
+from cloister_fl.server.coordinator import output_log
 from cloister_fl.server.coordinator.certificate_authority import CA_CERTIFICATE, pem
 from cloister_fl.server.coordinator.folder import SERVER_CERTIFICATE, SERVER_KEY, Coordinator
 from cloister_fl.server.coordinator.rejection_log import Refusals
@@ -80,7 +81,7 @@ def serve(coordinator: Coordinator, ready: Callable[[], None]) -> None:
         FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
         FLWR_HOME=str(coordinator.root / "flower"),
     )
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    output_log.install()
 
     def taken() -> Exception:
         return ServerState(
@@ -121,12 +122,13 @@ class _Service:
                 self._executing = False
             elif event in {"crashed", "failed"}:
                 what = told.get("type") or f"{told.get('code')} {told.get('what')}"
-                logging.getLogger("cloister").warning("run executor failed: %s", what)
+                logging.getLogger(output_log.OWN).warning("run executor failed: %s", what)
         return self._executing
 
     async def run(self, ready: Callable[[], None]) -> None:
         from cloister_fl.server.flower import superlink
 
+        output_log.install((superlink.LOGGER,))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
@@ -216,7 +218,7 @@ class _Service:
                 await self._open("enrolment", joining, limiter, address)
             except ListenRefused as error:
                 # Those who are in go on; it is tried again at the next look.
-                logging.getLogger("cloister").warning("%s", error)
+                logging.getLogger(output_log.OWN).warning("%s", error)
         elif not wanted and "enrolment" in self._listeners:
             limiter.disconnect()
             await self._close("enrolment")

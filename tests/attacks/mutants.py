@@ -44,6 +44,12 @@ def _mutant(name: str, file: str, old: str, new: str, test: str) -> Mutant:
     return Mutant(name, f"{SECAGG}/{file}", old, new, f"{path.name}::{test}")
 
 
+def _local(name: str, file: str, old: str, new: str, test: str) -> Mutant:
+    """A mutant of the sockets between our own processes, whose tests need no root."""
+    where = f"cloister_fl/system/local_socket/{file}"
+    return Mutant(name, where, old, new, f"test_local_account.py::{test}")
+
+
 MUTANTS = (
     _mutant(
         "signatures of keys unchecked",
@@ -641,6 +647,62 @@ MUTANTS = (
         'y.astype("<u4", copy=False).data',
         'y.astype("<u8", copy=False).data',
         "test_eight_bytes_a_parameter",
+    ),
+    _local(
+        "a socket in a folder that others can use",
+        "socket_file.py",
+        "if about.st_mode & 0o077:",
+        "if False:",
+        "test_an_impostor_that_binds_first_in_a_folder_that_stands_open",
+    ),
+    _local(
+        "whatever bears the socket's name",
+        "socket_file.py",
+        "if not stat.S_ISSOCK(about.st_mode) or about.st_uid != os.geteuid():",
+        "if False:",
+        "test_a_socket_path_planted_as_a_symlink_or_something_else",
+    ),
+    _local(
+        "any user at the other end",
+        "socket_file.py",
+        "return bool(user == os.geteuid())",
+        "return True",
+        "test_the_kernels_word_on_who_is_there",
+    ),
+    _local(
+        "the socket of a killed process stays",
+        "socket_file.py",
+        "os.rename(fresh, name, src_dir_fd=below, dst_dir_fd=below)",
+        "os.link(fresh, name, src_dir_fd=below, dst_dir_fd=below)",
+        "test_a_stale_socket_file_after_a_kill",
+    ),
+    _local(
+        "a socket by its whole path",
+        "socket_file.py",
+        'bound.bind(f"/proc/self/fd/{below}/{fresh}")',
+        "bound.bind(str(folder / fresh))",
+        "test_an_over_long_path",
+    ),
+    _local(
+        "requests of any size",
+        "socket_server.py",
+        "if len(held) > limit:",
+        "if False:",
+        "test_a_huge_local_body",
+    ),
+    _local(
+        "answers of any size",
+        "socket_client.py",
+        "if self._left < 0:",
+        "if False:",
+        "test_a_huge_local_answer",
+    ),
+    _local(
+        "compressed answers",
+        "socket_client.py",
+        'if not small or "content-encoding" in answer.headers:',
+        "if not small:",
+        "test_a_huge_local_answer",
     ),
 )
 

@@ -4,7 +4,7 @@
 
     cloister client start        this module; holds no data, has no connection
       |- supernode.node          talks with the coordinator; sees no data
-      `- supernode.executor      reads the data; talks with the node alone, over loopback
+      `- supernode.executor      reads the data; talks with the node alone, over a UNIX socket
 
 Until the coordinator has approved the site, it asks for the certificate and does nothing else.
 What dies is started again. The executor is one warm process for as long as it lives, so a round
@@ -14,6 +14,8 @@ Files, below the site folder::
 
     service.lock          held while it runs; the process id
     run/service.json      where health is served, and how the site stands
+    run/node.socket       where the node answers the executor
+    run/node.id           as which node the site is online
 """
 
 from __future__ import annotations
@@ -25,13 +27,12 @@ import os
 import queue
 import secrets
 import signal
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cloister_fl.client.flower.names import SUPEREXEC_SECRET
+from cloister_fl.client.flower.names import RUN, SUPEREXEC_SECRET
 from cloister_fl.client.network.join import CERTIFICATE, look, membership
 from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import CloisterError, ListenRefused, ServiceState
@@ -42,7 +43,6 @@ from cloister_fl.system.health import Health, healthy
 from cloister_fl.system.pid_lock import holder, only_one, terminate
 
 LOCK = "service.lock"
-RUN = "run"
 STATE = "service.json"
 TICK_S = 0.2
 ASK_S = 10.0
@@ -204,13 +204,10 @@ class _Service:
                 (self._site.root / RUN / STATE).unlink()
 
     def _parts(self) -> dict[str, Child]:
-        port = str(_free_port())
         env = environment({"FLWR_HOME": str(self._site.root / RUN / "flower")})
         package = "cloister_fl.client.flower"
         return {
-            name: Child(
-                name, ("-m", f"{package}.{name}", str(self._site.root), port), env, self._events
-            )
+            name: Child(name, ("-m", f"{package}.{name}", str(self._site.root)), env, self._events)
             for name in ("node", "executor")
         }
 
@@ -301,6 +298,8 @@ class _Service:
                     f"Data of the study {study}: {event.get('code')}. Rounds are answered with "
                     f"what is left of them. See: {self._site.command('status')}"
                 )
+            case "task-refused":
+                self._say(f"Refused: {event.get('code')} {event.get('what')}")
             case "failed":
                 self._say(f"The {name} cannot start: {event.get('code')} {event.get('what')}")
             case "crashed" | "task-lost":
@@ -309,10 +308,3 @@ class _Service:
     def _keep(self) -> None:
         text = json.dumps(asdict(self._now))
         write_atomic(self._site.root / RUN / STATE, text.encode(), durable=False)
-
-
-def _free_port() -> int:
-    """A port of loopback that nobody has; the node binds it in a moment, and keeps it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -96,7 +96,8 @@
     │   ├── ProxyForbids           CLO-813
     │   ├── ClockOrDates           CLO-814
     │   ├── VersionsDiffer         CLO-815
-    │   └── ServiceState           CLO-820
+    │   ├── ServiceState           CLO-820
+    │   └── LocalSocketRefused     CLO-825
     └── InternalError              CLO-901, exit 70: an internal error
 
 The families are classes. An error under them is a class where the program catches it or tests for

@@ -365,6 +365,11 @@ ServiceState = ErrorKind(
 )
 
 
+class LocalSocketRefused(DeploymentError):
+    code = "CLO-825"
+    title = "The socket between Cloister's own processes cannot be used"
+
+
 class InternalError(CloisterError):
     """An internal error, which is to be reported."""
 

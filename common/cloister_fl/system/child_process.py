@@ -30,7 +30,7 @@ _out: Any = None
 _lock = threading.Lock()
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
-"""Hosts that no proxy can reach for us; our own processes talk to each other there."""
+"""Hosts that no proxy can reach for us."""
 
 
 def tell(event: str, **details: str | int | float) -> None:
@@ -91,8 +91,8 @@ def environment(
 ) -> dict[str, str]:
     """The environment of a child: no telemetry, no proxy before loopback, no module from here.
 
-    Flower's parts speak to each other over loopback; with ``HTTP_PROXY`` set and no ``NO_PROXY``
-    they would ask the hospital's proxy for this very machine.
+    With ``HTTP_PROXY`` set and no ``NO_PROXY``, what a child asks of an archive at loopback would
+    go to the hospital's proxy.
     """
     made = {
         **environment_of_children(base),

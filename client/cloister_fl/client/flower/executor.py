@@ -1,11 +1,12 @@
 """Run executor of a site: its part of a study, in one warm process, and nothing else.
 
-Run as ``python -m cloister_fl.client.flower.executor DIR PORT`` by ``service``. It asks the node
-for tasks over loopback with a secret that only this site's user can read. A task names a bundle;
-every bundle but the installed wheel's own is refused before anything else. Then the message goes
-to the one ClientApp that is installed here, whose gate stands before all data. Nothing of the
-bundle is installed, imported or run, and Flower is never handed an exception: it would send its
-text to the coordinator.
+Run as ``python -m cloister_fl.client.flower.executor DIR`` by ``service``. It asks the node for
+tasks over a UNIX socket in the site's folder, which no other account can take or reach, with a
+secret that only this site's user can read. As which node it answers, the site's own file says, and
+a message for another node is not answered. A task names a bundle; every bundle but the installed
+wheel's own is refused before anything else. Then the message goes to the one ClientApp that is
+installed here, whose gate stands before all data. Nothing of the bundle is installed, imported or
+run, and Flower is never handed an exception: it would send its text to the coordinator.
 """
 
 from __future__ import annotations
@@ -38,16 +39,24 @@ from flwr.supercore.interceptors import (
     SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime import run_clientapp as flower
 
-from cloister_fl.client.flower.names import FOREIGN, SUPEREXEC_SECRET
+from cloister_fl.client.flower.names import FOREIGN, LARGEST, RUN, SOCKET, SUPEREXEC_SECRET
+from cloister_fl.client.flower.own_node import own_node
 from cloister_fl.client.site.data_notice import DataNotice, data_notices
 from cloister_fl.client.site.folder import Site, open_site
-from cloister_fl.errors import BundleRefused, CloisterError
+from cloister_fl.errors import (
+    BundleRefused,
+    CloisterError,
+    LocalSocketRefused,
+    MessageInvalid,
+)
 from cloister_fl.protocol.app_bundle import bundle_hash
 from cloister_fl.protocol.round_messages import SITE_KEY, kind_of
 from cloister_fl.system.child_process import child, tell
 from cloister_fl.system.files import read_secret
+from cloister_fl.system.local_socket.socket_client import URL, local_client
 
 _METHODS = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 _BUSY_S = 0.2
@@ -62,7 +71,6 @@ class Executor:
 
     Args:
         site: the hospital's site.
-        port: of the node's Runtime API on loopback.
         app: the ClientApp.
         refuse: makes the answer to a message that asked for another bundle.
     """
@@ -70,12 +78,10 @@ class Executor:
     def __init__(
         self,
         site: Site,
-        port: int,
         app: App,
         refuse: Callable[[Message, Context, CloisterError], Message],
     ) -> None:
         self._site = site
-        self._address = f"127.0.0.1:{port}"
         self._app = app
         self._refuse = refuse
         self._notices: dict[str, DataNotice] = {}
@@ -86,7 +92,11 @@ class Executor:
         )
 
     def forever(self) -> None:
-        """Ask for tasks and do them, until the process ends."""
+        """Ask for tasks and do them, until the process ends.
+
+        Raises:
+            LocalSocketRefused: the node's socket is not this user's alone.
+        """
         stirred = time.monotonic() - _STAYS_BUSY_S
         reached = False
         while True:
@@ -99,6 +109,11 @@ class Executor:
             except httpx.HTTPError:
                 # The node is not there, or was restarted while a task was under way.
                 took, reached = False, False
+            except LocalSocketRefused:
+                raise
+            except CloisterError as error:
+                tell("task-refused", code=error.code, what=error.what)
+                took = False
             except Exception as error:
                 # One task is lost, and what this process remembers of the round is not.
                 tell("task-lost", type=type(error).__name__)
@@ -128,6 +143,14 @@ class Executor:
 
     def _do(self, client: RuntimeHttpClient) -> None:
         message, context, run, _ = flower.pull_task_input(client)
+        context.node_id = TaskIdentity.node_id = own_node(self._site)
+        if message.metadata.dst_node_id != context.node_id:
+            raise MessageInvalid(
+                "A message for another node came, and was not answered.",
+                why="It names another node than this site's own.",
+                remedy=f"Start the service again: {self._site.command('stop')}, "
+                f"then {self._site.command('start')}",
+            )
         # What a hospital's node is told about itself comes from the hospital alone.
         context.run_config = {}
         context.node_config = {SITE_KEY: str(self._site.root)}
@@ -161,12 +184,11 @@ class Executor:
         self._notices = known
 
     def _client(self, last: Any) -> RuntimeHttpClient:
-        return RuntimeHttpClient.from_server_address(
-            server_address=self._address,
-            insecure=True,
-            root_certificates=None,
-            interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), last],
-        )
+        version = RuntimeVersionHttpInterceptor(component_name="flwr-clientapp")
+        made = RuntimeHttpClient(URL, interceptors=[version, last], verify=False)
+        made._client.close()
+        made._client = local_client(self._site.root / RUN, SOCKET, LARGEST)
+        return made
 
 
 def _beat(client: RuntimeHttpClient) -> bool:
@@ -176,7 +198,7 @@ def _beat(client: RuntimeHttpClient) -> bool:
     return True
 
 
-def main(folder: Path, port: int) -> None:
+def main(folder: Path) -> None:
     """Run until SIGTERM."""
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
@@ -184,13 +206,13 @@ def main(folder: Path, port: int) -> None:
     from cloister_fl.client.app import app
 
     app.verify(site.root)
-    Executor(site, port, app, app.refuse).forever()
+    Executor(site, app, app.refuse).forever()
 
 
 if __name__ == "__main__":
     with child():
         try:
-            main(Path(sys.argv[1]), int(sys.argv[2]))
+            main(Path(sys.argv[1]))
         except CloisterError as error:
             tell("failed", code=error.code, what=error.what, remedy=error.remedy)
             sys.exit(error.exit_status)

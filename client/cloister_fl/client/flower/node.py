@@ -1,10 +1,13 @@
 """Flower SuperNode, embedded: the process of a site that talks with the coordinator.
 
-Run as ``python -m cloister_fl.client.flower.node DIR PORT`` by ``service``. It holds the site's
-TLS and node keys and no patient's data. What it changes in Flower:
+Run as ``python -m cloister_fl.client.flower.node DIR`` by ``service``. It holds the site's TLS and
+node keys and no patient's data. What it changes in Flower:
 
 - its connection shows the site's certificate, trusts the pinned authority alone, and goes through
   the site's proxy;
+- its Runtime API answers the executor on a UNIX socket in the site's folder, on no port, and of it
+  only what the executor asks for, in requests of a bounded size;
+- the id with which it came online is noted for the executor;
 - no bundle is fetched: Flower is handed the installed wheel's own, and the executor refuses a run
   of any other;
 - a task whose executor died is answered for as soon as the next executor asks, not a minute later;
@@ -19,11 +22,10 @@ import functools
 import hmac
 import importlib
 import logging
-import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +45,8 @@ from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeStateFactory
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
-from cloister_fl.client.flower.names import FOREIGN, SUPEREXEC_SECRET
+from cloister_fl.client.flower.names import FOREIGN, LARGEST, RUN, SOCKET, SUPEREXEC_SECRET
+from cloister_fl.client.flower.own_node import note_own_node
 from cloister_fl.client.network.join import NODE_KEY, client_context, membership
 from cloister_fl.client.network.proxy import proxy_of
 from cloister_fl.client.site.folder import Site, open_site
@@ -53,6 +56,8 @@ from cloister_fl.membership.ec_keys import Purpose
 from cloister_fl.protocol.app_bundle import bundle, bundle_hash
 from cloister_fl.system.child_process import child, tell
 from cloister_fl.system.files import read_secret
+from cloister_fl.system.local_socket.socket_file import BACKLOG, listen
+from cloister_fl.system.local_socket.socket_server import OwnUserHttp, RequestLimits
 
 _BUSY_S = 0.3
 _IDLE_S = 2.0
@@ -60,6 +65,21 @@ _STAYS_BUSY_S = 60.0
 _CONNECT_S = 10.0
 _TURNED_AWAY = frozenset({401, 403, 503})
 _ERRORS = 400
+
+_SMALL = 1 << 20
+_RUNTIME = "/v1/runtime/"
+REQUEST_LIMITS = {
+    f"{_RUNTIME}acquire-task": _SMALL,
+    f"{_RUNTIME}send-task-heartbeat": _SMALL,
+    f"{_RUNTIME}pull-task-input": _SMALL,
+    f"{_RUNTIME}pull-messages": _SMALL,
+    f"{_RUNTIME}pull-object": _SMALL,
+    f"{_RUNTIME}confirm-message-received": _SMALL,
+    f"{_RUNTIME}push-messages": _SMALL,
+    f"{_RUNTIME}push-object": LARGEST,
+    f"{_RUNTIME}push-task-output": _SMALL,
+}
+"""What an executor asks for, and the most bytes of each request; nothing else is open."""
 
 
 class Pace:
@@ -235,17 +255,22 @@ def _ends(call: Any) -> Any:
     return made
 
 
-def guarded(connection: Any) -> Any:
+def guarded(connection: Any, note: Callable[[int], None]) -> Any:
     """Flower's connection, with no way in for a bundle: what a hospital has, it does not fetch.
 
     A run of another bundle is marked as such and handed on with our own, so that the executor
     can answer for the site that it is refused. Nor does half a message stay behind.
+
+    Args:
+        connection: Flower's.
+        note: is given the node's id before a message is asked for.
     """
 
     @contextlib.contextmanager
     def connect(*args: Any, **more: Any) -> Iterator[Any]:
         with connection(*args, **more) as parts:
             node, receive, send, get_run, _, pull, push, confirm = parts
+            note(node)
 
             def own_run(run_id: int) -> Any:
                 run = get_run(run_id)
@@ -263,21 +288,34 @@ def guarded(connection: Any) -> Any:
     return connect
 
 
-def serve_runtime(states: NodeStateFactory, port: int, secret: bytes) -> uvicorn.Server:
-    """Serve Flower's Runtime API on loopback, in a thread, for the executor alone."""
-    bound = socket.socket()
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind(("127.0.0.1", port))
-    app = create_app(states, superexec_auth_secret=secret)
-    config = uvicorn.Config(app, log_level="critical", access_log=False, lifespan="on")
+def serve_runtime(states: NodeStateFactory, site: Site, secret: bytes) -> uvicorn.Server:
+    """Serve Flower's Runtime API on the site's socket, in a thread, for the executor alone.
+
+    Raises:
+        LocalSocketRefused: the socket cannot be made, or others could use it.
+    """
+    bound = listen(site.root / RUN, SOCKET)
+    app: Any = create_app(states, superexec_auth_secret=secret)
+    config = uvicorn.Config(
+        RequestLimits(app, REQUEST_LIMITS.get),
+        http=OwnUserHttp,
+        ws="none",
+        loop="asyncio",
+        interface="asgi3",
+        backlog=BACKLOG,
+        log_level="critical",
+        access_log=False,
+        lifespan="on",
+    )
     server = uvicorn.Server(config)
-    threading.Thread(target=server.run, args=([bound],), daemon=True).start()
-    while not server.started:
+    thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
+    thread.start()
+    while not server.started and thread.is_alive():
         time.sleep(0.02)
     return server
 
 
-def main(folder: Path, port: int) -> None:
+def main(folder: Path) -> None:
     """Run the node until the connection ends or SIGTERM comes."""
     logger = logging.getLogger("flwr")
     logger.handlers.clear()
@@ -288,8 +326,10 @@ def main(folder: Path, port: int) -> None:
     connection: Any = fleet_http_connection
     connection.FleetHttpClient = client_class(site, line, pace)
     internal.time = SimpleNamespace(sleep=pace.sleep)
-    internal.http_request_response = guarded(connection.http_request_response)
-    serve_runtime(states, port, read_secret(site.keys / SUPEREXEC_SECRET))
+    internal.http_request_response = guarded(
+        connection.http_request_response, functools.partial(note_own_node, site)
+    )
+    serve_runtime(states, site, read_secret(site.keys / SUPEREXEC_SECRET))
     tell("ready")
     key = ec_keys.load_private(read_secret(site.keys / NODE_KEY), Purpose.NODE)
     internal.start_client_internal(
@@ -308,7 +348,7 @@ def main(folder: Path, port: int) -> None:
 if __name__ == "__main__":
     with child():
         try:
-            main(Path(sys.argv[1]), int(sys.argv[2]))
+            main(Path(sys.argv[1]))
         except CloisterError as error:
             tell("failed", code=error.code, what=error.what, remedy=error.remedy)
             sys.exit(error.exit_status)

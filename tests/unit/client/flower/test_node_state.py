@@ -145,7 +145,9 @@ def test_a_run_that_ended_while_its_message_was_fetched_is_an_error_like_others(
     def connection() -> Any:
         yield (NODE, ended, ended, ended, ended, ended, ended, ended)
 
-    with guarded(connection)() as (*_, pull, _push, confirm):
+    noted: list[int] = []
+    with guarded(connection, noted.append)() as (*_, pull, _push, confirm):
+        assert noted == [NODE]
         for call in (pull, confirm):
             with pytest.raises(RunEnded):
                 call(RUN, bundle_hash())

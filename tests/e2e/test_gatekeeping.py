@@ -112,9 +112,8 @@ def test_a_foreign_bundle(
     monkeypatch.setattr(runtime, "bundle", lambda: foreign)
     monkeypatch.setattr(runtime, "bundle_hash", lambda: hashlib.sha256(foreign).hexdigest())
     place = three.place
-    address = place.file.private.control
     study = parse_study(study_text("foreign", **ASKED))
-    with runtime.running(address, place.token(), place.executor_secret()) as (grid, _):
+    with runtime.running(place.socket, place.token(), place.executor_secret()) as (grid, _):
         nodes = list(grid.get_node_ids())
         assert len(nodes) == 3
         task = Prepare(study.canonical(), "run", 3, "", b"", "")

@@ -1,15 +1,13 @@
-"""The loopback ports, the commands that look at the server, and its end."""
+"""The server's socket and its health port, the commands that look at the server, and its end."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from cloister_fl.errors import ServerState, SiteStateInvalid
 from cloister_fl.membership.identity import fingerprint
 from cloister_fl.server.cli import server_group
 from cloister_fl.server.coordinator.site_approval import revoke_site
+from cloister_fl.system.local_socket.socket_client import URL, local_client
 from support import coordinator_process
 from support.coordinator_process import PROTOBUF, Running, wait_for
 from support.errors import raises
@@ -39,12 +38,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def ask(running: Running, path: str, body: bytes, token: str | None = None) -> tuple[int, bytes]:
-    host, _, port = running.place.file.private.control.rpartition(":")
     headers = {**PROTOBUF, **({"authorization": f"Bearer {token}"} if token else {})}
-    with closing(http.client.HTTPConnection(host, int(port), timeout=20)) as line:
-        line.request("POST", path, body, headers)
-        response = line.getresponse()
-        return response.status, response.read()
+    at = running.place.socket
+    with local_client(at.parent, at.name, 1 << 26) as client:
+        response = client.post(f"{URL}{path}", content=body, headers=headers)
+        return response.status_code, response.content
 
 
 def command(running: Running, *arguments: str) -> tuple[int, str]:

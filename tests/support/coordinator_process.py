@@ -47,10 +47,10 @@ def free_ports(count: int) -> list[int]:
 
 def new_coordinator(folder: Path) -> Coordinator:
     """A coordinator's folder with free loopback ports."""
-    fleet, enrolment, control, health = free_ports(4)
+    fleet, enrolment, health = free_ports(3)
     made = init_coordinator(folder, Layout((f"127.0.0.1:{fleet}",), "fed", "127.0.0.1"))
     text = (folder / "server.toml").read_text()
-    for old, new in ((fleet + 1, enrolment), (fleet + 2, control), (fleet + 3, health)):
+    for old, new in ((fleet + 1, enrolment), (fleet + 2, health)):
         text = text.replace(f"127.0.0.1:{old}", f"127.0.0.1:{new}")
     (folder / "server.toml").write_text(text)
     return init_coordinator(made.root, None)

@@ -79,7 +79,8 @@ def init(
         int | None, typer.Option(help="Port for enrolment; default: the first port + 1.")
     ] = None,
     private_port: Annotated[
-        int | None, typer.Option(help="First of two loopback ports; default: the first port + 2.")
+        int | None,
+        typer.Option(help="Loopback port of the health service; default: the first port + 2."),
     ] = None,
     invite: Annotated[
         list[str] | None,

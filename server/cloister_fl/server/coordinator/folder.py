@@ -6,7 +6,8 @@
     keys/            root.pem, root.pub, ca.key, ca.pem, server.key, server.pem, control.token,
                      superexec.secret; mode 0700 and 0600
     keys/roster      the signed roster in force
-    state/           coordinator.sqlite (invites, sites) and flower.sqlite
+    state/           coordinator.sqlite (invites, sites), flower.sqlite and, while the server runs,
+                     control.socket
     log/             refused.jsonl: rejected connections and requests
     flower/          Flower's own home
     server.lock      held by the server that runs
@@ -94,7 +95,6 @@ class _Public(FileModel):
 
 
 class _Private(FileModel):
-    control: _PrivateAddress
     health: _PrivateAddress
 
 
@@ -134,6 +134,11 @@ class Coordinator:
     def state(self) -> Path:
         """Folder of the databases."""
         return self.root / "state"
+
+    @property
+    def socket(self) -> Path:
+        """Socket of the server's Control and Runtime, for its own run executor alone."""
+        return self.state / "control.socket"
 
     @property
     def refusals(self) -> Path:
@@ -185,7 +190,7 @@ class Layout:
         name: the federation's name.
         listen: address that the two public ports are bound to.
         enrolment_port: port for joining; else the fleet's first port + 1.
-        private_port: first of the two loopback ports; else the fleet's first port + 2.
+        private_port: loopback port of the health service; else the fleet's first port + 2.
     """
 
     addresses: tuple[str, ...]
@@ -229,9 +234,8 @@ addresses = {json.dumps(at)}
 listen = {json.dumps(f"{_bracket(self.listen)}:{joining}")}
 
 [private]
-# For this machine only.
-control = "127.0.0.1:{private}"
-health = "127.0.0.1:{private + 1}"
+# For this machine only: it says whether the server serves, and nothing else.
+health = "127.0.0.1:{private}"
 """
         _, faults = parse(text, ServerFile)
         if faults:

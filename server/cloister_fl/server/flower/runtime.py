@@ -6,6 +6,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -33,9 +34,13 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 from cloister_fl.errors import InternalError
 from cloister_fl.protocol.app_bundle import bundle, bundle_hash
+from cloister_fl.system.local_socket.socket_client import local_client
 
 _METHODS = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 _SOON_S = 30.0
+_HOST = "local"
+_LARGEST = 64 << 20
+"""Bytes of the server's largest answer; Flower sends a large object in pieces of 5 MiB."""
 
 
 class _Bearer:
@@ -51,26 +56,28 @@ class _Bearer:
 
 
 @contextlib.contextmanager
-def running(address: str, token: str, secret: bytes) -> Iterator[tuple[HttpGrid, Context]]:
+def running(server: Path, token: str, secret: bytes) -> Iterator[tuple[HttpGrid, Context]]:
     """Start a run of the thin bundle, and give its grid and context; end it on the way out.
 
     Runs that an earlier process left behind are stopped first: their messages are answered by
     nobody any more.
 
     Args:
-        address: of Control and Runtime on loopback.
+        server: socket of the server's Control and Runtime.
         token: what Control asks for.
         secret: what Runtime asks for.
 
     Raises:
         InternalError: Flower does not give the task.
+        LocalSocketRefused: the socket is not this user's alone.
     """
     control: Any = ControlHttpClient.from_server_address(
-        address,
+        _HOST,
         insecure=True,
         root_certificates=None,
         interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr-cli"), _Bearer(token)],
     )
+    _speak_at(server, control)
     with contextlib.closing(control._client):
         _stop_all(control)
         fab = fab_to_proto(Fab(bundle_hash(), bundle(), {}))
@@ -78,15 +85,16 @@ def running(address: str, token: str, secret: bytes) -> Iterator[tuple[HttpGrid,
         if not started.HasField("run_id"):
             raise _unexpected("did not start a run")
         try:
-            yield from _executing(address, secret, started.run_id)
+            yield from _executing(server, secret, started.run_id)
         finally:
             with contextlib.suppress(httpx.HTTPError):
                 _stop_all(control, only=started.run_id)
 
 
-def _executing(address: str, secret: bytes, run_id: int) -> Iterator[tuple[HttpGrid, Context]]:
-    grid = HttpGrid(address, insecure=True, token=_task(address, secret, run_id))
+def _executing(server: Path, secret: bytes, run_id: int) -> Iterator[tuple[HttpGrid, Context]]:
+    grid = HttpGrid(_HOST, insecure=True, token=_task(server, secret, run_id))
     client = grid._runtime_client
+    _speak_at(server, client)
     beats = HeartbeatSender(functools.partial(_beat, client))
     beats.start()
     done = SubStatus.FAILED
@@ -108,10 +116,10 @@ def _executing(address: str, secret: bytes, run_id: int) -> Iterator[tuple[HttpG
         grid.close()
 
 
-def _task(address: str, secret: bytes, run_id: int) -> str:
+def _task(server: Path, secret: bytes, run_id: int) -> str:
     """Take the run's task, for which a token is given once."""
     asks = RuntimeHttpClient.from_server_address(
-        server_address=address,
+        server_address=_HOST,
         insecure=True,
         root_certificates=None,
         interceptors=[
@@ -119,6 +127,7 @@ def _task(address: str, secret: bytes, run_id: int) -> str:
             SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=_METHODS),
         ],
     )
+    _speak_at(server, asks)
     with contextlib.closing(asks):
         end = time.monotonic() + _SOON_S
         while time.monotonic() < end:
@@ -127,6 +136,12 @@ def _task(address: str, secret: bytes, run_id: int) -> str:
                 return str(found.token)
             time.sleep(0.2)
     raise _unexpected("gave no task for the run")
+
+
+def _speak_at(server: Path, client: Any) -> None:
+    """Have a client of Flower's speak with a socket's server, and with nobody else."""
+    client._client.close()
+    client._client = local_client(server.parent, server.name, _LARGEST)
 
 
 def _stop_all(control: Any, only: int | None = None) -> None:

@@ -29,6 +29,7 @@ from cloister_fl.server.coordinator.site_database import Registry, SiteRow
 from cloister_fl.server.network.request_shape import RequestShapes
 from cloister_fl.server.network.request_turns import Turns
 from cloister_fl.server.network.tls_listener import PEER, Peer
+from cloister_fl.system.local_socket.socket_server import RequestLimits
 from cloister_fl.version import PROTOCOL, __version__
 
 Scope = dict[str, Any]
@@ -225,35 +226,13 @@ class FleetGate:
             )
 
 
-class PrivateGate:
-    """The application of the loopback port: Control, Runtime and their lifespan, no Fleet."""
+def private_app(app: Application) -> RequestLimits:
+    """The application of the server's socket: Control, Runtime and their lifespan, no Fleet."""
 
-    def __init__(self, app: Application) -> None:
-        self._app = app
+    def limit_of(path: str) -> int | None:
+        return PRIVATE_BODY if path.startswith(("/v1/control/", "/v1/runtime/")) else None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or pass the lifespan on."""
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http":
-            path = str(scope["path"])
-            if path.startswith(("/v1/control/", "/v1/runtime/")):
-                await self._forward(scope, receive, send)
-            else:
-                await answer(send, 404, b"", close=True)
-
-    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Flower reads a whole body before it asks for the secret, so it is bounded here."""
-        body = bytearray()
-        try:
-            async for piece in pieces(scope, receive, PRIVATE_BODY):
-                body += piece
-        except RequestRejected as rejected:
-            await answer(send, rejected.status, rejected.code.value.encode(), close=True)
-        except ClientDisconnected:
-            return
-        else:
-            await _replay(self._app, scope, bytes(body), receive, send)
+    return RequestLimits(app, limit_of)
 
 
 def header(scope: Scope, name: bytes) -> list[bytes]:

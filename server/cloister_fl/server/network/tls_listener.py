@@ -28,6 +28,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from cloister_fl.errors import ListenRefused
 from cloister_fl.membership.enrolment import split_address
 from cloister_fl.server.coordinator.rejection_log import Refusals, Refused
+from cloister_fl.system.local_socket.socket_server import OwnUserHttp
 
 BACKLOG = 64
 """Connections that the kernel holds for a port, and that asyncio accepts in one turn of its loop:
@@ -112,7 +113,10 @@ def bind(address: str, context: ssl.SSLContext | None) -> socket.socket:
 
 
 class Listener(uvicorn.Server):
-    """HTTP server of one port, in an event loop that it shares; its owner handles signals."""
+    """HTTP server of one port, in an event loop that it shares; its owner handles signals.
+
+    Without a limiter it serves a UNIX socket, for processes of this user alone.
+    """
 
     def __init__(
         self, app: Any, limiter: ConnectionLimiter | None, *, lifespan: str = "off"
@@ -120,7 +124,7 @@ class Listener(uvicorn.Server):
         super().__init__(
             Config(
                 app,
-                http=cast("Any", limiter.protocol) if limiter else "h11",
+                http=cast("Any", limiter.protocol if limiter else OwnUserHttp),
                 ws="none",
                 loop="none",
                 lifespan=cast("Any", lifespan),

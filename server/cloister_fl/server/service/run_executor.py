@@ -120,10 +120,7 @@ def _run(place: Coordinator, run: RunFolder, writer: _StatusWriter) -> None:
         timeout=asked.timeout,
     )
     server_app = build(hooks)
-    with runtime.running(place.file.private.control, place.token(), place.executor_secret()) as (
-        grid,
-        context,
-    ):
+    with runtime.running(place.socket, place.token(), place.executor_secret()) as (grid, context):
         context.run_config = {
             "study": study.canonical(),
             "out": str(run.path),

@@ -1,10 +1,10 @@
-"""The coordinator's server: three ports and a health service, in one process and one loop.
+"""The coordinator's server: two ports, a socket and a health service, in one process and loop.
 
 ::
 
     fleet       public    TLS 1.3, client certificates, ``fleet_gate.FleetGate`` before Flower
     enrolment   public    TLS 1.3, open only while an invite is
-    control     loopback  Flower's Control and Runtime, behind a token and a secret
+    control     UNIX      Flower's Control and Runtime, behind a token and a secret
     health      loopback  grpc.health.v1
 
 It holds neither the authority's nor the root's private key: approving is a command's work. What
@@ -22,6 +22,7 @@ import os
 import queue
 import shlex
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +39,7 @@ from cloister_fl.server.coordinator.rejection_log import Refusals
 from cloister_fl.server.coordinator.run_queue import update_bytes
 from cloister_fl.server.coordinator.site_database import Registry
 from cloister_fl.server.network.enrolment_app import EnrolmentApp
-from cloister_fl.server.network.fleet_gate import Engine, FleetGate, PrivateGate
+from cloister_fl.server.network.fleet_gate import Engine, FleetGate, private_app
 from cloister_fl.server.network.request_shape import RequestShapes
 from cloister_fl.server.network.tls_listener import (
     ConnectionLimiter,
@@ -50,6 +51,7 @@ from cloister_fl.system.child_process import Child, environment
 from cloister_fl.system.files import read_secret
 from cloister_fl.system.git_ignore import keep_out_of_git
 from cloister_fl.system.health import Health, healthy
+from cloister_fl.system.local_socket.socket_file import listen
 from cloister_fl.system.pid_lock import holder, only_one
 
 TICK_S = 0.5
@@ -71,6 +73,7 @@ def serve(coordinator: Coordinator, ready: Callable[[], None]) -> None:
     Raises:
         ServerState: the folder's server runs already.
         ListenRefused: a port cannot be had.
+        LocalSocketRefused: others can use the folder of the server's socket.
         FileUnreadable: a key cannot be read, or others can read it.
     """
     os.umask(0o077)
@@ -172,10 +175,12 @@ class _Service:
         health = Health(file.private.health)
         watches = [loop.create_task(limiter.watch()) for limiter in self._limiters]
         try:
-            await self._open("control", PrivateGate(app), None, file.private.control, "on")
+            private = listen(place.socket.parent, place.socket.name)
+            await self._open("control", private_app(app), None, private, str(place.socket), "on")
             shapes = RequestShapes(functools.partial(update_bytes, place.root))
             gate = FleetGate(engine, self.registry, refusals, roster, shapes)
-            await self._open("fleet", gate, fleet, file.fleet.listen)
+            public = bind(file.fleet.listen, fleet.context)
+            await self._open("fleet", gate, fleet, public, file.fleet.listen)
             await self._follow(nodes, nodes_now, joining, enrolment)
             said = False
             while not self._stop.is_set():
@@ -215,7 +220,8 @@ class _Service:
         if wanted and "enrolment" not in self._listeners:
             address = self.coordinator.file.enrolment.listen
             try:
-                await self._open("enrolment", joining, limiter, address)
+                public = bind(address, limiter.context)
+                await self._open("enrolment", joining, limiter, public, address)
             except ListenRefused as error:
                 # Those who are in go on; it is tried again at the next look.
                 logging.getLogger(output_log.OWN).warning("%s", error)
@@ -241,10 +247,10 @@ class _Service:
         name: str,
         app: Any,
         limiter: ConnectionLimiter | None,
+        bound: socket.socket,
         address: str,
         lifespan: str = "off",
     ) -> None:
-        bound = bind(address, limiter.context if limiter else None)
         listener = Listener(app, limiter, lifespan=lifespan)
         task = asyncio.get_running_loop().create_task(listener.serve(sockets=[bound]))
         while not listener.started and not task.done():

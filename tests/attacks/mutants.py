@@ -691,6 +691,13 @@ MUTANTS = (
         "test_a_huge_local_body",
     ),
     _local(
+        "requests announced of any size",
+        "socket_server.py",
+        "int(said[0]) > limit",
+        "False",
+        "test_a_huge_local_body",
+    ),
+    _local(
         "answers of any size",
         "socket_client.py",
         "if self._left < 0:",

@@ -337,14 +337,21 @@ def test_a_socket_that_cannot_be_made_is_an_error_with_a_number(tmp_path: Path) 
 # Sends too much
 
 
-@pytest.mark.parametrize("how", ["announced", "in pieces", "announced falsely"])
+@pytest.mark.parametrize(
+    "how", ["announced", "announced without end", "announced falsely", "in pieces"]
+)
 def test_a_huge_local_body(folder: Path, how: str) -> None:
     def pieces() -> Iterator[bytes]:
         while True:
             yield b"x" * 300
 
     with Served(folder, plain) as served, connect(folder, NAME, 10) as line:
-        length = {"announced": "1" + "0" * 15, "announced falsely": "-1"}.get(how)
+        length = {
+            # Refused before any of it comes.
+            "announced": str(LIMIT + 1),
+            "announced without end": "1" + "0" * 15,
+            "announced falsely": "-1",
+        }.get(how)
         head = f"content-length: {length}" if length else "transfer-encoding: chunked"
         line.sendall(f"POST /ask HTTP/1.1\r\nhost: x\r\n{head}\r\n\r\n".encode())
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):

@@ -122,7 +122,7 @@ def _mechanisms(path: Path) -> list[dict[str, object]]:
     """What a ledger says of the private study, but for names, times and the policy's limits."""
     with contextlib.closing(sqlite3.connect(path)) as database:
         bodies = [json.loads(text) for (text,) in database.execute("SELECT body FROM entries")]
-    own = {"run", "time", "seq", "limit_study", "limit_lifetime"}
+    own = {"run", "time", "salt", "seq", "limit_study", "limit_lifetime"}
     digest = parse_study(PRIVATE).digest
     return [
         {key: value for key, value in body.items() if key not in own}

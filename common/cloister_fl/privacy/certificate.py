@@ -29,7 +29,7 @@ import cloister_fl
 from cloister_fl.errors import CertificateInvalid, PrivacyError
 from cloister_fl.membership.identity import Identity, usable_public_key, verify
 
-LABEL = "cloister/certificate/v1"
+LABEL = "cloister/certificate/v2"
 
 _Hex64 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Count = Annotated[int, Field(ge=0, le=10**12)]
@@ -38,13 +38,6 @@ _Finite = Annotated[float, Field(allow_inf_nan=False, ge=0)]
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
-
-
-class Head(_Part):
-    """The end of a hash-chained file: number and hash of its last entry."""
-
-    seq: _Count
-    hash: _Hex64
 
 
 class Left(_Part):
@@ -91,13 +84,14 @@ class Certificate(_Part):
         release: the study's release; None, and left out of the file, where the study has none.
         epsilon_run, epsilon_study: privacy-loss distribution, of the steps started, and the release
             where it was charged, by the run and by all runs of the study here.
-        ledger, log: heads of the site's privacy ledger and audit log when this was made.
-        left: what left the site in this run, up to that head of the audit log.
+        ledger, log: hashes of the last entries of the site's privacy ledger and audit log when this
+            was made; without their numbers, which would count what else was decided there.
+        left: what left the site in this run, up to that entry of the audit log.
         version: Cloister's.
         code: ``code_hash`` of the code that made this.
     """
 
-    label: Literal["cloister/certificate/v1"] = "cloister/certificate/v1"
+    label: Literal["cloister/certificate/v2"] = "cloister/certificate/v2"
     made: Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}\+00:00$")]
     site: Annotated[str, Field(max_length=64)]
     key: _Hex64
@@ -119,8 +113,8 @@ class Certificate(_Part):
     delta: _Finite
     epsilon_run: _Finite
     epsilon_study: _Finite
-    ledger: Head
-    log: Head
+    ledger: _Hex64
+    log: _Hex64
     left: list[Left]
     version: Annotated[str, Field(max_length=64)]
     code: _Hex64

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cloister_fl.audit_log import Entry
+from cloister_fl.encoding.canonical_json import GENESIS
 from cloister_fl.errors import StudyInvalid
 from cloister_fl.privacy.accounting import epsilon_prv_of, epsilon_rdp_of
 from cloister_fl.privacy.certificate import Certificate
@@ -194,10 +195,10 @@ def _against_ledger(certificate: Certificate, ledger: LedgerExport) -> Iterator[
     if ledger.key != certificate.key:
         yield "The ledger belongs to another site."
         return
-    seq = certificate.ledger.seq
-    if not 1 <= seq <= len(ledger.hashes) or ledger.hashes[seq - 1] != certificate.ledger.hash:
-        yield f"The ledger has no entry {seq} with the hash in the certificate."
+    if certificate.ledger not in ledger.hashes:
+        yield "The ledger has no entry with the hash in the certificate."
         return
+    seq = ledger.hashes.index(certificate.ledger) + 1
     spent = [one for one in ledger.spent(seq) if one.study == certificate.study_hash]
     run = sum(one.started for one in spent if one.run == certificate.run)
     linked = dict(ledger.linked(seq, study=certificate.study_hash))
@@ -284,18 +285,18 @@ def _opacus_lifetime(spent: Composition, delta: float, orders: tuple[float, ...]
 def _against_log(certificate: Certificate, log: Iterable[Entry]) -> Iterator[str]:
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    found = certificate.log.seq == 0
+    found = certificate.log == GENESIS
     for entry in log:
-        if entry.seq > certificate.log.seq:
+        if found:
             break
-        found = found or (entry.seq, entry.hash) == (certificate.log.seq, certificate.log.hash)
+        found = entry.hash == certificate.log
         if entry.kind == "sent" and entry.body.get("run") == certificate.run:
             kind = str(entry.body.get("message"))
             counts[kind] += 1
             size = entry.body.get("bytes")
             sizes[kind] += size if isinstance(size, int) else 0
     if not found:
-        yield f"The audit log has no entry {certificate.log.seq} with the hash in the certificate."
+        yield "The audit log has no entry with the hash in the certificate."
     told = [(left.message, left.count, left.bytes) for left in certificate.left]
     if told != [(kind, counts[kind], sizes[kind]) for kind in sorted(counts)]:
         yield "The messages of this run in the audit log differ from those in the certificate."

@@ -18,7 +18,7 @@ from cloister_fl.errors import CertificateInvalid, PrivacyError
 from cloister_fl.membership.identity import usable_public_key, verify
 from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
 
-CHAIN_LABEL = b"cloister/ledger/v1\0"
+CHAIN_LABEL = b"cloister/ledger/v2\0"
 SIGN_LABEL = "cloister/ledger/export/v3"
 FORMAT = 3
 
@@ -141,6 +141,8 @@ def read(data: bytes) -> LedgerExport:
         digest = entry_hash(CHAIN_LABEL, text, beside=previous)
         if held.get("hash") != digest or body.get("seq") != number:
             raise _invalid(f"The hash of line {number} is wrong.")
+        if not HASH.fullmatch(str(body.get("salt"))):
+            raise _invalid(f"Line {number} has no salt, as a ledger of an earlier version.")
         bodies.append(body)
         hashes.append(digest)
     if not bodies:

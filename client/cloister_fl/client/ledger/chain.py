@@ -1,10 +1,11 @@
 """Format of the ledger: an append-only, hash-chained table in SQLite, and its whole reading.
 
 Each entry's hash is SHA-256 over a label, the previous entry's hash and the entry's canonical JSON,
-so no entry can be changed, removed, added or moved without a break that ``read`` names. Cutting off
-the end leaves a sound, shorter chain; a site sees that by comparing the head with the one that it
-noted elsewhere. Triggers refuse changes by accident; whoever can write the file can drop them, and
-``read`` says so. Nothing here is about budgets.
+so no entry can be changed, removed, added or moved without a break that ``read`` names. Each entry
+has a salt of its own, random: a certificate shows the hash of one, and what they say can be
+guessed. Cutting off the end leaves a sound, shorter chain; a site sees that by comparing the head
+with the one that it noted elsewhere. Triggers refuse changes by accident; whoever can write the
+file can drop them, and ``read`` says so. Nothing here is about budgets.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from cloister_fl.client.site.folder import command_at
-from cloister_fl.encoding.canonical_json import GENESIS, entry_hash, parse_canonical
+from cloister_fl.encoding.canonical_json import GENESIS, HASH, entry_hash, parse_canonical
 from cloister_fl.errors import LedgerDamaged, LedgerRolledBack, PrivacyError
 
-LABEL = b"cloister/ledger/v1\0"
+LABEL = b"cloister/ledger/v2\0"
+SALT_BYTES = 32
 PROTOCOL_KINDS = frozenset({"epoch", "round", "answered"})
 """Entries of secure aggregation: they spend nothing, and share the chain."""
 
@@ -77,11 +79,15 @@ def read(connection: sqlite3.Connection) -> tuple[Entry, ...]:
     for expected, (seq, text, digest) in enumerate(rows, start=1):
         if seq != expected:
             raise damaged(f"entry {expected} is missing")
+        body = parse_canonical(text) if isinstance(text, str) else None
+        if seq == 1 and body is not None and "salt" not in body:
+            raise unsalted()
         if not isinstance(text, str) or entry_hash(LABEL, text, beside=previous) != digest:
             raise damaged(f"entry {seq} does not have the hash of its content and its predecessor")
-        body = parse_canonical(text)
         if body is None or body.get("seq") != seq or not isinstance(body.get("kind"), str):
             raise damaged(f"entry {seq} is not in canonical form")
+        if not HASH.fullmatch(str(body.get("salt"))):
+            raise damaged(f"entry {seq} has no salt")
         entries.append(Entry(seq, body["kind"], body, previous, digest))
         previous = digest
     if not entries:
@@ -94,6 +100,14 @@ def damaged(why: str) -> PrivacyError:
         "The privacy ledger cannot be trusted.",
         why=f"{why[0].upper()}{why[1:]}.",
         remedy="Stop, keep the file, and restore the ledger from the site's backup.",
+    )
+
+
+def unsalted() -> PrivacyError:
+    return LedgerDamaged(
+        "The privacy ledger cannot be continued.",
+        why="Its entries have no salt: an earlier version of Cloister wrote it.",
+        remedy="Keep the file: what it charged stays spent. Then: cloister explain CLO-302",
     )
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import sqlite3
 import stat
 import threading
@@ -367,8 +368,8 @@ def append(connection: sqlite3.Connection, kind: str, body: Mapping[str, Any]) -
     last = connection.execute("SELECT seq, hash FROM entries ORDER BY seq DESC LIMIT 1").fetchone()
     seq, previous = (last[0] + 1, last[1]) if last else (1, GENESIS)
     # The time is for the reader; nothing is decided by it, for clocks are moved.
-    now = utc.timestamp()
-    full = {**body, "kind": kind, "seq": seq, "time": now}
+    now, salt = utc.timestamp(), secrets.token_hex(chain.SALT_BYTES)
+    full = {**body, "kind": kind, "salt": salt, "seq": seq, "time": now}
     text = canonical_json(full)
     digest = entry_hash(LABEL, text, beside=previous)
     connection.execute("INSERT INTO entries VALUES (?, ?, ?)", (seq, text, digest))

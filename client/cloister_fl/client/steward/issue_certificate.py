@@ -14,7 +14,7 @@ from cloister_fl.client.site.folder import Site
 from cloister_fl.client.site.trusted_roster import read_pin
 from cloister_fl.errors import InputError, OptionInvalid
 from cloister_fl.privacy.accounting import epsilon_of
-from cloister_fl.privacy.certificate import Certificate, Head, Left, Release, code_hash
+from cloister_fl.privacy.certificate import Certificate, Left, Release, code_hash
 from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
 from cloister_fl.study.cost import sensitivity
 from cloister_fl.study.gradient_engines import require_sound_engine
@@ -58,7 +58,6 @@ def certify(site: Site, study: str, *, run: str | None = None) -> Certificate:
         counts[left.message] += left.count
         sizes[left.message] += left.bytes
     elsewhere = _linked(ledger.spent(study), held)
-    seq, digest = ledger.head()
     # A simulation keeps its list of sites elsewhere.
     pin = read_pin(site.roster) if site.roster.exists() else None
     return Certificate(
@@ -79,8 +78,8 @@ def certify(site: Site, study: str, *, run: str | None = None) -> Certificate:
         delta=one.delta,
         epsilon_run=epsilon_of(one.spent, one.delta),
         epsilon_study=ledger.epsilon_study(study, one.delta),
-        ledger=Head(seq=seq, hash=digest),
-        log=Head(seq=head.seq, hash=head.hash),
+        ledger=ledger.head().hash,
+        log=head.hash,
         left=[Left(message=kind, count=counts[kind], bytes=sizes[kind]) for kind in sorted(counts)],
         version=__version__,
         code=code_hash(),

@@ -395,7 +395,7 @@ def test_a_number_that_is_not_finite_is_named_though_its_hash_is_right(
 ) -> None:
     *_, before, last = filled.entries()
     text = json.dumps({**last.body, "steps": math.nan}, sort_keys=True, separators=(",", ":"))
-    digest = hashlib.sha256(b"cloister/ledger/v1\0" + before.hash.encode() + b"\0" + text.encode())
+    digest = hashlib.sha256(b"cloister/ledger/v2\0" + before.hash.encode() + b"\0" + text.encode())
     rewrite(
         path,
         f"UPDATE entries SET body = '{text}', hash = '{digest.hexdigest()}' WHERE seq = {last.seq}",
@@ -730,7 +730,7 @@ def test_nothing_but_studies_is_written(filled: Ledger) -> None:
     filled.accept(0, STEWARD, log=LOG)
     filled.link("1" * 64, {OTHER: ((NOISE, 2),)})
     filled.continue_in("2" * 64)
-    every, run = {"kind", "seq", "time"}, {"study", "run"}
+    every, run = {"kind", "salt", "seq", "time"}, {"study", "run"}
     reserved = {"noise_multiplier", "sampling_rate", "steps", "delta", "limit_study"}
     fields = {
         "created": {"version", "delta", "orders", "id"},

@@ -123,7 +123,7 @@ def test_an_export_can_be_checked_with_the_file_and_the_key_alone(
     for line in lines:
         held = json.loads(line)
         body = json.dumps(held["body"], sort_keys=True, separators=(",", ":")).encode()
-        digest = hashlib.sha256(b"cloister/ledger/v1\0" + previous.encode() + b"\0" + body)
+        digest = hashlib.sha256(b"cloister/ledger/v2\0" + previous.encode() + b"\0" + body)
         assert held["previous"] == previous
         assert held["hash"] == digest.hexdigest()
         previous = held["hash"]

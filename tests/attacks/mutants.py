@@ -711,6 +711,27 @@ MUTANTS = (
         "if not small:",
         "test_a_huge_local_answer",
     ),
+    Mutant(
+        "one salt for all entries of the audit log",
+        "cloister_fl/audit_log/log.py",
+        "secrets.token_hex(SALT_BYTES)",
+        '"0" * 64',
+        "test_guessed_log.py::test_the_count_of_fetched_files_is_recovered_from_the_head",
+    ),
+    Mutant(
+        "heads with their number",
+        "cloister_fl/audit_log/log.py",
+        'f"{self._name}:{head.hash}"',
+        'f"{self._name}:{head.seq}:{head.hash}"',
+        "test_guessed_log.py::test_the_number_of_local_decisions_is_read_off_the_heads",
+    ),
+    Mutant(
+        "heads without the entry that was told before",
+        "cloister_fl/audit_log/log.py",
+        'f"{told}:{base}" if base else told',
+        "told",
+        "test_guessed_log.py::test_a_site_that_starts_again_goes_on_from_what_it_told",
+    ),
 )
 
 _FOLD = """

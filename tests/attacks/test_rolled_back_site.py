@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from cloister_fl.audit_log import AuditLog, Head, name_of, told_heads
+from cloister_fl.audit_log import AuditLog, name_of, told_heads
 from cloister_fl.audit_log import log as audit_module
 from cloister_fl.client import app_state
 from cloister_fl.client.admission import gate
@@ -372,7 +372,7 @@ def test_a_closing_by_somebody_else_frees_no_budget(service: Service, site: Site
 def test_a_lost_entry_that_the_coordinator_noted_stays_lost_without_its_file(
     service: Service, site: Site
 ) -> None:
-    heads = told_heads([(name_of(site.identity().public), Head(1, "5" * 64))])
+    heads = told_heads([(name_of(site.identity().public), "5" * 64)])
     service.message(lambda session: session.compare(heads))
     (site.root / CLAIMED).unlink()
     require_refused(service, 5, LedgerRolledBack)

@@ -370,25 +370,25 @@ def assert_accounts(battered: Battered, ended: Ended) -> None:
         assert claimed <= 6.0 + 1e-6
 
 
-def asked_rounds(battered: Battered, ended: Ended) -> dict[int, int]:
-    """The coordinator's orders to train in this run: round by number of the log's entry."""
+def asked_rounds(battered: Battered, ended: Ended) -> dict[str, int]:
+    """The coordinator's orders to train in this run: round by hash of the log's entry."""
     began = 0
     found = {}
     for entry in audit_log.read(battered.log()):
         if entry.kind == "sent" and entry.body["message"] == "train":
-            found[entry.seq] = int(str(entry.body["round"]))
+            found[entry.hash] = (entry.seq, int(str(entry.body["round"])))
         if entry.kind == "began" and entry.body["run"] == ended.summary["run"]:
             began = began or entry.seq
-    return {seq: number for seq, number in found.items() if seq > began}
+    return {digest: number for digest, (seq, number) in found.items() if seq > began}
 
 
-def answered_rounds(site: Any, asked: dict[int, int], size: int) -> set[int]:
+def answered_rounds(site: Any, asked: dict[str, int], size: int) -> set[int]:
     """Rounds for which a masked vector left a site, as its own audit log says."""
     found, number = set(), 0
     for entry in entries_of(site):
         if entry.kind == "asked":
             note = audit_log.parse_note(str(entry.body["peer_head"]))
-            number = asked.get(note[1].seq, 0) if note and entry.body["message"] == "train" else 0
+            number = asked.get(note.hash, 0) if note and entry.body["message"] == "train" else 0
         elif entry.kind == "sent" and number and int(str(entry.body["bytes"])) >= 4 * size:
             found.add(number)
     return found

@@ -89,8 +89,8 @@ def shown(records: RecordDict) -> list[object]:
                 if key == "exchange":
                     told.append(_parts(value.data))
             elif key == "log_head":
-                # Whose log it is, and the number of its newest entry; the hash is of times, too.
-                told.append((name, key, str(value).rpartition(":")[0], len(str(value))))
+                # Whose log it is; the hashes are of salts and times, too.
+                told.append((name, key, str(value).partition(":")[0], len(str(value))))
             elif key == "ledger":
                 # A hash of the ledger's first entry: each copy of the site makes one of its own.
                 told.append((name, key, len(str(value))))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cloister_fl.audit_log import EMPTY, Head, name_of, told_heads
+from cloister_fl.audit_log import name_of, told_heads
 from cloister_fl.client.admission import gate
 from cloister_fl.client.admission.approvals import Decision, judge, judgements
 from cloister_fl.client.cli import client_group
@@ -22,6 +22,7 @@ from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward import budget
 from cloister_fl.client.steward.review import review
+from cloister_fl.encoding.canonical_json import GENESIS
 from cloister_fl.errors import LedgerRolledBack, RoundAlreadySpent
 from support import spending
 from support.errors import raises
@@ -201,7 +202,7 @@ def test_a_kill_between_the_ledger_and_its_notes_is_no_rollback(
 
 
 def told(site: Site, digest: str) -> str:
-    return told_heads([(name_of(site.identity().public), Head(1, digest)), ("0" * 16, EMPTY)])
+    return told_heads([(name_of(site.identity().public), digest), ("0" * 16, GENESIS)])
 
 
 def test_all_three_rolled_back_together_are_found_by_the_coordinators_note(site: Site) -> None:

@@ -373,7 +373,7 @@ def test_a_folder_that_is_rolled_back_as_a_whole_is_refused_while_the_process_li
     # coordinator, who noted the newer log, tells it at the start of the next run.
     client.app.kept.forget(old.root)
     newest = "7" * 64
-    heads = told_heads([(name_of(old.identity().public), audit_module.Head(1, newest))])
+    heads = told_heads([(name_of(old.identity().public), newest)])
     assert reason(ask(old, prepare(heads))) == "declined"
     assert code(old) == "CLO-309"
 

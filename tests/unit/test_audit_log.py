@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloister_fl.audit_log import EMPTY, AuditLog, Head, examine, parse_note, read
+from cloister_fl.audit_log import EMPTY, AuditLog, Head, examine, name_of, parse_note, read
 from cloister_fl.audit_log import log as module
 from cloister_fl.cli import main
 from cloister_fl.errors import AuditLogDamaged, FileUnreadable
@@ -342,7 +342,28 @@ def test_processes_write_one_chain(tmp_path: Path) -> None:
     assert len(by_process) == 3
 
 
-@pytest.mark.parametrize("text", ["", "x", "1:2", "g" * 16 + ":1:" + "0" * 64, "0" * 16 + ":1:0"])
+HASH = "0123456789abcdef" * 4
+LOG = "0" * 16
+
+
+def test_a_note_names_a_log_and_entries_by_their_hashes_alone(tmp_path: Path) -> None:
+    log = _write(tmp_path / "log")
+    head = log.head()
+    assert log.note(head) == f"{name_of(KEY.public)}:{head.hash}"
+    assert parse_note(log.note(head)) == (name_of(KEY.public), head.hash, "")
+    assert parse_note(log.note(head, HASH)) == (name_of(KEY.public), head.hash, HASH)
+    assert name_of(KEY.public) != name_of(OTHER.public)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "x", "1:2", "g" * 16 + f":{HASH}", f"{LOG}:0", f"{LOG}:{HASH}:", f"{LOG}:{HASH}:7"),
+        # As before, with a number.
+        f"{LOG}:1:{HASH}",
+        f"{LOG}:{HASH}:{HASH}:{HASH}",
+    ],
+)
 def test_a_note_that_is_none(text: str) -> None:
     assert parse_note(text) is None
 
@@ -445,3 +466,77 @@ def test_a_thousand_sites_fit_on_a_line_and_no_line_is_too_long_to_read(tmp_path
     with pytest.raises(ValueError, match="longer"):
         log.append("began", sites=seats + seats)
     assert (tmp_path / "log").read_bytes() == before
+
+
+# Salts.
+
+
+def test_each_entry_has_a_salt_of_its_own(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        _write(tmp_path / name, 20)
+    salts = [entry.salt for name in ("one", "two") for entry in read(tmp_path / name)]
+    assert len(set(salts)) == len(salts) == 42
+    assert all(len(bytes.fromhex(salt)) == module.SALT_BYTES == 32 for salt in salts)
+    with pytest.raises(ValueError, match="fixed fields"):
+        AuditLog(tmp_path / "one", KEY).append("sent", salt="0" * 64)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry: entry.update(salt="0" * 64),
+        lambda entry: entry.update(salt=entry["salt"][:-2]),
+        lambda entry: entry.update(salt=7),
+        lambda entry: entry.pop("salt"),
+    ],
+    ids=["another", "short", "number", "none"],
+)
+def test_a_salt_is_part_of_what_is_hashed(
+    tmp_path: Path, change: Callable[[dict[str, object]], object]
+) -> None:
+    path = tmp_path / "log"
+    _write(path)
+    rows = path.read_text().splitlines()
+    entry = json.loads(rows[2])
+    change(entry)
+    rows[2] = json.dumps(entry, sort_keys=True, separators=(",", ":"))
+    path.write_text("\n".join(rows) + "\n")
+    assert examine(path).findings[0].line == 3
+    with pytest.raises(AuditLogDamaged, match="Line 3 was changed"):
+        list(read(path))
+
+
+def _without_salts(path: Path) -> None:
+    """As an earlier version wrote a log."""
+    rows = [json.loads(row) for row in path.read_text().splitlines()]
+    for row in rows:
+        del row["salt"]
+    path.write_text(
+        "".join(f"{json.dumps(r, sort_keys=True, separators=(',', ':'))}\n" for r in rows)
+    )
+
+
+def test_a_log_of_an_earlier_version_is_named_as_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "log"
+    _write(path)
+    _without_salts(path)
+    before = path.read_bytes()
+    log = AuditLog(path, KEY)
+    for use in (
+        log.verify,
+        log.head,
+        log.sign,
+        lambda: log.append("sent"),
+        lambda: list(read(path)),
+    ):
+        with pytest.raises(
+            AuditLogDamaged, match="an earlier version of Cloister wrote it"
+        ) as told:
+            use()
+        assert "cloister explain CLO-306" in str(told.value)
+    assert path.read_bytes() == before
+    status, out = _end(capsys, str(path))
+    assert status == AuditLogDamaged.exit_status
+    assert "line 1: has no salt, as an entry of an earlier version" in out

@@ -140,7 +140,7 @@ def _logged(
     except CloisterError as error:
         # What is not in the log does not leave.
         return pack(_refuse(session, error, node))
-    return with_log_head(records, session.log.note(head))
+    return with_log_head(records, session.tell(head))
 
 
 def _refuse(session: SiteSession | None, error: CloisterError, node: int) -> Refusal:

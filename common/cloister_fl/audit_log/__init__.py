@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cloister_fl.audit_log.examination import Finding, Verdict, examine
+from cloister_fl.audit_log.heads import Noted, heads_told, name_of, parse_note, told_heads
 from cloister_fl.audit_log.log import (
     EMPTY,
     MAX_LINE,
@@ -10,12 +11,8 @@ from cloister_fl.audit_log.log import (
     Entry,
     Head,
     Value,
-    heads_told,
     holds_entries,
-    name_of,
-    parse_note,
     read,
-    told_heads,
 )
 
 __all__ = [
@@ -25,6 +22,7 @@ __all__ = [
     "Entry",
     "Finding",
     "Head",
+    "Noted",
     "Value",
     "Verdict",
     "examine",

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cloister_fl.audit_log.heads import name_of, parse_note
 from cloister_fl.audit_log.log import (
     EMPTY,
     SIGN_LABEL,
     Entry,
     Head,
     hash_of,
+    is_unsalted,
     lines_of,
-    name_of,
     parse,
-    parse_note,
     whole,
 )
 from cloister_fl.encoding.framing import u64
@@ -61,7 +61,7 @@ def examine(path: Path, *, key: bytes | None = None, peer: Path | None = None) -
     Args:
         path: the log.
         key: the writer's public key, 32 bytes; else any key that signs is taken, and told.
-        peer: the other side's log, whose notes of this log's heads must fit.
+        peer: the other side's log: each entry that it noted of this log must be in this one.
 
     Raises:
         AuditLogDamaged: a file cannot be read.
@@ -73,7 +73,7 @@ def examine(path: Path, *, key: bytes | None = None, peer: Path | None = None) -
     for number, line in enumerate(lines_of(path), start=1):
         entry = parse(line)
         if entry is None:
-            findings.append(Finding(number, "is not an entry of an audit log"))
+            findings.append(Finding(number, _no_entry(line)))
             continue
         count += 1
         if not line.endswith(b"\n"):
@@ -92,9 +92,16 @@ def examine(path: Path, *, key: bytes | None = None, peer: Path | None = None) -
             head = Head(entry.seq, entry.hash)
     if peer is not None:
         writers = [key] if key is not None else [bytes.fromhex(told) for told in keys]
-        findings += _against(peer, {name_of(writer) for writer in writers}, known)
+        lines = {place.hash: place.line for place in known.values()}
+        findings += _against(peer, {name_of(writer) for writer in writers}, lines)
     findings.sort(key=lambda found: (found.line == 0, found.line))
     return Verdict(count, head, signed, tuple(dict.fromkeys(keys)), tuple(findings))
+
+
+def _no_entry(line: bytes) -> str:
+    if is_unsalted(line):
+        return "has no salt, as an entry of an earlier version of Cloister"
+    return "is not an entry of an audit log"
 
 
 def _order(number: int, entry: Entry, head: Head, known: Mapping[int, _Place]) -> Iterator[Finding]:
@@ -113,27 +120,37 @@ def _order(number: int, entry: Entry, head: Head, known: Mapping[int, _Place]) -
         yield Finding(number, f"entry {entry.seq} does not follow the entry before it{at}")
 
 
-def _against(peer: Path, names: set[str], known: Mapping[int, _Place]) -> Iterator[Finding]:
+def _against(peer: Path, names: set[str], lines: Mapping[str, int]) -> Iterator[Finding]:
+    """What the other side noted, and is not there.
+
+    Args:
+        peer: the other side's log.
+        names: of the log that is examined.
+        lines: of this log's file, by the hash of their entry.
+    """
     if not names:
         yield Finding(
             0, "no entry is signed: --key is needed to compare it with the other side's log"
         )
         return
-    noted = 0
+    noted, before = 0, 0
+    missing: set[str] = set()
     for number, line in enumerate(lines_of(peer), start=1):
         entry = parse(line)
         told = parse_note(str(entry.body.get("peer_head"))) if entry is not None else None
-        if told is None or told[0] not in names:
+        if told is None or told.name not in names:
             continue
         noted += 1
-        head = told[1]
-        if head.seq not in known:
-            yield Finding(
-                0, f"the other side recorded entry {head.seq} (its line {number}); it is missing"
-            )
-        elif known[head.seq].hash != head.hash:
-            what = f"the other side recorded another entry {head.seq} (its line {number})"
-            yield Finding(known[head.seq].line, what)
+        for digest in (told.base, told.hash):
+            if digest in lines:
+                before = max(before, lines[digest])
+            elif digest and digest not in missing:
+                missing.add(digest)
+                where = f"after line {before} of this log" if before else "before any of this log"
+                what = (
+                    f"the other side recorded an entry {where} (its line {number}); it is missing"
+                )
+                yield Finding(0, what)
     if not noted:
         yield Finding(0, "the other side recorded no log with this signature")
 

@@ -1,10 +1,15 @@
 """The log's file: entries in a hash chain that both sides attest.
 
 JSON Lines, one entry a line, canonical (keys sorted, no white space). Each entry carries the hash
-of the one before and its own: SHA-256 over a label, the previous hash and the body. Whoever edits
-the file can make a new chain, so the writer signs the head from time to time (Ed25519), and the
-two sides tell each other their heads with every message and note them: cutting the end off, or
-rolling both the file and its signatures back, shows in the other side's log.
+of the one before and its own: SHA-256 over a label and the rest of the line, the previous hash
+among it. Whoever edits the file can make a new chain, so the writer signs the head from time to
+time (Ed25519), and the two sides tell each other their heads with every message and note them:
+cutting the end off, or rolling both the file and its signatures back, shows in the other side's
+log.
+
+The other side knows the head, and much of what an entry says can be guessed. So each entry has a
+salt of its own, 32 bytes of the operating system's randomness, in what is hashed: whoever lacks
+the line cannot try guesses against its hash, and the salts of other lines do not help.
 
 An entry speaks of messages, studies, codes, bytes and hashes; never of a patient, a path or a
 library's text.
@@ -12,15 +17,15 @@ library's text.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from cloister_fl.audit_log.heads import name_of
 from cloister_fl.encoding.canonical_json import (
     GENESIS,
     HASH,
@@ -34,13 +39,13 @@ from cloister_fl.membership.identity import Identity
 from cloister_fl.system import utc
 from cloister_fl.system.files import Mark, locked, mark_of
 
-LABEL = b"cloister/audit/v1\0"
-SIGN_LABEL = "cloister/audit/head/v1"
+LABEL = b"cloister/audit/v2\0"
+SIGN_LABEL = "cloister/audit/head/v2"
 MAX_LINE = 1 << 17
 """Longest line that is written and read, in bytes: a thousand sites by name and node fit."""
+SALT_BYTES = 32
 
-_NOTE = re.compile(r"([0-9a-f]{16}):([0-9]{1,18}):([0-9a-f]{64})", re.ASCII)
-_FIXED = {"hash", "kind", "previous", "seq", "time"}
+_FIXED = {"hash", "kind", "previous", "salt", "seq", "time"}
 Value = str | int | bool | None
 
 
@@ -58,39 +63,15 @@ class Head:
 EMPTY = Head(0, GENESIS)
 
 
-def name_of(public: bytes) -> str:
-    """What tells a log from others in notes: 16 hexadecimal digits of its writer's key's hash."""
-    return hashlib.sha256(LABEL + public).hexdigest()[:16]
-
-
-def told_heads(heads: Iterable[tuple[str, Head]]) -> str:
-    """Heads of several logs, as one text for all who wrote them: each log's name and hash.
-
-    Without the number: how long a site's log is concerns no other site.
-    """
-    return " ".join(sorted({f"{name}:{head.hash}" for name, head in heads}))
-
-
-def heads_told(text: str, name: str) -> tuple[str, ...]:
-    """The hashes that ``told_heads`` tells of one log; what is no hash is passed over."""
-    parted = (word.partition(":") for word in text.split())
-    return tuple(told for log, _, told in parted if log == name and HASH.fullmatch(told))
-
-
-def parse_note(text: str) -> tuple[str, Head] | None:
-    """Read what ``AuditLog.note`` wrote: a log's name and head; None for anything else."""
-    found = _NOTE.fullmatch(text)
-    return (found[1], Head(int(found[2]), found[3])) if found else None
-
-
 @dataclass(frozen=True)
 class Entry:
-    """One line: its number, kind, what it says, and the chain's hashes."""
+    """One line: its number, kind, what it says, its salt, and the chain's hashes."""
 
     seq: int
     kind: str
     time: str
     body: Mapping[str, Value]
+    salt: str
     previous: str
     hash: str
 
@@ -119,6 +100,7 @@ class AuditLog:
     def __init__(self, path: Path, identity: Identity, *, pin: Head = EMPTY) -> None:
         self._path = path
         self._identity = identity
+        self._name = name_of(identity.public)
         self._verified: _Verified | None = None
         self._pin = pin
         self._mark: Mark | None = None
@@ -192,9 +174,16 @@ class AuditLog:
         """Whether an entry has this hash; of the entries that were verified or written here."""
         return self._verified is not None and digest in self._verified.hashes
 
-    def note(self, head: Head) -> str:
-        """What the other side is told of a head, for ``parse_note``."""
-        return f"{name_of(self._identity.public)}:{head}"
+    def note(self, head: Head, base: str = "") -> str:
+        """What the other side is told of a head, for ``heads.parse_note``; not its number.
+
+        Args:
+            head: of this log.
+            base: hash of the entry that the other side was told before; empty where that is not
+                known.
+        """
+        told = f"{self._name}:{head.hash}"
+        return f"{told}:{base}" if base else told
 
     def entries(self) -> Iterator[Entry]:
         """Its entries, oldest first; a last line that a kill cut short is none.
@@ -280,8 +269,14 @@ def write(file: BinaryIO, head: Head, kind: str, body: Mapping[str, Value]) -> H
     Raises:
         ValueError: it is longer than a line may be.
     """
-    now = utc.timestamp()
-    full = {**body, "kind": kind, "previous": head.hash, "seq": head.seq + 1, "time": now}
+    full = {
+        **body,
+        "kind": kind,
+        "previous": head.hash,
+        "salt": secrets.token_hex(SALT_BYTES),
+        "seq": head.seq + 1,
+        "time": utc.timestamp(),
+    }
     digest = hash_of(full)
     file.seek(0, os.SEEK_END)
     line = canonical_json({**full, "hash": digest}).encode() + b"\n"
@@ -310,6 +305,8 @@ def _last(file: BinaryIO) -> tuple[Head, int]:
     if not lines:
         return EMPTY, torn
     entry = parse(lines[-1])
+    if entry is None and is_unsalted(lines[-1]):
+        raise _unsalted()
     if entry is None or hash_of(whole(entry)) != entry.hash:
         raise damaged("The hash of its last line is wrong.")
     return Head(entry.seq, entry.hash), torn
@@ -341,6 +338,8 @@ def _read(lines: Iterable[bytes]) -> Iterator[Entry]:
     head = EMPTY
     for number, line in enumerate(lines, start=1):
         entry = parse(line)
+        if entry is None and number == 1 and is_unsalted(line):
+            raise _unsalted()
         if entry is None or hash_of(whole(entry)) != entry.hash or entry.seq != head.seq + 1:
             raise damaged(f"Line {number} was changed; 'cloister verify' lists all errors.")
         if entry.previous != head.hash:
@@ -374,14 +373,22 @@ def parse(line: bytes) -> Entry | None:
             full["kind"],
             full["time"],
             {name: value for name, value in full.items() if name not in _FIXED},
+            full["salt"],
             full["previous"],
             full["hash"],
         )
     except KeyError:
         return None
-    words = (entry.kind, entry.time, entry.previous, entry.hash)
-    sound = type(entry.seq) is int and 0 < entry.seq < 2**63
-    return entry if sound and all(isinstance(word, str) for word in words) else None
+    words = (entry.kind, entry.time, entry.salt, entry.previous, entry.hash)
+    if not all(isinstance(word, str) for word in words) or not HASH.fullmatch(entry.salt):
+        return None
+    return entry if type(entry.seq) is int and 0 < entry.seq < 2**63 else None
+
+
+def is_unsalted(line: bytes) -> bool:
+    """Whether a line is an entry without a salt, as earlier versions of Cloister wrote them."""
+    full = parse_canonical(line.removesuffix(b"\n"))
+    return full is not None and full.keys() & _FIXED == _FIXED - {"salt"}
 
 
 def whole(entry: Entry) -> dict[str, Value]:
@@ -390,6 +397,7 @@ def whole(entry: Entry) -> dict[str, Value]:
         **entry.body,
         "kind": entry.kind,
         "previous": entry.previous,
+        "salt": entry.salt,
         "seq": entry.seq,
         "time": entry.time,
     }
@@ -410,4 +418,12 @@ def damaged(why: str) -> AuditLogDamaged:
         why=why,
         remedy="Keep the file, find out who changed it, and compare it with the other side's: "
         "cloister verify LOG --against OTHER_LOG",
+    )
+
+
+def _unsalted() -> AuditLogDamaged:
+    return AuditLogDamaged(
+        "The audit log cannot be continued.",
+        why="Its entries have no salt: an earlier version of Cloister wrote it.",
+        remedy="Keep the file under another name, and start a new log: cloister explain CLO-306",
     )

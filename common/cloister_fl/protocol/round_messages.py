@@ -34,6 +34,8 @@ _HEAD = "cloister"
 _SAME_VERSION = "Install the same version of Cloister on both sides: cloister --version"
 _BODY = "arrays"
 _LOG_HEAD = "log_head"
+_MOST_LOG_HEAD = 160
+"""Characters of what a message says of its sender's log: a name and two hashes fit."""
 _STYPE = "cloister.raw"
 
 Vector = npt.NDArray[np.float32]
@@ -89,7 +91,7 @@ class Prepare(RoundMessage):
     signatures: bytes
     """Signatures under the study, see ``study.signatures``; empty where there is none."""
     heads: str
-    """What the coordinator noted of the sites' audit logs, see ``audit_log.told_heads``."""
+    """What the sites' audit logs must hold, see ``audit_log.told_heads``."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,8 @@ def pack(message: RoundMessage, *, log_head: str = "") -> RecordDict:
 def pack_all(messages: Iterable[RoundMessage], *, log_head: str = "") -> list[RecordDict]:
     """Turn messages into Flower's records; an array that several share is held once.
 
-    ``log_head`` is the head of the sender's audit log, for the receiver to note.
+    ``log_head`` is what the sender says of its audit log, for the receiver to note; see
+    ``AuditLog.note``.
     """
     known: dict[int, Array] = {}
     held = []
@@ -342,7 +345,7 @@ def head_of(records: RecordDict) -> str:
     """The sender's audit head as a message tells it; empty where it tells none."""
     head = records.get(_HEAD)
     told = head.get(_LOG_HEAD) if isinstance(head, ConfigRecord) else None
-    return told if isinstance(told, str) and len(told) < 128 else ""
+    return told if isinstance(told, str) and len(told) <= _MOST_LOG_HEAD else ""
 
 
 def kind_of(records: RecordDict) -> str:

@@ -211,8 +211,8 @@ def test_the_list_of_refusals_is_closed() -> None:
 
 
 def test_a_message_carries_its_sender_s_audit_head() -> None:
-    records = pack(Prepared(site="north", signature=b"", ledger=""), log_head="ab:3:cd")
-    assert head_of(records) == "ab:3:cd"
+    records = pack(Prepared(site="north", signature=b"", ledger=""), log_head="ab:cd:ef")
+    assert head_of(records) == "ab:cd:ef"
     assert unpack(records, Prepared) == Prepared(site="north", signature=b"", ledger="")
     assert head_of(RecordDict()) == ""
 
@@ -220,7 +220,7 @@ def test_a_message_carries_its_sender_s_audit_head() -> None:
 def test_the_payload_s_hash_is_over_all_that_it_says_but_the_head() -> None:
     base = payload_hash(_update())
     assert base == payload_hash(
-        pack(Update(site="north", round=3, vector=VECTOR), log_head="ab:3:cd")
+        pack(Update(site="north", round=3, vector=VECTOR), log_head="ab:cd:ef")
     )
     others = [
         Update(site="south", round=3, vector=VECTOR),

@@ -81,6 +81,19 @@ def notes_in(entries: Sequence[audit_log.Entry]) -> list[Note]:
     return notes
 
 
+def last_told(entries: Sequence[audit_log.Entry]) -> str:
+    """Hash of the entry that a site's last answer told, as its audit log has it; empty for none.
+
+    It is the entry of the answer, or the signature right behind it.
+    """
+    behind = None
+    for entry in reversed(entries):
+        if entry.kind == "sent":
+            return (behind or entry).hash
+        behind = entry if entry.kind == "signed" else None
+    return ""
+
+
 def lacking(hashes: Sequence[str], heads: Iterable[Head]) -> Head | None:
     """The highest of the heads that a ledger with these hashes does not hold; None for none."""
     gone = [head for head in heads if not _holds(hashes, head)]

@@ -31,6 +31,7 @@ from cloister_fl.client.ledger.rollback import (
     differences,
     high_of,
     lacking,
+    last_told,
     notes_in,
 )
 from cloister_fl.client.ledger.steward_entries import Acceptance
@@ -122,6 +123,8 @@ class SiteSession:
         self._compared: _Compared | None = None
         self._accepted_as_lost: frozenset[str] = frozenset()
         self._signed = 0
+        self._told = ""
+        """Hash of the entry of the log that the last answer told."""
         self._is_refusing = (site.root / REFUSAL).exists()
 
     @classmethod
@@ -187,7 +190,8 @@ class SiteSession:
         """
         if self._notes is None or not self.log.is_as_verified():
             self._compared = self._notes = None
-            self._notes = notes_in(self.log.verify())
+            entries = self.log.verify()
+            self._notes, self._told = notes_in(entries), last_told(entries)
 
     def require_newest(self) -> None:
         """Refuse a ledger that lacks what was noted of it; before anything is read or charged.
@@ -411,6 +415,11 @@ class SiteSession:
             head = self.log.sign()
             self._signed = head.seq
         return head
+
+    def tell(self, head: Head) -> str:
+        """What an answer says of the audit log: the head, and the one that the last answer told."""
+        base, self._told = self._told, head.hash
+        return self.log.note(head, base)
 
     def keep_refusal(self, error: CloisterError) -> None:
         """Keep an error as the site's last refusal; it raises nothing."""

@@ -18,7 +18,7 @@ from cloister_fl.audit_log import Entry, examine, read
 from cloister_fl.errors import AuditLogDamaged
 from cloister_fl.server.coordinator.rejection_log import KEPT_FILES
 from cloister_fl.server.rounds.collector import REASONS
-from cloister_fl.server.rounds.site_log_heads import seats_in
+from cloister_fl.server.rounds.site_log_heads import followed, seats_in
 
 DECISIONS = ("invited", "approved", "revoked", "roster", "ledger-accepted")
 """Kinds of entries that a command of the coordinator's people writes."""
@@ -60,6 +60,7 @@ class Came:
         bytes: their payload.
         refused: how often it refused, by reason.
         unanswered: how often its node failed.
+        rollbacks: how often its audit log went on from an older entry than before.
     """
 
     site: str
@@ -68,6 +69,7 @@ class Came:
     bytes: int = 0
     refused: dict[str, int] = field(default_factory=dict)
     unanswered: int = 0
+    rollbacks: int = 0
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,11 @@ def render(told: Account) -> str:
             lines.append(f"  {'':<24} refused: {'; '.join(reasons)}")
         if came.unanswered:
             lines.append(f"  {'':<24} its node failed: {came.unanswered} x")
+        if came.rollbacks:
+            lines.append(
+                f"  {'':<24} its audit log was rolled back or replaced: {came.rollbacks} x; its "
+                "steward finds the place: cloister verify SITE_LOG --against LOG"
+            )
     if told.turned_away:
         lines.append("Rejected at the ports:")
     for one in told.turned_away:
@@ -239,6 +246,8 @@ def _sites(entries: Sequence[Entry]) -> tuple[Came, ...]:
                 _add(came.refused, str(body["reason"]))
         elif entry.kind == "unanswered":
             of(str(body.get("node"))).unanswered += 1
+    for (site, _), log in followed(entries, names).items():
+        found[site].rollbacks += log.rollbacks
     return tuple(found[name] for name in sorted(found))
 
 

@@ -15,6 +15,7 @@ from cloister_fl.errors import MessageInvalid
 from cloister_fl.membership.roster import Roster
 from cloister_fl.protocol.round_messages import (
     MessageT,
+    Prepare,
     Refusal,
     Refused,
     RoundMessage,
@@ -27,7 +28,7 @@ from cloister_fl.protocol.round_messages import (
     unpack,
 )
 from cloister_fl.server.rounds.site_ledgers import LEDGER, LEDGER_CHANGED, known_ledgers
-from cloister_fl.server.rounds.site_log_heads import heads_of_sites
+from cloister_fl.server.rounds.site_log_heads import COMPARES, heads_of_sites
 
 TYPES: Mapping[str, str] = {
     "prepare": "query.prepare",
@@ -183,10 +184,12 @@ class Messenger:
         """Log what is about to leave; the head, for the sites to note."""
         if self._log is None or not tasks:
             return ""
+        # A site that says yes to such a message has compared its log, see ``site_log_heads``.
+        compares = any(isinstance(task, Prepare) and task.heads for task in tasks.values())
+        told: dict[str, Value] = {COMPARES: True} if compares else {}
         for task, nodes in _by_kind(tasks).items():
-            head = self._log.append(
-                "sent", message=task[0], round=task[1], nodes=" ".join(map(str, nodes))
-            )
+            listed = " ".join(map(str, nodes))
+            head = self._log.append("sent", message=task[0], round=task[1], nodes=listed, **told)
         return self._log.note(head)
 
     def _note_received(self, node: int, records: RecordDict) -> None:

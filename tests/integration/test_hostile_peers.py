@@ -30,6 +30,7 @@ from cloister_fl.protocol.round_messages import (
 from cloister_fl.secagg import participant_epoch as protocol
 from cloister_fl.secagg import share_keys
 from cloister_fl.secagg.messages.codec import Bundle
+from cloister_fl.server.rounds import secure_collector
 from cloister_fl.server.rounds.checkpoint import Checkpoints
 from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from support.federations import NAMES, approve, study, write_federation
@@ -184,6 +185,25 @@ def test_a_site_that_complains_of_every_box_costs_trips_and_nothing_else(
     summary = run_simulation(Simulation(study(), sites, tmp_path / "run"))
     assert summary["rounds"] == 3
     assert summary["refused"] == {}
+
+
+def test_whatever_an_answer_makes_a_library_raise_costs_its_own_site_and_no_round(
+    sites: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = secure_collector._receive
+
+    def overflows(part: Any, epoch: secagg.ServerEpoch) -> None:
+        if secure_collector._author(part) == "anker":
+            raise OverflowError("int too large")
+        right(part, epoch)
+
+    monkeypatch.setattr(secure_collector, "_receive", overflows)
+    out = tmp_path / "run"
+    summary = run_simulation(Simulation(study(), sites, out))
+    assert summary["rounds"] == 3
+    assert summary["rounds_lost"] == []
+    assert summary["refused"] == {"anker": "unreadable"}
+    assert charges(out, "birke") == [1, 2, 3]
 
 
 def test_an_answer_in_another_s_name_counts_for_nobody(sites: Path, tmp_path: Path) -> None:

@@ -30,10 +30,10 @@ from flwr.supercore.interceptors import (
 )
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid.http_grid import HttpGrid
 
 from cloister_fl.errors import InternalError
 from cloister_fl.protocol.app_bundle import bundle, bundle_hash
+from cloister_fl.server.flower.run_grid import RunGrid
 from cloister_fl.system.local_socket.socket_client import local_client
 
 _METHODS = frozenset({"/flwr.proto.Runtime/AcquireTask"})
@@ -56,7 +56,7 @@ class _Bearer:
 
 
 @contextlib.contextmanager
-def running(server: Path, token: str, secret: bytes) -> Iterator[tuple[HttpGrid, Context]]:
+def running(server: Path, token: str, secret: bytes) -> Iterator[tuple[RunGrid, Context]]:
     """Start a run of the thin bundle, and give its grid and context; end it on the way out.
 
     Runs that an earlier process left behind are stopped first: their messages are answered by
@@ -91,8 +91,8 @@ def running(server: Path, token: str, secret: bytes) -> Iterator[tuple[HttpGrid,
                 _stop_all(control, only=started.run_id)
 
 
-def _executing(server: Path, secret: bytes, run_id: int) -> Iterator[tuple[HttpGrid, Context]]:
-    grid = HttpGrid(_HOST, insecure=True, token=_task(server, secret, run_id))
+def _executing(server: Path, secret: bytes, run_id: int) -> Iterator[tuple[RunGrid, Context]]:
+    grid = RunGrid(_HOST, token=_task(server, secret, run_id))
     client = grid._runtime_client
     _speak_at(server, client)
     beats = HeartbeatSender(functools.partial(_beat, client))

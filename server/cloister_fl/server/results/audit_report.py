@@ -18,6 +18,7 @@ from cloister_fl.audit_log import Entry, examine, read
 from cloister_fl.errors import AuditLogDamaged
 from cloister_fl.server.coordinator.rejection_log import KEPT_FILES
 from cloister_fl.server.rounds.collector import REASONS
+from cloister_fl.server.rounds.messenger import SILENT, UNREADABLE
 from cloister_fl.server.rounds.site_log_heads import followed, seats_in
 
 DECISIONS = ("invited", "approved", "revoked", "roster", "ledger-accepted")
@@ -244,6 +245,8 @@ def _sites(entries: Sequence[Entry]) -> tuple[Came, ...]:
             came.bytes += _number(body.get("bytes"))
             if body.get("reason"):
                 _add(came.refused, str(body["reason"]))
+        elif entry.kind == "unanswered" and body.get("reason") in {SILENT, UNREADABLE}:
+            _add(of(str(body.get("node"))).refused, str(body["reason"]))
         elif entry.kind == "unanswered":
             of(str(body.get("node"))).unanswered += 1
     for (site, _), log in followed(entries, names).items():

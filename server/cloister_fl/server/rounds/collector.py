@@ -26,13 +26,18 @@ from cloister_fl.protocol.round_messages import (
     Vector,
     octets,
 )
-from cloister_fl.server.rounds.messenger import Messenger
+from cloister_fl.server.rounds.messenger import SILENT, UNREADABLE, Messenger
 from cloister_fl.server.rounds.strategies import weighted_mean
 from cloister_fl.study.schema import Study
 
 MOST_COUNTED = 1 << 31
 """Most patients in a cell of one site's histogram, in either sign where noise is on it. A thousand
 sites' sums stay far within 64 bits."""
+
+_AROUND_BYTES = 256 << 10
+_EACH_SITE_BYTES = 4 << 10
+"""What an answer holds besides its array, at most: in all, and for each site of the run, of whose
+keys, boxes and shares secure aggregation sends one each."""
 
 LATE = "late"
 """The server's own reason for a site that the run did not start with."""
@@ -52,6 +57,8 @@ REASONS: Mapping[str, str] = {
     Refused.PROTOCOL: "a check of secure aggregation failed",
     Refused.DECLINED: "it declined; the reason is shown at the site",
     LATE: "it joined after the run started",
+    SILENT: "it did not answer in time",
+    UNREADABLE: "its answer could not be read",
     OTHER_LEDGER: "its privacy ledger is another one than before; ask the hospital why, then: "
     "cloister server accept-ledger SITE",
 }
@@ -179,6 +186,21 @@ class PlainCollector:
             return None
         total: Counts = np.sum(usable, axis=0)
         return Histograms(total.reshape(shape), len(usable))
+
+
+def reply_bytes(study: Study, dimension: int, sites: int) -> int:
+    """Most bytes of arrays and values that an honest answer to any message of a study has.
+
+    Its array is an update, masked or not, of 4 bytes a parameter, or a histogram of 8 bytes a
+    count.
+
+    Args:
+        study: what is trained.
+        dimension: parameters of its network.
+        sites: how many may take part.
+    """
+    counts = math.prod(sessions.counts_shape(study))
+    return max(4 * dimension, 8 * counts) + _AROUND_BYTES + _EACH_SITE_BYTES * sites
 
 
 def require_sites(needed: int, present: int, asked: int, refused: Mapping[str, str]) -> None:

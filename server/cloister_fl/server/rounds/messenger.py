@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Generic
+from typing import Generic, Protocol, runtime_checkable
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -27,6 +27,7 @@ from cloister_fl.protocol.round_messages import (
     reason_of,
     unpack,
 )
+from cloister_fl.server.rounds.answer_times import AnswerTimes
 from cloister_fl.server.rounds.site_ledgers import LEDGER, LEDGER_CHANGED, known_ledgers
 from cloister_fl.server.rounds.site_log_heads import COMPARES, heads_of_sites
 
@@ -38,9 +39,29 @@ TYPES: Mapping[str, str] = {
 }
 """Flower's message type for each kind of task."""
 
+SILENT = "silent"
+"""The server's own reason for a site that did not answer in time."""
+
+UNREADABLE = "unreadable"
+"""The server's own reason for a site whose answer cannot be read, or is larger than it may be."""
+
 _DECLINED = Refusal(site="", reason=Refused.DECLINED.value, signature=b"")
+_SILENT = Refusal(site="", reason=SILENT, signature=b"")
+_UNREADABLE = Refusal(site="", reason=UNREADABLE, signature=b"")
 _POLL_SECONDS = 0.05
 _SLOWEST_POLL_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 2.0
+
+
+@runtime_checkable
+class BoundedGrid(Protocol):
+    """What a grid has beyond Flower's where nodes are other people's machines."""
+
+    def bound_replies(self, most_bytes: int) -> None:
+        """Let no reply hold more bytes."""
+
+    def give_up(self, message_ids: Iterable[str]) -> None:
+        """Drop what has come of replies that nobody waits for any more."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +84,8 @@ class Messenger:
     Args:
         grid: Flower's grid, whichever engine stands behind it.
         log: the coordinator's audit log; every message is in it before it leaves.
-        timeout: seconds after which a round goes on without those who have not answered;
-            None waits for all.
+        timeout: seconds after which a stage goes on without those who have not answered, at most;
+            see ``AnswerTimes``. None waits for all.
         check: is called while replies are waited for, and may raise to end the run.
 
     Attributes:
@@ -81,9 +102,16 @@ class Messenger:
     ) -> None:
         self._grid = grid
         self._log = log
-        self._timeout = timeout
+        self._times = AnswerTimes(timeout)
         self._check = check or (lambda: None)
+        self._most_bytes: int | None = None
         self.received: dict[int, int] = {}
+
+    def bound_replies(self, most_bytes: int) -> None:
+        """Let no answer from now on hold more bytes; one that does cannot be read."""
+        self._most_bytes = most_bytes
+        if isinstance(self._grid, BoundedGrid):
+            self._grid.bound_replies(most_bytes)
 
     def nodes(self) -> list[int]:
         """The nodes that are online now."""
@@ -110,7 +138,9 @@ class Messenger:
     ) -> Iterator[Reply[MessageT]]:
         """Send each node its task and give the replies as they come.
 
-        Whoever lets go of a reply before it takes the next holds one vector at a time.
+        Whoever lets go of a reply before it takes the next holds one vector at a time. A node whose
+        answer cannot be read, or does not come in time, is given as one that refused, and costs no
+        other its answer.
         """
         contents = pack_all(tasks.values(), log_head=self._note_sent(tasks))
         messages = [
@@ -124,24 +154,29 @@ class Messenger:
         ]
         pushed = dict(zip(tasks, self._grid.push_messages(messages), strict=False))
         del contents, messages
-        # Flower answers in its own name for a node that is gone, so whose answer a reply is follows
-        # from the message; one that it could not take has no id, and no answer.
-        waiting = {identifier: node for node, identifier in pushed.items() if identifier}
-        for node in tasks.keys() - waiting.values():
+        # One that Flower could not take has no id, and no answer.
+        waiting = {node: identifier for node, identifier in pushed.items() if identifier}
+        for node in tasks.keys() - waiting.keys():
             yield Reply(node, _DECLINED)
-        deadline = None if self._timeout is None else time.monotonic() + self._timeout
+        stage = self._times.stage({node: task.kind for node, task in tasks.items()})
         pause = _POLL_SECONDS
-        while waiting and (deadline is None or time.monotonic() < deadline):
-            before = len(waiting)
-            for reply in self._grid.pull_messages(set(waiting)):
-                asked = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if asked is not None:
-                    yield self._read(asked, reply, answer)
+        while waiting:
+            before, began = len(waiting), time.monotonic()
+            for node, identifier in list(waiting.items()):
+                for reply in self._pull(node, identifier, answer):
+                    del waiting[node]
+                    stage.answered(node, counts=not isinstance(reply.message, Refusal))
+                    yield reply
+            late = stage.overdue(waiting)
+            for node in late:
+                self._drop(waiting.pop(node))
+                yield self._unanswered(node, _SILENT)
             if len(waiting) < before:
                 pause = _POLL_SECONDS
                 continue
             self._check()
-            time.sleep(pause)
+            # A look at many nodes takes its time, and most of it is left to those who answer.
+            time.sleep(max(pause, min(_LONGEST_PAUSE_SECONDS, 2 * (time.monotonic() - began))))
             pause = min(_SLOWEST_POLL_SECONDS, 1.5 * pause)
 
     def note(self, kind: str, **body: Value) -> None:
@@ -192,37 +227,71 @@ class Messenger:
             head = self._log.append("sent", message=task[0], round=task[1], nodes=listed, **told)
         return self._log.note(head)
 
-    def _note_received(self, node: int, records: RecordDict) -> None:
-        if self._log is None:
+    def _pull(
+        self, node: int, identifier: str, answer: type[MessageT]
+    ) -> Iterator[Reply[MessageT]]:
+        """The reply of one node, where it is there.
+
+        By itself, so that what is wrong with it is wrong with it alone; and whose it is follows
+        from the message that was sent, not from what the reply says of itself. Flower answers in
+        its own name for a node that is gone.
+        """
+        try:
+            replies = list(self._grid.pull_messages({identifier}))
+        except MessageInvalid:
+            yield self._unanswered(node, _UNREADABLE)
             return
-        reason = reason_of(records)
-        refused: dict[str, Value] = {"reason": reason} if reason else {}
-        self._log.append(
-            "received",
-            node=node,
-            message=kind_of(records),
-            bytes=payload_bytes(records),
-            sha256=payload_hash(records),
-            peer_head=head_of(records),
-            **refused,
-        )
+        for reply in replies[:1]:
+            yield self._read(node, reply, answer)
+
+    def _drop(self, identifier: str) -> None:
+        if isinstance(self._grid, BoundedGrid):
+            self._grid.give_up([identifier])
+
+    def _unanswered(self, node: int, refusal: Refusal) -> Reply[MessageT]:
+        if self._log is not None:
+            self._log.append("unanswered", node=node, reason=refusal.reason)
+        return Reply(node, refusal)
 
     def _read(self, node: int, reply: Message, answer: type[MessageT]) -> Reply[MessageT]:
         if reply.has_error() or reply.metadata.src_node_id != node:
-            if self._log is not None:
-                self._log.append("unanswered", node=node)
-            return Reply(node, _DECLINED)
-        self._note_received(node, reply.content)
-        self.received[node] = self.received.get(node, 0) + payload_bytes(reply.content)
-        message: MessageT | Refusal
+            return self._unanswered(node, _DECLINED)
         try:
-            message = unpack(reply.content, answer)
-        except MessageInvalid:
-            try:
-                message = unpack(reply.content, Refusal)
-            except MessageInvalid:
-                message = _DECLINED
+            size = payload_bytes(reply.content)
+            fits = self._most_bytes is None or size <= self._most_bytes
+            read = (_said(reply.content), _typed(reply.content, answer)) if fits else None
+        except Exception:
+            # Whatever a library makes of what a peer sent.
+            read = None
+        if read is None:
+            return self._unanswered(node, _UNREADABLE)
+        said, message = read
+        if self._log is not None:
+            self._log.append("received", node=node, **said)
+        self.received[node] = self.received.get(node, 0) + size
         return Reply(node, message)
+
+
+def _said(records: RecordDict) -> dict[str, Value]:
+    """What the log says of an answer."""
+    reason = reason_of(records)
+    return {
+        "message": kind_of(records),
+        "bytes": payload_bytes(records),
+        "sha256": payload_hash(records),
+        "peer_head": head_of(records),
+        **({"reason": reason} if reason else {}),
+    }
+
+
+def _typed(records: RecordDict, answer: type[MessageT]) -> MessageT | Refusal:
+    try:
+        return unpack(records, answer)
+    except MessageInvalid:
+        try:
+            return unpack(records, Refusal)
+        except MessageInvalid:
+            return _DECLINED
 
 
 def _by_kind(tasks: Mapping[int, RoundMessage]) -> dict[tuple[str, int], list[int]]:

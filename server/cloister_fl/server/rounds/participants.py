@@ -19,7 +19,7 @@ from cloister_fl.protocol.round_messages import (
 from cloister_fl.secagg.parameters import Parameters
 from cloister_fl.server.rounds.collector import LATE, OTHER_LEDGER, REASONS, require_sites
 from cloister_fl.server.rounds.events import Hooks, Patience, Waiting
-from cloister_fl.server.rounds.messenger import Messenger
+from cloister_fl.server.rounds.messenger import SILENT, Messenger
 from cloister_fl.study.schema import Study
 
 
@@ -134,7 +134,7 @@ class Participants:
                     message.reason if isinstance(message, Refusal) else Refused.MESSAGE.value
                 )
             elif isinstance(message, Refusal) and not (later and message.site):
-                self.refused[message.site or f"node {reply.node}"] = message.reason
+                self.refused[message.site or known or f"node {reply.node}"] = message.reason
             elif message.site in self.nodes.values() and message.site != known:
                 self.refused[f"{message.site} (second node)"] = Refused.MESSAGE.value
             elif invited and message.site not in invited:
@@ -192,7 +192,7 @@ class Participants:
 
     def _noes(self) -> int:
         """Count the sites that refused; unapproved or silent ones may still join."""
-        later = {Refused.APPROVAL.value, Refused.HOURS.value}
+        later = {Refused.APPROVAL.value, Refused.HOURS.value, SILENT}
         return sum(
             reason not in later for name, reason in self.refused.items() if "node " not in name
         )

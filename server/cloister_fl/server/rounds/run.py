@@ -41,6 +41,7 @@ from cloister_fl.server.rounds.collector import (
     Members,
     PlainCollector,
     RoundLost,
+    reply_bytes,
 )
 from cloister_fl.server.rounds.events import Began, Hooks, Lost, Measured, ReleaseMade
 from cloister_fl.server.rounds.messenger import Messenger
@@ -91,6 +92,7 @@ class Run:
         self._checkpoints = checkpoints
         self._hooks = hooks
         self._roster = roster
+        self._expected = expected
         self._participants = Participants(
             messenger, study, hooks, expected=expected, roster=roster, signatures=signatures
         )
@@ -127,6 +129,8 @@ class Run:
             state, first = self._fresh(), 1
         before, self._sent = state.seconds, state.sent
         self._run = state.run
+        sites = max(self._expected, len(state.invited))
+        self._messenger.bound_replies(reply_bytes(self._study, state.model.size, sites))
         state = replace(state, invited=self._participants.begin(state.run, state.invited))
         collector = self._collector(state)
         self._checkpoints.save(self._study, state)

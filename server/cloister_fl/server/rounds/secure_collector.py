@@ -55,7 +55,7 @@ from cloister_fl.server.rounds.collector import (
     RoundLost,
     require_sites,
 )
-from cloister_fl.server.rounds.messenger import Messenger
+from cloister_fl.server.rounds.messenger import UNREADABLE, Messenger
 from cloister_fl.study.schema import Study
 from cloister_fl.system import cpu
 
@@ -287,6 +287,10 @@ class SecureCollector:
             except CloisterError as error:
                 self._refused[name] = Refused.PROTOCOL.value
                 self._blame(error)
+            except Exception:
+                # Whatever a library makes of what a site sent costs that site its place, and no
+                # other the round.
+                self._refused[name] = UNREADABLE
 
     def _take(self, name: str, message: Exchanged, epochs: Collection[secagg.ServerEpoch]) -> None:
         bundle = secagg.decode(message.exchange.data)

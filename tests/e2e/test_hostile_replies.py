@@ -1,0 +1,279 @@
+"""A hospital whose replies are malformed, over the real ports: it declined, and nobody else did.
+
+Real coordinator, TLS and Flower's grid over HTTP; the nodes are driven by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message
+from flwr.app.message.arraychunk import ArrayChunk
+from flwr.proto.message_pb2 import ObjectTree
+
+from cloister_fl.protocol.round_messages import (
+    Evaluated,
+    Prepare,
+    Prepared,
+    Refusal,
+    RoundMessage,
+    Update,
+    pack,
+)
+from cloister_fl.server.flower import runtime
+from cloister_fl.server.rounds.messenger import Messenger, Reply
+from support import coordinator_process
+from support.coordinator_process import Running
+from support.hand_driven_node import (
+    HandDrivenNode,
+    Reaction,
+    Sent,
+    driven,
+    identifier_of,
+    raw,
+)
+
+TASK = Prepare("{}", "run", 3, "", b"", "")
+YES = Prepared("north", b"", "")
+REFUSED = {"declined", "unreadable"}
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("federation")
+    server = coordinator_process.start(
+        coordinator_process.new_coordinator(folder / "fed"), folder / "output"
+    )
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def nodes(
+    running: Running, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[HandDrivenNode, HandDrivenNode, HandDrivenNode]:
+    """Two that are honest, and one that is not."""
+    names = ("north", "south", "hostile")
+    folder = tmp_path_factory.mktemp("sites")
+    north, south, hostile = (
+        HandDrivenNode(coordinator_process.join(running, folder / name, name)) for name in names
+    )
+    return north, south, hostile
+
+
+Nodes = tuple[HandDrivenNode, HandDrivenNode, HandDrivenNode]
+
+
+def honest(node: HandDrivenNode, message: Message) -> None:
+    node.send(node.written(pack(YES), message))
+
+
+def ask(
+    running: Running,
+    nodes: Nodes,
+    hostile: Reaction,
+    *,
+    timeout: float = 120.0,
+    answer: type[RoundMessage] = Prepared,
+    good: Reaction = honest,
+) -> tuple[dict[int, Reply[Any]], float]:
+    """Ask all three: what came from each, and after how many seconds."""
+    place = running.place
+    for node in nodes:
+        node.beat()
+    with (
+        runtime.running(place.file.private.control, place.token(), place.executor_secret()) as (
+            grid,
+            _,
+        ),
+        driven(dict(zip(nodes, (good, good, hostile), strict=True))),
+    ):
+        began = time.monotonic()
+        replies = Messenger(grid, timeout=timeout).ask([node.node for node in nodes], TASK, answer)
+        return {reply.node: reply for reply in replies}, time.monotonic() - began
+
+
+# Malformed in one way each
+
+
+def a_child_that_its_tree_lacks(node: HandDrivenNode, message: Message) -> Sent:
+    body = node.written(pack(YES), message)
+    return body.with_root(raw("Message", ("0" * 64,), b""))
+
+
+def an_object_that_is_no_message(node: HandDrivenNode, message: Message) -> Sent:
+    return node.written(pack(YES), message).with_root(raw("ConfigRecord", (), b""))
+
+
+def a_message_without_content(node: HandDrivenNode, message: Message) -> Sent:
+    return node.written(pack(YES), message).with_root(raw("Message", (), b""))
+
+
+def a_message_that_holds_an_array(node: HandDrivenNode, message: Message) -> Sent:
+    chunk = ArrayChunk(memoryview(b"x")).deflate()
+    array = _array(chunk, [0])
+    sent = node.written(pack(YES), message)
+    sent.objects |= {identifier_of(each): each for each in (chunk, array)}
+    tree = ObjectTree(
+        object_id=identifier_of(array), children=[ObjectTree(object_id=identifier_of(chunk))]
+    )
+    body = sent.head.SerializeToString()
+    return sent.with_root(raw("Message", (identifier_of(array),), body), (tree,))
+
+
+def a_body_that_is_no_protobuf(node: HandDrivenNode, message: Message) -> Sent:
+    sent = node.written(pack(YES), message)
+    (content,) = sent.tree.children
+    return sent.with_root(raw("Message", (content.object_id,), b"\xff" * 64), (content,))
+
+
+def no_time_of_creation(node: HandDrivenNode, message: Message) -> Sent:
+    """A number that is none passes every comparison, and a database keeps it as nothing."""
+    sent = node.written(pack(YES), message)
+    sent.head.metadata.created_at = float("nan")
+    return sent
+
+
+def no_time_to_live(node: HandDrivenNode, message: Message) -> Sent:
+    sent = node.written(pack(YES), message)
+    sent.head.metadata.ttl = float("nan")
+    return sent
+
+
+def another_form(node: HandDrivenNode, message: Message) -> Sent:
+    records = pack(YES)
+    records["more"] = pack(YES)["cloister"]
+    return node.written(records, message)
+
+
+def a_list_nested_a_thousand_deep(node: HandDrivenNode, message: Message) -> Sent:
+    """What lists an array's pieces is JSON, of whatever form."""
+    return _with_array(node, message, b"[" * 20_000)
+
+
+def a_piece_that_is_not_there(node: HandDrivenNode, message: Message) -> Sent:
+    return _with_array(node, message, json.dumps(_described([7])).encode())
+
+
+def _with_array(node: HandDrivenNode, message: Message, body: bytes, *, size: int = 3) -> Sent:
+    """An update whose array says of itself what a test likes."""
+    sent = node.written(pack(Update("hostile", 1, np.ones(size, np.float32))), message)
+    records = sent.tree.children[0]
+    arrays = next(each for each in records.children if each.children)
+    (array,) = arrays.children
+    chunk = array.children[0]
+    lie = raw("Array", (chunk.object_id,), body)
+    tree = ObjectTree(object_id=identifier_of(lie), children=[chunk])
+    sent.objects[identifier_of(lie)] = lie
+    return _rebuilt(sent, records, arrays, tree)
+
+
+def _rebuilt(sent: Sent, records: ObjectTree, arrays: ObjectTree, array: ObjectTree) -> Sent:
+    """The same reply around another array."""
+    listed = raw(
+        "ArrayRecord", (array.object_id,), json.dumps({"vector": array.object_id}).encode()
+    )
+    head = next(each for each in records.children if not each.children)
+    children = (identifier_of(listed), head.object_id)
+    names = {"arrays": children[0], "cloister": children[1]}
+    whole = raw("RecordDict", children, json.dumps(names).encode())
+    sent.objects |= {identifier_of(each): each for each in (listed, whole)}
+    tree = ObjectTree(
+        object_id=identifier_of(whole),
+        children=[ObjectTree(object_id=children[0], children=[array]), head],
+    )
+    body = sent.objects[sent.tree.object_id].partition(b"\0")[2]
+    return sent.with_root(raw("Message", (tree.object_id,), body), (tree,))
+
+
+def _described(pieces: list[int]) -> dict[str, Any]:
+    return {
+        "dtype": "float32",
+        "shape": [3],
+        "stype": "cloister.raw",
+        "arraychunk_ids": pieces,
+    }
+
+
+def _array(chunk: bytes, pieces: list[int]) -> bytes:
+    return raw("Array", (identifier_of(chunk),), json.dumps(_described(pieces)).encode())
+
+
+LIES: tuple[Callable[[HandDrivenNode, Message], Sent], ...] = (
+    a_child_that_its_tree_lacks,
+    an_object_that_is_no_message,
+    a_message_without_content,
+    a_message_that_holds_an_array,
+    a_body_that_is_no_protobuf,
+    no_time_of_creation,
+    no_time_to_live,
+    another_form,
+    a_list_nested_a_thousand_deep,
+    a_piece_that_is_not_there,
+)
+
+
+@pytest.mark.parametrize("lie", LIES, ids=[each.__name__ for each in LIES])
+def test_one_malformed_reply_costs_its_own_site_the_answer_and_no_other(
+    running: Running, nodes: Nodes, lie: Callable[[HandDrivenNode, Message], Sent]
+) -> None:
+    north, south, hostile = nodes
+
+    def lies(node: HandDrivenNode, message: Message) -> None:
+        node.send(lie(node, message))
+
+    replies, seconds = ask(running, nodes, lies)
+    assert set(replies) == {node.node for node in nodes}
+    for node in (north, south):
+        assert replies[node.node].message == YES
+    refusal = replies[hostile.node].message
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason in REFUSED
+    assert seconds < 60
+
+
+def test_a_reply_that_says_it_is_another_s_counts_for_nobody(
+    running: Running, nodes: Nodes
+) -> None:
+    """The head is the hospital's own, and the message under it another hospital's answer."""
+    north, south, hostile = nodes
+    asked: dict[int, str] = {}
+
+    def waits(node: HandDrivenNode, message: Message) -> None:
+        asked[node.node] = message.metadata.message_id
+        while hostile.node not in asked:
+            time.sleep(0.02)
+        time.sleep(1)
+        honest(node, message)
+
+    def lies(node: HandDrivenNode, message: Message) -> None:
+        while len(asked) < 2:
+            time.sleep(0.02)
+        theirs = {"src_node_id": north.node, "reply_to_message_id": asked[north.node]}
+        forged = node.written(pack(Prepared("forged", b"", "")), message, **theirs)
+        own = node.written(pack(YES), message).head
+        own.metadata.message_id = forged.head.metadata.message_id
+        asked[node.node] = message.metadata.message_id
+        node.send(Sent(own, forged.tree, forged.objects))
+
+    replies, _ = ask(running, nodes, lies, good=waits)
+    assert [replies[node.node].message for node in (north, south)] == [YES, YES]
+    assert isinstance(replies[hostile.node].message, Refusal)
+
+
+def test_a_histogram_of_another_kind_is_no_answer(running: Running, nodes: Nodes) -> None:
+    """It has the agreed form, and is not what was asked for."""
+    *_, hostile = nodes
+
+    def other(node: HandDrivenNode, message: Message) -> None:
+        node.send(node.written(pack(Evaluated("x", 1, 2, np.zeros(4, np.int64))), message))
+
+    replies, _ = ask(running, nodes, other)
+    refusal = replies[hostile.node].message
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason == "declined"

@@ -13,8 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Message
+from flwr.app.message import remove_content_from_message
 from flwr.app.message.arraychunk import ArrayChunk
+from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.runtime_pb2 import PushAppMessagesRequest
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import push_objects
 
 from cloister_fl.protocol.round_messages import (
     Evaluated,
@@ -277,3 +283,52 @@ def test_a_histogram_of_another_kind_is_no_answer(running: Running, nodes: Nodes
     refusal = replies[hostile.node].message
     assert isinstance(refusal, Refusal)
     assert refusal.reason == "declined"
+
+
+# What a node says that it has received
+
+
+def test_a_premature_confirmation_deletes_nothing(running: Running, nodes: Nodes) -> None:
+    """A message of which parts are missing, another hospital's, and a reply of one's own."""
+    north, _, hostile = nodes
+    for node in nodes:
+        node.beat()
+    place = running.place
+    with runtime.running(place.file.private.control, place.token(), place.executor_secret()) as (
+        grid,
+        _,
+    ):
+        message = Message(pack(TASK), dst_node_id=hostile.node, message_type="query.prepare")
+        message.metadata.__dict__["_message_id"] = asked = message.object_id
+        run = message.metadata.run_id
+        begun = grid._runtime_client.PushMessages(
+            PushAppMessagesRequest(
+                messages_list=[message_to_proto(remove_content_from_message(message))],
+                message_object_trees=[get_object_tree(message)],
+            )
+        )
+
+        def early(node: HandDrivenNode, identifier: str) -> None:
+            told = running.refused(lambda: node.confirm(run, identifier), "confirmed-early")
+            assert told == (409, b"confirmed-early")
+
+        early(hostile, asked)
+        head = hostile.asked()
+        assert head is not None
+        assert head[0].metadata.message_id == asked
+        early(hostile, asked)
+        push_objects(
+            dict(get_all_nested_objects(message)),
+            make_push_object_fn_protobuf(
+                grid._runtime_client.PushObject, grid.node, run, begun.session_id
+            ),
+        )
+        early(north, asked)
+        sent = hostile.written(pack(YES), message)
+        hostile.send(sent)
+        early(hostile, sent.head.metadata.message_id)
+        assert [hostile.confirm(run, asked)[0] for _ in range(2)] == [200, 200]
+        (reply,) = grid.pull_messages([asked])
+        assert not reply.has_error()
+    site = [line.get("site") for line in running.refusals() if line["code"] == "confirmed-early"]
+    assert set(site) == {"north", "hostile"}

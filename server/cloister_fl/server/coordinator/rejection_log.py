@@ -45,6 +45,7 @@ class Refused(enum.StrEnum):
     RUNTIME_REFUSED = "runtime-refused"
     OTHER_NODE_KEY = "other-node-key"
     OTHER_NODE_NAME = "other-node-name"
+    CONFIRMED_EARLY = "confirmed-early"
     BODY_TOO_LARGE = "body-too-large"
     OBJECTS_TOO_MANY = "objects-too-many"
     SIGNATURE_INVALID = "signature-invalid"

@@ -30,6 +30,7 @@ from flwr.common.constant import (
     Status,
 )
 from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.server.superlink.linkstate import sql_linkstate
 from flwr.server.superlink.linkstate.utils import (
     convert_sint64_values_in_dict_to_uint64,
@@ -48,6 +49,7 @@ from flwr.supercore.state.schema.corestate_models import (
     ObjectPushSessionRoot,
 )
 from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
+from flwr.supercore.state.schema.objectstore_models import StoredObject
 from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink.auth_plugin import ControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
@@ -62,6 +64,9 @@ NODE_KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER.encode()
 ACTIVATE = "/v1/fleet/activate-node"
 """With this a node comes online."""
 
+CONFIRM = "/v1/fleet/confirm-message-received"
+"""With this a node says that it has a whole message, whose objects are then deleted."""
+
 PUSH_MESSAGES = "/v1/fleet/push-messages"
 
 NODE_PATHS = frozenset(
@@ -75,7 +80,7 @@ NODE_PATHS = frozenset(
         "/v1/fleet/get-fab",
         "/v1/fleet/push-object",
         "/v1/fleet/pull-object",
-        "/v1/fleet/confirm-message-received",
+        CONFIRM,
     }
 )
 """What an enrolled node may ask for. Registering itself is not among it."""
@@ -155,6 +160,34 @@ class Nodes:
             state._store_generated_message(reply)
             state.store_message_res(reply)
 
+    def may_confirm(self, key: bytes, body: bytes) -> bool:
+        """Whether a node may say that it has received a message.
+
+        Flower deletes whatever object is named, of whomever, whether it has come or not: a message
+        that is still being sent is then lost, and with it the call that sends it. A node may name a
+        message to itself, all of which is here, and what is not here any more.
+
+        Args:
+            key: the node's public key, PEM.
+            body: the request, as it came.
+        """
+        request = ConfirmMessageReceivedRequest()
+        try:
+            request.ParseFromString(body)
+        except DecodeError:
+            return False
+        state, named = self._factory.state(), request.message_object_id
+        node = state.get_node_id_by_public_key(key)
+        if node is None or request.node.node_id != node:
+            return False
+        with state.session() as session:
+            if session.scalar(_one_of(StoredObject.object_id, named)) is None:
+                return True
+            return bool(
+                session.scalar(_delivered_to(node, named))
+                and not session.scalar(_missing_of(named))
+            )
+
     def reconcile(self, approved: dict[str, bytes], known: set[bytes]) -> None:
         """Register what is missing and unregister what is no longer approved.
 
@@ -191,6 +224,29 @@ def _unanswered_by(node: int) -> Any:
         asked.dst_node_id == uint64_to_int64(node),
         asked.delivered_at != "",
         asked.message_id.not_in(select(MessageRes.reply_to_message_id)),
+    )
+
+
+def _one_of(column: Any, value: str) -> Any:
+    return select(column).where(column == value)
+
+
+def _delivered_to(node: int, message: str) -> Any:
+    """The message of this id, where it was delivered to a node."""
+    asked = MessageIns
+    return _one_of(asked.message_id, message).where(
+        asked.dst_node_id == uint64_to_int64(node), asked.delivered_at != ""
+    )
+
+
+def _missing_of(message: str) -> Any:
+    """A part of a message that its sender has not sent yet."""
+    root, part = ObjectPushSessionRoot, ObjectPushSessionPending
+    return (
+        select(part.object_id)
+        .join(root, root.session_id == part.session_id)
+        .where(root.root_object_id == message)
+        .limit(1)
     )
 
 

@@ -51,6 +51,7 @@ _STATUS = {
     Refused.RUNTIME_REFUSED: 404,
     Refused.OTHER_NODE_KEY: 401,
     Refused.SIGNATURE_INVALID: 401,
+    Refused.CONFIRMED_EARLY: 409,
     Refused.BODY_TOO_LARGE: 413,
     Refused.OBJECTS_TOO_MANY: 413,
     Refused.BUSY: 503,
@@ -93,6 +94,8 @@ class Engine:
     speaks_for_itself: Callable[[bytes], bool]
     activate: str
     begins: Callable[[bytes], None]
+    confirm: str
+    may_confirm: Callable[[bytes, bytes], bool]
 
 
 class FleetGate:
@@ -213,6 +216,7 @@ class FleetGate:
             async with self._turns.of(site.name, path):
                 whole = bytes(body)
                 await self._require_fit(path, whole)
+                await self._require_received(path, site, whole)
                 # A slow body, or the wait, may have outlived the site's approval.
                 self._known(peer)
                 if path == engine.activate:
@@ -224,6 +228,14 @@ class FleetGate:
             self._refusals.tell(
                 Refused.ENGINE_REFUSED, "fleet", peer.address, site=site.name, status=status
             )
+
+    async def _require_received(self, path: str, site: SiteRow, body: bytes) -> None:
+        """Let a confirmation pass only where the message is the site's own, and whole."""
+        engine = self._engine
+        if path == engine.confirm and not await asyncio.to_thread(
+            engine.may_confirm, site.node_key, body
+        ):
+            raise RequestRejected(Refused.CONFIRMED_EARLY)
 
 
 def private_app(app: Application) -> RequestLimits:

@@ -156,6 +156,8 @@ class _Service:
             speaks_for_itself=superlink.speaks_for_itself,
             activate=superlink.ACTIVATE,
             begins=nodes.begins,
+            confirm=superlink.CONFIRM,
+            may_confirm=nodes.may_confirm,
         )
         roster = place.keys / "roster"
         fleet = ConnectionLimiter(

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import NOOP_FLWR_AID, ErrorCode
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
-from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
 
 from cloister_fl.server.flower.superlink import build
@@ -33,9 +35,9 @@ class Link:
         )
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = self.run, 1, 1
 
-    def ask(self) -> str:
+    def ask(self, *, whole: bool = False) -> str:
         message = Message(_words("question"), self.node, "query.prepare", group_id="1")
-        return str(self._stored(message))
+        return str(self._stored(message, whole=whole))
 
     def fetch(self) -> Message:
         (message,) = self.state.get_message_ins(self.node, 1)
@@ -49,13 +51,21 @@ class Link:
     def answers(self, *asked: str) -> list[Message]:
         return list(self.state.get_message_res(set(asked), self.run))
 
-    def _stored(self, message: Message) -> str:
+    def may_confirm(self, message: str, *, node: int = 0, key: bytes = KEY) -> bool:
+        request = ConfirmMessageReceivedRequest(
+            node=Node(node_id=node or self.node), run_id=self.run, message_object_id=message
+        )
+        return self.nodes.may_confirm(key, request.SerializeToString())
+
+    def _stored(self, message: Message, *, whole: bool = False) -> str:
         message.metadata.__dict__["_message_id"] = message.object_id
         session = self.state.start_session(self.run)
         stored, _ = self.state.store_message_and_object_tree(
             message, get_object_tree(message), session
         )
         assert stored
+        for name, each in get_all_nested_objects(message).items():
+            assert not whole or self.state.store_object(self.run, session, name, each.deflate())
         return message.metadata.message_id
 
 
@@ -119,3 +129,31 @@ def test_nothing_is_said_of_a_key_that_no_node_has(link: Link) -> None:
     link.fetch()
     link.nodes.begins(b"another key")
     assert link.answers(asked) == []
+
+
+def test_a_message_is_confirmed_once_it_is_whole_and_not_before(link: Link) -> None:
+    """Flower deletes what is named: what is still being sent would be gone, and its sender fail."""
+    part = link.ask()
+    link.fetch()
+    assert not link.may_confirm(part)
+    whole = link.ask(whole=True)
+    assert not link.may_confirm(whole)  # Nobody has fetched it.
+    link.fetch()
+    assert link.may_confirm(whole)
+    link.state.object_store.delete(whole)
+    assert link.may_confirm(whole)  # Once more: there is nothing left to delete.
+
+
+def test_what_is_no_message_to_the_node_is_not_confirmed(link: Link) -> None:
+    asked = link.ask(whole=True)
+    message = link.fetch()
+    link.nodes.reconcile({"hospital": KEY, "other": b"other"}, {KEY, b"other"})
+    other = link.state.get_node_id_by_public_key(b"other")
+    assert not link.may_confirm(asked, node=other, key=b"other")
+    assert not link.may_confirm(asked, node=other)
+    assert not link.may_confirm(asked, key=b"unknown")
+    reply = Message(_words("answer"), reply_to=message)
+    assert not link.may_confirm(link._stored(reply, whole=True))  # Its own, and not to it.
+    part = next(name for name in get_all_nested_objects(message) if name != asked)
+    assert not link.may_confirm(part)
+    assert not link.nodes.may_confirm(KEY, b"\xff")

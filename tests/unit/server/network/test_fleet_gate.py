@@ -102,6 +102,8 @@ def ask(
         lambda _: True,
         "/v1/fleet/activate-node",
         [].append if begun is None else begun.append,
+        "",
+        lambda *_: True,
     )
     refusals = Refusals(tmp_path / "refused.jsonl")
     gate = FleetGate(engine, rows, refusals, tmp_path / "roster", SHAPES)  # type: ignore[arg-type]
@@ -487,7 +489,16 @@ def test_one_hospital_does_not_use_up_the_memory_of_all(tmp_path: Path) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     engine = Engine(
-        flower, b"key", frozenset({path}), lambda *_: True, "", lambda _: True, "", lambda _: None
+        flower,
+        b"key",
+        frozenset({path}),
+        lambda *_: True,
+        "",
+        lambda _: True,
+        "",
+        lambda _: None,
+        "",
+        lambda *_: True,
     )
     refusals = Refusals(tmp_path / "refused.jsonl")
     named = {b"a" * 32: "a", b"b" * 32: "b"}

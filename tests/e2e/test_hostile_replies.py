@@ -47,6 +47,8 @@ from support.hand_driven_node import (
 TASK = Prepare("{}", "run", 3, "", b"", "")
 YES = Prepared("north", b"", "")
 REFUSED = {"declined", "unreadable"}
+HALF_S = 30.0
+"""What half a reply is waited for."""
 
 
 @pytest.fixture(scope="module")
@@ -332,3 +334,44 @@ def test_a_premature_confirmation_deletes_nothing(running: Running, nodes: Nodes
         assert not reply.has_error()
     site = [line.get("site") for line in running.refusals() if line["code"] == "confirmed-early"]
     assert set(site) == {"north", "hostile"}
+
+
+# A reply begun and not finished, and a node that says nothing
+
+
+def test_half_a_reply_and_a_silent_node_cost_the_timeout_and_no_other_the_answer(
+    running: Running, nodes: Nodes
+) -> None:
+    north, south, hostile = nodes
+    came: dict[int, float] = {}
+    half: list[tuple[Sent, str]] = []
+
+    def begins(node: HandDrivenNode, message: Message) -> None:
+        # Of other words than the others': parts that are here already would not be asked for.
+        sent = node.written(pack(Prepared("hostile", b"", "")), message)
+        half.append((sent, node.send(sent, most=1)))
+
+    place = running.place
+    for node in nodes:
+        node.beat()
+    silent: Reaction = lambda *_: None  # noqa: E731
+    with (
+        runtime.running(place.file.private.control, place.token(), place.executor_secret()) as (
+            grid,
+            _,
+        ),
+        driven({north: honest, south: silent, hostile: begins}),
+    ):
+        messenger, began = Messenger(grid, timeout=HALF_S), time.monotonic()
+        reasons = {}
+        for reply in messenger.stream(dict.fromkeys((n.node for n in nodes), TASK), Prepared):
+            came[reply.node] = time.monotonic() - began
+            reasons[reply.node] = getattr(reply.message, "reason", "yes")
+        assert reasons == {north.node: "yes", south.node: "silent", hostile.node: "silent"}
+        assert came[north.node] < min(came[south.node], came[hostile.node])
+        # Flower itself waits three minutes for the next part, and all others with it.
+        assert max(came.values()) < 4 * HALF_S
+        # What had come of it is gone, and no more of it is taken.
+        (sent, session), run = half[0], half[0][0].head.metadata.run_id
+        root = sent.tree.object_id
+        assert not hostile.push(run, root, sent.objects[root], session)

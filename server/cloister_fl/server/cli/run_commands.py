@@ -44,8 +44,8 @@ def run(
     timeout: Annotated[
         float,
         typer.Option(
-            help="Minutes to wait for a site's answer to one message; then the round goes on "
-            "without the site."
+            help="Most minutes to wait for a site's answer to one message; then the round goes on "
+            "without the site. Less once answers of the run were timed."
         ),
     ] = 60.0,
     follow: Follow = True,

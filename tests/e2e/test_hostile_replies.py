@@ -6,17 +6,20 @@ Real coordinator, TLS and Flower's grid over HTTP; the nodes are driven by hand.
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message
 from flwr.app.message import remove_content_from_message
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.serde import message_to_proto
-from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import ObjectTree, PushObjectRequest
+from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import PushAppMessagesRequest
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_push_object_fn_protobuf
@@ -375,3 +378,84 @@ def test_half_a_reply_and_a_silent_node_cost_the_timeout_and_no_other_the_answer
         (sent, session), run = half[0], half[0][0].head.metadata.run_id
         root = sent.tree.object_id
         assert not hostile.push(run, root, sent.objects[root], session)
+
+
+# Larger than the study allows
+
+
+def _update(node: HandDrivenNode, message: Message, size: int) -> Sent:
+    return node.written(pack(Update("x", 1, np.ones(size, np.float32))), message)
+
+
+def an_update_of_another_network(node: HandDrivenNode, message: Message) -> Sent:
+    return _update(node, message, 2 << 20)
+
+
+def one_piece_thirty_thousand_times(node: HandDrivenNode, message: Message) -> Sent:
+    """One piece of 64 KiB, of which an array of 2 GB is to be built."""
+    body = json.dumps(_described([0] * 30_000), separators=(",", ":")).encode()
+    return _with_array(node, message, body, size=1 << 14)
+
+
+def a_record_of_many_values(node: HandDrivenNode, message: Message) -> Sent:
+    """A library's objects of it would take thirty times as much."""
+    records = pack(YES)
+    records["cloister"] = ConfigRecord({f"{number:06}": number for number in range(10_000)})
+    return node.written(records, message)
+
+
+LARGE = (
+    an_update_of_another_network,
+    one_piece_thirty_thousand_times,
+    a_record_of_many_values,
+)
+
+
+@pytest.mark.parametrize("lie", LARGE, ids=[each.__name__ for each in LARGE])
+def test_a_reply_beyond_the_study_s_bound_costs_its_own_site_the_answer(
+    running: Running, nodes: Nodes, lie: Callable[[HandDrivenNode, Message], Sent]
+) -> None:
+    north, south, hostile = nodes
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def lies(node: HandDrivenNode, message: Message) -> None:
+        node.send(lie(node, message))
+
+    replies, _ = ask(running, nodes, lies)
+    assert [replies[node.node].message for node in (north, south)] == [YES, YES]
+    assert getattr(replies[hostile.node].message, "reason", "") == "unreadable"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 << 10
+
+
+def test_one_reply_brings_no_objects_without_end(running: Running, nodes: Nodes) -> None:
+    """An object of more than a piece, and one reply again and again, each time with other parts."""
+    told: list[object] = []
+
+    def lies(node: HandDrivenNode, message: Message) -> None:
+        run = message.metadata.run_id
+        large = PushObjectRequest(
+            node=Node(node_id=node.node), run_id=run, object_content=bytes(6 << 20)
+        )
+        told.append(
+            running.refused(
+                lambda: node.hospital.post("/v1/fleet/push-object", large)[0], "body-too-large"
+            )
+        )
+        sent = node.written(pack(YES), message)
+        for number in range(3):
+            push = PushMessagesRequest(
+                node=Node(node_id=node.node),
+                messages_list=[sent.head],
+                message_object_trees=[ObjectTree(object_id=identifier_of(b"%d" % number))],
+            )
+            told.append(
+                running.refused(
+                    lambda push=push: node.hospital.post("/v1/fleet/push-messages", push)[0],
+                    "malformed",
+                )
+            )
+        node.send(sent)
+
+    replies, _ = ask(running, nodes, lies)
+    assert [replies[node.node].message for node in nodes] == [YES, YES, YES]
+    assert told == [413, 400, 400, 400]

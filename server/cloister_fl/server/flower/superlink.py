@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import datetime
 import hmac
 import logging
+import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,7 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supercore.state.schema.corestate_models import (
+    ObjectPushSession,
     ObjectPushSessionPending,
     ObjectPushSessionRoot,
 )
@@ -56,7 +59,8 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 from google.protobuf.message import DecodeError
-from sqlalchemy import select
+from sqlalchemy import delete, select
+from sqlalchemy.exc import SQLAlchemyError
 
 NODE_KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER.encode()
 """The header that says, in base64, which node key signed a request."""
@@ -91,6 +95,7 @@ LOGGER = "flwr"
 _HEARTBEAT_S = 30.0
 _STAMP_BYTES = 40
 """Of a time stamp in ISO 8601, which has 32 with microseconds and a zone."""
+_LOCKED_S = 5.0
 
 
 class _Token(ControlAuthnPlugin):
@@ -187,6 +192,30 @@ class Nodes:
                 session.scalar(_delivered_to(node, named))
                 and not session.scalar(_missing_of(named))
             )
+
+    def shrink(self) -> bool:
+        """Give back the disk that finished runs took; False where that must be tried again.
+
+        The pages of what is deleted stay in Flower's file, and its log stays as long as it once
+        was. Where no run is under way, no message and no object is of use to anybody.
+        """
+        state = self._factory.state()
+        under_way = (Status.PENDING, Status.STARTING, Status.RUNNING)
+        try:
+            with state.session() as session:
+                if state.get_run_info(statuses=under_way):
+                    return True
+                for table in (MessageIns, MessageRes, ObjectPushSession):
+                    session.execute(delete(table))
+                state.object_store.clear()
+            with contextlib.closing(
+                sqlite3.connect(self._factory.database, timeout=_LOCKED_S, isolation_level=None)
+            ) as database:
+                database.execute("VACUUM")
+                (busy, *_) = database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except (SQLAlchemyError, sqlite3.Error):
+            return False
+        return not busy
 
     def reconcile(self, approved: dict[str, bytes], known: set[bytes]) -> None:
         """Register what is missing and unregister what is no longer approved.
@@ -320,6 +349,24 @@ def signed(headers: Iterable[tuple[bytes, bytes]], key: bytes) -> bool:
     if not -SYSTEM_TIME_TOLERANCE < age.total_seconds() < latest:
         return False
     return bool(verify_signature(bytes_to_public_key(key), stamps[0], signature))
+
+
+def is_one_reply(body: bytes) -> bool:
+    """True where a push has one reply, and its tree is that reply's own.
+
+    Flower takes a reply once, and the tree of a push of the same reply each time: with another tree
+    in each, one reply would bring objects without end.
+    """
+    request = PushMessagesRequest()
+    try:
+        request.ParseFromString(body)
+    except DecodeError:
+        return False
+    if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
+        return False
+    return bool(
+        request.message_object_trees[0].object_id == request.messages_list[0].metadata.message_id
+    )
 
 
 def speaks_for_itself(body: bytes) -> bool:

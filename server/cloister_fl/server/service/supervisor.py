@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
 import os
 import queue
 import shlex
@@ -54,6 +55,8 @@ from cloister_fl.system.health import Health, healthy
 from cloister_fl.system.local_socket.socket_file import listen
 from cloister_fl.system.pid_lock import holder, only_one
 
+AGAIN_S = 60.0
+"""How long until a database that was busy is shrunk."""
 TICK_S = 0.5
 """How often the database is looked at for what was approved, revoked or invited."""
 
@@ -107,6 +110,8 @@ class _Service:
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _events: queue.Queue[tuple[str, dict[str, Any]]] = field(default_factory=queue.Queue)
     _executing: bool = False
+    _shrinks: float = 0.0
+    """When the disk that runs took is given back, by the loop's clock; at the start, too."""
 
     def __post_init__(self) -> None:
         arguments = ("-m", "cloister_fl.server.service.run_executor", str(self.coordinator.root))
@@ -120,6 +125,8 @@ class _Service:
             event = told.get("event")
             if event == "ready":
                 self._executing = True
+            elif event == "run-ended":
+                self._shrinks = 0.0
             elif event == "ended" and told.get("status") != 0:
                 # It ends by itself after each run, and is back in a moment.
                 self._executing = False
@@ -158,6 +165,7 @@ class _Service:
             begins=nodes.begins,
             confirm=superlink.CONFIRM,
             may_confirm=nodes.may_confirm,
+            is_one_reply=superlink.is_one_reply,
         )
         roster = place.keys / "roster"
         fleet = ConnectionLimiter(
@@ -194,6 +202,7 @@ class _Service:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stop.wait(), TICK_S)
                 nodes_now = await self._follow(nodes, nodes_now, joining, enrolment)
+                await self._shrink(nodes)
         finally:
             health.serving(False)
             # First, while the engine it speaks with still answers.
@@ -204,6 +213,13 @@ class _Service:
             for watch in watches:
                 watch.cancel()
             refusals.close()
+
+    async def _shrink(self, nodes: Any) -> None:
+        """Give back the disk that a run took, once it has ended."""
+        now = asyncio.get_running_loop().time()
+        if now >= self._shrinks:
+            done = await asyncio.to_thread(nodes.shrink)
+            self._shrinks = math.inf if done else now + AGAIN_S
 
     async def _follow(
         self,

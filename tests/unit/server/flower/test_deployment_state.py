@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import NOOP_FLWR_AID, ErrorCode
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, Metadata, ObjectTree
+from flwr.proto.message_pb2 import Message as Head
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
 
-from cloister_fl.server.flower.superlink import build
+from cloister_fl.server.flower import superlink
+from cloister_fl.server.flower.superlink import build, is_one_reply
 
 KEY = b"key"
 # Alembic's, of Flower's own migrations.
@@ -157,3 +161,57 @@ def test_what_is_no_message_to_the_node_is_not_confirmed(link: Link) -> None:
     part = next(name for name in get_all_nested_objects(message) if name != asked)
     assert not link.may_confirm(part)
     assert not link.nodes.may_confirm(KEY, b"\xff")
+
+
+def _disk(link: Link) -> tuple[int, int]:
+    """Bytes of Flower's file and of its log."""
+    file = Path(link.nodes._factory.database)
+    log = file.with_name(file.name + "-wal")
+    return file.stat().st_size, log.stat().st_size if log.exists() else 0
+
+
+def test_a_finished_run_leaves_no_large_file(link: Link) -> None:
+    """Pages of deleted objects stay in the file, and the log stays as long as it was."""
+    large = RecordDict({"said": ConfigRecord({"word": bytes(8 << 20)})})
+    message = Message(large, link.node, "query.prepare", group_id="1")
+    link._stored(message, whole=True)
+    link.answer(link.fetch())  # Half a reply, as of a node that the end of a run cut off.
+    assert max(_disk(link)) > 8 << 20
+    # A run is under way: nothing of it is touched.
+    assert link.nodes.shrink()
+    assert message.object_id in link.state.object_store
+    assert link.state.stop_run(link.run)
+    assert sum(_disk(link)) > 8 << 20
+    assert link.nodes.shrink()
+    file, log = _disk(link)
+    assert file < 2 << 20
+    assert log == 0
+    assert len(link.state.object_store) == 0
+
+
+def test_a_file_that_somebody_holds_is_shrunk_another_time(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert link.state.stop_run(link.run)
+    monkeypatch.setattr(superlink, "_LOCKED_S", 0.05)
+    holder = sqlite3.connect(link.nodes._factory.database, isolation_level=None)
+    holder.execute("BEGIN")
+    holder.execute("SELECT count(*) FROM run").fetchone()
+    assert not link.nodes.shrink()
+    holder.close()
+    assert link.nodes.shrink()
+
+
+def test_a_push_brings_one_reply_with_its_own_objects() -> None:
+    """One that is pushed again with another tree would bring objects without end."""
+
+    def push(*trees: str, heads: int = 1) -> bytes:
+        head = Head(metadata=Metadata(message_id="a"))
+        return PushMessagesRequest(
+            messages_list=[head] * heads,
+            message_object_trees=[ObjectTree(object_id=tree) for tree in trees],
+        ).SerializeToString()
+
+    assert is_one_reply(push("a"))
+    for wrong in (push("b"), push(), push("a", "a"), push("a", heads=2), push(heads=0), b"\xff"):
+        assert not is_one_reply(wrong)

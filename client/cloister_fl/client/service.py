@@ -33,7 +33,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cloister_fl.client.flower.names import RUN, SUPEREXEC_SECRET
-from cloister_fl.client.network.join import CERTIFICATE, look, membership
+from cloister_fl.client.network.join import look, membership
+from cloister_fl.client.network.node_keys import CERTIFICATE, date_warnings
 from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import CloisterError, ListenRefused, ServiceState
 from cloister_fl.system.child_process import Child, environment
@@ -49,6 +50,9 @@ ASK_S = 10.0
 """Seconds between two questions whether the coordinator has approved this site."""
 REMIND_S = 300.0
 """Seconds without a message after which it is told what a run may have left reserved."""
+
+WARN_S = 86400.0
+"""Seconds between two warnings of a certificate whose end is near."""
 
 Say = Callable[[str], None]
 
@@ -167,6 +171,7 @@ class _Service:
         self._say = say
         self._stop = False
         self._reminded = False
+        self._warned = -math.inf
         self._events: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
         self._children: dict[str, Child] = {}
         try:
@@ -192,6 +197,7 @@ class _Service:
                     child.tend()
                 self._hear()
                 self._remind()
+                self._warn()
                 time.sleep(TICK_S)
         finally:
             self._health.serving(False)
@@ -265,6 +271,13 @@ class _Service:
         with contextlib.suppress(CloisterError):
             for line in left_reserved(self._site):
                 self._say(f"{line[0].upper()}{line[1:]}.")
+
+    def _warn(self) -> None:
+        """Say at the start, and once a day, which certificate ends soon."""
+        if time.monotonic() - self._warned >= WARN_S:
+            self._warned = time.monotonic()
+            for line in date_warnings(self._site):
+                self._say(line)
 
     def _take(self, name: str, event: dict[str, Any]) -> None:
         now = self._now

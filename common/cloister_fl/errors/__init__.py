@@ -96,6 +96,7 @@
     │   ├── ProxyForbids           CLO-813
     │   ├── ClockOrDates           CLO-814
     │   ├── VersionsDiffer         CLO-815
+    │   ├── CertificateExpired     CLO-816
     │   ├── ServiceState           CLO-820
     │   └── LocalSocketRefused     CLO-825
     └── InternalError              CLO-901, exit 70: an internal error

@@ -360,6 +360,9 @@ class ClockOrDates(DeploymentError):
 VersionsDiffer = ErrorKind(
     DeploymentError, "CLO-815", "Site and coordinator run different versions"
 )
+CertificateExpired = ErrorKind(
+    DeploymentError, "CLO-816", "A certificate of the coordinator has expired"
+)
 ServiceState = ErrorKind(
     DeploymentError, "CLO-820", "The site's service is already running, or is not running"
 )

@@ -93,6 +93,7 @@ def _as_dict(
     site: Site, now: ServiceStatus | None, serving: bool, waiting: list[str]
 ) -> dict[str, object]:
     from cloister_fl.client.admission import gate
+    from cloister_fl.client.network.node_keys import date_warnings
     from cloister_fl.client.site.data_notice import data_notices
     from cloister_fl.client.site.last_refusal import read_last_refusal
 
@@ -108,6 +109,7 @@ def _as_dict(
         "waiting_for_approval": waiting,
         "last_refusal": asdict(refusal) if refusal else None,
         "data_notices": {digest: asdict(one) for digest, one in data_notices(site.root).items()},
+        "warnings": date_warnings(site),
         "epsilon_promised": gate.promised(site),
         "epsilon_lifetime": site.policy.max_epsilon_lifetime,
     }
@@ -116,6 +118,7 @@ def _as_dict(
 def _show(
     site: Site, folder: Path, now: ServiceStatus | None, serving: bool, waiting: list[str]
 ) -> None:
+    from cloister_fl.client.network.node_keys import date_warnings
     from cloister_fl.client.site.data_notice import data_notices
     from cloister_fl.client.site.last_refusal import read_last_refusal
     from cloister_fl.client.steward import budget
@@ -136,6 +139,8 @@ def _show(
     typer.echo(f"budget: {budget.summary(site)}")
     for line in budget.left_reserved(site):
         typer.echo(f"  {line}")
+    for line in date_warnings(site):
+        typer.echo(line)
     refusal = read_last_refusal(site.root)
     if refusal is not None:
         typer.echo(f"last refusal {refusal.time}: {refusal.message}")

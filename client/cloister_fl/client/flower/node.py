@@ -47,7 +47,8 @@ from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
 from cloister_fl.client.flower.names import FOREIGN, LARGEST, RUN, SOCKET, SUPEREXEC_SECRET
 from cloister_fl.client.flower.own_node import note_own_node
-from cloister_fl.client.network.join import NODE_KEY, client_context, membership
+from cloister_fl.client.network.join import client_context, membership
+from cloister_fl.client.network.node_keys import NODE_KEY
 from cloister_fl.client.network.proxy import proxy_of
 from cloister_fl.client.site.folder import Site, open_site
 from cloister_fl.errors import CloisterError

@@ -182,7 +182,7 @@ def _dates(failure: Failure) -> ClockOrDates:
         f"The certificate of {failure.address} is not valid at this time.",
         why=why + ".",
         remedy="Check this machine's clock first. If it is right, ask the coordinator to renew the "
-        f"certificate: cloister server init FOLDER --address {failure.address}",
+        "certificate: cloister server renew --dir FOLDER",
     )
 
 

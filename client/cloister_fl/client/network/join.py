@@ -27,6 +27,7 @@ from pydantic import Field, ValidationError
 
 from cloister_fl.client.network.http import Answer, Failure, dial
 from cloister_fl.client.network.http_errors import error_of
+from cloister_fl.client.network.node_keys import AUTHORITY, CERTIFICATE, NODE_KEY, TLS_KEY
 from cloister_fl.client.network.proxy import proxy_of
 from cloister_fl.client.site.folder import Site, init_site, open_site, require_as_written
 from cloister_fl.client.site.policy import policy_for
@@ -57,11 +58,7 @@ from cloister_fl.system.git_ignore import keep_out_of_git
 from cloister_fl.system.toml import FileModel
 
 MEMBERSHIP = "coordinator.json"
-AUTHORITY = "coordinator.pem"
 OFFERED = "roster.offered"
-NODE_KEY = "node.pem"
-TLS_KEY = "tls.pem"
-CERTIFICATE = "client.pem"
 
 _Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

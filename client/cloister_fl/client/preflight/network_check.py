@@ -5,19 +5,17 @@ Nothing is asked that a node would not ask, over the connection that a node woul
 
 from __future__ import annotations
 
-import datetime
 import re
 import ssl
 import time
 from collections.abc import Sequence
 from email.utils import parsedate_to_datetime
 
-from cryptography import x509
-
-from cloister_fl.client.network import join
+from cloister_fl.client.network import join, node_keys
 from cloister_fl.client.network.http import Answer, Cause, Failure, Step, dial
 from cloister_fl.client.network.http_errors import error_of
 from cloister_fl.client.network.join import Membership
+from cloister_fl.client.network.node_keys import CERTIFICATE
 from cloister_fl.client.network.proxy import proxy_of
 from cloister_fl.client.preflight.findings import Check, Finding, State, failed, found, skipped
 from cloister_fl.client.site import trusted_roster
@@ -25,17 +23,14 @@ from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import (
     ClockOrDates,
     CloisterError,
-    FileUnreadable,
     RosterMismatch,
     VersionsDiffer,
 )
 from cloister_fl.membership.enrolment import HEADER_PROTOCOL, HEADER_VERSION, PATH_ROSTER
-from cloister_fl.system.files import read_secret
+from cloister_fl.membership.validity import AUTHORITY_DAYS, RENEW_DAYS, Validity
 from cloister_fl.system.utc import to_minute
 from cloister_fl.version import PROTOCOL, __version__
 
-WARN_DAYS = 30
-"""Days before its end from which a certificate is told of."""
 AHEAD_WARN_S, AHEAD_FAIL_S = 2.0, 5.0
 BEHIND_WARN_S, BEHIND_FAIL_S = 60.0, 300.0
 """Seconds of clock skew. Flower takes a node's signed time stamp from 5 s in the future
@@ -85,11 +80,11 @@ def _dialled(
     site: Site, member: Membership, own: Finding
 ) -> tuple[list[Finding], Answer | Failure | None]:
     """Ask for the roster as this site, or, without a certificate, only as far as TLS."""
-    bare = own.state is State.WARN and not (site.keys / join.CERTIFICATE).exists()
+    bare = own.state is State.WARN and not (site.keys / CERTIFICATE).exists()
     try:
         context = join.pinned_context(site) if bare else join.client_context(site)
     except (CloisterError, ssl.SSLError) as error:
-        fault = error if isinstance(error, CloisterError) else _damaged()
+        fault = error if isinstance(error, CloisterError) else node_keys.damaged()
         rest = (*_ON_THE_WAY[:-1], *_ASKED)
         return [failed(Check.TLS, fault), *skipped(rest, _not_checked(Check.TLS))], None
     try:
@@ -153,42 +148,61 @@ def _passed(
 
 
 def certificate(site: Site) -> Finding:
-    """Judge the dates of the site's own certificate."""
-    path = site.keys / join.CERTIFICATE
-    if not path.exists():
+    """Judge the dates of the site's own certificate, and of the coordinator's authority."""
+    try:
+        own, authority = node_keys.own_validity(site), node_keys.authority_validity(site)
+    except CloisterError as error:
+        return failed(Check.CERTIFICATE, error)
+    if own is None:
         return found(
             Check.CERTIFICATE,
             State.WARN,
             "The coordinator has not approved this site yet.",
             f"Wait for it: {site.command('start')}. Or ask once: {site.command('join')}",
         )
-    try:
-        held = x509.load_pem_x509_certificate(read_secret(path))
-    except ValueError:
-        return failed(Check.CERTIFICATE, _damaged())
-    except CloisterError as error:
-        return failed(Check.CERTIFICATE, error)
-    return dates(held.not_valid_before_utc, held.not_valid_after_utc, time.time())
+    judged = dates(own, time.time(), site)
+    if judged.state is State.OK and authority is not None:
+        return authority_dates(authority, time.time()) or judged
+    return judged
 
 
-def dates(begins: datetime.datetime, ends: datetime.datetime, now: float) -> Finding:
-    """Judge a certificate of the site by its dates; ``now`` is Unix time in seconds."""
-    days = (ends.timestamp() - now) / 86400
-    until = f"until {ends:%Y-%m-%d}"
-    anew = "Ask the coordinator to enrol the site again, with a new folder and a new name."
-    if begins.timestamp() > now:
+def dates(own: Validity, now: float, site: Site | None = None) -> Finding:
+    """Judge a certificate of the site by its dates.
+
+    Args:
+        own: its dates.
+        now: Unix time in seconds.
+        site: goes into the command of the remedy.
+    """
+    remedy = node_keys.renewal_remedy(own, site)
+    if own.is_early(now):
         early = ClockOrDates(
-            f"This site's certificate is valid from {to_minute(begins)} UTC, which is not yet.",
+            f"This site's certificate is valid from {to_minute(own.begins)} UTC, which is not yet.",
             remedy="Set this machine's clock; it is wrong.",
         )
         return failed(Check.CERTIFICATE, early)
+    days = own.days_left(now)
     if days <= 0:
-        late = ClockOrDates(f"This site's certificate was valid {until}.", remedy=anew)
+        late = ClockOrDates(f"This site's certificate {own.told(now)}.", remedy=remedy)
         return failed(Check.CERTIFICATE, late)
-    what = f"This site's certificate is valid {until}, for {int(days)} more days."
-    if days < WARN_DAYS:
-        return found(Check.CERTIFICATE, State.WARN, what, anew)
+    if days < RENEW_DAYS:
+        return found(
+            Check.CERTIFICATE, State.WARN, f"This site's certificate {own.told(now)}.", remedy
+        )
+    what = f"This site's certificate is valid until {own.until}, for {int(days)} more days."
     return found(Check.CERTIFICATE, State.OK, what)
+
+
+def authority_dates(authority: Validity, now: float) -> Finding | None:
+    """A warning of the end of the coordinator's authority; None while it is far."""
+    if authority.days_left(now) >= AUTHORITY_DAYS:
+        return None
+    return found(
+        Check.CERTIFICATE,
+        State.WARN,
+        f"The coordinator's authority {authority.told(now)}, and with it all certificates.",
+        "Ask the coordinator when it is replaced.",
+    )
 
 
 def clock(address: str, date: str, sent: float, received: float) -> Finding:
@@ -278,10 +292,3 @@ def _not_checked(check: Check) -> str:
 def _span(low: float, high: float) -> str:
     low, high = round(low), round(high)
     return str(low) if low == high else f"{low} to {high}"
-
-
-def _damaged() -> FileUnreadable:
-    return FileUnreadable(
-        f"{join.CERTIFICATE} or {join.TLS_KEY} is damaged.",
-        remedy="Restore it from the site's backup, or remove client.pem and join again.",
-    )

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from cloister_fl.server.coordinator.run_queue import Status
 
 _ORDER = (
-    *("init", "start", "stop", "status"),
+    *("init", "start", "stop", "status", "renew"),
     *("invite", "sites", "approve", "revoke", "accept-ledger"),
     *("run", "resume", "report", "audit"),
 )
@@ -145,9 +145,12 @@ def start(folder: Folder = Path()) -> None:
     To stop it, run `cloister server stop` or send SIGTERM.
     """
     _require()
+    from cloister_fl.server.coordinator.certificate_dates import warnings_of
     from cloister_fl.server.service.supervisor import serve
 
     place = _open(folder)
+    for line in warnings_of(place):
+        typer.echo(line, err=True)
 
     def ready() -> None:
         typer.echo(f"Serving {place.file.federation.name} on {place.file.fleet.listen}.")
@@ -195,12 +198,30 @@ def stop(
 
 
 @app.command()
+def renew(folder: Folder = Path()) -> None:
+    """Renew the server's certificate in place.
+
+    No hospital does anything, and a server that runs uses it at once.
+    """
+    _require()
+    from cloister_fl.server.coordinator.certificate_dates import warnings_of
+    from cloister_fl.server.coordinator.server_renewal import renew_server
+
+    place = _open(folder)
+    made = renew_server(place)
+    typer.echo(f"The server's certificate is renewed, until {made.until}.")
+    for line in warnings_of(place):
+        typer.echo(line)
+
+
+@app.command()
 def status(folder: Folder = Path(), as_json: JsonOption = False) -> None:
     """Show the server, its sites and its runs.
 
     For each run, it says why a site takes no part. Exit status 9 if the server is not serving.
     """
     _require()
+    from cloister_fl.server.coordinator.certificate_dates import warnings_of
     from cloister_fl.server.coordinator.run_queue import runs
     from cloister_fl.server.service.supervisor import is_serving, running
 
@@ -212,10 +233,11 @@ def status(folder: Folder = Path(), as_json: JsonOption = False) -> None:
         invited = len(registry.invited())
     counts = {state: states.count(state) for state in ("approved", "pending", "revoked")}
     standing = [(each.name, each.status()) for each in runs(place.root)]
+    warnings = warnings_of(place)
     if as_json:
         told = {"running": process is not None, "serving": serving, "invited": invited, **counts}
         each_run = [{"name": name, **asdict(each)} for name, each in standing]
-        typer.echo(json.dumps({**told, "runs": each_run}))
+        typer.echo(json.dumps({**told, "runs": each_run, "warnings": warnings}))
     else:
         how = "serving" if serving else "starting or stopping" if process else "not running"
         typer.echo(f"{place.file.federation.name}: {how} ({place.file.fleet.listen})")
@@ -225,6 +247,8 @@ def status(folder: Folder = Path(), as_json: JsonOption = False) -> None:
         )
         for name, each in standing:
             _show_run(name, each)
+        for line in warnings:
+            typer.echo(line)
     if not serving:
         raise typer.Exit(ServerState.exit_status)
 

@@ -12,12 +12,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cloister_fl.membership import ec_keys
 from cloister_fl.membership.ec_keys import Purpose
+from cloister_fl.membership.validity import RENEW_DAYS, Validity
 from cloister_fl.system import utc
 from cloister_fl.system.files import create_secret, read_secret
 
@@ -26,8 +28,6 @@ CA_CERTIFICATE = "ca.pem"
 AUTHORITY_YEARS = 10
 LEAF_DAYS = 730
 """How long a server's or a site's certificate holds."""
-RENEW_DAYS = 60
-"""A server's certificate that ends within so many days is renewed by ``init``."""
 
 _CLOCK_SKEW = datetime.timedelta(hours=1)
 
@@ -49,24 +49,17 @@ class Authority:
         """Make the key and certificate where they are missing, and open them."""
         create_secret(folder / CA_KEY, ec_keys.generate_pem(Purpose.TLS))
         key = ec_keys.load_private(read_secret(folder / CA_KEY), Purpose.TLS)
-        name = _name(f"{federation} authority")
-        usage = _usage(key_cert_sign=True, crl_sign=True, digital_signature=False)
-        certificate = (
-            _builder(name, name, key.public_key(), days=365 * AUTHORITY_YEARS)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(usage, critical=True)
-            .add_extension(
-                x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
-            )
-            .sign(key, hashes.SHA256())
-        )
-        create_secret(folder / CA_CERTIFICATE, pem(certificate))
+        create_secret(folder / CA_CERTIFICATE, pem(_of_itself(key, federation)))
         return cls(folder)
 
     @property
     def fingerprint(self) -> bytes:
         """SHA-256 of the certificate, 32 bytes: what an invite pins."""
         return self.certificate.fingerprint(hashes.SHA256())
+
+    def issued(self, certificate: x509.Certificate) -> bool:
+        """Whether it signed a certificate."""
+        return is_issued_by(certificate, self.certificate)
 
     def server_certificate(
         self, key: ec.EllipticCurvePublicKey, hosts: Iterable[str]
@@ -92,8 +85,10 @@ class Authority:
         self, key: ec.EllipticCurvePublicKey, name: str, use: x509.ObjectIdentifier
     ) -> x509.CertificateBuilder:
         authority = self.certificate
+        # What outlived its authority would be believed by nobody.
+        ends = min(utc.now() + datetime.timedelta(days=LEAF_DAYS), Validity.of(authority).ends)
         return (
-            _builder(_name(name), authority.subject, key, days=LEAF_DAYS)
+            _builder(_name(name), authority.subject, key, ends=ends)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(), critical=True)
             .add_extension(x509.ExtendedKeyUsage([use]), critical=True)
@@ -109,27 +104,54 @@ def pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
-def needs_renewal(certificate: x509.Certificate, hosts: Iterable[str]) -> bool:
-    """True where a server's certificate ends soon or is for other hosts."""
-    left = certificate.not_valid_after_utc - utc.now()
+def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    """Whether an authority's key signed a certificate, and its name is the issuer's."""
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
+def needs_renewal(
+    certificate: x509.Certificate, hosts: Iterable[str], authority: Authority
+) -> bool:
+    """True where a server's certificate ends soon, is for other hosts or of another authority."""
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    return left < datetime.timedelta(days=RENEW_DAYS) or set(names) != {
-        _general_name(host) for host in hosts
-    }
+    ends_soon = Validity.of(certificate).days_left() < RENEW_DAYS
+    other_hosts = set(names) != {_general_name(host) for host in hosts}
+    return ends_soon or other_hosts or not authority.issued(certificate)
+
+
+def _of_itself(key: ec.EllipticCurvePrivateKey, federation: str) -> x509.Certificate:
+    """An authority's own certificate."""
+    name = _name(f"{federation} authority")
+    usage = _usage(key_cert_sign=True, crl_sign=True, digital_signature=False)
+    ends = utc.now() + datetime.timedelta(days=365 * AUTHORITY_YEARS)
+    return (
+        _builder(name, name, key.public_key(), ends=ends)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, *, days: int
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePublicKey,
+    *,
+    ends: datetime.datetime,
 ) -> x509.CertificateBuilder:
-    now = utc.now()
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _CLOCK_SKEW)
-        .not_valid_after(now + datetime.timedelta(days=days))
+        .not_valid_before(utc.now() - _CLOCK_SKEW)
+        .not_valid_after(ends)
     )
 
 

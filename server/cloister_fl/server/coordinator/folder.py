@@ -282,7 +282,7 @@ def init_coordinator(root: Path, layout: Layout | None) -> Coordinator:
     create_secret(keys / SERVER_KEY, ec_keys.generate_pem(Purpose.TLS))
     create_secret(keys / CONTROL_TOKEN, secrets.token_hex(32).encode())
     create_secret(keys / EXECUTOR_SECRET, secrets.token_hex(32).encode())
-    _certify(coordinator, authority)
+    certify_server(coordinator, authority)
     with coordinator.deciding(), coordinator.registry() as registry:
         sweep(root)
         publish_roster(coordinator, registry)
@@ -318,17 +318,23 @@ def publish_roster(coordinator: Coordinator, registry: Registry) -> None:
     coordinator.federation().enrol(coordinator.file.federation.name, approved)
 
 
-def _certify(coordinator: Coordinator, authority: Authority) -> None:
-    """Write the server's chain (its certificate and the authority's), unless it still serves."""
+def certify_server(coordinator: Coordinator, authority: Authority, *, anew: bool = False) -> bool:
+    """Write the server's chain (its certificate and the authority's); whether it was written.
+
+    The server's key stays, and the chain is one file, so whenever this is killed, the server has a
+    certificate for its key. One that still serves is left as it is, unless it is to be made
+    ``anew``.
+    """
     path = coordinator.keys / SERVER_CERTIFICATE
     hosts = coordinator.file.hosts
-    if path.exists():
+    if path.exists() and not anew:
         held = x509.load_pem_x509_certificates(read_secret(path))
-        if not needs_renewal(held[0], hosts):
-            return
+        if not needs_renewal(held[0], hosts, authority):
+            return False
     key = ec_keys.load_private(read_secret(coordinator.keys / SERVER_KEY), Purpose.TLS)
     certificate = authority.server_certificate(key.public_key(), hosts)
     write_atomic(path, pem(certificate) + pem(authority.certificate))
+    return True
 
 
 def _parse(text: str) -> ServerFile:

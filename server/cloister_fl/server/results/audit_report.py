@@ -21,7 +21,7 @@ from cloister_fl.server.rounds.collector import REASONS
 from cloister_fl.server.rounds.messenger import SILENT, UNREADABLE
 from cloister_fl.server.rounds.site_log_heads import followed, seats_in
 
-DECISIONS = ("invited", "approved", "revoked", "roster", "ledger-accepted")
+DECISIONS = ("invited", "approved", "revoked", "roster", "ledger-accepted", "server-renewed")
 """Kinds of entries that a command of the coordinator's people writes."""
 
 
@@ -308,10 +308,10 @@ def _decision(one: Mapping[str, str | int | bool | None]) -> Iterator[str]:
     if one["kind"] == "roster":
         what = f"number {one.get('serial')} of {one.get('sites')} sites, digest {one.get('digest')}"
     else:
-        what = str(one.get("site"))
+        what = str(one.get("site") or "")
         if one.get("key_fingerprint"):
             what += f", key {one['key_fingerprint']}"
-    yield f"  {one['time']}  {one['kind']:<8}  {what}"
+    yield f"  {one['time']}  {one['kind']:<8}  {what}".rstrip()
 
 
 def _in_words(run: Run) -> Iterator[str]:

@@ -24,6 +24,8 @@ import queue
 import shlex
 import signal
 import socket
+import ssl
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +37,7 @@ from cloister_fl.cli.folder_option import dir_option
 from cloister_fl.errors import ListenRefused, ServerFolderInvalid, ServerState
 from cloister_fl.server.coordinator import output_log
 from cloister_fl.server.coordinator.certificate_authority import CA_CERTIFICATE, pem
+from cloister_fl.server.coordinator.certificate_dates import require_valid, warnings_of
 from cloister_fl.server.coordinator.folder import SERVER_CERTIFICATE, SERVER_KEY, Coordinator
 from cloister_fl.server.coordinator.rejection_log import Refusals
 from cloister_fl.server.coordinator.run_queue import update_bytes
@@ -49,7 +52,7 @@ from cloister_fl.server.network.tls_listener import (
     server_context,
 )
 from cloister_fl.system.child_process import Child, environment
-from cloister_fl.system.files import read_secret
+from cloister_fl.system.files import Mark, mark_of, read_secret
 from cloister_fl.system.git_ignore import keep_out_of_git
 from cloister_fl.system.health import Health, healthy
 from cloister_fl.system.local_socket.socket_file import listen
@@ -59,6 +62,8 @@ AGAIN_S = 60.0
 """How long until a database that was busy is shrunk."""
 TICK_S = 0.5
 """How often the database is looked at for what was approved, revoked or invited."""
+WARN_S = 86400.0
+"""How often it is told of certificates whose end is near, while the server runs."""
 
 
 def running(coordinator: Coordinator) -> int | None:
@@ -75,10 +80,12 @@ def serve(coordinator: Coordinator, ready: Callable[[], None]) -> None:
 
     Raises:
         ServerState: the folder's server runs already.
+        CertificateExpired, ClockOrDates: a certificate does not hold now.
         ListenRefused: a port cannot be had.
         LocalSocketRefused: others can use the folder of the server's socket.
         FileUnreadable: a key cannot be read, or others can read it.
     """
+    require_valid(coordinator)
     os.umask(0o077)
     # Before flwr is imported: no telemetry, no update server, no home of the user's, no install.
     os.environ.update(
@@ -112,6 +119,8 @@ class _Service:
     _executing: bool = False
     _shrinks: float = 0.0
     """When the disk that runs took is given back, by the loop's clock; at the start, too."""
+    _warned: float = field(default_factory=time.monotonic)
+    _shown: Mark | None = None
 
     def __post_init__(self) -> None:
         arguments = ("-m", "cloister_fl.server.service.run_executor", str(self.coordinator.root))
@@ -140,14 +149,11 @@ class _Service:
 
         output_log.install((superlink.LOGGER,))
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGTERM, self._stop.set)
+        loop.add_signal_handler(signal.SIGINT, self._stop.set)
         place, file = self.coordinator, self.coordinator.file
         self._require_roster()
         authority = x509.load_pem_x509_certificate(read_secret(place.keys / CA_CERTIFICATE))
-        chain, key = place.keys / SERVER_CERTIFICATE, place.keys / SERVER_KEY
-        for secret in (chain, key):
-            read_secret(secret)
         refusals = Refusals(place.refusals)
         app, nodes = superlink.build(
             place.state / "flower.sqlite", place.token(), place.executor_secret()
@@ -168,11 +174,7 @@ class _Service:
             is_one_reply=superlink.is_one_reply,
         )
         roster = place.keys / "roster"
-        fleet = ConnectionLimiter(
-            "fleet", server_context(chain, key, place.keys / CA_CERTIFICATE), refusals
-        )
-        enrolment = ConnectionLimiter("enrolment", server_context(chain, key, None), refusals)
-        self._limiters = [fleet, enrolment]
+        fleet, enrolment = self._limiters = self._make_limiters(refusals)
         joining = EnrolmentApp(
             self.registry,
             refusals,
@@ -203,6 +205,7 @@ class _Service:
                     await asyncio.wait_for(self._stop.wait(), TICK_S)
                 nodes_now = await self._follow(nodes, nodes_now, joining, enrolment)
                 await self._shrink(nodes)
+                self._warn()
         finally:
             health.serving(False)
             # First, while the engine it speaks with still answers.
@@ -214,12 +217,32 @@ class _Service:
                 watch.cancel()
             refusals.close()
 
+    def _make_limiters(self, refusals: Refusals) -> list[ConnectionLimiter]:
+        """Those of the public port and of the enrolment port, with the server's certificate."""
+        keys = self.coordinator.keys
+        chain, key = keys / SERVER_CERTIFICATE, keys / SERVER_KEY
+        for secret in (chain, key):
+            read_secret(secret)
+        self._shown = mark_of(chain)
+        known = server_context(chain, key, keys / CA_CERTIFICATE)
+        return [
+            ConnectionLimiter("fleet", known, refusals),
+            ConnectionLimiter("enrolment", server_context(chain, key, None), refusals),
+        ]
+
     async def _shrink(self, nodes: Any) -> None:
         """Give back the disk that a run took, once it has ended."""
         now = asyncio.get_running_loop().time()
         if now >= self._shrinks:
             done = await asyncio.to_thread(nodes.shrink)
             self._shrinks = math.inf if done else now + AGAIN_S
+
+    def _warn(self) -> None:
+        """Tell once a day of certificates whose end is near; ``start`` has told it at first."""
+        if time.monotonic() - self._warned >= WARN_S:
+            self._warned = time.monotonic()
+            for line in warnings_of(self.coordinator):
+                logging.getLogger(output_log.OWN).warning("%s", line)
 
     async def _follow(
         self,
@@ -232,6 +255,7 @@ class _Service:
         now = self._approved()
         if now != before:
             await asyncio.to_thread(nodes.reconcile, now[0], now[1])
+        self._show_renewed()
         for each in self._limiters:
             each.disconnect(self._revoked())
         wanted = self.registry.open_invites() > 0
@@ -247,6 +271,21 @@ class _Service:
             limiter.disconnect()
             await self._close("enrolment")
         return now
+
+    def _show_renewed(self) -> None:
+        """Show the server's new certificate, where it was renewed, to whoever connects from now."""
+        keys = self.coordinator.keys
+        chain, key = keys / SERVER_CERTIFICATE, keys / SERVER_KEY
+        mark = mark_of(chain)
+        if mark is None or mark == self._shown:
+            return
+        self._shown = mark
+        try:
+            for limiter in self._limiters:
+                limiter.context.load_cert_chain(chain, key)
+        except (ssl.SSLError, OSError):
+            # The one before is still shown.
+            logging.getLogger("cloister").warning("%s cannot be used", SERVER_CERTIFICATE)
 
     def _approved(self) -> tuple[dict[str, bytes], set[bytes]]:
         sites = self.registry.sites()

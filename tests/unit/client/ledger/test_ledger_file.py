@@ -37,6 +37,7 @@ from cloister_fl.membership.identity import Identity
 from cloister_fl.privacy.accounting import epsilon_of
 from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
 from cloister_fl.privacy.renyi_filter import lifetime_epsilon
+from cloister_fl.secagg import Session
 from support.errors import raises
 from support.tampering import cut, leave_in_wal, overwrite, put_in_place, rewrite_rows
 
@@ -576,13 +577,17 @@ class History(RuleBasedStateMachine):
 
     @rule(who=who, number=st.integers(0, 2), fact=st.sampled_from(["epoch", "round", "answered"]))
     def remember(self, who: int, number: int, fact: str) -> None:
-        memory = RoundMemory(lambda: self.both[who], subject=bytes(32), most_epochs=9)
+        memory = RoundMemory(
+            lambda: self.both[who], subject=bytes(32), is_noised=bool(number), most_epochs=9
+        )
+        weights = (("a", 1.0), ("b", 1.0))
+        session = Session(number, 0, bytes([number // 2]) * 32, 1, 1.0, weights)
         if fact == "epoch":
             memory.claim_epoch(bytes([number]) * 32)
         elif fact == "round":
-            memory.open_round(b"", number, bytes([number]) * 32)
+            memory.open_round(session, bytes([number]) * 32)
         else:
-            memory.commit(b"", number, ("a", "b", str(number)))
+            memory.commit(session, ("a", "b", str(number)))
 
     @invariant()
     def as_replayed(self) -> None:

@@ -183,7 +183,17 @@ def test_pushes_of_one_site_wait_for_each_other_and_heartbeats_for_nobody(tmp_pa
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     engine = Engine(
-        flower, b"key", frozenset({push, beat}), lambda *_: True, push, lambda _: True, "", print
+        flower,
+        b"key",
+        frozenset({push, beat}),
+        lambda *_: True,
+        push,
+        lambda _: True,
+        "",
+        print,
+        "",
+        lambda *_: True,
+        lambda _: True,
     )
     refusals = Refusals(tmp_path / "refused.jsonl")
 

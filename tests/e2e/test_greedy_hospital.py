@@ -95,7 +95,7 @@ class Beats:
 def asked(running: Running, greedy: Hospital) -> Iterator[Reply]:
     """A message of a run, as the greedy hospital has fetched it."""
     node, place = greedy.activate(), running.place
-    with runtime.running(place.file.private.control, place.token(), place.executor_secret()) as (
+    with runtime.running(place.socket, place.token(), place.executor_secret()) as (
         grid,
         _,
     ):

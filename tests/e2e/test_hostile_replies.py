@@ -98,7 +98,7 @@ def ask(
     for node in nodes:
         node.beat()
     with (
-        runtime.running(place.file.private.control, place.token(), place.executor_secret()) as (
+        runtime.running(place.socket, place.token(), place.executor_secret()) as (
             grid,
             _,
         ),
@@ -221,8 +221,6 @@ LIES: tuple[Callable[[HandDrivenNode, Message], Sent], ...] = (
     a_message_without_content,
     a_message_that_holds_an_array,
     a_body_that_is_no_protobuf,
-    no_time_of_creation,
-    no_time_to_live,
     another_form,
     a_list_nested_a_thousand_deep,
     a_piece_that_is_not_there,
@@ -246,6 +244,31 @@ def test_one_malformed_reply_costs_its_own_site_the_answer_and_no_other(
     assert isinstance(refusal, Refusal)
     assert refusal.reason in REFUSED
     assert seconds < 60
+
+
+@pytest.mark.parametrize("lie", [no_time_of_creation, no_time_to_live])
+def test_a_time_that_is_no_number_gets_through_no_port(
+    running: Running, nodes: Nodes, lie: Callable[[HandDrivenNode, Message], Sent]
+) -> None:
+    told: list[object] = []
+
+    def lies(node: HandDrivenNode, message: Message) -> None:
+        sent = lie(node, message)
+        push = PushMessagesRequest(
+            node=Node(node_id=node.node),
+            messages_list=[sent.head],
+            message_object_trees=[sent.tree],
+        )
+        told.append(
+            running.refused(
+                lambda: node.hospital.post("/v1/fleet/push-messages", push)[0], "malformed"
+            )
+        )
+        honest(node, message)
+
+    replies, _ = ask(running, nodes, lies)
+    assert [replies[node.node].message for node in nodes] == [YES, YES, YES]
+    assert told == [400]
 
 
 def test_a_reply_that_says_it_is_another_s_counts_for_nobody(
@@ -299,7 +322,7 @@ def test_a_premature_confirmation_deletes_nothing(running: Running, nodes: Nodes
     for node in nodes:
         node.beat()
     place = running.place
-    with runtime.running(place.file.private.control, place.token(), place.executor_secret()) as (
+    with runtime.running(place.socket, place.token(), place.executor_secret()) as (
         grid,
         _,
     ):
@@ -359,7 +382,7 @@ def test_half_a_reply_and_a_silent_node_cost_the_timeout_and_no_other_the_answer
         node.beat()
     silent: Reaction = lambda *_: None  # noqa: E731
     with (
-        runtime.running(place.file.private.control, place.token(), place.executor_secret()) as (
+        runtime.running(place.socket, place.token(), place.executor_secret()) as (
             grid,
             _,
         ),

@@ -540,6 +540,8 @@ def test_a_burst_of_connections_takes_few_descriptors(running: Running, north: H
             for _ in range(min(1500, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200)):
                 line = held.enter_context(socket.socket())
                 line.setblocking(False)
+                # Another network than the hospital's, which would push out its own handshakes.
+                line.bind(("127.0.0.2", 0))
                 with contextlib.suppress(BlockingIOError):
                     line.connect(running.fleet)
         finally:

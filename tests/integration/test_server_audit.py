@@ -264,14 +264,18 @@ def test_a_site_folder_that_was_rolled_back_as_a_whole_is_found_by_what_the_coor
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "reason"),
     [
-        "x" * 300_000,
-        "a b=c; d",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("Ä", "")),
+        ("x" * 300_000, "unreadable"),  # More than any answer to the study has.
+        ("x" * 3_000, "message"),
+        ("a b=c; d", "message"),
+        *(pytest.param(name, "message", marks=pytest.mark.slow) for name in ("Ä", "")),
     ],
+    ids=["larger than an answer", "long", "spaces", "umlaut", "empty"],
 )
-def test_what_a_site_calls_itself_does_not_spoil_the_log(tmp_path: Path, name: str) -> None:
+def test_what_a_site_calls_itself_does_not_spoil_the_log(
+    tmp_path: Path, name: str, reason: str
+) -> None:
     """Without masks there is no roster, and nobody checks who a site is."""
     sites = write_federation(tmp_path / "sites", images=1)
     out = tmp_path / "run"
@@ -287,7 +291,7 @@ def test_what_a_site_calls_itself_does_not_spoil_the_log(tmp_path: Path, name: s
     (run,) = account(out / FEDERATION / AUDIT).runs
     assert run.ended == "done"
     assert run.sites == list(NAMES[1:])
-    assert list(run.refused.values()) == ["message"]
+    assert list(run.refused.values()) == [reason]
     assert examine(out / FEDERATION / AUDIT).findings == ()
 
 

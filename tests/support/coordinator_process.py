@@ -25,6 +25,7 @@ from google.protobuf.message import Message
 
 from cloister_fl.client.network import join as joining
 from cloister_fl.client.site.folder import Site
+from cloister_fl.errors import CloisterError, CoordinatorUnreachable
 from cloister_fl.membership import ec_keys
 from cloister_fl.membership.ec_keys import Purpose
 from cloister_fl.membership.enrolment import Invite
@@ -221,10 +222,20 @@ def join(running: Running, folder: Path, name: str) -> Hospital:
     """Invite, join, approve and pick up, with what the commands call."""
     invite = running.invite(name)
     site = joining.prepare(folder, invite)
-    assert joining.ask(site, invite).state == "pending"
+    # The port of the invite before may have been about to close.
+    wait_for(lambda: _is_asked(site, invite), 15, lambda: "enrolment stays closed")
     assert approve_site(running.place, name)
     assert joining.look(site).state == "approved"
     return Hospital(running, site)
+
+
+def _is_asked(site: Site, invite: Invite) -> bool:
+    try:
+        return joining.ask(site, invite).state == "pending"
+    except CloisterError as error:
+        if error.code != CoordinatorUnreachable.code:
+            raise
+        return False
 
 
 def tls(**change: object) -> ssl.SSLContext:

@@ -117,6 +117,7 @@ class _Service:
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _events: queue.Queue[tuple[str, dict[str, Any]]] = field(default_factory=queue.Queue)
     _executing: bool = False
+    _shrinking: asyncio.Task[None] | None = None
     _shrinks: float = 0.0
     """When the disk that runs took is given back, by the loop's clock; at the start, too."""
     _warned: float = field(default_factory=time.monotonic)
@@ -204,7 +205,7 @@ class _Service:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stop.wait(), TICK_S)
                 nodes_now = await self._follow(nodes, nodes_now, joining, enrolment)
-                await self._shrink(nodes)
+                self._begin_to_shrink(nodes)
                 self._warn()
         finally:
             health.serving(False)
@@ -230,12 +231,16 @@ class _Service:
             ConnectionLimiter("enrolment", server_context(chain, key, None), refusals),
         ]
 
+    def _begin_to_shrink(self, nodes: Any) -> None:
+        """Give back the disk that a run took, beside all else: a slow disk takes seconds."""
+        loop = asyncio.get_running_loop()
+        if loop.time() >= self._shrinks:
+            self._shrinks = math.inf
+            self._shrinking = loop.create_task(self._shrink(nodes))
+
     async def _shrink(self, nodes: Any) -> None:
-        """Give back the disk that a run took, once it has ended."""
-        now = asyncio.get_running_loop().time()
-        if now >= self._shrinks:
-            done = await asyncio.to_thread(nodes.shrink)
-            self._shrinks = math.inf if done else now + AGAIN_S
+        if not await asyncio.to_thread(nodes.shrink):
+            self._shrinks = min(self._shrinks, asyncio.get_running_loop().time() + AGAIN_S)
 
     def _warn(self) -> None:
         """Tell once a day of certificates whose end is near; ``start`` has told it at first."""

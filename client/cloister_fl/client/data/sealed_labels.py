@@ -24,6 +24,9 @@ Named: TypeAlias = tuple[str, str]
 
 _LABEL = b"cloister/manifest-labels/v1"
 _NONCE = 12
+_ROW = 256
+"""Characters of a row are filled up to a multiple of this, all to the same: the length of what is
+sealed would count patients, where the words of two classes are of two lengths."""
 
 
 def seal_labels(key: bytes, study: str, cells: Mapping[Named, Cells]) -> str:
@@ -37,9 +40,12 @@ def seal_labels(key: bytes, study: str, cells: Mapping[Named, Cells]) -> str:
     Returns:
         Hexadecimal digits; other ones each time.
     """
-    rows = sorted((image, patient, list(one)) for (image, patient), one in cells.items())
+    held = sorted((image, patient, list(one)) for (image, patient), one in cells.items())
+    rows = [json.dumps(one) for one in held]
+    width = -(-max(map(len, rows), default=0) // _ROW) * _ROW
+    text = f"[{','.join(row.ljust(width) for row in rows)}]"
     nonce = os.urandom(_NONCE)
-    sealed = _cipher(key).encrypt(nonce, json.dumps(rows).encode(), study.encode())
+    sealed = _cipher(key).encrypt(nonce, text.encode(), study.encode())
     return (nonce + sealed).hex()
 
 

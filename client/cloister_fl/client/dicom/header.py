@@ -69,6 +69,8 @@ ASIDE = frozenset((_NAME, _BIRTH_DATE))
 stand: no library decodes them, and the name goes no further."""
 
 _DATE = re.compile(r"[0-9]{8}")  # PS3.5 section 6.2, DA
+_UNREAD = "\ufffd"
+"""What pydicom puts where bytes are no characters of the stated character set."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,6 +205,10 @@ def _read(data_set: Dataset) -> Tags:
     if _integer(data_set, "PixelRepresentation") not in (0, 1):
         raise RejectedFile(Reject.PIXEL_FORMAT)
     photometric = _text(data_set, "PhotometricInterpretation")
+    patient, issuer = _whole(data_set, "PatientID"), _whole(data_set, "IssuerOfPatientID")
+    if _UNREAD in patient + issuer:
+        # What its character set does not decode may be another's number: it is nobody's.
+        patient = ""
     return Tags(
         sop_class=_text(data_set, "SOPClassUID"),
         modality=_text(data_set, "Modality"),
@@ -216,8 +222,8 @@ def _read(data_set: Dataset) -> Tags:
         grayscale=_grayscale(data_set, layout, photometric == "MONOCHROME1"),
         sop_instance=_text(data_set, "SOPInstanceUID"),
         accession=_text(data_set, "AccessionNumber"),
-        patient_id=_text(data_set, "PatientID"),
-        issuer=_text(data_set, "IssuerOfPatientID"),
+        patient_id=patient,
+        issuer=issuer,
         place=_place(data_set),
     )
 
@@ -270,6 +276,18 @@ def _first(data_set: Dataset, keyword: str) -> Any:
     if isinstance(value, str | bytes) or not hasattr(value, "__getitem__"):
         return value
     return value[0] if len(value) else None
+
+
+def _whole(data_set: Dataset, keyword: str) -> str:
+    """Return an element's text with all that it holds, also where a backslash stands in it.
+
+    DICOM separates values with it. Of a number by which people are told apart, the first value
+    alone would make one of all people whose numbers differ behind it.
+    """
+    value = data_set.get(keyword)
+    if value is None or isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
+        return _text(data_set, keyword)
+    return "\\".join(map(str, value)).strip("\0 \t\r\n")
 
 
 def _text(data_set: Dataset, keyword: str) -> str:

@@ -115,20 +115,20 @@ def _fetch(
                     remedy="Narrow [data.query] in site.toml.",
                 )
             done["found"] = len(found)
-            if any(instance not in store for _, _, instance in found):
+            if any(listed not in store for listed in found):
                 # Before the first file: what a kill leaves is a part, and a study that froze it
                 # would be held to it.
                 _mark(site, _marked(site) | {asked})
-            for number, (study, series, instance) in enumerate(found, start=1):
-                if instance in store:
+            for number, listed in enumerate(found, start=1):
+                if listed in store:
                     done["there"] += 1
                 else:
                     try:
-                        data = archive.get(study, series, instance)
-                        if _instance(data) != instance:
+                        data = archive.get(*listed)
+                        if _instance(data) != listed[2]:
                             raise NotSent
                         _require_room(site)
-                        store.put(instance, data)
+                        store.put(listed, data)
                         done["new"] += 1
                     except RejectedFile:
                         done["too_large"] += 1

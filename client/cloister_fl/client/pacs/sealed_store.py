@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -22,12 +23,18 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from cloister_fl.client.dicom.file_finder import Found, read_file
 from cloister_fl.client.dicom.rejection import RejectedFile
 from cloister_fl.client.dicom.size_limits import MAX_FILE_BYTES
+from cloister_fl.encoding.framing import frame
 from cloister_fl.errors import Reject
 from cloister_fl.system.files import make_private_dir, write_atomic
 
 _FORMAT = b"cloister/store/v1\0"
 _NONCE_BYTES = 12
 _TAG_BYTES = 16
+
+
+Listed: TypeAlias = tuple[str, str, str]
+"""UIDs of study, series and instance, as the archive lists an image. All three: an archive may list
+one instance under two patients, and neither may keep the other's out."""
 
 
 class Store:
@@ -43,11 +50,11 @@ class Store:
         self._cipher = AESGCM(_derive(key, b"files"))
         self._name_key = _derive(key, b"names")
 
-    def __contains__(self, sop_instance: str) -> bool:
-        return (self._folder / self._name(sop_instance)).is_file()
+    def __contains__(self, listed: Listed) -> bool:
+        return (self._folder / self._name(listed)).is_file()
 
-    def put(self, sop_instance: str, data: bytes) -> None:
-        """Keep a file's bytes, in place of what was kept of the instance.
+    def put(self, listed: Listed, data: bytes) -> None:
+        """Keep a file's bytes, in place of what was kept of the same image of the archive.
 
         Raises:
             RejectedFile: ``TOO_LARGE``.
@@ -56,7 +63,7 @@ class Store:
         if len(data) > MAX_FILE_BYTES - _NONCE_BYTES - _TAG_BYTES:
             raise RejectedFile(Reject.TOO_LARGE)
         make_private_dir(self._folder)
-        name = self._name(sop_instance)
+        name = self._name(listed)
         nonce = secrets.token_bytes(_NONCE_BYTES)
         sealed = nonce + self._cipher.encrypt(nonce, data, _FORMAT + name.encode())
         write_atomic(self._folder / name, sealed)
@@ -68,8 +75,8 @@ class Store:
         names = sorted(path.name for path in self._folder.iterdir() if len(path.name) == 64)
         return [Stored(self._folder / name, self._cipher) for name in names]
 
-    def _name(self, sop_instance: str) -> str:
-        return hmac.new(self._name_key, sop_instance.encode(), hashlib.sha256).hexdigest()
+    def _name(self, listed: Listed) -> str:
+        return hmac.new(self._name_key, frame(*map(str.encode, listed)), hashlib.sha256).hexdigest()
 
 
 @dataclass(frozen=True)

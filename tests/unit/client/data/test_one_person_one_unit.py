@@ -204,6 +204,42 @@ def test_a_number_of_nothing_that_is_seen_is_no_number(site: Site) -> None:
     assert {one.value: n for one, n in reading.rejects.items()} == {"CLO-222": 1}
 
 
+@pytest.mark.parametrize("charset", ["ISO_IR 100", "ISO_IR 192"])
+def test_two_numbers_that_differ_behind_a_backslash_are_two_patients(
+    site: Site, charset: str
+) -> None:
+    """DICOM separates values with it; of the first value alone, a whole hospital is one patient."""
+    before = _patients(site)
+    for number, name in enumerate(("RSNA\\001", "RSNA\\002", "RSNA")):
+        (site.dicom / f"z{number}.dcm").write_bytes(
+            make_dicom(
+                radiograph(80 + number), bits_stored=12, patient_id=name,
+                elements={"SpecificCharacterSet": charset},
+            )
+        )  # fmt: skip
+    assert _patients(site) == before + 3
+
+
+def test_a_number_that_its_character_set_does_not_decode_is_nobody_s(site: Site) -> None:
+    """Two such numbers read alike, and would be one patient."""
+    before = _patients(site)
+    for number, name in enumerate(("M\xe411", "M\xf611")):
+        whole = make_dicom(
+            radiograph(80 + number), bits_stored=12, patient_id=name,
+            elements={"SpecificCharacterSet": "ISO_IR 100"},
+        )  # fmt: skip
+        assert whole.count(b"ISO_IR 100") == 1
+        (site.dicom / f"z{number}.dcm").write_bytes(whole.replace(b"ISO_IR 100", b"ISO_IR 192"))
+    reading = read_cohort(site, STUDY, require_labels=False)
+    assert {one.value: n for one, n in reading.rejects.items()} == {"CLO-222": 2}
+    assert _patients(site) == before
+
+
+def _patients(site: Site) -> int:
+    cohort = read_cohort(site, STUDY, require_labels=False).cohort
+    return 0 if cohort is None else len({image.patient for image in cohort.images})
+
+
 def test_the_command_prints_counts_and_writes_the_numbers_for_their_owner_alone(
     site: Site, tmp_path: Path
 ) -> None:

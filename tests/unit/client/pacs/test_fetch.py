@@ -243,12 +243,21 @@ def test_a_stored_file_that_was_altered_is_turned_away(tmp_path: Path, archive: 
 def test_stores_of_two_sites_share_no_name(tmp_path: Path) -> None:
     for number in range(2):
         store = Store(tmp_path / str(number), bytes([number]) * 32)
-        store.put("1.2.3", b"data")
-        assert "1.2.3" in store
-        assert "1.2.4" not in store
+        store.put(("1", "1.2", "1.2.3"), b"data")
+        assert ("1", "1.2", "1.2.3") in store
+        assert ("1", "1.2", "1.2.4") not in store
         assert [one.read() for one in store.items()] == [b"data"]
     names = [next((tmp_path / str(number)).iterdir()).name for number in range(2)]
     assert names[0] != names[1]
+
+
+def test_one_instance_listed_under_two_patients_is_kept_of_both(tmp_path: Path) -> None:
+    """Whoever was listed first kept the other's image out of the store."""
+    store = Store(tmp_path, bytes(32))
+    store.put(("1", "1.2", "1.2.3"), b"of one")
+    assert ("2", "2.2", "1.2.3") not in store
+    store.put(("2", "2.2", "1.2.3"), b"of another")
+    assert sorted(one.read() for one in store.items()) == [b"of another", b"of one"]
 
 
 def test_the_command(tmp_path: Path, archive: Archive) -> None:

@@ -12,8 +12,8 @@ GROUPS = ["", "study", "client", "client quarantine", "client budget", "server"]
 ORDER = {
     "client": "init join check start stop status fetch quarantine patients data-report freeze "
     "review approve deny roster budget certificate audit find privacy-audit proxy",
-    "server": "init start stop status invite sites approve revoke accept-ledger run resume report "
-    "audit",
+    "server": "init start stop status renew invite sites approve revoke accept-ledger run resume "
+    "report audit",
 }
 
 

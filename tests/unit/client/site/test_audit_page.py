@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cloister_fl.client.site.audit_log import WHY
 from cloister_fl.protocol.round_messages import Refused, message_kinds
-from cloister_fl.secagg.messages import participant_messages
+from cloister_fl.secagg.messages import complaints, participant_messages
 from cloister_fl.secagg.messages.message_base import Message
 
 PAGE = Path(__file__).parents[4] / "docs" / "audit.md"
@@ -33,10 +33,10 @@ def test_each_kind_of_message_is_listed_with_its_fields() -> None:
 def test_each_message_of_secure_aggregation_is_listed_with_its_fields() -> None:
     real = {
         kind.NAME: [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-        for kind in vars(participant_messages).values()
+        for kind in (vars(participant_messages) | vars(complaints)).values()
         if isinstance(kind, type) and issubclass(kind, Message) and "NAME" in vars(kind)
     }
-    assert len(real) == 6
+    assert len(real) == 8
     assert table("message") == real
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from cloister_fl.simulation.synthetic_hospitals import HOSPITALS, Hospital
 from cloister_fl.simulation.synthetic_sites import draw_federation
+from support import coordinator_process
+from support.coordinator_process import Running
 from support.deployment import Deployment, deployed
 
 POLICY = {
@@ -56,3 +58,14 @@ def _deploy(drawn: Path, factory: pytest.TempPathFactory) -> Iterator[Deployment
     sites = {path.name: path for path in sorted((drawn / "sites").iterdir())}
     with deployed(factory.mktemp("federation"), sites, policy=POLICY) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A coordinator's server, without hospitals."""
+    folder = tmp_path_factory.mktemp("federation")
+    server = coordinator_process.start(
+        coordinator_process.new_coordinator(folder / "fed"), folder / "output"
+    )
+    yield server
+    server.stop()

@@ -41,16 +41,6 @@ MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("federation")
-    server = coordinator_process.start(
-        coordinator_process.new_coordinator(folder / "fed"), folder / "output"
-    )
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
 def greedy(running: Running, tmp_path_factory: pytest.TempPathFactory) -> Hospital:
     return coordinator_process.join(running, tmp_path_factory.mktemp("greedy"), "greedy")
 

@@ -14,7 +14,6 @@ import socket
 import ssl
 import stat
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from http.client import HTTPSConnection
 from pathlib import Path
@@ -40,16 +39,6 @@ from support.errors import raises
 PULL = "/v1/fleet/pull-messages"
 PUSH = "/v1/fleet/push-messages"
 GIB = 1 << 30
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("federation")
-    server = coordinator_process.start(
-        coordinator_process.new_coordinator(folder / "fed"), folder / "output"
-    )
-    yield server
-    server.stop()
 
 
 @pytest.fixture(scope="module")

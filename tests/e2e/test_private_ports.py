@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,16 +24,6 @@ from support.coordinator_process import PROTOBUF, Running, wait_for
 from support.errors import raises
 
 runner = CliRunner()
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("federation")
-    server = coordinator_process.start(
-        coordinator_process.new_coordinator(folder / "fed"), folder / "output"
-    )
-    yield server
-    server.stop()
 
 
 def ask(running: Running, path: str, body: bytes, token: str | None = None) -> tuple[int, bytes]:

@@ -14,7 +14,7 @@ from flwr.app import Context, Message, RecordDict
 
 from cloister_fl import secagg
 from cloister_fl.client.app import app
-from cloister_fl.errors import MessageInvalid, TooFewSites
+from cloister_fl.errors import MessageInvalid, TooFewSites, UpdateReuse
 from cloister_fl.protocol import sessions
 from cloister_fl.protocol.round_messages import (
     Exchange,
@@ -33,6 +33,7 @@ from cloister_fl.secagg.messages.codec import Bundle
 from cloister_fl.server.rounds import secure_collector
 from cloister_fl.server.rounds.checkpoint import Checkpoints
 from cloister_fl.simulation.simulated_run import Simulation, run_simulation
+from support.errors import raises
 from support.federations import NAMES, approve, study, write_federation
 from support.message_tap import OPEN, Between, asks_to_unmask, charges
 
@@ -131,6 +132,24 @@ def test_one_accuser_alone_is_not_believed(
     summary = run_simulation(Simulation(study(), sites, tmp_path / "run"))
     assert summary["rounds"] == 3
     assert summary["refused"] == {"anker": "protocol"}
+
+
+def test_without_privacy_no_second_sum_follows_a_round_that_was_answered_for(
+    sites: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next round begins with the same model: without anker it would tell anker's update."""
+    _hostile_dealer(monkeypatch, "anker", "secret")
+    out, asked = tmp_path / "run", study(privacy=OPEN, evaluation="site_fraction = 0.0")
+    rounds: list[int] = []
+
+    def watch(name: str, task: RoundMessage) -> RoundMessage:
+        if task.kind == "train":
+            rounds.append(int(getattr(task, "round", 0)))
+        return task
+
+    with raises(UpdateReuse, match="no second set of sites is asked for updates of one model"):
+        run_simulation(Simulation(asked, sites, out), client_app=Between(watch))
+    assert set(rounds) == {1}
 
 
 @pytest.mark.parametrize("answers", [True, False])

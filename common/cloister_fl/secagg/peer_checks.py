@@ -203,11 +203,7 @@ def check_row(
     """
     public = roster.keys.get(row.dealer)
     if public is None or not row.verified(public, epoch_keys):
-        raise SignatureInvalid(
-            f"The list of shares of {row.dealer} is not signed by its trusted key.",
-            why="It was altered on its way, or its identity key changed.",
-            remedy="Compare the fingerprint with the site's steward.",
-        )
+        raise _not_signed(row.dealer)
     if row.dealt.holder != site:
         raise BoxTampered(
             f"The encrypted share from {row.dealer} is for another site.",
@@ -227,13 +223,17 @@ def check_dealing(dealing: Dealing, u1: tuple[str, ...], epoch_keys: bytes, rost
     """
     public = roster.keys.get(dealing.dealer)
     if public is None or not dealing.verified(public, epoch_keys):
-        raise SignatureInvalid(
-            f"The list of shares of {dealing.dealer} is not signed by its trusted key.",
-            why="It was altered on its way, or its identity key changed.",
-            remedy="Compare the fingerprint with the site's steward.",
-        )
+        raise _not_signed(dealing.dealer)
     if tuple(item.holder for item in dealing.dealt) != u1:
         raise _does_not_cover(dealing.dealer)
+
+
+def _not_signed(dealer: str) -> Exception:
+    return SignatureInvalid(
+        f"The list of shares of {dealer} is not signed by its trusted key.",
+        why="It was altered on its way, or its identity key changed.",
+        remedy="Compare the fingerprint with the site's steward.",
+    )
 
 
 def _does_not_cover(dealer: str) -> Exception:

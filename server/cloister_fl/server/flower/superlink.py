@@ -203,10 +203,12 @@ class Nodes:
         under_way = (Status.PENDING, Status.STARTING, Status.RUNNING)
         try:
             with state.session() as session:
-                if state.get_run_info(statuses=under_way):
-                    return True
                 for table in (MessageIns, MessageRes, ObjectPushSession):
                     session.execute(delete(table))
+                # Only now: behind the first write no run can begin before this is committed.
+                if state.get_run_info(statuses=under_way):
+                    session.rollback()
+                    return True
                 state.object_store.clear()
             with contextlib.closing(
                 sqlite3.connect(self._factory.database, timeout=_LOCKED_S, isolation_level=None)
@@ -351,30 +353,13 @@ def signed(headers: Iterable[tuple[bytes, bytes]], key: bytes) -> bool:
     return bool(verify_signature(bytes_to_public_key(key), stamps[0], signature))
 
 
-def is_one_reply(body: bytes) -> bool:
-    """True where a push has one reply, and its tree is that reply's own.
-
-    Flower takes a reply once, and the tree of a push of the same reply each time: with another tree
-    in each, one reply would bring objects without end.
-    """
-    request = PushMessagesRequest()
-    try:
-        request.ParseFromString(body)
-    except DecodeError:
-        return False
-    if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
-        return False
-    return bool(
-        request.message_object_trees[0].object_id == request.messages_list[0].metadata.message_id
-    )
-
-
 def speaks_for_itself(body: bytes) -> bool:
     """True where a push holds one reply, of the node that pushes it, and that reply's tree.
 
     Flower checks that the key fits the node that the request names, and that a reply's source is
     the node that was asked, but not that these two are the same node. Where a tree is that of
-    another object than the reply, Flower takes the reply for a whole one while parts are missing.
+    another object than the reply, Flower takes the reply for a whole one while parts are missing;
+    and it takes the tree of each push of the same reply, so one would bring objects without end.
     """
     request = PushMessagesRequest()
     try:

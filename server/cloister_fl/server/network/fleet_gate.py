@@ -96,7 +96,6 @@ class Engine:
     begins: Callable[[bytes], None]
     confirm: str
     may_confirm: Callable[[bytes, bytes], bool]
-    is_one_reply: Callable[[bytes], bool]
 
 
 class FleetGate:
@@ -199,8 +198,6 @@ class FleetGate:
             code = await asyncio.to_thread(self._shapes.refusal, path, body)
             if code is None and not await asyncio.to_thread(self._engine.speaks_for_itself, body):
                 code = Refused.OTHER_NODE_NAME
-            elif code is None and not await asyncio.to_thread(self._engine.is_one_reply, body):
-                code = Refused.MALFORMED
         if code is not None:
             raise RequestRejected(code)
 

@@ -172,7 +172,6 @@ class _Service:
             begins=nodes.begins,
             confirm=superlink.CONFIRM,
             may_confirm=nodes.may_confirm,
-            is_one_reply=superlink.is_one_reply,
         )
         roster = place.keys / "roster"
         fleet, enrolment = self._limiters = self._make_limiters(refusals)

@@ -15,6 +15,7 @@ import pytest
 from cloister_fl.client.data import frozen_dataset as manifests
 from cloister_fl.client.data import loading
 from cloister_fl.client.data.loading import freeze, load_frozen, read_cohort
+from cloister_fl.client.data.sealed_labels import open_labels, seal_labels
 from cloister_fl.client.dicom.pixels import preprocessing_digest
 from cloister_fl.client.site.audit_log import entries_of, path_of
 from cloister_fl.client.site.folder import Site, init_site, pseudonym
@@ -388,3 +389,18 @@ def test_data_with_faults_are_not_frozen(tmp_path: Path) -> None:
     with raises(SiteEmpty):
         load_frozen(site, STUDY)
     assert not manifests.path_of(site, STUDY).exists()
+
+
+@pytest.mark.parametrize("words", [("no", "pneumothorax"), ("a", "b" * 200)])
+def test_the_length_of_sealed_labels_counts_nobody(words: tuple[str, str]) -> None:
+    """From 1 of 100 on: that there is one at all, a word longer than all others may tell."""
+    key, study = bytes(32), "ab" * 32
+    lengths = set()
+    for positive in (1, 2, 37, 100):
+        cells = {
+            (f"{number:064x}", "cd" * 32): ("id", words[number < positive]) for number in range(100)
+        }
+        sealed = seal_labels(key, study, cells)
+        assert open_labels(key, study, sealed) == cells
+        lengths.add(len(sealed))
+    assert len(lengths) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.task_identity import TaskIdentity
 
 from cloister_fl.server.flower import superlink
-from cloister_fl.server.flower.superlink import build, is_one_reply
+from cloister_fl.server.flower.superlink import build, speaks_for_itself
 
 KEY = b"key"
 # Alembic's, of Flower's own migrations.
@@ -189,6 +190,26 @@ def test_a_finished_run_leaves_no_large_file(link: Link) -> None:
     assert len(link.state.object_store) == 0
 
 
+def test_no_run_begins_between_the_look_and_the_deletion(
+    link: Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would lose what it has sent by then: the file is held before anybody looks."""
+    assert link.state.stop_run(link.run)
+    held: list[str] = []
+    right = type(link.state).get_run_info
+
+    def look(*given: Any, **named: Any) -> Any:
+        other = sqlite3.connect(link.nodes._factory.database, timeout=0, isolation_level=None)
+        with contextlib.closing(other), pytest.raises(sqlite3.OperationalError) as caught:
+            other.execute("BEGIN IMMEDIATE")
+        held.append(str(caught.value))
+        return right(*given, **named)
+
+    monkeypatch.setattr(type(link.state), "get_run_info", look)
+    assert link.nodes.shrink()
+    assert held == ["database is locked"]
+
+
 def test_a_file_that_somebody_holds_is_shrunk_another_time(
     link: Link, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +233,6 @@ def test_a_push_brings_one_reply_with_its_own_objects() -> None:
             message_object_trees=[ObjectTree(object_id=tree) for tree in trees],
         ).SerializeToString()
 
-    assert is_one_reply(push("a"))
+    assert speaks_for_itself(push("a"))
     for wrong in (push("b"), push(), push("a", "a"), push("a", heads=2), push(heads=0), b"\xff"):
-        assert not is_one_reply(wrong)
+        assert not speaks_for_itself(wrong)

@@ -104,7 +104,6 @@ def ask(
         [].append if begun is None else begun.append,
         "",
         lambda *_: True,
-        lambda _: True,
     )
     refusals = Refusals(tmp_path / "refused.jsonl")
     gate = FleetGate(engine, rows, refusals, tmp_path / "roster", SHAPES)  # type: ignore[arg-type]
@@ -193,7 +192,6 @@ def test_pushes_of_one_site_wait_for_each_other_and_heartbeats_for_nobody(tmp_pa
         print,
         "",
         lambda *_: True,
-        lambda _: True,
     )
     refusals = Refusals(tmp_path / "refused.jsonl")
 
@@ -510,7 +508,6 @@ def test_one_hospital_does_not_use_up_the_memory_of_all(tmp_path: Path) -> None:
         lambda _: None,
         "",
         lambda *_: True,
-        lambda _: True,
     )
     refusals = Refusals(tmp_path / "refused.jsonl")
     named = {b"a" * 32: "a", b"b" * 32: "b"}

@@ -326,6 +326,8 @@ def test_a_value_out_of_range_is_named_at_the_site_and_nothing_is_sent(
     with pytest.raises((TooFewSites, SecureAggregationError)) as caught:
         run_simulation(Simulation(asked, sites, tmp_path / "run"), client_app=wire)
     assert "CLO-719" in str(caught.value)
+    # It is the site's own fault and no failed check of the protocol.
+    assert "anker: it declined; the reason is shown at the site" in str(caught.value)
     for _, kind, reply in wire.replies:
         if kind != "prepare":
             assert isinstance(reply, Exchanged)

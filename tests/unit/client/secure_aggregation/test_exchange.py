@@ -263,6 +263,22 @@ def test_the_site_itself_counts_the_invited(tmp_path: Path, policy: Policy, line
     made.close()
 
 
+@pytest.mark.parametrize("allowed", [1.0, 2.0])
+def test_the_site_itself_bounds_the_weights(tmp_path: Path, allowed: float) -> None:
+    """Where the epoch opens, whatever the gate before it has let in."""
+    policy = Policy(patients_at_most=1_000, max_epsilon_study=6, max_weight_ratio=allowed)
+    made = Hospitals(tmp_path, study(aggregation="weights = { anker = 2.0 }"), policy)
+    session, trained = made.session(), list[str]()
+    reply = made.answer(made.epoch(session), session, trained)
+    if allowed == 1.0:
+        assert isinstance(reply, Abort)
+        assert (reply.code, trained) == ("CLO-721", [])
+    else:
+        assert isinstance(reply, Masked)
+        assert trained == ["run"]
+    made.close()
+
+
 def test_another_key_than_the_roster_s_takes_no_part(hospitals: Hospitals, tmp_path: Path) -> None:
     digest = hospitals.roster.digest.hex()
     sites = hospitals.sites

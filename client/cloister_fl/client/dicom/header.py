@@ -221,7 +221,7 @@ def _read(data_set: Dataset) -> Tags:
         layout=layout,
         grayscale=_grayscale(data_set, layout, photometric == "MONOCHROME1"),
         sop_instance=_text(data_set, "SOPInstanceUID"),
-        accession=_text(data_set, "AccessionNumber"),
+        accession=_whole(data_set, "AccessionNumber"),
         patient_id=patient,
         issuer=issuer,
         place=_place(data_set),

@@ -105,6 +105,20 @@ def test_other_preambles(preamble: bytes) -> None:
     assert _reason(make_dicom(preamble=preamble.ljust(128, b"\0"))) is Reject.PREAMBLE
 
 
+@pytest.mark.parametrize(
+    ("keyword", "field"),
+    [
+        ("PatientID", "patient_id"),
+        ("IssuerOfPatientID", "issuer"),
+        ("AccessionNumber", "accession"),
+    ],
+)
+def test_a_number_is_read_whole(keyword: str, field: str) -> None:
+    """A backslash ends a value in DICOM; the first alone would be many people's, or many rows'."""
+    data = make_dicom(elements={keyword: "A\\1"})
+    assert getattr(acceptance.precheck(data, ALL).tags, field) == "A\\1"
+
+
 @pytest.mark.parametrize("data", [b"", b"hello", bytes(132), b"\x89PNG" + bytes(500), b"DICM"])
 def test_not_dicom(data: bytes) -> None:
     assert _reason(data) is Reject.NOT_DICOM

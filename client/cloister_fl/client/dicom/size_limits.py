@@ -20,11 +20,13 @@ MAX_OUT_BYTES = 32 << 20
 MAX_KEY_BYTES = 1024
 """Longest identifier in UTF-8; the standard allows 64 characters, archives some more."""
 
-WALL_SECONDS = 10.0
-"""How long one file may take by the clock."""
-
 CPU_SECONDS = 20
-"""How long one file may compute; ends a worker that nobody waits for any more."""
+"""How long one file may compute. It decides whether a file is read, for it depends on no other
+file, nor on how busy the machine is."""
+
+WALL_SECONDS = 300.0
+"""How long a worker is waited for by the clock: only one that sleeps, or a machine with far more
+work than cores, needs it."""
 
 ADDRESS_SPACE_BYTES = 2 << 30
 """How much memory a worker may map, its libraries included (about 200 MB)."""

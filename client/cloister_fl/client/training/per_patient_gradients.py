@@ -8,10 +8,11 @@ public constants; never of who else was drawn, nor of how many.
 
 ``patients`` goes from patient to patient, one on each core. It takes any layer and needs the memory
 of a bag a core. For a small network, where calls cost more than arithmetic, it takes 16 patients
-with equally many images at a time (``torch.func.vmap``); always 16, empty places are filled up, so
-that shapes never tell who else is there. Whether that path is fit for a form of network and bag is
-tried once, with weights and images that are public constants: a patient's gradient must come out
-the same, bit by bit, in each of the places and beside any neighbour, else the loop is used.
+with equally many images, at most 8, at a time (``torch.func.vmap``); always 16, empty places are
+filled up, so that shapes never tell who else is there. Whether that path is fit for a form of
+network and bag is tried once, with weights and images that are public constants: a patient's
+gradient must come out the same, bit by bit, in each of the places and beside any neighbour, else
+the loop is used.
 
 ``opacus`` computes it through Opacus' own hooks, image by image, the losses weighted by one over
 the patient's images: one patient a pass, for the matrix products of a pass round each other's
@@ -25,7 +26,8 @@ from __future__ import annotations
 import copy
 import queue
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -59,6 +61,10 @@ Told: TypeAlias = Callable[[Exception], None]
 _PLACES = 16
 """Patients that a small network takes at a time."""
 
+_MOST_IMAGES = 8
+"""Most images of a patient for whom that is done: 16 times a large bag is much memory, which the
+patient alone would not need."""
+
 _SMALL = 1 << 17
 """Most parameters of a small network."""
 
@@ -66,6 +72,15 @@ _OUT_OF_MEMORY = ("allocate memory", "out of memory", "not enough memory")
 """What torch says where none is left; "memory format" is of a network, and of every moment."""
 
 _tried: dict[Key, bool] = {}
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Patients of equally many images who go through the network together."""
+
+    places: Places
+    images: int
+    batched: bool
 
 
 class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  # Opacus is not typed
@@ -115,7 +130,8 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
     def fill_grad_samples(self, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]) -> None:
         """Set ``p.grad_sample`` of each parameter to (patients, *shape), as Opacus users expect."""
         size = sum(parameter.numel() for parameter in self.trained)
-        gradients = torch.empty(len(bags), size, dtype=self.trained[0].dtype)
+        # A patient who fails adds nothing.
+        gradients = torch.zeros(len(bags), size, dtype=self.trained[0].dtype)
         for places, block in self._placed_blocks(cohort, bags):
             gradients[places] = _flat(block)
         position = 0
@@ -140,39 +156,51 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
                     yield [place], block
             return
         passes = list(self._passes(_shape(cohort), bags))
+        failed: list[_Pass] = []
 
-        def gradients(places: Places) -> Block:
-            run = list(map(bags.__getitem__, places))
-            images = len(run[0].images)
+        def gradients(one: _Pass) -> Block | None:
             try:
-                pixels, targets = self._read(cohort, run)
-                if self._batched(images, _shape(cohort)):
-                    return self._side_by_side(pixels, targets, images)
-                return self._of_patient(pixels, targets)
-            except Exception as error:
-                if len(run) == 1 or self._told is None:
-                    self._tell(error)
-                    return torch.zeros(0, sum(weight.numel() for weight in self.trained))
-            # One of them failed: each alone, in a pass of the same shape, has the same bits.
-            rows = [gradients([place]) for place in places]
-            return torch.cat([row for row in rows if isinstance(row, Tensor)])
+                return self._of_pass(cohort, bags, one)
+            except Exception:
+                if self._told is None:
+                    raise
+                failed.extend(replace(one, places=[place]) for place in one.places)
+                return None
 
-        yield from zip(passes, side_by_side(gradients, passes), strict=True)
+        def alone(one: _Pass) -> Block | None:
+            try:
+                return self._of_pass(cohort, bags, one)
+            except Exception as error:
+                self._tell(error)
+                return None
+
+        yield from _made(passes, side_by_side(gradients, passes))
+        # What failed may have failed for want of the memory that passes beside it held. Alone, in a
+        # pass of the same shape, a patient has the same bits, or fails by its own images.
+        for one in failed:
+            yield from _made([one], side_by_side(alone, [one]))
 
     def _tell(self, error: Exception) -> None:
         if self._told is None:
             raise error
         self._told(error)
 
-    def _passes(self, one: Shape, bags: Sequence[Bag]) -> Iterator[Places]:
+    def _passes(self, one: Shape, bags: Sequence[Bag]) -> Iterator[_Pass]:
         """Who goes through the network together: patients of equally many images, or one alone."""
         by_images: dict[int, Places] = {}
         for place, bag in enumerate(bags):
             by_images.setdefault(len(bag.images), []).append(place)
         for images, places in by_images.items():
-            each = _PLACES if self._batched(images, one) else 1
+            batched = self._batched(images, one)
+            each = _PLACES if batched else 1
             for start in range(0, len(places), each):
-                yield places[start : start + each]
+                yield _Pass(places[start : start + each], images, batched)
+
+    def _of_pass(self, cohort: Cohort | FeatureCohort, bags: Sequence[Bag], one: _Pass) -> Block:
+        pixels, targets = self._read(cohort, [bags[place] for place in one.places])
+        if one.batched:
+            return self._side_by_side(pixels, targets, one.images)
+        return self._of_patient(pixels, targets)
 
     def _read(self, cohort: Cohort | FeatureCohort, run: Sequence[Bag]) -> tuple[Tensor, Tensor]:
         return pixels_of(cohort, run), targets_of(self.task, cohort, run)
@@ -213,21 +241,27 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
 
     def _batched(self, images: int, one: Shape) -> bool:
         """Whether patients of so many images go 16 at a time: a function of public constants."""
-        if not self._small:
+        if not self._small or images > _MOST_IMAGES:
             return False
         key: Key = (self._form, self.task, images, one)
         if key not in _tried:
             # Where passes run: in a thread with one core.
-            (_tried[key],) = side_by_side(lambda _: self._tries(images, one), [None])
+            (fit,) = side_by_side(lambda _: self._tries(images, one), [None])
+            if fit is None:
+                return False
+            _tried[key] = fit
         return _tried[key]
 
-    def _tries(self, images: int, one: Shape) -> bool:
+    def _tries(self, images: int, one: Shape) -> bool | None:
+        """Whether such a pass is fit; None where memory did not suffice to tell."""
         try:
             return self._try_places(images, one)
+        except MemoryError:
+            return None
         except (RuntimeError, NotImplementedError) as error:
             if any(words in str(error) for words in _OUT_OF_MEMORY):
                 # That is of the moment, and would decide for as long as the process runs.
-                raise
+                return None
             # The network does what torch.func has no rule for.
             return False
 
@@ -293,6 +327,14 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         if self._hooked is not None:
             self._hooked.remove_hooks()
             self._hooked = None
+
+
+def _made(
+    passes: Iterable[_Pass], blocks: Iterable[Block | None]
+) -> Iterator[tuple[Places, Block]]:
+    for one, block in zip(passes, blocks, strict=True):
+        if block is not None:
+            yield one.places, block
 
 
 def _flat(block: Block) -> Tensor:

@@ -119,10 +119,23 @@ def bare(name: str) -> str:
     return _UNSEEN.sub("", name).casefold()
 
 
-def rows_of(text: str, delimiter: str, faults: Faults) -> Iterator[tuple[int, list[str]]]:
-    """Yield each row's first line and its stripped cells; a broken row ends the reading."""
+def rows_of(
+    text: str, delimiter: str, faults: Faults, *, apart: bool = False
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield each row's first line and its stripped cells; a broken row ends the reading.
+
+    Args:
+        text: the file.
+        delimiter: what separates cells.
+        faults: gets what is wrong.
+        apart: a row that ``lines_apart`` would not read is a fault, too.
+    """
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     line = 1
+    if apart:
+        each = enumerate(io.StringIO(text), start=1)
+        long = [number for number, one in each if len(one) > MAX_LINE]
+        faults.extend((number, f"is longer than {MAX_LINE:,} characters") for number in long)
     while True:
         try:
             cells = next(reader)
@@ -131,6 +144,8 @@ def rows_of(text: str, delimiter: str, faults: Faults) -> Iterator[tuple[int, li
         except csv.Error:
             faults.append((line, "is not CSV; a quotation mark may be missing"))
             return
+        if apart and reader.line_num > line:
+            faults.append((line, "has a line break in a cell"))
         yield line, [cell.strip() for cell in cells]
         line = reader.line_num + 1
 

@@ -49,7 +49,7 @@ FIRST = "MRN-000"
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     """Six patients of two images each; half of them have the finding."""
-    root = write_cohort(tmp_path / "north", np.random.default_rng(0), "MRN", patients=6)
+    root = write_cohort(tmp_path / "north", np.random.default_rng(0), "MRN", patients=6, images=2)
     policy = Policy(patients_at_most=1_000, min_patients_per_class=1, max_epsilon_study=6)
     return init_site(root, name="north", policy=policy)
 
@@ -177,7 +177,13 @@ def test_no_damage_raises_or_lets_in_what_was_not_frozen(frozen: Site, name: str
     assert path_of(frozen).read_bytes() == log
 
 
-@pytest.mark.parametrize("name", [*OF_FILES, *OF_LABELS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "hostile_files" else ())
+        for name in (*OF_FILES, *OF_LABELS)
+    ],
+)
 def test_the_check_finds_what_a_run_leaves_out(frozen: Site, name: str) -> None:
     """One gate: where the check finds nothing, a run uses everything."""
     (OF_FILES | OF_LABELS)[name](frozen)  # type: ignore[operator]

@@ -176,6 +176,7 @@ def test_a_patient_who_comes_changes_nothing_of_another_s(tmp_path: Path) -> Non
     assert _targets(load_frozen(site, STUDY)) == after
 
 
+@pytest.mark.slow
 def test_a_segmentation_that_comes_after_freezing_disturbs_nobody(tmp_path: Path) -> None:
     write(tmp_path)
     site = init_site(

@@ -109,7 +109,9 @@ def read_mapping(path: Path, units: Units, *, alone: bool = False) -> tuple[Assi
     faults: Faults = []
     seen: dict[Record, Assigned] = {}
     for line, cells in (
-        lines_apart(path, delimiter, *_NAMED) if alone else rows_of(text, delimiter, faults)
+        lines_apart(path, delimiter, *_NAMED)
+        if alone
+        else rows_of(text, delimiter, faults, apart=True)
     ):
         if line == 1 or not any(cells):
             continue

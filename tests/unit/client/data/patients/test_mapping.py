@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cloister_fl.client.data.patients.mapping import Assigned, mapping_of, read_mapping
 from cloister_fl.client.data.patients.units import Decisions, Record, Units
@@ -13,15 +17,15 @@ from cloister_fl.errors import PatientsFileInvalid
 from support.dicom import wide
 
 
-def _read(tmp_path: Path, text: str | bytes, **settings: str) -> tuple[Assigned, ...]:
+def _read(tmp_path: Path, text: str | bytes, **chosen: str) -> tuple[Assigned, ...]:
     path = tmp_path / "patients.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read_mapping(path, Units(b"k" * 32, Decisions(settings)))
+    return read_mapping(path, Units(b"k" * 32, Decisions(chosen)))
 
 
-def _fails(tmp_path: Path, text: str | bytes, **settings: str) -> str:
+def _fails(tmp_path: Path, text: str | bytes, **chosen: str) -> str:
     with pytest.raises(PatientsFileInvalid) as caught:
-        _read(tmp_path, text, **settings)
+        _read(tmp_path, text, **chosen)
     assert caught.value.code == "CLO-255"
     message = str(caught.value)
     assert "CANARY" not in message
@@ -42,6 +46,29 @@ def test_forms_that_people_save(tmp_path: Path, text: str) -> None:
         (one.line, one.record, one.person) for one in _read(tmp_path, text)
     ]
     assert (line, record, person) == (2, Record("a", "P1"), "x")
+
+
+_CELLS = st.text(st.sampled_from('ab1,;"\n\r\t \x0b\x85\u2028'), max_size=6)
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(cells=st.lists(st.tuples(_CELLS, _CELLS), max_size=4), ends=st.sampled_from(("\n", "\r\n")))
+def test_a_file_that_check_lets_pass_reads_the_same_line_by_line(
+    tmp_path: Path, cells: list[tuple[str, str]], ends: str
+) -> None:
+    """Check read rows that a run, which nobody froze, left out."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator=ends).writerows([("PatientID", "person"), *cells])
+    path = tmp_path / "patients.csv"
+    path.write_bytes(text.getvalue().encode())
+    units = Units(b"k" * 32, Decisions({}))
+    try:
+        whole = read_mapping(path, units)
+    except PatientsFileInvalid:
+        return
+    assert read_mapping(path, units, alone=True) == whole
 
 
 def test_every_faulty_line_is_listed_and_no_value(tmp_path: Path) -> None:
@@ -92,6 +119,8 @@ def test_rows_that_the_settings_make_one_may_not_contradict_each_other(tmp_path:
         ("PatientID,person,IssuerOfPatientID,IssuerOfPatientID\n", "'IssuerOfPatientID' 2 times"),
         ('PatientID,person\nCANARY,"x\n', "Line 2 is not CSV"),
         (b"PatientID,person\nCANARY,\xff\n", "is not UTF-8 text: see line 2"),
+        ('PatientID,person\nCANARY,"x\ny"\n', "Line 2 has a line break in a cell"),
+        (f"PatientID,person\nC,{'x' * 65_536}\n", "Line 2 is longer than 65,536 characters"),
     ],
 )
 def test_files_that_cannot_be_read_as_a_table(tmp_path: Path, text: str | bytes, told: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,6 +45,7 @@ class Kept:
 
     Attributes:
         members: parts in secure aggregation, with their key epochs.
+        turn: held while a message is answered.
     """
 
     def __init__(self) -> None:
@@ -52,6 +54,7 @@ class Kept:
         self._pins: dict[Path, Pins] = {}
         self._cohorts: OrderedDict[tuple[Path, str], _Known] = OrderedDict()
         self._rows = Rows()
+        self.turn = threading.RLock()
         self._network: tuple[tuple[Path, str], nn.Module] | None = None
 
     def session(self, root: Path) -> SiteSession:

@@ -100,24 +100,26 @@ def respond(
     """Act, and log what leaves; ``act`` tells in ``run`` which run it is for, once it knows."""
     session: SiteSession | None = None
     reply: RoundMessage
-    try:
-        session = kept.session(Path(str(context.node_config[SITE_KEY])))
-        # First, so that a site whose log was changed or cannot be written answers nothing.
-        session.require_log()
-        session.log.append(
-            "asked", **described(message.content), peer_head=head_of(message.content)
-        )
-        reply = act(session)
-    except CloisterError as error:
-        reply = _refuse(session, error, context.node_id)
-    except Exception as error:
-        # The type alone: the text of a library's exception can quote what it was given.
-        fault = InternalError(
-            f"Internal error ({type(error).__name__}).",
-            remedy="Report it, with the version of Cloister and the study file.",
-        )
-        reply = _refuse(session, fault, context.node_id)
-    return Message(content=_logged(session, reply, context.node_id, run), reply_to=message)
+    # One message at a time: a session is for one thread, and a charge is made once.
+    with kept.turn:
+        try:
+            session = kept.session(Path(str(context.node_config[SITE_KEY])))
+            # First, so that a site whose log was changed or cannot be written answers nothing.
+            session.require_log()
+            session.log.append(
+                "asked", **described(message.content), peer_head=head_of(message.content)
+            )
+            reply = act(session)
+        except CloisterError as error:
+            reply = _refuse(session, error, context.node_id)
+        except Exception as error:
+            # The type alone: the text of a library's exception can quote what it was given.
+            fault = InternalError(
+                f"Internal error ({type(error).__name__}).",
+                remedy="Report it, with the version of Cloister and the study file.",
+            )
+            reply = _refuse(session, fault, context.node_id)
+        return Message(content=_logged(session, reply, context.node_id, run), reply_to=message)
 
 
 def _logged(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +115,19 @@ def _watch_workers() -> None:
         return submit(*given, **named)
 
     module.Pool.submit = counted
+
+
+@pytest.fixture(autouse=True)
+def _no_signal_handler_left_behind() -> Iterator[None]:
+    """A test that leaves a handler of its own changes what an interrupt does in those after it."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    after = [signal.getsignal(number) for number in numbers]
+    for number, handler, left in zip(numbers, before, after, strict=True):
+        if left is not handler:
+            signal.signal(number, handler)
+            pytest.fail(f"It left a handler of {number.name} behind.")
 
 
 @pytest.fixture(autouse=True)

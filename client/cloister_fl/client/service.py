@@ -186,8 +186,15 @@ class _Service:
         self._now = ServiceStatus(health=f"{host}:{self._health.port}")
 
     def run(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._asked_to_stop)
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, self._asked_to_stop) for number in numbers}
+        try:
+            self._serve()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _serve(self) -> None:
         self._keep()
         try:
             self._await_approval()

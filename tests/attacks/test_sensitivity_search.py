@@ -26,6 +26,7 @@ from support.sensitivity_search import (
     Form,
     Found,
     search,
+    search_neighbours,
     search_sums,
     square,
     summed_by,
@@ -49,7 +50,7 @@ def held(found: Found, capsys: pytest.CaptureFixture[str], engine: str) -> None:
     assert found.moved > 0.99
 
 
-@pytest.mark.parametrize(("engine", "seconds"), [("patients", 40), ("opacus", 20)])
+@pytest.mark.parametrize(("engine", "seconds"), [("patients", 30), ("opacus", 15)])
 def test_no_patient_moves_the_sum_beyond_the_bound_nor_another_by_a_bit(
     engine: Engine, seconds: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,7 +60,22 @@ def test_no_patient_moves_the_sum_beyond_the_bound_nor_another_by_a_bit(
 def test_no_gradient_moves_the_sum_itself_beyond_the_bound(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    held(search_sums(exact_sum.clipped_sum, seconds=10), capsys, "the sum itself")
+    held(search_sums(exact_sum.clipped_sum, seconds=5), capsys, "the sum itself")
+
+
+def test_no_patient_changes_a_neighbour_of_any_kind_by_a_bit(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = search_neighbours(summed_by("patients"), SMALL[1:3])
+    held(found, capsys, "each kind beside each other")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["patients", "opacus"])
+def test_no_patient_changes_a_neighbour_on_any_small_network(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held(search_neighbours(summed_by(engine), SMALL, most=2), capsys, engine)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ engines, faults that were mended, and mutants.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cloister_fl.client.training.exact_sum import GRID_BITS, Block, clipped_sum
+from cloister_fl.client.training.local_training import trained_part
 from cloister_fl.client.training.per_patient_gradients import Engine, PatientGradSampleModule
 from cloister_fl.client.training.sampling import Bag, Cohort, FeatureCohort
 from cloister_fl.networks.registry import build
@@ -32,6 +34,7 @@ from cloister_fl.tasks import Task
 from cloister_fl.tasks.classification import Classification
 from cloister_fl.tasks.segmentation import Segmentation
 from support.cohorts import OnePatient
+from support.studies import study
 
 Summing: TypeAlias = Callable[
     [nn.Module, Task, Cohort | FeatureCohort, Sequence[Bag], float], Tensor
@@ -44,6 +47,9 @@ TWO = Classification("finding", ("no", "yes"))
 THREE = Classification("finding", ("a", "b", "c"))
 MASKS = Segmentation("lungs")
 
+_TRAINING = study().training
+_MARK = 0x1234
+"""The first pixel of an image that ``_Fixed`` cannot see."""
 _FEATURES = 100
 _LEAST = 25
 """Cases that are tried however slow the machine is."""
@@ -51,12 +57,36 @@ _MOST_IMAGES = 4_000
 """Images of a case: more take long, and bring nothing new."""
 
 
+class _Fixed(nn.Module):
+    """A network whose first part no training changes, and which fails on some images."""
+
+    fixed = "the least of each row"
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.last = nn.LazyLinear(outputs)
+
+    def features(self, images: Tensor) -> Tensor:
+        marks = (images.flatten(1)[:, 0] * 0.25 + 0.5) * 65535
+        if bool((marks.round() == _MARK).any()):
+            raise MemoryError
+        return images.amin(dim=-1).flatten(1)
+
+    def head(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.last(features)
+        return logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+
 @dataclass(frozen=True)
 class Form:
     """A network with its task and the shape of its input.
 
     Attributes:
-        name: of the registry; ``linear`` for a head on features.
+        name: of the registry; ``linear`` for a head on features, ``fixed`` for a network that
+            makes its features by itself.
         side: of the images, in pixels.
         width: the argument of that name; 0 where there is none.
         task: what it is trained for.
@@ -78,6 +108,10 @@ class Form:
             network = nn.Sequential(nn.Flatten(), nn.Linear(_FEATURES, 2, bias=False))
             nn.init.zeros_(network[1].weight)
             return network.train()
+        if self.name == "fixed":
+            head = _Fixed(self.task.outputs)
+            head(torch.zeros(1, 1, self.side, self.side))
+            return head.train()
         arguments = {"width": self.width} if self.width else {}
         return build(
             Network(name=self.name, arguments=arguments),
@@ -92,6 +126,7 @@ class Form:
 SMALL = (
     Form("linear", 1, patients=2_000, images=64),
     Form("small-cnn", 16, 4, patients=600),
+    Form("fixed", 12, task=THREE, patients=100),
     Form("small-cnn", 33, 8, THREE),
     Form("filter-bank", 32, 8),
     Form("small-cnn-3d", 16, 4, depth=5, patients=20, images=4),
@@ -140,10 +175,29 @@ class Case:
 
     module: nn.Module
     task: Task
-    cohort: Cohort | FeatureCohort
+    cohort: _Given | _Features
     bags: Sequence[Bag]
     who: int
     clip: float
+
+    def summed(self, summed: Summing, places: Sequence[int]) -> Tensor:
+        """The sum at a site that has these patients and no others."""
+        kept = [self.bags[place].images for place in places]
+        rows = np.concatenate(kept) if kept else np.empty(0, np.int64)
+        ends = np.cumsum([0, *map(len, kept)])
+        bags = [Bag(np.arange(ends[at], ends[at + 1])) for at in range(len(kept))]
+        cohort = replace(
+            self.cohort,
+            images=self.cohort.images[rows],
+            targets=self.cohort.targets[rows],
+            patients=tuple(OnePatient(0, tuple(bag.images.tolist())) for bag in bags),
+            fails=frozenset(
+                int(bag.images[0])
+                for bag, place in zip(bags, places, strict=True)
+                if int(self.bags[place].images[0]) in self.cohort.fails
+            ),
+        )
+        return summed(self.module, self.task, cohort, bags, self.clip)
 
 
 @dataclass(frozen=True)
@@ -179,6 +233,28 @@ class Found:
     changed: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
+    def measure(self, case: Case, summed: Summing, told: str) -> float:
+        """Leave the patient out, count what that moved, and return how near it came."""
+        everyone = range(len(case.bags))
+        rest = case.summed(summed, [place for place in everyone if place != case.who])
+        alone = case.summed(summed, [case.who])
+        return self.count(case.summed(summed, everyone), rest, alone, told)
+
+    def count(self, whole: Tensor, rest: Tensor, alone: Tensor, told: str) -> float:
+        """Count a movement; what it is in clipping norms, and what others moved beside it."""
+        moved = whole - rest
+        exact = square(moved)
+        length = math.sqrt(exact) / BOUND
+        self.cases += 1
+        if exact > BOUND**2:
+            self.over += 1
+        if length > self.moved:
+            self.moved, self.at = length, told
+        if not torch.equal(moved, alone):
+            self.changed.append(told)
+        # Beside the length: what a patient changes in others is where a larger one may be near.
+        return length + math.sqrt(square(moved - alone)) / BOUND
+
 
 class _Reading(PatientGradSampleModule):
     """The shipped engine, where reading some patients fails, as for lack of memory."""
@@ -200,10 +276,13 @@ def summed_by(engine: Engine) -> Summing:
         bags: Sequence[Bag],
         clip: float,
     ) -> Tensor:
+        seen = cohort
+        if isinstance(cohort, _Given):
+            module, seen = trained_part(module, cohort, _TRAINING, lambda _: None)
         patients = _Reading(module, task, engine=engine, told=lambda _: None)
         try:
             size = sum(weight.numel() for weight in patients.trained)
-            return clipped_sum(patients.blocks(cohort, bags), size, clip)
+            return clipped_sum(patients.blocks(seen, bags), size, clip)
         finally:
             patients.to_standard_module()
 
@@ -254,28 +333,51 @@ def search(
         genes = _random(rng, form)
         if before is not None and rng.random() < 0.5:
             genes = _varied(rng, before[1], form)
-        case = _case(form, genes)
-        whole = summed(case.module, case.task, case.cohort, case.bags, case.clip)
-        rest = [bag for place, bag in enumerate(case.bags) if place != case.who]
-        moved = whole - summed(case.module, case.task, case.cohort, rest, case.clip)
-        alone = summed(case.module, case.task, case.cohort, [case.bags[case.who]], case.clip)
-        exact = square(moved)
-        length = math.sqrt(exact) / BOUND
-        found.cases += 1
-        told = f"{form.name} {form.side} px, {genes}"
-        if exact > BOUND**2:
-            found.over += 1
-        if length > found.moved:
-            found.moved, found.at = length, told
-        if not torch.equal(moved, alone):
-            found.changed.append(told)
-        # Beside the length: what a patient changes in others is where a larger one may be near.
-        score = length + math.sqrt(square(moved - alone)) / BOUND
+        score = found.measure(_case(form, genes), summed, f"{form.name} {form.side} px, {genes}")
         if before is None or score >= before[0]:
             best[form] = (score, genes)
         spent[form] += max(time.thread_time() - started, 1e-3)
-        if length > stop_above:
+        if found.moved > stop_above:
             break
+    found.seconds = time.monotonic() - begun
+    return found
+
+
+def search_neighbours(summed: Summing, forms: Sequence[Form], *, most: int = 1) -> Found:
+    """Put a patient of each kind beside others of each kind, one image each, all orders.
+
+    What one patient's images, weights that overflow or a failing image could change in others is
+    seen to the bit, though it may move the sum by little.
+
+    Args:
+        summed: the engine.
+        forms: networks.
+        most: images of a patient.
+    """
+    found = Found()
+    begun = time.monotonic()
+    kinds = [kind for kind in IMAGES if kind != "climbed"]
+    for form in forms:
+        for at, (own, others) in enumerate(itertools.product(kinds, kinds)):
+            genes = Genes(
+                seed=at,
+                patients=3,
+                who=(0.0, 0.5, 1.0)[at % 3],
+                own_images=most,
+                sizes="alike",
+                own=own,
+                others=others,
+                weights=("first", "scaled")[at // 3 % 2],
+                # Where squares overflow in float32, of some patients and not of others.
+                scale=10.0,
+                uneven=0.0,
+                clip=-1.0,
+                cancel=False,
+                shared=False,
+                twin=False,
+                fails=(0.0, 0.5)[at % 2],
+            )
+            found.measure(_case(form, genes), summed, f"{form.name}, {own} beside {others}")
     found.seconds = time.monotonic() - begun
     return found
 
@@ -283,7 +385,7 @@ def search(
 def _random(rng: random.Random, form: Form) -> Genes:
     numbers = [n for n in (1, 2, 3, 15, 16, 17, 18, 31, 33, 61, 64, 65) if n <= form.patients]
     # Rarely, for it is slow: many.
-    if rng.random() < 0.25:
+    if rng.random() < 0.1:
         numbers = [n for n in (511, 512, 513, form.patients) if n <= form.patients]
     return Genes(
         seed=rng.randrange(2**31),
@@ -351,7 +453,11 @@ def _case(form: Form, genes: Genes) -> Case:
     # The one who is left out may fail as well; the sum then is the same without.
     fails = frozenset(int(bag.images[0]) for bag, one in zip(bags, broken, strict=True) if one)
     if form.name == "linear":
-        cohort: Cohort | FeatureCohort = _Features(images, patients, targets, fails)
+        cohort: _Given | _Features = _Features(images, patients, targets, fails)
+    elif form.name == "fixed":
+        # Here it is an image that fails, before any pass.
+        cohort = _Given(np.rint(images * 65535).astype(np.uint16), patients, targets)
+        cohort.images[sorted(fails), 0, 0] = _MARK
     else:
         cohort = _Given(np.rint(images * 65535).astype(np.uint16), patients, targets, fails)
     norm = _norm(module, form, blocks[who], targets[ends[who] : ends[who + 1]])
@@ -542,6 +648,13 @@ def search_sums(
     rng = np.random.default_rng(seed)
     begun = time.monotonic()
     found = Found()
+    for own, others in itertools.product(ROWS, ROWS):
+        # First each kind before others of each kind, in one running sum.
+        rows = [_row(kind, 1_003, 1.0, rng) for kind in (own, others, others, others)]
+        whole, rest, alone = (
+            summed([torch.stack(some)], 1_003, 1.0) for some in (rows, rows[1:], rows[:1])
+        )
+        found.count(whole, rest, alone, f"{own} before {others}")
     while found.cases < _LEAST or time.monotonic() - begun < seconds:
         size = int(rng.choice((1, 7, 1_003, 8_400, 70_001, *[2**18 + 70] * 2, 3 * 2**18)))
         count = int(rng.integers(1, 9 if size > 10_000 else 40))
@@ -555,18 +668,10 @@ def search_sums(
         blocks = [_as_block(row, rng) for row in rows]
         who = int(rng.integers(count))
         whole = summed(blocks, size, clip)
-        moved = whole - summed(blocks[:who] + blocks[who + 1 :], size, clip)
+        rest = summed(blocks[:who] + blocks[who + 1 :], size, clip)
         alone = summed([blocks[who]], size, clip)
-        found.cases += 1
-        exact = square(moved)
         told = f"{size} values, {count} rows, clip {clip:g}, {kinds[who]}"
-        length = math.sqrt(exact) / BOUND
-        if exact > BOUND**2:
-            found.over += 1
-        if length > found.moved:
-            found.moved, found.at = length, told
-        if not torch.equal(moved, alone):
-            found.changed.append(told)
+        found.count(whole, rest, alone, told)
     found.seconds = time.monotonic() - begun
     return found
 

@@ -236,6 +236,7 @@ def test_a_run_tells_nothing_of_a_patient(
     assert canaries.below(out, excused=_site_files(out)) == {}
 
 
+@pytest.mark.slow
 def test_a_failing_run_tells_nothing_of_a_patient(
     planted: tuple[Path, Canaries], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,8 +253,15 @@ def test_a_failing_run_tells_nothing_of_a_patient(
     assert canaries.below(out, excused=_site_files(out)) == {}
 
 
-@pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
-@pytest.mark.parametrize("broken", [False, True], ids=["sound", "missing-label"])
+@pytest.mark.parametrize(
+    ("as_json", "broken"),
+    [
+        pytest.param(False, True, id="missing-label-text"),
+        pytest.param(True, False, id="sound-json", marks=pytest.mark.slow),
+        pytest.param(False, False, id="sound-text", marks=pytest.mark.slow),
+        pytest.param(True, True, id="missing-label-json"),
+    ],
+)
 @pytest.mark.parametrize(
     "judged", [pytest.param(False, marks=pytest.mark.slow), True], ids=["alone", "by-study"]
 )
@@ -322,7 +330,12 @@ class Recorder:
         ("sites", "", {"prepared", "exchanged"}),
         ("sites", "enabled = false", {"prepared", "exchanged"}),
         ("plain", "", {"prepared", "update"}),
-        ("plain", "enabled = false", {"prepared", "update", "evaluated"}),
+        pytest.param(
+            "plain",
+            "enabled = false",
+            {"prepared", "update", "evaluated"},
+            marks=pytest.mark.slow,
+        ),
         ("broken", "", {"prepared", "update", "refusal"}),
     ],
     ids=["private", "open", "private-plain", "open-plain", "refusing"],

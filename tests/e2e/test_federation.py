@@ -20,7 +20,7 @@ from cloister_fl.study.file import parse_study
 from support import studies
 from support.deployment import Deployment, change_policy, cloister, study_text
 
-TRAINING = {"rounds": 3, "steps": 2, "expected_batch": 24, "images_per_patient": 2}
+TRAINING = {"rounds": 2, "steps": 2, "expected_batch": 24, "images_per_patient": 2}
 OPEN: dict[str, studies.Table] = {
     "training": TRAINING | {"sampling_rate": 1.0},
     "privacy": {"enabled": False},
@@ -75,7 +75,7 @@ def test_with_privacy_the_accounts_are_the_simulation_s_and_the_noise_is_not(
     for site, hospital in three.hospitals.items():
         deployed_ledger = _mechanisms(hospital.folder / "ledger.sqlite")
         assert deployed_ledger == _mechanisms(tmp_path / "out" / "sites" / site / "ledger.sqlite")
-        assert [row["kind"] for row in deployed_ledger] == ["reserved", *3 * ["started"]]
+        assert [row["kind"] for row in deployed_ledger] == ["reserved", *2 * ["started"]]
         told = [_schema(entry.body) for entry in entries_of(hospital.site)]
         simulated_log = tmp_path / "out" / "sites" / site / "audit" / "audit.jsonl"
         there = [_schema(entry.body) for entry in read(simulated_log)]

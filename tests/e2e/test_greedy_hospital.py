@@ -244,6 +244,7 @@ def test_a_stranger_s_signature_ends_no_life_of_a_node(
     assert len(PushMessagesResponse.FromString(body).objects_to_push) == 2
 
 
+@pytest.mark.slow
 def test_nothing_that_a_hospital_writes_reaches_the_output(
     running: Running, greedy: Hospital, asked: Reply
 ) -> None:

@@ -217,7 +217,13 @@ LIES: tuple[Callable[[HandDrivenNode, Message], Sent], ...] = (
 )
 
 
-@pytest.mark.parametrize("lie", LIES, ids=[each.__name__ for each in LIES])
+@pytest.mark.parametrize(
+    "lie",
+    [
+        pytest.param(each, id=each.__name__, marks=() if number % 3 == 0 else pytest.mark.slow)
+        for number, each in enumerate(LIES)
+    ],
+)
 def test_one_malformed_reply_costs_its_own_site_the_answer_and_no_other(
     running: Running, nodes: Nodes, lie: Callable[[HandDrivenNode, Message], Sent]
 ) -> None:
@@ -236,7 +242,9 @@ def test_one_malformed_reply_costs_its_own_site_the_answer_and_no_other(
     assert seconds < 60
 
 
-@pytest.mark.parametrize("lie", [no_time_of_creation, no_time_to_live])
+@pytest.mark.parametrize(
+    "lie", [no_time_of_creation, pytest.param(no_time_to_live, marks=pytest.mark.slow)]
+)
 def test_a_time_that_is_no_number_gets_through_no_port(
     running: Running, nodes: Nodes, lie: Callable[[HandDrivenNode, Message], Sent]
 ) -> None:
@@ -355,6 +363,7 @@ def test_a_premature_confirmation_deletes_nothing(running: Running, nodes: Nodes
 # A reply begun and not finished, and a node that says nothing
 
 
+@pytest.mark.slow
 def test_half_a_reply_and_a_silent_node_cost_the_timeout_and_no_other_the_answer(
     running: Running, nodes: Nodes
 ) -> None:
@@ -424,7 +433,13 @@ LARGE = (
 )
 
 
-@pytest.mark.parametrize("lie", LARGE, ids=[each.__name__ for each in LARGE])
+@pytest.mark.parametrize(
+    "lie",
+    [
+        pytest.param(each, id=each.__name__, marks=pytest.mark.slow if number else ())
+        for number, each in enumerate(LARGE)
+    ],
+)
 def test_a_reply_beyond_the_study_s_bound_costs_its_own_site_the_answer(
     running: Running, nodes: Nodes, lie: Callable[[HandDrivenNode, Message], Sent]
 ) -> None:

@@ -161,6 +161,7 @@ def test_invite(place: Coordinator) -> None:
     assert_private(place.root)
 
 
+@pytest.mark.slow
 def test_approve_and_revoke(place: Coordinator, tmp_path: Path) -> None:
     for verb in ("approve", "revoke"):
         steps, killed = 0, True

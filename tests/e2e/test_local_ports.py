@@ -8,6 +8,8 @@ import signal
 import stat
 from pathlib import Path
 
+import pytest
+
 from cloister_fl.client.flower.names import RUN, SOCKET
 from support.coordinator_process import wait_for
 from support.deployment import Deployment, descendants
@@ -53,6 +55,7 @@ def test_no_port_is_open_that_carries_authority(three: Deployment) -> None:
     assert found == {_port(file.private.health)}
 
 
+@pytest.mark.slow
 def test_a_node_that_was_killed_comes_back_on_its_socket_and_opens_no_port(
     three: Deployment,
 ) -> None:

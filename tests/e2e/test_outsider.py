@@ -301,6 +301,7 @@ def test_a_request_made_for_another_coordinator(running: Running, tmp_path: Path
     assert running.refused(act, "proof-invalid") == 403
 
 
+@pytest.mark.slow
 def test_a_man_in_the_middle_gets_nothing(
     running: Running, tmp_path: Path, north: Hospital
 ) -> None:
@@ -329,6 +330,7 @@ def test_a_man_in_the_middle_gets_nothing(
         server.stop()
 
 
+@pytest.mark.slow
 def test_the_enrolment_port_is_open_only_while_an_invite_is(tmp_path: Path) -> None:
     server = coordinator_process.start(
         coordinator_process.new_coordinator(tmp_path / "fed"), tmp_path / "out"

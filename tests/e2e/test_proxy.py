@@ -118,6 +118,7 @@ def told(site: Site, check: Check, error: Error, *words: str) -> None:
 # Through it
 
 
+@pytest.mark.slow
 def test_a_hospital_joins_through_a_proxy_that_asks_who(running: Running, tmp_path: Path) -> None:
     invite = running.invite("east")
     with Proxy(login=LOGIN) as proxy:

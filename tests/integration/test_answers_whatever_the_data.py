@@ -199,7 +199,7 @@ QUICK = {"nothing", "no_files_and_no_labels", "a_class_gone", "a_stray_quotation
             damage,
             moment,
             id=f"{name} before {moment}",
-            marks=() if moment == "prepare" or name in QUICK else pytest.mark.slow,
+            marks=() if name in QUICK else pytest.mark.slow,
         )
         for name, damage in {**OF_FILES, **OF_LABELS}.items()
         for moment in MOMENTS
@@ -258,8 +258,19 @@ def test_weights_that_are_not_finite_do_not_show(
     assert data_notices(site.root)[PLAIN.digest].code == "CLO-403"
 
 
-@pytest.mark.parametrize("moment", ["prepare", "train"])
-@pytest.mark.parametrize("name", OF_FILES)
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [
+        pytest.param(
+            name,
+            moment,
+            id=f"{name}-{moment}",
+            marks=() if moment == "prepare" and name in QUICK else pytest.mark.slow,
+        )
+        for name in OF_FILES
+        for moment in MOMENTS
+    ],
+)
 def test_no_damage_shows_in_a_study_of_masks(
     outlined: Hospital, name: str, moment: str, tmp_path: Path
 ) -> None:
@@ -397,7 +408,7 @@ SECURE = {
 }
 
 
-@pytest.fixture(scope="module", params=sorted(SECURE))
+@pytest.fixture(scope="module", params=["classes", pytest.param("masks", marks=pytest.mark.slow)])
 def federation(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Study, Path]:

@@ -104,6 +104,7 @@ def test_it_says_what_the_ledger_says(charged: Site, data: bytes) -> None:
     assert "lifetime" not in data.decode()
 
 
+@pytest.mark.slow
 def test_two_other_accountants_agree(charged: Site, data: bytes, exported: bytes) -> None:
     found = certificate.read(data)
     told = check(found, ledger=ledger_export.read(exported), log=entries_of(charged))
@@ -128,6 +129,7 @@ def test_a_study_whose_engine_does_not_keep_the_claim_is_a_fault(data: bytes) ->
     assert "Ask the site" not in told.remedy
 
 
+@pytest.mark.slow
 def test_the_command_says_what_to_do_about_such_a_study(
     data: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,6 +228,7 @@ def test_fewer_steps_than_the_ledger_counts(charged: Site, data: bytes, exported
     assert f"counts {found.steps_started} steps of this run" in " ".join(told.faults)
 
 
+@pytest.mark.slow
 def test_the_ledger_of_another_site_or_time(charged: Site, data: bytes, exported: bytes) -> None:
     ledger = ledger_export.read(exported)
     stranger = changed(data, Identity.generate())
@@ -282,6 +285,7 @@ def test_an_export_that_lacks_a_line(exported: bytes) -> None:
             ledger_export.read(b"".join(lines[:gone] + lines[gone + 1 :]))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(
     sigma=st.floats(0.6, 20),

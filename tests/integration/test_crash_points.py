@@ -233,10 +233,10 @@ def kill(place: Place, at: int) -> bool:
 
 
 def few(place: Place) -> list[int]:
-    """Every second point from the charge to the look at the data, and some of all others."""
+    """Every sixth point from the charge to the look at the data, and some of all others."""
     names = place.points.names
     around = range(names.index("charge"), names.index("Kept.cohort") + 1)
-    return sorted({*around[::2], around[-1], *range(0, len(names), 30), len(names) - 1})
+    return sorted({*around[::6], around[-1], *range(0, len(names), 60), len(names) - 1})
 
 
 def test_the_points_are_those_of_a_round(place: Place) -> None:

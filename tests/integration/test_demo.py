@@ -7,6 +7,8 @@ the product has no such switch.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +17,17 @@ from safetensors import safe_open
 
 from cloister_fl.client.app import app
 from cloister_fl.errors import OutputInTheWay
+from cloister_fl.simulation import demo_data, synthetic_sites
 from cloister_fl.simulation.demo import free_folder, run_demo
 from cloister_fl.simulation.demo_data import STUDY
 from cloister_fl.simulation.simulated_run import Simulation, run_simulation
+from cloister_fl.simulation.synthetic_hospitals import HOSPITALS
 from cloister_fl.simulation.synthetic_sites import draw_federation
 from cloister_fl.study.file import parse_study
 from support.seeded_noise import SeededClientApp
 
 SITES = 5
+SHORT = STUDY.replace("rounds = 8", "rounds = 2")
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +35,19 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A demo as it is run, with the product's own noise."""
     folder = tmp_path_factory.mktemp("demo") / "demo"
     run_demo(folder, seed=0, engine="in-process", progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo of few patients and two rounds: each of its steps, in a part of the time."""
+    folder = tmp_path_factory.mktemp("short") / "demo"
+    few = [replace(hospital, patients=24, prevalence=0.5) for hospital in HOSPITALS]
+    drawing = partial(draw_federation, hospitals=few, holdout_patients=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthetic_sites, "draw_federation", drawing)
+        patch.setattr(demo_data, "STUDY", SHORT)
+        run_demo(folder, seed=0, engine="in-process", progress=False)
     return folder
 
 
@@ -55,6 +73,17 @@ def _auroc(
     return value
 
 
+def test_a_demo_goes_from_nothing_to_a_report(short: Path) -> None:
+    summary = _summary(short / "run")
+    assert (summary["sites"], summary["rounds"], summary["rounds_lost"]) == (5, 2, [])
+    assert 7 < float(str(summary["epsilon_max"])) <= 8
+    assert summary["secure_aggregation"] is True
+    with safe_open(short / "run" / "model.safetensors", framework="np") as file:
+        assert parse_study(SHORT).digest == file.metadata()["study_hash"]
+    assert (short / "run" / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_the_demo_ends_well_within_its_promise(drawn: Path) -> None:
     summary = _summary(drawn / "run")
     assert summary["auroc_final"] >= 0.85
@@ -67,12 +96,12 @@ def test_the_demo_ends_well_within_its_promise(drawn: Path) -> None:
     assert (drawn / "run" / "report.html").stat().st_size > 10_000
 
 
-def test_the_junk_is_turned_away_and_counted(drawn: Path) -> None:
+def test_the_junk_is_turned_away_and_counted(short: Path) -> None:
     from cloister_fl.client.preflight.data_check import inspect
     from cloister_fl.client.site.folder import open_site
     from cloister_fl.errors import Reject
 
-    report = inspect(open_site(drawn / "run" / "sites" / "northgate"), parse_study(STUDY))
+    report = inspect(open_site(short / "run" / "sites" / "northgate"), parse_study(SHORT))
     assert dict(report.rejects) == {
         Reject.NOT_DICOM: 3,
         Reject.TRUNCATED: 1,

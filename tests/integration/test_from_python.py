@@ -106,9 +106,9 @@ def test_a_whole_study_from_the_file_to_scores(
     assert 5.5 < summary["epsilon_max"] <= 6.0
     assert run == read_result(tmp_path / "run")
     scored = predict(str(run.model), str(folders / "holdout"), str(tmp_path / "scores.csv"))
-    assert (scored.images, scored.masks) == (40, False)
+    assert (scored.images, scored.masks) == (20, False)
     lines = (tmp_path / "scores.csv").read_text().splitlines()
-    assert (lines[0], len(lines)) == ("SOPInstanceUID,score_no,score_yes", 41)
+    assert (lines[0], len(lines)) == ("SOPInstanceUID,score_no,score_yes", 21)
     # Nobody looks at a terminal here, and nothing is left to say.
     assert capfd.readouterr() == ("", "")
 
@@ -176,6 +176,7 @@ def test_the_command_hands_all_that_it_is_given_to_simulate(
     assert json.loads(capsys.readouterr().out) == finished.summary
 
 
+@pytest.mark.slow
 def test_what_a_callback_raises_ends_the_run_which_can_be_resumed(
     folders: Path, tmp_path: Path
 ) -> None:
@@ -268,7 +269,9 @@ READERS = {"threads", "children"}
 """Processes that read DICOM wait for 20 seconds for more, and then end by themselves."""
 
 
-@pytest.mark.parametrize("first", ["", HOST], ids=["fresh", "host"])
+@pytest.mark.parametrize(
+    "first", [pytest.param("", marks=pytest.mark.slow, id="fresh"), pytest.param(HOST, id="host")]
+)
 def test_nothing_of_the_calling_program_is_changed(
     folders: Path, tmp_path: Path, first: str
 ) -> None:
@@ -290,6 +293,7 @@ def test_nothing_of_the_calling_program_is_changed(
     assert all("cloister_fl.client.dicom.sandbox.worker" in line for line in readers["children"])
 
 
+@pytest.mark.slow
 def test_a_prediction_alone_changes_nothing_either(folders: Path, tmp_path: Path) -> None:
     asked = study(training=SHORT, privacy=OPEN)
     run = simulate(asked, folders / "sites", tmp_path / "run", progress=False)
@@ -328,6 +332,7 @@ def test_nothing_is_changed_by_drawing_images(tmp_path: Path) -> None:
     assert changes_of(code, first=HOST, folder=tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_the_threads_of_torch_are_those_that_were_asked_for(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,6 +355,7 @@ def test_the_threads_of_torch_are_those_that_were_asked_for(
 # Where it runs
 
 
+@pytest.mark.slow
 def test_it_runs_under_an_event_loop(folders: Path, tmp_path: Path) -> None:
     async def cell() -> float | None:
         return simulate(study(training=SHORT), folders / "sites", tmp_path / "run").epsilon
@@ -359,6 +365,7 @@ def test_it_runs_under_an_event_loop(folders: Path, tmp_path: Path) -> None:
     assert 5.5 < epsilon <= 6.0
 
 
+@pytest.mark.slow
 def test_two_threads_take_turns(folders: Path, tmp_path: Path) -> None:
     asked = study(training=SHORT, privacy=OPEN)
     order: list[str] = []
@@ -382,6 +389,7 @@ def test_two_threads_take_turns(folders: Path, tmp_path: Path) -> None:
     assert results == {"one": alone, "two": alone}
 
 
+@pytest.mark.slow
 def test_a_notebook_runs_it_and_shows_a_bar(folders: Path, tmp_path: Path) -> None:
     cells = [
         program(folders, "threads=1"),
@@ -421,12 +429,20 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, where: str, at: int) -> None:
     ("where", "at", "began", "lost"),
     [
         # While a site reads its images: nothing was trained.
-        ("cloister_fl.client.dicom.read_ahead.Reader._end", 60, False, []),
+        pytest.param(
+            "cloister_fl.client.dicom.read_ahead.Reader._end", 30, False, [], marks=pytest.mark.slow
+        ),
         # While the third site trains in round 1, and the first in round 2.
-        ("cloister_fl.client.app.train_round", 3, True, [1]),
+        pytest.param("cloister_fl.client.app.train_round", 3, True, [1], marks=pytest.mark.slow),
         ("cloister_fl.client.app.train_round", 6, True, [2]),
         # While the figures of the run are written.
-        ("cloister_fl.server.results.artifacts.write_report", 1, True, []),
+        pytest.param(
+            "cloister_fl.server.results.artifacts.write_report",
+            1,
+            True,
+            [],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_interrupt_ends_it_and_it_can_be_resumed_in_the_same_process(
@@ -456,6 +472,7 @@ def test_an_interrupt_ends_it_and_it_can_be_resumed_in_the_same_process(
     del kept
 
 
+@pytest.mark.slow
 def test_an_interrupt_gives_torch_its_threads_back(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -493,6 +510,7 @@ def test_an_interrupt_ends_a_run_on_ray_and_its_threads(folders: Path, tmp_path:
     gc.collect()  # Ray leaves files open; their warnings belong to this test
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_script_that_resumes_afterwards(folders: Path, tmp_path: Path) -> None:
     """The signal itself, to all processes of the terminal, as a terminal and a kernel send it."""
     code = program(folders).replace("run = simulate(", "more = (") + (

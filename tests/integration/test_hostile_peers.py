@@ -100,6 +100,7 @@ def test_a_dealer_of_bad_boxes_is_found_by_its_accusers_and_left_out(
     assert charges(out, "birke") == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_dealer_of_a_wrong_secret_costs_one_round(
     sites: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +116,7 @@ def test_a_dealer_of_a_wrong_secret_costs_one_round(
     assert any(str(line).startswith(lost) for line in summary["warnings"])
 
 
+@pytest.mark.slow
 def test_one_accuser_alone_is_not_believed(
     sites: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +191,7 @@ def test_a_dealer_whose_box_does_not_open_shuts_nobody_out(
     assert took_part[1:] == ([5, 5, 5] if answers else [4, 4, 4])
 
 
+@pytest.mark.slow
 def test_a_site_that_complains_of_every_box_costs_trips_and_nothing_else(
     sites: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +252,7 @@ def test_an_answer_in_another_s_name_counts_for_nobody(sites: Path, tmp_path: Pa
     assert summary["refused"] == {"birke": "protocol"}
 
 
+@pytest.mark.slow
 def test_nobody_takes_another_s_seat(sites: Path, tmp_path: Path) -> None:
     def as_birke(answer: Answer, context: Context) -> RoundMessage:
         return replace(answer, site="birke") if isinstance(answer, Prepared) else answer
@@ -263,6 +267,7 @@ def test_nobody_takes_another_s_seat(sites: Path, tmp_path: Path) -> None:
     assert next(iter(summary["refused"])).startswith("node ")
 
 
+@pytest.mark.slow
 def test_a_site_off_the_roster_ends_no_run(sites: Path, tmp_path: Path) -> None:
     def stranger(answer: Answer, context: Context) -> RoundMessage:
         return replace(answer, site="zorn") if isinstance(answer, Prepared) else answer
@@ -275,6 +280,7 @@ def test_a_site_off_the_roster_ends_no_run(sites: Path, tmp_path: Path) -> None:
     assert "zorn" not in summary["site_names"]
 
 
+@pytest.mark.slow
 def test_a_refusal_in_another_s_name_is_not_told_as_its_own(sites: Path, tmp_path: Path) -> None:
     def slander(answer: Answer, context: Context) -> RoundMessage:
         refusal = Refusal("birke", "budget", b"\0" * 64)
@@ -330,6 +336,7 @@ def test_what_was_asked_for_once_is_asked_for_again_and_nothing_else(
     assert summary["rounds_lost"] == []
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_in_nobody_new(sites: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     more = tmp_path / "sites"
@@ -439,6 +446,7 @@ def test_every_sum_of_a_run_has_a_number_of_its_own() -> None:
     assert len(set(numbers)) == len(numbers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", ["rounds = 1", "rounds = 2\nmomentum = 0.5"])
 def test_two_studies_over_one_model_share_their_answers(
     training: str, sites: Path, tmp_path: Path

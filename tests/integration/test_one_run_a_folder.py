@@ -82,6 +82,7 @@ def test_a_run_is_resumed_by_one_process(sites: Path, tmp_path: Path) -> None:
     assert summary["rounds"] == 2
 
 
+@pytest.mark.slow
 def test_the_folder_is_held_for_the_whole_run(sites: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     told: list[str] = []

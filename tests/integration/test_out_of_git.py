@@ -127,6 +127,7 @@ def test_a_simulation(repository: Path, tmp_path: Path) -> None:
     assert offered(repository) == []
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_gitignore_alone_is_an_empty_one(repository: Path, tmp_path: Path) -> None:
     """So what a start leaves that was killed at once does not stand in the way of the next."""
     sites = write_federation(tmp_path / "sites", images=1)

@@ -79,6 +79,7 @@ def test_a_masked_run_gives_the_model_of_a_plain_one(
     assert not np.array_equal(masked, plain)
 
 
+@pytest.mark.slow
 def test_the_sites_histograms_are_summed_to_the_patient(sites: Path, tmp_path: Path) -> None:
     figures = []
     for name, secure in (("masked", "true"), ("plain", "false")):
@@ -140,6 +141,7 @@ def test_a_site_may_die_before_the_shares(sites: Path, tmp_path: Path) -> None:
     assert charges(out, "dorn") == [1, 2, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [pytest.param("vectors", marks=pytest.mark.slow), "shares"])
 def test_a_sum_that_failed_is_tried_again_without_training_again(
     sites: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
@@ -187,6 +189,7 @@ def test_two_missing_sites_of_five_end_the_run_by_name_and_cost_one_round(
     assert charges(out, "birke") == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_restart_gives_the_epoch_up_and_the_round_goes_on(sites: Path, tmp_path: Path) -> None:
     """Secrets are in memory alone: after a restart a site answers for no epoch of before."""
     out = tmp_path / "run"

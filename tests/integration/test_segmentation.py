@@ -151,6 +151,7 @@ def test_a_model_outlines_new_images_at_their_own_size(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found", "images"]
 
 
+@pytest.mark.slow
 def test_privately_no_dice_leaves_and_a_holdout_measures(folders: Path, tmp_path: Path) -> None:
     study = asked(
         privacy="epsilon = 8.0\ndelta = 1e-4",

@@ -215,6 +215,7 @@ def test_a_run_that_ended_early_says_so_and_by_what(tmp_path: Path) -> None:
     assert "anker: its policy does not allow the study" in render(account(log))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_one_run(tmp_path: Path) -> None:
     sites = write_federation(tmp_path / "sites", images=1)
     out = tmp_path / "run"

@@ -60,6 +60,7 @@ def test_a_private_run_leaves_a_model_and_an_honest_summary(folders: Path, tmp_p
     assert "Each update was masked" in (out / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_every_site_charged_its_own_ledger_before_it_trained(folders: Path, tmp_path: Path) -> None:
     asked = study()
     summary = run_simulation(Simulation(asked, folders / "sites", tmp_path / "run"))
@@ -150,6 +151,7 @@ def test_without_privacy_it_learns_and_says_what_that_means(folders: Path, tmp_p
     assert any("may reveal single patients" in warning for warning in summary["warnings"])
 
 
+@pytest.mark.slow
 def test_without_privacy_two_runs_are_the_same_to_the_bit(folders: Path, tmp_path: Path) -> None:
     asked = study(privacy="enabled = false")
     for name in ("one", "two"):
@@ -209,6 +211,7 @@ def test_fedprox_keeps_closer_to_the_global_model(folders: Path, tmp_path: Path)
     assert norms["prox"] < 0.8 * norms["avg"]
 
 
+@pytest.mark.slow
 def test_the_opacus_engine_runs_the_whole_way(folders: Path, tmp_path: Path) -> None:
     asked = study(training='engine = "opacus"')
     summary = run_simulation(Simulation(asked, folders / "sites", tmp_path / "run"))
@@ -276,6 +279,7 @@ def test_no_hospital_is_dropped_in_silence(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_a_killed_writer_left_is_swept_on_resume(folders: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run_simulation(Simulation(study(), folders / "sites", out))

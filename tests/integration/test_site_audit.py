@@ -137,7 +137,7 @@ def test_the_command_says_what_left(
     (decision,) = answer["judged"]
     assert (decision["study"], decision["decision"]) == (study().digest, "approved")
     (frozen,) = answer["frozen"]
-    assert (frozen["study"], frozen["images"], frozen["why"]) == (study().digest, 48, "")
+    assert (frozen["study"], frozen["images"], frozen["why"]) == (study().digest, 20, "")
     assert decision["data"] == frozen["sha256"]
     data = frozen["sha256"][:16]
     assert f"{study().digest[:16]} approved by the steward, with the data {data}" in told

@@ -78,6 +78,7 @@ def test_a_run_waits_in_its_middle_and_loses_no_round(tmp_path: Path) -> None:
     assert (run.summed, run.lost, run.ended) == ([1, 2, 3], [], "done")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("patient")
 def test_a_site_that_begins_out_of_its_hours_is_of_the_run(tmp_path: Path) -> None:
     """It is invited, so the sums are over the same sites before its hours and in them."""

@@ -59,6 +59,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_a_federation_learns_what_only_the_order_of_slices_tells(
     folders: Path, tmp_path: Path
 ) -> None:
@@ -76,6 +77,7 @@ def test_a_federation_learns_what_only_the_order_of_slices_tells(
     assert [row["round"] for row in rows] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_private_federation_of_volumes(folders: Path, tmp_path: Path) -> None:
     study = asked(
         training="rounds = 1\nsteps = 1\naugment = true",

@@ -381,6 +381,7 @@ def test_a_folder_that_is_rolled_back_as_a_whole_is_refused_while_the_process_li
 # What a steward does meanwhile.
 
 
+@pytest.mark.slow
 def test_a_decision_on_another_study_costs_a_reading_and_no_refusal(
     site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -63,8 +63,8 @@ def write_federation(
     root: Path,
     *,
     names: Sequence[str] = NAMES,
-    patients: int = 24,
-    images: int = 2,
+    patients: int = 20,
+    images: int = 1,
     seed: int = 0,
     prefix: str = "MRN",
 ) -> Path:
@@ -76,7 +76,7 @@ def write_federation(
 
 
 def write_cohort(
-    folder: Path, rng: np.random.Generator, prefix: str, *, patients: int = 24, images: int = 2
+    folder: Path, rng: np.random.Generator, prefix: str, *, patients: int = 20, images: int = 1
 ) -> Path:
     """Write ``dicom/`` and ``labels.csv`` of one site: every second patient has the finding."""
     rows = ["PatientID,finding"]

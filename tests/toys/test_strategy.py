@@ -129,6 +129,7 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("added")
 def test_its_momentum_is_kept_over_a_crash(sites: Path, tmp_path: Path) -> None:
     def die(event: Event) -> None:

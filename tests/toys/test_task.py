@@ -96,6 +96,7 @@ def test_a_federation_trains_and_predicts_it(sites: Path, tmp_path: Path) -> Non
     assert all(0 <= float(row["grade_as_a_share"]) <= 1 for row in told)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("added")
 def test_privately_its_counts_leave_noised_and_once(sites: Path, tmp_path: Path) -> None:
     summary = run_simulation(Simulation(asked(private=True), sites, tmp_path / "run"))

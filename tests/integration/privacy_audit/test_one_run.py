@@ -124,7 +124,9 @@ def test_what_is_told_follows_from_scores_and_coins() -> None:
         pytest.param(
             {"optimizer": "adam", "learning_rate": 0.01, "steps": 2}, marks=pytest.mark.slow
         ),
-        {"engine": "opacus", "schedule": "cosine", "momentum": 0.9},
+        pytest.param(
+            {"engine": "opacus", "schedule": "cosine", "momentum": 0.9}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_training_without_noise_is_refuted(

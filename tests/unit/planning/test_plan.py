@@ -213,6 +213,7 @@ def write(folder: Path, privacy: str = "") -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_the_command_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = end(capsys, "study", "plan", write(tmp_path), "--patients", "400, 250")
     assert (status, err) == (0, "")

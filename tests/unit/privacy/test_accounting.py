@@ -74,6 +74,7 @@ def test_pld_agrees_with_prv(sigma: float, q: float, steps: int, delta: float) -
     assert pld == pytest.approx(epsilon_prv(sigma, q, steps, delta), abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sigma", "q", "steps", "delta"),
     [(1.0, 0.02, 1_000, 1e-5), (2.0, 0.3, 200, 1e-5), (0.9, 0.05, 1, 1e-5), (1.1, 0.05, 180, 1e-6)],
@@ -109,6 +110,7 @@ def test_pld_stays_below_rdp_and_the_filter_above_both(
     assert lifetime.lifetime_epsilon(alone(sigma, q, steps), delta) >= pld
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(sigma=st.floats(0.6, 20), q=st.floats(0.005, 1), steps=st.integers(1, 300))
 def test_more_noise_costs_less_and_more_steps_cost_more(sigma: float, q: float, steps: int) -> None:
@@ -147,6 +149,7 @@ def test_nothing_costs_nothing_and_what_cannot_be_bounded_is_infinite() -> None:
     assert epsilon_pld(0.01, 0.3, 1_000, 1e-5) == math.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sigma", "q", "steps"), [(1.0, 1.0, 1), (10.8, 1.0, 60), (0.8, 0.05, 40), (1.7, 0.1, 100)]
 )

@@ -217,6 +217,7 @@ def test_review_names_the_weights_that_a_study_stands_on(site: Site) -> None:
     assert "starts from" not in review(site, judgements(site)[study().digest])
 
 
+@pytest.mark.slow
 def test_the_commands_judge_and_a_run_follows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

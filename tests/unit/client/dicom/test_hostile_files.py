@@ -80,11 +80,12 @@ def test_each_hostile_file_ends_as_it_must(pool: Pool) -> None:
     assert _wrong(pool, corpus()) == []
 
 
+@pytest.mark.slow
 def test_a_bomb_of_each_coding_is_an_image_or_a_code(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Some would take the whole time that they may; the test has less of it.
-    monkeypatch.setattr(worker_process, "WALL_SECONDS", 3)
+    monkeypatch.setattr(worker_process, "WALL_SECONDS", 1)
     assert _wrong(pool, bombs()) == []
 
 
@@ -95,6 +96,7 @@ def test_names_of_the_corpus_are_told_apart() -> None:
     assert len(names) > 150
 
 
+@pytest.mark.slow
 def test_the_precinct_bomb_needs_its_limit(pool: Pool) -> None:
     bomb = precinct_bomb()
     assert acceptance.precheck(bomb.data, SPEC.modalities), "a check before decoding stops it"
@@ -195,6 +197,7 @@ def test_5000_damaged_files(pool: Pool) -> None:
     assert ends[str(Reject.DECODE_FAILED)] >= 100
 
 
+@pytest.mark.slow
 def test_damage_ends_the_same_way_each_time(pool: Pool) -> None:
     for number in range(40):
         assert _end(pool, _mutated(number)) is _end(pool, _mutated(number))

@@ -272,6 +272,7 @@ def test_workers_that_cannot_start_are_an_error() -> None:
         Worker("no_such_module")
 
 
+@pytest.mark.slow
 def test_a_worn_or_idle_worker_is_replaced(fresh: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_process, "MAX_FILES", 2)
     seen = set()
@@ -308,6 +309,7 @@ def test_closing_ends_the_busy_and_leaves_nothing() -> None:
         pool.submit(SOUND, SPEC)
 
 
+@pytest.mark.slow
 def test_crashes_leak_no_descriptor(pool: Pool) -> None:
     assert _outcome(pool, SOUND) is None
     before = len(_names("/proc/self/fd"))
@@ -389,6 +391,7 @@ def test_a_folder_is_read_in_order(tmp_path: Path) -> None:
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_early_leaves_the_pool_usable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

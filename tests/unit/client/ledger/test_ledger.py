@@ -529,6 +529,7 @@ def spawn(path: Path, body: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_two_processes_race_for_the_last_of_it(path: Path) -> None:
     body = f"""
 print("ready", flush=True)
@@ -595,6 +596,7 @@ except CloisterError as error:
     assert ledger.spent() == ((NOISE, 4),)
 
 
+@pytest.mark.slow
 def test_kill_after_every_line_never_refunds(path: Path) -> None:
     """A process is killed (SIGKILL) after each thing it did; what it said it did is there."""
     body = f"""

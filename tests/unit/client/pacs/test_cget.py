@@ -235,6 +235,7 @@ def test_every_image_comes_as_it_is_stored(
     )
 
 
+@pytest.mark.slow
 def test_segmentations_come_with_their_images_where_they_are_asked_for(
     tmp_path: Path, archive: Archive
 ) -> None:
@@ -277,6 +278,7 @@ def test_modalities_are_split_where_they_do_not_fit(monkeypatch: pytest.MonkeyPa
     assert cget.associations(EVERY) == [("CR", "DX", "MG"), ("CT", "MR", "US")]
 
 
+@pytest.mark.slow
 def test_all_modalities_at_once_are_fetched(tmp_path: Path, archive: Archive) -> None:
     (key, source) = next(iter(archive.files.items()))
     file = segment([source], np.ones((1, 48, 40), bool))
@@ -492,6 +494,7 @@ def test_an_answer_to_a_question_has_a_length(
     assert fetch(_site(tmp_path / "b", archive.port)).found == 6
 
 
+@pytest.mark.slow
 def test_a_slow_image_is_waited_for_as_long_as_it_comes(
     tmp_path: Path, archive: Archive, monkeypatch: pytest.MonkeyPatch
 ) -> None:

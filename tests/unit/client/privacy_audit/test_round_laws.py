@@ -67,6 +67,7 @@ def draws(law: Law, mean: Any, generator: np.random.Generator) -> Any:
     return -law.deviation * (np.asarray(mean) @ law.shares + generator.standard_normal(SIZE))
 
 
+@pytest.mark.slow
 def test_sound_updates_are_seldom_accused() -> None:
     """150 simulated audits: each test's p-values are uniform or larger."""
     generator, kept = np.random.default_rng(3), Kept()

@@ -98,6 +98,7 @@ def test_a_second_user_leaves_all_cores_to_those_to_come(threads: int) -> None:
     assert seen == [threads, threads]
 
 
+@pytest.mark.slow
 def test_a_patients_gradient_does_not_depend_on_the_number_of_cores() -> None:
     module = build(Network(name="resnet18"), 2, 1, size=32, seed=0)
 

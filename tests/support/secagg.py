@@ -92,18 +92,23 @@ class MemoryStore:
         return copy.deepcopy(self)
 
 
-def identity_of(name: str, seed: bytes = b"identity") -> Identity:
-    key = hashlib.sha256(seed + name.encode()).digest()
-    return Identity(Ed25519PrivateKey.from_private_bytes(key))
+def identity_secret(name: str, rekeyed: Collection[str] = ()) -> bytes:
+    """The private key of a site; those of ``rekeyed`` have another than before."""
+    seed = b"renewed identity" if name in rekeyed else b"identity"
+    return hashlib.sha256(seed + name.encode()).digest()
+
+
+def identity_of(name: str, rekeyed: Collection[str] = ()) -> Identity:
+    return Identity(Ed25519PrivateKey.from_private_bytes(identity_secret(name, rekeyed)))
 
 
 def site_names(n: int) -> tuple[str, ...]:
     return tuple(f"site-{number:02d}" for number in range(1, n + 1))
 
 
-def roster_of(names: Collection[str]) -> Roster:
-    entries = [RosterEntry(name, identity_of(name).public) for name in names]
-    return Roster.of("federation", 1, entries)
+def roster_of(names: Collection[str], serial: int = 1, rekeyed: Collection[str] = ()) -> Roster:
+    entries = [RosterEntry(name, identity_of(name, rekeyed).public) for name in names]
+    return Roster.of("federation", serial, entries)
 
 
 def over(message: Message) -> Any:
@@ -128,9 +133,13 @@ class Federation:
         weights: dict[str, float] | None = None,
         data_seed: int = 7,
         max_weight_ratio: float = 1000.0,
+        names: tuple[str, ...] | None = None,
+        roster: Roster | None = None,
+        rekeyed: Collection[str] = (),
     ) -> None:
-        self.names = site_names(n)
-        self.roster = roster_of(self.names)
+        self.names = names or site_names(n)
+        self.rekeyed = rekeyed
+        self.roster = roster or roster_of(self.names)
         self.colluders = colluders
         self.seed = seed
         self.dimension = dimension
@@ -151,7 +160,7 @@ class Federation:
 
     def make_site(self, name: str) -> Site:
         common = {
-            "identity": identity_of(name),
+            "identity": identity_of(name, self.rekeyed),
             "name": name,
             "roster": self.roster,
             "policy": self.policy,

@@ -39,6 +39,8 @@ from cloister_fl.secagg.unmasking import Aggregate
 FORMAT = "cloister/secagg/v2/transcript"
 
 Direction = Literal["to site", "to server"]
+TO_SITE: Direction = "to site"
+TO_SERVER: Direction = "to server"
 
 
 @dataclass
@@ -118,17 +120,41 @@ def _replay(data: Any) -> tuple[Aggregate, Any]:
     server: ServerEpoch | None = None
     for entry in data["messages"]:
         message = decode(bytes.fromhex(entry["bytes"]))
+        _check_label(entry, message)
         if isinstance(message, AdvertiseRequest) and server is None:
             server = ServerEpoch(message.terms, roster)
         if server is None:
             raise TranscriptMismatch("The transcript does not begin with stage 0.")
-        if entry["direction"] == "to server":
+        if entry["direction"] == TO_SERVER:
             _receive(server, message)
         elif _request(server, message, entry["site"]).encode() != message.encode():
             raise TranscriptMismatch(f"A {message.NAME} request is not what the server sends.")
     if server is None:
         raise TranscriptMismatch("The transcript is empty.")
     return server.finish(), data["outcome"]
+
+
+def _check_label(entry: Any, message: Message) -> None:
+    """Refuse an entry whose direction, site or name is not that of its message."""
+    direction: Direction = TO_SITE
+    sites: tuple[str, ...] = (entry["site"],)
+    match message:
+        case Shares():
+            direction, sites = TO_SERVER, (message.dealing.dealer,)
+        case Advertisement() | Complaint() | Disclosure() | Masked() | Consistent() | Unmasked():
+            direction, sites = TO_SERVER, (message.site,)
+        case AdvertiseRequest():
+            sites = message.terms.invited
+        case ShareRequest():
+            sites = tuple(record.site for record in message.records)
+        case ConsistencyRequest() | UnmaskRequest():
+            sites = message.u3
+    if (
+        entry["direction"] != direction
+        or entry["site"] not in sites
+        or entry["message"] != message.NAME
+    ):
+        raise TranscriptMismatch("An entry of the transcript is about another message than it has.")
 
 
 def _receive(server: ServerEpoch, message: Message) -> None:

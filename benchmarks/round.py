@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from cloister_fl.simulation.synthetic_hospitals import HOSPITALS
 from cloister_fl.simulation.synthetic_sites import draw_federation
 from cloister_fl.study.file import parse_study
+from cloister_fl.study.initial_model import bind
 from support import deployment
 from support.coordinator_process import free_ports, reachable, wait_for
 
@@ -166,7 +167,7 @@ def ours(base: Path, rounds: int) -> tuple[Cost, float]:
         time.sleep(20)
         idle = (cpu_of(roots) - before) / 20
         name = made.run(text)
-        made.approve(parse_study(text))
+        made.approve(bind(parse_study(text)))
         status = made.folder / "runs" / name / "status.json"
         ended, spent = [], []
         seen = 0

@@ -69,7 +69,7 @@ POLICY: Mapping[str, Any] = {
     "metrics": ("score-histograms",),
     "min_patients_per_class": 3,
 }
-OUTLINED = studies.study(
+OUTLINED = studies.bound(
     input=segmented_site.SPEC.model_dump(),
     target={"kind": "segmentation", "segment": "lungs", "column": None, "classes": None},
     network={"name": "unet", "arguments": {"width": 4}},
@@ -399,7 +399,7 @@ SECURE = {
         training="rounds = 1\nsteps = 1",
         evaluation="release_epsilon = 1.0\nsite_fraction = 0.3",
     ),
-    "masks": studies.study(
+    "masks": studies.bound(
         input=segmented_site.SPEC.model_dump(),
         target={"kind": "segmentation", "segment": "lungs", "column": None, "classes": None},
         network={"name": "unet", "arguments": {"width": 4}},

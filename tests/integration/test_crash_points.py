@@ -108,7 +108,7 @@ class Points:
 
 
 def train(number: int, asked: Study = STUDY) -> TrainTask:
-    module = registry.build(asked.network, 2, 1, size=asked.input.size, seed=0)
+    module = registry.build(asked.network, 2, 1, size=asked.input.size, seed=asked.training.seed)
     return TrainTask(asked.canonical(), "run", number, 5, octets(), flatten(module))
 
 

@@ -30,6 +30,7 @@ from cloister_fl.server.rounds.checkpoint import Checkpoints, Progress
 from cloister_fl.server.rounds.events import Began, Event, Hooks
 from cloister_fl.server.rounds.messenger import Messenger
 from cloister_fl.server.rounds.run import Outcome, Run, study_epsilon
+from cloister_fl.study.initial_model import bind
 from cloister_fl.study.schema import Study
 from support import studies
 from support.errors import raises
@@ -39,7 +40,7 @@ Answer = Callable[[str, TrainTask], RoundMessage]
 
 def _study(**tables: studies.Table) -> Study:
     few = {"aggregation": {"secure": False, "min_sites": 2}, "training": {"rounds": 3}}
-    return studies.study(**studies.merged(few, tables))
+    return bind(studies.study(**studies.merged(few, tables)))
 
 
 def _add(value: float) -> Answer:

@@ -21,7 +21,7 @@ from cloister_fl.server.rounds.site_ledgers import LEDGER_ACCEPTED, KnownLedger,
 from support import studies
 
 ONE, TWO, THREE = ("1" * 64, "2" * 64, "3" * 64)
-STUDY = studies.study(
+STUDY = studies.bound(
     privacy="enabled = false", aggregation="secure = false\nmin_sites = 2", training="rounds = 1"
 )
 

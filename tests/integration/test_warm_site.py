@@ -55,7 +55,7 @@ OTHER = study(study='name = "other"', aggregation="secure = false")
 
 
 def train(number: int) -> TrainTask:
-    module = registry.build(STUDY.network, 2, 1, size=STUDY.input.size, seed=0)
+    module = registry.build(STUDY.network, 2, 1, size=STUDY.input.size, seed=STUDY.training.seed)
     return TrainTask(STUDY.canonical(), "run", number, 5, octets(), flatten(module))
 
 
@@ -142,7 +142,9 @@ def test_a_message_is_the_same_work_whatever_was_charged_before(
 ) -> None:
     """Calls are counted, of Python's and of C's functions; seconds would depend on the machine."""
     benchmark = runpy.run_path(str(BENCHMARK))
-    module = flatten(registry.build(STUDY.network, 2, 1, size=STUDY.input.size, seed=0))
+    module = flatten(
+        registry.build(STUDY.network, 2, 1, size=STUDY.input.size, seed=STUDY.training.seed)
+    )
     monkeypatch.setattr(client, "train_round", lambda *_, **__: module)
     calls = {}
     for rounds in (1, 40, 800):
@@ -466,10 +468,13 @@ def test_the_models_of_two_rounds_do_not_mix(hospital: Site, tmp_path: Path) -> 
         asked = study(privacy="enabled = false", aggregation="secure = false")
         text = (site.root / "site.toml").read_text().replace(STUDY.digest, asked.digest)
         (site.root / "site.toml").write_text(text)
-        module = registry.build(asked.network, 2, 1, size=asked.input.size, seed=0)
+        module = registry.build(
+            asked.network, 2, 1, size=asked.input.size, seed=asked.training.seed
+        )
         first = flatten(module)
         for number in rounds:
-            model = first + np.float32(0.5 * number)
+            # Round 1 begins with the study's own model, or is refused.
+            model = first + np.float32(0.5 * (number - 1))
             task = TrainTask(asked.canonical(), "open", number, 5, octets(), model)
             reply = ask(site, task)
             assert isinstance(reply, Update), reply

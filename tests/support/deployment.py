@@ -231,12 +231,12 @@ def change_policy(folder: Path, key: str, value: str) -> None:
 
 
 def study_text(name: str, **tables: studies.Table) -> str:
-    """The text of a study that takes seconds: fixed filters, and one trained layer."""
+    """The text of a bound study that takes seconds: fixed filters, and one trained layer."""
     quick = {
         "study": {"name": name, "question": "Does the radiograph show a nodule?"},
         "network": {"name": "filter-bank"},
     }
-    return studies.study_text(**studies.merged(quick, tables))
+    return studies.bound_text(**studies.merged(quick, tables))
 
 
 def children_of(pid: int) -> dict[str, int]:

@@ -42,8 +42,8 @@ def study(**tables: Table) -> Study:
 
 
 def study_text(**tables: Table) -> str:
-    """The text of ``study(**tables)``."""
-    return studies.study_text(**studies.merged(BRIGHT_HALF, tables))
+    """The text of ``study(**tables)``, bound to its initial model."""
+    return studies.bound_text(**studies.merged(BRIGHT_HALF, tables))
 
 
 def with_engine(asked: Study, engine: str) -> Study:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tomllib
 from collections.abc import Mapping
 from typing import Any
 
+from cloister_fl.errors import CloisterError
 from cloister_fl.study.file import parse_study
 from cloister_fl.study.schema import Study
 
@@ -30,10 +32,41 @@ def study(**tables: Table) -> Study:
     return parse_study(study_text(**tables))
 
 
+def bound(**tables: Table) -> Study:
+    """``study(**tables)`` with the hash of its initial model, as a site wants it."""
+    return parse_study(bound_text(**tables))
+
+
 def study_text(**tables: Table) -> str:
     """The file of ``study(**tables)``, a line a key; it need not be valid."""
     given = merged(SMALL, tables)
     return "\n\n".join("\n".join([f"[{name}]", *_lines(given[name])]) for name in given) + "\n"
+
+
+def bound_text(**tables: Table) -> str:
+    """``study_text(**tables)`` with the hash of its initial model, as a site wants it.
+
+    A study with faults, or one that says the hash itself, is written as it is.
+    """
+    text = study_text(**tables)
+    digest = _initial_model(text)
+    line = {"training": {"initial_model": digest}}
+    return study_text(**merged(tables, line)) if digest else text
+
+
+def _initial_model(text: str) -> str:
+    try:
+        return _drawn(text)
+    except CloisterError:
+        return ""
+
+
+@functools.cache
+def _drawn(text: str) -> str:
+    from cloister_fl.study.initial_model import bind
+
+    asked = parse_study(text)
+    return "" if asked.training.initial_model else bind(asked).training.initial_model
 
 
 def merged(base: Mapping[str, Table], tables: Mapping[str, Table]) -> dict[str, dict[str, Any]]:

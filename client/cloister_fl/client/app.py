@@ -57,6 +57,8 @@ from cloister_fl.protocol.round_messages import (
     taking_part,
 )
 from cloister_fl.secagg import Session
+from cloister_fl.study.binding import require_bound
+from cloister_fl.study.initial_model import digest_of, require_initial
 from cloister_fl.study.schema import Study, study_from_canonical
 
 if TYPE_CHECKING:
@@ -116,6 +118,8 @@ def prepare(kept: Kept, message: Message, context: Context) -> Message:
     def answer(session: SiteSession, task: Prepare) -> Prepared:
         site, study = session.site, study_from_canonical(task.study)
         session.compare(task.heads)
+        # A steward is not asked about a study that any model could begin.
+        require_bound(study)
         # Before the roster: a steward is shown both together, and accepts both or neither.
         gate.consent(session, study, invited=task.sites, signatures=task.signatures)
         if study.aggregation.secure:
@@ -164,6 +168,8 @@ def train(kept: Kept, message: Message, context: Context) -> Message:
         # Before the masks: a site that sits a round out keeps its keys, and can help unmask it.
         gate.require_hours(session.site, datetime.datetime.now().time())
         if not study.aggregation.secure:
+            if task.round == 1:
+                require_initial(study, digest_of(task.vector))
             network = kept.network(session, admission, task.vector)
             gate.charge(session, admission, round_number=task.round)
             return Update(name, task.round, _trained(kept, session, admission, network, task.round))
@@ -176,6 +182,8 @@ def train(kept: Kept, message: Message, context: Context) -> Message:
                 attempt=asked.attempt,
                 model=task.vector,
             )
+            if task.round == 1:
+                require_initial(study, expected.model.hex())
             if opened.open(expected, run=task.run):
                 network = kept.network(session, admission, task.vector)
                 gate.charge(session, admission, round_number=task.round)
@@ -198,6 +206,9 @@ def evaluate(kept: Kept, message: Message, context: Context) -> Message:
         last = study.training.rounds
         if not (last if study.releases else 0) <= task.round <= last:
             raise MessageInvalid("The study has no evaluation in this round.")
+        if task.round == 0:
+            # What is measured before training is the model that training begins with.
+            require_initial(study, digest_of(task.vector))
         if not study.aggregation.secure:
             network = kept.network(session, admission, task.vector)
             if study.releases:

@@ -1,4 +1,4 @@
-"""`cloister study`: write, check, plan and sign study files."""
+"""`cloister study`: write, check, bind, plan and sign study files."""
 
 from __future__ import annotations
 
@@ -59,6 +59,28 @@ def check(
     if as_json:
         typer.echo(json.dumps({"valid": True, "hash": study.digest, "study": study.model_dump()}))
         return
+    typer.echo(_in_words(study))
+
+
+@app.command()
+def bind(
+    file: Annotated[Path, typer.Argument(help="The study file; it is changed.")] = Path(
+        "study.toml"
+    ),
+) -> None:
+    """Write the hash of the initial model into a study file.
+
+    Sites compare it with the model of the first round. Bind a study before it is signed, and on
+    the machine that proposes it: its weights are drawn here, from its seed.
+    """
+    from cloister_fl.system.optional import require
+
+    require("client", "torch")
+    from cloister_fl.study.binding import write_initial_model
+    from cloister_fl.study.initial_model import bind as bind_study
+
+    study = bind_study(load_study(file))
+    write_initial_model(file, study)
     typer.echo(_in_words(study))
 
 
@@ -143,9 +165,12 @@ def sign(
     """
     from cloister_fl.membership.identity import Identity
     from cloister_fl.study import signatures
+    from cloister_fl.study.binding import require_bound
     from cloister_fl.system.files import read_secret
 
     study = load_study(file)
+    # Bound later, it would be another study than the one that was signed.
+    require_bound(study, file)
     identity = Identity.from_pem(read_secret(key))
     count = signatures.add(file, study, identity)
     typer.echo(_in_words(study))
@@ -185,10 +210,20 @@ def _in_words(study: Study) -> str:
             f"{counted(training.steps_per_round, 'step')}, "
             f"each patient in a step with probability {training.sampling_rate:g}",
             f"  privacy    {promise}",
+            f"  starts     {_starts(study)}",
             f"  sites      {study.aggregation.strategy}, at least {_fewest(study.aggregation)}",
             f"  updates    {masked}",
             f"  hash       {study.digest}",
         )
+    )
+
+
+def _starts(study: Study) -> str:
+    """Which model round 1 begins with."""
+    if study.training.initial_model:
+        return f"from the model with the hash {study.training.initial_model}"
+    return (
+        f"from seed {study.training.seed}; the study's hash changes once it is bound to the model"
     )
 
 

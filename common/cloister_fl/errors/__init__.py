@@ -43,7 +43,8 @@
     │   ├── NetworkUnfit           CLO-401
     │   ├── ModelFileInvalid       CLO-402
     │   ├── UpdateInvalid          CLO-403
-    │   └── WeightsUnfit           CLO-404
+    │   ├── WeightsUnfit           CLO-404
+    │   └── InitialModelUnfit      CLO-405
     ├── RunError                   5xx, exit 6: rounds and the federation
     │   ├── TooFewSites            CLO-501
     │   ├── MessageInvalid         CLO-502

@@ -170,6 +170,11 @@ WeightsUnfit = ErrorKind(
 )
 
 
+class InitialModelUnfit(ModelError):
+    code = "CLO-405"
+    title = "The initial model is not the one that the study states"
+
+
 class TooFewSites(RunError):
     code = "CLO-501"
     title = "Too few sites take part"

@@ -61,6 +61,8 @@ class Refused(enum.StrEnum):
     """The round was charged before and is not trained again."""
     MESSAGE = "message"
     """The request does not have the agreed form."""
+    MODEL = "model"
+    """The model of round 1 is not the one whose hash the study carries, or it carries none."""
     ROSTER = "roster"
     """The site's trusted roster is another one, or does not list the site."""
     PROTOCOL = "protocol"

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from cloister_fl.study.file import load_study as load
     from cloister_fl.study.file import parse_study as parse
     from cloister_fl.study.file import replace
-    from cloister_fl.study.given_studies import build_network, load_signatures, privacy_cost
+    from cloister_fl.study.given_studies import (
+        bind,
+        build_network,
+        load_signatures,
+        privacy_cost,
+    )
     from cloister_fl.study.schema import Study
 else:
     from cloister_fl.system.libraries.lazy_names import lazy_names
@@ -31,6 +36,7 @@ else:
         {
             "Charges": "cost:Charges",
             "Study": "schema:Study",
+            "bind": "given_studies:bind",
             "build_network": "given_studies:build_network",
             "load": "file:load_study",
             "load_signatures": "given_studies:load_signatures",
@@ -44,6 +50,7 @@ else:
 __all__ = [
     "Charges",
     "Study",
+    "bind",
     "build_network",
     "load",
     "load_signatures",

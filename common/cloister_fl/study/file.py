@@ -25,6 +25,9 @@ from cloister_fl.system.toml import (
 )
 from cloister_fl.system.toml_positions import key_lines
 
+_DRAWN_FROM = {"input", "target", "network", "training"}
+"""Tables that say what the initial model is, see ``initial_model``."""
+
 
 class _StudyFile(Study):
     """A study as a person writes it: judged against the networks that are known here, too."""
@@ -126,7 +129,8 @@ def given_study(study: Study | StrPath) -> Study:
 def replace(study: Study | StrPath, /, **tables: Mapping[str, object]) -> Study:
     """Return a study with some keys changed, judged as a file is.
 
-    ``replace(study, privacy={"epsilon": 1.0}, training={"rounds": 4})`` keeps all other keys.
+    ``replace(study, privacy={"epsilon": 1.0}, training={"rounds": 4})`` keeps all other keys, but
+    for the hash of the initial model where that may be another one then.
 
     Args:
         study: stays as it is; or the path of its file.
@@ -142,6 +146,11 @@ def replace(study: Study | StrPath, /, **tables: Mapping[str, object]) -> Study:
         changes = isinstance(keys, Mapping) and isinstance(data.get(table, {}), dict)
         # What is no table is judged as it is, and refused.
         data[table] = {**data.get(table, {}), **keys} if changes else keys
+    training = data.get("training")
+    if _DRAWN_FROM & tables.keys() and isinstance(training, dict):
+        stated = tables.get("training", {})
+        if not (isinstance(stated, Mapping) and "initial_model" in stated):
+            training.pop("initial_model", None)
     changed, faults = judge(data, _StudyFile)
     if changed is None:
         raise StudyInvalid.of(name, faults)

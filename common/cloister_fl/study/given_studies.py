@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cloister_fl.study import signatures
+from cloister_fl.study import initial_model, signatures
 from cloister_fl.study.cost import Charges, charges
 from cloister_fl.study.file import given_study
 from cloister_fl.study.schema import Study
@@ -32,6 +32,25 @@ def privacy_cost(study: Study | StrPath) -> Charges | None:
     """
     asked = given_study(study)
     return charges(asked) if asked.privacy.enabled else None
+
+
+def bind(study: Study | StrPath) -> Study:
+    """Return a study with the hash of its initial model, drawn here from its seed.
+
+    Sites compare it with the model of the first round. ``simulate`` and ``cloister server run``
+    bind a study that is not; bind it first where its hash is needed before, as to sign it. The
+    file is not changed: ``cloister study bind`` does that.
+
+    Args:
+        study: a study, or the path of its file.
+
+    Raises:
+        NetworkUnfit: the network does not do what the target asks for.
+        ExtraMissing: the network needs a package that is not installed.
+        FileUnreadable, StudyInvalid: the file cannot be read, or has faults.
+        OptionInvalid: it is neither a study nor a path.
+    """
+    return initial_model.bind(given_study(study))
 
 
 def build_network(study: Study | StrPath, *, models: StrPath | None = None) -> nn.Module:

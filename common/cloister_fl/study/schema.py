@@ -149,6 +149,9 @@ class Training(ShownModel):
     """Mirror and shift the images of a patient at random, inside the unit."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Initial weights, and sampling where privacy is off. Never the noise."""
+    initial_model: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    """Hash of the initial weights, which sites compare in round 1; empty until the study is bound
+    (``initial_model``)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -288,7 +291,7 @@ class Study(ShownModel):
     - of target: kind, and those of its kind;
     - of network: name, arguments;
     - of training: rounds, steps, epochs, sampling_rate, expected_batch, images_per_patient,
-      optimizer, learning_rate, schedule, momentum, engine, augment, seed;
+      optimizer, learning_rate, schedule, momentum, engine, augment, seed, initial_model;
     - of privacy: enabled, unit, epsilon, delta, clipping_norm;
     - of aggregation: strategy, secure, min_sites, colluders, clip, weights,
       server_learning_rate, beta1, beta2, tau, ema, proximal_mu;
@@ -359,6 +362,11 @@ class Study(ShownModel):
         parts = {"input", "target", "network", "training"}
         held = {key: value for key, value in json.loads(self.canonical()).items() if key in parts}
         return hashlib.sha256(UPDATE_LABEL + canonical_json(held).encode()).digest()
+
+    def bound_to(self, digest: str) -> Study:
+        """The study with the hash of its initial model, 64 hexadecimal digits."""
+        training = self.training.model_copy(update={"initial_model": digest})
+        return self.model_copy(update={"training": training})
 
     @property
     def releases(self) -> bool:

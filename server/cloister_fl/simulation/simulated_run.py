@@ -31,12 +31,14 @@ from cloister_fl.server.rounds.holdout_reader import measure_on
 from cloister_fl.simulation.holdout_overlap import refuse_overlap
 from cloister_fl.simulation.run_folder import FEDERATION, claimed
 from cloister_fl.study.gradient_engines import require_sound_engine
+from cloister_fl.study.initial_model import bound
 from cloister_fl.study.schema import Study
 from cloister_fl.system.files import make_private_dir
 
 if TYPE_CHECKING:
     from cloister_fl.client.site.folder import Site
     from cloister_fl.server.flower.engines import ClientCallable
+    from cloister_fl.server.rounds.checkpoint import Checkpoints
 
 Engine: TypeAlias = Literal["in-process", "ray"]
 
@@ -84,6 +86,7 @@ def run_simulation(
 
     Raises:
         StudyInvalid: the study's engine does not support its privacy claim.
+        InitialModelUnfit: the study carries the hash of another initial model than is drawn here.
         OutputInTheWay: ``out`` holds something and ``resume`` is off, or another process works
             in it.
         NothingToResume, ResumeMismatch: ``resume`` is on, and ``out`` holds no run of the study.
@@ -94,8 +97,7 @@ def run_simulation(
     """
     from cloister_fl.server.rounds.checkpoint import CHECKPOINT_FOLDER, Checkpoints
 
-    study = simulation.study
-    require_sound_engine(study)
+    require_sound_engine(simulation.study)
     if simulation.engine == "ray":
         # Its processes start in another folder; see ``run_on_ray``.
         simulation = replace(
@@ -104,18 +106,30 @@ def run_simulation(
             out=simulation.out.absolute(),
             holdout=simulation.holdout and simulation.holdout.absolute(),
         )
-    folders = find_sites(simulation.sites, study)
+    folders = find_sites(simulation.sites, simulation.study)
     if simulation.holdout is not None and not (simulation.holdout / "dicom").is_dir():
         raise OptionInvalid(
             f"The hold-out {simulation.holdout} has no folder dicom/.",
             remedy="Name a folder with dicom/ and labels.csv of patients of no site.",
         )
+    checkpoints = Checkpoints(simulation.out / CHECKPOINT_FOLDER)
+    simulation = replace(simulation, study=_bound(simulation, checkpoints))
     if simulation.resume:
         # Looked at first: a folder without this study's run is left as it is.
-        Checkpoints(simulation.out / CHECKPOINT_FOLDER).load(study)
+        checkpoints.load(simulation.study)
     _distinct([site_name(folder) for folder in folders])
     with claimed(simulation.out, simulation.sites, simulation.holdout, resume=simulation.resume):
         return _run(simulation, folders, notify=notify, check=check, client_app=client_app)
+
+
+def _bound(simulation: Simulation, checkpoints: Checkpoints) -> Study:
+    """The study with the hash of its initial model; of a resumed run, of the one it began with."""
+    study = simulation.study
+    if simulation.resume:
+        # The weights may have been drawn on another machine, or by another release of torch.
+        stated = study.training.initial_model or checkpoints.initial_model()
+        return study.bound_to(stated)
+    return bound(study)
 
 
 def _run(

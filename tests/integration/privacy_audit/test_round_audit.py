@@ -128,9 +128,9 @@ def test_a_refused_round_is_a_finding_and_ends_the_audit() -> None:
     study = small_study("refused", rounds=1)
 
     def refused(_: Evidence, folder: Path) -> None:
-        site = ThrowawaySite(folder / "site", study)
-        site.place(cohort_of(study, kinds_of(study, 2), [1, 1]))
         model = Reference(study).first
+        site = ThrowawaySite(folder / "site", study, model)
+        site.place(cohort_of(study, kinds_of(study, 2), [1, 1]))
         with pytest.raises(RoundRefused, match="message"):
             site.train(2, model)
         site.train(1, model)

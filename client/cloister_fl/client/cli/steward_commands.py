@@ -78,6 +78,7 @@ def approve(
     from cloister_fl.client.site.folder import open_site
     from cloister_fl.client.steward import approval
     from cloister_fl.client.steward import review as words
+    from cloister_fl.study.binding import require_bound
     from cloister_fl.study.gradient_engines import require_sound_engine
 
     site = open_site(site_folder(folder))
@@ -85,6 +86,7 @@ def approve(
     typer.echo(words.review(site, found))
     # It could never be trained, and an approval would say that its epsilon was accepted.
     require_sound_engine(found.study)
+    require_bound(found.study)
     with progress_bar("Reading images") as progress:
         report = inspect(site, found.study, progress=progress)
     typer.echo(render(report, site.root))

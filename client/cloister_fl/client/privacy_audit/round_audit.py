@@ -230,7 +230,7 @@ def _large_noise(evidence: Evidence, folder: Path) -> None:
     """One step a round: then the noise's own distribution is seen, and not a sum's."""
     study = small_study("large-noise", width=64, rounds=3)
     model = Reference(study).first * np.float32(0.75)
-    site = ThrowawaySite(folder / "site", study)
+    site = ThrowawaySite(folder / "site", study, model)
     site.place(cohort_of(study, [], []))
     rounds = [site.train(number, model) for number in range(1, 4)]
     law = _law(study, model)
@@ -259,7 +259,7 @@ def _crowds(evidence: Evidence, folder: Path, **training: Any) -> None:
         Crowd("gradients that need no clipping", [1, 7] * 4, gentle),
         Crowd("gradients whose squares overflow", [4] * 8, huge),
     ]
-    site = ThrowawaySite(folder / "site", study)
+    site = ThrowawaySite(folder / "site", study, plain)
     sigma = charges(study).step.noise_multiplier
     noises = judge_crowds(evidence, where, reference, site, kinds, crowds, noise_multiplier=sigma)
     # Nobody's gradient is a number, so nobody counts.
@@ -284,7 +284,7 @@ def _adam(evidence: Evidence, folder: Path) -> None:
     study = small_study("adam", rounds=4, steps=3, optimizer="adam", learning_rate=1e-6)
     kinds, reference = kinds_of(study, 8), Reference(study)
     plain = reference.first * np.float32(0.75)
-    site = ThrowawaySite(folder / "site", study)
+    site = ThrowawaySite(folder / "site", study, plain)
     site.place(cohort_of(study, kinds, [16] * 8))
     site.train(1, plain)
     site.place(cohort_of(study, [], []))

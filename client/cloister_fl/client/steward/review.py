@@ -36,6 +36,7 @@ def review(site: Site, judgement: Judgement) -> str:
         f"  trains       {study.network.name}, {counted(study.training.rounds, 'round')} of "
         f"{counted(study.training.steps_per_round, 'step')}, each patient in a step with "
         f"probability {study.training.sampling_rate:g}",
+        *_starts(study),
         *_pretrained_weights(study),
         *_told(
             "  on           ",
@@ -144,6 +145,14 @@ def _sum(study: Study) -> list[str]:
         *_told("  weights      ", weights),
         f"  range        each coordinate is cut to {asked.clip:g} on either side",
     ]
+
+
+def _starts(study: Study) -> list[str]:
+    """Which model round 1 begins with: this site compares its hash, and trains no other."""
+    stated = study.training.initial_model
+    if not stated:
+        return ["  round 1      NO hash of the initial model: the study is refused"]
+    return ["  round 1      begins with the model of this hash, or is refused:", f"{_MORE}{stated}"]
 
 
 def _pretrained_weights(study: Study) -> list[str]:

@@ -54,13 +54,15 @@ def run(
     """Propose a study to the sites, and train it once approved.
 
     Training begins once enough sites have approved it. The server does the work: if this command
-    is ended with Ctrl-C, the run goes on.
+    is ended with Ctrl-C, the run goes on. A study that does not carry the hash of its initial
+    model gets it here.
     """
     _require()
     from cloister_fl.server.coordinator.folder import open_coordinator
     from cloister_fl.server.coordinator.run_queue import new_run
     from cloister_fl.study import signatures
     from cloister_fl.study.file import load_study
+    from cloister_fl.study.initial_model import bound
 
     if not (0 <= wait <= 100_000 and 0 < timeout <= 100_000):
         raise OptionInvalid(
@@ -82,16 +84,18 @@ def run(
 
         # Here already: the sites are asked for nothing where the hold-out could not be read.
         load_reader()
+    # What is proposed carries the hash of its initial model, and is approved with it.
+    proposed = bound(checked)
     made = new_run(
         place.root,
-        checked,
+        proposed,
         wait=60 * wait,
         timeout=60 * timeout,
         holdout=holdout,
         signatures=vouched,
     )
     if not as_json:
-        typer.echo(f"Run {made.name}: study {checked.digest[:16]} is proposed to the sites.")
+        typer.echo(f"Run {made.name}: study {proposed.digest[:16]} is proposed to the sites.")
     _after(made, folder, follow=follow, as_json=as_json)
 
 

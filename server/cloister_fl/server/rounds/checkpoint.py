@@ -178,6 +178,17 @@ class Checkpoints:
         }
         write_atomic(self._folder / _PROGRESS, json.dumps(note).encode())
 
+    def initial_model(self) -> str:
+        """Hash of the model that the run began with, as its study carries it; else empty."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._folder / _STATE, framework="np") as file:
+                stated = json.loads((file.metadata() or {})["study"])["training"]["initial_model"]
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+            return ""
+        return stated if isinstance(stated, str) else ""
+
     def load(self, study: Study) -> tuple[RunState, Progress]:
         """Return the state, and how far the last round had come.
 

@@ -53,6 +53,7 @@ REASONS: Mapping[str, str] = {
     Refused.BUDGET: "its privacy budget is not sufficient",
     Refused.SPENT: "the round was already charged there",
     Refused.MESSAGE: "it rejected the request as malformed",
+    Refused.MODEL: "the initial model is not the one that the study states",
     Refused.ROSTER: "its trusted roster is another one, or does not list it",
     Refused.PROTOCOL: "a check of secure aggregation failed",
     Refused.DECLINED: "it declined; the reason is shown at the site",

@@ -48,7 +48,7 @@ from cloister_fl.server.rounds.messenger import Messenger
 from cloister_fl.server.rounds.participants import Participants
 from cloister_fl.server.rounds.secure_collector import SecureCollector
 from cloister_fl.server.rounds.strategies import OptimizerState, averaged, step
-from cloister_fl.study import study_network
+from cloister_fl.study import initial_model, study_network
 from cloister_fl.study.cost import UNITS, charges, release_mechanism, sensitivity
 from cloister_fl.study.schema import Study
 
@@ -105,6 +105,7 @@ class Run:
 
         Raises:
             TooFewSites: fewer sites than the study's minimum take part.
+            InitialModelUnfit: the model that is drawn here is not the one that the study states.
             NothingToResume, ResumeMismatch: see ``Checkpoints.load``.
         """
         try:
@@ -175,14 +176,19 @@ class Run:
 
     def _fresh(self) -> RunState:
         study = self._study
-        module = study_network.build_for(study)
-        model = flat_parameters.flatten(module)
+        model = self._drawn()
+        # No site would train another, and each would say so for itself.
+        initial_model.require_initial(study, initial_model.digest_of(model))
         optimizer = OptimizerState.fresh(model.size, study.aggregation)
         return RunState(secrets.token_hex(16), 0, model, optimizer)
 
+    def _drawn(self) -> Vector:
+        """The initial model, from the study's seed."""
+        return flat_parameters.flatten(study_network.build_for(self._study))
+
     def _require_fit(self, state: RunState) -> None:
         """Refuse the model of a checkpoint that is of another length than the study's network."""
-        if state.model.size != self._fresh().model.size:
+        if state.model.size != self._drawn().size:
             raise NothingToResume(
                 "The checkpoint's model does not fit the study's network.",
                 remedy="Start a new run in an empty folder, without --resume.",

@@ -26,7 +26,7 @@ def judge_charges(evidence: Evidence, folder: Path) -> None:
     """
     study = small_study("charges", rounds=2, steps=3, sampling_rate=0.5, release=40.0)
     model, kinds = Reference(study).first, kinds_of(study, 4)
-    site = ThrowawaySite(folder / "charged", study)
+    site = ThrowawaySite(folder / "charged", study, model)
     site.place(cohort_of(study, kinds, [2] * 4))
 
     def require(what: str, holds: bool, detail: str = "") -> None:
@@ -63,7 +63,7 @@ def judge_charges(evidence: Evidence, folder: Path) -> None:
     require("the release is charged", [kind for kind, _ in entries].count("evaluated") == 1)
 
     # Nobody's images are there: it is charged all the same, and noise is the answer.
-    empty = ThrowawaySite(folder / "empty", study)
+    empty = ThrowawaySite(folder / "empty", study, model)
     try:
         answered = bool(empty.train(1, model).any())
     except RoundRefused:
@@ -73,11 +73,11 @@ def judge_charges(evidence: Evidence, folder: Path) -> None:
     require("a round is charged whoever is there", kinds_there.count("started") == 1)
 
     dear = changed(study, study={"name": "dear"}, privacy={"epsilon": 900.0})
-    site = ThrowawaySite(folder / "dear", dear)
+    site = ThrowawaySite(folder / "dear", dear, model)
     refused(
         "what the lifetime cannot bear is refused", lambda: site.train(1, model), Refused.BUDGET
     )
-    denied = ThrowawaySite(folder / "denied", study)
+    denied = ThrowawaySite(folder / "denied", study, model)
     other = changed(study, study={"name": "another"})
     denied.ask_for(other)
     refused("what nobody approved is refused", lambda: denied.train(1, model), Refused.APPROVAL)

@@ -45,7 +45,7 @@ def judge_front_door(evidence: Evidence, folder: Path) -> None:
     reference = Reference(study)
     model = np.zeros_like(reference.first)
     model[reference.layers[-1][1]] = np.array([_SURE, -_SURE], np.float32)
-    site = ThrowawaySite(folder / "site", study)
+    site = ThrowawaySite(folder / "site", study, model)
     _write(site.site.dicom, site.site.labels, list(study.task.strata))
     site.prepare()
     for notice in data_notices(site.site.root).values():

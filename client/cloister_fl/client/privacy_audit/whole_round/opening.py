@@ -87,7 +87,7 @@ def open_audit(folder: Path) -> Answers:
         for what, study, kinds in (
             ("noise", asked.noisy, ()), ("sampling", asked.sampled, asked.kinds)
         ):  # fmt: skip
-            site = ThrowawaySite(folder / f"{name}-{what}", study, name=name)
+            site = ThrowawaySite(folder / f"{name}-{what}", study, asked.model, name=name)
             site.place(cohort_of(study, kinds, [1] * len(kinds)))
             numbers = range(1, study.training.rounds + 1)
             answers[f"{what}/{name}"] = np.stack(

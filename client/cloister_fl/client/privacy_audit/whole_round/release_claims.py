@@ -112,7 +112,7 @@ def _exact(study: Study, model: NDArray[np.float32], cohort: Cohort, models: Pat
 
 def release(known: Released, folder: Path, name: str, models: Path | None = None) -> Whole:
     """Ask a new site for its release."""
-    site = ThrowawaySite(folder, known.study, name=name, models=models)
+    site = ThrowawaySite(folder, known.study, known.model, name=name, models=models)
     site.place(known.cohort)
     return site.evaluate(known.model)
 

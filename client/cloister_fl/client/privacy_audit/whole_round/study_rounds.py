@@ -131,7 +131,7 @@ class StudyRounds:
         return int(_SECONDS / (self._gradient_s * gradients))
 
     def _site(self, folder: Path, study: Study) -> ThrowawaySite:
-        return ThrowawaySite(folder, study, models=self.models)
+        return ThrowawaySite(folder, study, self._model, models=self.models)
 
     def _law(
         self, reference: Reference, kinds: list[Kind], counts: list[int], *, number: int = 1

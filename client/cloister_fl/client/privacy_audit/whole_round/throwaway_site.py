@@ -37,6 +37,7 @@ from cloister_fl.protocol.round_messages import (
     pack,
     unpack,
 )
+from cloister_fl.study.initial_model import digest_of
 from cloister_fl.study.schema import Study
 
 Answer = TypeVar("Answer", bound=RoundMessage)
@@ -67,6 +68,7 @@ class ThrowawaySite:
     Args:
         root: the folder; it must not exist, and its parent must be private.
         study: without secure aggregation, so that each update is seen.
+        first: the weights that round 1 begins with, (D,): the site's study carries their hash.
         name: the site's name in the federation.
         run: the run that asks.
         app: the ClientApp that answers; else one of its own.
@@ -77,12 +79,14 @@ class ThrowawaySite:
         self,
         root: Path,
         study: Study,
+        first: NDArray[np.float32],
         *,
         name: str = "anker",
         run: str = RUN,
         app: SiteApp | None = None,
         models: Path | None = None,
     ) -> None:
+        study = study.bound_to(digest_of(first))
         self.study, self.run = study, run
         self.app = app or SiteApp()
         self._text, self._sites = study.canonical(), max(5, study.aggregation.min_sites)

@@ -24,6 +24,7 @@ from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.simulation.synthetic_hospitals import HOSPITALS
 from cloister_fl.simulation.synthetic_sites import draw_federation
 from cloister_fl.study.file import parse_study
+from cloister_fl.study.initial_model import bind
 from support.seeded_noise import SeededClientApp
 
 SITES = 5
@@ -92,7 +93,7 @@ def test_the_demo_ends_well_within_its_promise(drawn: Path) -> None:
     assert (summary["sites"], summary["rounds"]) == (5, 8)
     assert 0.2 < summary["auroc_initial"] < 0.8
     with safe_open(drawn / "run" / "model.safetensors", framework="np") as file:
-        assert parse_study(STUDY).digest == file.metadata()["study_hash"]
+        assert bind(parse_study(STUDY)).digest == file.metadata()["study_hash"]
     assert (drawn / "run" / "report.html").stat().st_size > 10_000
 
 

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.process
 
 
 STUDY_TOML = studies.study_text()
-STUDY = studies.bound()
+STUDY = studies.study()
 runner = CliRunner()
 
 

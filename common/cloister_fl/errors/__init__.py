@@ -52,7 +52,8 @@
     │   ├── NothingToResume        CLO-504
     │   ├── BundleRefused          CLO-505
     │   ├── RunUnknown             CLO-506
-    │   └── RunStopped             CLO-507
+    │   ├── RunStopped             CLO-507
+    │   └── SumOutsideBound        CLO-508
     ├── InstallError               6xx, exit 7: what is installed
     │   └── ExtraMissing           CLO-601
     ├── SecureAggregationError     7xx, exit 8: what a party refused, and whom it blames

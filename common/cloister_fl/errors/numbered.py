@@ -204,6 +204,11 @@ class RunStopped(RunError):
     title = "The run was stopped"
 
 
+class SumOutsideBound(RunError):
+    code = "CLO-508"
+    title = "Two rounds in a row have a sum that no honest sites can give"
+
+
 ExtraMissing = ErrorKind(InstallError, "CLO-601", "A component of Cloister is not installed")
 
 

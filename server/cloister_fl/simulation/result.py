@@ -140,8 +140,8 @@ class Result:
             ``metrics_initial``, ``metrics_final``, ``strata``, what a patient's label may be;
             ``release``, the noised evaluation; ``privacy``, ``epsilon_max``,
             ``epsilon_per_site``, ``delta``; ``sites``, ``site_names``, ``refused``; ``rounds``,
-            ``rounds_lost``, ``seconds``; ``secure_aggregation``, ``bytes_sent_per_site``;
-            ``warnings``.
+            ``rounds_lost``, ``rounds_discarded``, ``seconds``; ``secure_aggregation``,
+            ``bytes_sent_per_site``; ``warnings``.
         rounds: every round that was measured, the untrained model first.
     """
 

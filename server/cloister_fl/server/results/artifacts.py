@@ -82,6 +82,7 @@ def summarise(study: Study, outcome: Outcome, *, seconds: float) -> dict[str, ob
         "refused": dict(outcome.refused),
         "rounds": state.completed,
         "rounds_lost": list(state.lost),
+        "rounds_discarded": list(state.discarded),
         "secure_aggregation": study.aggregation.secure,
         "seconds": round(max(seconds, state.seconds), 2),
         "bytes_sent_per_site": dict(sorted(state.sent.items())),
@@ -144,8 +145,16 @@ def warnings(study: Study, outcome: Outcome) -> tuple[str, ...]:
         found.append(NOT_MEASURED)
     if headline is not None and task.chance is not None and headline.low <= task.chance:
         found.append(CHANCE)
-    if outcome.state.lost:
-        rounds = ", ".join(str(number) for number in outcome.state.lost)
+    discarded = outcome.state.discarded
+    lost = [number for number in outcome.state.lost if number not in discarded]
+    if discarded:
+        rounds = ", ".join(str(number) for number in discarded)
+        found.append(
+            f"Rounds discarded, since their sums are larger than honest sites can send: {rounds}. "
+            "A site sends something else than its update. Their privacy cost stays charged."
+        )
+    if lost:
+        rounds = ", ".join(str(number) for number in lost)
         found.append(
             f"Rounds lost to a crash or a failed aggregation: {rounds}. Their privacy cost stays "
             "charged, and they are not trained again."

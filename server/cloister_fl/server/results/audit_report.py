@@ -37,6 +37,7 @@ class Run:
         refused: reason by site, as last told.
         summed: numbers of the rounds that have a sum.
         lost: numbers of the rounds that have none.
+        discarded: numbers of the rounds whose sum no honest sites can give.
         ended: ``done``, the code of the error that ended it, or empty.
     """
 
@@ -47,6 +48,7 @@ class Run:
     refused: dict[str, str] = field(default_factory=dict)
     summed: list[int] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
+    discarded: list[int] = field(default_factory=list)
     ended: str = ""
 
 
@@ -204,7 +206,7 @@ def render(told: Account) -> str:
 def _runs(entries: Sequence[Entry]) -> tuple[Run, ...]:
     runs: dict[str, Run] = {}
     for entry in entries:
-        if entry.kind not in {"began", "summed", "lost", "ended"}:
+        if entry.kind not in {"began", "summed", "lost", "discarded", "ended"}:
             continue
         body = entry.body
         name = str(body.get("run"))
@@ -217,8 +219,8 @@ def _runs(entries: Sequence[Entry]) -> tuple[Run, ...]:
         elif entry.kind == "ended":
             run.ended, run.refused = str(body.get("how")), _reasons(entry)
         else:
-            numbers = run.summed if entry.kind == "summed" else run.lost
-            numbers.append(_number(body.get("round")))
+            of_kind = {"summed": run.summed, "lost": run.lost, "discarded": run.discarded}
+            of_kind[entry.kind].append(_number(body.get("round")))
     return tuple(runs.values())
 
 
@@ -320,8 +322,10 @@ def _in_words(run: Run) -> Iterator[str]:
     if run.began:
         often = f", {len(run.began)} times" if len(run.began) > 1 else ""
         yield f"  started    {run.began[0]}{often}, with {', '.join(run.sites)}"
-    if run.summed or run.lost:
-        lost = f", lost {', '.join(map(str, run.lost))}" if run.lost else ""
-        yield f"  rounds     {len(run.summed)} aggregated{lost}"
+    if run.summed or run.lost or run.discarded:
+        told = f"{len(run.summed)} aggregated"
+        for what, numbers in (("lost", run.lost), ("discarded", run.discarded)):
+            told += f", {what} {', '.join(map(str, numbers))}" if numbers else ""
+        yield f"  rounds     {told}"
     for site, reason in sorted(run.refused.items()):
         yield f"  refused    {site}: {REASONS.get(reason, reason)}"

@@ -14,6 +14,9 @@ from cloister_fl.server.rounds.collector import REASONS
 from cloister_fl.server.rounds.events import Began, Event, Lost, ReleaseMade, Waiting
 from cloister_fl.system.text import counted
 
+LOST = "aggregation failed"
+DISCARDED = "discarded, since its sum is larger than honest sites can send"
+
 
 def in_words(event: Waiting) -> str:
     """Return what a run waits for, and why, as text."""
@@ -74,7 +77,8 @@ class Display:
         if isinstance(event, Began):
             self._began(event)
         elif isinstance(event, Lost):
-            self.say(f"Round {event.round}: aggregation failed; the privacy cost stays charged")
+            what = DISCARDED if event.is_discarded else LOST
+            self.say(f"Round {event.round}: {what}; the privacy cost stays charged")
         elif isinstance(event, ReleaseMade):
             self.say(_released(event.release))
         elif isinstance(event, Waiting):

@@ -33,8 +33,8 @@ MODEL = "model.safetensors"
 _KNOWN = frozenset((
     "secure_aggregation", "study", "study_hash",
     "privacy", "epsilon_max", "epsilon_per_site", "delta", "sites", "site_names", "refused",
-    "rounds", "rounds_lost", "seconds", "bytes_sent_per_site", "warnings", "release", "headline",
-    "strata",    "metrics_initial", "metrics_final",
+    "rounds", "rounds_lost", "rounds_discarded", "seconds", "bytes_sent_per_site", "warnings",
+    "release", "headline", "strata", "metrics_initial", "metrics_final",
 ))
 _HEADLINE = ("initial", "final", "final_interval")
 # fmt: on

@@ -24,7 +24,7 @@ from cloister_fl.server.rounds.strategies import OptimizerState
 from cloister_fl.study.schema import Study
 from cloister_fl.system.files import write_atomic
 
-FORMAT = "cloister/checkpoint/v4"
+FORMAT = "cloister/checkpoint/v5"
 CHECKPOINT_FOLDER = "checkpoint"
 """Its name inside the folder of a run."""
 
@@ -90,7 +90,8 @@ class RunState:
         average: the moving average of the models, (D,), where the study asks for one.
         optimizer: moments of the server optimiser.
         figures: one entry an evaluated model, the initial one first.
-        lost: rounds that were sent, charged, and never finished.
+        lost: rounds that were sent, charged, and gave no model.
+        discarded: those of them that had a sum, which no honest sites can give.
         invited: ids of the sites that the run began with, rising; they stay the same.
         started: by site, how many rounds were sent to it.
         sent: by site, bytes of payload that left it.
@@ -110,6 +111,7 @@ class RunState:
     seconds: float = 0.0
     average: Vector | None = None
     release: Released | None = None
+    discarded: tuple[int, ...] = ()
 
     @property
     def released(self) -> Vector:
@@ -160,6 +162,7 @@ class Checkpoints:
             "completed": state.completed,
             "figures": [figures.to_json() for figures in state.figures],
             "lost": list(state.lost),
+            "discarded": list(state.discarded),
             "invited": list(state.invited),
             "started": state.started,
             "sent": state.sent,
@@ -252,6 +255,7 @@ def _state(told: StateText, tensors: Mapping[str, Vector], study: Study) -> RunS
         optimizer=moments,
         figures=tuple(Figures(**plain(figures, study)) for figures in told.figures),
         lost=told.lost,
+        discarded=told.discarded,
         invited=told.invited,
         started=told.started,
         sent=told.sent,

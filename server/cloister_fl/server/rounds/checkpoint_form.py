@@ -83,6 +83,7 @@ class StateText(_Part):
     completed: _Count
     figures: tuple[_Figures, ...]
     lost: tuple[_Positive, ...]
+    discarded: tuple[_Positive, ...]
     invited: tuple[_Id, ...]
     started: dict[_Id, _Count]
     sent: dict[_Id, _Count]
@@ -122,6 +123,8 @@ def read_state(text: str, study: Study) -> StateText:
         raise ValueError("more rounds than the study has, or in no order")
     if sorted(set(told.lost)) != list(told.lost) or told.lost[-1:] > (done,):
         raise ValueError("lost rounds that were not sent")
+    if [number for number in told.lost if number in told.discarded] != list(told.discarded):
+        raise ValueError("discarded rounds that were not lost")
     if any(count > last for count in told.started.values()):
         raise ValueError("more rounds sent than the study has")
     return told

@@ -34,9 +34,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Lost:
-    """A round failed for good; its privacy cost stays charged."""
+    """A round failed for good; its privacy cost stays charged.
+
+    ``is_discarded`` where there was a sum, which no honest sites can give.
+    """
 
     round: int
+    is_discarded: bool = False
 
 
 @dataclass(frozen=True)

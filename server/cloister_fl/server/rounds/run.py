@@ -48,6 +48,7 @@ from cloister_fl.server.rounds.messenger import Messenger
 from cloister_fl.server.rounds.participants import Participants
 from cloister_fl.server.rounds.secure_collector import SecureCollector
 from cloister_fl.server.rounds.strategies import OptimizerState, averaged, step
+from cloister_fl.server.rounds.sum_check import is_possible, require_one_of_two
 from cloister_fl.study import initial_model, study_network
 from cloister_fl.study.cost import UNITS, charges, release_mechanism, sensitivity
 from cloister_fl.study.schema import Study
@@ -105,6 +106,7 @@ class Run:
 
         Raises:
             TooFewSites: fewer sites than the study's minimum take part.
+            SumOutsideBound: two sums in a row are none that honest sites can give.
             InitialModelUnfit: the model that is drawn here is not the one that the study states.
             NothingToResume, ResumeMismatch: see ``Checkpoints.load``.
         """
@@ -164,6 +166,7 @@ class Run:
             seconds = before + time.monotonic() - began
             state = replace(state, seconds=seconds, sent=self._sent_by_site())
             self._checkpoints.save(self._study, state)
+            require_one_of_two(state)
         if self._study.releases and state.release is None:
             state = self._release(collector, state)
             seconds = before + time.monotonic() - began
@@ -241,8 +244,8 @@ class Run:
         state = replace(state, started={**state.started, **started})
         try:
             collected = self._collect(collector, number, state)
-        except RoundLost as lost:
-            self._participants.refused.update(lost.refused)
+        except RoundLost as error:
+            self._participants.refused.update(error.refused)
             self._note("lost", round=number)
             self._hooks.notify(Lost(number))
             self._require_no_second_sum(number)
@@ -250,6 +253,12 @@ class Run:
         self._participants.refused.update(collected.refused)
         for name in collected.sites:
             self._participants.refused.pop(name, None)
+        norm = float(np.linalg.norm(collected.mean.astype(np.float64)))
+        if not is_possible(study, number, state.model, collected, norm):
+            self._note("discarded", round=number, sites=" ".join(collected.sites))
+            self._hooks.notify(Lost(number, is_discarded=True))
+            discarded, lost = (*state.discarded, number), (*state.lost, number)
+            return replace(state, completed=number, lost=lost, discarded=discarded)
         self._note("summed", round=number, sites=" ".join(collected.sites))
         model, optimizer = step(state.model, collected.mean, state.optimizer, study.aggregation)
         average = state.average
@@ -262,7 +271,7 @@ class Run:
             round=number,
             sites=len(collected.sites),
             seconds=time.monotonic() - began,
-            update_norm=float(np.linalg.norm(collected.mean.astype(np.float64))),
+            update_norm=norm,
             epsilon=study_epsilon(study, max(state.started.values())),
         )
         measured = self._measure(collector, state, number, figures)

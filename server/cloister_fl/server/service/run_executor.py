@@ -74,7 +74,12 @@ class _StatusWriter:
                     refused=dict(event.refused),
                 )
             case Lost():
-                self.say(state="training", round=event.round, told=f"round {event.round} failed")
+                how = (
+                    "was discarded, since its sum is larger than honest sites can send"
+                    if event.is_discarded
+                    else "failed"
+                )
+                self.say(state="training", round=event.round, told=f"round {event.round} {how}")
             case Measured():
                 number = event.figures.round
                 self.say(state="training", round=number, told=f"round {number} is done")

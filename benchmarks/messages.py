@@ -135,7 +135,7 @@ class Counted:
         self.connects = self.replays = 0
         self._count(sqlite3, "connect", "connects")
         self._count(chain, "read", "replays")
-        self._count(audit_log, "_read", "replays")
+        self._count(audit_log, "chained", "replays")
 
     def _count(self, where: Any, name: str, what: str) -> None:
         honest = getattr(where, name)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloister_fl.audit_log import examine, name_of, parse_note, read
-from cloister_fl.audit_log.log import hash_of
+from cloister_fl.audit_log.entries import hash_of
 from cloister_fl.cli import main
 from cloister_fl.client.site.audit_log import path_of
 from cloister_fl.client.site.folder import open_site

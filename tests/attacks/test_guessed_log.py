@@ -17,7 +17,7 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from cloister_fl.audit_log import AuditLog, Head, Value, examine, heads_told, name_of, read
-from cloister_fl.audit_log import log as audit_module
+from cloister_fl.audit_log import entries as audit_module
 from cloister_fl.client import app as client
 from cloister_fl.client.admission.approvals import Decision, judge
 from cloister_fl.client.ledger import chain

@@ -91,7 +91,7 @@ class Count:
 
         counted(sqlite3, "connect", "connects")
         counted(chain, "read", "ledger")
-        counted(audit_module, "_read", "log")
+        counted(audit_module, "chained", "log")
         counted(site_session, "differences", "compared")
 
 
@@ -205,7 +205,7 @@ def test_a_site_is_verified_before_its_first_message(
 @pytest.mark.parametrize(
     ("where", "name"),
     [
-        (site_session, "notes_in"),
+        (AuditLog, "verify"),
         (site_session, "differences"),
         (SiteSession, "note"),
         (site_session, "write_atomic"),

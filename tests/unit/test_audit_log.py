@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from cloister_fl.audit_log import EMPTY, AuditLog, Head, examine, name_of, parse_note, read
 from cloister_fl.audit_log import log as module
+from cloister_fl.audit_log.entries import SALT_BYTES, Entry
 from cloister_fl.cli import main
 from cloister_fl.errors import AuditLogDamaged, FileUnreadable
 from cloister_fl.membership.identity import Identity
@@ -30,6 +31,13 @@ def _write(path: Path, count: int = 8, identity: Identity = KEY) -> AuditLog:
         log.append("sent", message="exchanged", bytes=number, why="masked")
     log.sign()
     return log
+
+
+def _verified(log: AuditLog) -> list[Entry]:
+    """The entries of a log that is verified."""
+    entries: list[Entry] = []
+    log.verify(entries.append)
+    return entries
 
 
 def _pair(folder: Path, count: int = 8) -> tuple[Path, Path]:
@@ -186,12 +194,12 @@ def test_a_verified_log_that_nobody_touched_is_not_read_again(
 ) -> None:
     path = tmp_path / "log"
     log = AuditLog(path, KEY)
-    assert log.verify() == ()
+    assert _verified(log) == []
     _write(path, 5)
     assert not log.is_as_verified()
-    assert [entry.kind for entry in log.verify()] == ["sent"] * 5 + ["signed"]
-    monkeypatch.setattr(module, "_last", None)
-    monkeypatch.setattr(module, "_read", None)
+    assert [entry.kind for entry in _verified(log)] == ["sent"] * 5 + ["signed"]
+    monkeypatch.setattr(module, "last", None)
+    monkeypatch.setattr(module, "chained", None)
     heads = [log.append("sent", bytes=number) for number in range(3)] + [log.sign()]
     assert log.is_as_verified()
     assert all(log.holds(head.hash) for head in heads)
@@ -205,7 +213,7 @@ def test_a_verified_log_that_nobody_touched_is_not_read_again(
     assert not log.is_as_verified()
     log.append("sent")
     assert not log.is_as_verified()
-    assert [entry.kind for entry in log.verify()][-2:] == ["judged", "sent"]
+    assert [entry.kind for entry in _verified(log)][-2:] == ["judged", "sent"]
     assert log.is_as_verified()
 
 
@@ -249,14 +257,14 @@ def test_whatever_else_changed_a_verified_log_is_found(
 ) -> None:
     path = tmp_path / "log"
     log = _write(path)
-    log.verify()
+    _verified(log)
     head = log.head()
     assert log.holds(head.hash)
     tamper(path)
     assert not log.is_as_verified()
     for _ in range(2):  # It stays so.
         with pytest.raises(AuditLogDamaged, match=words):
-            log.verify()
+            _verified(log)
         assert not log.is_as_verified()
     assert not log.holds(head.hash)
 
@@ -281,7 +289,7 @@ def test_nothing_is_appended_to_a_log_that_lacks_what_was_verified_or_written_he
     log = _write(path)
     if verified:
         log = AuditLog(path, KEY)
-        log.verify()
+        _verified(log)
     # So does another one, as after a change of the key.
     other = AuditLog(path, OTHER, pin=log.pin)
     tamper(path)
@@ -312,13 +320,13 @@ def test_what_somebody_else_appended_is_followed(tmp_path: Path) -> None:
 def test_a_verified_log_is_no_longer_so_where_a_line_was_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "log"
     log = _write(path)
-    log.verify()
+    _verified(log)
     with path.open("ab") as file:
         file.write(b'{"bytes":')
-    assert len(log.verify()) == 9
+    assert len(_verified(log)) == 9
     assert not log.is_as_verified()
     log.append("sent")
-    assert [entry.kind for entry in log.verify()][-2:] == ["recovered", "sent"]
+    assert [entry.kind for entry in _verified(log)][-2:] == ["recovered", "sent"]
     assert log.is_as_verified()
 
 
@@ -476,7 +484,7 @@ def test_each_entry_has_a_salt_of_its_own(tmp_path: Path) -> None:
         _write(tmp_path / name, 20)
     salts = [entry.salt for name in ("one", "two") for entry in read(tmp_path / name)]
     assert len(set(salts)) == len(salts) == 42
-    assert all(len(bytes.fromhex(salt)) == module.SALT_BYTES == 32 for salt in salts)
+    assert all(len(bytes.fromhex(salt)) == SALT_BYTES == 32 for salt in salts)
     with pytest.raises(ValueError, match="fixed fields"):
         AuditLog(tmp_path / "one", KEY).append("sent", salt="0" * 64)
 
@@ -525,7 +533,7 @@ def test_a_log_of_an_earlier_version_is_named_as_one(
     before = path.read_bytes()
     log = AuditLog(path, KEY)
     for use in (
-        log.verify,
+        lambda: _verified(log),
         log.head,
         log.sign,
         lambda: log.append("sent"),

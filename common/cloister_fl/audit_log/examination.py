@@ -2,38 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloister_fl.audit_log.heads import name_of, parse_note
-from cloister_fl.audit_log.log import (
+from cloister_fl.audit_log.entries import (
     EMPTY,
+    MAX_LINE,
     SIGN_LABEL,
+    SIGNED,
     Entry,
     Head,
     hash_of,
     is_unsalted,
-    lines_of,
     parse,
     whole,
 )
+from cloister_fl.audit_log.heads import name_of, parse_note
+from cloister_fl.audit_log.segments import Part, number_of, number_told, parts, segment_path
 from cloister_fl.encoding.framing import u64
 from cloister_fl.membership.identity import verify
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong: the line of the file (1-based; 0 for the whole) and what, in words."""
+    """Something wrong: the line of the file (1-based; 0 for the whole) and what, in words.
+
+    Attributes:
+        file: name of the sealed segment whose line it is; empty for the file that was named.
+    """
 
     line: int
     what: str
+    file: str = ""
+
+    @property
+    def where(self) -> str:
+        """File and line, as text before ``what``; empty where it concerns no single line."""
+        if not self.line:
+            return ""
+        return f"{self.file} line {self.line}: " if self.file else f"line {self.line}: "
 
 
 @dataclass(frozen=True)
 class _Place:
     hash: str
     line: int
+    file: str
+
+    def __str__(self) -> str:
+        return f"line {self.line} of {self.file}" if self.file else f"line {self.line}"
 
 
 @dataclass(frozen=True)
@@ -70,32 +88,63 @@ def examine(path: Path, *, key: bytes | None = None, peer: Path | None = None) -
     known: dict[int, _Place] = {}
     keys: list[str] = []
     head, signed, count = EMPTY, 0, 0
-    for number, line in enumerate(lines_of(path), start=1):
-        entry = parse(line)
-        if entry is None:
-            findings.append(Finding(number, _no_entry(line)))
-            continue
-        count += 1
-        if not line.endswith(b"\n"):
-            findings.append(Finding(number, f"entry {entry.seq} is incomplete: it was cut short"))
-        if hash_of(whole(entry)) != entry.hash:
-            findings.append(Finding(number, f"entry {entry.seq} was edited"))
-        findings += _order(number, entry, head, known)
-        if entry.kind == "signed":
-            if _signature_holds(entry, key):
-                keys.append(str(entry.body["key"]))
-                signed = max(signed, entry.seq - 1)
-            else:
-                findings.append(Finding(number, f"entry {entry.seq} is not validly signed"))
-        known.setdefault(entry.seq, _Place(entry.hash, number))
-        if entry.seq > head.seq:
-            head = Head(entry.seq, entry.hash)
+    full: set[Path] = set()
+    with parts(path) as found:
+        findings += _missing(path, found)
+        for part, (number, line) in ((one, row) for one in found for row in _rows(one)):
+            entry, file = parse(line), part.path.name if part.is_sealed else ""
+            if entry is None:
+                findings.append(Finding(number, _no_entry(line), file))
+                continue
+            count += 1
+            if not line.endswith(b"\n"):
+                what = f"entry {entry.seq} is incomplete: it was cut short"
+                findings.append(Finding(number, what, file))
+            if hash_of(whole(entry)) != entry.hash:
+                findings.append(Finding(number, f"entry {entry.seq} was edited", file))
+            place = _Place(entry.hash, number, file)
+            findings += _order(place, entry, head, known)
+            if entry.kind == SIGNED:
+                if _signature_holds(entry, key):
+                    keys.append(str(entry.body["key"]))
+                    signed = max(signed, entry.seq - 1)
+                else:
+                    what = f"entry {entry.seq} is not validly signed"
+                    findings.append(Finding(number, what, file))
+            known.setdefault(entry.seq, place)
+            full.add(part.path)
+            if entry.seq > head.seq:
+                head = Head(entry.seq, entry.hash)
+    empty = [part.path.name for part in found if part.path not in full] if len(found) > 1 else []
+    findings += [Finding(0, f"{name} has no entry") for name in empty]
     if peer is not None:
         writers = [key] if key is not None else [bytes.fromhex(told) for told in keys]
-        lines = {place.hash: place.line for place in known.values()}
-        findings += _against(peer, {name_of(writer) for writer in writers}, lines)
-    findings.sort(key=lambda found: (found.line == 0, found.line))
+        places = {place.hash: (seq, place) for seq, place in known.items()}
+        findings += _against(peer, {name_of(writer) for writer in writers}, places)
+    # Behind all lines, which are in their order.
+    findings.sort(key=lambda found: found.line == 0)
     return Verdict(count, head, signed, tuple(dict.fromkeys(keys)), tuple(findings))
+
+
+def _rows(part: Part) -> Iterator[tuple[int, bytes]]:
+    return enumerate(part.lines, start=1)
+
+
+def _missing(path: Path, found: Sequence[Part]) -> Iterator[Finding]:
+    """The sealed segments that a log must have had, and has not; a file without a line, too."""
+    numbers = {number_of(part.path) for part in found if part.is_sealed}
+    with path.open("rb") as file:
+        last = number_of(path) or number_told(file.readline(MAX_LINE))
+    for number in range(1, max([last, *(one + 1 for one in numbers)])):
+        if number not in numbers:
+            base = path if number_of(path) == 0 else path.with_name(_base(path))
+            name = segment_path(base, number).name
+            yield Finding(0, f"the sealed segment {name} is missing")
+
+
+def _base(path: Path) -> str:
+    """Name of the file that is written, by that of a sealed segment."""
+    return path.name.replace(f".{number_of(path):06d}", "", 1)
 
 
 def _no_entry(line: bytes) -> str:
@@ -104,29 +153,34 @@ def _no_entry(line: bytes) -> str:
     return "is not an entry of an audit log"
 
 
-def _order(number: int, entry: Entry, head: Head, known: Mapping[int, _Place]) -> Iterator[Finding]:
+def _order(
+    place: _Place, entry: Entry, head: Head, known: Mapping[int, _Place]
+) -> Iterator[Finding]:
+    what = ""
     if entry.seq in known:
-        first = known[entry.seq].line
-        what = f"entry {entry.seq} appears again: it was inserted here or in line {first}"
-        yield Finding(number, what)
+        what = f"entry {entry.seq} appears again: it was inserted here or in {known[entry.seq]}"
     elif entry.seq <= head.seq:
-        yield Finding(number, f"entry {entry.seq} comes after entry {head.seq}: it was moved")
+        what = f"entry {entry.seq} comes after entry {head.seq}: it was moved"
     elif entry.seq > head.seq + 1:
         gone = f"{head.seq + 1} to {entry.seq - 1}" if entry.seq > head.seq + 2 else head.seq + 1
-        yield Finding(number, f"before entry {entry.seq}, entry {gone} is missing or was moved")
+        what = f"before entry {entry.seq}, entry {gone} is missing or was moved"
     elif entry.previous != head.hash:
         before = known.get(head.seq)
-        at = f", in line {before.line}; one of the two was changed" if before else ""
-        yield Finding(number, f"entry {entry.seq} does not follow the entry before it{at}")
+        at = f", in {before}; one of the two was changed" if before else ""
+        what = f"entry {entry.seq} does not follow the entry before it{at}"
+    if what:
+        yield Finding(place.line, what, place.file)
 
 
-def _against(peer: Path, names: set[str], lines: Mapping[str, int]) -> Iterator[Finding]:
+def _against(
+    peer: Path, names: set[str], places: Mapping[str, tuple[int, _Place]]
+) -> Iterator[Finding]:
     """What the other side noted, and is not there.
 
     Args:
         peer: the other side's log.
         names: of the log that is examined.
-        lines: of this log's file, by the hash of their entry.
+        places: number and place of this log's entries, by their hash.
     """
     if not names:
         yield Finding(
@@ -134,25 +188,33 @@ def _against(peer: Path, names: set[str], lines: Mapping[str, int]) -> Iterator[
         )
         return
     noted, before = 0, 0
+    after = "before any of this log"
     missing: set[str] = set()
-    for number, line in enumerate(lines_of(peer), start=1):
-        entry = parse(line)
-        told = parse_note(str(entry.body.get("peer_head"))) if entry is not None else None
-        if told is None or told.name not in names:
-            continue
-        noted += 1
-        for digest in (told.base, told.hash):
-            if digest in lines:
-                before = max(before, lines[digest])
-            elif digest and digest not in missing:
-                missing.add(digest)
-                where = f"after line {before} of this log" if before else "before any of this log"
-                what = (
-                    f"the other side recorded an entry {where} (its line {number}); it is missing"
-                )
-                yield Finding(0, what)
+    with parts(peer) as found:
+        for lost in _missing(peer, found):
+            yield Finding(0, f"of the other side's log {lost.what}: it was not compared")
+        for part, (number, line) in ((one, row) for one in found for row in _rows(one)):
+            entry = parse(line)
+            told = parse_note(str(entry.body.get("peer_head"))) if entry is not None else None
+            if told is None or told.name not in names:
+                continue
+            noted += 1
+            its = f"its line {number}" + (f" of {part.path.name}" if part.is_sealed else "")
+            for digest in (told.base, told.hash):
+                if digest in places:
+                    seq, place = places[digest]
+                    if seq > before:
+                        before, after = seq, f"after {_of_this(place)}"
+                elif digest and digest not in missing:
+                    missing.add(digest)
+                    what = f"the other side recorded an entry {after} ({its}); it is missing"
+                    yield Finding(0, what)
     if not noted:
         yield Finding(0, "the other side recorded no log with this signature")
+
+
+def _of_this(place: _Place) -> str:
+    return str(place) if place.file else f"{place} of this log"
 
 
 def _signature_holds(entry: Entry, key: bytes | None) -> bool:

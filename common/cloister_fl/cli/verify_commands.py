@@ -105,7 +105,10 @@ def _as_dict(verdict: Verdict) -> dict[str, object]:
         "head": str(verdict.head),
         "signed_up_to": verdict.signed,
         "keys": list(verdict.keys),
-        "findings": [{"line": found.line, "what": found.what} for found in verdict.findings],
+        "findings": [
+            {"line": one.line, "what": one.what} | ({"file": one.file} if one.file else {})
+            for one in verdict.findings
+        ],
     }
 
 
@@ -113,8 +116,7 @@ def _in_words(verdict: Verdict, *, compared: bool) -> str:
     lines = [f"{verdict.entries} entries, signed up to entry {verdict.signed}"]
     lines += [f"  signed by  {fingerprint(bytes.fromhex(key))}" for key in verdict.keys]
     for found in verdict.findings[:_SHOWN]:
-        where = f"line {found.line}: " if found.line else ""
-        lines.append(f"  {where}{found.what}")
+        lines.append(f"  {found.where}{found.what}")
     if len(verdict.findings) > _SHOWN:
         lines.append(f"  and {len(verdict.findings) - _SHOWN} more")
     if verdict.findings:

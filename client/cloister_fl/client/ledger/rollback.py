@@ -36,7 +36,7 @@ CLAIMED = "audit.claimed"
 """Holds the hashes of entries that the coordinator noted of the audit log, and that it lacks."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Note:
     """A head of the ledger that the audit log notes.
 
@@ -70,28 +70,29 @@ class Pins:
     claims: frozenset[str] = frozenset()
 
 
-def notes_in(entries: Sequence[audit_log.Entry]) -> list[Note]:
-    """What the entries of an audit log note of the ledger, in their order."""
-    notes = []
-    for entry in entries:
+class LogReader:
+    """What a site needs to know of its audit log, taken from one entry after another.
+
+    Attributes:
+        notes: what the entries note of the ledger, in their order.
+        told: hash of the entry that the site's last answer told; empty for none. It is the entry
+            of the answer, or the signature right behind it.
+    """
+
+    def __init__(self) -> None:
+        self.notes: list[Note] = []
+        self.told = ""
+        self._is_behind_answer = False
+
+    def see(self, entry: audit_log.Entry) -> None:
+        """Take the next entry."""
+        if entry.kind == "sent" or (entry.kind == "signed" and self._is_behind_answer):
+            self.told = entry.hash
+        self._is_behind_answer = entry.kind == "sent"
         if entry.kind == NOTE:
             head = _head(entry.body.get("ledger_seq"), entry.body.get("ledger_hash"))
             if head is not None:
-                notes.append(Note(entry.seq, head))
-    return notes
-
-
-def last_told(entries: Sequence[audit_log.Entry]) -> str:
-    """Hash of the entry that a site's last answer told, as its audit log has it; empty for none.
-
-    It is the entry of the answer, or the signature right behind it.
-    """
-    behind = None
-    for entry in reversed(entries):
-        if entry.kind == "sent":
-            return (behind or entry).hash
-        behind = entry if entry.kind == "signed" else None
-    return ""
+                self.notes.append(Note(entry.seq, head))
 
 
 def lacking(hashes: Sequence[str], heads: Iterable[Head]) -> Head | None:

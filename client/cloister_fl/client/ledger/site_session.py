@@ -25,14 +25,13 @@ from cloister_fl.client.ledger.rollback import (
     CLAIMED,
     FILE,
     NOTE,
+    LogReader,
     Note,
     Pins,
     claims_of,
     differences,
     high_of,
     lacking,
-    last_told,
-    notes_in,
 )
 from cloister_fl.client.ledger.steward_entries import Acceptance
 from cloister_fl.client.site.audit_log import path_of
@@ -190,8 +189,9 @@ class SiteSession:
         """
         if self._notes is None or not self.log.is_as_verified():
             self._compared = self._notes = None
-            entries = self.log.verify()
-            self._notes, self._told = notes_in(entries), last_told(entries)
+            reader = LogReader()
+            self.log.verify(reader.see)
+            self._notes, self._told = reader.notes, reader.told
 
     def require_newest(self) -> None:
         """Refuse a ledger that lacks what was noted of it; before anything is read or charged.

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from cloister_fl.audit_log import AuditLog, Entry, read
+from cloister_fl.audit_log import AuditLog, Entry, is_begun, read
 from cloister_fl.client.site.folder import Site
 from cloister_fl.system.text import counted
 
@@ -61,7 +61,7 @@ def entries_of(site: Site) -> tuple[Entry, ...]:
         AuditLogDamaged: the log is not sound.
     """
     path = path_of(site)
-    return tuple(read(path)) if path.exists() else ()
+    return tuple(read(path)) if is_begun(path) else ()
 
 
 def what_left(entries: tuple[Entry, ...], *, run: str | None = None) -> tuple[Left, ...]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cloister_fl.audit_log import Entry, examine, read
+from cloister_fl.audit_log import Entry, Finding, examine, is_begun, read
 from cloister_fl.errors import AuditLogDamaged
 from cloister_fl.server.coordinator.rejection_log import KEPT_FILES
 from cloister_fl.server.rounds.collector import REASONS
@@ -131,12 +131,12 @@ def account(log: Path, *, key: bytes | None = None, refused: Path | None = None)
     Raises:
         AuditLogDamaged: the signed log is not sound.
     """
-    entries = tuple(read(log)) if log.exists() else ()
+    entries = tuple(read(log)) if is_begun(log) else ()
     verdict = examine(log, key=key) if entries else None
     if verdict is not None and verdict.findings:
         raise AuditLogDamaged(
             "The audit log cannot be trusted.",
-            why=f"Line {verdict.findings[0].line}: {verdict.findings[0].what}.",
+            why=_first(verdict.findings[0]),
             remedy=f"Keep the file, and list all errors: cloister verify {shlex.quote(str(log))}",
         )
     return Account(
@@ -153,6 +153,11 @@ def account(log: Path, *, key: bytes | None = None, refused: Path | None = None)
         sites=_sites(entries),
         turned_away=_turned_away(refused) if refused is not None else (),
     )
+
+
+def _first(found: Finding) -> str:
+    where = f"{found.file}, line {found.line}" if found.file else f"Line {found.line}"
+    return f"{where}: {found.what}."
 
 
 def render(told: Account) -> str:

@@ -4,12 +4,17 @@ Two files in ``OUT/checkpoint``: ``state.safetensors``, the whole state after a 
 ``progress.json``, the last round that was sent out, and for whom it was unmasked. Both are
 replaced atomically. A round that was sent and not finished is known after a crash: its sites were
 charged for it.
+
+What the state tells of each round does not grow with it: every hundred rounds the figures move to a
+sealed segment, ``figures-000001.jsonl`` and so on, which is never written again and of which the
+state keeps the hash.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +35,8 @@ CHECKPOINT_FOLDER = "checkpoint"
 
 _STATE = "state.safetensors"
 _PROGRESS = "progress.json"
+FIGURES_A_SEGMENT = 100
+"""Evaluated models whose figures are sealed together."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._sealed: list[str] = []
+        """SHA-256 of the segments that the state on disk names."""
 
     def exists(self) -> bool:
         """Whether a run was begun here."""
@@ -157,10 +166,14 @@ class Checkpoints:
         }
         if state.average is not None:
             tensors["average"] = state.average
+        sealed = self._seal(state.figures)
         plain = {
             "run": state.run,
             "completed": state.completed,
-            "figures": [figures.to_json() for figures in state.figures],
+            "sealed": sealed,
+            "figures": [
+                figures.to_json() for figures in state.figures[len(sealed) * FIGURES_A_SEGMENT :]
+            ],
             "lost": list(state.lost),
             "discarded": list(state.discarded),
             "invited": list(state.invited),
@@ -171,6 +184,40 @@ class Checkpoints:
         }
         metadata = {"format": FORMAT, "study": study.canonical(), "state": json.dumps(plain)}
         write_atomic(self._folder / _STATE, save(tensors, metadata=metadata))
+
+    def _seal(self, figures: Sequence[Figures]) -> list[str]:
+        """Write the segments that are full and not on disk yet; the hashes of all.
+
+        Before the state that names them: a kill between the two leaves a file that is written again
+        with the same content.
+        """
+        for number in range(len(self._sealed), len(figures) // FIGURES_A_SEGMENT):
+            begin = number * FIGURES_A_SEGMENT
+            rows = figures[begin : begin + FIGURES_A_SEGMENT]
+            data = "".join(f"{json.dumps(one.to_json())}\n" for one in rows).encode()
+            write_atomic(self._segment(number), data)
+            self._sealed.append(hashlib.sha256(data).hexdigest())
+        return self._sealed
+
+    def _segment(self, number: int) -> Path:
+        return self._folder / f"figures-{number + 1:06d}.jsonl"
+
+    def _unsealed(self, text: str) -> str:
+        """The state's text, with the figures of its segments in it.
+
+        Raises:
+            OSError, ValueError, KeyError, TypeError, AttributeError: a segment is missing or not
+                the one that the text names, or the text has another form.
+        """
+        told = json.loads(text)
+        sealed, rows = [str(one) for one in told.pop("sealed")], []
+        for number, digest in enumerate(sealed):
+            data = self._segment(number).read_bytes()
+            if hashlib.sha256(data).hexdigest() != digest:
+                raise ValueError("a segment was changed")
+            rows += [json.loads(line) for line in data.splitlines()]
+        self._sealed = sealed
+        return json.dumps({**told, "figures": [*rows, *told["figures"]]})
 
     def mark(self, progress: Progress) -> None:
         """Record, before a message leaves, how far its round has come."""
@@ -205,7 +252,12 @@ class Checkpoints:
         remedy = "Start a new run in an empty folder, without --resume."
         if not self.exists():
             raise NothingToResume("The folder has no run to resume.", remedy=remedy)
-        damaged = NothingToResume("The checkpoint cannot be read.", remedy=remedy)
+        damaged = NothingToResume(
+            "The checkpoint cannot be read.",
+            why="A file of it is damaged, or another version of Cloister wrote it.",
+            remedy=f"Restore the folder {self._folder} from a backup, or start a new run in an "
+            "empty folder, without --resume: cloister explain CLO-504",
+        )
         try:
             with safe_open(self._folder / _STATE, framework="np") as file:
                 metadata = file.metadata() or {}
@@ -222,9 +274,10 @@ class Checkpoints:
             )
         note = self._folder / _PROGRESS
         try:
-            state = _state(read_state(metadata["state"], study), tensors, study)
+            text = self._unsealed(metadata["state"])
+            state = _state(read_state(text, study), tensors, study)
             progress = _progress(note.read_text("utf-8"), study) if note.is_file() else Progress()
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise damaged from None
         return state, progress
 

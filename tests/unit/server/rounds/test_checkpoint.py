@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from cloister_fl.errors import NothingToResume, ResumeMismatch
 from cloister_fl.metrics.figures import Estimate, Metrics
+from cloister_fl.server.rounds import checkpoint
 from cloister_fl.server.rounds.checkpoint import (
     Checkpoints,
     Figures,
@@ -254,3 +255,70 @@ def test_a_write_that_is_cut_short_keeps_the_old_state(
             checkpoints.save(study, _state(completed=3))
     state, _ = checkpoints.load(study)
     assert state.completed == 2
+
+
+# Figures of many rounds are sealed, a hundred at a time.
+
+
+def _long(rounds: int) -> RunState:
+    figures = (Figures(number, 3, 1.5, 0.25, epsilon=1.25) for number in range(rounds + 1))
+    return replace(_state(rounds), figures=tuple(figures), lost=())
+
+
+@pytest.fixture
+def many(monkeypatch: pytest.MonkeyPatch) -> Study:
+    monkeypatch.setattr(checkpoint, "FIGURES_A_SEGMENT", 10)
+    return studies.study(training={"rounds": 60})
+
+
+def test_what_is_written_a_round_does_not_grow_with_the_rounds(tmp_path: Path, many: Study) -> None:
+    sizes = []
+    for checkpoints in (Checkpoints(tmp_path), Checkpoints(tmp_path)):
+        for number in range(60):
+            state = replace(_long(number), optimizer=_NONE)
+            checkpoints.save(many, state)
+            sizes.append((tmp_path / STATE).stat().st_size)
+            assert checkpoints.load(many)[0].figures == state.figures
+    # 64 digits of a segment's hash, and no more, for ten rounds.
+    assert max(sizes[50:60]) < max(sizes[:10]) + 6 * 80
+    assert len(list(tmp_path.glob("figures-*.jsonl"))) == 6
+
+
+_NONE = OptimizerState(np.zeros(0, np.float32), np.zeros(0, np.float32))
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [Path.unlink, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"\xff" * 9)],
+)
+def test_a_segment_that_is_missing_or_altered_is_a_named_error(
+    tmp_path: Path, many: Study, harm: Callable[[Path], object]
+) -> None:
+    Checkpoints(tmp_path).save(many, replace(_long(30), optimizer=_NONE))
+    assert len(Checkpoints(tmp_path).load(many)[0].figures) == 31
+    harm(tmp_path / "figures-000002.jsonl")
+    with raises(NothingToResume, match="CLO-504"):
+        Checkpoints(tmp_path).load(many)
+
+
+def test_killed_between_a_segment_and_its_state_nothing_is_lost_or_doubled(
+    tmp_path: Path, many: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(many, replace(_long(8), optimizer=_NONE))
+    write = checkpoint.write_atomic
+
+    def killed(path: Path, data: bytes) -> None:
+        if path.name == STATE.name:
+            raise KeyboardInterrupt
+        write(path, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_atomic", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(many, replace(_long(9), optimizer=_NONE))
+    assert (tmp_path / "figures-000001.jsonl").exists()
+    again = Checkpoints(tmp_path)
+    assert again.load(many)[0].completed == 8
+    again.save(many, replace(_long(9), optimizer=_NONE))
+    assert again.load(many)[0].figures == _long(9).figures

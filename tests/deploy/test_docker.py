@@ -77,7 +77,10 @@ def test_an_image_runs_as_nobody_and_says_whether_it_serves(side: str, extra: st
     made = stages(RECIPE.read_text())[side]
     assert last(made, "USER") == "10001:10001"
     assert last(made, "STOPSIGNAL") == "SIGTERM"
-    assert last(made, "HEALTHCHECK").endswith(f'CMD ["cloister", "{extra}", "status"]')
+    folder = "state" if side == "coordinator" else "run"
+    assert last(made, "HEALTHCHECK").endswith(
+        f'CMD ["python", "-I", "-m", "cloister_fl.system.health", "{folder}/health"]'
+    )
     assert last(made, "ENTRYPOINT") == '["cloister"]'
     assert last(made, "CMD") == f'["{extra}", "start"]'
     assert last(made, "WORKDIR") == last(made, "VOLUME")

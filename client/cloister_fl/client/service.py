@@ -14,6 +14,7 @@ Files, below the site folder::
 
     service.lock          held while it runs; the process id
     run/service.json      where health is served, and how the site stands
+    run/health            whether it serves, for a health check that costs next to nothing
     run/node.socket       where the node answers the executor
     run/node.id           as which node the site is online
 """
@@ -40,6 +41,7 @@ from cloister_fl.errors import CloisterError, ListenRefused, ServiceState
 from cloister_fl.system.child_process import Child, environment
 from cloister_fl.system.files import create_secret, make_private_dir, read_secret, write_atomic
 from cloister_fl.system.git_ignore import keep_out_of_git
+from cloister_fl.system.health import FILE as HEALTH
 from cloister_fl.system.health import Health, healthy
 from cloister_fl.system.pid_lock import holder, only_one, terminate
 
@@ -175,7 +177,7 @@ class _Service:
         self._events: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
         self._children: dict[str, Child] = {}
         try:
-            self._health = Health(site.health)
+            self._health = Health(site.health, site.root / RUN / HEALTH)
         except OSError:
             raise ListenRefused(
                 f"The service cannot listen on {site.health}.",
@@ -203,6 +205,7 @@ class _Service:
                 for child in self._children.values():
                     child.tend()
                 self._hear()
+                self._health.serving(self._now.serving)
                 self._remind()
                 self._warn()
                 time.sleep(TICK_S)

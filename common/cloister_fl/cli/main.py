@@ -6,6 +6,7 @@ Their modules import torch, flwr and opacus inside functions only, so that ``--h
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -19,7 +20,7 @@ import typer.core
 import typer.main
 
 from cloister_fl.cli.tilde import expand_tilde
-from cloister_fl.errors import CloisterError, InternalError
+from cloister_fl.errors import CloisterError, InternalError, OutputInTheWay
 from cloister_fl.system.installation import own_entry_points
 from cloister_fl.system.libraries.imports import FLOWER
 from cloister_fl.system.libraries.logs import silence_libraries
@@ -28,6 +29,8 @@ from cloister_fl.version import __version__
 
 GROUP = "cloister_fl.commands"
 INTERRUPTED = 130
+_SYSTEM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
+"""What the system, and no fault of ours, does to a file."""
 _ORDER = ("demo", "simulate", "predict", "study", "client", "server", "verify", "explain")
 
 
@@ -99,18 +102,40 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         status = INTERRUPTED
+    except OSError as error:
+        fault = _of_the_system(error)
+        _say(str(fault), fault.code)
+        sys.exit(fault.exit_status)
     except Exception as error:
         if os.environ.get("CLOISTER_TRACEBACK") == "1":
             traceback.print_exc()
-        fault = InternalError(
-            f"Internal error ({type(error).__name__}).",
-            remedy="Repeat it with CLOISTER_TRACEBACK=1 on data without patients and report it.",
-        )
+        fault = _internal(error)
         _say(str(fault), fault.code)
         sys.exit(fault.exit_status)
     if status == INTERRUPTED:
         _say("Stopped.", None)
     sys.exit(status or 0)
+
+
+def _of_the_system(error: OSError) -> CloisterError:
+    """The error of a file that the system does not let us use; its path may name a patient."""
+    if error.errno not in _SYSTEM:
+        if os.environ.get("CLOISTER_TRACEBACK") == "1":
+            traceback.print_exc()
+        return _internal(error)
+    return OutputInTheWay(
+        "A file cannot be written or read.",
+        why=f"{os.strerror(error.errno)}.",
+        remedy="Look at free space, mount options and permissions of the folder that the command "
+        "works in, and repeat the command: df -h .; findmnt -T .; ls -ld .",
+    )
+
+
+def _internal(error: Exception) -> InternalError:
+    return InternalError(
+        f"Internal error ({type(error).__name__}).",
+        remedy="Repeat it with CLOISTER_TRACEBACK=1 on data without patients and report it.",
+    )
 
 
 def _say(text: str, code: str | None) -> None:

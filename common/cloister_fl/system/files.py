@@ -14,6 +14,7 @@ import fcntl
 import os
 import re
 import secrets
+import shlex
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -219,6 +220,12 @@ def mark_of(file: Path | int) -> Mark | None:
     except FileNotFoundError:
         return None
     return Mark(about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+
+
+def moved_away(path: Path) -> str:
+    """A command that keeps a damaged file under another name, to be pasted into a shell."""
+    kept = path.with_name(f"{path.name}.damaged")
+    return f"mv --backup=numbered {shlex.quote(str(path))} {shlex.quote(str(kept))}"
 
 
 def make_private_dir(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -205,6 +206,21 @@ def test_a_group_that_cannot_be_loaded_is_901(
     status, _, err = end(capsys, "--help")
     assert status == 70
     assert "CLO-901" in err
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_full_disk_and_a_read_only_file_system_are_no_internal_error(
+    capsys: pytest.CaptureFixture[str], command: Callable[..., None], number: int
+) -> None:
+    def act() -> None:
+        raise OSError(number, "whatever", "/data/Doe^Jane")
+
+    command(act)
+    status, _, err = end(capsys, "act")
+    assert status == 2
+    assert err.startswith(f"CLO-104: A file cannot be written or read. {os.strerror(number)}.")
+    assert "df -h" in err
+    assert "Doe" not in err
 
 
 def test_an_interrupt_ends_with_130(

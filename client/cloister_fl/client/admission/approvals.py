@@ -27,7 +27,7 @@ from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import FileUnreadable, OptionInvalid, StudyInvalid, StudyNotApproved
 from cloister_fl.study.schema import Study, study_from_canonical
 from cloister_fl.system import utc
-from cloister_fl.system.files import locked, write_atomic
+from cloister_fl.system.files import locked, moved_away, write_atomic
 
 FILE = "approvals.json"
 FORMAT = 1
@@ -93,7 +93,8 @@ def judgements(site: Site) -> dict[str, Judgement]:
         raise FileUnreadable(
             f"{FILE} cannot be read.",
             why="Until it can be read, no study is approved.",
-            remedy="Restore it from the site's backup, or move it away and repeat the decisions.",
+            remedy="Restore it from the site's backup; or keep it elsewhere, and decide again: "
+            f"{moved_away(path)}; {site.command('review')}",
         ) from None
 
 

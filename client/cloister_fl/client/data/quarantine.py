@@ -39,7 +39,7 @@ from cloister_fl.client.site.folder import Site, command_at
 from cloister_fl.errors import FileUnreadable, OptionInvalid, Reject
 from cloister_fl.study.schema import Input
 from cloister_fl.system import utc
-from cloister_fl.system.files import locked, write_atomic
+from cloister_fl.system.files import locked, moved_away, write_atomic
 from cloister_fl.system.text import counted, is_reason
 
 _LISTED = Input(modalities=("CR", "DX", "MG", "CT", "MR", "US"), size=16)
@@ -128,21 +128,21 @@ def judgements(site: Site) -> Mapping[bytes, Judgement]:
 def _written(site: Site) -> Mapping[bytes, Judgement]:
     """The decisions as they lie in the site folder."""
     try:
-        text = _path(site).read_text()
+        text = _path(site).read_bytes()
     except FileNotFoundError:
         return {}
     except OSError:
-        raise _unreadable() from None
+        raise _unreadable(site) from None
     try:
         told = json.loads(text)
         if told["version"] != _VERSION:
-            raise _unreadable()
+            raise _unreadable(site)
         return {
             bytes.fromhex(content): Judgement(Decision(one["decision"]), one["why"], one["time"])
             for content, one in told["decisions"].items()
         }
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise _unreadable() from None
+        raise _unreadable(site) from None
 
 
 def releases(site: Site) -> frozenset[bytes]:
@@ -303,11 +303,12 @@ def _path(site: Site) -> Path:
     return site.root / "quarantine.json"
 
 
-def _unreadable() -> FileUnreadable:
+def _unreadable(site: Site) -> FileUnreadable:
     return FileUnreadable(
         "quarantine.json cannot be read.",
         why="It is damaged, of another version, or closed to this user.",
-        remedy="Restore it from the site's backup; or remove it, and repeat the decisions.",
+        remedy="Restore it from the site's backup; or keep it elsewhere, and repeat the decisions: "
+        f"{moved_away(_path(site))}; {site.command('quarantine')}",
     )
 
 

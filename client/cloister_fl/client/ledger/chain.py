@@ -99,7 +99,8 @@ def damaged(why: str) -> PrivacyError:
     return LedgerDamaged(
         "The privacy ledger cannot be trusted.",
         why=f"{why[0].upper()}{why[1:]}.",
-        remedy="Stop, keep the file, and restore the ledger from the site's backup.",
+        remedy="Stop, keep the file, and restore the ledger from the site's backup: "
+        "cloister explain CLO-302",
     )
 
 
@@ -126,5 +127,6 @@ def rolled_back(root: Path, what: str, why: str) -> PrivacyError:
 def unusable() -> PrivacyError:
     return LedgerDamaged(
         "The privacy ledger cannot be read or written, so nothing is trained.",
-        remedy="Check the file's permissions, the free space on its disk, and that it is a ledger.",
+        remedy="Check the file's permissions, the free space on its disk, and that it is a ledger: "
+        "cloister explain CLO-302",
     )

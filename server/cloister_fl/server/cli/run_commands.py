@@ -181,10 +181,9 @@ def _ended(found: RunFolder, folder: Path, status: Status) -> CloisterError:
 
 
 def _report(found: RunFolder, *, as_json: bool) -> None:
-    from cloister_fl.server.coordinator.run_queue import SUMMARY
     from cloister_fl.server.results.summary_table import show
 
-    summary = json.loads((found.path / SUMMARY).read_text("utf-8"))
+    summary = found.summary()
     if as_json:
         typer.echo(json.dumps({**summary, "folder": str(found.path)}))
     else:

@@ -222,7 +222,7 @@ def status(folder: Folder = Path(), as_json: JsonOption = False) -> None:
     """
     _require()
     from cloister_fl.server.coordinator.certificate_dates import warnings_of
-    from cloister_fl.server.coordinator.run_queue import runs
+    from cloister_fl.server.coordinator.run_queue import damaged_runs, runs
     from cloister_fl.server.service.supervisor import is_serving, running
 
     place = _open(folder)
@@ -233,7 +233,7 @@ def status(folder: Folder = Path(), as_json: JsonOption = False) -> None:
         invited = len(registry.invited())
     counts = {state: states.count(state) for state in ("approved", "pending", "revoked")}
     standing = [(each.name, each.status()) for each in runs(place.root)]
-    warnings = warnings_of(place)
+    warnings = (*warnings_of(place), *damaged_runs(place.root))
     if as_json:
         told = {"running": process is not None, "serving": serving, "invited": invited, **counts}
         each_run = [{"name": name, **asdict(each)} for name, each in standing]

@@ -7,7 +7,7 @@
                      superexec.secret; mode 0700 and 0600
     keys/roster      the signed roster in force
     state/           coordinator.sqlite (invites, sites), flower.sqlite and, while the server runs,
-                     control.socket
+                     control.socket and health
     log/             refused.jsonl: rejected connections and requests
     flower/          Flower's own home
     server.lock      held by the server that runs
@@ -31,10 +31,12 @@ from typing import Annotated
 from cryptography import x509
 from pydantic import AfterValidator, Field
 
-from cloister_fl.errors import OptionInvalid, ServerFolderInvalid
+from cloister_fl.encoding.canonical_json import HASH
+from cloister_fl.errors import DeploymentError, OptionInvalid, ServerFolderInvalid
 from cloister_fl.membership import ec_keys
 from cloister_fl.membership.ec_keys import Purpose
 from cloister_fl.membership.enrolment import split_address
+from cloister_fl.server.coordinator import site_database
 from cloister_fl.server.coordinator.certificate_authority import Authority, needs_renewal, pem
 from cloister_fl.server.coordinator.federation import Federation
 from cloister_fl.server.coordinator.site_database import Registry
@@ -43,11 +45,13 @@ from cloister_fl.system.files import (
     create_secret,
     locked,
     make_private_dir,
+    moved_away,
     read_secret,
     sweep,
     write_atomic,
 )
 from cloister_fl.system.git_ignore import keep_out_of_git
+from cloister_fl.system.health import FILE as HEALTH
 from cloister_fl.system.toml import FileModel, parse, read_text
 
 SERVER_FILE = "server.toml"
@@ -141,6 +145,11 @@ class Coordinator:
         return self.state / "control.socket"
 
     @property
+    def health(self) -> Path:
+        """What the server says of itself while it runs, see ``system.health``."""
+        return self.state / HEALTH
+
+    @property
     def refusals(self) -> Path:
         """The log of rejected connections and requests."""
         return self.root / "log" / "refused.jsonl"
@@ -150,9 +159,14 @@ class Coordinator:
         """Lock file of the running server, with its process id."""
         return self.root / "server.lock"
 
+    @property
+    def database(self) -> Path:
+        """The database of invites and sites."""
+        return self.state / "coordinator.sqlite"
+
     def registry(self) -> Registry:
-        """Open the database of invites and sites."""
-        return Registry(self.state / "coordinator.sqlite")
+        """Open the database of invites and sites; raises as ``Registry``."""
+        return Registry(self.database)
 
     def authority(self) -> Authority:
         """Open the certificate authority, with its private key."""
@@ -164,7 +178,7 @@ class Coordinator:
 
     def federation_root(self) -> bytes:
         """The root's public key, 32 bytes, without opening the private one."""
-        return bytes.fromhex(read_secret(self.keys / ROOT_PUBLIC).decode())
+        return bytes.fromhex(self._hex(ROOT_PUBLIC))
 
     @contextlib.contextmanager
     def deciding(self) -> Iterator[None]:
@@ -174,11 +188,30 @@ class Coordinator:
 
     def token(self) -> str:
         """Token of the private Control API."""
-        return read_secret(self.keys / CONTROL_TOKEN).decode()
+        return self._hex(CONTROL_TOKEN)
 
     def executor_secret(self) -> bytes:
         """Secret of the private Runtime API."""
-        return read_secret(self.keys / EXECUTOR_SECRET)
+        return self._hex(EXECUTOR_SECRET).encode()
+
+    def _hex(self, name: str) -> str:
+        """A file of ``keys`` with 64 hexadecimal digits, which ``init`` can make again.
+
+        Raises:
+            FileUnreadable: see ``read_secret``.
+            ServerFolderInvalid: it holds something else.
+        """
+        text = read_secret(self.keys / name).decode("ascii", "replace")
+        if not HASH.fullmatch(text):
+            raise self._damaged(name)
+        return text
+
+    def _damaged(self, name: str) -> DeploymentError:
+        return ServerFolderInvalid(
+            f"keys/{name} is damaged.",
+            remedy="Let it be made again: "
+            f"{moved_away(self.keys / name)}; cloister server init {shlex.quote(str(self.root))}",
+        )
 
 
 @dataclass(frozen=True)
@@ -283,6 +316,7 @@ def init_coordinator(root: Path, layout: Layout | None) -> Coordinator:
     create_secret(keys / CONTROL_TOKEN, secrets.token_hex(32).encode())
     create_secret(keys / EXECUTOR_SECRET, secrets.token_hex(32).encode())
     certify_server(coordinator, authority)
+    site_database.create(coordinator.database)
     with coordinator.deciding(), coordinator.registry() as registry:
         sweep(root)
         publish_roster(coordinator, registry)

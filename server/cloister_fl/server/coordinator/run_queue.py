@@ -15,17 +15,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter
 
 from cloister_fl.cli.folder_option import dir_option
 from cloister_fl.errors import CloisterError, RunUnknown, StudyInvalid
 from cloister_fl.study.schema import Study, study_from_canonical
 from cloister_fl.system import utc
-from cloister_fl.system.files import make_private_dir, write_atomic
+from cloister_fl.system.files import make_private_dir, moved_away, write_atomic
 from cloister_fl.system.toml import FileModel
 
 RUNS = "runs"
@@ -87,6 +87,9 @@ class Status:
     update_bytes: int = 0
 
 
+_STATUS = TypeAdapter(Status)
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """One run.
@@ -110,11 +113,12 @@ class RunFolder:
         """
         try:
             return Asked.model_validate_json((self.path / ASKED).read_text("utf-8"), strict=False)
-        except (OSError, ValidationError):
+        except (OSError, ValueError):
             raise RunUnknown(
                 f"The run {self.name} cannot be read.",
                 why=f"Its {ASKED} is missing or not valid.",
-                remedy=f"Restore {self.path / ASKED} from a backup.",
+                remedy=f"Restore {self.path / ASKED} from a backup; or give the run up, and keep "
+                f"it elsewhere: {moved_away(self.path / ASKED)}",
             ) from None
 
     def study(self) -> Study:
@@ -126,11 +130,14 @@ class RunFolder:
         write_atomic(self.path / ASKED, asked.model_dump_json(indent=2).encode())
 
     def status(self) -> Status:
-        """Return its status; ``waiting`` before it has started."""
+        """Return its status; ``waiting`` before it has started, or where it cannot be read.
+
+        A run whose status is lost is executed again from its last checkpoint, unless a person
+        stopped it.
+        """
         try:
-            told = json.loads((self.path / STATUS).read_text("utf-8"))
-            return Status(**{**told, "sites": tuple(told["sites"])})
-        except (OSError, ValueError, KeyError, TypeError):
+            return _STATUS.validate_json((self.path / STATUS).read_bytes())
+        except (OSError, ValueError):
             return Status(told="the run has not started")
 
     def tell(self, status: Status) -> None:
@@ -142,6 +149,26 @@ class RunFolder:
     def folder_option(self) -> str:
         """Option ``--dir`` of the coordinator's folder, for a remedy."""
         return dir_option(self.path.parent.parent)
+
+    def summary(self) -> dict[str, object]:
+        """The summary of a run that is finished.
+
+        Raises:
+            RunUnknown: it cannot be read.
+        """
+        path = self.path / SUMMARY
+        try:
+            told = json.loads(path.read_bytes())
+            if isinstance(told, dict) and "study_hash" in told:
+                return told
+        except (OSError, ValueError):
+            pass
+        raise RunUnknown(
+            f"The summary of the run {self.name} cannot be read.",
+            why=f"{path} is damaged.",
+            remedy="Restore it from a backup; or let it be made again, from the last checkpoint: "
+            f"{moved_away(path)}; cloister server resume {self.name}{self.folder_option}",
+        )
 
     @property
     def finished(self) -> bool:
@@ -205,9 +232,39 @@ def find_run(root: Path, name: str) -> RunFolder:
 
 
 def runs(root: Path) -> Iterator[RunFolder]:
-    """All runs, in the order in which they were asked for."""
-    folder = root / RUNS
-    found = [RunFolder(path.parent) for path in folder.glob(f"*/{ASKED}")]
+    """All runs that can be read, in the order in which they were asked for."""
+    return _in_order(_folders(root))
+
+
+def damaged_runs(root: Path) -> tuple[str, ...]:
+    """What a person is told of runs that cannot be read, a sentence each."""
+    found = []
+    for run in _folders(root):
+        try:
+            run.study()
+        except CloisterError as error:
+            found.append(str(error))
+    return tuple(found)
+
+
+def next_run(root: Path) -> RunFolder | None:
+    """The run to execute now: the oldest that is wanted and has not ended.
+
+    Of runs that ended, in all the years, no more is looked at than that.
+    """
+    open_runs = [run for run in _folders(root) if not run.finished]
+    open_runs = [run for run in open_runs if run.status().state not in FINAL]
+    return next((run for run in _in_order(open_runs) if run.asked().wanted), None)
+
+
+def _folders(root: Path) -> list[RunFolder]:
+    return sorted(
+        (RunFolder(path.parent) for path in (root / RUNS).glob(f"*/{ASKED}")),
+        key=lambda run: run.name,
+    )
+
+
+def _in_order(found: Iterable[RunFolder]) -> Iterator[RunFolder]:
     known: list[tuple[str, RunFolder]] = []
     for run in found:
         try:
@@ -216,14 +273,6 @@ def runs(root: Path) -> Iterator[RunFolder]:
         except (RunUnknown, StudyInvalid):
             continue
     yield from (run for _, run in sorted(known, key=lambda pair: (pair[0], pair[1].name)))
-
-
-def next_run(root: Path) -> RunFolder | None:
-    """The run to execute now: the oldest that is wanted and has not ended."""
-    for run in runs(root):
-        if run.asked().wanted and not run.finished and run.status().state not in FINAL:
-            return run
-    return None
 
 
 def update_bytes(root: Path) -> int:

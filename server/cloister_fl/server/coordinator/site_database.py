@@ -3,6 +3,9 @@
 SQLite, one file, shared by the server and the commands. Every change is one transaction, so a
 process killed at any time leaves the old state or the new one. An invite's secret is kept as a
 hash; a site's three public keys and its certificate are kept whole.
+
+It is made by ``create`` alone, whole. One that is missing, empty or damaged is refused: a new one
+in its place would know no site, and every hospital would be turned away.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import secrets
+import shlex
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
@@ -17,15 +21,32 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from cloister_fl.cli.folder_option import dir_option
-from cloister_fl.errors import DeploymentError, EnrolmentRefused, SiteStateInvalid
+from cloister_fl.errors import (
+    DeploymentError,
+    EnrolmentRefused,
+    ServerFolderInvalid,
+    SiteStateInvalid,
+)
 from cloister_fl.membership.enrolment import INVITE_ID_BYTES, SECRET_BYTES, Request, secret_hash
+from cloister_fl.system.files import create_secret
 
 PICKUP_S = 7 * 86400
 """How long at least an approved site may fetch its certificate, in seconds."""
 SEEN_EVERY_S = 30
 _WAIT_MS = 10_000
+
+_INVITES = "SELECT id, site, secret_hash, created, expires, used FROM invites"
+_BUSY = {"SQLITE_BUSY", "SQLITE_LOCKED"}
+_SYSTEM = {
+    "SQLITE_FULL": "Its disk is full.",
+    "SQLITE_READONLY": "It may not be written: the file system or the file is read-only.",
+    "SQLITE_CANTOPEN": "It cannot be opened.",
+    "SQLITE_IOERR": "The system failed to read or write it.",
+    "SQLITE_PERM": "This user may not use it.",
+}
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS invites (
@@ -96,18 +117,71 @@ class NewInvite:
     replaced: bool
 
 
+class _Database(sqlite3.Connection):
+    """A connection whose errors are numbered, and name the file and what to do."""
+
+    path = Path()
+
+    def execute(self, statement: str, values: Any = (), /) -> sqlite3.Cursor:
+        """As of ``sqlite3``; raises ServerFolderInvalid."""
+        try:
+            return super().execute(statement, values)
+        except sqlite3.Error as error:
+            raise unusable(self.path, error) from None
+
+
+def create(path: Path) -> None:
+    """Make an empty database, whole, unless its name is taken.
+
+    Raises:
+        OutputInTheWay: it cannot be written.
+    """
+    with contextlib.closing(sqlite3.connect(":memory:")) as made:
+        made.executescript(_SCHEMA)
+        create_secret(path, made.serialize())
+
+
 class Registry:
-    """The opened database; also a context manager that closes it."""
+    """The opened database; also a context manager that closes it.
+
+    Args:
+        path: the file, see ``create``.
+
+    Raises:
+        ServerFolderInvalid: it is missing, empty or damaged, or cannot be read or written; its
+            methods raise it, too.
+    """
 
     def __init__(self, path: Path) -> None:
         self._folder_option = dir_option(path.parent.parent)
-        # isolation_level None: transactions are begun here, by hand, and nowhere else.
-        self._db = sqlite3.connect(path, timeout=_WAIT_MS / 1000, isolation_level=None)
-        path.chmod(0o600)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        self._db.execute("PRAGMA foreign_keys = ON")
-        self._db.executescript(_SCHEMA)
+        try:
+            about = path.stat()
+            if not about.st_size:
+                raise unusable(path, None)
+            if about.st_mode & 0o077:
+                path.chmod(0o600)
+            # isolation_level None: transactions are begun here, by hand, and nowhere else.
+            self._db = sqlite3.connect(
+                f"{path.absolute().as_uri()}?mode=rw",
+                uri=True,
+                timeout=_WAIT_MS / 1000,
+                isolation_level=None,
+                factory=_Database,
+            )
+            self._db.path = path
+        except (OSError, sqlite3.Error) as error:
+            raise unusable(path, error) from None
+        try:
+            if self._db.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+                raise unusable(path, None)
+            for rows in (_SITES, _INVITES):
+                self._db.execute(f"{rows} LIMIT 0")
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute("PRAGMA foreign_keys = ON")
+        except BaseException:
+            self._db.close()
+            raise
 
     def __enter__(self) -> Registry:
         return self
@@ -306,7 +380,7 @@ class Registry:
         if site.seen is None or now - site.seen >= SEEN_EVERY_S:
             # All ports wait meanwhile, so it waits for nobody else's write.
             self._db.execute("PRAGMA busy_timeout = 50")
-            with contextlib.suppress(sqlite3.OperationalError):
+            with contextlib.suppress(DeploymentError):
                 self._db.execute(
                     "UPDATE sites SET seen = ?, collected = COALESCE(collected, ?) WHERE name = ?",
                     (now, now, site.name),
@@ -334,3 +408,48 @@ class Registry:
 def refusal(code: str) -> EnrolmentRefused:
     """A refusal of an enrolment; ``why`` is a code from a closed list."""
     return EnrolmentRefused("The request was refused.", why=code)
+
+
+def unusable(path: Path, error: Exception | None, way_on: str = "") -> DeploymentError:
+    """The error of a database of the coordinator that cannot be used.
+
+    Args:
+        path: the file, in the folder ``state``.
+        error: what SQLite or the system said; None where its content is not as it must be.
+        way_on: what to do about one that is damaged; unless given, as for the sites' database.
+    """
+    file = shlex.quote(str(path))
+    name = f"{path.parent.name}/{path.name}"
+    code = "_".join(str(getattr(error, "sqlite_errorname", "")).split("_")[:2])
+    if code in _BUSY:
+        return ServerFolderInvalid(
+            f"{name} is locked by another program.",
+            why=f"It was waited for, {_WAIT_MS // 1000} s.",
+            remedy=f"Find the program, end it, and repeat the command: fuser -v {file}",
+        )
+    if code in _SYSTEM or (isinstance(error, OSError) and path.exists()):
+        return ServerFolderInvalid(
+            f"{name} cannot be read or written.",
+            why=_SYSTEM.get(code, "The system does not allow it."),
+            remedy="Free space, make the file system writable or correct the permissions, and "
+            f"repeat the command: df -h {file}; findmnt -T {file}; ls -l {file}",
+        )
+    folder = path.parent.parent
+    return ServerFolderInvalid(
+        f"{name} is {'damaged' if path.exists() else 'missing'}.",
+        why="Its content is not that of this version's database." if path.exists() else "",
+        remedy="Nothing was changed. "
+        + (
+            way_on
+            or "Restore it from the newest backup of the folder, with the server stopped. "
+            "Without one, each hospital joins again: cloister explain CLO-801. "
+        )
+        + f"Keep the damaged file: {moved_away(path)}"
+        + (f"; cloister server start{dir_option(folder)}" if way_on else ""),
+    )
+
+
+def moved_away(path: Path) -> str:
+    """A command that moves a database, and what SQLite keeps beside it, into a folder."""
+    kept = shlex.quote(str(path.parent / "damaged"))
+    return f"mkdir -p {kept} && mv --backup=numbered {shlex.quote(str(path))}* {kept}"

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alembic.util import CommandError
 from flwr.app import Error, Message
 from flwr.common.constant import (
     ACCESS_TOKEN_KEY,
@@ -60,7 +61,7 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 from google.protobuf.message import DecodeError
 from sqlalchemy import delete, select
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 NODE_KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER.encode()
 """The header that says, in base64, which node key signed a request."""
@@ -295,8 +296,12 @@ def build(database: Path, token: str, executor_secret: bytes) -> tuple[Any, Node
         database: Flower's own SQLite file.
         token: what Control asks for as a bearer token.
         executor_secret: what the Runtime API asks for.
+
+    Raises:
+        sqlite3.Error: the file is damaged, of another form, or cannot be read or written.
     """
     logging.getLogger(LOGGER).setLevel(logging.WARNING)
+    _require_sound(database)
     config = SuperLinkLifespanConfig(
         control_address="",
         health_server_address=None,
@@ -321,8 +326,29 @@ def build(database: Path, token: str, executor_secret: bytes) -> tuple[Any, Node
         isolation="process",
         runtime_dependency_install=False,
     )
-    app = create_app(config, SuperLinkLifespan)
+    try:
+        app = create_app(config, SuperLinkLifespan)
+    except DBAPIError as error:
+        raise (error.orig if isinstance(error.orig, sqlite3.Error) else _foreign()) from None
+    except (SQLAlchemyError, CommandError, SystemExit):
+        raise _foreign() from None
     return app, Nodes(app.state.linkstate_factory)
+
+
+def _require_sound(database: Path) -> None:
+    """Look at Flower's file before Flower does, which ends the process or changes the file."""
+    if not database.exists() or not database.stat().st_size:
+        return  # It is made.
+    address = f"{database.absolute().as_uri()}?mode=rw"
+    with contextlib.closing(sqlite3.connect(address, uri=True, timeout=_LOCKED_S)) as held:
+        if held.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+            raise sqlite3.DatabaseError("a page is damaged")
+        if not held.execute("SELECT 1 FROM alembic_version").fetchone():
+            raise _foreign()
+
+
+def _foreign() -> sqlite3.Error:
+    return sqlite3.DatabaseError("not a database of this version of Flower")
 
 
 def signed(headers: Iterable[tuple[bytes, bytes]], key: bytes) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cloister_fl.errors import CloisterError, InternalError, RunStopped
+from cloister_fl.errors import CloisterError, InternalError, NothingToResume, RunStopped
 from cloister_fl.server.coordinator.folder import Coordinator, open_coordinator
 from cloister_fl.server.coordinator.run_queue import (
     DONE,
@@ -95,6 +95,13 @@ def execute(place: Coordinator, run: RunFolder) -> None:
     except RunStopped as error:
         writer.say(state=STOPPED, told=error.what, code=error.code)
     except CloisterError as error:
+        if error.code == NothingToResume.code:
+            from cloister_fl.server.rounds.checkpoint import CHECKPOINT_FOLDER
+
+            error.remedy = (
+                f"Restore {run.path / CHECKPOINT_FOLDER} from a backup, or run the study anew: "
+                f"cloister server run STUDY-FILE{run.folder_option}"
+            )
         run.tell(failure(error, writer.status))
     except Exception as error:
         if _is_connection(error):

@@ -24,6 +24,7 @@ import queue
 import shlex
 import signal
 import socket
+import sqlite3
 import ssl
 import time
 from collections.abc import Callable
@@ -41,7 +42,7 @@ from cloister_fl.server.coordinator.certificate_dates import require_valid, warn
 from cloister_fl.server.coordinator.folder import SERVER_CERTIFICATE, SERVER_KEY, Coordinator
 from cloister_fl.server.coordinator.rejection_log import Refusals
 from cloister_fl.server.coordinator.run_queue import update_bytes
-from cloister_fl.server.coordinator.site_database import Registry
+from cloister_fl.server.coordinator.site_database import Registry, unusable
 from cloister_fl.server.network.enrolment_app import EnrolmentApp
 from cloister_fl.server.network.fleet_gate import Engine, FleetGate, private_app
 from cloister_fl.server.network.request_shape import RequestShapes
@@ -62,6 +63,10 @@ AGAIN_S = 60.0
 """How long until a database that was busy is shrunk."""
 TICK_S = 0.5
 """How often the database is looked at for what was approved, revoked or invited."""
+_FLOWER_LOST = (
+    "It holds messages under way and nothing else: a run goes on from its last checkpoint, without "
+    "the round that was under way. "
+)
 WARN_S = 86400.0
 """How often it is told of certificates whose end is near, while the server runs."""
 
@@ -155,10 +160,8 @@ class _Service:
         place, file = self.coordinator, self.coordinator.file
         self._require_roster()
         authority = x509.load_pem_x509_certificate(read_secret(place.keys / CA_CERTIFICATE))
+        app, nodes = self._build()
         refusals = Refusals(place.refusals)
-        app, nodes = superlink.build(
-            place.state / "flower.sqlite", place.token(), place.executor_secret()
-        )
         nodes_now = self._approved()
         nodes.reconcile(*nodes_now)
         engine = Engine(
@@ -184,7 +187,7 @@ class _Service:
             roster=roster,
         )
         bind(file.private.health, None).close()  # not loopback, or taken: refused in words
-        health = Health(file.private.health)
+        health = Health(file.private.health, place.health)
         watches = [loop.create_task(limiter.watch()) for limiter in self._limiters]
         try:
             private = listen(place.socket.parent, place.socket.name)
@@ -216,6 +219,17 @@ class _Service:
             for watch in watches:
                 watch.cancel()
             refusals.close()
+
+    def _build(self) -> tuple[Any, Any]:
+        """Flower's application and its list of nodes; raises ServerFolderInvalid."""
+        from cloister_fl.server.flower import superlink
+
+        place = self.coordinator
+        state = place.state / "flower.sqlite"
+        try:
+            return superlink.build(state, place.token(), place.executor_secret())
+        except sqlite3.Error as error:
+            raise unusable(state, error, _FLOWER_LOST) from None
 
     def _make_limiters(self, refusals: Refusals) -> list[ConnectionLimiter]:
         """Those of the public port and of the enrolment port, with the server's certificate."""

@@ -16,6 +16,7 @@ from flwr.proto.message_pb2 import PushObjectRequest
 
 from cloister_fl.errors import ListenRefused, ServerFolderInvalid
 from cloister_fl.membership.enrolment import HEADER_PROTOCOL, HEADER_VERSION, PATH_ROSTER
+from cloister_fl.server.coordinator import site_database
 from cloister_fl.server.coordinator.folder import Layout, init_coordinator, open_coordinator
 from cloister_fl.server.coordinator.rejection_log import LINES_A_SECOND, Refusals, Refused
 from cloister_fl.server.coordinator.site_database import Registry, SiteRow
@@ -461,11 +462,14 @@ def test_a_flood_does_not_fill_the_log(tmp_path: Path) -> None:
 
 
 def test_the_database_is_its_owners_alone(tmp_path: Path) -> None:
+    site_database.create(tmp_path / "r.sqlite")
+    (tmp_path / "r.sqlite").chmod(0o644)
     Registry(tmp_path / "r.sqlite").close()
     assert (tmp_path / "r.sqlite").stat().st_mode & 0o077 == 0
 
 
 def test_a_database_that_somebody_holds_keeps_no_request_waiting(tmp_path: Path) -> None:
+    site_database.create(tmp_path / "r.sqlite")
     rows = Registry(tmp_path / "r.sqlite")
     holder = sqlite3.connect(tmp_path / "r.sqlite", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")

@@ -24,10 +24,10 @@ from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse
 from google.protobuf.message import Message
 
 from cloister_fl.client.network import join as joining
+from cloister_fl.client.network.node_keys import node_key
 from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import CloisterError, CoordinatorUnreachable
 from cloister_fl.membership import ec_keys
-from cloister_fl.membership.ec_keys import Purpose
 from cloister_fl.membership.enrolment import Invite
 from cloister_fl.server.coordinator.folder import Coordinator, Layout, init_coordinator
 from cloister_fl.server.coordinator.site_approval import approve_site, invite_sites
@@ -167,7 +167,7 @@ class Hospital:
         return ec_keys.public_pem(self._node())
 
     def _node(self) -> ec.EllipticCurvePrivateKey:
-        return ec_keys.load_private((self.site.keys / joining.NODE_KEY).read_bytes(), Purpose.NODE)
+        return node_key(self.site)
 
     def headers(self) -> dict[str, str]:
         """Flower's authentication: a signed time stamp."""

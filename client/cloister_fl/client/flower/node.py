@@ -48,12 +48,10 @@ from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 from cloister_fl.client.flower.names import FOREIGN, LARGEST, RUN, SOCKET, SUPEREXEC_SECRET
 from cloister_fl.client.flower.own_node import note_own_node
 from cloister_fl.client.network.join import client_context, membership
-from cloister_fl.client.network.node_keys import NODE_KEY
+from cloister_fl.client.network.node_keys import node_key
 from cloister_fl.client.network.proxy import proxy_of
 from cloister_fl.client.site.folder import Site, open_site
 from cloister_fl.errors import CloisterError
-from cloister_fl.membership import ec_keys
-from cloister_fl.membership.ec_keys import Purpose
 from cloister_fl.protocol.app_bundle import bundle, bundle_hash
 from cloister_fl.system.child_process import child, tell
 from cloister_fl.system.files import read_secret
@@ -332,7 +330,7 @@ def main(folder: Path) -> None:
     )
     serve_runtime(states, site, read_secret(site.keys / SUPEREXEC_SECRET))
     tell("ready")
-    key = ec_keys.load_private(read_secret(site.keys / NODE_KEY), Purpose.NODE)
+    key = node_key(site)
     internal.start_client_internal(
         state_factory=states,
         server_address=membership(site).fleet,

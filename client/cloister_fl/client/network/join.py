@@ -4,9 +4,7 @@
 
     coordinator.json     addresses, the authority's fingerprint, the root, the invite's public id
     coordinator.pem      the coordinator's authority, as the invite pinned it
-    keys/node.pem        P-384, Flower's node key
-    keys/tls.pem         P-256, the client key of TLS
-    keys/client.pem      the certificate for it
+    keys/                the node's keys and certificate, see ``node_keys``
     roster.offered       the signed roster that the coordinator last sent
 
 Keys are made here and stay here. The invite's one-time secret is never written to the site's
@@ -23,11 +21,18 @@ from typing import Annotated
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.x509.oid import NameOID
 from pydantic import Field, ValidationError
 
 from cloister_fl.client.network.http import Answer, Failure, dial
 from cloister_fl.client.network.http_errors import error_of
-from cloister_fl.client.network.node_keys import AUTHORITY, CERTIFICATE, NODE_KEY, TLS_KEY
+from cloister_fl.client.network.node_keys import (
+    AUTHORITY,
+    CERTIFICATE,
+    NODE_KEY,
+    TLS_KEY,
+    show_certificate,
+)
 from cloister_fl.client.network.proxy import proxy_of
 from cloister_fl.client.site.folder import Site, init_site, open_site, require_as_written
 from cloister_fl.client.site.policy import policy_for
@@ -71,6 +76,7 @@ _WHY = {
     "certificate-unknown": "This site's certificate is unknown to the coordinator.",
     "certificate-revoked": "The coordinator has revoked this site.",
     "certificate-expired": "This site's certificate has expired.",
+    "renewed-lately": "A renewal was asked for within the last hour, with other keys.",
     "rate-limited": "Too many requests came from here; wait a minute.",
 }
 
@@ -156,21 +162,33 @@ def prepare(
     require_as_written(
         site, dicom=dicom, labels=labels, network=network, patients_at_most=patients_at_most
     )
+    require_invited(site, invite)
+    create_secret(site.keys / NODE_KEY, ec_keys.generate_pem(Purpose.NODE))
+    create_secret(site.keys / TLS_KEY, ec_keys.generate_pem(Purpose.TLS))
+    return site
+
+
+def require_invited(site: Site, invite: Invite) -> Membership | None:
+    """Refuse another's invite; what the site joined before, if it did.
+
+    Raises:
+        InviteInvalid: the folder is another site's, or belongs to another federation.
+        FileUnreadable: see ``membership``.
+    """
     if site.name != invite.site:
         raise InviteInvalid(
             f"The invite is for {invite.site}, and this folder is {site.name}'s.",
             remedy="Use another folder, or ask for an invite with this site's name.",
         )
-    if (site.root / MEMBERSHIP).exists():
-        held = membership(site)
-        if held.authority != invite.authority.hex() or held.root != invite.root.hex():
-            raise InviteInvalid(
-                "The invite is for another federation than this folder.",
-                remedy="Use a site folder for each federation.",
-            )
-    create_secret(site.keys / NODE_KEY, ec_keys.generate_pem(Purpose.NODE))
-    create_secret(site.keys / TLS_KEY, ec_keys.generate_pem(Purpose.TLS))
-    return site
+    if not (site.root / MEMBERSHIP).exists():
+        return None
+    held = membership(site)
+    if held.authority != invite.authority.hex() or held.root != invite.root.hex():
+        raise InviteInvalid(
+            "The invite is for another federation than this folder.",
+            remedy="Use a site folder for each federation.",
+        )
+    return held
 
 
 def ask(site: Site, invite: Invite) -> Joined:
@@ -234,9 +252,7 @@ def client_context(site: Site) -> ssl.SSLContext:
         CoordinatorUnproven: the authority on disk is not the pinned one.
     """
     context = pinned_context(site)
-    for name in (CERTIFICATE, TLS_KEY):
-        read_secret(site.keys / name)
-    context.load_cert_chain(site.keys / CERTIFICATE, site.keys / TLS_KEY)
+    show_certificate(site, context)
     return context
 
 
@@ -267,12 +283,31 @@ def _took(site: Site, member: Membership, reply: Reply) -> Joined:
 
 
 def _keep_certificate(site: Site, member: Membership, der: bytes) -> None:
+    own = read_secret(site.keys / TLS_KEY)
+    write_atomic(site.keys / CERTIFICATE, checked_certificate(site, member, der, own))
+
+
+def checked_certificate(site: Site, member: Membership, der: bytes, tls_pem: bytes) -> bytes:
+    """A certificate that the coordinator sent, in PEM, if it is for this site and a key of it.
+
+    Args:
+        site: the site.
+        member: its membership.
+        der: what was sent.
+        tls_pem: the private key that it must be for, PEM.
+
+    Raises:
+        CoordinatorUnproven: it is for another key or site, or not issued by the pinned authority.
+        FileUnreadable: see ``client_context``.
+        IdentityInvalid: the key is damaged.
+    """
     authority = x509.load_pem_x509_certificate(_pinned(site, member))
-    own = ec_keys.load_private(read_secret(site.keys / TLS_KEY), Purpose.TLS).public_key()
+    own = ec_keys.load_private(tls_pem, Purpose.TLS).public_key()
     try:
         certificate = x509.load_der_x509_certificate(der)
         certificate.verify_directly_issued_by(authority)
-        fits = certificate.public_key() == own
+        names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        fits = certificate.public_key() == own and [name.value for name in names] == [site.name]
     except Exception:
         fits = False
     if not fits:
@@ -280,7 +315,7 @@ def _keep_certificate(site: Site, member: Membership, der: bytes) -> None:
             "The certificate received is not for this site's key, or not issued by the authority.",
             remedy="Tell the coordinator; do not go on.",
         )
-    write_atomic(site.keys / CERTIFICATE, certificate.public_bytes(serialization.Encoding.PEM))
+    return certificate.public_bytes(serialization.Encoding.PEM)
 
 
 def _offer(site: Site, member: Membership, signed: bytes) -> Joined:

@@ -174,7 +174,7 @@ def dates(own: Validity, now: float, site: Site | None = None) -> Finding:
         now: Unix time in seconds.
         site: goes into the command of the remedy.
     """
-    remedy = node_keys.renewal_remedy(own, site)
+    remedy = node_keys.renewal_remedy(own, site, now)
     if own.is_early(now):
         early = ClockOrDates(
             f"This site's certificate is valid from {to_minute(own.begins)} UTC, which is not yet.",

@@ -91,8 +91,8 @@ def warnings_of(place: Coordinator) -> tuple[str, ...]:
 
 def _of_site(held: Validity) -> str:
     if held.days_left() <= 0:
-        return "The hospital enrols again, under a new name."
-    return "Tell the hospital."
+        return "It cannot be renewed any more: revoke the site, and invite it again."
+    return "Tell the hospital: its service renews it while it runs, or cloister client renew does."
 
 
 def _renew(place: Coordinator) -> str:

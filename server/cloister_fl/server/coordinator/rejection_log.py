@@ -57,6 +57,7 @@ class Refused(enum.StrEnum):
     INVITE_USED = "invite-used"
     INVITE_EXPIRED = "invite-expired"
     KEY_IN_USE = "key-in-use"
+    RENEWED_LATELY = "renewed-lately"
     ENGINE_REFUSED = "engine-refused"
 
 

@@ -2,7 +2,8 @@
 
 SQLite, one file, shared by the server and the commands. Every change is one transaction, so a
 process killed at any time leaves the old state or the new one. An invite's secret is kept as a
-hash; a site's three public keys and its certificate are kept whole.
+hash; a site's three public keys and its certificate are kept whole. See ``renewal_records`` for the
+keys that are to come, and for those that were.
 
 It is made by ``create`` alone, whole. One that is missing, empty or damaged is refused: a new one
 in its place would know no site, and every hospital would be turned away.
@@ -31,6 +32,8 @@ from cloister_fl.errors import (
     SiteStateInvalid,
 )
 from cloister_fl.membership.enrolment import INVITE_ID_BYTES, SECRET_BYTES, Request, secret_hash
+from cloister_fl.server.coordinator.renewal_records import SCHEMA as RENEWALS_SCHEMA
+from cloister_fl.server.coordinator.renewal_records import RenewalRecords
 from cloister_fl.system.files import create_secret
 
 PICKUP_S = 7 * 86400
@@ -137,7 +140,7 @@ def create(path: Path) -> None:
         OutputInTheWay: it cannot be written.
     """
     with contextlib.closing(sqlite3.connect(":memory:")) as made:
-        made.executescript(_SCHEMA)
+        made.executescript(_SCHEMA + RENEWALS_SCHEMA)
         create_secret(path, made.serialize())
 
 
@@ -150,6 +153,9 @@ class Registry:
     Raises:
         ServerFolderInvalid: it is missing, empty or damaged, or cannot be read or written; its
             methods raise it, too.
+
+    Attributes:
+        renewals: keys and certificates that are to come, and those that were.
     """
 
     def __init__(self, path: Path) -> None:
@@ -179,9 +185,13 @@ class Registry:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA foreign_keys = ON")
+            # A database of an earlier version has no renewals.
+            for statement in RENEWALS_SCHEMA.split(";"):
+                self._db.execute(statement)
         except BaseException:
             self._db.close()
             raise
+        self.renewals = RenewalRecords(self._db, self._change)
 
     def __enter__(self) -> Registry:
         return self
@@ -211,10 +221,12 @@ class Registry:
     # Invites
 
     def invite(self, sites: Iterable[str], lifetime_s: int) -> tuple[NewInvite, ...]:
-        """Make an invite for each site, none of which has asked yet; earlier ones for them end.
+        """Make an invite for each site, none of which is one now; earlier ones for them end.
+
+        A name that was revoked can be invited again: whoever uses the invite has new keys.
 
         Raises:
-            SiteStateInvalid: a site has asked, is approved or was revoked; none is invited.
+            SiteStateInvalid: a site has asked or is approved; none is invited.
         """
         now = int(time.time())
         with self._change():
@@ -222,10 +234,10 @@ class Registry:
 
     def _invite(self, site: str, now: int, expires: int) -> NewInvite:
         held = self.site(site)
-        if held is not None:
+        if held is not None and held.state != "revoked":
             raise SiteStateInvalid(
                 f"{site} is {held.state} already, so it gets no invite.",
-                remedy="If its keys are lost, revoke it and invite it under a new name: "
+                remedy="If its keys are lost, revoke it, then invite it again: "
                 f"cloister server revoke {site}{self._folder_option}",
             )
         invite_id, secret = secrets.token_bytes(INVITE_ID_BYTES), secrets.token_bytes(SECRET_BYTES)
@@ -251,7 +263,9 @@ class Registry:
     def use(self, request: Request) -> SiteRow:
         """Let a request, whose proofs were checked, use its invite; the site is pending then.
 
-        A repeated request with the same keys gets the same answer, also after a lost reply.
+        A repeated request with the same keys gets the same answer, also after a lost reply. Where
+        the name was revoked, its keys and certificate are retired, and the new ones take their
+        place.
 
         Raises:
             EnrolmentRefused: no such invite or another secret (``why`` is ``invite-unknown``),
@@ -274,12 +288,15 @@ class Registry:
                 raise refusal("invite-used")
             if row[2] <= now:
                 raise refusal("invite-expired")
-            taken = self._db.execute(
-                "SELECT 1 FROM sites WHERE identity = ? OR node_key = ? OR tls_key = ?", keys
-            ).fetchone()
-            if taken:
+            if any(map(self.renewals.is_known, keys)):
                 raise refusal("key-in-use")
+            before = self.site(request.site)
+            if before is not None and before.state != "revoked":
+                raise refusal("invite-used")
             self._db.execute("UPDATE invites SET used = ? WHERE id = ?", (now, request.invite_id))
+            if before is not None:
+                self.renewals.retire(request.site, renewed=False)
+                self._db.execute("DELETE FROM sites WHERE name = ?", (request.site,))
             self._db.execute(
                 "INSERT INTO sites (name, state, invite, identity, node_key, tls_key, asked)"
                 " VALUES (?, 'pending', ?, ?, ?, ?, ?)",
@@ -332,6 +349,15 @@ class Registry:
         ).fetchone()
         return SiteRow(*row) if row else None
 
+    def by_renewed(self, fingerprint: bytes) -> SiteRow | None:
+        """The site that shows its renewed certificate for the first time; it holds from now on.
+
+        Raises:
+            sqlite3.OperationalError: another process writes; nothing has changed.
+        """
+        name = self.renewals.take(fingerprint)
+        return None if name is None else self.site(name)
+
     def approve(self, name: str, certificate: bytes, fingerprint: bytes, valid_until: int) -> None:
         """Make a pending site an approved one, with its certificate, in one transaction.
 
@@ -353,7 +379,7 @@ class Registry:
             )
 
     def revoke(self, name: str) -> None:
-        """Revoke a site permanently, and end its invites; a site that never asked too.
+        """Revoke a site's keys permanently, and end its invites; a site that never asked too.
 
         Raises:
             SiteStateInvalid: nobody of that name was invited or is a site.
@@ -364,6 +390,7 @@ class Registry:
                 "UPDATE invites SET expires = ? WHERE site = ? AND used IS NULL AND expires > ?",
                 (now, name, now),
             ).rowcount
+            self.renewals.drop(name)
             changed = self._db.execute(
                 "UPDATE sites SET state = 'revoked', decided = ? WHERE name = ?", (now, name)
             ).rowcount

@@ -14,9 +14,10 @@ import datetime
 import hmac
 import logging
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from alembic.util import CommandError
@@ -44,7 +45,11 @@ from flwr.supercore.auth.typing import (
     AccountAuthLoginDetails,
     AccountInfo,
 )
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLEET_HTTP_SIGNATURE_HEADER,
+    NodeStatus,
+)
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supercore.state.schema.corestate_models import (
@@ -52,7 +57,7 @@ from flwr.supercore.state.schema.corestate_models import (
     ObjectPushSessionPending,
     ObjectPushSessionRoot,
 )
-from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
+from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes, Node
 from flwr.supercore.state.schema.objectstore_models import StoredObject
 from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink.auth_plugin import ControlAuthnPlugin
@@ -60,7 +65,7 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 from google.protobuf.message import DecodeError
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, update
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 NODE_KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER.encode()
@@ -220,21 +225,38 @@ class Nodes:
             return False
         return not busy
 
-    def reconcile(self, approved: dict[str, bytes], known: set[bytes]) -> None:
+    def reconcile(
+        self,
+        approved: Mapping[str, bytes],
+        known: Collection[bytes],
+        renewed: Mapping[bytes, bytes] = MappingProxyType({}),
+    ) -> None:
         """Register what is missing and unregister what is no longer approved.
+
+        A node whose key was renewed stays the node that it was: a run that is under way knows it by
+        its id, and the messages to it wait under that.
 
         Args:
             approved: node key (PEM) by site id.
-            known: node keys that this coordinator ever approved or revoked.
+            known: node keys that this coordinator ever approved, renewed or revoked.
+            renewed: by new node key, the one whose place it took.
         """
         state = self._factory.state()
         for name, key in approved.items():
+            if key in renewed and state.get_node_id_by_public_key(key) is None:
+                self._change_key(renewed[key], key)
             if state.get_node_id_by_public_key(key) is None:
                 state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, _HEARTBEAT_S, name=name)
-        for key in known - set(approved.values()):
+        for key in set(known) - set(approved.values()):
             node = state.get_node_id_by_public_key(key)
             if node is not None:
                 state.delete_node(NOOP_FLWR_AID, node)
+
+    def _change_key(self, before: bytes, key: bytes) -> None:
+        """Give the node with one key another one, where there is such a node."""
+        here = (Node.public_key == before, Node.status != NodeStatus.UNREGISTERED)
+        with self._factory.state().session() as session:
+            session.execute(update(Node).where(*here).values(public_key=key))
 
 
 def _half_sent_by(node: int) -> Any:

@@ -3,7 +3,8 @@
 Flower's SuperNode authentication signs a time stamp and nothing else, so a header can be taken
 from one connection to another. Here each request is held against the certificate that its
 connection showed: the certificate must be an approved site's at this moment, and the node key in
-the header must be that site's own.
+the header must be that site's own. A renewed certificate holds from the first request that shows
+it, and the one before ends with that.
 
 A request meets the cheap checks first: certificate, path, key, signature, size, shape. Only what
 passes all of them is parsed, or waits for the engine, one request of a site and path at a time.
@@ -15,6 +16,7 @@ import asyncio
 import base64
 import binascii
 import hmac
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
@@ -22,10 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cloister_fl.errors import EnrolmentRefused, MessageInvalid
 from cloister_fl.membership.enrolment import HEADER_PROTOCOL, HEADER_VERSION, PATH_ROSTER
+from cloister_fl.membership.renewal_request import MAX_RENEWAL_BYTES, PATH_RENEW
 from cloister_fl.server.coordinator.output_log import SITE
 from cloister_fl.server.coordinator.rejection_log import Refusals, Refused
 from cloister_fl.server.coordinator.site_database import Registry, SiteRow
+from cloister_fl.server.coordinator.site_renewal import RenewalDesk
 from cloister_fl.server.network.request_shape import RequestShapes
 from cloister_fl.server.network.request_turns import Turns
 from cloister_fl.server.network.tls_listener import PEER, Peer
@@ -56,6 +61,7 @@ _STATUS = {
     Refused.OBJECTS_TOO_MANY: 413,
     Refused.BUSY: 503,
     Refused.RATE: 429,
+    Refused.RENEWED_LATELY: 429,
     Refused.MALFORMED: 400,
 }
 
@@ -107,6 +113,7 @@ class FleetGate:
         refusals: the log.
         roster: the file of the signed roster in force.
         shapes: limits of the bodies.
+        desk: takes renewals.
     """
 
     def __init__(
@@ -116,8 +123,10 @@ class FleetGate:
         refusals: Refusals,
         roster: Path,
         shapes: RequestShapes,
+        desk: RenewalDesk,
     ) -> None:
         self._engine = engine
+        self._desk = desk
         self._shapes = shapes
         self._turns = Turns()
         self._registry = registry
@@ -140,6 +149,9 @@ class FleetGate:
                 # For enrolled sites alone: a version tells an outsider what to attack.
                 await answer(send, 200, self._roster.read_bytes(), more=_VERSIONS)
                 return
+            if path == PATH_RENEW:
+                await answer(send, 200, await self._renewed(scope, receive, peer, site))
+                return
             self._own_key(scope, site)
             await self._own_signature(scope, site)
             await self._forward(scope, receive, send, peer, site)
@@ -156,6 +168,11 @@ class FleetGate:
         """The site whose certificate this is, as the database says now."""
         site = self._registry.by_certificate(peer.fingerprint)
         if site is None:
+            try:
+                site = self._registry.by_renewed(peer.fingerprint)
+            except sqlite3.OperationalError:
+                raise RequestRejected(Refused.BUSY) from None
+        if site is None:
             raise RequestRejected(Refused.CERTIFICATE_UNKNOWN)
         if site.state != "approved":
             raise RequestRejected(Refused.CERTIFICATE_REVOKED)
@@ -167,7 +184,7 @@ class FleetGate:
     def _path(self, scope: Scope) -> str:
         path, method = str(scope["path"]), scope["method"]
         if (path in self._engine.node_paths and method == "POST") or (
-            path == PATH_ROSTER and method == "GET"
+            (method, path) in {("GET", PATH_ROSTER), ("POST", PATH_RENEW)}
         ):
             return path
         if path.startswith("/v1/control/"):
@@ -175,6 +192,21 @@ class FleetGate:
         if path.startswith("/v1/runtime/"):
             raise RequestRejected(Refused.RUNTIME_REFUSED)
         raise RequestRejected(Refused.PATH_REFUSED)
+
+    async def _renewed(self, scope: Scope, receive: Receive, peer: Peer, site: SiteRow) -> bytes:
+        """The answer to a request for a certificate in place of the one that is shown."""
+        body = bytearray()
+        async with self._turns.of(site.name, PATH_RENEW):
+            async for piece in pieces(scope, receive, MAX_RENEWAL_BYTES):
+                body += piece
+            try:
+                request = await asyncio.to_thread(self._desk.read, site, bytes(body))
+                # A slow body, or the wait, may have outlived the certificate.
+                return self._desk.take(self._known(peer), request).encode()
+            except MessageInvalid:
+                raise RequestRejected(Refused.MALFORMED) from None
+            except EnrolmentRefused as refused:
+                raise RequestRejected(Refused(refused.why)) from None
 
     def _own_key(self, scope: Scope, site: SiteRow) -> None:
         shown = header(scope, self._engine.node_key_header)

@@ -21,7 +21,10 @@ from cloister_fl.server.rounds.collector import REASONS
 from cloister_fl.server.rounds.messenger import SILENT, UNREADABLE
 from cloister_fl.server.rounds.site_log_heads import followed, seats_in
 
-DECISIONS = ("invited", "approved", "revoked", "roster", "ledger-accepted", "server-renewed")
+DECISIONS = (
+    *("invited", "approved", "revoked", "roster", "ledger-accepted"),
+    *("server-renewed", "site-renewed"),
+)
 """Kinds of entries that a command of the coordinator's people writes."""
 
 

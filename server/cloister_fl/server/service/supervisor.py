@@ -7,7 +7,8 @@
     control     UNIX      Flower's Control and Runtime, behind a token and a secret
     health      loopback  grpc.health.v1
 
-It holds neither the authority's nor the root's private key: approving is a command's work. What
+It holds neither the authority's nor the root's private key: approving is a command's work, and a
+renewed certificate is issued by a process that is started for it (``renewal_issuer``). What
 the commands change in the database takes effect here at the next request, and within a second on
 connections that are open.
 """
@@ -29,7 +30,7 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -43,6 +44,7 @@ from cloister_fl.server.coordinator.folder import SERVER_CERTIFICATE, SERVER_KEY
 from cloister_fl.server.coordinator.rejection_log import Refusals
 from cloister_fl.server.coordinator.run_queue import update_bytes
 from cloister_fl.server.coordinator.site_database import Registry, unusable
+from cloister_fl.server.coordinator.site_renewal import RenewalDesk
 from cloister_fl.server.network.enrolment_app import EnrolmentApp
 from cloister_fl.server.network.fleet_gate import Engine, FleetGate, private_app
 from cloister_fl.server.network.request_shape import RequestShapes
@@ -113,6 +115,14 @@ def serve(coordinator: Coordinator, ready: Callable[[], None]) -> None:
         asyncio.run(_Service(coordinator, registry).run(ready))
 
 
+class _NodeKeys(NamedTuple):
+    """Arguments of ``superlink.Nodes.reconcile``."""
+
+    approved: dict[str, bytes]
+    known: frozenset[bytes]
+    renewed: dict[bytes, bytes]
+
+
 @dataclass
 class _Service:
     coordinator: Coordinator
@@ -131,6 +141,8 @@ class _Service:
     def __post_init__(self) -> None:
         arguments = ("-m", "cloister_fl.server.service.run_executor", str(self.coordinator.root))
         self._executor = Child("run executor", arguments, environment(), self._events)
+        arguments = ("-m", "cloister_fl.server.service.renewal_issuer", str(self.coordinator.root))
+        self._issuer = Child("renewal issuer", arguments, environment(), queue.Queue())
 
     def _tend(self) -> bool:
         """Keep the run executor running; return whether it is ready."""
@@ -149,6 +161,17 @@ class _Service:
                 what = told.get("type") or f"{told.get('code')} {told.get('what')}"
                 logging.getLogger(output_log.OWN).warning("run executor failed: %s", what)
         return self._executing
+
+    def _issue(self) -> None:
+        """Have the renewals issued that wait, by a process that ends when it is done."""
+        issuer = self._issuer
+        if issuer.pid is None and self.registry.renewals.waiting():
+            issuer.tend()
+        while not issuer.events.empty():
+            _, told = issuer.events.get_nowait()
+            if told.get("event") in {"crashed", "failed"}:
+                what = told.get("type") or f"{told.get('code')} {told.get('what')}"
+                logging.getLogger(output_log.OWN).warning("renewal issuer failed: %s", what)
 
     async def run(self, ready: Callable[[], None]) -> None:
         from cloister_fl.server.flower import superlink
@@ -193,13 +216,17 @@ class _Service:
             private = listen(place.socket.parent, place.socket.name)
             await self._open("control", private_app(app), None, private, str(place.socket), "on")
             shapes = RequestShapes(functools.partial(update_bytes, place.root))
-            gate = FleetGate(engine, self.registry, refusals, roster, shapes)
+            desk = RenewalDesk(
+                self.registry, authority.fingerprint(hashes.SHA256()), place.federation_root()
+            )
+            gate = FleetGate(engine, self.registry, refusals, roster, shapes, desk)
             public = bind(file.fleet.listen, fleet.context)
             await self._open("fleet", gate, fleet, public, file.fleet.listen)
             await self._follow(nodes, nodes_now, joining, enrolment)
             said = False
             while not self._stop.is_set():
                 executing = self._tend()
+                self._issue()
                 health.serving(executing)
                 if executing and not said:
                     said = True
@@ -213,6 +240,7 @@ class _Service:
             health.serving(False)
             # First, while the engine it speaks with still answers.
             await asyncio.to_thread(self._executor.stop)
+            await asyncio.to_thread(self._issuer.stop)
             health.close()
             for name in ("enrolment", "fleet", "control"):
                 await self._close(name)
@@ -265,17 +293,17 @@ class _Service:
     async def _follow(
         self,
         nodes: Any,
-        before: tuple[dict[str, bytes], set[bytes]],
+        before: _NodeKeys,
         joining: EnrolmentApp,
         limiter: ConnectionLimiter,
-    ) -> tuple[dict[str, bytes], set[bytes]]:
+    ) -> _NodeKeys:
         """Apply changes of the database to nodes, connections and the enrolment port."""
         now = self._approved()
         if now != before:
-            await asyncio.to_thread(nodes.reconcile, now[0], now[1])
+            await asyncio.to_thread(nodes.reconcile, now.approved, now.known, now.renewed)
         self._show_renewed()
         for each in self._limiters:
-            each.disconnect(self._revoked())
+            each.disconnect(self._ended())
         wanted = self.registry.open_invites() > 0
         if wanted and "enrolment" not in self._listeners:
             address = self.coordinator.file.enrolment.listen
@@ -305,13 +333,17 @@ class _Service:
             # The one before is still shown.
             logging.getLogger("cloister").warning("%s cannot be used", SERVER_CERTIFICATE)
 
-    def _approved(self) -> tuple[dict[str, bytes], set[bytes]]:
-        sites = self.registry.sites()
-        approved = {site.name: site.node_key for site in sites if site.state == "approved"}
-        return approved, {site.node_key for site in sites}
+    def _approved(self) -> _NodeKeys:
+        sites, renewals = self.registry.sites(), self.registry.renewals
+        return _NodeKeys(
+            {site.name: site.node_key for site in sites if site.state == "approved"},
+            renewals.retired("node").union(site.node_key for site in sites),
+            renewals.successors(),
+        )
 
-    def _revoked(self) -> frozenset[bytes]:
-        return frozenset(
+    def _ended(self) -> frozenset[bytes]:
+        """Certificates that were revoked or replaced, by SHA-256."""
+        return self.registry.renewals.retired("certificate").union(
             site.fingerprint
             for site in self.registry.sites()
             if site.state == "revoked" and site.fingerprint is not None

@@ -99,6 +99,19 @@ def test_a_node_that_begins_anew_is_answered_for_though_nobody_saw_it_gone(link:
     assert link.fetch().metadata.message_id == waiting
 
 
+def test_a_node_whose_key_was_renewed_stays_the_node_that_it_was(link: Link) -> None:
+    asked = link.ask()
+    link.nodes.reconcile({"hospital": b"new"}, {KEY, b"new"}, {b"new": KEY})
+    assert link.state.get_node_id_by_public_key(b"new") == link.node
+    assert link.state.get_node_id_by_public_key(KEY) is None
+    # What it was asked before is still for it.
+    assert link.fetch().metadata.message_id == asked
+    # A key of somebody who was shut out meanwhile brings nobody back.
+    link.nodes.reconcile({}, {KEY, b"new"}, {b"new": KEY})
+    link.nodes.reconcile({"hospital": b"third"}, {b"new", b"third"}, {b"third": b"new"})
+    assert link.state.get_node_id_by_public_key(b"third") not in {None, link.node}
+
+
 def test_half_a_reply_of_its_last_life_is_none(link: Link) -> None:
     asked = link.ask()
     link.answer(link.fetch())

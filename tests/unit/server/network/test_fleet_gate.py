@@ -64,6 +64,9 @@ class Rows:
             "north", state, b"i", KEY, b"t", 0, 0, b"c", fingerprint, self.until, None, None
         )
 
+    def by_renewed(self, fingerprint: bytes) -> SiteRow | None:
+        """Nobody renews here."""
+
     def saw(self, site: SiteRow) -> None:
         """Nothing."""
 
@@ -107,7 +110,8 @@ def ask(
         lambda *_: True,
     )
     refusals = Refusals(tmp_path / "refused.jsonl")
-    gate = FleetGate(engine, rows, refusals, tmp_path / "roster", SHAPES)  # type: ignore[arg-type]
+    files = (rows, refusals, tmp_path / "roster")
+    gate = FleetGate(engine, *files, SHAPES, None)  # type: ignore[arg-type]
     scope = {
         "type": "http",
         "method": method,
@@ -201,7 +205,8 @@ def test_pushes_of_one_site_wait_for_each_other_and_heartbeats_for_nobody(tmp_pa
             row = super().by_certificate(fingerprint)
             return row and replace(row, name=fingerprint.decode())
 
-    gate = FleetGate(engine, Both("approved"), refusals, tmp_path / "roster", SHAPES)  # type: ignore[arg-type]
+    files = (Both("approved"), refusals, tmp_path / "roster")
+    gate = FleetGate(engine, *files, SHAPES, None)  # type: ignore[arg-type]
 
     async def ask(who: bytes, path: str, body: bytes) -> int:
         statuses = []
@@ -521,7 +526,8 @@ def test_one_hospital_does_not_use_up_the_memory_of_all(tmp_path: Path) -> None:
             row = super().by_certificate(fingerprint)
             return row and replace(row, name=named[fingerprint])
 
-    gate = FleetGate(engine, Both("approved"), refusals, tmp_path / "roster", SHAPES)  # type: ignore[arg-type]
+    files = (Both("approved"), refusals, tmp_path / "roster")
+    gate = FleetGate(engine, *files, SHAPES, None)  # type: ignore[arg-type]
     content = PushObjectRequest(object_content=bytes(PIECE_BYTES)).SerializeToString()
 
     async def ask(who: bytes, *, stalls: bool) -> int:

@@ -8,7 +8,8 @@
 
 Until the coordinator has approved the site, it asks for the certificate and does nothing else.
 What dies is started again. The executor is one warm process for as long as it lives, so a round
-costs no start; what it keeps in memory alone is what a restart must lose (secure aggregation).
+costs no start; what it keeps in memory alone is what a restart must lose (secure aggregation). The
+site's certificate is renewed from 60 days before its end, see ``network.renewal``.
 
 Files, below the site folder::
 
@@ -28,6 +29,7 @@ import os
 import queue
 import secrets
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -35,11 +37,19 @@ from typing import Any
 
 from cloister_fl.client.flower.names import RUN, SUPEREXEC_SECRET
 from cloister_fl.client.network.join import look, membership
-from cloister_fl.client.network.node_keys import CERTIFICATE, date_warnings
+from cloister_fl.client.network.node_keys import CERTIFICATE, date_warnings, own_validity
+from cloister_fl.client.network.renewal import is_unsettled, renew_certificate, settle
 from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import CloisterError, ListenRefused, ServiceState
+from cloister_fl.membership.validity import RENEW_DAYS
 from cloister_fl.system.child_process import Child, environment
-from cloister_fl.system.files import create_secret, make_private_dir, read_secret, write_atomic
+from cloister_fl.system.files import (
+    create_secret,
+    make_private_dir,
+    mark_of,
+    read_secret,
+    write_atomic,
+)
 from cloister_fl.system.git_ignore import keep_out_of_git
 from cloister_fl.system.health import FILE as HEALTH
 from cloister_fl.system.health import Health, healthy
@@ -55,6 +65,15 @@ REMIND_S = 300.0
 
 WARN_S = 86400.0
 """Seconds between two warnings of a certificate whose end is near."""
+
+RENEW_S = 86400.0
+"""Seconds between two looks whether the certificate is to be renewed."""
+RETRY_S = 3600.0
+"""Seconds until a renewal that failed, or that a message kept away, is tried again."""
+QUIET_S = 600.0
+"""Seconds without a message before a renewal, which restarts the node and so would cost a round."""
+URGENT_DAYS = 7
+"""Days before the end of the certificate from which a renewal waits for no quiet."""
 
 Say = Callable[[str], None]
 
@@ -174,6 +193,9 @@ class _Service:
         self._stop = False
         self._reminded = False
         self._warned = -math.inf
+        self._renews = -math.inf
+        self._renewal: threading.Thread | None = None
+        self._shown = mark_of(site.keys / CERTIFICATE)
         self._events: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
         self._children: dict[str, Child] = {}
         try:
@@ -200,6 +222,7 @@ class _Service:
         self._keep()
         try:
             self._await_approval()
+            self._shown = mark_of(self._site.keys / CERTIFICATE)
             self._children = self._parts()
             while not self._stop:
                 for child in self._children.values():
@@ -207,6 +230,8 @@ class _Service:
                 self._hear()
                 self._health.serving(self._now.serving)
                 self._remind()
+                self._renew()
+                self._show_renewed()
                 self._warn()
                 time.sleep(TICK_S)
         finally:
@@ -282,8 +307,61 @@ class _Service:
             for line in left_reserved(self._site):
                 self._say(f"{line[0].upper()}{line[1:]}.")
 
+    def _renew(self) -> None:
+        """At the start, and once a day: renew the certificate where its end is near.
+
+        In a thread, for the network may take minutes. What fails is tried again and said nowhere:
+        the daily warning says that the end is near, and ``renew`` why it is not renewed.
+        """
+        if time.monotonic() < self._renews or self._is_renewing():
+            return
+        wanted: Callable[[Site], object] | None = settle if is_unsettled(self._site) else None
+        with contextlib.suppress(CloisterError):
+            own = own_validity(self._site)
+            days = own.days_left() if own is not None else 0.0
+            if wanted is None and 0 < days < RENEW_DAYS:
+                wanted = renew_certificate
+            if wanted is not None and days > URGENT_DAYS and self._is_busy():
+                self._renews = time.monotonic() + QUIET_S
+                return
+        self._renews = time.monotonic() + (RENEW_S if wanted is None else RETRY_S)
+        if wanted is not None:
+            self._renewal = threading.Thread(target=self._try, args=(wanted,), daemon=True)
+            self._renewal.start()
+
+    def _try(self, renewal: Callable[[Site], object]) -> None:
+        try:
+            renewal(self._site)
+        except CloisterError:
+            return
+        except Exception as error:
+            self._events.put(("renewal", {"event": "crashed", "type": type(error).__name__}))
+
+    def _is_renewing(self) -> bool:
+        return self._renewal is not None and self._renewal.is_alive()
+
+    def _is_busy(self) -> bool:
+        return time.time() - self._now.last_asked < QUIET_S
+
+    def _show_renewed(self) -> None:
+        """Restart the node where the certificate was renewed, by this service or a command."""
+        mark = mark_of(self._site.keys / CERTIFICATE)
+        if mark is None or mark == self._shown:
+            return
+        self._shown = mark
+        with contextlib.suppress(CloisterError):
+            if (own := own_validity(self._site)) is not None:
+                self._say(f"Restarting the node: its certificate is new, until {own.until}.")
+        self._now.node, self._now.online = False, False
+        self._now.why = "the node restarts with the renewed certificate"
+        self._health.serving(False)
+        self._keep()
+        self._children["node"].stop()
+
     def _warn(self) -> None:
         """Say at the start, and once a day, which certificate ends soon."""
+        if self._is_renewing():
+            return
         if time.monotonic() - self._warned >= WARN_S:
             self._warned = time.monotonic()
             for line in date_warnings(self._site):

@@ -15,7 +15,7 @@ from cloister_fl.cli.folder_option import FolderTyper, dir_option, folder_option
 from cloister_fl.cli.folder_option import SiteFolder as Folder
 from cloister_fl.client.cli import budget_commands, data_commands
 from cloister_fl.client.cli.certificate_commands import certificate
-from cloister_fl.client.cli.join_commands import join, proxy, roster
+from cloister_fl.client.cli.join_commands import join, proxy, renew, roster
 from cloister_fl.client.cli.patient_commands import patients
 from cloister_fl.client.cli.privacy_audit_commands import privacy_audit
 from cloister_fl.client.cli.progress_bar import progress_bar
@@ -26,7 +26,7 @@ from cloister_fl.errors import FolderUnreadable, OptionInvalid
 from cloister_fl.system.optional import require
 
 _ORDER = (
-    *("init", "join", "check", "start", "stop", "status"),
+    *("init", "join", "check", "start", "stop", "status", "renew"),
     *("fetch", "quarantine", "patients", "data-report", "freeze"),
     *("review", "approve", "deny", "roster"),
     *("budget", "certificate", "audit", "find"),
@@ -39,6 +39,7 @@ app = FolderTyper(order=_ORDER, no_args_is_help=True)
 
 
 app.command()(join)
+app.command()(renew)
 app.command()(roster)
 app.command()(proxy)
 app.command()(start)

@@ -1,4 +1,4 @@
-"""Commands `cloister client join`, `roster` and `proxy`.
+"""Commands `cloister client join`, `renew`, `roster` and `proxy`.
 
 Everything heavy is imported inside the commands, so that ``--help`` is quick.
 """
@@ -107,6 +107,20 @@ def join(
         return
     typer.echo("The coordinator has approved this site; its certificate is stored.")
     offer(site, joined, accept_roster, folder)
+
+
+def renew(folder: Folder = Path()) -> None:
+    """Renew this site's certificate and node key in place.
+
+    The running service does so by itself, from 60 days before the end. The identity key stays.
+    """
+    require("client", "httpx")
+    from cloister_fl.client.network.renewal import renew_certificate
+    from cloister_fl.client.site.folder import open_site
+
+    site = open_site(site_folder(folder))
+    made = renew_certificate(site)
+    typer.echo(f"The certificate of site {site.name} is renewed, until {made.until}.")
 
 
 def roster(folder: Folder = Path(), accept_roster: Accept = None) -> None:

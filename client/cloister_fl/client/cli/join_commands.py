@@ -12,17 +12,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cloister_fl.cli.confirm import ask, ask_hidden
+from cloister_fl.cli.confirm import Yes, ask, ask_hidden, confirm
 from cloister_fl.cli.folder_option import SiteFolder as Folder
 from cloister_fl.cli.folder_option import dir_option
 from cloister_fl.client.cli.site_folder import PatientsAtMost, site_folder
-from cloister_fl.errors import InviteInvalid, OptionInvalid, RosterMismatch, SecureAggregationError
+from cloister_fl.errors import (
+    InviteInvalid,
+    OptionInvalid,
+    RosterMismatch,
+    SecureAggregationError,
+    ServiceState,
+)
 from cloister_fl.system.optional import require
 from cloister_fl.system.text import counted
 
 if TYPE_CHECKING:
     from cloister_fl.client.network.join import Joined
     from cloister_fl.client.site.folder import Site
+    from cloister_fl.membership.enrolment import Invite
 
 POLL_S = 5.0
 
@@ -52,6 +59,14 @@ def join(
     patients_at_most: PatientsAtMost = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until it is approved.")] = False,
     accept_roster: Accept = None,
+    new_keys: Annotated[
+        bool,
+        typer.Option(
+            "--new-keys",
+            help="Replace this site's identity and node keys, with an invite for a revoked site.",
+        ),
+    ] = False,
+    yes: Yes = False,
     proxy: Annotated[
         str | None,
         typer.Option(help="http://HOST:PORT of the outbound proxy, for a site.toml made now."),
@@ -61,7 +76,8 @@ def join(
     """Join a federation with an invite, or fetch its approval.
 
     The site's keys are created, and its place is asked for. Repeat it, without the invite, to fetch
-    the approval.
+    the approval. A site whose keys are lost, and that the coordinator revoked and invited again,
+    joins with --new-keys: its name and its privacy ledger stay.
     """
     require("client", "httpx")
     from cloister_fl.client.network.join import MEMBERSHIP, ask, look, prepare
@@ -75,7 +91,7 @@ def join(
     named = proxy is not None or bool(proxy_user)
     network = network_of(proxy or "", proxy_user) if named else None
     dicom, labels = (path and path.absolute() for path in (dicom, labels))
-    if invite is None and (folder / MEMBERSHIP).exists():
+    if invite is None and not new_keys and (folder / MEMBERSHIP).exists():
         site = open_site(site_folder(folder))
         require_as_written(
             site, dicom=dicom, labels=labels, network=network, patients_at_most=patients_at_most
@@ -83,6 +99,8 @@ def join(
         joined = look(site)
     else:
         read = Invite.decode(_read_invite(invite))
+        if new_keys:
+            _replace_keys(site_folder(folder), read, yes=yes)
         site = prepare(
             folder, read, network, dicom=dicom, labels=labels, patients_at_most=patients_at_most
         )
@@ -107,6 +125,30 @@ def join(
         return
     typer.echo("The coordinator has approved this site; its certificate is stored.")
     offer(site, joined, accept_roster, folder)
+
+
+def _replace_keys(folder: Path, invite: Invite, *, yes: bool) -> None:
+    """Replace the site's keys, once for an invite, after asking."""
+    from cloister_fl.client.network.new_keys import replace_keys, replaceable
+    from cloister_fl.client.service import running
+
+    site = replaceable(folder, invite)
+    if site is None:
+        return
+    if running(site) is not None:
+        raise ServiceState(
+            "The service of this site is running.",
+            remedy=f"Stop it first: {site.command('stop')}",
+        )
+    confirm(
+        "Its identity, node and TLS keys are deleted, and new ones are made. Every other hospital "
+        "must accept the roster with the new key. The privacy ledger and its spending stay.",
+        owner=f"site {site.name}",
+        folder=site.root,
+        command=("cloister", "client", "join", "INVITE-FILE", "--new-keys"),
+        yes=yes,
+    )
+    replace_keys(site, invite)
 
 
 def renew(folder: Folder = Path()) -> None:

@@ -53,7 +53,7 @@ from cloister_fl.system.files import Mark, locked, mark_of, write_atomic
 _SIGN_EVERY = 10
 """Entries of the audit log between two signatures, at most."""
 _MOST_ADMISSIONS = 8
-_NAME_LABEL = b"cloister/ledger/name/v1\0"
+_NAME_LABEL = b"cloister/ledger/name/v2\0"
 _MOST_CLAIMS = 8
 """A site that misses one entry is refused already: more than these say nothing new."""
 _READ = (
@@ -164,10 +164,11 @@ class SiteSession:
     def ledger_name(self) -> str:
         """What the coordinator knows the ledger by, 64 hexadecimal digits; raises as ``ledger``.
 
-        It stays while the ledger and the site's key do, and tells nothing of what the ledger holds.
+        It stays while the ledger does, whatever becomes of the site's key, and tells nothing of
+        what the ledger holds: the first entry has a salt.
         """
         first = self.ledger.hashes()[0].encode()
-        return hashlib.sha256(_NAME_LABEL + self.identity.public + first).hexdigest()
+        return hashlib.sha256(_NAME_LABEL + first).hexdigest()
 
     @property
     def pins(self) -> Pins:

@@ -12,8 +12,9 @@
     audit/           the signed log of what left the site
     ledger.sqlite    what privacy was spent
 
-Keys are made once and never replaced: another pseudonym key would make other patients of the
-same people, another identity another site.
+Keys are made once: another pseudonym key would make other patients of the same people. The identity
+is replaced only where it is lost, with an invite for that, see ``network.new_keys``; the keys of
+the node are renewed, see ``network.renewal``.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ def init_site(
         make_private_dir(root / folder)
     # Also where a person's own .gitignore lies above.
     keep_out_of_git(root / "keys")
-    create_secret(root / "keys" / IDENTITY, Identity.generate().to_pem())
+    create_identity(root)
     create_secret(root / "keys" / PSEUDONYM_KEY, secrets.token_bytes(KEY_BYTES))
     create_secret(root / "keys" / CACHE_KEY, secrets.token_bytes(KEY_BYTES))
     if throwaway:
@@ -190,6 +191,11 @@ def init_site(
     # Last: a folder with a site file is a finished one.
     create_secret(root / SITE_FILE, text.encode())
     return open_site(root)
+
+
+def create_identity(root: Path) -> None:
+    """Make the identity of a site folder, unless it has one; raises as ``create_secret``."""
+    create_secret(root / "keys" / IDENTITY, Identity.generate().to_pem())
 
 
 def open_site(root: Path) -> Site:

@@ -185,9 +185,9 @@ def revoke(
     folder: Folder = Path(),
     yes: Yes = False,
 ) -> None:
-    """Revoke a site permanently.
+    """Revoke a site and its keys, permanently.
 
-    Its open connections are closed at once.
+    Its open connections are closed at once. Its name can be invited again, for new keys.
     """
     _require()
     from cloister_fl.server.coordinator.site_approval import revoke_site
@@ -196,14 +196,14 @@ def revoke(
     with place.registry() as registry:
         states = {row.name: row.state for row in registry.sites()}
         invited = {one for one, _ in registry.invited()}
-    if states.get(name) == "revoked":
+    if states.get(name) == "revoked" and name not in invited:
         typer.echo(f"{name} was revoked already.")
         return
     # Of an unknown name, the registry says so.
     if name in states or name in invited:
         confirm(
             f"The site {name} ({states[name]}) is revoked permanently."
-            if name in states
+            if name in states and name not in invited
             else f"The open invite of {name} becomes invalid.",
             owner=f"federation {place.file.federation.name}",
             folder=place.root,
@@ -212,8 +212,9 @@ def revoke(
         )
     revoke_site(place, name)
     typer.echo(
-        f"{name} is revoked and off the roster. Its name cannot be used again."
-        if name in states
+        f"{name} is revoked and off the roster. Its keys cannot be used again. With new keys, it "
+        f"can be invited: cloister server invite {name}{dir_option(folder)}"
+        if name in states and name not in invited
         else f"The invite of {name} no longer works."
     )
 

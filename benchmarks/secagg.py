@@ -1,11 +1,12 @@
 """What secure aggregation costs: `secagg/v2` beside Flower's SecAgg+ and a plain sum.
 
-    python benchmarks/secagg.py [--quick]
+    python benchmarks/secagg.py [--quick | --requests] [--millions D ...] [--sites N ...]
 
 Flower's own code runs in the same process, on the same vectors: its client's
 `_collect_masked_vectors` as it stands, and the primitives of its server's unmasking in the order
 of its workflow. Times are CPU seconds of the process, the least of several runs, wall seconds
-beside them. The last line is JSON: the worst ratios over D >= 11 million.
+beside them. The last line is JSON: the worst ratios over D >= 11 million, and the
+requests of 100 sites.
 
 - client: stage 2, from the server's request to the signed reply: signatures and boxes checked,
   update encoded, masked, hashed, signed. Flower's: from its configuration to its reply.
@@ -15,6 +16,10 @@ beside them. The last line is JSON: the worst ratios over D >= 11 million.
   costs; the ratio counts both it and the unmasking.
 - check: hashing the arriving vectors to verify who sent them. A plain sum does not, so it is
   shown beside the ratio.
+- requests: of stage 2 to 100 sites, all of them built and encoded; bytes of the largest. No vector
+  is in them.
+- reply: what a vector costs on its way to the wire: bundled, put into Flower's records, and hashed
+  for the audit log.
 """
 
 from __future__ import annotations
@@ -46,13 +51,16 @@ from flwr.common.secure_aggregation.ndarrays_arithmetic import (
 from flwr.common.secure_aggregation.quantization import dequantize
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 
-from cloister_fl.secagg.messages.codec import Masked
+from cloister_fl.protocol.round_messages import Exchanged, described, octets, pack
+from cloister_fl.secagg.messages.codec import Bundle, Masked
 from support import secagg as kit
 
 flower = importlib.import_module("flwr.client.mod.secure_aggregation.secaggplus_mod")
 
 RANGE = 1 << 32
 LEVELS = 1 << 22
+SITES = 100
+"""Sites whose requests are built."""
 
 
 @dataclass
@@ -234,12 +242,54 @@ def plain_sum(n: int, update: np.ndarray, repeats: int) -> Time:
     return least(work, repeats)
 
 
+def requests(n: int, repeats: int) -> tuple[Time, int]:
+    """Time of building and encoding the stage-2 requests to all of n sites, and bytes of one."""
+    sites = tuple(f"site-{number:03d}" for number in range(n))
+    federation = kit.Federation(n, dimension=1, names=sites)
+    server = federation.prepared()
+    names = server.start(federation.session())
+    sizes: list[int] = []
+
+    def work() -> None:
+        for shares in server._shares.values():
+            # Kept for the epoch; a new one has none yet.
+            vars(shares.dealing).pop("_paths", None)
+        sizes.extend(len(server.mask_request(name).encode()) for name in names)
+
+    return least(work, repeats), max(sizes)
+
+
+def reply_path(dimension: int, repeats: int) -> dict[str, float]:
+    """CPU seconds of a masked vector between its signature and Flower's serialization."""
+    vector = np.zeros(dimension, np.uint32).data.cast("B")
+    masked = Masked(bytes(32), "site-01", bytes(32), vector, bytes(64), bytes(64))
+    data = Bundle((masked,)).encode()
+    answer = Exchanged("site-01", 1, octets(data))
+    records = pack(answer)
+    return {
+        "bundle": least(lambda: Bundle((masked,)).encode(), repeats).cpu,
+        "records": least(lambda: pack(answer), repeats).cpu,
+        "log": least(lambda: described(records), repeats).cpu,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two sizes, two federations")
-    quick = parser.parse_args().quick
-    sizes = (1_000_000, 11_000_000) if quick else (1_000_000, 11_000_000, 25_000_000)
-    counts = (5, 10) if quick else (3, 5, 10, 20)
+    parser.add_argument("--requests", action="store_true", help="requests and reply alone")
+    parser.add_argument("--millions", type=int, nargs="+", help="sizes, in million parameters")
+    parser.add_argument("--sites", type=int, nargs="+", help="federations")
+    options = parser.parse_args()
+    took, size = requests(SITES, 3)
+    print(f"requests to {SITES} sites: {size} bytes each, {took.cpu:.3f} CPU seconds for all")
+    path = reply_path(11_000_000, 5)
+    print("reply of 11M: " + ", ".join(f"{name} {cost:.3f}" for name, cost in path.items()))
+    of_requests = {"mask_request_bytes": size, "mask_request_seconds": took.cpu}
+    if options.requests:
+        print(json.dumps({name: round(value, 4) for name, value in of_requests.items()}))
+        return
+    millions = options.millions or ((1, 11) if options.quick else (1, 11, 25))
+    counts = options.sites or ((5, 10) if options.quick else (3, 5, 10, 20))
     repeats = 3
     generator = np.random.default_rng(1)
     head = (
@@ -250,7 +300,7 @@ def main() -> None:
     print("CPU seconds (wall seconds)")
     print(head)
     worst = {"client_vs_flower": float("inf"), "server_vs_sum": 0.0, "bytes_per_parameter": 0.0}
-    for dimension in sizes:
+    for dimension in (1_000_000 * size for size in millions):
         update = generator.normal(0, 0.01, dimension).astype(np.float32)
         for n in counts:
             theirs = least(flower_client(n, update).run, repeats)
@@ -274,7 +324,7 @@ def main() -> None:
                 worst["client_vs_flower"] = min(worst["client_vs_flower"], client_ratio)
                 worst["server_vs_sum"] = max(worst["server_vs_sum"], server_ratio)
                 worst["bytes_per_parameter"] = max(worst["bytes_per_parameter"], per_parameter)
-    print(json.dumps({name: round(value, 4) for name, value in worst.items()}))
+    print(json.dumps({name: round(value, 4) for name, value in {**worst, **of_requests}.items()}))
 
 
 if __name__ == "__main__":

@@ -35,10 +35,23 @@ def frame(*fields: Buffer) -> bytes:
     return b"".join(pieces)
 
 
+def frame_pieces(*fields: Buffer | list[Buffer]) -> list[Buffer]:
+    """What ``frame`` joins, before it is joined; a field may be in pieces itself.
+
+    So a vector is copied once, however many frames are around it.
+    """
+    pieces: list[Buffer] = []
+    for field in fields:
+        parts = field if isinstance(field, list) else [field]
+        pieces.append(_LENGTH.pack(sum(map(len, parts))))
+        pieces += parts
+    return pieces
+
+
 def listed(items: Iterable[Buffer]) -> bytes:
     """One field out of many: their count in four bytes, then their frame."""
     held = tuple(items)
-    return _U32.pack(len(held)) + frame(*held)
+    return b"".join((_U32.pack(len(held)), *frame_pieces(*held)))
 
 
 def names(sites: Iterable[str]) -> bytes:

@@ -284,7 +284,15 @@ def pack_all(messages: Iterable[RoundMessage], *, log_head: str = "") -> list[Re
             if id(value) not in known:
                 held.append(value)  # An id means something for as long as its object lives.
                 flat = np.ascontiguousarray(value, dtype=_DTYPES[field.name]).reshape(-1)
-                known[id(value)] = Array(str(flat.dtype), (flat.size,), _STYPE, flat.tobytes())
+                # A bundle is a view of bytes, which are as many as the model's and go as they are.
+                data: Any = value.base
+                if (
+                    not isinstance(data, bytes)
+                    or len(data) != flat.nbytes
+                    or flat.base is not value
+                ):
+                    data = flat.tobytes()
+                known[id(value)] = Array(str(flat.dtype), (flat.size,), _STYPE, data)
             arrays[field.name] = known[id(value)]
         records = RecordDict()
         if arrays:

@@ -16,6 +16,7 @@ from cloister_fl.protocol.round_messages import (
     Evaluated,
     EvaluateTask,
     Exchange,
+    Exchanged,
     Prepare,
     Prepared,
     Refusal,
@@ -70,6 +71,22 @@ def test_a_task_says_what_every_task_says_and_its_model(
     records["cloister"]["kind"] = "task"
     with pytest.raises(MessageInvalid):
         unpack(records, Exchange, TrainTask, EvaluateTask)
+
+
+def test_a_bundle_goes_as_the_bytes_that_it_is_and_any_other_array_as_a_copy() -> None:
+    data = bytes(range(100))
+    whole = octets(data)
+    for view, goes_as_it_is in (
+        (whole, True),
+        (whole[:], False),
+        (whole[1:], False),
+        (whole[::-1], False),
+        (np.frombuffer(data, "<i8", count=12), False),
+        (np.frombuffer(data, np.uint8, count=99, offset=1), False),
+    ):
+        sent = pack(Exchanged(site="a", round=1, exchange=view))["arrays"]["exchange"].data
+        assert sent == view.astype(np.uint8).tobytes()
+        assert (sent is data) is goes_as_it_is
 
 
 def test_counts_keep_64_bits() -> None:

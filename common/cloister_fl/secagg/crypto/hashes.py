@@ -80,14 +80,18 @@ def levels(rows: Sequence[bytes]) -> Levels:
     return tuple(made)
 
 
-def path(tree: Levels, index: int) -> bytes:
-    """What leads from row ``index`` to the root: its siblings, 32 bytes each."""
-    siblings = []
-    for level in tree[:-1]:
-        if index ^ 1 < len(level):
-            siblings.append(level[index ^ 1])
-        index //= 2
-    return b"".join(siblings)
+def paths(tree: Levels) -> tuple[bytes, ...]:
+    """What leads from each row to the root: its siblings from the leaf up, 32 bytes each.
+
+    All at once, from the root down: what is above two rows of one parent is the same.
+    """
+    above = [b""]
+    for level in reversed(tree[:-1]):
+        above = [
+            (level[at ^ 1] if at ^ 1 < len(level) else b"") + above[at // 2]
+            for at in range(len(level))
+        ]
+    return tuple(above)
 
 
 def root_from(row: bytes, index: int, count: int, siblings: bytes) -> bytes | None:
@@ -97,7 +101,7 @@ def root_from(row: bytes, index: int, count: int, siblings: bytes) -> bytes | No
         row: the row.
         index: its place among the rows, from 0.
         count: how many rows there are.
-        siblings: what ``path`` gave.
+        siblings: what ``paths`` gave for it.
     """
     if not 0 <= index < count:
         return None

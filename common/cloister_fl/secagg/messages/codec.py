@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from cloister_fl.encoding.framing import Buffer, FrameError, Reader, listed
+from cloister_fl.encoding.framing import Buffer, FrameError, Reader, frame_pieces
 from cloister_fl.errors import WireInvalid
 from cloister_fl.secagg import remedies
 from cloister_fl.secagg.messages.complaints import Complaint, Disclosure
@@ -81,8 +81,9 @@ class Bundle(Message):
     NAME: ClassVar[str] = "bundle"
     parts: tuple[Message, ...]
 
-    def _fields(self) -> tuple[Buffer, ...]:
-        return (listed(part.encode() for part in self.parts),)
+    def _fields(self) -> tuple[list[Buffer]]:
+        parts = frame_pieces(*(part._pieces() for part in self.parts))
+        return ([len(self.parts).to_bytes(4, "big"), *parts],)
 
     @classmethod
     def _read(cls, reader: Reader) -> Self:

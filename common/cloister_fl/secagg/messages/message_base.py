@@ -6,7 +6,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import ClassVar, Self
 
-from cloister_fl.encoding.framing import Buffer, FrameError, Reader, frame, is_sorted_set, listed
+from cloister_fl.encoding.framing import (
+    Buffer,
+    FrameError,
+    Reader,
+    frame,
+    frame_pieces,
+    is_sorted_set,
+    listed,
+)
 from cloister_fl.membership.identity import Identity, verify
 from cloister_fl.membership.roster import MAX_SITES
 from cloister_fl.secagg.parameters import VERSION
@@ -20,16 +28,20 @@ class Message:
 
     NAME: ClassVar[str]
 
-    def _fields(self) -> tuple[Buffer, ...]:
+    def _fields(self) -> tuple[Buffer | list[Buffer], ...]:
         raise NotImplementedError
 
     @classmethod
     def _read(cls, reader: Reader) -> Self:
         raise NotImplementedError
 
+    def _pieces(self) -> list[Buffer]:
+        """Canonical bytes in pieces, none of which is copied."""
+        return frame_pieces(VERSION.encode(), self.NAME.encode(), *self._fields())
+
     def encode(self) -> bytes:
         """Canonical bytes."""
-        return frame(VERSION.encode(), self.NAME.encode(), *self._fields())
+        return b"".join(self._pieces())
 
 
 class SignedMessage(Message):

@@ -73,8 +73,12 @@ class DealtTo:
     b_hash: bytes
     mask_key_hash: bytes
 
-    def encode(self) -> bytes:
+    @cached_property
+    def _encoded(self) -> bytes:
         return frame(self.holder.encode(), self.box_hash, self.b_hash, self.mask_key_hash)
+
+    def encode(self) -> bytes:
+        return self._encoded
 
     @classmethod
     def read(cls, reader: Reader) -> Self:
@@ -94,6 +98,10 @@ class Dealing:
     @cached_property
     def _tree(self) -> hashes.Levels:
         return hashes.levels([item.encode() for item in self.dealt] or [b""])
+
+    @cached_property
+    def _paths(self) -> tuple[bytes, ...]:
+        return hashes.paths(self._tree)
 
     def _body(self, keys: bytes) -> tuple[bytes, ...]:
         return _dealing_body(keys, self.dealer, len(self.dealt), self._tree[-1][0])
@@ -122,10 +130,8 @@ class Dealing:
             KeyError: there is none.
         """
         index = self._by_holder[holder]
-        path = hashes.path(self._tree, index)
-        return DealtRow(
-            self.dealer, self.dealt[index], index, len(self.dealt), path, self.signature
-        )
+        dealt, path = self.dealt[index], self._paths[index]
+        return DealtRow(self.dealer, dealt, index, len(self.dealt), path, self.signature)
 
     def encode(self) -> bytes:
         """Canonical bytes, without the message's head."""
@@ -161,7 +167,7 @@ class DealtRow:
         dealt: the entry.
         index: the entry's place among ``count``, from 0.
         count: entries of the dealing.
-        path: hashes that lead to the root; see ``hashes.path``.
+        path: hashes that lead to the root; see ``hashes.paths``.
         signature: the dealing's.
     """
 
@@ -216,9 +222,13 @@ class Shares(Message):
     dealing: Dealing
     boxes: tuple[tuple[str, bytes], ...]
 
+    @cached_property
+    def _by_holder(self) -> dict[str, bytes]:
+        return dict(self.boxes)
+
     def box_for(self, holder: str) -> bytes:
         """The box of one holder; empty where there is none."""
-        return dict(self.boxes).get(holder, b"")
+        return self._by_holder.get(holder, b"")
 
     def _fields(self) -> tuple[Buffer, ...]:
         return (self.kid, self.dealing.encode(), per_site(self.boxes))

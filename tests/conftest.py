@@ -17,6 +17,9 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from xdist.scheduler import LoadScopeScheduling
 
+# A shell's job in the background ignores interrupts, and hands that on to every process.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before torch is imported: the tests' networks are tiny, and two threads on them only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test leaves a word on the machine about the ledgers that it made.

@@ -141,4 +141,4 @@ def test_the_command_says_what_left(
     assert decision["data"] == frozen["sha256"]
     data = frozen["sha256"][:16]
     assert f"{study().digest[:16]} approved by the steward, with the data {data}" in told
-    assert f"{study().digest[:16]} 48 images, data {data}" in told
+    assert f"{study().digest[:16]} 20 images, data {data}" in told

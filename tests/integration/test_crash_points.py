@@ -257,7 +257,9 @@ def test_the_points_are_those_of_a_round(place: Place) -> None:
     assert names.count("PatientDPOptimizer._finish") == STUDY.training.steps_per_round
     assert places[3] < names.index("execute", places[3]) < places[4]
     # Only what was not verified before is read whole.
-    assert ("read" in names) == ("SiteSession._compare" in names) == (not place.warm)
+    assert (
+        ("AuditLog._read_whole" in names) == ("SiteSession._compare" in names) == (not place.warm)
+    )
 
 
 def _are_charged_in_time(place: Place, charged: dict[int, bool]) -> None:
@@ -305,6 +307,7 @@ def on_a_disk_that_takes(most: int) -> Callable[[Message, Context], Message]:
     return served
 
 
+@pytest.mark.slow
 def test_a_full_disk_refuses_before_the_data_or_charges(place: Place) -> None:
     # A log longer than the ledger, so that there is room for the charge and not for its note.
     sound = open_site(place.root / "sound" / "anker")

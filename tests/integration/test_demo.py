@@ -80,7 +80,7 @@ def test_a_demo_goes_from_nothing_to_a_report(short: Path) -> None:
     assert 7 < float(str(summary["epsilon_max"])) <= 8
     assert summary["secure_aggregation"] is True
     with safe_open(short / "run" / "model.safetensors", framework="np") as file:
-        assert parse_study(SHORT).digest == file.metadata()["study_hash"]
+        assert bind(parse_study(SHORT)).digest == file.metadata()["study_hash"]
     assert (short / "run" / "report.html").stat().st_size > 10_000
 
 

@@ -22,6 +22,7 @@ from flwr.app import Context, Message
 
 from cloister_fl.audit_log import AuditLog, name_of, told_heads
 from cloister_fl.audit_log import log as audit_module
+from cloister_fl.audit_log.segments import sealed
 from cloister_fl.client import app as client
 from cloister_fl.client.admission.approvals import Decision, judge
 from cloister_fl.client.app_state import Kept
@@ -157,7 +158,9 @@ def test_a_message_is_the_same_work_whatever_was_charged_before(
         assert isinstance(ask(site, train(3), counted), Update)
         calls[rounds] = counted.calls
         client.app.kept.forget(site.root)
-    assert 1000 < calls[1] == calls[40] == calls[800]
+    assert 1000 < calls[1] == calls[40]
+    # Beside that, each file of the log that is full is looked at.
+    assert 0 < calls[800] - calls[1] <= 30 * len(sealed(path_of(site)))
 
 
 class Calls:

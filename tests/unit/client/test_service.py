@@ -55,7 +55,7 @@ class Made:
         self.error: Exception | None = None
         self.node = Node()
         quiet = SimpleNamespace(port=1, serving=lambda _: None)
-        monkeypatch.setattr(service, "Health", lambda _: quiet)
+        monkeypatch.setattr(service, "Health", lambda *_: quiet)
         for name in ("renew_certificate", "settle"):
             monkeypatch.setattr(service, name, lambda _, name=name: self._call(name))
         self.service: Any = _Service(site, self.said.append)

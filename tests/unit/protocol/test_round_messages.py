@@ -223,6 +223,7 @@ def test_the_list_of_refusals_is_closed() -> None:
         "message",
         "roster",
         "protocol",
+        "model",
         "declined",
     }
 

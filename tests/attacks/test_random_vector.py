@@ -91,6 +91,7 @@ def test_two_such_rounds_in_a_row_end_the_run_for_the_stewards_to_decide(
     assert charges(out, "anker") == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_spoilt_rounds_that_are_not_in_a_row_end_nothing(
     sites: Path, tmp_path: Path, spoil: set[int]
 ) -> None:

@@ -215,7 +215,8 @@ def test_the_canaries_are_where_they_were_planted(planted: tuple[Path, Canaries]
     assert set(WORDS.values()) | {"pixels", uid("canary", "anker", 0, 0)} <= found
 
 
-@pytest.mark.parametrize("kind", ["private", pytest.param("open", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["private", "open"])
 def test_a_run_tells_nothing_of_a_patient(
     planted: tuple[Path, Canaries], tmp_path: Path, kind: str
 ) -> None:

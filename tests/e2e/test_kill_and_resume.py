@@ -22,6 +22,8 @@ from cloister_fl.client.ledger.ledger import Ledger
 from cloister_fl.client.site.folder import open_site
 from support.federations import NAMES, approve, study, study_text, write_federation
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 6
 STEPS = 12
 TRAINING = f"rounds = {ROUNDS}\nsteps = {STEPS}"

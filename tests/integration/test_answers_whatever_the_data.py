@@ -437,6 +437,7 @@ def _seen(federation: tuple[Study, Path], root: Path, damage: Damage, moment: st
     return tap.seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["prepare", pytest.param("train", marks=pytest.mark.slow)])
 def test_no_damage_shows_under_secure_aggregation(
     federation: tuple[Study, Path], tmp_path: Path, moment: str

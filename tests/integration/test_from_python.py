@@ -269,9 +269,8 @@ READERS = {"threads", "children"}
 """Processes that read DICOM wait for 20 seconds for more, and then end by themselves."""
 
 
-@pytest.mark.parametrize(
-    "first", [pytest.param("", marks=pytest.mark.slow, id="fresh"), pytest.param(HOST, id="host")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["", HOST], ids=["fresh", "host"])
 def test_nothing_of_the_calling_program_is_changed(
     folders: Path, tmp_path: Path, first: str
 ) -> None:

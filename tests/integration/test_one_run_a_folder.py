@@ -67,6 +67,7 @@ def test_a_run_that_starts_is_not_taken_for_a_start_that_failed(
         assert files(out) == before
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_by_one_process(sites: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     asked = study(training={"rounds": 2, "steps": 1})

@@ -234,6 +234,7 @@ def test_a_resumed_run_is_one_run(tmp_path: Path) -> None:
     assert (len(run.began), run.ended) == (2, "done")
 
 
+@pytest.mark.slow
 def test_a_site_folder_that_was_rolled_back_as_a_whole_is_found_by_what_the_coordinator_noted(
     tmp_path: Path,
 ) -> None:

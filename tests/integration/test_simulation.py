@@ -234,6 +234,7 @@ def test_a_site_file_is_used_in_place_and_its_policy_wins(folders: Path, tmp_pat
     assert re.search(r"birke: CLO-303: .*max_epsilon_study", text)
 
 
+@pytest.mark.slow
 def test_a_used_up_budget_refuses_before_a_file_is_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

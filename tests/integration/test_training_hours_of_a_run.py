@@ -62,6 +62,7 @@ class Night:
         return task
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("patient")
 def test_a_run_waits_in_its_middle_and_loses_no_round(tmp_path: Path) -> None:
     sites = write_federation(tmp_path / "sites", images=1)

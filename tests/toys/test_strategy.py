@@ -105,6 +105,7 @@ def _asked(**aggregation: object) -> Study:
     return study(privacy=OPEN, aggregation={**TABLE, **aggregation})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("added")
 def test_a_federation_trains_with_it(sites: Path, tmp_path: Path) -> None:
     for name, asked in (

@@ -111,6 +111,7 @@ def test_a_writer_that_waited_goes_on_in_the_next_file(tmp_path: Path) -> None:
         assert by_name == list(range(20))
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_killed_at_any_line_of_sealing_nothing_is_lost_or_doubled(tmp_path: Path) -> None:
     sealing = {segments.__file__, module.__file__}

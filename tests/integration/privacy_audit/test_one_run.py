@@ -269,6 +269,7 @@ def test_the_adversary_measures_the_noise(monkeypatch: pytest.MonkeyPatch) -> No
     assert math.sqrt(variances[1]) == pytest.approx(sigma / 10, rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_score_is_the_least_squares_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the textbook's formula on the stacked steps, with nothing accumulated."""
     study, cohort = study_of(rounds=2), cohort_of([2] * 12)

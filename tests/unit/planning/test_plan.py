@@ -104,6 +104,7 @@ def test_signal_to_noise_is_what_a_simulation_finds() -> None:
     assert ratio(rate, patients, sigma, weights) == pytest.approx(found, rel=0.02)
 
 
+@pytest.mark.slow
 def test_figures_of_sites() -> None:
     plan = plan_of()
     small, large = plan.sites

@@ -229,6 +229,7 @@ def test_what_no_noise_can_give_is_refused() -> None:
         calibrate(1.0, 1e-14, 1.0, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sigma", "q", "a_round", "rounds"), [(12.0, 1.0, 2, 70), (1.1, 0.05, 3, 60)]
 )

@@ -163,7 +163,13 @@ def test_pixels_that_were_altered_in_the_cache_are_read_anew(frozen: Site) -> No
     assert data_notices(frozen.root) == {}
 
 
-@pytest.mark.parametrize("name", [*OF_FILES, *OF_LABELS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "hostile_files" else ())
+        for name in (*OF_FILES, *OF_LABELS)
+    ],
+)
 def test_no_damage_raises_or_lets_in_what_was_not_frozen(frozen: Site, name: str) -> None:
     before = _seen(load_for_run(frozen, STUDY))
     log = path_of(frozen).read_bytes()

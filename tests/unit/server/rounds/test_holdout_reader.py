@@ -70,6 +70,7 @@ def test_a_site_as_hold_out_is_refused_before_a_round(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
+@pytest.mark.slow
 def test_a_start_that_failed_can_be_repeated_in_its_folder(tmp_path: Path) -> None:
     sites = write_federation(tmp_path / "sites", patients=24, images=1)
     out = tmp_path / "run"

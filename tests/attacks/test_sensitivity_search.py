@@ -57,6 +57,19 @@ def test_no_patient_moves_the_sum_beyond_the_bound_nor_another_by_a_bit(
     held(search(summed_by(engine), SMALL, seconds=seconds), capsys, engine)
 
 
+def test_threads_beside_each_other_change_no_patient() -> None:
+    """Small networks, 16 patients a pass, and as many passes at a time as there are threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = search_neighbours(
+            summed_by("patients"), SMALL[1:2], patients=65, kinds=("noise", "near", "white")
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert (found.over, found.changed, found.cases) == (0, [], 9)
+
+
 def test_no_gradient_moves_the_sum_itself_beyond_the_bound(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -66,7 +79,7 @@ def test_no_gradient_moves_the_sum_itself_beyond_the_bound(
 def test_no_patient_changes_a_neighbour_of_any_kind_by_a_bit(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    found = search_neighbours(summed_by("patients"), SMALL[1:3])
+    found = search_neighbours(summed_by("patients"), [*SMALL[1:3], SMALL[4]])
     held(found, capsys, "each kind beside each other")
 
 

@@ -11,6 +11,7 @@ engines, faults that were mended, and mutants.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import random
@@ -142,8 +143,11 @@ LARGE = (
 """Networks that take seconds a case."""
 
 IMAGES = (
-    *("noise", "black", "white", "checked", "point", "opposite", "same", "faint", "dim", "climbed"),
+    *("noise", "black", "white", "checked", "point", "opposite", "same", "faint", "dim", "near"),
+    "climbed",
 )
+FAILURES = (MemoryError, OSError, ValueError)
+"""What reading a patient raises, by how many images there are."""
 WEIGHTS = ("first", "zero", "scaled", "turned", "uneven", "climbed", "saturated")
 SIZES = ("one", "mixed", "alike", "large", "pairs")
 
@@ -197,7 +201,9 @@ class Case:
                 if int(self.bags[place].images[0]) in self.cohort.fails
             ),
         )
-        return summed(self.module, self.task, cohort, bags, self.clip)
+        # A copy of its own each time, as a run has: what a network noted of one site's images must
+        # not be there for another's.
+        return summed(copy.deepcopy(self.module), self.task, cohort, bags, self.clip)
 
 
 @dataclass(frozen=True)
@@ -257,12 +263,12 @@ class Found:
 
 
 class _Reading(PatientGradSampleModule):
-    """The shipped engine, where reading some patients fails, as for lack of memory."""
+    """The shipped engine, where reading some patients fails."""
 
     def _read(self, cohort: Cohort | FeatureCohort, run: Sequence[Bag]) -> tuple[Tensor, Tensor]:
         fails: frozenset[int] = getattr(cohort, "fails", frozenset())
-        if fails and any(int(bag.images[0]) in fails for bag in run):
-            raise MemoryError
+        if failing := [bag for bag in run if int(bag.images[0]) in fails]:
+            raise FAILURES[len(failing[0].images) % len(FAILURES)]
         return super()._read(cohort, run)
 
 
@@ -343,7 +349,14 @@ def search(
     return found
 
 
-def search_neighbours(summed: Summing, forms: Sequence[Form], *, most: int = 1) -> Found:
+def search_neighbours(
+    summed: Summing,
+    forms: Sequence[Form],
+    *,
+    most: int = 1,
+    patients: int = 3,
+    kinds: Sequence[str] = IMAGES[:-1],
+) -> Found:
     """Put a patient of each kind beside others of each kind, one image each, all orders.
 
     What one patient's images, weights that overflow or a failing image could change in others is
@@ -353,15 +366,16 @@ def search_neighbours(summed: Summing, forms: Sequence[Form], *, most: int = 1) 
         summed: the engine.
         forms: networks.
         most: images of a patient.
+        patients: how many.
+        kinds: of images; those that are climbed take long.
     """
     found = Found()
     begun = time.monotonic()
-    kinds = [kind for kind in IMAGES if kind != "climbed"]
     for form in forms:
         for at, (own, others) in enumerate(itertools.product(kinds, kinds)):
             genes = Genes(
                 seed=at,
-                patients=3,
+                patients=patients,
                 who=(0.0, 0.5, 1.0)[at % 3],
                 own_images=most,
                 sizes="alike",
@@ -441,6 +455,12 @@ def _case(form: Form, genes: Genes) -> Case:
         for place in (at for at, size in enumerate(sizes) if size == sizes[who] and at != who):
             blocks[place] = blocks[who]
             targets[ends[place] : ends[place + 1]] = (targets[own] + 1) % form.task.outputs
+    if genes.others == "near":
+        # All but one pixel is that of the one who is left out: nearly is not the same.
+        for place in (at for at, size in enumerate(sizes) if size == sizes[who] and at != who):
+            blocks[place] = blocks[who].copy()
+            pixel = blocks[place].reshape(sizes[who], -1)[:, 1]
+            pixel[:] = 1 - pixel
     _weigh(module, form, genes, blocks[0], targets[: sizes[0]])
     if "climbed" in (genes.own, genes.others):
         for place, kind in enumerate(kinds):
@@ -463,7 +483,10 @@ def _case(form: Form, genes: Genes) -> Case:
     norm = _norm(module, form, blocks[who], targets[ends[who] : ends[who + 1]])
     usual = norm if math.isfinite(norm) and norm > 0 else 1.0
     clip = min(max(usual * 10.0**genes.clip, 1e-12), 1e6)
-    return Case(module, form.task, cohort, bags, who, clip)
+    # With these weights, and nothing that it noted of the images above.
+    fresh = form.module()
+    fresh.load_state_dict(module.state_dict())
+    return Case(fresh, form.task, cohort, bags, who, clip)
 
 
 def _sizes(form: Form, genes: Genes, rng: np.random.Generator) -> list[int]:

@@ -124,6 +124,16 @@ def _told(actions: dict[str, Callable[[], object]]) -> dict[str, CloisterError]:
     return found
 
 
+def _damaged(sound: Path, root: Path, file: str, damage: str) -> tuple[Path, bytes]:
+    """Copy a folder to ``root`` and damage a file there; its path, and what it holds now."""
+    shutil.copytree(sound, root)
+    path = root / file
+    path.parent.mkdir(exist_ok=True)
+    path.touch(0o600)
+    DAMAGES[damage](path)
+    return path, path.read_bytes()
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize(
     ("file", "is_told", "acts"),
@@ -145,12 +155,7 @@ def test_a_damaged_file_of_the_coordinator_is_told_with_a_way_on(
     file: str, is_told: bool, acts: str, damage: str, fed: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "fed"
-    shutil.copytree(fed, root)
-    path = root / file
-    path.parent.mkdir(exist_ok=True)
-    path.touch(0o600)
-    DAMAGES[damage](path)
-    before = path.read_bytes()
+    path, before = _damaged(fed, root, file, damage)
 
     def command(*words: str) -> Callable[[], object]:
         return lambda: commands.invoke(server_group.app, *words, "--dir", root)
@@ -204,12 +209,7 @@ def test_a_damaged_file_of_a_hospital_is_told_with_a_way_on(
     file: str, is_told: bool, acts: str, damage: str, hospital: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "anker"
-    shutil.copytree(hospital, root)
-    path = root / file
-    path.parent.mkdir(exist_ok=True)
-    path.touch(0o600)
-    DAMAGES[damage](path)
-    before = path.read_bytes()
+    path, before = _damaged(hospital, root, file, damage)
 
     def command(*words: str) -> Callable[[], object]:
         return lambda: commands.invoke(client_group.app, *words, "--dir", root)

@@ -51,7 +51,8 @@ MASKS = Segmentation("lungs")
 _TRAINING = study().training
 _MARK = 0x1234
 """The first pixel of an image that ``_Fixed`` cannot see."""
-_FEATURES = 100
+_FEATURES = 101
+"""An odd number: rows of a matrix begin at any multiple of four bytes."""
 _LEAST = 25
 """Cases that are tried however slow the machine is."""
 _MOST_IMAGES = 4_000

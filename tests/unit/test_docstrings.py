@@ -170,12 +170,14 @@ def identifiers() -> frozenset[str]:
     return frozenset(found)
 
 
+@pytest.mark.long
 def test_dotted_names_lead_somewhere() -> None:
     every = list(spans(*PLACES))
     assert len(every) > 800
     assert [f"{at}: {name}" for at, name in every if is_stale(name)] == []
 
 
+@pytest.mark.long
 def test_plain_names_are_identifiers_of_ours() -> None:
     plain = [(at, name) for at, name in spans(*SIDES) if re.fullmatch(r"[a-z][a-z_0-9]*", name)]
     assert len(plain) > 300

@@ -69,6 +69,7 @@ def shipped() -> Iterator[Path]:
                 yield path
 
 
+@pytest.mark.long
 def test_no_shipped_text_installs_by_name() -> None:
     faults = []
     looked = 0

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import functools
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
 
-def _calls() -> Iterator[tuple[str, str, set[str | None]]]:
+@functools.cache
+def _calls() -> list[tuple[str, str, set[str | None]]]:
     """Every call of a method: its file's name, the method's name and its keywords."""
+    calls = []
     for side in ("common", "server", "client"):
         for path in (ROOT / side).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text("utf-8"))):
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                    yield path.name, node.func.attr, {word.arg for word in node.keywords}
+                    given = {word.arg for word in node.keywords}
+                    calls.append((path.name, node.func.attr, given))
+    return calls
 
 
 def _files(*methods: str, keywords: frozenset[str] = frozenset()) -> set[str]:

@@ -38,6 +38,7 @@ def rows_of(actor: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
 
 
+@pytest.mark.long
 def test_each_named_test_exists() -> None:
     text = PAGE.read_text("utf-8")
     assert missing(text) == []

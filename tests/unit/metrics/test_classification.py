@@ -143,6 +143,7 @@ def test_the_same_input_gives_the_same_interval() -> None:
     assert measure(labels, two_columns(scores)) == measure(labels, two_columns(scores))
 
 
+@pytest.mark.long
 def test_bootstrap_agrees_with_resampling_by_hand() -> None:
     labels, scores = cohort(120, 4)
     rng = np.random.default_rng(9)
@@ -164,6 +165,7 @@ def test_bootstrap_agrees_with_resampling_by_hand() -> None:
         assert found.high == pytest.approx(expected[1, column], abs=0.015)
 
 
+@pytest.mark.long
 def test_auroc_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     # Two normals one deviation apart: the true area is Phi(1 / sqrt 2) = 0.760.
     rng = np.random.default_rng(5)

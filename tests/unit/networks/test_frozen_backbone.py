@@ -58,6 +58,7 @@ def local(architecture: str, sha256: str) -> Network:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [224, 65])
 def test_the_features_are_those_of_the_published_implementation(size: int) -> None:
     from efficientnet_lite_pytorch import EfficientNet
@@ -193,6 +194,7 @@ def test_features_and_head_are_the_network() -> None:
     torch.testing.assert_close(network.features(pixels).norm(dim=1), torch.ones(3))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("architecture", "width"), [("resnet18", 512), ("densenet121", 1024)])
 def test_weights_of_ones_own_are_found_by_hash(

@@ -27,6 +27,7 @@ SIZES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SIZES)
 def test_every_entry_is_private_and_plain(name: str) -> None:
     entry = REGISTRY[name]

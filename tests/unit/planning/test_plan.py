@@ -129,6 +129,7 @@ def test_delta_is_judged_by_the_number_of_patients() -> None:
     assert "(10 x 100)" not in plan_output.render(plan)
 
 
+@pytest.mark.long
 def test_each_setting_to_compare_keeps_the_same_epsilon() -> None:
     plan = plan_of()
     assert plan.setting is not None
@@ -224,6 +225,7 @@ def test_the_command_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "63,992 to a site and 63,992 from it" in out
 
 
+@pytest.mark.long
 def test_the_command_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path)
     status, out, _ = end(capsys, "study", "plan", file, "--patients", "400,250", "--json")

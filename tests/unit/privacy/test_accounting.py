@@ -95,6 +95,7 @@ def test_a_grid_of_a_ten_thousandth_says_the_same(
     )
 
 
+@pytest.mark.long
 @settings(max_examples=10, deadline=None)
 @given(
     sigma=st.floats(0.6, 20),
@@ -202,6 +203,7 @@ def test_calibration_is_monotone(epsilon: float, steps: int, q: float) -> None:
     assert calibrate(epsilon, 1e-5, q, steps + 20) >= sigma
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("q", "steps"), [(1.0, 20), (0.25, 8)])
 @pytest.mark.parametrize("epsilon", [0.06, 0.04, 0.01])
 def test_an_epsilon_below_what_renyi_accounting_can_tell_is_reached(

@@ -255,7 +255,7 @@ class AnyOrder(RuleBasedStateMachine):
                 assert vectors.setdefault((reply.sid, reply.site), vector) == vector
 
 
-TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder = pytest.mark.long(AnyOrder.TestCase)
 TestAnyOrder.settings = settings(
     max_examples=30,
     stateful_step_count=30,

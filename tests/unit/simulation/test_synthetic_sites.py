@@ -49,6 +49,7 @@ def test_the_seed_decides_every_byte(tmp_path: Path) -> None:
     assert first != other
 
 
+@pytest.mark.long
 def test_layout_and_labels(federation: DrawnFederation) -> None:
     assert [site.name for site in federation.sites] == [hospital.name for hospital in SMALL]
     for cohort in _cohorts(federation):

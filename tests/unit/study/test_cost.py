@@ -20,6 +20,7 @@ def study(rate: float, rounds: int, release: float, epsilon: float = 3.0) -> Stu
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("rate", "rounds", "release"), [(1.0, 60, 1.0), (0.25, 16, 1.0), (0.02, 300, 2.0)]
 )

@@ -81,6 +81,7 @@ CASES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("training", "aggregation"), CASES)
 def test_the_worst_honest_rounds_that_a_search_finds_stay_within(
     training: str, aggregation: str
@@ -110,6 +111,7 @@ def test_the_worst_honest_rounds_that_a_search_finds_stay_within(
     assert worst > 0.1, worst
 
 
+@pytest.mark.long
 def test_no_sequence_of_gradients_makes_adam_exceed_its_bound() -> None:
     """Steps grow fastest where gradients do: the search climbs there from many starts."""
     steps = 8

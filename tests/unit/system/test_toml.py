@@ -220,6 +220,7 @@ def _paths(values: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[s
     return found
 
 
+@pytest.mark.long
 @given(_DOCUMENTS, st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_key_lines_finds_each_key_of_a_written_document(

@@ -297,6 +297,7 @@ def _or_none(unpack: Callable[..., bytes], data: bytes, size: int) -> bytes | No
         return None
 
 
+@pytest.mark.long
 @settings(max_examples=1000, deadline=None)
 @given(
     st.lists(st.sampled_from((0, 1, 2, 5, 127, 128, 129, 253, 254, 255)), max_size=40),

@@ -139,6 +139,7 @@ def _tensor(form: Form, windowing: str) -> NDArray[np.uint16]:
     return preprocess(found, layout, grayscale, study)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("windowing", ["percentile", "voi", "fixed"])
 @pytest.mark.parametrize("bits", range(8, 17))
 def test_every_form_gives_the_same_tensor(bits: int, windowing: str) -> None:

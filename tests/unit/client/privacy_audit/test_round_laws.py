@@ -122,12 +122,14 @@ def test_responses_are_those_of_torch(momentum: float, mu: float) -> None:
     assert -response(study, 1) @ noises == pytest.approx(_moved(momentum, mu, 4, noises))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("epochs", "rate"), [(1.0, 0.3), (2.5, 0.5), (0.01, 0.5), (1.0, 0.1)])
 def test_steps_are_those_of_the_study(epochs: float, rate: float) -> None:
     study = small_study("s", rounds=1, sampling_rate=rate, epochs=epochs)
     assert steps_of(study) == study.training.steps_per_round
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("sigma", "rate", "steps"),
     [(1.0, 1.0, 1), (10.77, 1.0, 60), (1.0, 0.02, 1_000), (0.7, 0.5, 30), (0.25, 0.5, 10)],

@@ -82,6 +82,7 @@ def test_randomised_response_is_covered(epsilon: float, count: int) -> None:
         assert chance_of(curve, count, count, right) >= stats.binom.sf(right - 1, count, told)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sigma", [0.5, 1.4, 4.0])
 @pytest.mark.parametrize("steps", [1, 9])
 @pytest.mark.parametrize("count", [3, 24, 200])

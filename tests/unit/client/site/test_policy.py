@@ -152,6 +152,7 @@ def test_the_delta_of_the_lifetime_suits_the_patients_too() -> None:
         assert refusals(policy_for(patients), studies.study(privacy={"delta": 1e-12}), 5) == ()
 
 
+@pytest.mark.long
 def test_too_little_noise_in_training_or_release_is_refused() -> None:
     few = {"rounds": 1, "steps": 1, "sampling_rate": 0.01}
     much = studies.study(training=few, privacy={"epsilon": 200.0, "delta": 1e-5})

@@ -336,6 +336,7 @@ def test_a_round_goes_on_without_the_patient_who_failed(engine: Engine) -> None:
 # Engines.
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("network", "size"),
     [
@@ -1015,6 +1016,7 @@ def test_weights_that_are_not_finite_are_refused() -> None:
         round_of(Explosive(), cohort, study_of(privacy="enabled = false"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("enabled", ["true", "false"])
 @pytest.mark.parametrize("name", ["filter-bank", "efficientnet-lite0"])
 def test_a_fixed_part_that_runs_once_gives_the_same_update(

@@ -99,6 +99,7 @@ def close(one: Tensor, other: Tensor, limit: float = 1e-6) -> bool:
 TRAINED = [name for name in REGISTRY if name not in {"efficientnet-lite0", "frozen-backbone"}]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     [

@@ -23,7 +23,10 @@ from cloister_fl.server.flower.superlink import build, speaks_for_itself
 
 KEY = b"key"
 # Alembic's, of Flower's own migrations.
-pytestmark = pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:No path_separator found:DeprecationWarning"),
+    pytest.mark.long,  # each makes Flower's database
+]
 
 
 class Link:

@@ -319,6 +319,7 @@ def test_a_local_account_s_endless_body_is_not_read(tmp_path: Path) -> None:
 # Dawdlers, with short times
 
 
+@pytest.mark.long
 def test_dawdlers_are_cut(tmp_path: Path) -> None:
     place = init_coordinator(tmp_path / "fed", Layout(("127.0.0.1:9443",)))
     context = server_context(place.keys / "server.pem", place.keys / "server.key", None)
@@ -373,6 +374,7 @@ def test_dawdlers_are_cut(tmp_path: Path) -> None:
     assert [text.count(code) for code in codes] == [2, 1, 1]
 
 
+@pytest.mark.long
 def test_a_burst_of_connections_that_say_nothing_leaves_none_open(tmp_path: Path) -> None:
     """All in one turn of the loop, so that most must go before their handshake had a turn."""
     place = init_coordinator(tmp_path / "fed", Layout(("127.0.0.1:9443",)))

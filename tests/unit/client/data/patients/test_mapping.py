@@ -51,6 +51,7 @@ def test_forms_that_people_save(tmp_path: Path, text: str) -> None:
 _CELLS = st.text(st.sampled_from('ab1,;"\n\r\t \x0b\x85\u2028'), max_size=6)
 
 
+@pytest.mark.long
 @settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

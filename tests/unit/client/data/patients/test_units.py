@@ -92,6 +92,7 @@ def test_how_far_a_decision_reaches(
     assert (folded(normalised(*one), kinds) == folded(normalised(*other), kinds)) is same
 
 
+@pytest.mark.long
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_normalising_twice_changes_nothing(issuer: str, number: str) -> None:
     once = normalised(issuer, number)

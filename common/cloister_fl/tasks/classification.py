@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
 
 def _as_read(name: str) -> str:
-    """A class as it is compared with a cell of the labels file, which has no white space around."""
-    return name.strip()
+    """A class as it is compared with a cell of the labels file, which has no white space around and
+    is composed: one keyboard types a letter, another a letter and its dots."""
+    return unicodedata.normalize("NFC", name.strip())
 
 
 def _distinct(words: tuple[str, ...]) -> tuple[str, ...]:
@@ -99,7 +101,7 @@ class Classification(Task):
 
     def record(self, cells: Sequence[str]) -> Hashable:
         for index, name in enumerate(self.classes):
-            if cells[0] == _as_read(name):
+            if _as_read(cells[0]) == _as_read(name):
                 return index
         raise ValueError("has a class that the study does not name")
 

@@ -6,13 +6,17 @@ either, for it may be a patient's row.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
+from cloister_fl.client.site.label_settings import composed
 from cloister_fl.errors import DataError, ErrorKind
 from cloister_fl.system.text import counted, listed
 
@@ -24,7 +28,15 @@ SHOWN = 20
 """Most lines that one message lists."""
 
 _DELIMITERS = (",", ";", "\t")
+_STATED = re.compile(r'"?sep=([,;|\t])"?', re.IGNORECASE)
 _PLURAL = {"has": "have", "is": "are", "names": "name"}
+
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+"""Byte order marks, and what text begins with each."""
 
 _UNSEEN = re.compile(r"[\W_]+")
 """What people add to a column's name, or leave out of it: spaces and punctuation."""
@@ -47,48 +59,81 @@ def read_bytes(path: Path, what: str, setting: str, invalid: Invalid) -> bytes:
         raise invalid(f"The {what} cannot be read.", why=why, remedy=remedy) from None
 
 
-def read_text(path: Path, what: str, setting: str, invalid: Invalid) -> str:
-    """Return the text of a file.
+def read_text(
+    path: Path,
+    what: str,
+    setting: str,
+    invalid: Invalid,
+    *,
+    encoding: str = "utf-8",
+    remedy: str = "Save it as UTF-8.",
+) -> str:
+    """Return the text of a file; one with a byte order mark is UTF-8 or UTF-16.
 
     Args:
         path: where it lies.
         what: what it is called, such as ``labels file``.
         setting: its key in ``site.toml``.
         invalid: the error to raise.
+        encoding: of a file without a byte order mark.
+        remedy: what to do about a file in another encoding.
 
     Raises:
-        DataError: of ``invalid``: it is too large, cannot be read, or is not UTF-8.
+        DataError: of ``invalid``: it is too large, cannot be read, or is in another encoding.
     """
     data = read_bytes(path, what, setting, invalid)
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), encoding)
     try:
-        return data.decode("utf-8-sig")
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise invalid(
-            f"The {what} is not UTF-8 text: see line {line}.", remedy="Save it as UTF-8."
-        ) from None
+        name = encoding.upper().removesuffix("-SIG")
+        raise invalid(f"The {what} is not {name} text: see line {line}.", remedy=remedy) from None
 
 
-def header_of(text: str, wanted: Sequence[str], keys: Sequence[str]) -> tuple[list[str], str]:
-    """Return the first line's cells and what separates them: comma, semicolon or tab.
+@dataclass(frozen=True)
+class Header:
+    """The line of a file that names its columns.
+
+    Attributes:
+        cells: its cells, as ``ours`` calls them.
+        delimiter: what separates cells: comma, semicolon or tab, or what a line ``sep=`` says.
+        line: its number, 1-based; 2 behind a line ``sep=``.
+    """
+
+    cells: list[str]
+    delimiter: str
+    line: int = 1
+
+
+def header_of(
+    text: str, wanted: Sequence[str], keys: Sequence[str], ours: Callable[[str], str] = str
+) -> Header:
+    """Find what names the columns, and what separates cells.
 
     Args:
-        text: the file.
+        text: the file, or its first two lines.
         wanted: columns that it must have.
         keys: columns of which it must have one.
+        ours: what we call the column of a name.
     """
-    first = text.splitlines()[0] if text.strip() else ""
+    lines = text.splitlines()[:2] if text.strip() else [""]
+    delimiters: Sequence[str] = _DELIMITERS
+    line = 1
+    # Excel's own way to say it, and not a row.
+    if (stated := _STATED.fullmatch(lines[0])) and len(lines) > 1:
+        delimiters, line = [stated[1]], 2
     parsed: list[list[str]] = []
-    for delimiter in _DELIMITERS:
+    for delimiter in delimiters:
         try:
-            cells = next(csv.reader([first], delimiter=delimiter, strict=True), [])
+            cells = next(csv.reader([lines[line - 1]], delimiter=delimiter, strict=True), [])
         except csv.Error:
             cells = []
-        parsed.append([cell.strip() for cell in cells])
+        parsed.append([ours(composed(cell)) for cell in cells])
         if set(wanted) <= set(parsed[-1]) and any(name in parsed[-1] for name in keys):
-            return parsed[-1], delimiter
+            return Header(parsed[-1], delimiter, line)
     best = max(range(len(parsed)), key=lambda index: len(parsed[index]))
-    return parsed[best], _DELIMITERS[best]
+    return Header(parsed[best], delimiters[best], line)
 
 
 def described(header: Sequence[str], names: Sequence[str]) -> str:
@@ -146,17 +191,29 @@ def rows_of(
             return
         if apart and reader.line_num > line:
             faults.append((line, "has a line break in a cell"))
-        yield line, [cell.strip() for cell in cells]
+        yield line, [composed(cell) for cell in cells]
         line = reader.line_num + 1
 
 
-def first_line(path: Path, what: str, setting: str, invalid: Invalid) -> str:
-    """The first line of a file, whatever it holds; arguments and errors as of ``read_text``."""
-    return next(_lines(path, what, setting, invalid), "") or ""
+def first_lines(
+    path: Path, what: str, setting: str, invalid: Invalid, *, encoding: str = "utf-8"
+) -> str:
+    """The first two lines of a file, whatever it holds.
+
+    Arguments and errors as of ``read_text``.
+    """
+    two = islice(_lines(path, what, setting, invalid, encoding), 2)
+    return "\n".join(line or "" for line in two)
 
 
 def lines_apart(
-    path: Path, delimiter: str, what: str, setting: str, invalid: Invalid
+    path: Path,
+    delimiter: str,
+    what: str,
+    setting: str,
+    invalid: Invalid,
+    *,
+    encoding: str = "utf-8",
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield each line's number and its stripped cells; one that is not CSV by itself is left out.
 
@@ -167,25 +224,29 @@ def lines_apart(
         path: the file.
         delimiter: what separates cells.
         what, setting, invalid: as of ``read_text``.
+        encoding: one in which a byte that is missing spoils its own line alone.
 
     Raises:
         DataError: of ``invalid``: the file cannot be read.
     """
-    for number, line in enumerate(_lines(path, what, setting, invalid), start=1):
+    for number, line in enumerate(_lines(path, what, setting, invalid, encoding), start=1):
         if line is None:
             continue
         try:
             cells = next(csv.reader([line], delimiter=delimiter, strict=True), [])
         except csv.Error:
             continue
-        yield number, [cell.strip() for cell in cells]
+        yield number, [composed(cell) for cell in cells]
 
 
-def _lines(path: Path, what: str, setting: str, invalid: Invalid) -> Iterator[str | None]:
+def _lines(
+    path: Path, what: str, setting: str, invalid: Invalid, encoding: str
+) -> Iterator[str | None]:
     """Yield lines without their ends; None for one that is too long."""
     remedy = f"Check '{setting}' in site.toml, and that this user may read the file."
     try:
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
+        encoding = "utf-8-sig" if encoding == "utf-8" else encoding
+        with path.open(encoding=encoding, errors="replace") as file:
             while line := file.readline(MAX_LINE):
                 is_whole, rest = True, line
                 while rest and not rest.endswith("\n"):

@@ -1,13 +1,15 @@
 """Labels file of a site: a CSV kept by a person, checked and joined to the images.
 
-Rows are keyed by SOPInstanceUID, else AccessionNumber, else PatientID: the first of these columns
-that the file has. Faults name lines, never values, for a key is a patient's. Of the first line no
-cell is repeated, for it may be a patient's row: messages say how many columns it has, and which of
-them are called almost as they must be.
+A row is keyed by its SOPInstanceUID, else its AccessionNumber, else its PatientID: the first of
+these that it has, whatever other rows have. An image takes the row that names it most exactly.
+Faults name lines, never values, for a key is a patient's. Of the first line no cell is repeated,
+for it may be a patient's row: messages say how many columns it has, and which of them are called
+almost as they must be.
 """
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ from cloister_fl.client.data.csv_file import (
     Faults,
     bare,
     described,
-    first_line,
+    first_lines,
     header_of,
     lines,
     lines_apart,
@@ -26,14 +28,23 @@ from cloister_fl.client.data.csv_file import (
     read_text,
     rows_of,
 )
+from cloister_fl.client.data.label_mismatches import mismatches
 from cloister_fl.client.dicom.folder_reader import Keys
 from cloister_fl.client.site.folder import command_at
+from cloister_fl.client.site.label_settings import KEY_COLUMNS, LabelSettings, composed
 from cloister_fl.errors import DataError, LabelMissing, LabelsInvalid, LabelWithoutImage
 from cloister_fl.system.text import counted, listed
 from cloister_fl.tasks import LabelsFile, Task
 
-KEY_COLUMNS = ("SOPInstanceUID", "AccessionNumber", "PatientID")
 _NAMED = "labels file", "data.labels", LabelsInvalid
+Key = tuple[str, str]
+"""A key column and what stands in it."""
+
+_PLAIN = LabelSettings()
+_ENCODINGS = (
+    'Save it as UTF-8, or say below [data.labels] in site.toml what it is: encoding = "cp1252" is '
+    "what programs of Windows write."
+)
 
 
 @dataclass(frozen=True)
@@ -56,13 +67,11 @@ class Labels:
     """A labels file without faults of its own.
 
     Attributes:
-        column: the key column, one of ``KEY_COLUMNS``.
-        rows: from key to label, in the order of the file; a PatientID as ``read_labels`` was told
-            to read it.
+        rows: from key column and key to label, in the order of the file; a PatientID as
+            ``read_labels`` was told to read it.
     """
 
-    column: str
-    rows: dict[str, Label] = field(repr=False)
+    rows: dict[Key, Label] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -84,36 +93,48 @@ class Linked:
     later: bool = False
     numbers: tuple[str, ...] = field(default=(), repr=False)
 
-    def named_by(self, column: str) -> tuple[str, ...]:
-        """The keys of rows that may speak for the image."""
-        match column:
-            case "SOPInstanceUID":
-                return (self.keys.sop_instance,)
-            case "AccessionNumber":
-                return (self.keys.accession,)
-            case _:
-                return self.numbers or (self.keys.patient_id,)
+    @property
+    def named_by(self) -> tuple[Key, ...]:
+        """The keys of rows that may speak for the image, the most exact first."""
+        numbers = self.numbers or (self.keys.patient_id,)
+        return (
+            ("SOPInstanceUID", composed(self.keys.sop_instance)),
+            ("AccessionNumber", composed(self.keys.accession)),
+            *(("PatientID", composed(number)) for number in numbers),
+        )
 
 
-def read_labels(path: Path, task: Task, number: Callable[[str], str] = str) -> Labels:
+def read_labels(
+    path: Path,
+    task: Task,
+    number: Callable[[str], str] = str,
+    settings: LabelSettings = _PLAIN,
+) -> Labels:
     """Read and judge the labels file of a task that has one.
 
     Args:
         path: the file.
         task: what its rows are read by.
         number: in which form a PatientID is compared; see ``patients.units``.
+        settings: what the file calls columns and values.
 
     Raises:
         LabelsInvalid: with every faulty line.
     """
     faults: Faults = []
-    labels = _parsed(read_text(path, *_NAMED), task, number, faults)
+    text = read_text(path, *_NAMED, encoding=settings.encoding, remedy=_ENCODINGS)
+    labels = _parsed(text, task, number, settings, faults)
     if faults:
         raise _invalid(faults, task.allowed)
     return labels
 
 
-def sound_labels(path: Path, task: Task, number: Callable[[str], str] = str) -> Labels:
+def sound_labels(
+    path: Path,
+    task: Task,
+    number: Callable[[str], str] = str,
+    settings: LabelSettings = _PLAIN,
+) -> Labels:
     """Read what can be used of a labels file: a row with a fault counts as absent, alone.
 
     A run with privacy reads labels so, where nobody froze the data: what one patient's row says
@@ -121,55 +142,76 @@ def sound_labels(path: Path, task: Task, number: Callable[[str], str] = str) -> 
     row makes the file too large. Of rows with one key none counts.
 
     Args:
-        path, task, number: as ``read_labels``.
+        path, task, number, settings: as ``read_labels``.
 
     Raises:
-        LabelsInvalid: the file cannot be read, or its first line does not say what is in it.
+        LabelsInvalid: the file cannot be read, or its first line does not say what is in it, or it
+            is UTF-16: there a byte that one row lacks turns all rows behind it into others.
     """
-    first = first_line(path, *_NAMED)
-    return _parsed(first, task, number, None, lambda mark: lines_apart(path, mark, *_NAMED))
+    encoding = settings.encoding
+    if encoding == "utf-16":
+        raise LabelsInvalid(
+            "The labels file is UTF-16 text, which is read for data that are frozen alone.",
+            remedy="Freeze the data (cloister client freeze), or save the file as UTF-8.",
+        )
+    first = first_lines(path, *_NAMED, encoding=encoding)
+    return _parsed(
+        first,
+        task,
+        number,
+        settings,
+        None,
+        lambda mark: lines_apart(path, mark, *_NAMED, encoding=encoding),
+    )
 
 
 def _parsed(
     text: str,
     task: Task,
     number: Callable[[str], str],
+    settings: LabelSettings,
     faults: Faults | None,
     apart: Callable[[str], Iterator[tuple[int, list[str]]]] | None = None,
 ) -> Labels:
     """Read the rows of a text, or of ``apart``, which gets what separates cells; those with a fault
     are left out, and listed where ``faults`` is given."""
     faults = [] if faults is None else faults
-    wanted = task.source.columns if isinstance(task.source, LabelsFile) else ()
-    header, delimiter = header_of(text, wanted, KEY_COLUMNS)
-    column = next((name for name in KEY_COLUMNS if name in header), None)
-    if column is None or any(header.count(name) != 1 for name in (column, *wanted)):
-        raise _header_invalid(header, column, wanted, task)
-    at_key, at_values = header.index(column), [header.index(name) for name in wanted]
-    rows: dict[str, Label] = {}
-    twice: set[str] = set()
-    for line, cells in apart(delimiter) if apart else rows_of(text, delimiter, faults):
-        if line == 1 or not any(cells):
+    columns = task.source.columns if isinstance(task.source, LabelsFile) else ()
+    wanted = [composed(name) for name in columns]
+    found = header_of(text, wanted, KEY_COLUMNS, settings.ours)
+    header = found.cells
+    keyed = [name for name in KEY_COLUMNS if name in header]
+    if not keyed or any(header.count(name) != 1 for name in (*keyed, *wanted)):
+        raise _header_invalid(header, keyed, wanted, task, settings)
+    at_keys = [(name, header.index(name)) for name in keyed]
+    at_values = [header.index(name) for name in wanted]
+    rows: dict[Key, Label] = {}
+    twice: set[Key] = set()
+    for line, cells in apart(found.delimiter) if apart else rows_of(text, found.delimiter, faults):
+        if line <= found.line or not any(cells):
             continue
         if len(cells) != len(header):
             faults.append((line, "has another number of cells than the first line"))
-        elif not cells[at_key]:
-            faults.append((line, f"has no {column}"))
+            continue
+        # Row by row: which column is filled elsewhere is of other patients.
+        column, cell = next(((n, cells[at]) for n, at in at_keys if cells[at]), ("", ""))
+        key = (column, composed(number(cell)) if column == "PatientID" else cell)
+        if not column:
+            faults.append((line, f"has no {alternatives(keyed)}"))
         elif empty := [header[place] for place in at_values if not cells[place]]:
             faults.append((line, f"has no {empty[0]}"))
-        elif (key := number(cells[at_key]) if column == "PatientID" else cells[at_key]) in rows:
-            first = rows[key].line
-            faults.append((line, f"has the same {column} as line {first}"))
+        elif key in rows:
+            faults.append((line, f"has the same {column} as line {rows[key].line}"))
             twice.add(key)
         else:
-            values = [cells[place] for place in at_values]
+            values = [settings.value(header[place], cells[place]) for place in at_values]
             try:
                 record = task.record(values)
             except ValueError as error:
                 faults.append((line, str(error)))
             else:
                 rows[key] = Label(line, record, tuple(values))
-    return Labels(column, {key: row for key, row in rows.items() if key not in twice})
+    return Labels({key: row for key, row in rows.items() if key not in twice})
 
 
 def join(
@@ -193,12 +235,12 @@ def join(
         The row of each image, None where there is none; and the faults found, as errors that the
         caller may raise or list.
     """
-    patients_of: dict[str, set[str]] = defaultdict(set)
+    patients_of: dict[Key, set[str]] = defaultdict(set)
     rows_of_patient: dict[str, set[Label]] = defaultdict(set)
     direct: list[Label | None] = []
-    used: set[str] = set()
+    used: set[Key] = set()
     for image in images:
-        keys = [key for key in image.named_by(labels.column) if key in labels.rows]
+        keys = [key for key in image.named_by if key in labels.rows]
         used.update(keys)
         if image.later:
             keys = []
@@ -207,7 +249,7 @@ def join(
             patients_of[key].add(image.patient)
             rows_of_patient[image.patient].add(labels.rows[key])
     faults: Faults = [
-        (labels.rows[key].line, f"has a {labels.column} that several patients share")
+        (labels.rows[key].line, f"has a {key[0]} that several patients share")
         for key, patients in patients_of.items()
         if len(patients) > 1
     ]
@@ -250,51 +292,86 @@ def _unmatched(
     labels: Labels,
     images: Sequence[Linked],
     found: Sequence[Label | None],
-    used: set[str],
+    used: set[Key],
     root: Path | None,
 ) -> Iterator[DataError]:
-    missing = [
-        image.patient[:12]
+    without = [
+        image
         for image, label in zip(images, found, strict=True)
         if label is None and not image.duplicate
     ]
-    if missing:
+    unused = {key: label for key, label in labels.rows.items() if key not in used}
+    told = mismatches(unused, [key for image in without for key in image.named_by])
+    if without:
+        missing = [image.patient[:12] for image in without]
+        columns = alternatives(sorted({column for column, _ in labels.rows}, key=KEY_COLUMNS.index))
         yield LabelMissing(
             f"{counted(len(missing), 'image has', 'images have')} no label.",
-            why=f"Ids of their patients: {listed(missing, SHOWN)}.",
-            remedy=f"Add a row for each {labels.column}, or remove the images from the folder. Who "
-            f"the patients are: {command_at(root, f'find {missing[0]} --study STUDY')}",
+            why=" ".join([f"Ids of their patients: {listed(missing, SHOWN)}.", *told]),
+            remedy=f"Add a row for each {columns or KEY_COLUMNS[-1]}, or remove the images from "
+            f"the folder. Who the patients are: "
+            f"{command_at(root, f'find {missing[0]} --study STUDY')}",
         )
-    unused = [str(label.line) for key, label in labels.rows.items() if key not in used]
     if unused:
+        at = [str(label.line) for label in unused.values()]
         yield LabelWithoutImage(
             f"{counted(len(unused), 'label belongs', 'labels belong')} to no image.",
-            why=f"Lines of the labels file: {listed(unused, SHOWN)}.",
+            why=" ".join([f"Lines of the labels file: {listed(at, SHOWN)}.", *told]),
             remedy="Add the images, or remove the rows. A rejected image counts as missing; which "
             f"are rejected, and why: {command_at(root, 'check --offline')}",
         )
 
 
 def _header_invalid(
-    header: Sequence[str], key: str | None, columns: Sequence[str], task: Task
+    header: Sequence[str],
+    keyed: Sequence[str],
+    columns: Sequence[str],
+    task: Task,
+    settings: LabelSettings,
 ) -> LabelsInvalid:
-    # The first that is not there once; the key column is judged before it.
-    wanted = next((name for name in columns if header.count(name) != 1), columns[0])
-    if key is None:
+    """Return the error that says all that is wrong with the names of the columns."""
+    missing = [name for name in columns if name not in header]
+    told = [
+        f"has the column '{name}' {header.count(name)} times"
+        for name in (*keyed, *columns)
+        if header.count(name) > 1
+    ]
+    told += [f"has no column '{name}'" for name in missing]
+    if not keyed:
+        # And nothing of the others: without a header, a column that is called like a class is a
+        # patient's.
         names = ", ".join(f"'{name}'" for name in KEY_COLUMNS[:-1])
-        what = f"has no column {names} or '{KEY_COLUMNS[-1]}'"
-    elif header.count(key) > 1:
-        what = f"has the column '{key}' {header.count(key)} times"
-    elif wanted in header:
-        what = f"has the column '{wanted}' {header.count(wanted)} times"
-    else:
-        what = f"has no column '{wanted}'"
-    return LabelsInvalid(
-        f"The labels file {what}.",
-        why=described(header, _shown(columns, task)),
-        remedy=f"In its first line, name one column {', '.join(KEY_COLUMNS[:-1])} or "
-        f"{KEY_COLUMNS[-1]}, and one '{wanted}'; spelling and case must match.",
+        told, missing = [f"has no column {names} or '{KEY_COLUMNS[-1]}'"], [*columns]
+    named = [f"'{settings.columns[name]}' for {name}" for name in settings.columns]
+    parts = [described(header, _shown(columns, task))]
+    if named:
+        parts.append(f"[data.labels] in site.toml names {', '.join(named)}.")
+    lacking = [*missing, *([] if keyed else [KEY_COLUMNS[-1]])]
+    example = ", ".join(f'{_quoted(name)} = "..."' for name in lacking)
+    ours = " and one ".join(f"'{name}'" for name in columns)
+    remedy = (
+        f"In its first line, name one column {', '.join(KEY_COLUMNS[:-1])} or {KEY_COLUMNS[-1]}, "
+        f"and one {ours}; spelling and case must match."
     )
+    if lacking:
+        remedy += (
+            " Or leave the file as it is, and say in site.toml, below [data.labels], what it calls "
+            f"them: columns = {{ {example} }}"
+        )
+    return LabelsInvalid(
+        f"The labels file {', and '.join(told)}.", why=" ".join(parts), remedy=remedy
+    )
+
+
+def _quoted(name: str) -> str:
+    """A key of TOML."""
+    is_bare = name.isascii() and name.replace("-", "").replace("_", "").isalnum()
+    return name if is_bare else json.dumps(name, ensure_ascii=False)
+
+
+def alternatives(names: Sequence[str]) -> str:
+    """``a``, ``a or b``, ``a, b or c``."""
+    return " or ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 
 def _shown(columns: Sequence[str], task: Task) -> list[str]:

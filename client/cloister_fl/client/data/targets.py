@@ -140,7 +140,7 @@ def faults_alone(site: Site, task: Task) -> list[DataError]:
             return []
         case LabelsFile():
             try:
-                read_labels(site.labels, task)
+                read_labels(site.labels, task, settings=site.label_settings)
             except LabelsInvalid as error:
                 return [error]
             return []
@@ -157,13 +157,13 @@ def _labels(
     faults: list[DataError] = []
     labels: Labels | None = None
     try:
-        labels = read_labels(site.labels, task, number)
+        labels = read_labels(site.labels, task, number, site.label_settings)
     except DataError as error:
         faults.append(error)
     if alone:
         # Also where the whole of it can be read: a row that swallowed another is no fault of CSV.
         with suppress(DataError):
-            labels = sound_labels(site.labels, task, number)
+            labels = sound_labels(site.labels, task, number, site.label_settings)
     if labels is None:
         return [None] * len(linked), faults
     found, more = join(labels, linked, site.root, alone=alone)

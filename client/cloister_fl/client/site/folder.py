@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cloister_fl.client.site.archive_settings import CGet, DicomWeb, Query
+from cloister_fl.client.site.label_settings import LabelSettings
 from cloister_fl.client.site.patient_settings import PatientSettings
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.site.settings import Network, SiteFile
@@ -68,6 +69,7 @@ class Site:
         archive: where images are fetched from, or None; see ``archive_settings``.
         query: which of them.
         patients: what makes two patient numbers one patient's.
+        label_settings: how the labels file is read.
     """
 
     root: Path
@@ -80,6 +82,7 @@ class Site:
     archive: DicomWeb | CGet | None = None
     query: Query = field(default_factory=Query)
     patients: PatientSettings = field(default_factory=PatientSettings)
+    label_settings: LabelSettings = field(default_factory=LabelSettings)
 
     @property
     def store(self) -> Path:
@@ -211,13 +214,14 @@ def open_site(root: Path) -> Site:
         root=root,
         name=file.site.name,
         dicom=root / file.data.dicom,
-        labels=root / file.data.labels,
+        labels=root / file.data.labels.file,
         policy=file.policy,
         network=file.network,
         health=file.service.health,
         archive=file.data.dicomweb or file.data.cget,
         query=file.data.query,
         patients=file.data.patients,
+        label_settings=file.data.labels,
     )
     site.pseudonym_key()
     site.cache_key()

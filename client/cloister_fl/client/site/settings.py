@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from cloister_fl.client.site.archive_settings import CGet, DicomWeb, Query
+from cloister_fl.client.site.label_settings import LabelSettings
 from cloister_fl.client.site.patient_settings import PatientSettings
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.errors import OptionInvalid
@@ -36,7 +37,7 @@ class _About(FileModel):
 
 class _Data(FileModel):
     dicom: _FilePath = "dicom"
-    labels: _FilePath = "labels.csv"
+    labels: LabelSettings = LabelSettings()
     patients: PatientSettings = PatientSettings()
     query: Query = Query()
     dicomweb: DicomWeb | None = None

@@ -27,6 +27,13 @@ name = {_quote(name)}
 # Relative to this file's folder, or absolute.
 dicom = {_quote(dicom)}
 labels = {_quote(labels)}
+# Where the labels file has other names, words or an encoding of its own, delete that line and say
+# below what they are; see docs/labels.md. By our word the file's column; by the file's word ours.
+# [data.labels]
+# file = {_quote(labels)}
+# encoding = "cp1252"
+# columns = {{ PatientID = "Patienten-ID", finding = "Befund" }}
+# values.finding = {{ "Pneumonie" = "pneumonia", "o. B." = "normal" }}
 
 [data.patients]
 # What makes two patient numbers one patient's: "same", "different", or "ask", which stops checks

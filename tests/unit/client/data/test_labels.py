@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import unicodedata
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloister_fl.client.data.labels import Labels, Linked, join, read_labels
+from cloister_fl.client.data.labels import Labels, Linked, join, read_labels, sound_labels
 from cloister_fl.client.dicom.folder_reader import Keys
+from cloister_fl.client.site.label_settings import LabelSettings, composed
 from cloister_fl.errors import DataError, LabelMissing, LabelsInvalid, LabelWithoutImage
 from cloister_fl.tasks.classification import Classification
 from support.errors import is_of
 
 TASK = Classification("finding", ("normal", "nodule", "mass"))
+PLAIN = LabelSettings()
+GERMAN = LabelSettings(
+    columns={"PatientID": "Patienten-ID", "finding": "Befund"},
+    values={"finding": {"o. B.": "normal", "Rundherd": "nodule", "Läsion": "mass"}},
+)
 
 
-def _read(tmp_path: Path, text: str | bytes) -> Labels:
+def _read(tmp_path: Path, text: str | bytes, settings: LabelSettings = PLAIN) -> Labels:
     path = tmp_path / "labels.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read_labels(path, TASK)
+    return read_labels(path, TASK, settings=settings)
 
 
-def _fails(tmp_path: Path, text: str | bytes) -> str:
+def _fails(tmp_path: Path, text: str | bytes, settings: LabelSettings = PLAIN) -> str:
     with pytest.raises(LabelsInvalid) as caught:
-        _read(tmp_path, text)
+        _read(tmp_path, text, settings)
     return str(caught.value)
 
 
@@ -38,12 +47,16 @@ def _image(instance: str, patient: str, *, duplicate: bool = False, issuer: str 
 
 
 def _values(labels: Labels) -> dict[str, tuple[int, int]]:
-    return {key: (label.line, label.value) for key, label in labels.rows.items()}
+    return {key: (label.line, label.value) for (_, key), label in labels.rows.items()}
+
+
+def _columns(labels: Labels) -> list[str]:
+    return [column for column, _ in labels.rows]
 
 
 def test_reads_keys_lines_and_classes(tmp_path: Path) -> None:
     labels = _read(tmp_path, "PatientID,finding\nP1,normal\n P2 , mass \n\nP3,nodule\n")
-    assert labels.column == "PatientID"
+    assert set(_columns(labels)) == {"PatientID"}
     assert _values(labels) == {"P1": (2, 0), "P2": (3, 2), "P3": (5, 1)}
 
 
@@ -63,8 +76,122 @@ def test_forms_that_people_save(tmp_path: Path, text: str) -> None:
 
 def test_the_first_key_column_counts(tmp_path: Path) -> None:
     head = "PatientID,AccessionNumber,SOPInstanceUID,finding\nP1,A1,1.2,mass\n"
-    assert _read(tmp_path, head).column == "SOPInstanceUID"
-    assert _read(tmp_path, head.replace("SOPInstanceUID", "x")).column == "AccessionNumber"
+    assert _columns(_read(tmp_path, head)) == ["SOPInstanceUID"]
+    assert _columns(_read(tmp_path, head.replace("SOPInstanceUID", "x"))) == ["AccessionNumber"]
+
+
+def test_an_empty_key_column_does_not_beat_a_filled_one(tmp_path: Path) -> None:
+    """Each row by itself: whether others have a key there says nothing of this one's."""
+    text = (
+        "SOPInstanceUID,AccessionNumber,PatientID,finding\n,,P1,normal\n,A2,P2,mass\n1.2,,,mass\n"
+    )
+    labels = _read(tmp_path, text)
+    assert list(labels.rows) == [
+        ("PatientID", "P1"), ("AccessionNumber", "A2"), ("SOPInstanceUID", "1.2")
+    ]  # fmt: skip
+    assert "Line 2 has no SOPInstanceUID or PatientID" in _fails(
+        tmp_path, "SOPInstanceUID,PatientID,finding\n,,normal\n"
+    )
+
+
+def test_the_most_exact_row_speaks_for_an_image(tmp_path: Path) -> None:
+    labels = _read(tmp_path, "SOPInstanceUID,PatientID,finding\n,a,mass\ni2,,mass\n,b,normal\n")
+    images = [_image("i1", "a"), _image("i2", "a"), _image("i3", "b")]
+    found, errors = join(labels, images)
+    assert [label and label.line for label in found] == [2, 3, 4]
+    assert errors == []
+
+
+def test_a_table_in_the_hospitals_own_words_is_read_as_it_is(tmp_path: Path) -> None:
+    text = "Patienten-ID;Befund;finding\nP1;o. B.;x\nP2;Rundherd;y\nP3;Läsion;\nP4;normal;z\n"
+    labels = _read(tmp_path, text, GERMAN)
+    assert _values(labels) == {"P1": (2, 0), "P2": (3, 1), "P3": (4, 2), "P4": (5, 0)}
+    # Frozen are the study's words: what site.toml says later changes nothing.
+    assert [label.cells for label in labels.rows.values()][:3] == [
+        ("normal",), ("nodule",), ("mass",)
+    ]  # fmt: skip
+
+
+def test_a_column_that_was_named_and_is_not_there_is_told(tmp_path: Path) -> None:
+    message = _fails(tmp_path, "PatientID;Befund\nP1;o. B.\n", GERMAN)
+    assert "has no column 'SOPInstanceUID', 'AccessionNumber' or 'PatientID'." in message
+    assert "[data.labels] in site.toml names 'Patienten-ID' for PatientID" in message
+    message = _fails(tmp_path, "Patienten-ID;Diagnose\nP1;o. B.\n")
+    assert 'columns = { finding = "...", PatientID = "..." }' in message
+
+
+@pytest.mark.parametrize(
+    ("encoding", "named"),
+    [("utf-8", "utf-8"), ("utf-8-sig", "utf-8"), ("utf-16", "utf-8"), ("cp1252", "cp1252"),
+     ("utf-16-le", "utf-16")],
+)  # fmt: skip
+def test_encodings_of_programs_that_people_use(
+    tmp_path: Path, encoding: str, named: Literal["utf-8", "utf-16", "cp1252"]
+) -> None:
+    data = "Patienten-ID;Befund\r\nMüller;Läsion\r\n".encode(encoding)
+    settings = GERMAN.model_copy(update={"encoding": named})
+    assert _values(_read(tmp_path, data, settings)) == {"Müller": (2, 2)}
+
+
+def test_a_file_in_another_encoding_is_told_how_to_be_read(tmp_path: Path) -> None:
+    message = _fails(tmp_path, "PatientID;finding\nMüller;mass\n".encode("cp1252"))
+    assert "not UTF-8 text: see line 2" in message
+    assert 'encoding = "cp1252"' in message
+
+
+@pytest.mark.parametrize("mark", [";", ",", "\t", "|"])
+def test_a_line_that_says_what_separates_cells(tmp_path: Path, mark: str) -> None:
+    text = f"sep={mark}\nPatientID{mark}finding\nP1{mark}mass\n"
+    assert _values(_read(tmp_path, text)) == {"P1": (3, 2)}
+    path = tmp_path / "labels.csv"
+    assert _values(sound_labels(path, TASK)) == {"P1": (3, 2)}
+
+
+def test_an_umlaut_is_one_however_it_is_typed(tmp_path: Path) -> None:
+    task = Classification("Läsion", ("nein", "größer"))
+    path = tmp_path / "labels.csv"
+    for form in ("NFC", "NFD"):
+        text = "PatientID,Läsion\nMüller,größer\n"
+        path.write_text(unicodedata.normalize(form, text))
+        for read in (read_labels, sound_labels):
+            (label,) = read(path, task).rows.values()
+            assert label.value == 1
+    typed = replace(task, column=unicodedata.normalize("NFD", task.column))
+    assert len(read_labels(path, typed).rows) == 1
+    image = Linked(Keys("i1", "", unicodedata.normalize("NFD", "Müller"), ""), "pseudonym")
+    found, errors = join(read_labels(path, task), [image])
+    assert found[0] is not None
+    assert errors == []
+
+
+def test_utf_16_is_read_for_frozen_data_alone(tmp_path: Path) -> None:
+    """One byte that a row lacks would turn every row behind it into another text."""
+    path = tmp_path / "labels.csv"
+    path.write_text("PatientID,finding\nP1,mass\n", "utf-16")
+    with pytest.raises(LabelsInvalid, match="UTF-16"):
+        sound_labels(path, TASK, settings=LabelSettings(encoding="utf-16"))
+    with pytest.raises(LabelsInvalid):
+        sound_labels(path, TASK)
+
+
+@pytest.mark.parametrize(
+    ("written", "why"),
+    [
+        ("12", "leading zeros in PatientID (line 2)"),
+        ("p0012", "leading zeros in PatientID (line 2)"),
+        ("AB-12", "spaces, hyphens, dots or slashes in PatientID (line 2)"),
+        ("ab12", "capitals and small letters in PatientID (line 2)"),
+        ("0012.0", "a trailing .0, as spreadsheets add it, in PatientID (line 2)"),
+    ],
+)
+def test_rows_that_almost_fit_are_diagnosed(tmp_path: Path, written: str, why: str) -> None:
+    numbers = {"12": "0012", "p0012": "p12", "AB-12": "AB12", "ab12": "AB12", "0012.0": "0012"}
+    labels = _read(tmp_path, f"PatientID,finding\n{written},mass\nb,normal\n")
+    images = [_image("i1", numbers[written]), _image("i2", "b")]
+    _, (missing, unused) = join(labels, images)
+    for error in (missing, unused):
+        assert f"1 row would fit but for {why}" in str(error)
+        assert written not in str(error).replace("line 2", "")
 
 
 def test_line_numbers_hold_behind_cells_of_several_lines(tmp_path: Path) -> None:
@@ -277,7 +404,9 @@ def test_any_text_is_read_or_refused_in_words(
 @settings(max_examples=100, deadline=None)
 @given(
     st.dictionaries(
-        st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1),
+        st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1).map(
+            composed
+        ),
         st.sampled_from(TASK.classes),
         max_size=8,
     )
@@ -291,4 +420,4 @@ def test_what_csv_writes_comes_back(
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("PatientID", "finding"), *rows.items()])
     found = read_labels(path, TASK).rows
-    assert {key: TASK.classes[label.value] for key, label in found.items()} == rows
+    assert {key: TASK.classes[label.value] for (_, key), label in found.items()} == rows

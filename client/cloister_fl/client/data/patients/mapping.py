@@ -12,7 +12,7 @@ from pathlib import Path
 from cloister_fl.client.data.csv_file import (
     Faults,
     described,
-    first_line,
+    first_lines,
     header_of,
     lines_apart,
     listing,
@@ -95,8 +95,9 @@ def read_mapping(path: Path, units: Units, *, alone: bool = False) -> tuple[Assi
     Raises:
         PatientsFileInvalid: with every faulty line; with ``alone``, of the first line only.
     """
-    text = first_line(path, *_NAMED) if alone else read_text(path, *_NAMED)
-    header, delimiter = header_of(text, _WANTED, (NUMBER,))
+    text = first_lines(path, *_NAMED) if alone else read_text(path, *_NAMED)
+    found = header_of(text, _WANTED, (NUMBER,))
+    header, delimiter = found.cells, found.delimiter
     for name in (*_WANTED, ISSUER):
         if header.count(name) != 1 and (name != ISSUER or name in header):
             times = f"the column '{name}' {header.count(name)} times"
@@ -113,7 +114,7 @@ def read_mapping(path: Path, units: Units, *, alone: bool = False) -> tuple[Assi
         if alone
         else rows_of(text, delimiter, faults, apart=True)
     ):
-        if line == 1 or not any(cells):
+        if line <= found.line or not any(cells):
             continue
         if len(cells) != len(header):
             faults.append((line, "has another number of cells than the first line"))

@@ -42,7 +42,7 @@ def site(tmp_path: Path) -> Site:
         )  # fmt: skip
         rows.append(f"{_accession(number)},{('normal', 'nodule')[number % 2]},fine")
     (tmp_path / "labels.csv").write_text("\n".join(rows) + "\n")
-    policy = Policy(patients_at_most=1_000, min_patients_per_class=1)
+    policy = Policy(patients_at_most=1_000, min_patients=1)
     return init_site(tmp_path, name="site", policy=policy)
 
 

@@ -144,9 +144,7 @@ def cutter(after: int) -> None:
 
 
 def site(root: Path, table: str) -> Site:
-    made = init_site(
-        root, name="north", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
-    )
+    made = init_site(root, name="north", policy=Policy(patients_at_most=1_000, min_patients=1))
     made.dicom.mkdir(exist_ok=True)
     head, _, tail = (made.root / "site.toml").read_text().partition("[network]")
     head = head.partition("[data.")[0]

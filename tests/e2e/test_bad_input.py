@@ -205,11 +205,6 @@ def _empty_site(place: Place) -> None:
     (place.sites / "birke" / "dicom").mkdir()
 
 
-def _one_class(place: Place) -> None:
-    head, *rows = place.rows("birke")
-    place.write_rows("birke", [head, *(row.replace(",yes", ",no") for row in rows)])
-
-
 def _unknown_class(place: Place) -> None:
     place.write_rows("birke", [row.replace(",yes", ",perhaps") for row in place.rows("birke")])
 
@@ -233,7 +228,6 @@ AT_A_SITE = {
     "CLO-202": _label_without_image,
     "CLO-203": _empty_site,
     "CLO-203 no DICOM": _only_what_is_no_dicom,
-    "CLO-204": _one_class,
     "CLO-206": _unknown_class,
     "CLO-206 no file": _no_labels_file,
     "CLO-207": _too_few,

@@ -173,7 +173,7 @@ def test_a_site_audits_the_training_on_its_own_outlines(folders: Path, tmp_path:
     )
     site = init_site(
         tmp_path, name="site", dicom=folders / "sites" / NAMES[0] / "dicom",
-        policy=Policy(patients_at_most=1_000, min_patients_per_class=1),
+        policy=Policy(patients_at_most=1_000, min_patients=1),
     )  # fmt: skip
     found = prepare(site, study, Asked()).audit()
     assert (len(found.scores), found.steps) == (18, 2)

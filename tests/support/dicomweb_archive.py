@@ -118,7 +118,7 @@ def serving(patients: int = 4) -> Iterator[Archive]:
 def asking_site(root: Path, url: str, auth: str = "none") -> Site:
     """A site whose images come from the archive at ``url``, with labels of four patients."""
     site = init_site(
-        root / "site", name="north", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
+        root / "site", name="north", policy=Policy(patients_at_most=1_000, min_patients=1)
     )
     site.dicom.mkdir()
     text = (site.root / "site.toml").read_text()

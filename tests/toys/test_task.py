@@ -70,9 +70,7 @@ def test_the_product_does_not_offer_it() -> None:
 
 @pytest.mark.usefixtures("added")
 def test_a_grade_that_is_none_is_told_by_its_line(tmp_path: Path) -> None:
-    site = init_site(
-        tmp_path, name="anker", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
-    )
+    site = init_site(tmp_path, name="anker", policy=Policy(patients_at_most=1_000, min_patients=1))
     write_graded(tmp_path, np.random.default_rng(0), "anker")
     path = tmp_path / "labels.csv"
     path.write_text(path.read_text().replace("anker-3,3", "anker-3,9"))

@@ -38,7 +38,11 @@ def measure_on(study: Study, folder: Path, out: Path) -> Callable[[Vector], Metr
         name="holdout",
         dicom=folder / "dicom",
         labels=folder / "labels.csv",
-        policy=Policy(min_patients_per_class=1),
+        policy=Policy(
+            min_patients=1,
+            min_patients_per_class=1,
+            min_patients_per_class_without_privacy=1,
+        ),
         throwaway=True,
     )
     try:

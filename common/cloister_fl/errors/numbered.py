@@ -67,7 +67,7 @@ class LabelsInvalid(DataError):
     title = "The labels file is not valid"
 
 
-CohortTooSmall = ErrorKind(DataError, "CLO-207", "The site has too few patients of a class")
+CohortTooSmall = ErrorKind(DataError, "CLO-207", "The site has too few patients")
 
 
 class DecoderUnfit(DataError):

@@ -242,6 +242,8 @@ def _open(folder: Path, simulation: Simulation) -> Site:
         ledger_delta=max(study.privacy.delta, Policy().ledger_delta),
         # Whether a delta suits a hospital is for the hospital to say, in a site.toml of its own.
         patients_at_most=1,
+        # What is missing at one site another has; who simulates sees all of them.
+        min_patients_per_class_without_privacy=0,
         min_noise_multiplier=0.0,
         max_rounds=10_000,
         allow_without_privacy=True,

@@ -55,9 +55,7 @@ pytestmark = [pytest.mark.process, pytest.mark.usefixtures("one_thread")]
 
 def _site(root: Path, patients: int) -> Site:
     write_site(root, patients, 2)
-    return init_site(
-        root, name="north", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
-    )
+    return init_site(root, name="north", policy=Policy(patients_at_most=1_000, min_patients=1))
 
 
 @pytest.fixture(scope="module")

@@ -46,14 +46,26 @@ def unread(error: Exception) -> CloisterError:
 
 
 def class_faults(site: Site, study: Study, counts: Counter[int]) -> list[DataError]:
-    """Return the errors in the number of patients of each class."""
-    least, task = site.policy.min_patients_per_class, study.task
-    if len(task.needed) > 1 and len(counts) < 2:
+    """Return the errors in the number of patients, and of those of each class."""
+    policy, task = site.policy, study.task
+    key, least = "min_patients_per_class", policy.min_patients_per_class
+    if not study.privacy.enabled and policy.min_patients_per_class_without_privacy > least:
+        key += "_without_privacy"
+        least = policy.min_patients_per_class_without_privacy
+    if counts.total() < policy.min_patients:
+        return [
+            CohortTooSmall(
+                f"The site has too few patients: {counts.total()}.",
+                why=f"Its policy asks for {policy.min_patients} (policy.min_patients).",
+                remedy="Add patients, or leave this study to other sites.",
+            )
+        ]
+    if least and len(task.needed) > 1 and len(counts) < 2:
         only = task.strata[next(iter(counts))]
         return [
             OneClassOnly(
                 f"All patients of the site have the class '{only}'.",
-                why="A model cannot be trained or evaluated on one class.",
+                why=f"Its policy asks for {least} of each (policy.{key}).",
                 remedy="Check the labels file, or leave this study to other sites.",
             )
         ]
@@ -67,7 +79,7 @@ def class_faults(site: Site, study: Study, counts: Counter[int]) -> list[DataErr
     return [
         CohortTooSmall(
             f"The site has too few patients of a class: {', '.join(few)}.",
-            why=f"Its policy asks for {least} (policy.min_patients_per_class).",
+            why=f"Its policy asks for {least} (policy.{key}).",
             remedy="Add patients, or leave this study to other sites.",
         )
     ]

@@ -62,8 +62,14 @@ class Policy(FileModel):
     """Least noise, as a multiple of what one patient moves a sum by, of training steps and of a
     noised evaluation. Below it an epsilon rests on hardly anything but the chance of being
     sampled, and shows single patients to whoever learns who was."""
-    min_patients_per_class: Annotated[int, Field(ge=1, le=1_000_000)] = 10
-    """Fewest patients of each class before the site trains at all."""
+    min_patients: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+    """Fewest patients before the site trains at all."""
+    min_patients_per_class: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Fewest patients of each class before the site trains at all; 0 asks for none. A hospital that
+    has one class alone is ordinary: the others have the rest."""
+    min_patients_per_class_without_privacy: Annotated[int, Field(ge=0, le=1_000_000)] = 10
+    """The same for a study without privacy, whose updates and counts are exact; the larger of both
+    holds there."""
     require_secure_aggregation: bool = True
     """Whether an update may leave only masked, so that only the sum of the sites can be read."""
     colluders: Annotated[int, Field(ge=0, le=100)] = 1

@@ -70,8 +70,11 @@ ledger_delta = {policy.ledger_delta!r}
 patients_at_most = {policy.patients_at_most}
 # Least noise multiplier of a study's training and of its noised evaluation.
 min_noise_multiplier = {policy.min_noise_multiplier!r}
-# Fewest patients of each class before this site trains.
+# Fewest patients before this site trains; fewest of each class (0: any, also none); the same in a
+# study without privacy, where exact counts leave.
+min_patients = {policy.min_patients}
 min_patients_per_class = {policy.min_patients_per_class}
+min_patients_per_class_without_privacy = {policy.min_patients_per_class_without_privacy}
 # true: updates leave only by secure aggregation; the coordinator reads nothing but their sum.
 require_secure_aggregation = {_bool(policy.require_secure_aggregation)}
 # Sites that may work with the coordinator without its learning this site's update.

@@ -88,9 +88,24 @@ CASES: dict[str, tuple[Any, dict[str, str], str, tuple[str, ...]]] = {
 
 def test_every_key_of_the_policy_is_tried() -> None:
     # How many patients there are can only be known once they are read.
-    assert {case.partition(",")[0] for case in CASES} | {"min_patients_per_class"} == set(
-        Policy.model_fields
-    )
+    counted = {key for key in Policy.model_fields if key.startswith("min_patients")}
+    assert {case.partition(",")[0] for case in CASES} | counted == set(Policy.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("policy", "enough"),
+    [
+        ({"min_patients": 24}, True),
+        ({"min_patients": 25}, False),
+        ({"min_patients_per_class_without_privacy": 1_000}, True),
+    ],
+)
+def test_patients_in_all_are_counted(tmp_path: Path, policy: dict[str, int], enough: bool) -> None:
+    """The site has 12 of each of two classes, and the study has privacy."""
+    asked = study()
+    site = write_hospital(tmp_path, {**fits(asked), **policy})
+    assert isinstance(_ask(site, "prepare", asked), Prepared)
+    assert (asked.digest in data_notices(site.root)) is not enough
 
 
 def _task(kind: str, asked: Study, roster: str) -> RoundMessage:

@@ -50,7 +50,7 @@ class Act:
             patients_at_most=1_000,
             max_epsilon_study=6,
             max_epsilon_lifetime=9,
-            min_patients_per_class=1,
+            min_patients=1,
         )
         self.site = init_site(root / "sea field", name="seafield", policy=policy)
         match kind:

@@ -53,7 +53,7 @@ def site(tmp_path: Path) -> Site:
     site = init_site(
         tmp_path / "site", name="north", dicom=tmp_path / "data",
         labels=tmp_path / "data" / "labels.csv",
-        policy=Policy(patients_at_most=9, min_patients_per_class=1),
+        policy=Policy(patients_at_most=9, min_patients=1),
     )  # fmt: skip
     # All four have one name and birth date, and are four patients.
     file = site.root / "site.toml"

@@ -56,7 +56,9 @@ OTHERS = {name: Identity.generate().public for name in ("birke", "clara", "dorn"
 def site(tmp_path: Path) -> Site:
     """A site that has joined, and to which a study was proposed that its data can serve."""
     write_cohort(tmp_path / "anker", np.random.default_rng(0), "MRN", patients=4, images=1)
-    policy = Policy(patients_at_most=1_000, max_epsilon_study=6, min_patients_per_class=2)
+    policy = Policy(
+        patients_at_most=1_000, max_epsilon_study=6, min_patients=1, min_patients_per_class=2
+    )
     made = init_site(tmp_path / "anker", policy=policy)
     member = join.Membership(
         fleet="127.0.0.1:1", enrolment="127.0.0.1:2", authority="00" * 32,

@@ -59,7 +59,9 @@ def _site(root: Path, patients: int = 6, images: int = 1, **options: Any) -> Sit
     least = options.pop("least", 1)
     write_site(root, patients, images, **options)
     return init_site(
-        root, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=least)
+        root,
+        name="site",
+        policy=Policy(patients_at_most=1_000, min_patients=1, min_patients_per_class=least),
     )
 
 

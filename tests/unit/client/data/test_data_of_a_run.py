@@ -50,7 +50,7 @@ FIRST = "MRN-000"
 def site(tmp_path: Path) -> Site:
     """Six patients of two images each; half of them have the finding."""
     root = write_cohort(tmp_path / "north", np.random.default_rng(0), "MRN", patients=6, images=2)
-    policy = Policy(patients_at_most=1_000, min_patients_per_class=1, max_epsilon_study=6)
+    policy = Policy(patients_at_most=1_000, min_patients=1, max_epsilon_study=6)
     return init_site(root, name="north", policy=policy)
 
 
@@ -218,9 +218,7 @@ def test_a_volume_that_lost_a_slice_is_not_another_volume(tmp_path: Path) -> Non
         write_series(tmp_path / "dicom" / f"{number}", stored, patient=f"MRN{number}")
     rows = [f"MRN{number},{('normal', 'nodule')[number % 2]}" for number in range(4)]
     (tmp_path / "labels.csv").write_text("\n".join(["PatientID,finding", *rows]) + "\n")
-    site = init_site(
-        tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
-    )
+    site = init_site(tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients=1))
     approve(site, asked, read_for_check(site, asked))
     before = _seen(load_for_run(site, asked))
     assert len(before) == 4
@@ -271,9 +269,7 @@ def test_a_row_that_two_patients_share_is_each_one_s(tmp_path: Path) -> None:
             patient_id=f"P{number}", elements={"AccessionNumber": accession},
         )  # fmt: skip
     (tmp_path / "labels.csv").write_text("AccessionNumber,finding\nA1,normal\nA2,nodule\n")
-    site = init_site(
-        tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
-    )
+    site = init_site(tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients=1))
     asked = studies.study()
     with raises(LabelsInvalid):
         freeze(site, asked)
@@ -392,7 +388,7 @@ def test_rows_behind_a_stray_quotation_mark_count(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     task = Classification("finding", ("no", "yes"))
     path.write_text('PatientID,finding\nA,yes\n"B,no\nC,no\nD,"yes"\n"E\n1",no\nF,yes\n')
-    assert {key: row.value for key, row in sound_labels(path, task).rows.items()} == {
+    assert {key: row.value for (_, key), row in sound_labels(path, task).rows.items()} == {
         "A": 1, "C": 0, "D": 1, '1"': 0, "F": 1,
     }  # fmt: skip
     with raises(LabelsInvalid):
@@ -406,6 +402,6 @@ def test_a_line_that_is_too_long_is_left_out_alone(tmp_path: Path, end: str) -> 
     long = "x" * (1 << 16)
     rows = ["PatientID,finding,why", f"A,yes,{long}", "B,no,x", f"C,yes,{long * 3}", "D,yes,y"]
     path.write_bytes(("\ufeff" + end.join(rows)).encode())
-    assert {key: (row.line, row.value) for key, row in sound_labels(path, task).rows.items()} == {
+    assert {key: (row.line, row.value) for (_, key), row in sound_labels(path, task).rows.items()} == {
         "B": (3, 0), "D": (5, 1),
     }  # fmt: skip

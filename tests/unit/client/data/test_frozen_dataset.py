@@ -35,9 +35,7 @@ MRN = "MRN00002"
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     write_site(tmp_path, 6, 1, key="PatientID")
-    site = init_site(
-        tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
-    )
+    site = init_site(tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients=1))
     load_frozen(site, STUDY)
     return site
 
@@ -188,9 +186,7 @@ def test_two_first_runs_at_once_freeze_once(
 ) -> None:
     """Also where one saw an image that the other, who froze, had not seen: it trains on none."""
     write_site(tmp_path, 6, 1, key="PatientID")
-    site = init_site(
-        tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
-    )
+    site = init_site(tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients=1))
     _another_comes_first(site, monkeypatch, before=more)
     assert len(load_frozen(site, STUDY).images) == 6 + more
     assert len([one for one in entries_of(site) if one.kind == "frozen"]) == 1
@@ -201,9 +197,7 @@ def test_freezing_beside_a_first_run_does_not_replace_what_that_froze(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_site(tmp_path, 6, 1, key="PatientID")
-    site = init_site(
-        tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
-    )
+    site = init_site(tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients=1))
     _another_comes_first(site, monkeypatch, before=False)
     with raises(OptionInvalid, match="frozen already"):
         freeze(site, STUDY)
@@ -231,9 +225,7 @@ def test_what_comes_later_stops_no_study(site: Site) -> None:
 
 def test_a_later_examination_does_not_contradict_an_earlier_one(tmp_path: Path) -> None:
     write_site(tmp_path, 6, 1)
-    site = init_site(
-        tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
-    )
+    site = init_site(tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients=1))
     before = load_frozen(site, STUDY)
     later = write_dicom(site.dicom / "late.dcm", radiograph(70), bits_stored=12, patient_id=MRN)
     with site.labels.open("a") as file:
@@ -243,9 +235,7 @@ def test_a_later_examination_does_not_contradict_an_earlier_one(tmp_path: Path) 
 
 def test_images_that_come_later_do_not_fill_the_memory(tmp_path: Path) -> None:
     write_site(tmp_path, 4, 1, key="PatientID")
-    site = init_site(
-        tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
-    )
+    site = init_site(tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients=1))
     large = STUDY.model_copy(update={"input": STUDY.input.model_copy(update={"size": 512})})
     load_frozen(site, large)
 
@@ -358,9 +348,7 @@ def test_killed_between_manifest_and_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
     write_site(tmp_path, 6, 1, key="PatientID")
-    site = init_site(
-        tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
-    )
+    site = init_site(tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients=1))
     if again:
         load_frozen(site, STUDY)
         _flip_pixel(site)

@@ -33,9 +33,7 @@ COUNT = 6
 def site(tmp_path: Path) -> Site:
     """A patient with a series of CT, and one segmentation of all of it."""
     (tmp_path / "dicom").mkdir()
-    made = init_site(
-        tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
-    )
+    made = init_site(tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients=1))
     for number, source in enumerate(slices(COUNT)):
         (made.dicom / f"{number}.dcm").write_bytes(source)
     put(made, segmented())
@@ -146,9 +144,7 @@ def _theirs(file: bytes, uid: str) -> bytes:
 def test_a_patient_who_comes_changes_nothing_of_another_s(tmp_path: Path) -> None:
     """Not even with the UIDs of another's images: a sum would move by more than one share."""
     write(tmp_path, 4)
-    site = init_site(
-        tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
-    )
+    site = init_site(tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients=1))
     before = _targets(load_cohort(site, STUDY))
     # First in the folder: what comes first is what stays of two duplicates.
     for place in range(2):
@@ -180,7 +176,9 @@ def test_a_patient_who_comes_changes_nothing_of_another_s(tmp_path: Path) -> Non
 def test_a_segmentation_that_comes_after_freezing_disturbs_nobody(tmp_path: Path) -> None:
     write(tmp_path)
     site = init_site(
-        tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=5)
+        tmp_path,
+        name="site",
+        policy=Policy(patients_at_most=1_000, min_patients=1, min_patients_per_class=5),
     )
     frozen = _targets(load_frozen(site, STUDY))
     source = (site.dicom / "1-0.dcm").read_bytes()
@@ -197,7 +195,9 @@ def test_what_other_code_has_read_is_read_again(
 ) -> None:
     write(tmp_path)
     site = init_site(
-        tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=5)
+        tmp_path,
+        name="site",
+        policy=Policy(patients_at_most=1_000, min_patients=1, min_patients_per_class=5),
     )
     (site.dicom / "text.dcm").write_bytes(b"no image" * 100)
     asked = []
@@ -220,9 +220,7 @@ def test_what_other_code_has_read_is_read_again(
 def test_what_is_not_marked_takes_no_room(tmp_path: Path) -> None:
     """A small file can name a thousand images that are not there."""
     (tmp_path / "dicom").mkdir()
-    site = init_site(
-        tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
-    )
+    site = init_site(tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients=1))
     sources = slices(200)
     marked = np.zeros((200, 48, 40), bool)
     marked[0] = mask()[0]
@@ -241,9 +239,7 @@ def test_what_is_not_marked_takes_no_room(tmp_path: Path) -> None:
 
 def test_a_finding_too_small_for_the_study_is_counted(tmp_path: Path) -> None:
     write(tmp_path)
-    site = init_site(
-        tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
-    )
+    site = init_site(tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients=1))
     assert "too small" not in render(inspect(site, STUDY))
     speck: NDArray[np.bool_] = np.zeros((1, 48, 40), bool)
     speck[0, 7, 9] = True

@@ -47,14 +47,18 @@ pytestmark = pytest.mark.process
 def site(tmp_path: Path) -> Site:
     write(tmp_path)
     return init_site(
-        tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=5)
+        tmp_path,
+        name="site",
+        policy=Policy(patients_at_most=1_000, min_patients=1, min_patients_per_class=5),
     )
 
 
 def test_a_cohort_has_the_outline_of_each_image(tmp_path: Path) -> None:
     marked = write(tmp_path)
     site = init_site(
-        tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=5)
+        tmp_path,
+        name="site",
+        policy=Policy(patients_at_most=1_000, min_patients=1, min_patients_per_class=5),
     )
     # Whoever read the folder without an eye on masks has turned the segmentations away.
     plain = read_cohort(site, STUDY, require_labels=False)

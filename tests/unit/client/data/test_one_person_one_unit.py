@@ -52,7 +52,7 @@ def site(tmp_path: Path) -> Site:
         name="north",
         dicom=root / "dicom",
         labels=root / "labels.csv",
-        policy=Policy(patients_at_most=1_000, min_patients_per_class=1),
+        policy=Policy(patients_at_most=1_000, min_patients=1),
     )
 
 

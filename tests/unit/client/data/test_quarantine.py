@@ -43,9 +43,7 @@ STUDY = studies.study()
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     write_site(tmp_path, 4, 1, key="PatientID")
-    site = init_site(
-        tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
-    )
+    site = init_site(tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients=1))
     held_files = {
         "a-named": {"elements": {"BurnedInAnnotation": "YES"}},
         "b-capture": {"elements": {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}},

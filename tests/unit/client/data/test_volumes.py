@@ -372,9 +372,7 @@ def ct_site(root: Path, patients: int = 4, key: str = "PatientID") -> Site:
         write_series(folder, stored[:2], patient=patient, series="localizer")
         rows.append(f"{patient if key == 'PatientID' else instances[5]},{label}")
     (root / "labels.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return init_site(
-        root, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
-    )
+    return init_site(root, name="site", policy=Policy(patients_at_most=1_000, min_patients=1))
 
 
 @pytest.mark.parametrize("key", ["PatientID", "SOPInstanceUID"])

@@ -195,7 +195,7 @@ def archive() -> Iterator[Archive]:
 
 def _site(root: Path, port: int, more: str = "tls = false", called: str = "ARCHIVE") -> Site:
     site = init_site(
-        root / "site", name="north", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
+        root / "site", name="north", policy=Policy(patients_at_most=1_000, min_patients=1)
     )
     site.dicom.mkdir()
     table = f'[data.cget]\nhost = "127.0.0.1"\nport = {port}\ncalled = "{called}"\n{more}\n'

@@ -35,9 +35,7 @@ STUDY = studies.study(study={"name": "nodules"})
 
 def _site(root: Path, patients: int = 6, images: int = 1) -> Site:
     write_site(root, patients, images)
-    return init_site(
-        root, name="north", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
-    )
+    return init_site(root, name="north", policy=Policy(patients_at_most=1_000, min_patients=1))
 
 
 def test_report_of_sound_data(tmp_path: Path) -> None:
@@ -112,13 +110,17 @@ def test_all_faults_are_listed(tmp_path: Path) -> None:
     site.labels.write_text("\n".join([*lines, "1.2.3,what"]) + "\n")
     assert _codes(site) == ["CLO-206"]
     site.labels.write_text("\n".join(lines).replace("nodule", "normal") + "\n")
-    assert _codes(site) == ["CLO-204"]
+    # A hospital with one class is ordinary, unless its policy says otherwise.
+    assert _codes(site) == []
+    policy = Policy(patients_at_most=1_000, min_patients=1, min_patients_per_class=1)
+    each = init_site(tmp_path / "each", dicom=site.dicom, labels=site.labels, policy=policy)
+    assert _codes(each) == ["CLO-204"]
     site.labels.write_text("\n".join(lines) + "\n")
     strict = init_site(
         tmp_path / "strict",
         dicom=site.dicom,
         labels=site.labels,
-        policy=Policy(patients_at_most=1_000, min_patients_per_class=4),
+        policy=Policy(patients_at_most=1_000, min_patients=1, min_patients_per_class=4),
     )
     assert _codes(strict) == ["CLO-207"]
 

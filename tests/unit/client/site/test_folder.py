@@ -71,6 +71,7 @@ def test_written_policy_and_paths_come_back(tmp_path: Path) -> None:
         max_epsilon_study=0.5,
         ledger_delta=1e-7,
         patients_at_most=20_000,
+        min_patients=1,
         min_patients_per_class=3,
         allow_without_privacy=True,
         networks=("small-cnn", "resnet18"),

@@ -48,7 +48,8 @@ def test_the_template_writes_what_a_key_is_given(key: str) -> None:
     """A key whose default alone is written would be lost where ``init_site`` is given another."""
     other = {
         "max_epsilon_study": 1.25, "max_epsilon_lifetime": 9.5, "ledger_delta": 1e-6,
-        "patients_at_most": 77, "min_noise_multiplier": 0.5, "min_patients_per_class": 3,
+        "patients_at_most": 77, "min_noise_multiplier": 0.5,
+        "min_patients": 4, "min_patients_per_class": 3, "min_patients_per_class_without_privacy": 0,
         "require_secure_aggregation": False,
         "colluders": 2, "min_sites": 7, "max_weight_ratio": 2.5, "max_rounds": 9,
         "allow_without_privacy": True,

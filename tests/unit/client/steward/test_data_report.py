@@ -26,9 +26,7 @@ def site(tmp_path: Path) -> Site:
     root = tmp_path / "site"
     root.mkdir()
     write_site(root, 4, 2, key="PatientID")
-    site = init_site(
-        root, name="north", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
-    )
+    site = init_site(root, name="north", policy=Policy(patients_at_most=1_000, min_patients=1))
     about = {"StudyDate": "20190304", "Manufacturer": "<script>alert(1)</script>"}
     person = {"PatientName": "Doe^Jane", "PatientBirthDate": "19700101"}
     for number, patient in enumerate(("A", "B")):

@@ -25,9 +25,7 @@ pytestmark = pytest.mark.process
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     write_site(tmp_path, 4, 2, key="PatientID")
-    made = init_site(
-        tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients_per_class=1)
-    )
+    made = init_site(tmp_path, name="site", policy=Policy(patients_at_most=1_000, min_patients=1))
     (made.dicom / "broken\x1b[8m.dcm").write_bytes(b"no image" * 50)
     (tmp_path / "study.toml").write_text(studies.study_text())
     return made

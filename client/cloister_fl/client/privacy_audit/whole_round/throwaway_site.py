@@ -98,7 +98,8 @@ class ThrowawaySite:
             patients_at_most=1,
             # Little noise, so that the audit sees single patients.
             min_noise_multiplier=0.0,
-            min_patients_per_class=1,
+            min_patients=1,
+            min_patients_per_class_without_privacy=0,
             require_secure_aggregation=False,
             colluders=0,
             min_sites=1,

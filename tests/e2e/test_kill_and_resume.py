@@ -156,7 +156,22 @@ def test_the_kill_fell_into_a_round(killed: Killed) -> None:
     for rounds in killed.begun.values():
         assert rounds in ([*range(1, killed.round + 1)], [*range(1, killed.round)])
     assert not (killed.out / "summary.json").exists()
-    assert not (killed.out / "model.safetensors").exists()
+
+
+def test_a_killed_run_leaves_its_figures_and_a_model_that_can_be_used(killed: Killed) -> None:
+    rows = [json.loads(line) for line in (killed.out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == list(range(len(rows)))
+    # The round under way may have been saved a moment before the kill.
+    assert len(rows) in (killed.round, killed.round + 1)
+    scores = killed.out.parent / "scores.csv"
+    command = [sys.executable, "-m", "cloister_fl.cli.main", "predict"]
+    data = killed.out.parent / "sites" / NAMES[0] / "dicom"
+    told = subprocess.run(
+        [*command, str(killed.out / "model.safetensors"), str(data), "--out", str(scores)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    assert len(scores.read_text().splitlines()) > 1
 
 
 def test_a_killed_ledger_is_sound(killed: Killed) -> None:

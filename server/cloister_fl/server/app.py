@@ -8,6 +8,7 @@ the run), ``federation`` (folder of the root key and the roster), ``expected`` (
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import Context
@@ -15,6 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from cloister_fl.server.coordinator.federation import Federation
 from cloister_fl.server.results.artifacts import write_outputs
+from cloister_fl.server.results.so_far import SoFar
 from cloister_fl.server.rounds.checkpoint import CHECKPOINT_FOLDER, Checkpoints
 from cloister_fl.server.rounds.events import Hooks
 from cloister_fl.server.rounds.messenger import Messenger
@@ -36,12 +38,13 @@ def build(hooks: Hooks | None = None) -> ServerApp:
         require_sound_engine(study)
         out = Path(str(config["out"]))
         began = time.monotonic()
+        hooks = replace(used, saved=SoFar(out, study))
         federation = Federation(Path(str(config["federation"])))
         run = Run(
             Messenger(grid, log=federation.log, timeout=used.timeout, check=used.check),
             study,
             Checkpoints(out / CHECKPOINT_FOLDER),
-            used,
+            hooks,
             expected=int(config["expected"]),
             roster=federation.roster() if study.aggregation.secure else None,
             signatures=bytes.fromhex(str(config.get("signatures", ""))),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cloister_fl.metrics.figures import Metrics
 from cloister_fl.protocol.round_messages import Vector
-from cloister_fl.server.rounds.checkpoint import Figures, Released
+from cloister_fl.server.rounds.checkpoint import Figures, Released, RunState
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,10 @@ def _ignore(event: Event) -> None:
     del event
 
 
+def _unseen(state: RunState) -> None:
+    del state
+
+
 def _nothing() -> None:
     pass
 
@@ -96,6 +100,7 @@ class Hooks:
         patience: how to wait where too few sites are here; without it that is an error.
         timeout: seconds after which a stage goes on without those who have not answered; None
             waits for all.
+        saved: is given the state each time that a checkpoint holds it.
     """
 
     evaluate: Callable[[Vector], Metrics] | None = None
@@ -103,3 +108,4 @@ class Hooks:
     check: Callable[[], None] = _nothing
     patience: Patience | None = None
     timeout: float | None = None
+    saved: Callable[[RunState], None] = _unseen

@@ -136,7 +136,7 @@ class Run:
         self._messenger.bound_replies(reply_bytes(self._study, state.model.size, sites))
         state = replace(state, invited=self._participants.begin(state.run, state.invited))
         collector = self._collector(state)
-        self._checkpoints.save(self._study, state)
+        self._save(state)
         self._note(
             "began",
             study=self._study.digest,
@@ -159,20 +159,24 @@ class Run:
             # Measured here and not when it is drawn: the sites measure it where privacy is off.
             none = Figures(0, 0, 0.0, 0.0)
             state = replace(state, figures=(self._measure(collector, state, 0, none),))
-        self._checkpoints.save(self._study, state)
+        self._save(state)
         for number in range(first, rounds + 1):
             self._hooks.check()
             state = self._round(collector, number, state)
             seconds = before + time.monotonic() - began
             state = replace(state, seconds=seconds, sent=self._sent_by_site())
-            self._checkpoints.save(self._study, state)
+            self._save(state)
             require_one_of_two(state)
         if self._study.releases and state.release is None:
             state = self._release(collector, state)
             seconds = before + time.monotonic() - began
             state = replace(state, seconds=seconds, sent=self._sent_by_site())
-            self._checkpoints.save(self._study, state)
+            self._save(state)
         return Outcome(state, self._participants.sites, dict(self._participants.refused))
+
+    def _save(self, state: RunState) -> None:
+        self._checkpoints.save(self._study, state)
+        self._hooks.saved(state)
 
     def _note(self, kind: str, **body: Value) -> None:
         self._messenger.note(kind, run=self._run, **body)
@@ -334,7 +338,7 @@ class Run:
         names = tuple(sorted(self._participants.sites))
         state = replace(state, release=Released(asked=names))
         # Before it is asked for: the sites charge it once, so a resumed run must not ask again.
-        self._checkpoints.save(self._study, state)
+        self._save(state)
         found = None
         # The model is there; that it was not measured is no reason to lose it.
         with contextlib.suppress(TooFewSites, SecureAggregationError):

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cloister_fl.client.data.csv_file import (
+from cloister_fl.client.data.label_mismatches import mismatches
+from cloister_fl.client.data.tables.csv_file import (
     SHOWN,
     Faults,
+    Header,
     bare,
     described,
     first_lines,
@@ -28,7 +30,7 @@ from cloister_fl.client.data.csv_file import (
     read_text,
     rows_of,
 )
-from cloister_fl.client.data.label_mismatches import mismatches
+from cloister_fl.client.data.tables.spreadsheet import is_spreadsheet, rows_of_sheet
 from cloister_fl.client.dicom.folder_reader import Keys
 from cloister_fl.client.site.folder import command_at
 from cloister_fl.client.site.label_settings import KEY_COLUMNS, LabelSettings, composed
@@ -122,8 +124,16 @@ def read_labels(
         LabelsInvalid: with every faulty line.
     """
     faults: Faults = []
-    text = read_text(path, *_NAMED, encoding=settings.encoding, remedy=_ENCODINGS)
-    labels = _parsed(text, task, number, settings, faults)
+    if is_spreadsheet(path):
+        table = rows_of_sheet(path, settings.sheet, *_NAMED)
+        line, cells = next((row for row in table if any(row[1])), (1, [""]))
+        found = Header([settings.ours(cell) for cell in cells], "", line)
+        labels = _parsed(found, table, task, number, settings, faults)
+    else:
+        text = read_text(path, *_NAMED, encoding=settings.encoding, remedy=_ENCODINGS)
+        found = header_of(text, _wanted(task), KEY_COLUMNS, settings.ours)
+        rows = rows_of(text, found.delimiter, faults)
+        labels = _parsed(found, rows, task, number, settings, faults)
     if faults:
         raise _invalid(faults, task.allowed)
     return labels
@@ -146,40 +156,36 @@ def sound_labels(
 
     Raises:
         LabelsInvalid: the file cannot be read, or its first line does not say what is in it, or it
-            is UTF-16: there a byte that one row lacks turns all rows behind it into others.
+            is UTF-16 or a workbook: there a byte of one row turns others into something else.
     """
     encoding = settings.encoding
-    if encoding == "utf-16":
+    if encoding == "utf-16" or is_spreadsheet(path):
+        kind = "a workbook" if is_spreadsheet(path) else "UTF-16 text"
         raise LabelsInvalid(
-            "The labels file is UTF-16 text, which is read for data that are frozen alone.",
-            remedy="Freeze the data (cloister client freeze), or save the file as UTF-8.",
+            f"The labels file is {kind}, which is read for data that are frozen alone.",
+            remedy="Freeze the data (cloister client freeze), or save the file as CSV in UTF-8.",
         )
     first = first_lines(path, *_NAMED, encoding=encoding)
-    return _parsed(
-        first,
-        task,
-        number,
-        settings,
-        None,
-        lambda mark: lines_apart(path, mark, *_NAMED, encoding=encoding),
-    )
+    found = header_of(first, _wanted(task), KEY_COLUMNS, settings.ours)
+    rows = lines_apart(path, found.delimiter, *_NAMED, encoding=encoding)
+    return _parsed(found, rows, task, number, settings, [])
+
+
+def _wanted(task: Task) -> list[str]:
+    columns = task.source.columns if isinstance(task.source, LabelsFile) else ()
+    return [composed(name) for name in columns]
 
 
 def _parsed(
-    text: str,
+    found: Header,
+    table: Iterable[tuple[int, list[str]]],
     task: Task,
     number: Callable[[str], str],
     settings: LabelSettings,
-    faults: Faults | None,
-    apart: Callable[[str], Iterator[tuple[int, list[str]]]] | None = None,
+    faults: Faults,
 ) -> Labels:
-    """Read the rows of a text, or of ``apart``, which gets what separates cells; those with a fault
-    are left out, and listed where ``faults`` is given."""
-    faults = [] if faults is None else faults
-    columns = task.source.columns if isinstance(task.source, LabelsFile) else ()
-    wanted = [composed(name) for name in columns]
-    found = header_of(text, wanted, KEY_COLUMNS, settings.ours)
-    header = found.cells
+    """Read the rows of a table below its header; those with a fault are left out, and listed."""
+    header, wanted = found.cells, _wanted(task)
     keyed = [name for name in KEY_COLUMNS if name in header]
     if not keyed or any(header.count(name) != 1 for name in (*keyed, *wanted)):
         raise _header_invalid(header, keyed, wanted, task, settings)
@@ -187,7 +193,7 @@ def _parsed(
     at_values = [header.index(name) for name in wanted]
     rows: dict[Key, Label] = {}
     twice: set[Key] = set()
-    for line, cells in apart(found.delimiter) if apart else rows_of(text, found.delimiter, faults):
+    for line, cells in table:
         if line <= found.line or not any(cells):
             continue
         if len(cells) != len(header):

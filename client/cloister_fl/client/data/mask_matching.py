@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from cloister_fl.client.data.csv_file import SHOWN
 from cloister_fl.client.data.labels import Linked
+from cloister_fl.client.data.tables.csv_file import SHOWN
 from cloister_fl.client.dicom.folder_reader import Accepted, Segmented
 from cloister_fl.client.dicom.geometry import numbers
 from cloister_fl.client.dicom.mask_table import Marking, Mask

@@ -16,11 +16,11 @@ from typing import Any
 from cloister_fl.client.admission import gate
 from cloister_fl.client.data import frozen_dataset
 from cloister_fl.client.data.cohort import Cohort
-from cloister_fl.client.data.csv_file import lines as lines_of
 from cloister_fl.client.data.loading import Reading, read_cohort, read_for_check
 from cloister_fl.client.data.patients import other_ledgers
 from cloister_fl.client.data.patients.mapping import mapping_of
 from cloister_fl.client.data.patients.possible_matches import undecided_error
+from cloister_fl.client.data.tables.csv_file import lines as lines_of
 from cloister_fl.client.data.targets import UNLABELLED, faults_alone
 from cloister_fl.client.site.folder import Site, command_at
 from cloister_fl.client.site.policy import bound_missing, refusals

@@ -40,7 +40,9 @@ class LabelSettings(FileModel):
     """The table ``[data.labels]``; ``labels = "labels.csv"`` stands for one with that ``file``."""
 
     file: Annotated[str, Field(min_length=1, max_length=4096)] = "labels.csv"
-    """CSV, relative to the file's folder or absolute."""
+    """CSV, or a workbook (``.xlsx``); relative to the file's folder or absolute."""
+    sheet: Annotated[str, Field(max_length=256)] = ""
+    """Of a workbook, the sheet; empty for the first."""
     encoding: Encoding = "utf-8"
     """Of a CSV file that does not begin with a byte order mark."""
     columns: Annotated[dict[_Word, _Word], Field(max_length=64)] = {}

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cloister_fl.client.data.csv_file import (
+from cloister_fl.client.data.patients.units import Decisions, Record, Units, normalised
+from cloister_fl.client.data.tables.csv_file import (
     Faults,
     described,
     first_lines,
@@ -19,7 +20,6 @@ from cloister_fl.client.data.csv_file import (
     read_text,
     rows_of,
 )
-from cloister_fl.client.data.patients.units import Decisions, Record, Units, normalised
 from cloister_fl.client.site.folder import Site
 from cloister_fl.client.site.patient_settings import KINDS
 from cloister_fl.errors import PatientsFileInvalid

@@ -25,7 +25,8 @@
     │   ├── ArchiveAnswerInvalid   CLO-252
     │   ├── FetchUnfinished        CLO-253
     │   ├── PatientsUndecided      CLO-254
-    │   └── PatientsFileInvalid    CLO-255
+    │   ├── PatientsFileInvalid    CLO-255
+    │   └── TooMuchLeftOut         CLO-256
     ├── PrivacyError               3xx, exit 4: the ledger, the budget, the site's policy
     │   ├── BudgetExhausted        CLO-301
     │   ├── LedgerDamaged          CLO-302

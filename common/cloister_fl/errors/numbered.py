@@ -96,6 +96,9 @@ class PatientsFileInvalid(DataError):
     title = "The patients file is not valid"
 
 
+TooMuchLeftOut = ErrorKind(DataError, "CLO-256", "Too much of the data would be left out")
+
+
 class BudgetExhausted(PrivacyError):
     code = "CLO-301"
     title = "The privacy budget is not sufficient"

@@ -124,19 +124,40 @@ def read_labels(
         LabelsInvalid: with every faulty line.
     """
     faults: Faults = []
+    labels = _read(path, task, number, settings, faults)
+    if faults:
+        raise _invalid(faults, task.allowed)
+    return labels
+
+
+def tolerant_labels(
+    path: Path, task: Task, number: Callable[[str], str], settings: LabelSettings
+) -> tuple[Labels, int, list[DataError]]:
+    """The rows without a fault of their own, how many have one, and what; for a person to see.
+
+    Args and raises as ``read_labels``, of what is no fault of single rows.
+    """
+    faults: Faults = []
+    labels = _read(path, task, number, settings, faults)
+    return labels, len(faults), [_invalid(faults, task.allowed)] if faults else []
+
+
+def _read(
+    path: Path,
+    task: Task,
+    number: Callable[[str], str],
+    settings: LabelSettings,
+    faults: Faults,
+) -> Labels:
     if is_spreadsheet(path):
         table = rows_of_sheet(path, settings.sheet, *_NAMED)
         line, cells = next((row for row in table if any(row[1])), (1, [""]))
         found = Header([settings.ours(cell) for cell in cells], "", line)
-        labels = _parsed(found, table, task, number, settings, faults)
-    else:
-        text = read_text(path, *_NAMED, encoding=settings.encoding, remedy=_ENCODINGS)
-        found = header_of(text, _wanted(task), KEY_COLUMNS, settings.ours)
-        rows = rows_of(text, found.delimiter, faults)
-        labels = _parsed(found, rows, task, number, settings, faults)
-    if faults:
-        raise _invalid(faults, task.allowed)
-    return labels
+        return _parsed(found, table, task, number, settings, faults)
+    text = read_text(path, *_NAMED, encoding=settings.encoding, remedy=_ENCODINGS)
+    found = header_of(text, _wanted(task), KEY_COLUMNS, settings.ours)
+    rows = rows_of(text, found.delimiter, faults)
+    return _parsed(found, rows, task, number, settings, faults)
 
 
 def sound_labels(
@@ -283,6 +304,12 @@ def join(
             for image, label in zip(images, found, strict=True)
         ]
     return found, errors
+
+
+def unmatched(labels: Labels, images: Sequence[Linked]) -> int:
+    """How many rows belong to no image."""
+    named = {key for image in images for key in image.named_by}
+    return sum(key not in named for key in labels.rows)
 
 
 def _from_duplicates(images: Sequence[Linked], direct: Sequence[Label | None]) -> dict[str, Label]:

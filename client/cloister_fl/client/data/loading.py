@@ -6,11 +6,12 @@ import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
 from cloister_fl.client.data import frozen_dataset as manifests
+from cloister_fl.client.data import leaving_out
 from cloister_fl.client.data.cohort import Cohort, Patient
 from cloister_fl.client.data.cohort_errors import class_faults, no_images, unread
 from cloister_fl.client.data.frozen_dataset import Item, Manifest, item_of
@@ -18,13 +19,12 @@ from cloister_fl.client.data.ingest import gather
 from cloister_fl.client.data.patients import other_ledgers
 from cloister_fl.client.data.patients.mapping import PatientMapping, mapping_of
 from cloister_fl.client.data.patients.possible_matches import (
-    Match,
     lines_without_image,
     undecided,
     undecided_error,
 )
-from cloister_fl.client.data.patients.units import Decisions, Units
-from cloister_fl.client.data.sealed_labels import Cells
+from cloister_fl.client.data.patients.units import Units
+from cloister_fl.client.data.reading import Reading
 from cloister_fl.client.data.targets import (
     UNLABELLED,
     Targets,
@@ -36,53 +36,12 @@ from cloister_fl.client.data.volumes import as_images
 from cloister_fl.client.dicom.facts import Facts
 from cloister_fl.client.dicom.file_finder import is_listable
 from cloister_fl.client.dicom.folder_reader import Accepted
-from cloister_fl.client.ledger.machine_registry import Trait
 from cloister_fl.client.pacs.fetch import names_stored, require_whole
 from cloister_fl.client.site.data_notice import note_data, note_look
 from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import CloisterError, DataError, LabelWithoutImage, Reject
 from cloister_fl.study.schema import Study
 from cloister_fl.tasks import LabelsFile, Task
-
-
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """A cohort and all that is wrong with it, in the order in which it should be mended.
-
-    Attributes:
-        cohort: the images, or None where there is none.
-        faults: what is wrong.
-        files: how many files there are.
-        rejects: how many were turned away, by reason.
-        later: how many images and segmentations came after the study was frozen.
-        damaged: how many cached images did not bear their seal, and were decoded anew.
-        items: the images as a manifest names them.
-        segmentations: contents of the segmentations, as a manifest names them.
-        faded: how many images have something marked of which nothing is left at the study's size.
-        facts: what the files say of each image, in no order; see ``data_report``.
-        decisions: by which patients were told apart.
-        matches: patients that may be one, and of whom the steward has not decided; none of a study
-            that is frozen.
-        unused: lines of the steward's mapping whose number no image has.
-        traits: what tells the patients on this machine; see ``patients.other_ledgers``.
-        cells: the labels of ``items``, by pseudonyms of image and patient; see ``sealed_labels``.
-    """
-
-    cohort: Cohort | None
-    faults: tuple[DataError, ...]
-    files: int
-    rejects: Mapping[Reject, int]
-    later: int = 0
-    damaged: int = 0
-    items: tuple[Item, ...] = ()
-    segmentations: tuple[bytes, ...] = ()
-    faded: int = 0
-    facts: tuple[tuple[Facts, str], ...] = field(default=(), repr=False)
-    decisions: Decisions = field(default_factory=Decisions)
-    matches: tuple[Match, ...] = field(default=(), repr=False)
-    unused: tuple[int, ...] = ()
-    traits: frozenset[Trait] = field(default=frozenset(), repr=False)
-    cells: Mapping[tuple[str, str], Cells] = field(default_factory=dict, repr=False)
 
 
 def load_cohort(
@@ -175,7 +134,7 @@ def load_frozen(
         others: see ``load_cohort``.
     """
     frozen = manifests.load(site, study)
-    reading = read_cohort(site, study, progress=progress, frozen=frozen)
+    reading = _read_tolerant(site, study, progress=progress, frozen=frozen)
     other_ledgers.note_ledger(site)
     if frozen is None:
         cohort = require_sound(reading)
@@ -186,7 +145,7 @@ def load_frozen(
                 write_frozen(site, study, reading)
                 return cohort
         # Another run froze the data while these were read, and more may have come since.
-        reading = read_cohort(site, study, progress=progress, frozen=frozen)
+        reading = _read_tolerant(site, study, progress=progress, frozen=frozen)
     return require_sound(reading)
 
 
@@ -219,7 +178,7 @@ def freeze(
             manifests.require_reason(why if again else "")
 
     require_reason()
-    reading = read_cohort(site, study, progress=progress)
+    reading = _read_tolerant(site, study, progress=progress)
     require_sound(reading)
     require_decided(site, reading)
     with manifests.alone(site):
@@ -267,7 +226,25 @@ def read_for_check(
         DataChanged, FileUnreadable: the manifest is not the one that was signed here.
         others: see ``read_cohort``.
     """
-    return read_cohort(site, study, progress=progress, frozen=manifests.load(site, study))
+    return _read_tolerant(site, study, progress=progress, frozen=manifests.load(site, study))
+
+
+def _read_tolerant(
+    site: Site,
+    study: Study,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    frozen: Manifest | None = None,
+) -> Reading:
+    """Read a cohort, without what the site's settings leave out; see ``leaving_out``."""
+    if frozen is not None and site.left_out_at_most is not None:
+        reading = read_cohort(site, study, progress=progress, frozen=frozen, tolerant=True)
+        return leaving_out.as_frozen(reading)
+    whole = read_cohort(site, study, progress=progress, frozen=frozen)
+    if not leaving_out.is_about(site, whole.faults):
+        return whole
+    fits = read_cohort(site, study, alone=True, tolerant=True)
+    return leaving_out.judged(site, study, whole, fits)
 
 
 def require_sound(reading: Reading) -> Cohort:
@@ -290,12 +267,14 @@ def read_cohort(
     require_labels: bool = True,
     frozen: Manifest | None = None,
     alone: bool = False,
+    tolerant: bool = False,
 ) -> Reading:
     """Do as ``load_cohort`` does, but go on after a fault and list them all.
 
     Args:
         frozen: what the study was frozen with; images that came later are left out.
         alone: leave out what cannot be used, each image for itself; see ``load_for_run``.
+        tolerant: take the rows of labels that fit; for what a person looked at.
         others: see ``load_cohort``.
 
     Raises:
@@ -337,7 +316,11 @@ def read_cohort(
         faults[:0] = [part] if part else []
     targets = unlabelled(accepted)
     if require_labels:
-        targets = join_targets(site, study, accepted, linked, joined, units.number, alone=alone)
+        targets = join_targets(
+            site, study, accepted, linked, joined, units.number, alone=alone, tolerant=tolerant
+        )
+    rows_left = targets.rows_left
+    if require_labels:
         # A row may speak of an image that is yet to come; what it says of frozen ones is theirs.
         faults += (
             fault
@@ -379,7 +362,7 @@ def read_cohort(
         tuple(found.segmentations), joined.faded if joined else 0, facts, decisions,
         () if mapping is None else undecided(found.known, mapping, site.patients),
         () if mapping is None else lines_without_image(found.known, mapping),
-        frozenset(found.traits), cells,
+        frozenset(found.traits), cells, rows_left,
     )  # fmt: skip
 
 

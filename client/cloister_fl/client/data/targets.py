@@ -7,7 +7,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, assert_never
 
-from cloister_fl.client.data.labels import Label, Labels, Linked, join, read_labels, sound_labels
+from cloister_fl.client.data.labels import (
+    Label,
+    Labels,
+    Linked,
+    join,
+    read_labels,
+    sound_labels,
+    tolerant_labels,
+    unmatched,
+)
 from cloister_fl.client.data.mask_matching import Join
 from cloister_fl.client.data.sealed_labels import Cells
 from cloister_fl.client.dicom.folder_reader import Accepted
@@ -33,11 +42,13 @@ class Targets:
         faults: what does not fit.
         cells: by image, the cells of the labels file that its record was read from; None where
             there is none. Empty where there is no labels file.
+        rows_left: see ``loading.Reading``.
     """
 
     records: Sequence[Any]
     faults: tuple[DataError, ...] = ()
     cells: Sequence[Cells | None] = ()
+    rows_left: int = 0
 
     def tokens(
         self, task: Task, images: Sequence[Named], slices: Sequence[Named]
@@ -87,6 +98,7 @@ def join_targets(
     number: Callable[[str], str] = str,
     *,
     alone: bool = False,
+    tolerant: bool = False,
 ) -> Targets:
     """Join what the study's task asks for to the images.
 
@@ -99,6 +111,7 @@ def join_targets(
         joined: the masks that segmentations gave; None where there is none.
         number: see ``read_labels``.
         alone: let a fault in the labels file cost the patient that it is about, and nobody else.
+        tolerant: see ``loading.read_cohort``.
     """
     source = study.task.source
     match source:
@@ -106,7 +119,11 @@ def join_targets(
             joined = joined or Join(images, linked)
             return Targets(joined.masks, tuple(joined.faults(site.root)) if images else ())
         case LabelsFile():
-            found, faults = _labels(site, study.task, linked, number, alone=alone)
+            rows_left = 0
+            if tolerant:
+                found, faults, rows_left = _tolerated(site, study.task, linked, number)
+            else:
+                found, faults = _labels(site, study.task, linked, number, alone=alone)
             # Where no image could be used, that labels have no image is no news; a bad file is.
             faults = [one for one in faults if images or isinstance(one, LabelsInvalid)]
             kept = [label for label, one in zip(found, linked, strict=True) if not one.duplicate]
@@ -114,6 +131,7 @@ def join_targets(
                 [None if label is None else label.value for label in kept],
                 tuple(faults),
                 [None if label is None else label.cells for label in kept],
+                rows_left,
             )
         case _:
             assert_never(source)
@@ -144,6 +162,18 @@ def faults_alone(site: Site, task: Task) -> list[DataError]:
             except LabelsInvalid as error:
                 return [error]
             return []
+
+
+def _tolerated(
+    site: Site, task: Task, linked: Sequence[Linked], number: Callable[[str], str]
+) -> tuple[list[Label | None], list[DataError], int]:
+    """The labels that fit, what does not, and how many rows those are."""
+    try:
+        labels, faulty, told = tolerant_labels(site.labels, task, number, site.label_settings)
+    except DataError as error:
+        return [None] * len(linked), [error], 0
+    found, more = join(labels, linked, site.root, alone=True)
+    return found, [*told, *more], faulty + unmatched(labels, linked)
 
 
 def _labels(

@@ -16,10 +16,11 @@ from typing import Any
 from cloister_fl.client.admission import gate
 from cloister_fl.client.data import frozen_dataset
 from cloister_fl.client.data.cohort import Cohort
-from cloister_fl.client.data.loading import Reading, read_cohort, read_for_check
+from cloister_fl.client.data.loading import read_cohort, read_for_check
 from cloister_fl.client.data.patients import other_ledgers
 from cloister_fl.client.data.patients.mapping import mapping_of
 from cloister_fl.client.data.patients.possible_matches import undecided_error
+from cloister_fl.client.data.reading import Reading
 from cloister_fl.client.data.tables.csv_file import lines as lines_of
 from cloister_fl.client.data.targets import UNLABELLED, faults_alone
 from cloister_fl.client.site.folder import Site, command_at
@@ -154,6 +155,7 @@ def inspect(
         # First who is whom: labels and classes are of patients.
         undecided = undecided_error(site, reading.matches)
         faults += [*([undecided] if undecided else []), *reading.faults]
+        remarks += [f"Left out, as site.toml says: {one}" for one in reading.left_out]
         looked = other_ledgers.look(site, reading.traits)
         faults += [looked.error] if looked.error else []
         remarks += [looked.remark] if looked.remark else []

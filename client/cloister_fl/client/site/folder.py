@@ -70,6 +70,8 @@ class Site:
         query: which of them.
         patients: what makes two patient numbers one patient's.
         label_settings: how the labels file is read.
+        left_out_at_most: of images and of rows of labels, the share in percent that may not fit
+            each other when data are frozen; None where all must.
     """
 
     root: Path
@@ -83,6 +85,7 @@ class Site:
     query: Query = field(default_factory=Query)
     patients: PatientSettings = field(default_factory=PatientSettings)
     label_settings: LabelSettings = field(default_factory=LabelSettings)
+    left_out_at_most: float | None = None
 
     @property
     def store(self) -> Path:
@@ -222,6 +225,7 @@ def open_site(root: Path) -> Site:
         query=file.data.query,
         patients=file.data.patients,
         label_settings=file.data.labels,
+        left_out_at_most=None if file.data.on_mismatch == "refuse" else file.data.left_out_at_most,
     )
     site.pseudonym_key()
     site.cache_key()

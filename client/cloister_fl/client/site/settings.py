@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -38,6 +38,10 @@ class _About(FileModel):
 class _Data(FileModel):
     dicom: _FilePath = "dicom"
     labels: LabelSettings = LabelSettings()
+    on_mismatch: Literal["refuse", "leave out"] = "refuse"
+    """What is done when data are frozen and images have no label, or rows of labels no image."""
+    left_out_at_most: Annotated[float, Field(ge=0, le=100)] = 5.0
+    """Of images and rows without an image, the most that may be left out, in percent."""
     patients: PatientSettings = PatientSettings()
     query: Query = Query()
     dicomweb: DicomWeb | None = None

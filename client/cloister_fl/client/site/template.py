@@ -27,7 +27,11 @@ name = {_quote(name)}
 # Relative to this file's folder, or absolute.
 dicom = {_quote(dicom)}
 labels = {_quote(labels)}
-# Where the labels file has other names, words or an encoding of its own, delete that line and say
+# Images without a label, and rows of labels without an image, when data are frozen: "refuse", or
+# "leave out", up to so many percent of both.
+on_mismatch = "refuse"
+left_out_at_most = 5.0
+# Where the labels file has other names, words or an encoding of its own, delete its line and say
 # below what they are; see docs/labels.md. By our word the file's column; by the file's word ours.
 # [data.labels]
 # file = {_quote(labels)}

@@ -11,12 +11,12 @@ from cloister_fl.client.admission.approvals import Decision, judge
 from cloister_fl.client.data import frozen_dataset as manifests
 from cloister_fl.client.data.frozen_dataset import Manifest
 from cloister_fl.client.data.loading import (
-    Reading,
     require_decided,
     require_sound,
     write_frozen,
 )
 from cloister_fl.client.data.patients import other_ledgers
+from cloister_fl.client.data.reading import Reading
 from cloister_fl.client.site.data_notice import note_look
 from cloister_fl.client.site.folder import Site
 from cloister_fl.study.schema import Study

@@ -18,7 +18,8 @@ from html import escape
 from pathlib import Path
 
 from cloister_fl.client.data.cohort import Cohort
-from cloister_fl.client.data.loading import Reading, read_cohort
+from cloister_fl.client.data.loading import read_cohort
+from cloister_fl.client.data.reading import Reading
 from cloister_fl.client.data.targets import UNLABELLED
 from cloister_fl.client.site.folder import Site
 from cloister_fl.client.steward.contact_sheet import contact_sheet

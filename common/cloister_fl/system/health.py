@@ -29,10 +29,29 @@ LATE_S = 60.0
 _BOOT = "/proc/sys/kernel/random/boot_id"
 _LINE = 128
 """Bytes of the file, filled up: it is written in place, by one call."""
+CONNECTIONS = 16
+"""Connections that the port holds; more are closed at once."""
+_HANDSHAKE_MS, _IDLE_MS, _AGE_MS, _GRACE_MS = 2_000, 10_000, 60_000, 2_000
+_REQUEST_BYTES = 256
+_STREAMS = 4
+_THREADS = 2
+_LIMITS = {
+    # Any account of the machine can connect, and a connection is a descriptor of the service.
+    "grpc.max_allowed_incoming_connections": CONNECTIONS,
+    "grpc.server_handshake_timeout_ms": _HANDSHAKE_MS,
+    "grpc.max_connection_idle_ms": _IDLE_MS,
+    "grpc.max_connection_age_ms": _AGE_MS,
+    "grpc.max_connection_age_grace_ms": _GRACE_MS,
+    "grpc.max_concurrent_streams": _STREAMS,
+    "grpc.max_receive_message_length": _REQUEST_BYTES,
+    "grpc.so_reuseport": 0,
+}
 
 
 class Health:
-    """The health service of a process.
+    """The health service of a process: ``Check`` for the empty name.
+
+    ``Watch`` is not implemented: each watcher would be kept for as long as it likes.
 
     Args:
         address: HOST:PORT on loopback; port 0 takes a free one.
@@ -46,14 +65,14 @@ class Health:
         from concurrent import futures
 
         import grpc
-        from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+        from grpc_health.v1 import health_pb2_grpc
 
-        self._states: Any = health_pb2.HealthCheckResponse
-        self._servicer = health.HealthServicer()
         self._server = grpc.server(
-            futures.ThreadPoolExecutor(max_workers=2), options=[("grpc.so_reuseport", 0)]
+            futures.ThreadPoolExecutor(max_workers=_THREADS),
+            options=list(_LIMITS.items()),
+            maximum_concurrent_rpcs=CONNECTIONS * _STREAMS,
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer(), self._server)
         self._now: bool | None = None
         self._beat = 0.0
         self._handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -70,8 +89,6 @@ class Health:
         beat = monotonic()
         if now == self._now and beat - self._beat < BEAT_S:
             return
-        state = self._states.SERVING if now else self._states.NOT_SERVING
-        self._servicer.set("", state)
         self._now, self._beat = now, beat
         word = "serving" if now else "not-serving"
         try:
@@ -84,8 +101,24 @@ class Health:
         """Say NOT_SERVING, and stop."""
         self.serving(False)
         os.close(self._handle)
-        self._servicer.enter_graceful_shutdown()
         self._server.stop(grace=0.5).wait()
+
+    def _servicer(self) -> Any:
+        import grpc
+        from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+        states = health_pb2.HealthCheckResponse
+
+        class Servicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+            def Check(servicer, request: Any, context: Any) -> Any:  # noqa: N802, N805
+                if request.service:
+                    context.abort(grpc.StatusCode.NOT_FOUND, "")
+                return states(status=states.SERVING if self._now else states.NOT_SERVING)
+
+            def Watch(servicer, request: Any, context: Any) -> Any:  # noqa: N802, N805
+                context.abort(grpc.StatusCode.UNIMPLEMENTED, "")
+
+        return Servicer()
 
 
 def healthy(address: str, timeout_s: float = 3.0) -> bool:

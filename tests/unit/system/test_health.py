@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cloister_fl.system import health
-from cloister_fl.system.health import LATE_S, Health, boot, told_in
+from cloister_fl.system.health import CONNECTIONS, LATE_S, Health, boot, healthy, told_in
 
 
 @pytest.fixture
@@ -85,3 +90,45 @@ def test_a_health_check_starts_no_library(file: Path) -> None:
     assert subprocess.run(asked, capture_output=True, check=False).returncode == 0
     _written(file, "not-serving")
     assert subprocess.run(asked, capture_output=True, check=False).returncode == 1
+
+
+@pytest.fixture
+def served(file: Path) -> Iterator[str]:
+    service = Health("127.0.0.1:0", file)
+    service.serving(True)
+    yield f"127.0.0.1:{service.port}"
+    service.close()
+
+
+def test_a_local_account_does_not_fill_the_memory_through_the_health_port(served: str) -> None:
+    """Each watcher was kept, with a name of up to 4 MB, for as long as it liked."""
+    with grpc.insecure_channel(served, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        asked = health_pb2.HealthCheckRequest
+        for call, code in (
+            (lambda: next(stub.Watch(asked(), timeout=5)), "UNIMPLEMENTED"),
+            (lambda: next(stub.Watch(asked(service="x" * 300), timeout=5)), "RESOURCE_EXHAUSTED"),
+            (lambda: stub.Check(asked(service="x" * 300), timeout=5), "RESOURCE_EXHAUSTED"),
+            (lambda: stub.Check(asked(service="other"), timeout=5), "NOT_FOUND"),
+        ):
+            with pytest.raises(grpc.RpcError) as refused:
+                call()
+            assert refused.value.code().name == code
+        assert stub.Check(asked(), timeout=5).status == 1
+
+
+def test_a_local_account_does_not_take_the_descriptors_through_the_health_port(served: str) -> None:
+    """Who held a thousand connections left none of the process's 1,024 for its other ports."""
+    assert healthy(served)
+    with contextlib.ExitStack() as held:
+        host, _, port = served.rpartition(":")
+        lines = [
+            held.enter_context(socket.create_connection((host, int(port)), timeout=5))
+            for _ in range(4 * CONNECTIONS)
+        ]
+        for line in lines[2 * CONNECTIONS :]:
+            assert line.recv(1) == b""
+    end = time.monotonic() + 10
+    while not healthy(served) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert healthy(served)

@@ -47,6 +47,7 @@ from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
 from cloister_fl.client.flower.names import FOREIGN, LARGEST, RUN, SOCKET, SUPEREXEC_SECRET
 from cloister_fl.client.flower.own_node import note_own_node
+from cloister_fl.client.network.http import PLAIN, is_coded
 from cloister_fl.client.network.join import client_context, membership
 from cloister_fl.client.network.node_keys import node_key
 from cloister_fl.client.network.proxy import proxy_of
@@ -55,6 +56,7 @@ from cloister_fl.errors import CloisterError
 from cloister_fl.protocol.app_bundle import bundle, bundle_hash
 from cloister_fl.system.child_process import child, tell
 from cloister_fl.system.files import read_secret
+from cloister_fl.system.local_socket.socket_client import BoundedStream
 from cloister_fl.system.local_socket.socket_file import BACKLOG, listen
 from cloister_fl.system.local_socket.socket_server import OwnUserHttp, RequestLimits
 
@@ -64,6 +66,9 @@ _STAYS_BUSY_S = 60.0
 _CONNECT_S = 10.0
 _TURNED_AWAY = frozenset({401, 403, 503})
 _ERRORS = 400
+
+ANSWER_BYTES = 16 << 20
+"""Largest answer of the coordinator; Flower sends a large object in pieces of 5 MiB."""
 
 _SMALL = 1 << 20
 _RUNTIME = "/v1/runtime/"
@@ -202,8 +207,10 @@ def client_class(site: Site, line: Line, pace: Pace) -> type[FleetHttpClient]:
             made._client = httpx.Client(
                 verify=client_context(site),
                 proxy=proxy_of(site),
+                headers=PLAIN,
                 timeout=httpx.Timeout(60.0, connect=_CONNECT_S),
                 follow_redirects=False,
+                event_hooks={"response": [bound_answer]},
             )
             return made
 
@@ -223,6 +230,18 @@ def client_class(site: Site, line: Line, pace: Pace) -> type[FleetHttpClient]:
             return answer
 
     return Client
+
+
+def bound_answer(answer: httpx.Response) -> None:
+    """Let no answer of the coordinator take the memory: ``httpx`` calls this before it reads one.
+
+    Raises:
+        httpx.HTTPError: it is compressed; or, while it is read, longer than ``ANSWER_BYTES``.
+    """
+    if is_coded(answer):
+        raise httpx.DecodingError("the answer is compressed", request=answer.request)
+    assert isinstance(answer.stream, httpx.SyncByteStream)
+    answer.stream = BoundedStream(answer.stream, ANSWER_BYTES, answer.request)
 
 
 def _run_ended(answer: httpx.Response) -> bool:

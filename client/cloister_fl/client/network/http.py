@@ -7,11 +7,13 @@ wrote is quoted nowhere, but for the name of the authority that signed a certifi
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import enum
 import re
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
     import httpx
 
 TIMEOUT_S = 20.0
+"""Between two bytes."""
+LONGEST_S = 120.0
+"""For a whole request: whoever answers, a proxy, too, could send a byte now and then."""
+
+PLAIN = {"accept-encoding": "identity"}
+"""Asks for an answer as it is; see ``is_coded``."""
 
 _EXPIRED, _NOT_YET_VALID, _OTHER_NAME, _OTHER_ADDRESS = 10, 9, 62, 64
 """OpenSSL's X509_V_ERR_ numbers."""
@@ -155,7 +163,7 @@ def dial(
     """
     import httpx
 
-    watch = _Watch(address)
+    watch, late = _Watch(address), threading.Event()
     user = proxy.auth[0] if proxy is not None and proxy.auth is not None else ""
 
     def failed(cause: Cause, **more: Any) -> Failure:
@@ -171,12 +179,15 @@ def dial(
     try:
         with (
             client,
+            _closed_when_late(client, late),
             client.stream(
                 method, f"https://{address}{path}", content=body, extensions={"trace": watch}
             ) as response,
         ):
+            if is_coded(response):
+                return failed(Cause.TOO_LONG)
             answer = bytearray()
-            for piece in response.iter_bytes():
+            for piece in response.iter_raw():
                 answer += piece
                 if len(answer) > MAX_REPLY_BYTES:
                     return failed(Cause.TOO_LONG)
@@ -192,10 +203,16 @@ def dial(
         status = int(found.group()) if (found := re.match(r"\d{3}\b", str(error))) else 0
         cause = _PROXY_SAYS.get(status, Cause.PROXY_STATUS)
         return failed(cause, status=status, logins=watch.logins)
-    except httpx.HTTPError as error:
-        cause = _cause(error, watch.step)
+    except (httpx.HTTPError, RuntimeError) as error:
+        # RuntimeError: closed for it.
+        cause = Cause.TIMEOUT if late.is_set() else _cause(error, watch.step)
         unproven = {Cause.UNTRUSTED, Cause.DATES, Cause.OTHER_NAME}
         return failed(cause, seen=presented(address, proxy) if cause in unproven else None)
+
+
+def is_coded(answer: httpx.Response) -> bool:
+    """Whether an answer is compressed, which nobody asked for: it could grow a millionfold."""
+    return bool(answer.headers.get("content-encoding", "identity") != "identity")
 
 
 def presented(address: str, proxy: httpx.Proxy | None) -> Seen | None:
@@ -208,9 +225,9 @@ def presented(address: str, proxy: httpx.Proxy | None) -> Seen | None:
     context.verify_mode = ssl.CERT_NONE
     watch = _Watch(address, stop=True)
     try:
-        with _client(context, proxy) as client:
+        with _client(context, proxy) as client, _closed_when_late(client, threading.Event()):
             client.get(f"https://{address}/", extensions={"trace": watch})
-    except (_Stop, httpx.HTTPError):
+    except (_Stop, httpx.HTTPError, RuntimeError):
         pass
     return watch.seen
 
@@ -267,7 +284,30 @@ class _Watch:
 def _client(context: ssl.SSLContext, proxy: httpx.Proxy | None) -> httpx.Client:
     import httpx
 
-    return httpx.Client(verify=context, proxy=proxy, timeout=TIMEOUT_S, follow_redirects=False)
+    return httpx.Client(
+        verify=context,
+        proxy=proxy,
+        headers=PLAIN,
+        timeout=TIMEOUT_S,
+        follow_redirects=False,
+    )
+
+
+@contextlib.contextmanager
+def _closed_when_late(client: httpx.Client, late: threading.Event) -> Iterator[None]:
+    """Close a client that is still asking after ``LONGEST_S``, and say so by ``late``."""
+
+    def close() -> None:
+        late.set()
+        client.close()
+
+    timer = threading.Timer(LONGEST_S, close)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _offered(headers: list[tuple[bytes, bytes]]) -> Iterator[str]:

@@ -159,7 +159,8 @@ def _other_name(failure: Failure) -> DeploymentError:
 def _too_long(failure: Failure) -> DeploymentError:
     return CoordinatorUnproven(
         f"{failure.address} is not the coordinator that the invite names.",
-        why="Its answer is longer than any of a coordinator. Nothing secret was sent.",
+        why="Its answer is compressed, or longer than any of a coordinator. "
+        "Nothing secret was sent.",
         remedy="Ask your network team whether TLS is inspected on the way.",
     )
 

@@ -58,11 +58,13 @@ class _Transport(httpx.HTTPTransport):
             answer.close()
             raise _too_large(request)
         assert isinstance(answer.stream, httpx.SyncByteStream)
-        answer.stream = _Bounded(answer.stream, self._largest, request)
+        answer.stream = BoundedStream(answer.stream, self._largest, request)
         return answer
 
 
-class _Bounded(httpx.SyncByteStream):
+class BoundedStream(httpx.SyncByteStream):
+    """An answer's body, read to so many bytes at most; longer raises RemoteProtocolError."""
+
     def __init__(self, stream: httpx.SyncByteStream, left: int, request: httpx.Request) -> None:
         self._stream = stream
         self._left = left

@@ -183,7 +183,7 @@ class RenewalRecords:
             ``None`` where it is no renewed certificate of an approved site.
 
         Raises:
-            sqlite3.OperationalError: another process writes; nothing has changed.
+            ServerFolderInvalid: another process writes; nothing has changed.
         """
         found = self._db.execute(
             "SELECT renewals.name FROM renewals JOIN sites ON sites.name = renewals.name"

@@ -353,7 +353,7 @@ class Registry:
         """The site that shows its renewed certificate for the first time; it holds from now on.
 
         Raises:
-            sqlite3.OperationalError: another process writes; nothing has changed.
+            ServerFolderInvalid: another process writes; nothing has changed.
         """
         name = self.renewals.take(fingerprint)
         return None if name is None else self.site(name)

@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 
-from cloister_fl.errors import EnrolmentRefused, MessageInvalid
+from cloister_fl.errors import DeploymentError, EnrolmentRefused, MessageInvalid
 from cloister_fl.membership.enrolment import (
     MAX_REQUEST_BYTES,
     PATH_AUTHORITY,
@@ -129,6 +129,9 @@ class EnrolmentApp:
             raise RequestRejected(Refused.MALFORMED) from None
         except EnrolmentRefused as refused:
             raise RequestRejected(Refused(refused.why)) from None
+        except DeploymentError:
+            # Of the database: another process writes to it, or its disk is full.
+            raise RequestRejected(Refused.BUSY) from None
         raise RequestRejected(Refused.PATH_REFUSED)
 
     def _enrol(self, request: Request) -> bytes:

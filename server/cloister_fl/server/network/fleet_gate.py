@@ -16,7 +16,6 @@ import asyncio
 import base64
 import binascii
 import hmac
-import sqlite3
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cloister_fl.errors import EnrolmentRefused, MessageInvalid
+from cloister_fl.errors import DeploymentError, EnrolmentRefused, MessageInvalid
 from cloister_fl.membership.enrolment import HEADER_PROTOCOL, HEADER_VERSION, PATH_ROSTER
 from cloister_fl.membership.renewal_request import MAX_RENEWAL_BYTES, PATH_RENEW
 from cloister_fl.server.coordinator.output_log import SITE
@@ -156,22 +155,25 @@ class FleetGate:
             await self._own_signature(scope, site)
             await self._forward(scope, receive, send, peer, site)
         except RequestRejected as rejected:
-            name = site.name if site else None
-            self._refusals.tell(
-                rejected.code, "fleet", peer.address, site=name, status=rejected.status
-            )
-            await answer(send, rejected.status, rejected.code.value.encode(), close=True)
+            await self._reject(send, rejected, peer, site)
+        except DeploymentError:
+            # Of the database: another process writes to it, or its disk is full.
+            await self._reject(send, RequestRejected(Refused.BUSY), peer, site)
         except ClientDisconnected:
             return
+
+    async def _reject(
+        self, send: Send, rejected: RequestRejected, peer: Peer, site: SiteRow | None
+    ) -> None:
+        name = site.name if site else None
+        self._refusals.tell(rejected.code, "fleet", peer.address, site=name, status=rejected.status)
+        await answer(send, rejected.status, rejected.code.value.encode(), close=True)
 
     def _known(self, peer: Peer) -> SiteRow:
         """The site whose certificate this is, as the database says now."""
         site = self._registry.by_certificate(peer.fingerprint)
         if site is None:
-            try:
-                site = self._registry.by_renewed(peer.fingerprint)
-            except sqlite3.OperationalError:
-                raise RequestRejected(Refused.BUSY) from None
+            site = self._registry.by_renewed(peer.fingerprint)
         if site is None:
             raise RequestRejected(Refused.CERTIFICATE_UNKNOWN)
         if site.state != "approved":

@@ -216,3 +216,12 @@ def test_an_expired_authority_issues_nothing(
     monkeypatch.setattr(validity.time, "time", lambda: later)
     with raises(CertificateExpired, match="so it certifies nothing"):
         issue_renewals(port.place)
+
+
+def test_a_database_that_is_locked_costs_a_site_its_request_and_no_more(port: FleetPort) -> None:
+    """Flower's port answered 500, with the error's own words in what it raised."""
+    new = mark(issued(port, new_keys()))
+    with closing(sqlite3.connect(port.place.state / "coordinator.sqlite")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert uses(port, new) == (503, b"busy")
+    assert uses(port, new) == (200, b"")

@@ -19,6 +19,7 @@ from cloister_fl.networks.flat_parameters import flatten
 from cloister_fl.server.app import build
 from cloister_fl.server.flower.engines import InProcessGrid
 from cloister_fl.server.results.artifacts import CHANCE
+from cloister_fl.server.results.run_verification import verify_run
 from cloister_fl.server.rounds.checkpoint import Checkpoints
 from cloister_fl.simulation.simulated_run import Simulation, run_simulation, site_name
 from support.errors import raises
@@ -42,6 +43,9 @@ def test_a_private_run_leaves_a_model_and_an_honest_summary(folders: Path, tmp_p
     assert summary["site_names"] == list(NAMES)
     assert summary["rounds"] == 3
     assert summary["secure_aggregation"] is True
+    assert summary["sums"] == "kept"
+    verdict = verify_run(out)
+    assert (verdict.sums, verdict.findings) == (3, ())
     # With so few patients and real noise, the interval reaches down to chance now and then.
     assert set(summary["warnings"]) <= {CHANCE}
     assert summary["delta"] == 1e-5

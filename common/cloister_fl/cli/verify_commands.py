@@ -1,8 +1,9 @@
-"""`cloister verify`: offline checks of an audit log or a privacy certificate."""
+"""`cloister verify`: offline checks of an audit log, a privacy certificate or a run's folder."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from cloister_fl.audit_log import MAX_LINE, Verdict, examine, holds_entries
 from cloister_fl.cli.verify_certificate import is_certificate, verify_certificate
+from cloister_fl.cli.verify_run import verify_run
 from cloister_fl.errors import AuditLogDamaged, FileUnreadable, OptionInvalid
 from cloister_fl.membership.identity import KEY_BYTES, fingerprint
 
@@ -18,7 +20,10 @@ _SHOWN = 40
 
 def verify(
     file: Annotated[
-        Path, typer.Argument(help="An audit log (JSON Lines), or a site's certificate.")
+        Path,
+        typer.Argument(
+            help="An audit log (JSON Lines), a site's certificate, or the folder of a run."
+        ),
     ],
     against: Annotated[
         Path | None,
@@ -35,11 +40,20 @@ def verify(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check an audit log or a privacy certificate, offline.
+    """Check an audit log, a privacy certificate or a run, offline.
 
     A log: every line that was edited, deleted, inserted or moved. A certificate: signature, form,
-    and epsilon by another accountant. The exit status is 0 where nothing was found.
+    and epsilon by another accountant. A run: every sum from what the sites signed, and every step
+    from the sums. The exit status is 0 where nothing was found.
     """
+    if file.is_dir():
+        if ledger is not None or against is not None or key is not None:
+            raise OptionInvalid(
+                f"{file} is a folder, and --against, --ledger and --key apply to files only.",
+                remedy=f"Run: {shlex.join(['cloister', 'verify', str(file)])}",
+            )
+        verify_run(file, as_json=as_json)
+        return
     if is_certificate(file):
         verify_certificate(file, key=_key(key), ledger=ledger, log=against, as_json=as_json)
         return

@@ -39,7 +39,8 @@
     │   ├── LedgerRolledBack       CLO-309
     │   ├── CertificateInvalid     CLO-310
     │   ├── ReleaseAlreadySpent    CLO-311
-    │   └── LedgerUnlinked         CLO-312
+    │   ├── LedgerUnlinked         CLO-312
+    │   └── RunUnverified          CLO-313
     ├── ModelError                 4xx, exit 5: networks, vectors and model files
     │   ├── NetworkUnfit           CLO-401
     │   ├── ModelFileInvalid       CLO-402

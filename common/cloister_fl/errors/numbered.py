@@ -153,6 +153,9 @@ class ReleaseAlreadySpent(PrivacyError):
 LedgerUnlinked = ErrorKind(
     PrivacyError, "CLO-312", "Another ledger of this machine counts the same patients"
 )
+RunUnverified = ErrorKind(
+    PrivacyError, "CLO-313", "A run's records do not give its sums or its model"
+)
 
 
 class NetworkUnfit(ModelError):

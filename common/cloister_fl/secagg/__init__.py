@@ -78,6 +78,7 @@ from cloister_fl.secagg.participant import Site, SitePolicy
 from cloister_fl.secagg.round_store import RoundStore
 from cloister_fl.secagg.server import ServerEpoch
 from cloister_fl.secagg.session import EpochTerms, Session
+from cloister_fl.secagg.sum_record import SumRecord
 from cloister_fl.secagg.transcript import Transcript, replay
 from cloister_fl.secagg.unmasking import Aggregate
 
@@ -96,6 +97,7 @@ __all__ = [
     "Session",
     "Site",
     "SitePolicy",
+    "SumRecord",
     "Transcript",
     "decode",
     "model_hash",

@@ -2,7 +2,7 @@
 
 ``receive`` methods raise where a message is refused; the state is then as before it, so one
 site's bad message costs that site its place and no other. Masked vectors are added as they come:
-memory is O(D), whatever the number of sites.
+memory is O(D), whatever the number of sites, unless vectors are kept for a record of the sum.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from cloister_fl.secagg.messages.codec import (
     DisclosureRequest,
     Masked,
     MaskRequest,
+    Message,
     Parcel,
     ShareRequest,
     Shares,
@@ -76,12 +77,15 @@ class ServerEpoch:
         terms: what the epoch is for.
         roster: the federation's roster, which the terms name.
         threads: cores for taking masks away.
+        keep: whether the masked vectors are kept for a record of the sum; see ``rests_on``.
 
     Raises:
         RosterMismatch: the terms name another roster.
     """
 
-    def __init__(self, terms: EpochTerms, roster: Roster, *, threads: int = 1) -> None:
+    def __init__(
+        self, terms: EpochTerms, roster: Roster, *, threads: int = 1, keep: bool = False
+    ) -> None:
         if terms.roster != roster.digest:
             raise RosterMismatch("The key epoch is for another roster.", remedy=REPEAT)
         self.terms = terms
@@ -101,6 +105,7 @@ class ServerEpoch:
         self._session: Session | None = None
         self._total: NDArray[np.uint32] | None = None
         self._added: dict[str, bytes] = {}
+        self._kept: dict[str, Masked] | None = {} if keep else None
         self._consents: dict[str, bytes] = {}
         self._unmasked: dict[str, Unmasked] = {}
 
@@ -300,6 +305,8 @@ class ServerEpoch:
             return
         np.add(self._total, np.frombuffer(masked.vector, "<u4"), out=self._total)
         self._added[masked.site] = masked.signature
+        if self._kept is not None:
+            self._kept[masked.site] = masked
         if masked.consent:
             self._consents[masked.site] = masked.consent
 
@@ -426,6 +433,31 @@ class ServerEpoch:
         self.phase = Phase.DONE
         weights = sum(self._session.weight(site) for site in self._u3)
         return Aggregate(total, self._session.scale, self._u3, weights)
+
+    def rests_on(self) -> tuple[Message, ...]:
+        """The sites' messages that the sum follows from, by stage and rising site id.
+
+        After ``finish`` alone, and where vectors are kept: of an epoch without a sum, nothing is
+        to be recorded.
+
+        Raises:
+            StageOutOfOrder: there is no sum.
+        """
+        self._expect(Phase.DONE)
+        consents: list[Message] = []
+        if self._u3 != self._u2:
+            # Where they are the same, each consent is in the site's masked vector.
+            consents = [
+                Consistent(self.sid, site, self._u3, signature)
+                for site, signature in self._in_order(self._consents).items()
+            ]
+        return (
+            *self._records.values(),
+            *self._in_order(self._shares).values(),
+            *self._in_order(self._kept or {}).values(),
+            *consents,
+            *self._in_order(self._unmasked).values(),
+        )
 
     # Any stage
 

@@ -141,6 +141,7 @@ class Result:
             ``release``, the noised evaluation; ``privacy``, ``epsilon_max``,
             ``epsilon_per_site``, ``delta``; ``sites``, ``site_names``, ``refused``; ``rounds``,
             ``rounds_lost``, ``rounds_discarded``, ``seconds``; ``secure_aggregation``,
+            ``sums``, whether they are kept for ``cloister verify``, or why not;
             ``bytes_sent_per_site``; ``warnings``.
         rounds: every round that was measured, the untrained model first.
     """

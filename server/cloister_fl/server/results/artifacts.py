@@ -84,6 +84,7 @@ def summarise(study: Study, outcome: Outcome, *, seconds: float) -> dict[str, ob
         "rounds_lost": list(state.lost),
         "rounds_discarded": list(state.discarded),
         "secure_aggregation": study.aggregation.secure,
+        "sums": outcome.sums,
         "seconds": round(max(seconds, state.seconds), 2),
         "bytes_sent_per_site": dict(sorted(state.sent.items())),
         "warnings": list(warnings(study, outcome)),

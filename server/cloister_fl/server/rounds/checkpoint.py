@@ -25,6 +25,7 @@ from cloister_fl.errors import NothingToResume, ResumeMismatch
 from cloister_fl.metrics.figures import Metrics
 from cloister_fl.protocol.round_messages import Vector
 from cloister_fl.server.rounds.checkpoint_form import StateText, plain, read_progress, read_state
+from cloister_fl.server.rounds.kept_sums import SUMS_FOLDER, KeptSums
 from cloister_fl.server.rounds.strategies import OptimizerState
 from cloister_fl.study.schema import Study
 from cloister_fl.system.files import write_atomic
@@ -125,6 +126,12 @@ class RunState:
         """The model that is measured and handed out."""
         return self.model if self.average is None else self.average
 
+    @property
+    def summed(self) -> tuple[int, ...]:
+        """Rounds that gave a sum, rising."""
+        without = set(self.lost) - set(self.discarded)
+        return tuple(number for number in range(1, self.completed + 1) if number not in without)
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -147,6 +154,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.sums = KeptSums(folder / SUMS_FOLDER)
+        """Sums that are kept, for who computes them again."""
         self._sealed: list[str] = []
         """SHA-256 of the segments that the state on disk names."""
 

@@ -16,8 +16,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from cloister_fl.audit_log import Value
 from cloister_fl.errors import (
     AuditLogDamaged,
@@ -44,23 +42,25 @@ from cloister_fl.server.rounds.collector import (
     reply_bytes,
 )
 from cloister_fl.server.rounds.events import Began, Hooks, Lost, Measured, ReleaseMade
+from cloister_fl.server.rounds.kept_sums import KEPT, why_not
 from cloister_fl.server.rounds.messenger import Messenger
 from cloister_fl.server.rounds.participants import Participants
 from cloister_fl.server.rounds.secure_collector import SecureCollector
 from cloister_fl.server.rounds.strategies import OptimizerState, averaged, step
-from cloister_fl.server.rounds.sum_check import is_possible, require_one_of_two
+from cloister_fl.server.rounds.sum_check import is_possible, norm_of, require_one_of_two
 from cloister_fl.study import initial_model, study_network
 from cloister_fl.study.cost import UNITS, charges, release_mechanism, sensitivity
-from cloister_fl.study.schema import Study
+from cloister_fl.study.schema import Aggregation, Study
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: the last state, who took part, and who refused and why."""
+    """A finished run: the last state, who took part, who refused and why, whether sums are kept."""
 
     state: RunState
     sites: tuple[str, ...]
     refused: Mapping[str, str]
+    sums: str = ""
 
 
 class Run:
@@ -100,6 +100,7 @@ class Run:
         self._progress = Progress()
         self._sent: Mapping[str, int] = {}
         self._run = ""
+        self._sums = ""
 
     def execute(self, *, resume: bool) -> Outcome:
         """Run to the end and return the outcome.
@@ -135,6 +136,7 @@ class Run:
         sites = max(self._expected, len(state.invited))
         self._messenger.bound_replies(reply_bytes(self._study, state.model.size, sites))
         state = replace(state, invited=self._participants.begin(state.run, state.invited))
+        self._sums = self._keep_sums(state, resume=resume)
         collector = self._collector(state)
         self._save(state)
         self._note(
@@ -144,6 +146,7 @@ class Run:
             first=first,
             rounds=self._study.training.rounds,
             refused=self._participants.told_refused(),
+            sums=self._sums,
         )
         rounds = self._study.training.rounds
         self._hooks.notify(
@@ -172,7 +175,8 @@ class Run:
             seconds = before + time.monotonic() - began
             state = replace(state, seconds=seconds, sent=self._sent_by_site())
             self._save(state)
-        return Outcome(state, self._participants.sites, dict(self._participants.refused))
+        refused = dict(self._participants.refused)
+        return Outcome(state, self._participants.sites, refused, self._sums)
 
     def _save(self, state: RunState) -> None:
         self._checkpoints.save(self._study, state)
@@ -214,6 +218,19 @@ class Run:
         state = replace(state, lost=(*state.lost, *lost), started=started, completed=lost[-1])
         return state, state.completed + 1
 
+    def _keep_sums(self, state: RunState, *, resume: bool) -> str:
+        """Decide whether the sums are kept, and say so: ``KEPT``, or why not."""
+        study, sums, roster = self._study, self._checkpoints.sums, self._roster
+        why = why_not(study, len(state.invited), state.model.size)
+        if why or roster is None:
+            return f"not kept: {why}"
+        if resume and not sums.exists():
+            return "not kept: the sums of the rounds before are not there"
+        if not resume:
+            sums.begin(state.model)
+        sums.go_on(roster, state.summed)
+        return KEPT
+
     def _collector(self, state: RunState) -> Collector:
         members = Members(
             state.run, self._participants.nodes, self._participants.asked, state.invited
@@ -229,6 +246,7 @@ class Run:
             self._roster,
             answered=self._progress.answered,
             asking=self._asking,
+            keep=self._checkpoints.sums.keep if self._sums == KEPT else None,
         )
 
     def _asking(self, number: int, survivors: tuple[str, ...]) -> None:
@@ -257,20 +275,14 @@ class Run:
         self._participants.refused.update(collected.refused)
         for name in collected.sites:
             self._participants.refused.pop(name, None)
-        norm = float(np.linalg.norm(collected.mean.astype(np.float64)))
+        norm = norm_of(collected.mean)
         if not is_possible(study, number, state.model, collected, norm):
             self._note("discarded", round=number, sites=" ".join(collected.sites))
             self._hooks.notify(Lost(number, is_discarded=True))
             discarded, lost = (*state.discarded, number), (*state.lost, number)
             return replace(state, completed=number, lost=lost, discarded=discarded)
         self._note("summed", round=number, sites=" ".join(collected.sites))
-        model, optimizer = step(state.model, collected.mean, state.optimizer, study.aggregation)
-        average = state.average
-        if study.aggregation.ema:
-            done = number - len(state.lost)
-            before = model if average is None else average
-            average = averaged(before, model, study.aggregation.ema, done)
-        state = replace(state, completed=number, model=model, optimizer=optimizer, average=average)
+        state = advanced(state, number, collected.mean, study.aggregation)
         figures = Figures(
             round=number,
             sites=len(collected.sites),
@@ -364,6 +376,20 @@ class Run:
                 raise
             # The round has its model; that it was not measured is no reason to train it again.
             return None
+
+
+def advanced(state: RunState, number: int, mean: Vector, settings: Aggregation) -> RunState:
+    """Return the state after a round whose mean update is ``mean``: the server's step.
+
+    Raises:
+        UpdateInvalid: see ``step``.
+    """
+    model, optimizer = step(state.model, mean, state.optimizer, settings)
+    average = state.average
+    if settings.ema:
+        before = model if average is None else average
+        average = averaged(before, model, settings.ema, number - len(state.lost))
+    return replace(state, completed=number, model=model, optimizer=optimizer, average=average)
 
 
 def study_epsilon(study: Study, rounds: int, *, released: bool = False) -> float | None:

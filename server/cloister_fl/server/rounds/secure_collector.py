@@ -73,6 +73,8 @@ class _Sum:
     task: Callable[[Octets], RoundMessage]
     last: bool
     """Whether no other sum follows, so that no keys need to be sent ahead."""
+    keep: Callable[[int, secagg.SumRecord], None] | None = None
+    """Where the record of the sum goes, if it is kept."""
 
 
 class SecureCollector:
@@ -85,6 +87,7 @@ class SecureCollector:
         roster: the federation's roster.
         answered: survivors that a round before a crash was answered for, by number of the sum.
         asking: is told, durably, for which survivors a sum is about to be unmasked.
+        keep: is given each round's number and the record of its sum; None where none is kept.
 
     Raises:
         ParameterRefused: too few sites for the study's ``colluders``.
@@ -100,6 +103,7 @@ class SecureCollector:
         *,
         answered: Mapping[int, Survivors] | None = None,
         asking: Callable[[int, Survivors], None] | None = None,
+        keep: Callable[[int, secagg.SumRecord], None] | None = None,
     ) -> None:
         self._messenger = messenger
         self._study = study
@@ -108,6 +112,7 @@ class SecureCollector:
         self._roster = roster
         self._answered = dict(answered or {})
         self._asking = asking
+        self._keep = keep
         # A resumed run must not claim an epoch of the process before it.
         self._run = f"{members.run}/{secrets.token_hex(8)}"
         self._epochs = 0
@@ -134,7 +139,7 @@ class SecureCollector:
 
         private, releases = study.privacy.enabled, study.releases
         last = number == study.training.rounds and private and not releases
-        aggregate = self._sum(_Sum(number, session, task, last))
+        aggregate = self._sum(_Sum(number, session, task, last, self._keep))
         return Collected(aggregate.mean(), aggregate.survivors, dict(self._refused))
 
     def histogram(self, number: int, model: Vector) -> Histograms | None:
@@ -204,7 +209,10 @@ class SecureCollector:
             requests[name] = (*requests.get(name, ()), share) if share else requests[name]
         self._exchange(wanted, requests, epoch, following if share else None)
         self._ready = following if share else None
-        return epoch.finish()
+        aggregate = epoch.finish()
+        if wanted.keep is not None:
+            wanted.keep(wanted.number, secagg.SumRecord.of(epoch, session))
+        return aggregate
 
     def _ask_for_vectors(
         self,
@@ -244,7 +252,8 @@ class SecureCollector:
 
     def _new_epoch(self) -> secagg.ServerEpoch:
         self._epochs += 1
-        return secagg.ServerEpoch(self._terms(self._epochs), self._roster, threads=cpu.available())
+        terms, keep = self._terms(self._epochs), self._keep is not None
+        return secagg.ServerEpoch(terms, self._roster, threads=cpu.available(), keep=keep)
 
     def _terms(self, epoch: int) -> secagg.EpochTerms:
         return secagg.EpochTerms(

@@ -17,6 +17,11 @@ from cloister_fl.study.schema import Study
 from cloister_fl.study.update_bound import update_bound
 
 
+def norm_of(mean: Vector) -> float:
+    """L2 norm of a mean update."""
+    return float(np.linalg.norm(mean.astype(np.float64)))
+
+
 def is_possible(
     study: Study, number: int, model: Vector, collected: Collected, norm: float
 ) -> bool:

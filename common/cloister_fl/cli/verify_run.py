@@ -115,7 +115,9 @@ def _in_words(verdict: Verdict) -> str:
         lines.append(f"  and {len(verdict.findings) - _SHOWN} more")
     if not verdict.findings:
         model = (
-            "the model file is that model" if verdict.has_model_file else "no model file is here"
+            "the model file is that model"
+            if verdict.has_model_file
+            else "no model of a finished run is here"
         )
         lines += [
             "Each sum follows from the sites' signed vectors, each model from the sum before it;",

@@ -21,6 +21,7 @@ from cloister_fl.networks import flat_parameters
 from cloister_fl.protocol import sessions
 from cloister_fl.protocol.round_messages import Vector
 from cloister_fl.secagg import SumRecord
+from cloister_fl.server.results.artifacts import SUMMARY
 from cloister_fl.server.results.report import MODEL
 from cloister_fl.server.rounds.checkpoint import CHECKPOINT_FOLDER, Checkpoints, RunState
 from cloister_fl.server.rounds.collector import Collected
@@ -51,7 +52,7 @@ class RunVerdict:
         discarded, lost: rounds whose sum, and rounds that, gave no model.
         sites: by site, the public key that its signatures were verified with.
         rosters: digests of the rosters that the keys are from.
-        has_model_file: whether there was one to compare with.
+        has_model_file: whether there was one of a finished run to compare with.
         findings: what does not hold, a sentence each; empty where all does.
     """
 
@@ -77,7 +78,8 @@ def verify_run(folder: Path) -> RunVerdict:
     check = _Check(study, state, sums)
     findings = tuple(check.rounds())
     model = folder / MODEL
-    has_model = model.exists()
+    # Until the summary is there, the model file may be of an earlier round.
+    has_model = (folder / SUMMARY).exists() and model.exists()
     if has_model:
         findings += tuple(_model_file(model, study, state))
     return RunVerdict(

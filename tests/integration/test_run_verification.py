@@ -101,6 +101,7 @@ def made(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = replace(state, figures=figures, started=dict.fromkeys(federation.names, ROUNDS))
     checkpoints.save(study, state)
     save_model(out / "model.safetensors", study, state.released, {})
+    (out / "summary.json").write_text("{}")
     return out
 
 
@@ -272,6 +273,11 @@ def test_a_changed_model_file_is_found(run: Path) -> None:
     data[-3] ^= 1
     path.write_bytes(bytes(data))
     assert verify_run(run).findings == ("model.safetensors is not the model of the state.",)
+    # While a run goes on it is the model of an earlier round.
+    (run / "summary.json").unlink()
+    verdict = verify_run(run)
+    assert verdict.findings == ()
+    assert not verdict.has_model_file
 
 
 @pytest.mark.parametrize("keep", [0, 7, 300, -1])

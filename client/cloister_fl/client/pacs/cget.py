@@ -53,6 +53,8 @@ _MOST_WORD = 64
 """Longest value that is kept of an answer: a UID (PS3.5 section 9.1)."""
 _MOST_FOUND_BYTES = 64 << 10
 """Longest answer to C-FIND; a few UIDs are asked for. pydicom makes forty times as much of it."""
+_MOST_UNASKED_BYTES = 4 << 10
+"""Most that an archive may say while it is asked nothing, such as that it releases this site."""
 _PENDING = frozenset((0xFF00, 0xFF01))
 MAX_CONTEXTS = 128
 """Most presentation contexts of an association: their numbers are odd, and one byte (PS3.8 section
@@ -239,7 +241,8 @@ class GetArchive:
     def _watched(self, most: int, *, each: bool) -> Iterator[None]:
         """Hang up on an archive that is silent for a minute, never ends, or says too much at once.
 
-        pynetdicom waits for whole messages, and without any limit for the rest of a unit.
+        Afterwards, until it is asked again, it may say next to nothing. pynetdicom waits for whole
+        messages, and without any limit for the rest of a unit.
 
         Args:
             most: bytes that the archive may say.
@@ -273,6 +276,8 @@ class GetArchive:
                 raise unreachable("It took too long to answer.") from None
             raise
         finally:
+            # What comes now is read all the same, by pynetdicom's own thread, and kept.
+            self._received, self._most, self._each = 0, _MOST_UNASKED_BYTES, False
             over.set()
             watcher.join()
             if late and self._association is not None:

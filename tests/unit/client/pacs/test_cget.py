@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -437,6 +438,25 @@ def test_an_archive_that_is_faster_than_this_site_waits(
         found = list(asking._found("STUDY", StudyInstanceUID=""))
     assert len(found) == 60
     assert 0 < max(ahead) <= 4
+
+
+def test_an_archive_that_talks_on_when_it_is_asked_nothing_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked to release this site it went on, and its messages were kept for a minute, unread."""
+    site, cut = _site(tmp_path, 104), []
+    asking = cget.GetArchive(site.archive, site.root)
+    asking._association = SimpleNamespace(is_established=True)
+    monkeypatch.setattr(asking, "_hang_up", lambda: cut.append(True))
+    message = SimpleNamespace(data=bytes(1000))
+    with asking._watched(cget._MOST_FOUND_BYTES, each=True):
+        for _ in range(50):
+            asking._count(message)
+    assert not cut
+    for _ in range(10):
+        asking._count(message)
+        asking._whole(message)
+    assert cut
 
 
 @pytest.mark.parametrize("tls", [False, True])

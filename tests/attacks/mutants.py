@@ -383,7 +383,7 @@ MUTANTS = (
     _mutant(
         "dealings of any epoch",
         "peer_checks.py",
-        "if public is None or not dealing.verified(public, epoch_keys):",
+        "if public is None or not row.verified(public, epoch_keys):",
         "if public is None:",
         "test_a_dealing_of_another_epoch",
     ),

@@ -21,6 +21,7 @@ from cloister_fl.client.training.sampling import Bag, Cohort, FeatureCohort
 from support import ghost_clipping
 from support.sensitivity_search import (
     BOUND,
+    FAILURES,
     LARGE,
     SMALL,
     Form,
@@ -190,7 +191,11 @@ def test_the_search_finds_mutants(
     mutate(monkeypatch)
     summed = summed_by("patients")
     for seed in range(40):
-        found = search(summed, SMALL[:4], seconds=30, cases=25, seed=seed, stop_above=1 + 1e-9)
+        try:
+            found = search(summed, SMALL[:4], seconds=30, cases=25, seed=seed, stop_above=1 + 1e-9)
+        except FAILURES:
+            # What fails for one patient ended the pass of others.
+            return
         if found.over or found.changed:
             return
     pytest.fail(f"not found: {found}")

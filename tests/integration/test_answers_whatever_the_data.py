@@ -59,7 +59,7 @@ pytestmark = pytest.mark.process
 PLAIN = study(
     training="rounds = 2\nsteps = 1",
     aggregation="secure = false",
-    evaluation="release_epsilon = 1.0\nsite_fraction = 0.3",
+    evaluation="release_epsilon = 1.0\nsite_fraction = 0.5",
 )
 POLICY: Mapping[str, Any] = {
     "patients_at_most": 1_000,
@@ -268,7 +268,8 @@ def test_weights_that_are_not_finite_do_not_show(
             marks=() if moment == "prepare" and name in QUICK else pytest.mark.slow,
         )
         for name in OF_FILES
-        for moment in MOMENTS
+        # A study of masks without a release: nothing is read after its rounds.
+        for moment in MOMENTS[:2]
     ],
 )
 def test_no_damage_shows_in_a_study_of_masks(
@@ -397,7 +398,7 @@ class Tap:
 SECURE = {
     "classes": study(
         training="rounds = 1\nsteps = 1",
-        evaluation="release_epsilon = 1.0\nsite_fraction = 0.3",
+        evaluation="release_epsilon = 1.0\nsite_fraction = 0.5",
     ),
     "masks": studies.bound(
         input=segmented_site.SPEC.model_dump(),

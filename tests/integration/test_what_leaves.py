@@ -181,7 +181,7 @@ SWAPS = [
     one_image,
     thirty_images,
     the_other_class,
-    pytest.param(extreme_pixels, marks=pytest.mark.slow),
+    extreme_pixels,
 ]
 
 

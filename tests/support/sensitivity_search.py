@@ -51,8 +51,7 @@ MASKS = Segmentation("lungs")
 _TRAINING = study().training
 _MARK = 0x1234
 """The first pixel of an image that ``_Fixed`` cannot see."""
-_FEATURES = 101
-"""An odd number: rows of a matrix begin at any multiple of four bytes."""
+_FEATURES = 100
 _LEAST = 25
 """Cases that are tried however slow the machine is."""
 _MOST_IMAGES = 4_000
@@ -90,7 +89,7 @@ class Form:
         name: of the registry; ``linear`` for a head on features, ``fixed`` for a network that
             makes its features by itself.
         side: of the images, in pixels.
-        width: the argument of that name; 0 where there is none.
+        width: the argument of that name; 0 where there is none. Of ``linear``, the features.
         task: what it is trained for.
         depth: slices of a volume; 0 for images.
         patients: the most patients that a case of it takes: a large network is slow.
@@ -107,7 +106,7 @@ class Form:
 
     def module(self) -> nn.Module:
         if self.name == "linear":
-            network = nn.Sequential(nn.Flatten(), nn.Linear(_FEATURES, 2, bias=False))
+            network = nn.Sequential(nn.Flatten(), nn.Linear(self.width or _FEATURES, 2, bias=False))
             nn.init.zeros_(network[1].weight)
             return network.train()
         if self.name == "fixed":
@@ -134,6 +133,8 @@ SMALL = (
     Form("small-cnn-3d", 16, 4, depth=5, patients=20, images=4),
     Form("unet", 16, 4, MASKS, patients=40, images=5),
     Form("small-cnn", 88, 48, patients=20, images=4),
+    # An odd number of features: rows of a matrix begin at any multiple of four bytes.
+    Form("linear", 1, 101, patients=100, images=8),
 )
 """Networks of which many cases can be tried in a minute."""
 
@@ -509,7 +510,7 @@ def _sizes(form: Form, genes: Genes, rng: np.random.Generator) -> list[int]:
 
 def _shape(form: Form) -> tuple[int, ...]:
     if form.name == "linear":
-        return (_FEATURES, 1, 1)
+        return (form.width or _FEATURES, 1, 1)
     return (form.depth, form.side, form.side) if form.depth else (form.side, form.side)
 
 

@@ -67,6 +67,7 @@ POLICY: Mapping[str, Any] = {
     "max_epsilon_lifetime": 100.0,
     "require_secure_aggregation": False,
     "metrics": ("score-histograms",),
+    "min_patients": 1,
     "min_patients_per_class": 3,
 }
 OUTLINED = studies.bound(

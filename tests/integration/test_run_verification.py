@@ -329,6 +329,9 @@ def test_what_a_crash_left_is_removed_before_the_run_goes_on(run: Path) -> None:
 def test_sums_are_kept_with_privacy_and_where_they_fit_alone(study: Study) -> None:
     assert why_not(study, 5, 1000) == ""
     assert why_not(study, 5, 20_000_000) == "1.7 GB are more than 1 GB"
+    once = studies.study(training={"rounds": 1})
+    assert why_not(once, 5, 12_000_000) == ""
+    assert why_not(once, 5, 13_000_000) == "260 MB a round are more than 250 MB"
     off = studies.study(privacy="enabled = false")
     assert why_not(off, 5, 1000) == "privacy is off"
     plain = studies.study(aggregation={"secure": False})

@@ -36,6 +36,8 @@ SUMS_FOLDER = "sums"
 KEPT = "kept"
 """What a run says where its sums are kept."""
 MOST_BYTES = 10**9
+MOST_A_ROUND = 250 * 10**6
+"""Most bytes of a round: they are in memory until it has its sum."""
 _EACH_PAIR, _EACH_SITE = 512, 2048
 """Most bytes of a round's signatures, boxes and shares: for two sites, and for one."""
 _ROSTER_BYTES = 256 * MAX_SITES
@@ -59,9 +61,12 @@ def why_not(study: Study, sites: int, dimension: int) -> str:
         return "secure aggregation is off"
     if not study.privacy.enabled:
         return "privacy is off"
-    total = study.training.rounds * round_bytes(sites, dimension) + 4 * dimension
+    each = round_bytes(sites, dimension)
+    total = study.training.rounds * each + 4 * dimension
     if total > MOST_BYTES:
         return f"{total / 1e9:.1f} GB are more than {MOST_BYTES / 1e9:.0f} GB"
+    if each > MOST_A_ROUND:
+        return f"{each / 1e6:.0f} MB a round are more than {MOST_A_ROUND / 1e6:.0f} MB"
     return ""
 
 

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cloister_fl.encoding.canonical_json import canonical_json
 from cloister_fl.errors import CloisterError, FileUnreadable, ModelFileInvalid
 from cloister_fl.networks.flat_parameters import Vector
 from cloister_fl.study.schema import Study, study_from_canonical
@@ -22,13 +23,24 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from cloister_fl.metrics.details import OperatingPoint
+
 __all__ = ["load_model"]
 
 FORMAT = "cloister/model/v1"
+OPERATING_POINT = "operating_point"
+"""Key of the metadata, JSON of the class, its threshold and on how many patients it was chosen."""
 _NOT_OURS = "Give the model.safetensors that a Cloister run wrote."
 
 
-def save_model(path: Path, study: Study, vector: Vector, facts: dict[str, object]) -> None:
+def save_model(
+    path: Path,
+    study: Study,
+    vector: Vector,
+    facts: dict[str, object],
+    *,
+    operating_point: OperatingPoint | None = None,
+) -> None:
     """Write the model atomically.
 
     Args:
@@ -36,6 +48,7 @@ def save_model(path: Path, study: Study, vector: Vector, facts: dict[str, object
         study: what it was trained by.
         vector: the flat model, (D,).
         facts: figures to keep beside it, such as epsilon; JSON values.
+        operating_point: where the class is called, as ``predict`` will.
     """
     from safetensors.torch import save
 
@@ -51,8 +64,26 @@ def save_model(path: Path, study: Study, vector: Vector, facts: dict[str, object
         "cloister": __version__,
         "facts": json.dumps(facts, sort_keys=True),
     }
+    if operating_point is not None:
+        metadata[OPERATING_POINT] = json.dumps(
+            {
+                "class": operating_point.name,
+                "threshold": operating_point.threshold,
+                "patients": operating_point.patients,
+            }
+        )
     tensors = {name: value.contiguous() for name, value in module.state_dict().items()}
-    write_atomic(path, save(tensors, metadata=metadata), mode=0o644)
+    write_atomic(path, _in_order(save(tensors), metadata), mode=0o644)
+
+
+def _in_order(data: bytes, metadata: dict[str, str]) -> bytes:
+    """A safetensors file with metadata, its header in one order: the library's own differs from
+    process to process, and a study without privacy shall give the same bytes twice."""
+    size = int.from_bytes(data[:8], "little")
+    header = {"__metadata__": metadata, **json.loads(data[8 : 8 + size])}
+    text = canonical_json(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def load_model(path: StrPath, device: str | torch.device = "cpu") -> tuple[nn.Module, Study]:

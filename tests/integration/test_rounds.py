@@ -12,7 +12,6 @@ from flwr.app import Context, Message, RecordDict
 
 from cloister_fl.errors import NothingToResume, TooFewSites
 from cloister_fl.metrics.classification import BINS
-from cloister_fl.metrics.figures import Metrics
 from cloister_fl.protocol.round_messages import (
     Evaluated,
     EvaluateTask,
@@ -29,9 +28,11 @@ from cloister_fl.server.flower.engines import InProcessGrid
 from cloister_fl.server.rounds.checkpoint import Checkpoints, Progress
 from cloister_fl.server.rounds.events import Began, Event, Hooks
 from cloister_fl.server.rounds.messenger import Messenger
-from cloister_fl.server.rounds.run import Outcome, Run, study_epsilon
+from cloister_fl.server.rounds.run import Outcome, Run
+from cloister_fl.study.cost import study_epsilon
 from cloister_fl.study.initial_model import bind
 from cloister_fl.study.schema import Study
+from cloister_fl.tasks.divided_holdout import Holdout, HoldoutPatient
 from support import studies
 from support.errors import raises
 
@@ -88,7 +89,7 @@ def _run(
     *,
     resume: bool = False,
     events: list[Event] | None = None,
-    evaluate: Callable[[np.ndarray], Metrics] | None = None,
+    holdout: Holdout | None = None,
 ) -> Outcome:
     grid = InProcessGrid(sites, [{"site": f"/sites/{name}"} for name in sites.answers])
     told = events if events is not None else []
@@ -96,7 +97,7 @@ def _run(
         Messenger(grid),
         study,
         Checkpoints(folder),
-        Hooks(evaluate=evaluate, notify=told.append),
+        Hooks(holdout=holdout, notify=told.append),
         expected=len(sites.answers),
     )
     return run.execute(resume=resume)
@@ -276,12 +277,14 @@ def test_the_moving_average_is_measured_released_and_kept_over_a_crash(tmp_path:
     start = Checkpoints(tmp_path).load(study)[0].model - np.float32(2)
     measured: list[np.ndarray] = []
 
-    def evaluate(model: np.ndarray) -> Metrics:
+    def score(model: np.ndarray) -> np.ndarray:
         measured.append(model)
-        return Metrics(dict.fromkeys(study.task.figures), 0, (0, 0))
+        return np.full((2, 2), 0.5)
 
+    patients = tuple(HoldoutPatient(f"p{label}", label, 1, str(label)) for label in range(2))
+    holdout = Holdout(study.task, patients, score)
     sites = Sites({"a": _add(1.0), "b": _add(1.0)})
-    state = _run(sites, study, tmp_path, resume=True, evaluate=evaluate).state
+    state = _run(sites, study, tmp_path, resume=True, holdout=holdout).state
     # Rounds 1, 2, 3 moved by 1 each: (0.25 x 1 + 0.5 x 2 + 3) / 1.75.
     np.testing.assert_allclose(state.released, start + np.float32(17 / 7), atol=1e-5)
     np.testing.assert_allclose(state.model, start + np.float32(3), atol=1e-5)

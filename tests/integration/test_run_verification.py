@@ -239,7 +239,7 @@ def test_a_changed_bit_of_the_last_model_is_found(
     assert findings[0] == (
         f"The {name} in the state is not what the sums and the server's steps give."
     )
-    assert ("model.safetensors is not the model of the state." in findings) is (field == "average")
+    assert ("model.safetensors is not the model to deliver." in findings) is (field == "average")
 
 
 def test_figures_of_another_sum_are_found(study: Study, run: Path) -> None:
@@ -272,7 +272,7 @@ def test_a_changed_model_file_is_found(run: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(bytes(data))
-    assert verify_run(run).findings == ("model.safetensors is not the model of the state.",)
+    assert verify_run(run).findings == ("model.safetensors is not the model to deliver.",)
     # While a run goes on it is the model of an earlier round.
     (run / "summary.json").unlink()
     verdict = verify_run(run)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +72,30 @@ def test_a_file_that_is_not_there_is_told_so(tmp_path: Path) -> None:
     for path in (tmp_path / "none", tmp_path, tmp_path / ("a" * 300)):
         with raises(FileUnreadable, match="cannot be read"):
             load_model(path)
+
+
+@pytest.mark.process
+def test_the_same_model_gives_the_same_bytes_in_another_process(
+    model: Path, tmp_path: Path
+) -> None:
+    # The library orders metadata anew in each process.
+    code = (
+        "import sys; from pathlib import Path; from support import studies;"
+        "from cloister_fl.study import build_network;"
+        "from cloister_fl.networks.flat_parameters import flatten;"
+        "from cloister_fl.model_file import save_model;"
+        "study = studies.study(network={'arguments': {'width': 4}});"
+        "save_model(Path(sys.argv[1]), study, flatten(build_network(study)), {'rounds': 1})"
+    )
+    other = tmp_path / "other.safetensors"
+    tests = Path(__file__).parents[1]
+    subprocess.run(
+        [sys.executable, "-c", code, str(other)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(tests)},
+    )
+    assert other.read_bytes() == model.read_bytes()
+    size = int.from_bytes(model.read_bytes()[:8], "little")
+    header = json.loads(model.read_bytes()[8 : 8 + size])
+    assert list(header) == sorted(header)
+    assert list(header["__metadata__"]) == sorted(header["__metadata__"])

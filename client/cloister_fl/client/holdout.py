@@ -1,28 +1,35 @@
 """Hold-out cohort of a coordinator, read as a site reads its training data.
 
-The server finds ``measure_on`` as the entry point ``measure`` of the group
-``cloister_fl.holdout`` and imports nothing of the client.
+The server finds ``read_holdout`` as the entry point ``read`` of the group ``cloister_fl.holdout``
+and imports nothing of the client.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from cloister_fl.client.data.cohort import Patient
 from cloister_fl.client.data.loading import load_cohort
 from cloister_fl.client.site.folder import init_site
 from cloister_fl.client.site.policy import Policy
-from cloister_fl.client.training.evaluation import measured
+from cloister_fl.client.training.evaluation import rows_of
 from cloister_fl.errors import DataError
-from cloister_fl.metrics.figures import Metrics
 from cloister_fl.networks import flat_parameters
 from cloister_fl.protocol.round_messages import Vector
 from cloister_fl.study import study_network
 from cloister_fl.study.schema import Study
+from cloister_fl.tasks.divided_holdout import Holdout, HoldoutPatient
+
+if TYPE_CHECKING:
+    from cloister_fl.tasks.task import Floats
+
+_NAME_LABEL = b"cloister/holdout-name/v1\0"
 
 
-def measure_on(study: Study, folder: Path, out: Path) -> Callable[[Vector], Metrics]:
-    """Read a hold-out once, as a site would, and return what measures a flat model on it.
+def read_holdout(study: Study, folder: Path, out: Path) -> Holdout:
+    """Read a hold-out once, as a site would.
 
     Args:
         study: what is trained.
@@ -55,8 +62,14 @@ def measure_on(study: Study, folder: Path, out: Path) -> Callable[[Vector], Metr
         ) from None
     module = study_network.build_for(study)
 
-    def evaluate(model: Vector) -> Metrics:
+    def score(model: Vector) -> Floats:
         flat_parameters.load(module, model)
-        return measured(module, cohort, study)
+        return rows_of(module, cohort, study.task)[1]
 
-    return evaluate
+    return Holdout(study.task, tuple(_patient(one) for one in cohort.patients), score)
+
+
+def _patient(one: Patient) -> HoldoutPatient:
+    """Named by a hash of the images, so that two runs call a patient the same."""
+    name = hashlib.sha256(_NAME_LABEL + one.mark.encode()).hexdigest()[:16]
+    return HoldoutPatient(name, one.label, len(one.images), one.mark)

@@ -92,11 +92,13 @@ class Metrics:
             defined, such as the AUROC where a class has no patient.
         patients: number of patients measured.
         class_counts: patients of each label, in the order of the task's ``strata``.
+        images: number of images that they were measured by; 0 where it is not known, as of counts.
     """
 
     figures: Mapping[str, Estimate | None]
     patients: int
     class_counts: tuple[int, ...]
+    images: int = 0
 
     def get(self, name: str) -> Estimate | None:
         """The figure, or None where it is not defined or not one of the task."""
@@ -127,6 +129,7 @@ class Metrics:
         return {
             **{name: one and one.to_json() for name, one in self.figures.items()},
             "patients": self.patients,
+            "images": self.images,
             "class_counts": list(self.class_counts),
         }
 
@@ -137,12 +140,12 @@ class Metrics:
         Raises:
             ValueError, KeyError, TypeError: it is something else.
         """
-        rest = {"patients", "class_counts"}
+        rest = {"patients", "images", "class_counts"}
         figures = {name: _estimate(name, one) for name, one in told.items() if name not in rest}
-        counts = (told["patients"], *told["class_counts"])
+        counts = (told["patients"], told["images"], *told["class_counts"])
         if not all(_is_number(one, Integral) and one >= 0 for one in counts):
             raise ValueError("patients are counted by whole numbers")
-        return cls(figures, counts[0], counts[1:])
+        return cls(figures, counts[0], counts[2:], counts[1])
 
 
 def _estimate(name: str, told: Mapping[str, Any] | None) -> Estimate | None:

@@ -95,3 +95,15 @@ def sensitivity(study: Study) -> float:
     if of_one is None:
         raise ValueError(f"{study.target.kind} has no noised evaluation.")
     return UNITS * of_one
+
+
+def study_epsilon(study: Study, rounds: int, *, released: bool = False) -> float | None:
+    """Epsilon at the study's delta after ``rounds`` rounds; None where privacy is off.
+
+    With ``released``, the study's noised evaluation is included.
+
+    A public function of the study's constants: it tells nothing of a site's data or ledger.
+    """
+    if not study.privacy.enabled:
+        return None
+    return charges(study).epsilon(rounds * study.training.steps_per_round, released=released)

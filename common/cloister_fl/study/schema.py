@@ -48,6 +48,12 @@ VOLUME_KEYS = ("dimensions", "depth", "spacing")
 
 VOLUME_MODALITIES = frozenset(("CT", "MR"))
 
+LATER: dict[tuple[str, str], object] = {
+    ("evaluation", "stop_after"): 0,
+}
+"""Keys by table that came after studies were approved, with the default that means what a study
+without them meant: left out, so that its hash is what it was."""
+
 FEWEST_SLICES = 4
 """Fewest slices of a volume, of a series as of a tensor; localizers have one to three."""
 
@@ -278,6 +284,10 @@ class Evaluation(ShownModel):
     release_epsilon: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Part of ``privacy.epsilon`` that one noised evaluation by score histograms takes, after the
     last round; 0 for none. Training gets the noise that keeps both within the whole."""
+    stop_after: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Ends a run after so many evaluations without a better headline figure on the hold-out's
+    selecting part; 0 for never. The study's epsilon stays that of all its rounds, for what a run
+    stops on is an output."""
 
 
 class Study(ShownModel):
@@ -295,7 +305,7 @@ class Study(ShownModel):
     - of privacy: enabled, unit, epsilon, delta, clipping_norm;
     - of aggregation: strategy, secure, min_sites, colluders, clip, weights,
       server_learning_rate, beta1, beta2, tau, ema, proximal_mu;
-    - of evaluation: every, site_fraction, release_epsilon.
+    - of evaluation: every, site_fraction, release_epsilon, stop_after.
     """
 
     study: About
@@ -341,8 +351,15 @@ class Study(ShownModel):
         return evaluation
 
     def canonical(self) -> str:
-        """The canonical JSON that is hashed, approved and sent."""
-        return canonical_json(self.model_dump(mode="json"))
+        """The canonical JSON that is hashed, approved and sent.
+
+        Every key stands in it, but for those of ``LATER`` at their defaults.
+        """
+        held = self.model_dump(mode="json")
+        for (table, key), default in LATER.items():
+            if held[table][key] == default:
+                del held[table][key]
+        return canonical_json(held)
 
     @property
     def digest(self) -> str:

@@ -50,7 +50,8 @@ def build(hooks: Hooks | None = None) -> ServerApp:
             signatures=bytes.fromhex(str(config.get("signatures", ""))),
         )
         outcome = run.execute(resume=bool(config["resume"]))
-        write_outputs(out, study, outcome, seconds=time.monotonic() - began)
+        seconds = time.monotonic() - began
+        write_outputs(out, study, outcome, seconds=seconds, holdout=used.holdout)
 
     return server_app
 

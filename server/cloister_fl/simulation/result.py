@@ -39,6 +39,7 @@ def _are_sentences(value: Any) -> bool:
 _SUMMARY: Mapping[str, Callable[[Any], bool]] = {
     "epsilon_max": _is_cost,
     "headline": lambda value: isinstance(value, str),
+    "metrics_final": lambda value: value is None or isinstance(value, dict),
     "release": lambda value: value is None or isinstance(value, dict),
     "rounds": _is_count,
     "sites": _is_count,
@@ -137,7 +138,10 @@ class Result:
         summary: the object in ``summary.json``, whole. Its keys are stable: ``study``,
             ``study_hash``, ``run``; ``headline``, the name of the figure that is told first, and
             under its name with _initial, _final and _final_interval behind it that figure;
-            ``metrics_initial``, ``metrics_final``, ``strata``, what a patient's label may be;
+            ``metrics_initial``, ``metrics_final`` of the delivered model, ``strata``, what a
+            patient's label may be; ``model_round`` and ``model_why``, which model is delivered;
+            ``holdout``, how its patients were divided, the operating point, curves, calibration,
+            calls and groups; ``ended``, ``done``, ``stop_after`` or ``kept``;
             ``release``, the noised evaluation; ``privacy``, ``epsilon_max``,
             ``epsilon_per_site``, ``delta``; ``sites``, ``site_names``, ``refused``; ``rounds``,
             ``rounds_lost``, ``rounds_discarded``, ``seconds``; ``secure_aggregation``,
@@ -152,8 +156,16 @@ class Result:
 
     @property
     def metrics(self) -> Metrics | None:
-        """What the trained model was measured to do; None where it was not measured."""
-        return self.rounds[-1].metrics
+        """What the delivered model was measured to do; None where it was not measured."""
+        return _metrics(self.summary["metrics_final"])
+
+    @property
+    def _patients(self) -> str:
+        metrics = self.metrics
+        assert metrics is not None
+        images = f", {counted(metrics.images, 'image')}" if metrics.images else ""
+        pairs = zip(self.summary["strata"], metrics.class_counts, strict=True)
+        return f"{metrics.patients}{images} ({', '.join(f'{name} {n}' for name, n in pairs)})"
 
     @property
     def noised_metrics(self) -> Metrics | None:
@@ -215,7 +227,7 @@ class Result:
             )  # fmt: skip
             yield title_of(name), told
         if self.metrics is not None:
-            yield "patients measured", str(self.metrics.patients)
+            yield "patients measured", self._patients
         yield "privacy", "none" if self.epsilon is None else f"epsilon {self.epsilon:.2f} at most"
         yield "rounds", str(self.summary["rounds"])
         yield "sites", str(self.summary["sites"])
@@ -240,7 +252,9 @@ def read_result(folder: StrPath) -> Result:
         _judge(summary, _SUMMARY)
         # Read now, so that a property of the result raises nothing later.
         _metrics((summary["release"] or {}).get("metrics"))
-        _refuse_headline(summary["headline"], rounds[-1].metrics)
+        if not rounds:
+            raise ValueError("a run has a model before its first round")
+        _refuse_headline(summary["headline"], _metrics(summary["metrics_final"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise FileUnreadable(
             f"{path} has no finished run.",

@@ -26,8 +26,8 @@ from cloister_fl.errors import (
 )
 from cloister_fl.protocol.round_messages import ROSTER_KEY, SITE_KEY
 from cloister_fl.secagg.parameters import Parameters
+from cloister_fl.server.results.holdout_reader import read_holdout
 from cloister_fl.server.rounds.events import Event, Hooks
-from cloister_fl.server.rounds.holdout_reader import measure_on
 from cloister_fl.simulation.holdout_overlap import refuse_overlap
 from cloister_fl.simulation.run_folder import FEDERATION, claimed
 from cloister_fl.study.gradient_engines import require_sound_engine
@@ -150,8 +150,10 @@ def _run(
     sites = [_open(folder, simulation) for folder in folders]
     if simulation.holdout is not None:
         refuse_overlap(simulation.holdout / "dicom", {s.name: s.dicom for s in sites})
-    evaluate = measure_on(study, simulation.holdout, simulation.out) if simulation.holdout else None
-    hooks = Hooks(evaluate=evaluate)
+    holdout = (
+        read_holdout(study, simulation.holdout, simulation.out) if simulation.holdout else None
+    )
+    hooks = Hooks(holdout=holdout)
     hooks = hooks if notify is None else replace(hooks, notify=notify)
     hooks = hooks if check is None else replace(hooks, check=check)
     server_app = build(hooks)

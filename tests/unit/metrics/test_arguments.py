@@ -95,6 +95,7 @@ def test_nobody_is_measured_where_nobody_is_there() -> None:
         {"auroc": 0.5},
         {"patients": -1},
         {"patients": 1.5},
+        {"images": -1},
         {"class_counts": [1, "2"]},
         {"class_counts": None},
     ],
@@ -103,6 +104,7 @@ def test_figures_are_read_as_they_were_written_or_not_at_all(told: dict[str, Any
     whole = {
         "auroc": {"value": 0.5, "low": 0.1, "high": 0.9},
         "patients": 3,
+        "images": 5,
         "class_counts": [1, 2],
     }
     assert Metrics.from_json(whole).to_json() == whole

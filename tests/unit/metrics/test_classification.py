@@ -262,7 +262,7 @@ def test_float32_rounding_beyond_one_is_forgiven() -> None:
 def test_json_is_json() -> None:
     labels, scores = cohort(20, 10)
     told = json.loads(json.dumps(measure(labels, two_columns(scores)).to_json()))
-    assert set(told) == {*of_classes(), "patients", "class_counts"}
+    assert set(told) == {*of_classes(), "patients", "images", "class_counts"}
     assert {*FIGURES} <= {*of_classes()}
     assert set(told["auroc"]) == {"value", "low", "high"}
     assert json.loads(json.dumps(measure([1], [[0, 1]]).to_json()))["auroc"] is None

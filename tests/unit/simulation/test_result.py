@@ -30,6 +30,8 @@ def write(folder: Path, *rows: Figures, **changes: Any) -> Path:
         "warnings": ["Take care."],
         "release": None,
         "headline": "auroc",
+        "strata": ["normal", "nodule"],
+        "metrics_final": rows[-1].to_json()["metrics"],
     }
     (folder / "summary.json").write_text(json.dumps(summary | changes))
     lines = [json.dumps(row.to_json()) for row in rows]
@@ -106,7 +108,7 @@ def test_a_notebook_shows_figures_cost_and_warnings(tmp_path: Path) -> None:
     for told in (
         "<td>AUROC</td><td>0.750 (95 % interval 0.700 to 0.800)</td>",
         "<td>average precision</td><td>none</td>",
-        "<td>patients measured</td><td>20</td>",
+        "<td>patients measured</td><td>20 (normal 12, nodule 8)</td>",
         "<td>privacy</td><td>epsilon 1.50 at most</td>",
         f"<td>report</td><td>{tmp_path / 'report.html'}</td>",
         "<li>a &lt; b</li>",

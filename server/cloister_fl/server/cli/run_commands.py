@@ -80,7 +80,7 @@ def run(
             remedy="Name a folder with dicom/ and labels.csv of patients of no site.",
         )
     if holdout is not None:
-        from cloister_fl.server.rounds.holdout_reader import load_reader
+        from cloister_fl.server.results.holdout_reader import load_reader
 
         # Here already: the sites are asked for nothing where the hold-out could not be read.
         load_reader()

@@ -7,11 +7,9 @@ that came from outside, such as the study's question or a site's name, is escape
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -19,14 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from cloister_fl.metrics.figures import Estimate, Metrics, title_of
+from cloister_fl.server.results.holdout_details import Details
+from cloister_fl.server.results.report_plots import Plot, figure_of, of_class, over_rounds
 from cloister_fl.server.rounds.checkpoint import Figures
 from cloister_fl.study.cost import RELEASE_BINS
 from cloister_fl.study.schema import Study
 from cloister_fl.system.files import write_atomic
+from cloister_fl.system.text import counted
+from cloister_fl.tasks.divided_holdout import Part
 from cloister_fl.version import __version__
 
 TEMPLATE = "templates/report.html.j2"
 MODEL = "model.safetensors"
+LAST_MODEL = "last-model.safetensors"
+"""The model of the last round, where another one is delivered."""
+SCORES = "holdout-scores.csv"
 
 # Told elsewhere in the report; what else a summary holds is listed as it is.
 # fmt: off
@@ -35,6 +40,7 @@ _KNOWN = frozenset((
     "privacy", "epsilon_max", "epsilon_per_site", "delta", "sites", "site_names", "refused",
     "rounds", "rounds_lost", "rounds_discarded", "seconds", "bytes_sent_per_site", "warnings",
     "release", "headline", "strata", "metrics_initial", "metrics_final",
+    "model_why", "model_round", "holdout",
 ))
 _HEADLINE = ("initial", "final", "final_interval")
 # fmt: on
@@ -72,6 +78,7 @@ class RunReport:
         sites: in any order; they are sorted by name.
         lost_rounds: rounds that were sent, and charged, but never finished.
         warnings: sentences that a reader must not miss.
+        details: what the delivered model says of a hold-out; None without one.
     """
 
     study: Study
@@ -80,6 +87,7 @@ class RunReport:
     sites: Sequence[SiteRow]
     lost_rounds: Sequence[int]
     warnings: Sequence[str]
+    details: Details | None = None
 
 
 def write_report(path: Path, report: RunReport) -> None:
@@ -98,7 +106,9 @@ def render(report: RunReport) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(figure=_figure, size=_size, span=_span, plain=_plain)
+    environment.filters.update(
+        figure=figure_of, size=_size, span=_span, plain=_plain, measured=_measured
+    )
     source = files("cloister_fl.server.results").joinpath(TEMPLATE).read_text("utf-8")
     return environment.from_string(source).render(_context(report))
 
@@ -139,7 +149,13 @@ def _context(report: RunReport) -> dict[str, Any]:
         "warnings": list(report.warnings),
         "epsilon": max(spent, default=None),
         "odds": _odds(max(spent)) if spent and study.privacy.enabled else None,
-        "plots": _plots(report, rounds),
+        "plots": over_rounds(study, rounds, report.lost_rounds, _best(report, rounds)),
+        "details": report.details,
+        "holdout_plots": _holdout_plots(report.details),
+        "why": summary.get("model_why"),
+        "delivered": summary.get("model_round"),
+        "scores": SCORES,
+        "last_model": LAST_MODEL if _best(report, rounds) is not None else None,
     }
 
 
@@ -163,12 +179,29 @@ def _result(report: RunReport, rounds: Sequence[Figures]) -> _Result:
     task = report.study.task
     measured = [(row, one) for row in rounds if (one := _headline(report.study, row)) is not None]
     before = next((one.value for row, one in measured if row.round == 0), None)
-    row, after = measured[-1] if measured else (None, None)
+    number = report.summary.get("model_round")
+    of_model = [pair for pair in measured if pair[0].round == number] or measured[-1:]
+    row, after = of_model[0] if of_model else (None, None)
     if row is None or after is None or row.round == 0:
         return _Result(before, None, None, False, False, "")
     better = before is not None and after.low > before
     above = task.chance is None or after.low > task.chance
     return _Result(before, after, row.metrics, better, above, task.told(after.value))
+
+
+def _best(report: RunReport, rounds: Sequence[Figures]) -> int | None:
+    """The round whose model is delivered, where it is not the last one."""
+    number = report.summary.get("model_round")
+    return number if isinstance(number, int) and number != rounds[-1].round else None
+
+
+def _holdout_plots(details: Details | None) -> list[Plot]:
+    if details is None:
+        return []
+    made = details.calls
+    is_chosen = made is not None and details.operating_point is not None
+    chosen = made.point if made is not None and is_chosen else None
+    return [plot for one in details.classes for plot in of_class(one, chosen)]
 
 
 def _noised(study: Study, release: Any) -> Any:
@@ -180,6 +213,12 @@ def _strata(study: Study, counts: Sequence[int]) -> str:
     """How many patients have each label."""
     pairs = zip(study.task.strata, counts, strict=True)
     return ", ".join(f"{name} {count}" for name, count in pairs)
+
+
+def _measured(of: Metrics | Part) -> str:
+    """How many patients and images, in words."""
+    told = counted(of.patients, "patient")
+    return f"{told} with {counted(of.images, 'image')}" if of.images else told
 
 
 def _title(study: Study) -> str:
@@ -210,10 +249,6 @@ def _plain(value: object) -> str:
     return str(value)
 
 
-def _figure(value: float | None, digits: int = 3) -> str:
-    return "n/a" if value is None else f"{value:.{digits}f}"
-
-
 def _size(count: float) -> str:
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
@@ -236,156 +271,3 @@ def _odds(epsilon: float) -> str:
         return "more than 100,000"
     factor = math.exp(epsilon)
     return f"{factor:.2f}" if factor < 10 else f"{float(f'{factor:.2g}'):,.0f}"
-
-
-# Plots
-
-
-@dataclass(frozen=True)
-class _Plot:
-    """A plot in both themes.
-
-    Attributes:
-        light: data URI.
-        dark: data URI.
-        alt: what it shows, in words and figures.
-        caption: how to read it.
-    """
-
-    light: str
-    dark: str
-    alt: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class _Theme:
-    ink: str
-    faint: str
-    grid: str
-    line: str
-    accent: str
-
-
-_Draw = Callable[[Any, _Theme], None]
-_DASHES = (0, (4, 3))
-
-# The same colours as in the template; the ratio to its cards is above 4.5 for ink, faint, lines.
-_LIGHT = _Theme("#1d2b33", "#52636d", "#d9e1e5", "#0b6e75", "#a8480f")
-_DARK = _Theme("#e6eef1", "#a3b4bd", "#33444e", "#5cc8cf", "#f0a271")
-
-
-def _plots(report: RunReport, rounds: Sequence[Figures]) -> list[_Plot]:
-    plots = []
-    measured = [
-        (row.round, one) for row in rounds if (one := _headline(report.study, row)) is not None
-    ]
-    if measured:
-        (first_round, first), (last_round, last) = measured[0], measured[-1]
-        name = _title(report.study)
-        alt = f"Line chart of {name} by round: {_figure(first.value)} at round {first_round}, "
-        alt += f"{_figure(last.value)} at round {last_round}"
-        alt += f", 95 % interval {_figure(last.low)} to {_figure(last.high)}"
-        caption = f"{name} of the shared model after each round; the band is the 95 % interval."
-        if report.lost_rounds:
-            caption += " A dotted upright line is a round that never finished."
-        chance = report.study.task.chance
-        draw = partial(
-            _draw_measure,
-            name=name, chance=chance, measured=measured, lost_rounds=report.lost_rounds,
-        )  # fmt: skip
-        plots.append(_both(draw, alt + ".", caption))
-    charged = [row for row in rounds if row.epsilon is not None]
-    if charged and report.study.privacy.enabled:
-        budget = report.study.privacy.epsilon
-        spent = _figure(charged[-1].epsilon, 2)
-        alt = f"Line chart of the epsilon spent, at most, by round: {spent} "
-        alt += f"at round {charged[-1].round}, of {budget:g} that the study allows."
-        caption = "Privacy spent so far, at most: by a site that began every round. The dashed "
-        caption += "line is the most that the study may cost."
-        plots.append(_both(partial(_draw_epsilon, charged=charged, budget=budget), alt, caption))
-    return plots
-
-
-def _both(draw: _Draw, alt: str, caption: str) -> _Plot:
-    return _Plot(_svg(draw, _LIGHT), _svg(draw, _DARK), alt, caption)
-
-
-def _svg(draw: _Draw, theme: _Theme) -> str:
-    """Draw in one theme; return a data URI. Figure without pyplot: no global state, no display."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    settings = {
-        "svg.hashsalt": "cloister",  # the same run gives the same bytes
-        "svg.fonttype": "none",
-        "font.family": "sans-serif",
-        "font.size": 11,
-        "text.color": theme.ink,
-        "axes.labelcolor": theme.ink,
-        "xtick.color": theme.faint,
-        "ytick.color": theme.faint,
-    }
-    with mpl.rc_context(settings):
-        figure = Figure(figsize=(5.2, 3.1))
-        # Fixed, for to find room by drawing twice is half of the time that a short run takes here.
-        figure.subplots_adjust(left=0.13, right=0.97, bottom=0.155, top=0.96)
-        figure.patch.set_alpha(0)
-        axes = figure.add_subplot()
-        axes.patch.set_alpha(0)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        axes.spines["bottom"].set_color(theme.faint)
-        axes.grid(axis="y", color=theme.grid, linewidth=0.8)
-        axes.tick_params(length=0)
-        axes.set_axisbelow(True)
-        draw(axes, theme)
-        axes.set_xlabel("Round")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        out = io.BytesIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(out, format="svg", metadata=nothing)
-    return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-def _draw_measure(
-    axes: Any,
-    theme: _Theme,
-    name: str,
-    chance: float | None,
-    measured: Sequence[tuple[int, Estimate]],
-    lost_rounds: Sequence[int],
-) -> None:
-    numbers = [number for number, _ in measured]
-    lows, highs = [one.low for _, one in measured], [one.high for _, one in measured]
-    axes.fill_between(numbers, lows, highs, color=theme.line, alpha=0.2, linewidth=0)
-    _line(axes, theme, numbers, [one.value for _, one in measured])
-    lowest = min(lows)
-    if chance is not None:
-        axes.axhline(chance, color=theme.faint, linewidth=1, linestyle=_DASHES)
-        _label(axes, "chance", (1, chance), theme.faint, ha="right", xytext=(0, 3))
-        lowest = min(lowest, chance)
-    for lost in lost_rounds:
-        axes.axvline(lost, color=theme.accent, linewidth=1, linestyle=":")
-    axes.set_ylim(max(0.0, lowest - 0.05), 1.0)
-    axes.set_ylabel(name)
-
-
-def _draw_epsilon(axes: Any, theme: _Theme, charged: Sequence[Figures], budget: float) -> None:
-    spent = [row.epsilon for row in charged if row.epsilon is not None]
-    _line(axes, theme, [row.round for row in charged], spent)
-    axes.axhline(budget, color=theme.accent, linewidth=1.5, linestyle=_DASHES)
-    words = f"the study's limit, {budget:g}"
-    _label(axes, words, (0, budget), theme.accent, ha="left", xytext=(4, 3))
-    axes.set_ylim(0, 1.18 * max(budget, *spent))
-    axes.set_ylabel("Epsilon spent, at most")
-
-
-def _line(axes: Any, theme: _Theme, numbers: Sequence[int], values: Sequence[float]) -> None:
-    axes.plot(numbers, values, color=theme.line, linewidth=2, marker="o", markersize=4)
-
-
-def _label(axes: Any, words: str, at: tuple[float, float], color: str, **where: Any) -> None:
-    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "bottom"}
-    axes.annotate(words, at, color=color, fontsize=10, **place, **where)

@@ -26,6 +26,7 @@ from cloister_fl.server.results.report import MODEL
 from cloister_fl.server.rounds.checkpoint import CHECKPOINT_FOLDER, Checkpoints, RunState
 from cloister_fl.server.rounds.collector import Collected
 from cloister_fl.server.rounds.kept_sums import MOST_BYTES, KeptSums, why_not
+from cloister_fl.server.rounds.model_choice import best_round, delivered
 from cloister_fl.server.rounds.run import advanced
 from cloister_fl.server.rounds.strategies import OptimizerState
 from cloister_fl.server.rounds.sum_check import is_possible, norm_of
@@ -36,7 +37,7 @@ from cloister_fl.system import cpu
 _STATE = "state.safetensors"
 _MOST_HEADER = 1 << 24
 _MOST_FILES = 1 << 16
-_MOST_STATE = 4 * MOST_BYTES + _MOST_HEADER
+_MOST_STATE = 5 * MOST_BYTES + _MOST_HEADER
 _NORM = 1e-6
 """How far two computations of a norm may lie apart, by the order of their sums."""
 
@@ -77,6 +78,8 @@ def verify_run(folder: Path) -> RunVerdict:
     study, state, sums = _opened(folder)
     check = _Check(study, state, sums)
     findings = tuple(check.rounds())
+    if state.best_round != best_round(study, state.figures):
+        findings += ("The best model in the state is not the one that its figures name.",)
     model = folder / MODEL
     # Until the summary is there, the model file may be of an earlier round.
     has_model = (folder / SUMMARY).exists() and model.exists()
@@ -276,6 +279,10 @@ class _Check:
         except CloisterError as error:
             self.state = None
             yield f"Round {number}: {_said(error)}"
+            return
+        best = self.stated.best_round == number
+        if best and not _are_same(self.state.released, self.stated.best):
+            yield f"The best model in the state is not that of round {number}."
 
     def _pass(self, number: int) -> None:
         """Go on after a round that gave no model."""
@@ -307,7 +314,7 @@ def _model_file(path: Path, study: Study, state: RunState) -> Iterator[str]:
             return
         # Compared before the network is built that a study names.
         is_same = _study_text(path) == study.canonical() and _are_same(
-            flat_parameters.flatten(load_model(path)[0]), state.released
+            flat_parameters.flatten(load_model(path)[0]), delivered(study, state).model
         )
     except CloisterError as error:
         yield _said(error)
@@ -316,7 +323,7 @@ def _model_file(path: Path, study: Study, state: RunState) -> Iterator[str]:
         yield f"{path.name} cannot be read ({error.strerror})."
         return
     if not is_same:
-        yield f"{path.name} is not the model of the state."
+        yield f"{path.name} is not the model to deliver."
 
 
 def _are_same(one: Vector | None, other: Vector | None) -> bool:

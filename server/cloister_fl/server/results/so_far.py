@@ -15,6 +15,7 @@ from cloister_fl.model_file import save_model
 from cloister_fl.server.results.artifacts import METRICS, site_epsilons
 from cloister_fl.server.results.report import MODEL
 from cloister_fl.server.rounds.checkpoint import RunState
+from cloister_fl.server.rounds.model_choice import delivered
 from cloister_fl.study.schema import Study
 from cloister_fl.system.files import write_atomic
 
@@ -53,7 +54,9 @@ class SoFar:
         self._told = len(state.figures)
         number, every = new[-1].round, self._study.evaluation.every
         if number and (number % every == 0 or number == self._study.training.rounds):
-            save_model(self._out / MODEL, self._study, state.released, self._facts(state))
+            handed = delivered(self._study, state)
+            facts = self._facts(state) | {"round": handed.figures.round}
+            save_model(self._out / MODEL, self._study, handed.model, facts)
 
     def _facts(self, state: RunState) -> dict[str, object]:
         known = [one for one in site_epsilons(self._study, state).values() if one is not None]

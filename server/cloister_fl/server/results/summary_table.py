@@ -12,7 +12,16 @@ from rich.table import Table
 
 from cloister_fl.metrics.figures import CALLED_TOLD, Metrics, title_of
 from cloister_fl.server.results.artifacts import METRICS, REPORT
-from cloister_fl.server.results.report import MODEL
+from cloister_fl.server.results.report import LAST_MODEL, MODEL, SCORES
+from cloister_fl.server.rounds.checkpoint import ENDED_KEPT, ENDED_STALLED
+
+ENDED = {
+    ENDED_STALLED: "before its last round, since evaluation.stop_after evaluations brought no "
+    "better model. The study's epsilon is that of all its rounds.",
+    ENDED_KEPT: "before its last round, since a person stopped it and kept what it had. The "
+    "study's epsilon is that of all its rounds.",
+}
+"""How a run ended that did not come to its last round, in words."""
 
 
 def show(summary: Mapping[str, Any], out: Path) -> None:
@@ -21,14 +30,23 @@ def show(summary: Mapping[str, Any], out: Path) -> None:
     console.print()
     console.print(_results(summary))
     console.print(_sites(summary))
+    console.print(f"Model: {summary['model_why']}", markup=False, soft_wrap=True)
+    if summary["ended"] != "done":
+        console.print(f"Ended: {ENDED[summary['ended']]}", markup=False, soft_wrap=True)
     console.print(f"In words: {_in_words(summary)}.", markup=False, soft_wrap=True)
     if "balanced_accuracy" in (summary["metrics_final"] or {}):
         console.print(f"Balanced accuracy: {CALLED_TOLD}", markup=False, soft_wrap=True)
     for warning in summary["warnings"]:
         console.print(f"Note: {warning}", markup=False, soft_wrap=True)
     console.print()
-    for name, what in ((MODEL, "the model"), (METRICS, "metrics by round"), (REPORT, "report")):
-        console.print(f"  {what:<17} {out / name}", markup=False, soft_wrap=True)
+    files = [(MODEL, f"the model of round {summary['model_round']}")]
+    if (out / LAST_MODEL).exists():
+        files.append((LAST_MODEL, "the last round's"))
+    files += [(METRICS, "metrics by round"), (REPORT, "report")]
+    if summary["holdout"] is not None:
+        files.append((SCORES, "hold-out's scores"))
+    for name, what in files:
+        console.print(f"  {what:<22} {out / name}", markup=False, soft_wrap=True)
 
 
 def _results(summary: Mapping[str, Any]) -> Table:
@@ -40,6 +58,7 @@ def _results(summary: Mapping[str, Any]) -> Table:
         table.add_row(f"{_title(headline)} before training", _figure(first and first["value"]))
         _add(table, after, " after training")
         table.add_row("Patients measured", _patients(after, summary["strata"]))
+        _add_calls(table, summary["holdout"])
     release = summary["release"]
     if release is not None:
         noised = f" at {release['sites']} sites, noised"
@@ -75,10 +94,31 @@ def _add(table: Table, metrics: Mapping[str, Any], where: str) -> None:
         table.add_row(f"{_title(name)}{where}", told)
 
 
+def _add_calls(table: Table, holdout: Mapping[str, Any] | None) -> None:
+    """Add what comes of calling at the operating point, each share with its patients."""
+    if holdout is None or holdout["operating_point"] is None:
+        return
+    point = holdout["operating_point"]
+    table.add_row(
+        "Operating point",
+        f"{point['name']} at {point['threshold']:.4g}, chosen on {point['patients']} other "
+        "patients",
+    )
+    for rate in holdout["calls"]["rates"][:2]:
+        one = rate["estimate"]
+        told = "none" if one is None else (
+            f"{one['value']:.3f} (95 % interval {one['low']:.3f} to {one['high']:.3f}), "
+            f"{rate['patients']} patients"
+        )  # fmt: skip
+        table.add_row(f"  {rate['name']}", told)
+
+
 def _patients(metrics: Mapping[str, Any], strata: Sequence[str]) -> str:
     """How many patients were measured, and how many of them have each label."""
     pairs = zip(strata, metrics["class_counts"], strict=True)
-    return f"{metrics['patients']} ({', '.join(f'{name} {count}' for name, count in pairs)})"
+    images = f", {metrics['images']} images" if metrics["images"] else ""
+    counts = ", ".join(f"{name} {count}" for name, count in pairs)
+    return f"{metrics['patients']}{images} ({counts})"
 
 
 def _title(name: str) -> str:

@@ -30,12 +30,17 @@ from cloister_fl.server.rounds.strategies import OptimizerState
 from cloister_fl.study.schema import Study
 from cloister_fl.system.files import write_atomic
 
-FORMAT = "cloister/checkpoint/v5"
+FORMAT = "cloister/checkpoint/v6"
 CHECKPOINT_FOLDER = "checkpoint"
 """Its name inside the folder of a run."""
 
 _STATE = "state.safetensors"
 _PROGRESS = "progress.json"
+ENDED_STALLED = "stop_after"
+"""The study's ``evaluation.stop_after`` evaluations passed without a better model."""
+ENDED_KEPT = "kept"
+"""A person ended the run with what it had."""
+
 FIGURES_A_SEGMENT = 100
 """Evaluated models whose figures are sealed together."""
 
@@ -51,6 +56,8 @@ class Figures:
         update_norm: L2 norm of the mean update.
         epsilon: privacy spent so far, at the study's delta; None where privacy is off.
         metrics: what it was measured to do; None where it was not, or may not be, evaluated.
+        selecting: the same on the patients of a hold-out by whom a model is chosen, and who are
+            not reported; None without a divided hold-out.
     """
 
     round: int
@@ -59,11 +66,13 @@ class Figures:
     update_norm: float
     epsilon: float | None = None
     metrics: Metrics | None = None
+    selecting: Metrics | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary ready for ``json.dumps``."""
         metrics = self.metrics and self.metrics.to_json()
-        return {**vars(self), "metrics": metrics}
+        selecting = self.selecting and self.selecting.to_json()
+        return {**vars(self), "metrics": metrics, "selecting": selecting}
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,10 @@ class RunState:
         sent: by site, bytes of payload that left it.
         seconds: wall time of the run so far.
         release: the study's release; None until it is asked for.
+        best: the model that was best by the patients who choose, (D,); None where there is none.
+        best_round: whose result it is; 0 where there is none.
+        ended: why no further round is to come before the study's last: ``ENDED_STALLED``,
+            ``ENDED_KEPT``, or empty.
     """
 
     run: str
@@ -120,6 +133,9 @@ class RunState:
     average: Vector | None = None
     release: Released | None = None
     discarded: tuple[int, ...] = ()
+    best: Vector | None = None
+    best_round: int = 0
+    ended: str = ""
 
     @property
     def released(self) -> Vector:
@@ -175,6 +191,8 @@ class Checkpoints:
         }
         if state.average is not None:
             tensors["average"] = state.average
+        if state.best is not None:
+            tensors["best"] = state.best
         sealed = self._seal(state.figures)
         plain = {
             "run": state.run,
@@ -190,6 +208,8 @@ class Checkpoints:
             "sent": state.sent,
             "seconds": state.seconds,
             "release": state.release and state.release.to_json(),
+            "best_round": state.best_round,
+            "ended": state.ended,
         }
         metadata = {"format": FORMAT, "study": study.canonical(), "state": json.dumps(plain)}
         write_atomic(self._folder / _STATE, save(tensors, metadata=metadata))
@@ -300,12 +320,14 @@ def _progress(text: str, study: Study) -> Progress:
 def _state(told: StateText, tensors: Mapping[str, Vector], study: Study) -> RunState:
     """Raises ValueError and KeyError where arrays or figures are not those of the study."""
     moments = OptimizerState(tensors["first"], tensors["second"])
-    arrays = {"model", "first", "second"} | ({"average"} & set(tensors))
+    arrays = {"model", "first", "second"} | ({"average", "best"} & set(tensors))
     model = tensors["model"]
     fresh = OptimizerState.fresh(model.size, study.aggregation)
-    shapes = {"model": (model.size,), "average": (model.size,)}
+    shapes = dict.fromkeys(("model", "average", "best"), (model.size,))
     shapes |= {"first": fresh.first.shape, "second": fresh.second.shape}
     if set(tensors) != arrays or ("average" in arrays and not study.aggregation.ema):
+        raise ValueError("arrays of another study")
+    if ("best" in arrays) != (told.best_round > 0):
         raise ValueError("arrays of another study")
     for name, array in tensors.items():
         if array.dtype != np.float32 or array.shape != shapes[name] or not np.isfinite(array).all():
@@ -324,4 +346,7 @@ def _state(told: StateText, tensors: Mapping[str, Vector], study: Study) -> RunS
         seconds=told.seconds,
         average=np.array(tensors["average"]) if "average" in tensors else None,
         release=None if told.release is None else Released(**plain(told.release, study)),
+        best=np.array(tensors["best"]) if "best" in tensors else None,
+        best_round=told.best_round,
+        ended=told.ended,
     )

@@ -7,7 +7,7 @@ or an epsilon that does not hold.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -32,12 +32,13 @@ class _Estimate(_Part):
 
 
 class _Measured(BaseModel):
-    """Metrics; the figures stand beside the two counts, under their names."""
+    """Metrics; the figures stand beside the counts, under their names."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
     __pydantic_extra__: dict[str, _Estimate | None] = Field(init=False)
 
     patients: _Count
+    images: _Count
     class_counts: tuple[_Count, ...]
 
     def metrics(self, study: Study) -> Metrics:
@@ -57,7 +58,7 @@ class _Measured(BaseModel):
         }
         if any(one and not one.low <= one.value <= one.high for one in figures.values()):
             raise ValueError("an interval without its value")
-        return Metrics(figures, self.patients, self.class_counts)
+        return Metrics(figures, self.patients, self.class_counts, self.images)
 
 
 class _Figures(_Part):
@@ -67,6 +68,7 @@ class _Figures(_Part):
     update_norm: _Finite
     epsilon: _Finite | None
     metrics: _Measured | None
+    selecting: _Measured | None
 
 
 class _Released(_Part):
@@ -89,6 +91,8 @@ class StateText(_Part):
     sent: dict[_Id, _Count]
     seconds: _Finite
     release: _Released | None
+    best_round: _Count
+    ended: Literal["", "stop_after", "kept"]
 
 
 class ProgressText(_Part):
@@ -105,8 +109,8 @@ def plain(part: _Figures | _Released, study: Study) -> dict[str, Any]:
     Raises:
         ValueError: see ``_Measured.metrics``.
     """
-    metrics = part.metrics and part.metrics.metrics(study)
-    return {**dict(part), "metrics": metrics}
+    measured = {name: value.metrics(study) for name, value in part if isinstance(value, _Measured)}
+    return {**dict(part), **measured}
 
 
 def read_state(text: str, study: Study) -> StateText:
@@ -125,6 +129,8 @@ def read_state(text: str, study: Study) -> StateText:
         raise ValueError("lost rounds that were not sent")
     if [number for number in told.lost if number in told.discarded] != list(told.discarded):
         raise ValueError("discarded rounds that were not lost")
+    if told.best_round and told.best_round not in measured:
+        raise ValueError("a best model that was not measured")
     if any(count > last for count in told.started.values()):
         raise ValueError("more rounds sent than the study has")
     return told

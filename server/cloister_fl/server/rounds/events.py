@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from cloister_fl.metrics.figures import Metrics
-from cloister_fl.protocol.round_messages import Vector
 from cloister_fl.server.rounds.checkpoint import Figures, Released, RunState
+from cloister_fl.tasks.divided_holdout import Holdout
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,10 @@ def _nothing() -> None:
     pass
 
 
+class KeepWhatIsThere(Exception):
+    """Raised by ``Hooks.check``: the round under way is given up, and the run has its results."""
+
+
 @dataclass(frozen=True)
 class Patience:
     """How long a deployed run waits for approvals and for sites that are offline.
@@ -94,16 +97,17 @@ class Hooks:
     """What the caller adds to a run.
 
     Attributes:
-        evaluate: measures a flat model on a hold-out that belongs to no site.
+        holdout: patients of no site, on whom models are measured.
         notify: is told of progress.
-        check: is called again and again, and may raise to end the run.
+        check: is called again and again, and may raise to end the run; ``KeepWhatIsThere`` ends it
+            as if the study had no more rounds.
         patience: how to wait where too few sites are here; without it that is an error.
         timeout: seconds after which a stage goes on without those who have not answered; None
             waits for all.
         saved: is given the state each time that a checkpoint holds it.
     """
 
-    evaluate: Callable[[Vector], Metrics] | None = None
+    holdout: Holdout | None = None
     notify: Callable[[Event], None] = _ignore
     check: Callable[[], None] = _nothing
     patience: Patience | None = None

@@ -31,7 +31,15 @@ from cloister_fl.membership.roster import Roster
 from cloister_fl.networks import flat_parameters
 from cloister_fl.protocol import sessions
 from cloister_fl.protocol.round_messages import Counts, Vector
-from cloister_fl.server.rounds.checkpoint import Checkpoints, Figures, Progress, Released, RunState
+from cloister_fl.server.rounds.checkpoint import (
+    ENDED_KEPT,
+    ENDED_STALLED,
+    Checkpoints,
+    Figures,
+    Progress,
+    Released,
+    RunState,
+)
 from cloister_fl.server.rounds.collector import (
     Collected,
     Collector,
@@ -41,15 +49,23 @@ from cloister_fl.server.rounds.collector import (
     RoundLost,
     reply_bytes,
 )
-from cloister_fl.server.rounds.events import Began, Hooks, Lost, Measured, ReleaseMade
+from cloister_fl.server.rounds.events import (
+    Began,
+    Hooks,
+    KeepWhatIsThere,
+    Lost,
+    Measured,
+    ReleaseMade,
+)
 from cloister_fl.server.rounds.kept_sums import KEPT, why_not
 from cloister_fl.server.rounds.messenger import Messenger
+from cloister_fl.server.rounds.model_choice import chosen, is_stalled, require_who_chooses
 from cloister_fl.server.rounds.participants import Participants
 from cloister_fl.server.rounds.secure_collector import SecureCollector
 from cloister_fl.server.rounds.strategies import OptimizerState, averaged, step
 from cloister_fl.server.rounds.sum_check import is_possible, norm_of, require_one_of_two
 from cloister_fl.study import initial_model, study_network
-from cloister_fl.study.cost import UNITS, charges, release_mechanism, sensitivity
+from cloister_fl.study.cost import UNITS, release_mechanism, sensitivity, study_epsilon
 from cloister_fl.study.schema import Aggregation, Study
 
 
@@ -107,6 +123,7 @@ class Run:
 
         Raises:
             TooFewSites: fewer sites than the study's minimum take part.
+            OptionInvalid: the study stops by a hold-out, and there is none that can choose.
             SumOutsideBound: two sums in a row are none that honest sites can give.
             InitialModelUnfit: the model that is drawn here is not the one that the study states.
             NothingToResume, ResumeMismatch: see ``Checkpoints.load``.
@@ -124,6 +141,7 @@ class Run:
         return outcome
 
     def _execute(self, *, resume: bool) -> Outcome:
+        require_who_chooses(self._study, self._hooks.holdout)
         began = time.monotonic()
         if resume:
             state, self._progress = self._checkpoints.load(self._study)
@@ -163,18 +181,26 @@ class Run:
             none = Figures(0, 0, 0.0, 0.0)
             state = replace(state, figures=(self._measure(collector, state, 0, none),))
         self._save(state)
-        for number in range(first, rounds + 1):
-            self._hooks.check()
-            state = self._round(collector, number, state)
+
+        def keep(state: RunState) -> RunState:
             seconds = before + time.monotonic() - began
             state = replace(state, seconds=seconds, sent=self._sent_by_site())
             self._save(state)
-            require_one_of_two(state)
-        if self._study.releases and state.release is None:
-            state = self._release(collector, state)
-            seconds = before + time.monotonic() - began
-            state = replace(state, seconds=seconds, sent=self._sent_by_site())
-            self._save(state)
+            return state
+
+        try:
+            for number in range(first, rounds + 1):
+                if state.ended:
+                    break
+                self._hooks.check()
+                state = keep(self._round(collector, number, state))
+                require_one_of_two(state)
+        except KeepWhatIsThere:
+            # The round under way was charged, and gives nothing.
+            state = replace(self._after_crash(state, self._progress)[0], ended=ENDED_KEPT)
+        state = keep(self._last_measured(state))
+        if self._study.releases and state.release is None and state.ended != ENDED_KEPT:
+            state = keep(self._release(collector, state))
         refused = dict(self._participants.refused)
         return Outcome(state, self._participants.sites, refused, self._sums)
 
@@ -291,7 +317,17 @@ class Run:
             epsilon=study_epsilon(study, max(state.started.values())),
         )
         measured = self._measure(collector, state, number, figures)
-        return replace(state, figures=(*state.figures, measured))
+        state = chosen(study, replace(state, figures=(*state.figures, measured)))
+        return replace(state, ended=ENDED_STALLED) if is_stalled(study, state) else state
+
+    def _last_measured(self, state: RunState) -> RunState:
+        """Measure the last model where its round was not due to: the run ended before its last."""
+        last, holdout = state.figures[-1], self._hooks.holdout
+        if last.metrics is not None or holdout is None:
+            return state
+        found = holdout.measure(state.released)
+        last = replace(last, metrics=found.reported, selecting=found.selecting)
+        return chosen(self._study, replace(state, figures=(*state.figures[:-1], last)))
 
     def _require_no_second_sum(self, number: int) -> None:
         """End a run without privacy where the next round would sum the same model's updates again.
@@ -336,8 +372,9 @@ class Run:
         self, collector: Collector, state: RunState, number: int, figures: Figures
     ) -> Figures:
         due = number % self._study.evaluation.every == 0 or number == self._study.training.rounds
-        if due and self._hooks.evaluate is not None:
-            figures = replace(figures, metrics=self._hooks.evaluate(state.released))
+        if due and self._hooks.holdout is not None:
+            found = self._hooks.holdout.measure(state.released)
+            figures = replace(figures, metrics=found.reported, selecting=found.selecting)
         elif due and not self._study.privacy.enabled and self._study.evaluation.site_fraction:
             counts = self._histogram(collector, number, state.released)
             if counts is not None:
@@ -390,15 +427,3 @@ def advanced(state: RunState, number: int, mean: Vector, settings: Aggregation) 
         before = model if average is None else average
         average = averaged(before, model, settings.ema, number - len(state.lost))
     return replace(state, completed=number, model=model, optimizer=optimizer, average=average)
-
-
-def study_epsilon(study: Study, rounds: int, *, released: bool = False) -> float | None:
-    """Epsilon at the study's delta after ``rounds`` rounds; None where privacy is off.
-
-    With ``released``, the study's noised evaluation is included.
-
-    A public function of the study's constants: it tells nothing of a site's data or ledger.
-    """
-    if not study.privacy.enabled:
-        return None
-    return charges(study).epsilon(rounds * study.training.steps_per_round, released=released)

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cloister_fl.errors import CloisterError, InternalError, NothingToResume, RunStopped
 from cloister_fl.server.coordinator.folder import Coordinator, open_coordinator
@@ -28,6 +27,9 @@ from cloister_fl.server.coordinator.run_queue import (
     next_run,
 )
 from cloister_fl.system.child_process import child, tell
+
+if TYPE_CHECKING:
+    from cloister_fl.tasks.divided_holdout import Holdout
 
 IDLE_S = 1.0
 _CHECK_S = 1.0
@@ -125,7 +127,7 @@ def _run(place: Coordinator, run: RunFolder, writer: _StatusWriter) -> None:
     asked, study = run.asked(), run.study()
     sites = len(place.federation().roster().entries)
     hooks = Hooks(
-        evaluate=_holdout(run, asked.holdout),
+        holdout=_holdout(run, asked.holdout),
         notify=writer,
         check=writer.check,
         patience=Patience(begin=asked.wait),
@@ -144,12 +146,12 @@ def _run(place: Coordinator, run: RunFolder, writer: _StatusWriter) -> None:
         server_app(grid, context)
 
 
-def _holdout(run: RunFolder, folder: str) -> Callable[[Any], Any] | None:
+def _holdout(run: RunFolder, folder: str) -> Holdout | None:
     if not folder:
         return None
-    from cloister_fl.server.rounds.holdout_reader import measure_on
+    from cloister_fl.server.results.holdout_reader import read_holdout
 
-    return measure_on(run.study(), Path(folder), run.path)
+    return read_holdout(run.study(), Path(folder), run.path)
 
 
 def _is_connection(error: Exception) -> bool:

@@ -88,7 +88,7 @@ def drawn() -> None:
 @pytest.fixture(autouse=True)
 def _plots_are_blank(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("cloister_fl.server.results.report._svg", lambda draw, theme: "data:,")
+        monkeypatch.setattr("cloister_fl.server.results.report_plots._svg", lambda *_: "data:,")
 
 
 class Page(HTMLParser):

@@ -1,35 +1,31 @@
-"""Evaluation on a hold-out, whose patients belong to no site.
+"""Reader of a hold-out, whose patients belong to no site.
 
-A simulation, which sees all folders, holds its user to that. Only images that are the same to the
-byte are found. The same patient in other images is not: hospitals number their patients
-independently, so equal numbers mean nothing.
+The client reads it; it is found as an entry point, for the server imports nothing of the client.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from cloister_fl.errors import ExtraMissing, InstallError, InternalError
-from cloister_fl.protocol.round_messages import Vector
 from cloister_fl.study.schema import Study
 from cloister_fl.system.installation import install_command, own_entry_points
+from cloister_fl.tasks.divided_holdout import Holdout
 
-if TYPE_CHECKING:
-    from cloister_fl.metrics.figures import Metrics
-
-    Reader: TypeAlias = Callable[[Study, Path, Path], Callable[[Vector], Metrics]]
+Reader: TypeAlias = Callable[[Study, Path, Path], Holdout]
 
 GROUP = "cloister_fl.holdout"
-NAME = "measure"
+NAME = "read"
 
 
-def measure_on(study: Study, folder: Path, out: Path) -> Callable[[Vector], Metrics]:
-    """Read a hold-out once, as a site would, and return a function that evaluates a flat model.
+def read_holdout(study: Study, folder: Path, out: Path) -> Holdout:
+    """Read a hold-out once, as a site would.
 
-    The client reads it; it is found as an entry point, for the server imports nothing of the
-    client.
+    A simulation, which sees all folders, holds its user to that the patients are of no site. Only
+    images that are the same to the byte are found. The same patient in other images is not:
+    hospitals number their patients independently, so equal numbers mean nothing.
 
     Args:
         study: what is trained.
@@ -44,7 +40,7 @@ def measure_on(study: Study, folder: Path, out: Path) -> Callable[[Vector], Metr
 
 
 def load_reader() -> Reader:
-    """Import what reads a hold-out: the one entry point ``measure`` of ``cloister_fl.holdout``.
+    """Import what reads a hold-out: the one entry point ``read`` of ``cloister_fl.holdout``.
 
     A distribution that is found twice on the path counts once (``importlib.metadata``).
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cloister_fl.client.holdout import measure_on
+from cloister_fl.client.holdout import read_holdout
 from cloister_fl.errors import ExtraMissing, InternalError, OptionInvalid
 from cloister_fl.server.cli import run_commands
-from cloister_fl.server.rounds import holdout_reader as of_server
-from cloister_fl.server.rounds.holdout_reader import GROUP, NAME, load_reader
+from cloister_fl.server.results import holdout_reader as of_server
+from cloister_fl.server.results.holdout_reader import GROUP, NAME, load_reader
 from cloister_fl.simulation.holdout_overlap import refuse_overlap
 from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.system.installation import DISTRIBUTION, install_command
@@ -99,8 +99,8 @@ def offer(monkeypatch: pytest.MonkeyPatch, *values: str) -> None:
 
 def test_the_client_s_reading_is_found_as_an_entry_point() -> None:
     project = tomllib.loads(PYPROJECT.read_text("utf-8"))["project"]
-    assert project["entry-points"][GROUP] == {NAME: "cloister_fl.client.holdout:measure_on"}
-    assert load_reader() is measure_on
+    assert project["entry-points"][GROUP] == {NAME: "cloister_fl.client.holdout:read_holdout"}
+    assert load_reader() is read_holdout
 
 
 def test_a_distribution_that_is_found_twice_offers_one_reading(
@@ -110,12 +110,12 @@ def test_a_distribution_that_is_found_twice_offers_one_reading(
     twin.mkdir()
     (twin / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {DISTRIBUTION}\nVersion: 0.1.0\n")
     (twin / "entry_points.txt").write_text(
-        f"[{GROUP}]\n{NAME} = cloister_fl.client.holdout:measure_on\n"
+        f"[{GROUP}]\n{NAME} = cloister_fl.client.holdout:read_holdout\n"
     )
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     named = [one for one in importlib.metadata.distributions() if one.name == DISTRIBUTION]
     assert len(named) > 1
-    assert load_reader() is measure_on
+    assert load_reader() is read_holdout
 
 
 def test_without_a_client_a_hold_out_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,14 +126,14 @@ def test_without_a_client_a_hold_out_names_the_extra(monkeypatch: pytest.MonkeyP
 
 
 def test_a_package_that_the_client_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    offer(monkeypatch, "cloister_fl.client.not_there:measure_on")
+    offer(monkeypatch, "cloister_fl.client.not_there:read_holdout")
     with raises(ExtraMissing, match=r"needs cloister_fl.client.not_there, which"):
         load_reader()
 
 
 def test_two_packages_that_read_hold_outs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    offer(monkeypatch, "cloister_fl.client.holdout:measure_on", "other.reading:measure")
-    with pytest.raises(InternalError, match=r"is cloister_fl.client.holdout:measure_on, other"):
+    offer(monkeypatch, "cloister_fl.client.holdout:read_holdout", "other.reading:read")
+    with pytest.raises(InternalError, match=r"is cloister_fl.client.holdout:read_holdout, other"):
         load_reader()
 
 

@@ -1,0 +1,188 @@
+"""What the delivered model says of a hold-out, beyond the figures: for report, JSON and table.
+
+Nothing here is measured on the patients who chose the model, but the operating point: that is
+chosen by them, and what comes of it is told of the others.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cloister_fl.metrics.classification import measure
+from cloister_fl.metrics.details import (
+    CalibrationBin,
+    Calls,
+    OperatingPoint,
+    Point,
+    best_threshold,
+    calibration,
+    calls,
+    curve,
+)
+from cloister_fl.metrics.figures import Metrics
+from cloister_fl.tasks.divided_holdout import Holdout, Part
+
+if TYPE_CHECKING:
+    from cloister_fl.tasks.task import Floats
+
+UNKNOWN = "not told"
+"""Of a patient whose images are silent on a group."""
+
+
+@dataclass(frozen=True)
+class OfClass:
+    """A class against the rest.
+
+    Attributes:
+        name: of the class.
+        metrics: AUROC and average precision of this class alone.
+        curve: points of the ROC and the precision-recall curve.
+        calibration: bins of equally many patients.
+    """
+
+    name: str
+    metrics: Metrics
+    curve: tuple[Point, ...]
+    calibration: tuple[CalibrationBin, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The patients whose images say the same of them.
+
+    Attributes:
+        kind: sex, age or maker.
+        name: which of its kind.
+        metrics: of the patients of the group.
+    """
+
+    kind: str
+    name: str
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Details:
+    """What is known of a model by a hold-out.
+
+    Attributes:
+        reported, selecting: how many patients are in each part; the second is None where the
+            hold-out is not divided.
+        operating_point: chosen by the selecting part; None without one, and for other tasks than
+            two classes.
+        calls: what comes of it on the reported part; at 0.5 without an operating point; None for
+            other tasks than two classes.
+        confusion: of more than two classes, by class the patients that were called each class, the
+            most probable one; else empty.
+        classes: each class, or of two the second; none for other tasks and where a class has no
+            patient.
+        groups: of the reported patients, by sex, age and maker as far as the images tell.
+    """
+
+    reported: Part
+    selecting: Part | None
+    operating_point: OperatingPoint | None
+    calls: Calls | None
+    confusion: tuple[tuple[int, ...], ...]
+    classes: tuple[OfClass, ...]
+    groups: tuple[Group, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """Ready for ``json.dumps``; the keys are stable."""
+        told = asdict(self)
+        told["classes"] = [
+            {
+                "name": one.name,
+                "metrics": one.metrics.to_json(),
+                "curve": [asdict(point) for point in one.curve],
+                "calibration": [asdict(each) for each in one.calibration],
+            }
+            for one in self.classes
+        ]
+        told["groups"] = [{**vars(one), "metrics": one.metrics.to_json()} for one in self.groups]
+        if self.calls is not None:
+            told["calls"]["rates"] = [
+                {**vars(one), "estimate": one.estimate and one.estimate.to_json()}
+                for one in self.calls.rates
+            ]
+        return told
+
+
+def describe(holdout: Holdout, rows: Floats) -> Details:
+    """Describe a model by what it says of a hold-out, ``Holdout.score``, (P, R)."""
+    places = holdout.places(selecting=False)
+    labels, scores = holdout.labels[places], rows[places]
+    names = holdout.task.strata if holdout.task.columns else ()
+    point = _operating_point(holdout, rows) if len(names) == 2 else None
+    called = None
+    confusion: tuple[tuple[int, ...], ...] = ()
+    if len(names) == 2:
+        called = calls(labels == 1, scores[:, 1], 0.5 if point is None else point.threshold)
+    elif names:
+        most = scores.argmax(axis=1)
+        table = np.zeros((len(names), len(names)), np.int64)
+        np.add.at(table, (labels, most), 1)
+        confusion = tuple(tuple(int(count) for count in row) for row in table)
+    counted = np.bincount(labels, minlength=len(names)) if names else np.zeros(1)
+    chosen = (1,) if len(names) == 2 else range(len(names))
+    classes = []
+    for place in chosen if counted.all() else ():
+        is_class, score = labels == place, scores[:, place]
+        of_one = measure(is_class.astype(np.int64), np.stack([1 - score, score], axis=1))
+        both = curve(is_class, score), calibration(is_class, score)
+        classes.append(OfClass(names[place], of_one, *both))
+    return Details(
+        reported=holdout.part(selecting=False),
+        selecting=holdout.part(selecting=True) if holdout.is_divided else None,
+        operating_point=point,
+        calls=called,
+        confusion=confusion,
+        classes=tuple(classes),
+        groups=_groups(holdout, rows),
+    )
+
+
+def _operating_point(holdout: Holdout, rows: Floats) -> OperatingPoint | None:
+    if not holdout.is_divided:
+        return None
+    places = holdout.places(selecting=True)
+    threshold = best_threshold(holdout.labels[places] == 1, rows[places, 1])
+    return OperatingPoint(holdout.task.strata[1], threshold, len(places))
+
+
+def _groups(holdout: Holdout, rows: Floats) -> tuple[Group, ...]:
+    places = holdout.places(selecting=False)
+    kinds = sorted({kind for place in places for kind in holdout.patients[place].groups})
+    found = []
+    for kind in kinds:
+        said = [holdout.patients[place].groups.get(kind) or UNKNOWN for place in places]
+        for name in sorted(set(said), key=lambda one: (one == UNKNOWN, one)):
+            of_group = places[[one == name for one in said]]
+            metrics = holdout.task.measure(holdout.labels[of_group], rows[of_group])
+            found.append(Group(kind, name, metrics))
+    return tuple(found)
+
+
+def scores_table(holdout: Holdout, rows: Floats) -> bytes:
+    """The model's scores of all patients as CSV, UTF-8: who reports and who chooses, each a row."""
+    task = holdout.task
+    kinds = sorted({kind for one in holdout.patients for kind in one.groups})
+    columns = task.columns or task.figures
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["patient", "part", "label", *columns, "images", *kinds])
+    for one, chooses, row in zip(holdout.patients, holdout.selecting, rows, strict=True):
+        said = [_plain(one.groups.get(kind, "")) for kind in kinds]
+        part, label = "selecting" if chooses else "reported", _plain(task.strata[one.label])
+        writer.writerow([one.name, part, label, *map(float, row), one.images, *said])
+    return text.getvalue().encode()
+
+
+def _plain(word: str) -> str:
+    """A word that no spreadsheet takes for a formula."""
+    return f"'{word}" if word[:1] in "=+-@\t\r" else word

@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CLOISTER_STATE"] = "none"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from cloister_fl.server.rounds.kept_sums import SUMS_FOLDER
 from cloister_fl.simulation.synthetic_hospitals import HOSPITALS
 from cloister_fl.simulation.synthetic_sites import draw_federation
 from cloister_fl.study.file import parse_study
@@ -93,9 +94,14 @@ def folders(made: Deployment) -> dict[str, Path]:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes that the files of a folder hold."""
+    """Bytes that the files of a folder hold, without the sums that are kept for ``verify``.
+
+    These are a run's results, bounded by 1 GB: what the sites signed, as large as their updates.
+    """
     total = 0
     for path in folder.rglob("*"):
+        if SUMS_FOLDER in path.parts:
+            continue
         try:
             about = path.lstat()
         except OSError:
@@ -197,6 +203,9 @@ def main() -> int:
             print(f"\n{rounds} rounds in {seconds / 60:.1f} minutes, {seconds / rounds:.1f} s each")
             sound = judged(looked, rounds, warm)
             print("\nlargest files at the end")
+            sums = [one for one in made.folder.rglob(f"{SUMS_FOLDER}/*") if one.is_file()]
+            kept = sum(one.stat().st_size for one in sums) / max(1, rounds) / 1024
+            print(f"sums that are kept for verify, beside that: {kept:.2f} KiB a round")
             for name, folder in folders(made).items():
                 for path, size in largest(folder):
                     print(f"  {name:<14}{size / 1024:>10.1f} KiB  {path}")

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 
-from cloister_fl.errors import NothingToResume, TooFewSites
+from cloister_fl.errors import NothingToResume, RunStopped, TooFewSites
 from cloister_fl.metrics.classification import BINS
 from cloister_fl.protocol.round_messages import (
     Evaluated,
     EvaluateTask,
+    Finish,
+    Finished,
     Prepare,
     Prepared,
     Refusal,
@@ -25,8 +27,9 @@ from cloister_fl.protocol.round_messages import (
     unpack,
 )
 from cloister_fl.server.flower.engines import InProcessGrid
+from cloister_fl.server.results.artifacts import site_epsilons
 from cloister_fl.server.rounds.checkpoint import Checkpoints, Progress
-from cloister_fl.server.rounds.events import Began, Event, Hooks
+from cloister_fl.server.rounds.events import Began, Event, Hooks, KeepWhatIsThere
 from cloister_fl.server.rounds.messenger import Messenger
 from cloister_fl.server.rounds.run import Outcome, Run
 from cloister_fl.study.cost import study_epsilon
@@ -67,12 +70,14 @@ class Sites:
 
     def __call__(self, message: Message, context: Context) -> Message:
         name = Path(str(context.node_config["site"])).name
-        task = unpack(message.content, Prepare, TrainTask, EvaluateTask)
+        task = unpack(message.content, Prepare, TrainTask, EvaluateTask, Finish)
         self.seen.append((name, task.kind, getattr(task, "round", 0)))
         reply: RoundMessage
         if isinstance(task, Prepare):
             reason = self.refuse.get(name)
             reply = Refusal(name, reason, b"") if reason else Prepared(name, b"", "")
+        elif isinstance(task, Finish):
+            reply = Finished(name)
         elif isinstance(task, EvaluateTask):
             counts = np.zeros((2, BINS), np.int64)
             counts[0, 0] = counts[1, -1] = 10
@@ -90,14 +95,15 @@ def _run(
     resume: bool = False,
     events: list[Event] | None = None,
     holdout: Holdout | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Outcome:
     grid = InProcessGrid(sites, [{"site": f"/sites/{name}"} for name in sites.answers])
     told = events if events is not None else []
     run = Run(
-        Messenger(grid),
+        Messenger(grid, check=check),
         study,
         Checkpoints(folder),
-        Hooks(holdout=holdout, notify=told.append),
+        Hooks(holdout=holdout, notify=told.append, check=check or (lambda: None)),
         expected=len(sites.answers),
     )
     return run.execute(resume=resume)
@@ -363,3 +369,65 @@ def test_messages_are_copied_so_no_side_sees_the_other(tmp_path: Path) -> None:
     kept[1]["cloister"]["site"] = "changed"
     assert sent.content["cloister"]["study"] == "s"
     assert received.content["cloister"]["site"] == "a"
+
+
+def _right(study: Study, *share: float) -> Holdout:
+    """A hold-out on which the model of round i ranks this share of the pairs rightly."""
+    patients = tuple(HoldoutPatient(f"p{i}", i % 2, 1, str(i)) for i in range(40))
+    calls = iter((0.5, *share))
+
+    def score(model: np.ndarray) -> np.ndarray:
+        right = next(calls)
+        ranks = [
+            one.label if i % 20 < 20 * right else 1 - one.label for i, one in enumerate(patients)
+        ]
+        told = 0.25 + 0.5 * np.array(ranks)
+        return np.stack([1 - told, told], axis=1)
+
+    return Holdout(study.task, patients, score)
+
+
+def test_a_run_that_no_longer_gains_ends_with_its_best_model(tmp_path: Path) -> None:
+    study = _study(training={"rounds": 9}, evaluation={"stop_after": 2})
+    sites = Sites({"a": _add(1.0), "b": _add(1.0)})
+    outcome = _run(sites, study, tmp_path, holdout=_right(study, 0.7, 1.0, 0.8, 0.2))
+    state = outcome.state
+    assert (state.completed, state.best_round, state.ended) == (4, 2, "stop_after")
+    np.testing.assert_allclose(state.model - state.best, np.float32(2), atol=1e-5)
+    # The sites hear that it has ended, and a resumed run trains no more.
+    assert [entry[:2] for entry in sites.seen[-2:]] == [("a", "finish"), ("b", "finish")]
+    later = Sites({"a": _add(1.0), "b": _add(1.0)})
+    again = _run(later, study, tmp_path, resume=True, holdout=_right(study)).state
+    assert {kind for _, kind, _ in later.seen} == {"prepare", "finish"}
+    np.testing.assert_array_equal(again.best, state.best)
+    # What it stopped on is an output, so the study costs what was planned.
+    planned = study_epsilon(study, 9)
+    assert site_epsilons(study, state) == {"a": planned, "b": planned}
+    assert planned > study_epsilon(study, 4)
+
+
+def test_a_run_that_is_kept_has_what_it_had(tmp_path: Path) -> None:
+    study = _study(training={"rounds": 9})
+    sites = Sites({"a": _add(1.0), "b": _add(1.0)})
+
+    def end_in_the_third() -> None:
+        if ("a", "train", 2) in sites.seen and not ended:
+            ended.append(True)
+            raise KeepWhatIsThere
+
+    ended: list[bool] = []
+    holdout = _right(study, 0.7, 0.9)
+    state = _run(sites, study, tmp_path, check=end_in_the_third, holdout=holdout).state
+    assert (state.completed, state.ended, state.lost) == (2, "kept", ())
+    assert state.figures[-1].metrics is not None
+    assert [entry[1] for entry in sites.seen[-2:]] == ["finish", "finish"]
+
+
+def test_a_run_without_a_round_has_nothing_to_keep(tmp_path: Path) -> None:
+    study = _study()
+
+    def end() -> None:
+        raise KeepWhatIsThere
+
+    with raises(RunStopped, match="nothing to keep"):
+        _run(Sites({"a": _add(1.0), "b": _add(1.0)}), study, tmp_path, check=end)

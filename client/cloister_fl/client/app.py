@@ -46,6 +46,8 @@ from cloister_fl.protocol.round_messages import (
     EvaluateTask,
     Exchange,
     Exchanged,
+    Finish,
+    Finished,
     Prepare,
     Prepared,
     RoundMessage,
@@ -78,6 +80,7 @@ class SiteApp(ClientApp):
         for add, handler in (
             (self.query("prepare"), prepare),
             (self.query("exchange"), exchange),
+            (self.query("finish"), finish),
             (self.train(), train),
             (self.evaluate(), evaluate),
         ):
@@ -234,6 +237,16 @@ def evaluate(kept: Kept, message: Message, context: Context) -> Message:
             return Exchanged(name, task.round, octets(opened.answer()))
 
     return answer_message(kept, message, context, EvaluateTask, answer)
+
+
+def finish(kept: Kept, message: Message, context: Context) -> Message:
+    """Hear that a run has ended early: where the policy said so, release what was not started."""
+
+    def answer(session: SiteSession, task: Finish) -> Finished:
+        gate.end(session, task.study, run=task.run)
+        return Finished(session.site.name)
+
+    return answer_message(kept, message, context, Finish, answer)
 
 
 def _pin(session: SiteSession, context: Context) -> Path:

@@ -111,6 +111,25 @@ class Prepared(RoundMessage):
 
 
 @dataclass(frozen=True)
+class Finish(RoundMessage):
+    """Server to site: the run has ended before the study's last round, and nothing more of it
+    comes."""
+
+    kind = "finish"
+    study: str
+    """The study's hash, 64 hexadecimal digits."""
+    run: str
+
+
+@dataclass(frozen=True)
+class Finished(RoundMessage):
+    """Site to server: heard. It says nothing of what the site makes of it."""
+
+    kind = "finished"
+    site: str
+
+
+@dataclass(frozen=True)
 class Task(RoundMessage):
     """Server to site: what every message of a round begins with. It is never sent as such."""
 

@@ -253,7 +253,7 @@ def test_the_kind_is_told_only_where_it_exists() -> None:
     assert kind_of(records) == "update"
     assert set(message_kinds()) == {
         *("prepare", "prepared", "train", "exchange", "exchanged", "update", "evaluate"),
-        *("evaluated", "refusal"),
+        *("evaluated", "refusal", "finish", "finished"),
     }
     for kind in message_kinds():
         records["cloister"]["kind"] = kind

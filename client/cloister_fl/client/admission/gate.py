@@ -19,6 +19,7 @@ from cloister_fl.client.site.training_hours import within
 from cloister_fl.errors import (
     AuditLogDamaged,
     LedgerRolledBack,
+    MessageInvalid,
     OutsideHours,
     PolicyRefused,
     PrivacyError,
@@ -127,10 +128,41 @@ def _reserve(session: SiteSession, admission: Admission, used: Charges) -> None:
         epsilon_limit_study=policy.max_epsilon_study,
         epsilon_limit_lifetime=policy.max_epsilon_lifetime,
         release=used.release,
+        releases_unstarted=policy.release_unstarted,
     )
     if ledger.head() != before:
         # A run may have lost its reservation to this one.
         session.admissions.clear()
+        session.note()
+
+
+def end(session: SiteSession, study: str, *, run: str) -> None:
+    """Take the coordinator's word that a run has ended; see ``Ledger.end``.
+
+    A lie costs its own federation the study at this site, and no patient anything: only what was
+    not started is released, and it cannot be started any more.
+
+    Args:
+        session: of the site.
+        study: the study's hash.
+        run: the run.
+
+    Raises:
+        BudgetExhausted: the run has no reservation here.
+        MessageInvalid: nothing was ever reserved here.
+        LedgerRolledBack, LedgerDamaged, AuditLogDamaged: see ``consent``.
+    """
+    session.require_newest()
+    if not session.site.ledger.exists():
+        # Asking it would make one.
+        raise MessageInvalid("The site has no run with a privacy budget.")
+    if study in session.ledger.closed():
+        return
+    before = session.ledger.head()
+    released = session.ledger.end(study, run, session.identity)
+    if session.ledger.head() != before:
+        session.admissions.clear()
+        session.log.append("closed", study=study, released=released, by="policy")
         session.note()
 
 

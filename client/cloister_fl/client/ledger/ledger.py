@@ -148,6 +148,7 @@ class Ledger:
         epsilon_limit_lifetime: float,
         *,
         release: Mechanism | None = None,
+        releases_unstarted: bool = False,
     ) -> Reservation:
         """Reserve a study's steps against both gates, or refuse; nothing in between.
 
@@ -165,6 +166,8 @@ class Ledger:
             epsilon_limit_lifetime: the most that everything together may cost, at the ledger's
                 delta.
             release: of the study's release, sampling rate 1; reserved with the steps.
+            releases_unstarted: whether the end of the run is to release what it did not start, see
+                ``end``; noted with the reservation, for it must be decided beforehand.
 
         Raises:
             BudgetExhausted: a gate is closed; says what was asked, what is left, and the limit.
@@ -200,6 +203,7 @@ class Ledger:
                     "limit_study": epsilon_limit_study,
                     "limit_lifetime": epsilon_limit_lifetime,
                     "release_noise_multiplier": release and release.noise_multiplier,
+                    "release_unstarted": releases_unstarted,
                 }
                 self.file.append("reserved", {**body, **terms})
         return wanted.frozen()
@@ -271,9 +275,39 @@ class Ledger:
                     remedy="To keep this site out of the study: "
                     + command_at(self._path.parent, f"deny {study_digest[:16]} --why '...'"),
                 )
-            released = state.unstarted(study_digest)
-            previous = self.file.last.hash
-            self.file.append("closed", close_body(study_digest, released, previous, steward))
+            return self._close(state, study_digest, steward)
+
+    def end(self, study_digest: str, run_id: str, signer: Identity) -> int:
+        """Close the study of a run that has ended, where that was decided when it was reserved.
+
+        Where every run of the study here was reserved so, and this is one of them: what was not
+        started is released, and no more of the study starts, in one entry. Ending again changes
+        nothing.
+
+        Args:
+            study_digest, run_id: of a run that has a reservation here.
+            signer: signs the entry.
+
+        Returns:
+            The steps that were released, see ``close``.
+
+        Raises:
+            BudgetExhausted: the run has no reservation.
+            LedgerDamaged, LedgerRolledBack: see ``reserve``.
+        """
+        with self.file.transaction(write=True) as state:
+            self._require_own(state)
+            if study_digest in state.closed:
+                return 0
+            state.account(study_digest, run_id)
+            if not all(account.releases_unstarted for account in state.of(study_digest)):
+                return 0
+            return self._close(state, study_digest, signer)
+
+    def _close(self, state: State, study_digest: str, signer: Identity) -> int:
+        released = state.unstarted(study_digest)
+        previous = self.file.last.hash
+        self.file.append("closed", close_body(study_digest, released, previous, signer))
         return released
 
     def accept(

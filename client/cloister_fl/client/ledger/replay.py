@@ -36,6 +36,10 @@ class Reservation:
         started: how many were started; they are spent.
         release: of the study's release; None where it has none.
         released: whether the release was charged; it is spent.
+        rounds: how many rounds were started.
+        given_up: what was reserved, never started, and released by a closing.
+        releases_unstarted: whether the site's policy said, when it was reserved, that the end of
+            the run releases what was not started.
     """
 
     study_digest: str
@@ -46,6 +50,9 @@ class Reservation:
     started: int
     release: Mechanism | None = None
     released: bool = False
+    rounds: int = 0
+    given_up: Composition = ()
+    releases_unstarted: bool = False
 
     @property
     def left(self) -> int:
@@ -72,6 +79,8 @@ class Account:
     started: int = 0
     rounds: set[int] = field(default_factory=set)
     released: bool = False
+    given_up: Composition = ()
+    releases_unstarted: bool = False
 
     @property
     def reserved(self) -> Composition:
@@ -100,6 +109,9 @@ class Account:
             self.started,
             self.release,
             self.released,
+            len(self.rounds),
+            self.given_up,
+            self.releases_unstarted,
         )
 
 
@@ -290,6 +302,7 @@ def _count(state: State, entry: Entry, key: tuple[str, str]) -> None:
         given = body["release_noise_multiplier"]
         release = None if given is None else Mechanism(float(given), 1.0)
         made = Account(*key, mechanism, int(body["steps"]), float(body["delta"]), release)
+        made.releases_unstarted = body["release_unstarted"] is True
         state.accounts[key] = made
         state.by_study.setdefault(study, []).append(made)
         for each, steps in made.reserved:
@@ -343,11 +356,14 @@ def _close(state: State, entry: Entry) -> None:
     _hold(study not in state.closed and state.of(study))
     _hold(released == state.unstarted(study))
     for account in state.of(study):
-        state.reserved.add(study, account.mechanism, account.started - account.steps)
+        given_up: Composition = ((account.mechanism, account.steps - account.started),)
         account.steps = account.started
         if account.release is not None and not account.released:
-            state.reserved.add(study, account.release, -1)
+            given_up = (*given_up, (account.release, 1))
             account.release = None
+        account.given_up = compose(given_up)
+        for mechanism, steps in account.given_up:
+            state.reserved.add(study, mechanism, -steps)
     state.closed.add(study)
     state.signers[entry.seq] = key
 

@@ -93,6 +93,10 @@ class Policy(FileModel):
     ] = ()
     """When a round may begin, each "HH:MM-HH:MM" of local time; empty allows any time. It keeps
     no study out: a round that is asked for at another time is refused, and costs nothing."""
+    release_unstarted: bool = False
+    """Whether the coordinator's word that a run has ended before its last round releases, in the
+    lifetime's account, what was not started. The study is closed here for good. It holds for what
+    is reserved from then on; the study's own epsilon stays that of all its rounds."""
     approve: Literal["none", "listed", "signed"] = "none"
     """What is approved without a person's decision here: no study; those of ``approved_hashes``;
     or those that a key of ``trusted_signers`` has signed. A study that was denied stays so."""

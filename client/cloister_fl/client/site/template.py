@@ -99,6 +99,9 @@ modalities = {words(policy.modalities)}
 metrics = {words(policy.metrics)}
 # Training window: when a round may begin, in local time, such as ["20:00-06:00"]; empty: any time.
 hours = {words(policy.hours)}
+# true: where the coordinator says that a run ended early, what it never started no longer counts
+# in the lifetime, and the study is closed here. Of studies that are reserved from then on.
+release_unstarted = {_bool(policy.release_unstarted)}
 # What is approved without a person here: "none"; "listed", the studies of approved_hashes;
 # "signed", those that a key of trusted_signers has signed (cloister study sign).
 approve = {_quote(policy.approve)}

@@ -6,12 +6,13 @@ Nothing here leaves the site: what its patients have spent in a lifetime is show
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cloister_fl.client.admission import gate
 from cloister_fl.client.admission.approvals import judgements
-from cloister_fl.client.ledger.ledger import Ledger, Quote
+from cloister_fl.client.ledger.ledger import Ledger, Quote, Reservation
 from cloister_fl.client.ledger.site_session import SiteSession
 from cloister_fl.client.site.folder import Site, command_at
 from cloister_fl.client.site.policy import refusals
@@ -19,6 +20,7 @@ from cloister_fl.encoding.canonical_json import canonical_json
 from cloister_fl.encoding.framing import u64
 from cloister_fl.errors import OptionInvalid, OutputInTheWay
 from cloister_fl.privacy.accounting import epsilon_of
+from cloister_fl.privacy.dp_events import compose
 from cloister_fl.privacy.renyi_filter import lifetime_epsilon
 from cloister_fl.study.cost import charges
 from cloister_fl.study.schema import Study
@@ -50,7 +52,13 @@ class StudyAccount:
         released: whether that was charged.
         epsilon_spent: of the steps started, at ``delta``, by privacy-loss distribution.
         epsilon_promised: of these and the reserved ones.
-        closed: whether the steward closed it.
+        epsilon_planned: of all that was ever reserved for it. It is the study's, also where a
+            closing released a part: when a run ends is decided by what it gave, and the proof of a
+            study's epsilon needs its steps fixed beforehand.
+        rounds_started: rounds of its runs.
+        rounds_planned: rounds of all that was ever reserved; 0 where no proposal of it is kept
+            here.
+        closed: whether it was closed, by the steward or by the policy.
         unsound: why its privacy claim does not hold, where a proposal of it is kept here and its
             engine does not support the claim; else empty.
     """
@@ -64,6 +72,9 @@ class StudyAccount:
     released: bool
     epsilon_spent: float
     epsilon_promised: float
+    epsilon_planned: float
+    rounds_started: int
+    rounds_planned: int
     closed: bool
     unsound: str = ""
 
@@ -171,6 +182,11 @@ def statement(site: Site) -> Statement:
                 released=any(one.released for one in own),
                 epsilon_spent=ledger.epsilon_study(digest, own[0].delta),
                 epsilon_promised=ledger.epsilon_study(digest, own[0].delta, reserved=True),
+                epsilon_planned=_planned(ledger, digest, own),
+                rounds_started=sum(one.rounds for one in own),
+                rounds_planned=known[digest].study.training.rounds * len(own)
+                if digest in known
+                else 0,
                 closed=digest in closed,
                 unsound=known[digest].study.unsound_engine if digest in known else "",
             )
@@ -185,6 +201,12 @@ def statement(site: Site) -> Statement:
         len(ledger.linked()),
         bool(ledger.continued()),
     )
+
+
+def _planned(ledger: Ledger, study: str, own: Sequence[Reservation]) -> float:
+    """Epsilon of all that was ever reserved for a study here, at its delta."""
+    given_up = compose(*(one.given_up for one in own))
+    return epsilon_of(compose(ledger.spent(study, reserved=True), given_up), own[0].delta)
 
 
 def judged_statement(site: Site) -> Statement:
@@ -256,7 +278,7 @@ def summary(site: Site) -> str:
     told = statement(site)
     if not told.studies:
         return f"patient-level, lifetime on this data: 0 of {told.lifetime_limit:g}"
-    last = told.studies[-1].epsilon_promised
+    last = told.studies[-1].epsilon_planned
     return line(last, told.lifetime_promised, told.lifetime_limit)
 
 
@@ -279,9 +301,11 @@ def render(told: Statement, root: Path | None = None) -> str:
         lines.append("  continued in another site folder: nothing more can be reserved here")
     for one in told.studies:
         state = ", closed" if one.closed else ""
+        of_all = f" of {one.rounds_planned}" if one.rounds_planned else ""
         lines += [
             f"{one.name or 'study'} {one.study[:16]}{state}",
-            f"  {line(one.epsilon_promised, told.lifetime_promised, told.lifetime_limit)}",
+            f"  planned {one.epsilon_planned:.2f}; {one.rounds_started}{of_all} rounds started",
+            f"  {line(one.epsilon_planned, told.lifetime_promised, told.lifetime_limit)}",
             f"  spent     epsilon {one.epsilon_spent:.2f} at delta {one.delta:g}, "
             f"{counted(one.steps_started, 'step')}",
             f"  reserved  {counted(one.steps_reserved, 'step')}, not started",

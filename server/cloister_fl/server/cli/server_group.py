@@ -164,6 +164,14 @@ def stop(
     only: Annotated[
         str | None, typer.Option("--run", metavar="RUN", help="Stop this run, not the server.")
     ] = None,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep",
+            help="End the run for good, with the model and report of the rounds it has. The round "
+            "under way is lost, its privacy cost is not.",
+        ),
+    ] = False,
     wait: Annotated[
         float, typer.Option(help="Seconds to wait until the server has stopped.")
     ] = 30.0,
@@ -174,9 +182,19 @@ def stop(
     """
     _require()
     place = _open(folder)
+    if keep and only is None:
+        raise OptionInvalid(
+            "--keep says how a run is ended, and no run was named.",
+            remedy=f"cloister server stop --run RUN --keep{dir_option(folder)}",
+        )
     if only is not None:
-        from cloister_fl.server.coordinator.run_queue import find_run, stop_run
+        from cloister_fl.server.coordinator.run_queue import find_run, keep_run, stop_run
 
+        if keep:
+            keep_run(find_run(place.root, only))
+            command = f"cloister server report {only}{dir_option(folder)}"
+            typer.echo(f"The run {only} ends with what it has. Soon there: {command}")
+            return
         stop_run(find_run(place.root, only))
         command = f"cloister server resume {only}{dir_option(folder)}"
         typer.echo(f"The run {only} is stopped. To resume it: {command}")

@@ -45,6 +45,7 @@ class Asked(FileModel):
         study: the study's canonical form.
         created: when it was asked for, ISO 8601.
         wanted: False where a person stopped it.
+        keep: True where a person ended it with what it has.
         wait: seconds that a run which could begin waits for sites that have not answered.
         timeout: seconds after which a stage goes on without those who have not answered.
         holdout: folder of patients of no site, on whom the model is measured; or empty.
@@ -54,6 +55,7 @@ class Asked(FileModel):
     study: str
     created: str
     wanted: bool = True
+    keep: bool = False
     wait: float = 3600.0
     timeout: float = 3600.0
     holdout: str = ""
@@ -309,6 +311,31 @@ def stop_run(run: RunFolder) -> None:
             remedy=f"See its status: cloister server status{run.folder_option}",
         )
     run.ask(run.asked().model_copy(update={"wanted": False}))
+
+
+def keep_run(run: RunFolder) -> None:
+    """Request that a run ends with what it has: its results are those of the rounds by now.
+
+    A run that was stopped, or that failed, is taken up for that.
+
+    Raises:
+        RunUnknown: it is finished, or no round of it has ended.
+    """
+    if run.finished:
+        raise RunUnknown(
+            f"The run {run.name} is finished.",
+            remedy=f"See its results: cloister server report {run.name}{run.folder_option}",
+        )
+    status = run.status()
+    if status.round < 1:
+        raise RunUnknown(
+            f"No round of the run {run.name} has ended, so there is nothing to keep.",
+            remedy="Stop it without --keep: "
+            f"cloister server stop --run {run.name}{run.folder_option}",
+        )
+    if status.state in FINAL:
+        run.tell(Status(told="to be ended", rounds=status.rounds, round=status.round))
+    run.ask(run.asked().model_copy(update={"wanted": True, "keep": True}))
 
 
 def resume_run(run: RunFolder) -> None:

@@ -15,6 +15,11 @@ OF_ITS_OWN = 3.0
 AGAIN_S = 60.0
 """Seconds that a site has which was silent the last time, once all others have answered."""
 
+AT_ONCE = frozenset(("finish",))
+"""Kinds of messages that a site answers without data or computing."""
+AT_ONCE_S = 30.0
+"""Seconds that it has for them."""
+
 
 class AnswerTimes:
     """Times of the answers of a run, by kind of message and node.
@@ -58,6 +63,8 @@ class AnswerTimes:
         self._silent.add(node)
 
     def _limit(self, node: int, kind: str) -> float:
+        if kind in AT_ONCE:
+            return min(self._timeout, AT_ONCE_S)
         known = self._slowest.get(kind)
         if not known or math.isinf(self._timeout):
             return self._timeout

@@ -33,6 +33,7 @@ from cloister_fl.server.rounds.site_log_heads import COMPARES, heads_of_sites
 
 TYPES: Mapping[str, str] = {
     "prepare": "query.prepare",
+    "finish": "query.finish",
     "exchange": "query.exchange",
     "train": "train",
     "evaluate": "evaluate",

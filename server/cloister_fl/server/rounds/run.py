@@ -22,6 +22,7 @@ from cloister_fl.errors import (
     CloisterError,
     InternalError,
     NothingToResume,
+    RunStopped,
     SecureAggregationError,
     TooFewSites,
     TooFewSurvivors,
@@ -30,7 +31,7 @@ from cloister_fl.errors import (
 from cloister_fl.membership.roster import Roster
 from cloister_fl.networks import flat_parameters
 from cloister_fl.protocol import sessions
-from cloister_fl.protocol.round_messages import Counts, Vector
+from cloister_fl.protocol.round_messages import Counts, Finish, Finished, Vector
 from cloister_fl.server.rounds.checkpoint import (
     ENDED_KEPT,
     ENDED_STALLED,
@@ -153,20 +154,49 @@ class Run:
         self._run = state.run
         sites = max(self._expected, len(state.invited))
         self._messenger.bound_replies(reply_bytes(self._study, state.model.size, sites))
-        state = replace(state, invited=self._participants.begin(state.run, state.invited))
-        self._sums = self._keep_sums(state, resume=resume)
-        collector = self._collector(state)
+
+        def keep(state: RunState) -> RunState:
+            seconds = before + time.monotonic() - began
+            state = replace(state, seconds=seconds, sent=self._sent_by_site())
+            self._save(state)
+            return state
+
+        try:
+            state = replace(state, invited=self._participants.begin(state.run, state.invited))
+            self._sums = self._keep_sums(state, resume=resume)
+            collector = self._collector(state)
+            state = self._begun(state, collector, first)
+            for number in range(first, self._study.training.rounds + 1):
+                if state.ended:
+                    break
+                self._hooks.check()
+                state = keep(self._round(collector, number, state))
+                require_one_of_two(state)
+            state = keep(self._last_measured(state))
+            if self._study.releases and state.release is None and state.ended != ENDED_KEPT:
+                state = keep(self._release(collector, state))
+        except KeepWhatIsThere:
+            state = keep(self._last_measured(self._kept(state)))
+        if state.ended and self._study.privacy.enabled:
+            # Who takes part is not known where the run ended before it was asked again.
+            nodes = self._participants.nodes or self._messenger.nodes()
+            self._messenger.ask(nodes, Finish(self._study.digest, state.run), Finished)
+        refused = dict(self._participants.refused)
+        return Outcome(state, self._participants.sites, refused, self._sums)
+
+    def _begun(self, state: RunState, collector: Collector, first: int) -> RunState:
+        """Tell that the run has begun, and measure the initial model."""
+        rounds = self._study.training.rounds
         self._save(state)
         self._note(
             "began",
             study=self._study.digest,
             sites=self._participants.seats(),
             first=first,
-            rounds=self._study.training.rounds,
+            rounds=rounds,
             refused=self._participants.told_refused(),
             sums=self._sums,
         )
-        rounds = self._study.training.rounds
         self._hooks.notify(
             Began(
                 self._participants.sites,
@@ -181,28 +211,20 @@ class Run:
             none = Figures(0, 0, 0.0, 0.0)
             state = replace(state, figures=(self._measure(collector, state, 0, none),))
         self._save(state)
+        return state
 
-        def keep(state: RunState) -> RunState:
-            seconds = before + time.monotonic() - began
-            state = replace(state, seconds=seconds, sent=self._sent_by_site())
-            self._save(state)
-            return state
+    def _kept(self, state: RunState) -> RunState:
+        """The state that a person ends a run with; the round under way was charged, and is lost.
 
-        try:
-            for number in range(first, rounds + 1):
-                if state.ended:
-                    break
-                self._hooks.check()
-                state = keep(self._round(collector, number, state))
-                require_one_of_two(state)
-        except KeepWhatIsThere:
-            # The round under way was charged, and gives nothing.
-            state = replace(self._after_crash(state, self._progress)[0], ended=ENDED_KEPT)
-        state = keep(self._last_measured(state))
-        if self._study.releases and state.release is None and state.ended != ENDED_KEPT:
-            state = keep(self._release(collector, state))
-        refused = dict(self._participants.refused)
-        return Outcome(state, self._participants.sites, refused, self._sums)
+        Raises:
+            RunStopped: no round gave a model.
+        """
+        if not state.figures or state.figures[-1].round == 0:
+            raise RunStopped(
+                "The run was stopped before a round gave a model, so there is nothing to keep.",
+                remedy="Resume it, or leave it: cloister server status",
+            )
+        return replace(self._after_crash(state, self._progress)[0], ended=ENDED_KEPT)
 
     def _save(self, state: RunState) -> None:
         self._checkpoints.save(self._study, state)

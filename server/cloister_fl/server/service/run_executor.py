@@ -42,6 +42,7 @@ class _StatusWriter:
     run: RunFolder
     status: Status
     _looked: float = 0.0
+    _is_ending: bool = False
 
     def say(self, **changes: Any) -> None:
         self.status = replace(self.status, **changes)
@@ -52,7 +53,13 @@ class _StatusWriter:
         if now - self._looked < _CHECK_S:
             return
         self._looked = now
-        if not self.run.asked().wanted:
+        asked = self.run.asked()
+        if asked.keep and not self._is_ending:
+            from cloister_fl.server.rounds.events import KeepWhatIsThere
+
+            self._is_ending = True
+            raise KeepWhatIsThere
+        if not asked.wanted:
             raise RunStopped(
                 "The run was stopped.",
                 remedy="To resume it: "

@@ -736,7 +736,9 @@ def test_nothing_but_studies_is_written(filled: Ledger) -> None:
     reserved = {"noise_multiplier", "sampling_rate", "steps", "delta", "limit_study"}
     fields = {
         "created": {"version", "delta", "orders", "id"},
-        "reserved": run | reserved | {"limit_lifetime", "release_noise_multiplier"},
+        "reserved": run
+        | reserved
+        | {"limit_lifetime", "release_noise_multiplier", "release_unstarted"},
         "started": run | {"round", "steps"},
         "evaluated": run,
         "closed": {"study", "released", "key", "signature"},
@@ -749,3 +751,42 @@ def test_nothing_but_studies_is_written(filled: Ledger) -> None:
         # All of them, always: no form but one is read.
         assert set(entry.body) == every | fields[entry.kind]
         json.dumps(dict(entry.body), allow_nan=False)
+
+
+def test_the_end_of_a_run_releases_what_was_decided_beforehand(ledger: Ledger, path: Path) -> None:
+    reserve(ledger, releases_unstarted=True)
+    ledger.start_round(STUDY, "run-1", 1, 5)
+    before = ledger.epsilon_lifetime(reserved=True)
+    assert ledger.end(STUDY, "run-1", STEWARD) == STEPS - 5
+    assert ledger.epsilon_lifetime(reserved=True) == ledger.epsilon_lifetime() < before
+    (held,) = ledger.reservations()
+    assert (held.started, held.rounds, held.given_up) == (5, 1, ((NOISE, STEPS - 5),))
+    # For good, and in one entry: nothing of the study starts or is reserved any more.
+    assert [entry.kind for entry in ledger.entries()][-2:] == ["started", "closed"]
+    for again in (
+        lambda: ledger.start_round(STUDY, "run-1", 2, 5),
+        lambda: reserve(ledger, run="run-2"),
+    ):
+        with pytest.raises(BudgetExhausted, match="closed"):
+            again()
+    head = ledger.head()
+    assert ledger.end(STUDY, "run-1", STEWARD) == 0
+    assert ledger.head() == head
+    assert Ledger.open(path, delta=1e-6).reservations() == ledger.reservations()
+
+
+def test_a_policy_that_changes_after_the_reservation_releases_nothing(ledger: Ledger) -> None:
+    reserve(ledger)
+    reserve(ledger, releases_unstarted=True)
+    ledger.start_round(STUDY, "run-1", 1, 5)
+    head = ledger.head()
+    assert ledger.end(STUDY, "run-1", STEWARD) == 0
+    assert ledger.head() == head
+    assert ledger.start_round(STUDY, "run-1", 2, 5).left == 10
+
+
+def test_who_has_no_reservation_ends_nothing(ledger: Ledger) -> None:
+    reserve(ledger, releases_unstarted=True)
+    with pytest.raises(BudgetExhausted, match="no reservation"):
+        ledger.end(STUDY, "run-2", STEWARD)
+    assert ledger.reservations()[0].left == STEPS

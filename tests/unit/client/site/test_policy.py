@@ -53,6 +53,7 @@ def test_defaults() -> None:
         "modalities": (),
         "metrics": (),
         "hours": (),
+        "release_unstarted": False,
         "approve": "none",
         "approved_hashes": (),
         "trusted_signers": (),

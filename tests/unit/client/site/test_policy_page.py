@@ -54,7 +54,8 @@ def test_the_template_writes_what_a_key_is_given(key: str) -> None:
         "colluders": 2, "min_sites": 7, "max_weight_ratio": 2.5, "max_rounds": 9,
         "allow_without_privacy": True,
         "networks": ["filter-bank"], "modalities": ["CT"], "metrics": ["score-histograms"],
-        "hours": ["20:00-06:00"], "approve": "listed", "approved_hashes": ["0" * 64],
+        "hours": ["20:00-06:00"], "release_unstarted": True,
+        "approve": "listed", "approved_hashes": ["0" * 64],
         "trusted_signers": ["d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"],
     }  # fmt: skip
     given = {key: other[key], **({"approved_hashes": ["0" * 64]} if key == "approve" else {})}

@@ -13,6 +13,7 @@ from cloister_fl.server.coordinator.run_queue import (
     Status,
     close_finished,
     find_run,
+    keep_run,
     new_run,
     next_run,
     resume_run,
@@ -20,7 +21,7 @@ from cloister_fl.server.coordinator.run_queue import (
     update_bytes,
 )
 from cloister_fl.server.rounds.checkpoint import Figures
-from cloister_fl.server.rounds.events import Began, Measured, Waiting
+from cloister_fl.server.rounds.events import Began, KeepWhatIsThere, Measured, Waiting
 from cloister_fl.server.service.run_executor import _StatusWriter
 from support.federations import study
 
@@ -84,3 +85,25 @@ def test_the_port_knows_the_update_of_the_run_under_way_alone(tmp_path: Path) ->
     assert update_bytes(tmp_path) == 44_000_000
     run.tell(Status(state="failed", update_bytes=44_000_000))
     assert update_bytes(tmp_path) == 0
+
+
+def test_a_run_that_is_kept_is_taken_up_and_ended_once(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    with pytest.raises(RunUnknown, match="No round of the run") as error:
+        keep_run(run)
+    assert f"stop --run {run.name}" in error.value.remedy
+    run.tell(Status(state="stopped", round=2, rounds=9))
+    stopped = run.asked().model_copy(update={"wanted": False})
+    run.ask(stopped)
+    assert next_run(tmp_path) is None
+    keep_run(run)
+    assert next_run(tmp_path) == run
+    writer = _StatusWriter(run, run.status())
+    with pytest.raises(KeepWhatIsThere):
+        writer.check()
+    # What follows, as telling the sites, goes through.
+    writer._looked = 0.0
+    writer.check()
+    (run.path / SUMMARY).write_text("{}")
+    with pytest.raises(RunUnknown, match="is finished"):
+        keep_run(run)

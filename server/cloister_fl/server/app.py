@@ -7,6 +7,7 @@ the run), ``federation`` (folder of the root key and the roster), ``expected`` (
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,8 @@ def build(hooks: Hooks | None = None) -> ServerApp:
         require_sound_engine(study)
         out = Path(str(config["out"]))
         began = time.monotonic()
-        hooks = replace(used, saved=SoFar(out, study))
+        so_far = SoFar(out, study)
+        hooks = replace(used, saved=so_far)
         federation = Federation(Path(str(config["federation"])))
         run = Run(
             Messenger(grid, log=federation.log, timeout=used.timeout, check=used.check),
@@ -49,7 +51,8 @@ def build(hooks: Hooks | None = None) -> ServerApp:
             roster=federation.roster() if study.aggregation.secure else None,
             signatures=bytes.fromhex(str(config.get("signatures", ""))),
         )
-        outcome = run.execute(resume=bool(config["resume"]))
+        with contextlib.closing(so_far):
+            outcome = run.execute(resume=bool(config["resume"]))
         seconds = time.monotonic() - began
         write_outputs(out, study, outcome, seconds=seconds, holdout=used.holdout)
 

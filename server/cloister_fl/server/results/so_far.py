@@ -14,6 +14,7 @@ from cloister_fl.errors import OutputInTheWay
 from cloister_fl.model_file import save_model
 from cloister_fl.server.results.artifacts import METRICS, site_epsilons
 from cloister_fl.server.results.report import MODEL
+from cloister_fl.server.results.tracking import EventFiles
 from cloister_fl.server.rounds.checkpoint import RunState
 from cloister_fl.server.rounds.model_choice import delivered
 from cloister_fl.study.schema import Study
@@ -31,6 +32,7 @@ class SoFar:
     def __init__(self, out: Path, study: Study) -> None:
         self._out = out
         self._study = study
+        self._events = EventFiles(out)
         self._told: int | None = None
         """Rows of the metrics file; None as long as it may be an earlier process's."""
 
@@ -52,11 +54,16 @@ class SoFar:
         else:
             _append(self._out / METRICS, rows)
         self._told = len(state.figures)
+        self._events.add(new)
         number, every = new[-1].round, self._study.evaluation.every
         if number and (number % every == 0 or number == self._study.training.rounds):
             handed = delivered(self._study, state)
             facts = self._facts(state) | {"round": handed.figures.round}
             save_model(self._out / MODEL, self._study, handed.model, facts)
+
+    def close(self) -> None:
+        """Close what is open."""
+        self._events.close()
 
     def _facts(self, state: RunState) -> dict[str, object]:
         known = [one for one in site_epsilons(self._study, state).values() if one is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from cloister_fl.errors import OutputInTheWay
 from cloister_fl.model_file import load_model
 from cloister_fl.networks.flat_parameters import flatten
 from cloister_fl.server.results.so_far import SoFar
+from cloister_fl.server.results.tracking import EventFiles
 from cloister_fl.server.rounds.checkpoint import Figures, RunState
 from cloister_fl.server.rounds.strategies import OptimizerState
 from cloister_fl.study import build_network
@@ -35,6 +37,22 @@ def after(rounds: int) -> RunState:
         figures=tuple(Figures(number, 5, 1.0, 0.1) for number in range(rounds + 1)),
         started=dict.fromkeys("abcde", rounds),
     )
+
+
+@pytest.fixture(autouse=True)
+def _all_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What each writer has open, also those of a process that was killed."""
+    made: list[EventFiles] = []
+    begin = EventFiles.__init__
+
+    def noted(self: EventFiles, out: Path) -> None:
+        begin(self, out)
+        made.append(self)
+
+    monkeypatch.setattr(EventFiles, "__init__", noted)
+    yield
+    for one in made:
+        one.close()
 
 
 def rounds_told(out: Path) -> list[int]:

@@ -98,9 +98,14 @@ def test_the_code_gives_the_scores_of_predict(
     assert found == pytest.approx(np.array(told), abs=1e-5)
     # The images differ, so that the comparison says something.
     assert np.ptp(found[:, 0]) > 1e-3
-    for pair in (names[:2], names[2:]):
-        call = space["call"]([f"images/{name}" for name in pair])
-        assert {rows[name]["patient_call"] for name in pair} == {call}
+    pairs = [[f"images/{name}" for name in pair] for pair in (names[:2], names[2:])]
+    for pair in pairs:
+        assert {rows[Path(name).name]["patient_call"] for name in pair} == {space["call"](pair)}
+    assert (space["positive"], space["threshold"]) == ((0, 0.31) if point else (1, 0.5))
+    # Between the two patients, one is called each.
+    means = [scores(pair).mean(axis=0)[space["positive"]] for pair in pairs]
+    space["threshold"] = sum(means) / 2
+    assert sorted(map(space["call"], pairs)) == ["nodule", "normal"]
 
 
 def table(heading: str) -> str:

@@ -7,6 +7,7 @@ with the weights, and a model is used as it was trained. No pickle is read or wr
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,14 +24,46 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from cloister_fl.metrics.details import OperatingPoint
-
-__all__ = ["load_model"]
+__all__ = ["OperatingPoint", "TrainedModel", "load_model", "read_model"]
 
 FORMAT = "cloister/model/v1"
 OPERATING_POINT = "operating_point"
-"""Key of the metadata, JSON of the class, its threshold and on how many patients it was chosen."""
+"""Key of the metadata: JSON of the fields of ``OperatingPoint``; it may be missing."""
+
+_LONGEST_POINT = 4096
+"""Most characters of it: a class has at most 128, each six or twelve as an escape."""
+_MOST_PATIENTS = 10**9
 _NOT_OURS = "Give the model.safetensors that a Cloister run wrote."
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """The score from which a patient is called a class; of two classes only.
+
+    Attributes:
+        positive: the class, one of the study's two.
+        threshold: a patient is called it at a mean score of ``threshold`` or more, 0 to 1.
+        patients: how many patients of a hold-out it was chosen on.
+    """
+
+    positive: str
+    threshold: float
+    patients: int
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedModel:
+    """What a model file holds.
+
+    Attributes:
+        network: in evaluation mode.
+        study: what it was trained by.
+        operating_point: None where none was chosen.
+    """
+
+    network: nn.Module
+    study: Study
+    operating_point: OperatingPoint | None = None
 
 
 def save_model(
@@ -67,7 +100,7 @@ def save_model(
     if operating_point is not None:
         metadata[OPERATING_POINT] = json.dumps(
             {
-                "class": operating_point.name,
+                "class": operating_point.positive,
                 "threshold": operating_point.threshold,
                 "patients": operating_point.patients,
             }
@@ -87,7 +120,7 @@ def _in_order(data: bytes, metadata: dict[str, str]) -> bytes:
 
 
 def load_model(path: StrPath, device: str | torch.device = "cpu") -> tuple[nn.Module, Study]:
-    """Read a model that a run wrote, ready to predict.
+    """Read the network and the study of a model that a run wrote; see ``read_model``.
 
     Args:
         path: the file ``model.safetensors`` of a run.
@@ -97,9 +130,23 @@ def load_model(path: StrPath, device: str | torch.device = "cpu") -> tuple[nn.Mo
         The network, in evaluation mode, and the study that it was trained by.
 
     Raises:
+        FileUnreadable, ModelFileInvalid, OptionInvalid: see ``read_model``.
+    """
+    model = read_model(path, device)
+    return model.network, model.study
+
+
+def read_model(path: StrPath, device: str | torch.device = "cpu") -> TrainedModel:
+    """Read a model that a run wrote, ready to predict.
+
+    Args:
+        path: the file ``model.safetensors`` of a run.
+        device: what torch calls a device, or ``auto``: a GPU where there is one.
+
+    Raises:
         FileUnreadable: there is no such file.
-        ModelFileInvalid: it is no model of ours, its study is not the one that was trained, or a
-            weight is missing, of another shape or not finite.
+        ModelFileInvalid: it is no model of ours, its study is not the one that was trained, a
+            weight is missing, of another shape or not finite, or its operating point is damaged.
         OptionInvalid: it is no path, or there is no such device.
     """
     import torch
@@ -135,6 +182,7 @@ def load_model(path: StrPath, device: str | torch.device = "cpu") -> tuple[nn.Mo
             why="Its hash is another than the one that was written with it.",
             remedy=_NOT_OURS,
         )
+    point = _operating_point(metadata.get(OPERATING_POINT), study, path.name)
     expected = module.state_dict()
     fits = set(expected) == set(tensors) and all(
         tensors[name].shape == value.shape and tensors[name].dtype == value.dtype
@@ -145,7 +193,47 @@ def load_model(path: StrPath, device: str | torch.device = "cpu") -> tuple[nn.Mo
             f"The weights in {path.name} do not fit the network of its study.", remedy=_NOT_OURS
         )
     module.load_state_dict(tensors)
-    return module.to(place).eval(), study
+    return TrainedModel(module.to(place).eval(), study, point)
+
+
+def _operating_point(text: str | None, study: Study, name: str) -> OperatingPoint | None:
+    """Read the operating point of the metadata, which anybody may have written."""
+    if text is None:
+        return None
+    point = _parsed_point(text) if len(text) <= _LONGEST_POINT else None
+    classes = study.task.called
+    if point is None or len(classes) != 2 or point.positive not in classes:
+        raise ModelFileInvalid(
+            f"The operating point in {name} is not valid.",
+            why="It is a class of a study of two classes, a threshold from 0 to 1 and a number of "
+            "patients.",
+            remedy=_NOT_OURS,
+        )
+    return point
+
+
+def _parsed_point(text: str) -> OperatingPoint | None:
+    try:
+        pairs = json.loads(text, object_pairs_hook=list)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+        return None
+    # A key that stands twice would be read one way here and another elsewhere.
+    if sorted(key for key, _ in pairs) != ["class", "patients", "threshold"]:
+        return None
+    fields = dict(pairs)
+    positive, threshold, patients = fields["class"], fields["threshold"], fields["patients"]
+    # Truth is a whole number for Python, and NaN is in no range.
+    if (
+        not isinstance(positive, str)
+        or type(threshold) not in (int, float)
+        or type(patients) is not int
+        or not 0 <= threshold <= 1
+        or not 1 <= patients <= _MOST_PATIENTS
+    ):
+        return None
+    return OperatingPoint(positive, float(threshold), patients)
 
 
 def usable_device(name: str | torch.device) -> str:

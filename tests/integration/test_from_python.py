@@ -108,7 +108,8 @@ def test_a_whole_study_from_the_file_to_scores(
     scored = predict(str(run.model), str(folders / "holdout"), str(tmp_path / "scores.csv"))
     assert (scored.images, scored.masks) == (20, False)
     lines = (tmp_path / "scores.csv").read_text().splitlines()
-    assert (lines[0], len(lines)) == ("SOPInstanceUID,score_no,score_yes", 21)
+    assert lines[0].startswith("SOPInstanceUID,file,patient,score_no,score_yes,")
+    assert len(lines) == 21
     # Nobody looks at a terminal here, and nothing is left to say.
     assert capfd.readouterr() == ("", "")
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from cloister_fl.cli.study_commands import app as study_cli
 from cloister_fl.client.cli import client_group as client_cli
 from cloister_fl.client.network.join import prepare
-from cloister_fl.client.predict import _write_masks
+from cloister_fl.client.predictions.output import write_masks
 from cloister_fl.client.site.folder import init_site
 from cloister_fl.client.steward.data_report import HTML, JSON, Report, write
 from cloister_fl.errors import OptionInvalid, OutputInTheWay
@@ -236,7 +236,7 @@ def test_a_signers_key(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_segmentation_masks(repository: Path) -> None:
-    _write_masks(repository / "found", [], np.zeros((0, 8, 8), bool))
+    write_masks(repository / "found", [], np.zeros((0, 8, 8), bool))
     assert files(repository / "found") == 1
     (repository / "found" / "2.25.1.png").touch()
     assert offered(repository) == []

@@ -17,11 +17,12 @@ from cloister_fl.client.predict import predict
 from cloister_fl.client.privacy_audit.own_data import Asked, prepare
 from cloister_fl.client.site.folder import init_site
 from cloister_fl.client.site.policy import Policy
-from cloister_fl.errors import OutputInTheWay, StudyInvalid
+from cloister_fl.errors import OptionInvalid, OutputInTheWay, StudyInvalid
 from cloister_fl.simulation.simulated_run import Simulation, run_simulation
 from cloister_fl.study.file import parse_study
 from cloister_fl.study.schema import Study
 from support.dicom import make_dicom
+from support.errors import raises
 from support.federations import NAMES, study_text
 from support.segmentations import saved, segment, segmentation
 
@@ -144,6 +145,12 @@ def test_a_model_outlines_new_images_at_their_own_size(
         for mask in drawn.values()
     ]
     assert min(best) > 0.7
+    assert "called" not in result.stdout
+    for option in ({"bom": True}, {"patient_ids": True}, {"overwrite": True}):
+        with raises(OptionInvalid, match=f"'{next(iter(option))}' cannot be True"):
+            predict(model, images, tmp_path / "other", **option)
+    with raises(OutputInTheWay, match="in the folder of the images"):
+        predict(model, images, images / "masks")
     before = sorted(path.read_bytes() for path in out.iterdir())
     with pytest.raises(OutputInTheWay):
         predict(model, images, out)

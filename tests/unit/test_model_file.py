@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cloister_fl.errors import FileUnreadable, ModelFileInvalid
-from cloister_fl.model_file import load_model, save_model
+from cloister_fl.model_file import OperatingPoint, load_model, read_model, save_model
 from cloister_fl.networks.flat_parameters import flatten
 from cloister_fl.study import build_network, replace
 from support import studies
@@ -99,3 +99,50 @@ def test_the_same_model_gives_the_same_bytes_in_another_process(
     header = json.loads(model.read_bytes()[8 : 8 + size])
     assert list(header) == sorted(header)
     assert list(header["__metadata__"]) == sorted(header["__metadata__"])
+
+
+POINT = {"class": "nodule", "threshold": 0.31, "patients": 120}
+
+
+def test_an_operating_point_comes_back_and_may_be_missing(model: Path) -> None:
+    assert read_model(model).operating_point is None
+    rewritten(model, operating_point=json.dumps(POINT))
+    assert read_model(model).operating_point == OperatingPoint("nodule", 0.31, 120)
+    rewritten(model, operating_point=json.dumps({**POINT, "class": "normal", "threshold": 1}))
+    assert read_model(model).operating_point == OperatingPoint("normal", 1.0, 120)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "{}", "3", "null", "[" * 4000, json.dumps(POINT) + " " * 4096,
+        '{"class": "nodule", "threshold": NaN, "patients": 120}',
+        '{"class": "nodule", "threshold": 0.9, "threshold": 0.31, "patients": 120}',
+        '[["class", "nodule"], ["threshold", 0.31], ["patients", 120]]',
+        *(
+            json.dumps({**POINT, **other})
+            for other in (
+                {"class": "cyst"}, {"class": 1}, {"class": None}, {"class": ["nodule"]},
+                {"threshold": 1.001}, {"threshold": -1e-9}, {"threshold": "0.31"},
+                {"threshold": True}, {"threshold": None}, {"threshold": 10**400},
+                {"patients": 0}, {"patients": 1.0}, {"patients": True}, {"patients": 10**10},
+                {"more": 1},
+            )
+        ),
+        json.dumps({"class": "nodule", "threshold": 0.31}),
+    ],
+    ids=lambda text: text[:60],
+)  # fmt: skip
+def test_a_damaged_operating_point_is_refused(model: Path, text: str) -> None:
+    rewritten(model, operating_point=text)
+    with raises(ModelFileInvalid, match="The operating point in model.safetensors is not valid"):
+        load_model(model)
+
+
+def test_more_than_two_classes_have_no_operating_point(tmp_path: Path) -> None:
+    study = replace(STUDY, target={"classes": ["normal", "nodule", "cyst"]})
+    path = tmp_path / "model.safetensors"
+    save_model(path, study, flatten(build_network(study)), {})
+    assert read_model(path).operating_point is None
+    with raises(ModelFileInvalid, match="operating point"):
+        read_model(rewritten(path, operating_point=json.dumps(POINT)))

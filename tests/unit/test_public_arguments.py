@@ -94,6 +94,8 @@ OPTIONS: dict[str, Callable[[], Any]] = {
     "predict, device": lambda: _predict("model", "images", "out", device="nope"),
     "predict, meta": lambda: _predict("model", "images", "out", device="meta"),
     "predict, progress": lambda: _predict("model", "images", "out", progress=True),
+    "predict, bom": lambda: _predict("model", "images", "out", bom="yes"),
+    "predict, patient_ids": lambda: _predict("model", "images", "out", patient_ids=1),
     "load_model": lambda: _any(load_model)(None),
     "load_model, device": lambda: load_model("model", device="nope"),
     "load_model, number": lambda: _any(load_model)("model", device=1.5),

@@ -57,21 +57,6 @@ class CalibrationBin:
 
 
 @dataclass(frozen=True)
-class OperatingPoint:
-    """Where a class is called, as it was chosen on patients.
-
-    Attributes:
-        name: of the class.
-        threshold: in [0, 1]; a patient of that score or more is called.
-        patients: on how many it was chosen.
-    """
-
-    name: str
-    threshold: float
-    patients: int
-
-
-@dataclass(frozen=True)
 class Rate:
     """A share of patients that comes of calling a class.
 

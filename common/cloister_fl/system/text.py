@@ -22,6 +22,11 @@ def is_blank(text: str) -> bool:
     return all(one.isspace() or unicodedata.category(one) in {"Cc", "Cf"} for one in text)
 
 
+def printable(text: str) -> str:
+    """A text for a terminal, with what a terminal might obey as escapes."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
 MOST_REASON = 500
 
 

@@ -145,6 +145,10 @@ class Classification(Task):
     def columns(self) -> tuple[str, ...]:
         return tuple(f"score_{name}" for name in self.classes)
 
+    @property
+    def called(self) -> tuple[str, ...]:
+        return self.classes
+
     def row(self, answers: NDArray[Any], targets: NDArray[Any]) -> Floats:
         mean: Floats = answers.mean(axis=0)
         return mean

@@ -204,6 +204,12 @@ class Task(Protocol):
     def columns(self) -> tuple[str, ...]:
         """Names of the numbers that ``answer`` gives for an image; none where it gives a mask."""
 
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The classes that a patient may be called, one for each of ``columns``, whose number is
+        the class's probability; none where the numbers are no classes'."""
+        return ()
+
     @abstractmethod
     def row(self, answers: NDArray[Any], targets: NDArray[Any]) -> Floats:
         """One patient's row, (R,), from the answers and the targets of the patient's images."""

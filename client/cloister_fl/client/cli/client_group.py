@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,8 +22,12 @@ from cloister_fl.client.cli.progress_bar import progress_bar
 from cloister_fl.client.cli.service_commands import start, status, stop
 from cloister_fl.client.cli.site_folder import PatientsAtMost, site_folder
 from cloister_fl.client.cli.steward_commands import approve, deny, review
-from cloister_fl.errors import FolderUnreadable, OptionInvalid
+from cloister_fl.errors import FolderUnreadable, OptionInvalid, SiteEmpty
 from cloister_fl.system.optional import require
+from cloister_fl.system.text import counted, printable
+
+if TYPE_CHECKING:
+    from cloister_fl.client.predict import Prediction
 
 _ORDER = (
     *("init", "join", "check", "start", "stop", "status", "renew"),
@@ -196,29 +200,79 @@ def predict(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The CSV file to write; for a model that segments, a new folder.",
+            help="The CSV file to write, outside FOLDER; for a model that segments, a new folder.",
             show_default="scores.csv or masks",
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    patient_ids: Annotated[
+        bool, typer.Option("--patient-ids", help="Add a column with PatientID.")
+    ] = False,
+    bom: Annotated[
+        bool, typer.Option("--bom", help="Begin the CSV with a byte order mark, for Excel.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a CSV file that is there.")
+    ] = False,
+    list_rejected: Annotated[
+        bool,
+        typer.Option("--list-rejected", help="Show the paths of files that cannot be used."),
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 3 if a file cannot be used.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Score or segment a folder of images with a finished model.
 
-    It runs on this machine, and nothing is sent.
+    It runs on this machine, and nothing is sent. A row has an image's scores, the mean scores of
+    its patient, and what the patient is called: of two classes at the model's operating point,
+    where the model has one, else at a score of 0.5; of more, the class with the highest mean. The
+    last lines say which.
+
+    Patients have pseudonyms that hold within the file alone. The exit status is 0 where the output
+    is written, 3 where no file can be used, and with --strict also where some cannot.
     """
     require("client", "torch", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls")
     from cloister_fl.client import predict as prediction
 
     with progress_bar("Reading images") as progress:
         try:
-            done = prediction.predict(model, folder, out, device=device, progress=progress)
+            done = prediction.predict(
+                model,
+                folder,
+                out,
+                device=device,
+                patient_ids=patient_ids,
+                bom=bom,
+                overwrite=overwrite,
+                progress=progress,
+            )
         except FolderUnreadable as error:
             raise OptionInvalid(
                 f"The images in {folder} cannot be read.",
                 why=error.why,
                 remedy="Name a folder with DICOM files, and check its permissions.",
             ) from None
-    what = "segmentation masks" if done.masks else "scores"
-    typer.echo(f"Wrote the {what} of {done.images} images to {done.out}.")
+    _tell(done, list_rejected=list_rejected, as_json=as_json)
+    if strict and done.rejects:
+        raise typer.Exit(SiteEmpty.exit_status)
+
+
+def _tell(done: Prediction, *, list_rejected: bool, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(done.as_dict()))
+    else:
+        what = "segmentation masks" if done.masks else "scores"
+        images, patients = counted(done.images, "image"), counted(done.patients, "patient")
+        typer.echo(f"Wrote the {what} of {images} of {patients} to {done.out}.")
+        if done.calls:
+            # A class is a text of whoever wrote the model.
+            typer.echo(printable(done.calls))
+    if done.rejects:
+        number = counted(sum(done.rejects.values()), "file")
+        typer.echo(f"Could not use {number}:", err=True)
     for reason, count in done.rejects.items():
         typer.echo(f"  rejected: {count} ({reason.value}, {reason.title})", err=True)
+    for path, reason in sorted(done.rejected.items()) if list_rejected else ():
+        typer.echo(f"  {reason.value}  {printable(path)}", err=True)

@@ -20,6 +20,7 @@ from cloister_fl.client.cli.progress_bar import progress_bar
 from cloister_fl.client.cli.site_folder import site_folder
 from cloister_fl.errors import ArchiveAnswerInvalid, OptionInvalid
 from cloister_fl.system.optional import require
+from cloister_fl.system.text import printable
 
 if TYPE_CHECKING:
     from cloister_fl.client.data.quarantine import Decision, QuarantinedFile
@@ -168,14 +169,10 @@ def find(
     for one in found:
         why = "" if one.reason is None else f"  {one.reason.value}  {one.reason.title}"
         # A path and an identifier can hold what a terminal obeys.
-        whose = f"  PatientID {_seen(one.patient)}" if one.patient else ""
+        whose = f"  PatientID {printable(one.patient)}" if one.patient else ""
         typer.echo(f"{one.short_id}{why}{whose}")
-        typer.echo(f"              {_seen(one.path)}")
+        typer.echo(f"              {printable(one.path)}")
     typer.echo("This names patients: keep it at this site.", err=True)
-
-
-def _seen(text: str) -> str:
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def data_report(
@@ -250,7 +247,7 @@ def show(
     path, data = quarantine.look(site, one)
     typer.echo(quarantine.render([one], site.root).splitlines()[0])
     # A path can hold what a terminal obeys.
-    typer.echo(f"Path: {_seen(str(path))}")
+    typer.echo(f"Path: {printable(str(path))}")
     if png is not None:
         write_atomic(png, quarantine.picture(data))
         typer.echo(f"Wrote its image to {png}. It may show a patient's name: keep it at this site.")

@@ -17,7 +17,6 @@ from cloister_fl.metrics.classification import measure
 from cloister_fl.metrics.details import (
     CalibrationBin,
     Calls,
-    OperatingPoint,
     Point,
     best_threshold,
     calibration,
@@ -25,6 +24,7 @@ from cloister_fl.metrics.details import (
     curve,
 )
 from cloister_fl.metrics.figures import Metrics
+from cloister_fl.model_file import OperatingPoint
 from cloister_fl.tasks.divided_holdout import Holdout, Part
 
 if TYPE_CHECKING:

@@ -101,7 +101,7 @@ def _add_calls(table: Table, holdout: Mapping[str, Any] | None) -> None:
     point = holdout["operating_point"]
     table.add_row(
         "Operating point",
-        f"{point['name']} at {point['threshold']:.4g}, chosen on {point['patients']} other "
+        f"{point['positive']} at {point['threshold']:.4g}, chosen on {point['patients']} other "
         "patients",
     )
     for rate in holdout["calls"]["rates"][:2]:

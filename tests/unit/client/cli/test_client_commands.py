@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import typer
+from click.testing import Result
+from safetensors import safe_open
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from cloister_fl import model_file
+from cloister_fl.client import predict as prediction
 from cloister_fl.client.cli import client_group
 from cloister_fl.client.network.join import MEMBERSHIP
 from cloister_fl.client.predict import predict
@@ -27,6 +33,7 @@ from cloister_fl.errors import (
     FolderUnreadable,
     OptionInvalid,
     OutputInTheWay,
+    Reject,
     SiteEmpty,
     SiteFileInvalid,
     StudyInvalid,
@@ -40,7 +47,6 @@ pytestmark = pytest.mark.process
 
 STUDY_TOML = studies.study_text()
 STUDY = studies.study()
-runner = CliRunner()
 
 
 def _run(*arguments: object) -> tuple[int, str]:
@@ -135,7 +141,7 @@ def test_init_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_check_as_json_and_sheet(tmp_path: Path) -> None:
     root = write_site(tmp_path / "site", 6)
     _run("init", root)
-    result = runner.invoke(
+    result = CliRunner().invoke(
         client_group.app,
         ["check", "--dir", str(root), "--json", "--contact-sheet", str(tmp_path / "s.png")],
     )
@@ -182,9 +188,16 @@ def _fake_scores(_module: object, cohort: evaluation.Cohort, _task: object) -> n
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(model_file, "load_model", lambda _path, _device: (_FakeNetwork(), STUDY))
+    loaded = model_file.TrainedModel(_FakeNetwork(), STUDY)  # type: ignore[arg-type]
+    monkeypatch.setattr(model_file, "read_model", lambda _path, _device: loaded)
     monkeypatch.setattr(evaluation, "answers_for", _fake_scores)
     return Path("model.safetensors")
+
+
+def _predict(*words: object) -> Result:
+    app = typer.Typer()
+    app.command()(client_group.predict)
+    return commands.invoke(app, *words)
 
 
 def test_predict_writes_sorted_rows(tmp_path: Path, model: Path) -> None:
@@ -194,19 +207,119 @@ def test_predict_writes_sorted_rows(tmp_path: Path, model: Path) -> None:
         for n in range(4)
     )
     (folder / "junk").write_text("x")
-    app = typer.Typer()
-    app.command()(client_group.predict)
-    result = runner.invoke(app, [str(model), str(folder), "--out", str(tmp_path / "s.csv")])
+    result = _predict(model, folder, "--out", tmp_path / "s.csv")
     assert result.exit_code == 0
-    assert "scores of 4 images" in result.stdout
-    assert "CLO-210" in result.stderr
+    assert "scores of 4 images of 4 patients" in result.stdout
+    assert "A patient is called nodule at a mean score of 0.5 or more" in result.stdout
+    assert "No operating point was chosen" in result.stdout
+    assert "Could not use 1 file:\n  rejected: 1 (CLO-210, not a DICOM file)\n" in result.stderr
     with (tmp_path / "s.csv").open(newline="") as file:
-        rows = list(csv.reader(file))
-    assert rows[0] == ["SOPInstanceUID", "score_normal", "score_nodule"]
-    assert [row[0] for row in rows[1:]] == instances
-    for row in rows[1:]:
-        assert float(row[1]) + float(row[2]) == pytest.approx(1, abs=2e-6)
-    assert len({row[1] for row in rows[1:]}) == 4
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [
+        *("SOPInstanceUID", "file", "patient", "score_normal", "score_nodule"),
+        *("patient_score_normal", "patient_score_nodule", "patient_call"),
+    ]
+    assert [row["SOPInstanceUID"] for row in rows] == instances
+    for row in rows:
+        assert float(row["score_normal"]) + float(row["score_nodule"]) == pytest.approx(1, abs=2e-6)
+    assert len({row["score_normal"] for row in rows}) == 4
+
+
+def test_a_patients_rows_name_the_patient_and_share_the_mean(tmp_path: Path, model: Path) -> None:
+    folder, out = tmp_path / "images", tmp_path / "s.csv"
+    # One patient in two spellings, and another in whom Excel would see a formula.
+    write_dicom(folder / "a" / "1", radiograph(1), bits_stored=12, patient_id="P1")
+    write_dicom(folder / "a" / "2", radiograph(2), bits_stored=12, patient_id=" P1")
+    write_dicom(folder / "=b" / "1", radiograph(3), bits_stored=12, patient_id="=2+3")
+    result = _predict(model, folder, "--out", out, "--patient-ids", "--bom", "--json")
+    assert json.loads(result.stdout) == {
+        "out": str(out), "kind": "scores", "images": 3, "patients": 2, "rejected": 0,
+        "reasons": {}, "threshold": 0.5, "operating_point": None,
+    }  # fmt: skip
+    assert out.read_bytes().startswith(b"\xef\xbb\xbfSOPInstanceUID,file,patient,PatientID,")
+    with out.open(newline="", encoding="utf-8-sig") as file:
+        rows = {row["file"]: row for row in csv.DictReader(file)}
+    one, two, other = rows["a/1"], rows["a/2"], rows["'=b/1"]
+    assert one["patient"] == two["patient"] != other["patient"]
+    assert (one["PatientID"], other["PatientID"]) == ("P1", "'=2+3")
+    mean = (float(one["score_nodule"]) + float(two["score_nodule"])) / 2
+    assert mean != pytest.approx(float(one["score_nodule"]), abs=1e-4)
+    assert float(two["patient_score_nodule"]) == pytest.approx(mean, abs=2e-6)
+    assert one["patient_score_nodule"] == two["patient_score_nodule"]
+    assert other["patient_score_nodule"] == other["score_nodule"]
+    # The next file names nobody alike, and has no number unless one asks for it.
+    again = tmp_path / "t.csv"
+    assert "0 files" not in _predict(model, folder, "--out", again).stderr
+    assert one["patient"] not in again.read_text()
+    assert "P1" not in again.read_text()
+
+
+def test_files_that_cannot_be_used_are_listed_and_may_be_a_failure(
+    tmp_path: Path, model: Path
+) -> None:
+    folder = tmp_path / "images"
+    write_dicom(folder / "1")
+    write_dicom(folder / "ct", modality="CT")
+    (folder / "a\x1b[2J").write_text("x")
+    done = predict(model, folder, tmp_path / "s.csv", device="cpu")
+    assert done.rejected == {"a\x1b[2J": Reject.NOT_DICOM, "ct": Reject.MODALITY}
+    assert "[2J" not in repr(done)
+    result = _predict(
+        model, folder, "--out", tmp_path / "s.csv", "--overwrite", "--strict", "--list-rejected"
+    )
+    assert result.exit_code == 3
+    assert "Could not use 2 files:" in result.stderr
+    assert "  CLO-210  a\\x1b[2J\n  CLO-215  ct\n" in result.stderr
+
+
+def test_the_output_is_judged_before_an_image_is_read(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, real = tmp_path / "images", tmp_path / "model.safetensors"
+    write_dicom(folder / "1")
+    real.write_bytes(b"weights")
+    (tmp_path / "there.csv").write_text("mine")
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.setattr(prediction, "read_folder", lambda *_, **__: pytest.fail("read"))
+    for out, why in {
+        tmp_path / "there.csv": "exists already",
+        tmp_path / "none" / "s.csv": "There is no folder",
+        folder / "s.csv": "in the folder of the images",
+        tmp_path / "link" / "s.csv": "in the folder of the images",
+        real: "is the model itself",
+        tmp_path / "link": "not a regular file",
+        tmp_path / ("a" * 300): "cannot be written",
+    }.items():
+        with raises(OutputInTheWay, match=why):
+            predict(real, folder, out, device="cpu")
+    with raises(OutputInTheWay, match="is the model itself"):
+        predict(real, folder, real, device="cpu", overwrite=True)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        # Root may write anywhere.
+        patched.setattr(tempfile, "mkstemp", refuse)
+        with raises(OutputInTheWay, match="s.csv cannot be written. Permission denied"):
+            predict(real, folder, tmp_path / "s.csv", device="cpu")
+    assert (tmp_path / "there.csv").read_text() == "mine"
+    assert real.read_bytes() == b"weights"
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def _written(path: Path) -> None:
+    path.write_text("mine")
+
+
+def test_a_file_that_comes_meanwhile_is_kept(tmp_path: Path, model: Path) -> None:
+    folder, out = tmp_path / "images", tmp_path / "s.csv"
+    write_dicom(folder / "1")
+    with raises(OutputInTheWay, match="exists already"):
+        predict(model, folder, out, device="cpu", progress=lambda *_: _written(out))
+    assert out.read_text() == "mine"
+    assert predict(model, folder, out, device="cpu", overwrite=True).images == 1
+    assert out.read_text().startswith("SOPInstanceUID")
 
 
 def test_predict_failures_leave_no_file(tmp_path: Path, model: Path) -> None:
@@ -250,7 +363,18 @@ def test_predict_with_a_real_model(tmp_path: Path) -> None:
     write_dicom(tmp_path / "images" / "1")
     done = predict(path, tmp_path / "images", tmp_path / "s.csv", device="auto")
     assert done.images == 1
-    assert (tmp_path / "s.csv").read_text().startswith("SOPInstanceUID,score_normal,score_nodule")
+    assert (tmp_path / "s.csv").read_text().startswith("SOPInstanceUID,file,patient,score_normal,")
+    # The other class, at a threshold that every score reaches: called by the model's own point.
+    (tmp_path / "s.csv").unlink()
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    point = '{"class": "normal", "threshold": 0.01, "patients": 120}'
+    save_file(tensors, path, {**metadata, "operating_point": point})
+    result = _predict(path, tmp_path / "images", "--out", tmp_path / "s.csv")
+    assert "called normal at a mean score of 0.01 or more, else nodule. This" in result.stdout
+    assert "operating point was chosen on 120 patients of a hold-out." in result.stdout
+    assert (tmp_path / "s.csv").read_text().rstrip().endswith(",normal")
 
 
 def test_predict_with_a_pretrained_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,11 +401,11 @@ def test_predict_with_a_pretrained_model(tmp_path: Path, monkeypatch: pytest.Mon
     )
     predict(path, tmp_path / "images", tmp_path / "s.csv", device="cpu")
     with (tmp_path / "s.csv").open(newline="") as file:
-        row = list(csv.reader(file))[1]
+        row = next(csv.DictReader(file))
     with torch.no_grad():
         expected = torch.softmax(module(pixels_of(seen[0], [Bag(np.array([0]))])), dim=1)[0]
-    assert float(row[2]) == pytest.approx(float(expected[1]), abs=2e-6)
-    assert 0.001 < float(row[2]) < 0.999
+    assert float(row["score_nodule"]) == pytest.approx(float(expected[1]), abs=2e-6)
+    assert 0.001 < float(row["score_nodule"]) < 0.999
     (tmp_path / "s.csv").unlink()
     monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
     with raises(ExtraMissing, match=r"install.*pretrained"):

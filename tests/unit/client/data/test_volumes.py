@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from pydicom import dcmread
 
 from cloister_fl.client.data.cohort import Cohort, Patient
 from cloister_fl.client.data.file_cache.image_cache import Cache
@@ -477,17 +478,25 @@ def test_a_model_of_volumes_scores_series(tmp_path: Path) -> None:
     save_model(tmp_path / "model", STUDY, flatten(module), {})
     done = predict(tmp_path / "model", tmp_path / "dicom", tmp_path / "out.csv", device="cpu")
     assert (done.images, done.rejects) == (2, {Reject.VOLUME_INCOMPLETE: 1})
-    rows = list(csv.reader((tmp_path / "out.csv").read_text().splitlines()))
-    assert rows[0] == ["SeriesInstanceUID", "score_normal", "score_nodule"]
+    (rejected,) = done.rejected
+    rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    assert list(rows[0])[:5] == [
+        *("SeriesInstanceUID", "file", "patient", "score_normal", "score_nodule")
+    ]
     names = sorted(uid("series", "P1", name) for name in ("a", "b"))
-    assert [row[0] for row in rows[1:]] == names
+    assert [row["SeriesInstanceUID"] for row in rows] == names
+    assert len({row["patient"] for row in rows}) == done.patients == 1
     loaded, _ = load_model(tmp_path / "model")
-    for row in rows[1:]:
-        (name,) = [one for one in ("a", "b") if uid("series", "P1", one) == row[0]]
+    for row in rows:
+        series = row["SeriesInstanceUID"]
+        (name,) = [one for one in ("a", "b") if uid("series", "P1", one) == series]
+        assert rejected != row["file"]
+        assert dcmread(tmp_path / "dicom" / row["file"]).SeriesInstanceUID == series
         volume = alone(stored + np.uint16(ord(name)))
         cohort = Cohort(volume[None], (), {}, {}, {})
         scores = loaded(pixels_of(cohort, [Bag(np.array([0]))])).softmax(dim=1)[0]
-        assert [float(one) for one in row[1:]] == pytest.approx(scores.tolist(), abs=2e-6)
+        told = [float(row["score_normal"]), float(row["score_nodule"])]
+        assert told == pytest.approx(scores.tolist(), abs=2e-6)
 
 
 def test_augmentation_moves_all_slices_of_a_volume_alike() -> None:

@@ -156,6 +156,7 @@ def freeze(
     again: bool = False,
     why: str = "",
     progress: Callable[[int, int], None] | None = None,
+    looked: Callable[[Reading], None] = lambda reading: None,
 ) -> Manifest:
     """Freeze a study's data at a site, where all of them can be used.
 
@@ -165,6 +166,7 @@ def freeze(
         again: replace what was frozen.
         why: the steward's reason for that, one line.
         progress: called with (files done, files in all).
+        looked: called with what was read, before it is judged.
 
     Raises:
         OptionInvalid: it is frozen already, and ``again`` or a reason is missing.
@@ -179,6 +181,7 @@ def freeze(
 
     require_reason()
     reading = _read_tolerant(site, study, progress=progress)
+    looked(reading)
     require_sound(reading)
     require_decided(site, reading)
     with manifests.alone(site):

@@ -7,15 +7,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, assert_never
 
+from cloister_fl.client.data.label_joining import Linked, join, unmatched
 from cloister_fl.client.data.labels import (
     Label,
     Labels,
-    Linked,
-    join,
     read_labels,
     sound_labels,
     tolerant_labels,
-    unmatched,
 )
 from cloister_fl.client.data.mask_matching import Join
 from cloister_fl.client.data.sealed_labels import Cells

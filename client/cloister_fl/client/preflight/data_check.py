@@ -20,7 +20,7 @@ from cloister_fl.client.data.loading import read_cohort, read_for_check
 from cloister_fl.client.data.patients import other_ledgers
 from cloister_fl.client.data.patients.mapping import mapping_of
 from cloister_fl.client.data.patients.possible_matches import undecided_error
-from cloister_fl.client.data.reading import Reading
+from cloister_fl.client.data.reading import Reading, fault_as_dict
 from cloister_fl.client.data.tables.csv_file import lines as lines_of
 from cloister_fl.client.data.targets import UNLABELLED, faults_alone
 from cloister_fl.client.site.folder import Site, command_at
@@ -99,7 +99,7 @@ class DataReport:
         return self.reading.cohort if self.reading is not None else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what JSON can say: counts and words, no image."""
+        """Return what JSON can say: counts, words and ids, no image."""
         return {
             "site": self.site,
             "study": self.study,
@@ -122,9 +122,10 @@ class DataReport:
                 {"code": reason.value, "reason": reason.title, "count": count}
                 for reason, count in self.rejects.items()
             ],
-            "faults": [
-                {"code": fault.code, "title": fault.title, "message": str(fault)}
-                for fault in self.faults
+            "faults": [fault_as_dict(fault) for fault in self.faults],
+            "left_out": [
+                fault_as_dict(fault)
+                for fault in (() if self.reading is None else self.reading.left_out)
             ],
             "policy": list(self.policy),
         }

@@ -64,6 +64,7 @@ def test_report_of_sound_data(tmp_path: Path) -> None:
             {"code": "CLO-215", "reason": "modality not asked for by the study", "count": 1}
         ],
         "faults": [],
+        "left_out": [],
         "policy": [],
     }
     text = render(report)

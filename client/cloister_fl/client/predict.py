@@ -66,7 +66,8 @@ def predict(
     study's task: of a classification ``score_<class>``, probabilities that sum to 1. The rows are
     sorted by the first.
     A patient's score, which the figures of a run are measured on, is the mean over the rows of the
-    patient's images. For a ROC curve, read ``PatientID`` and the UID of each file with
+    patient's images; where the study labels examinations or images, that of each of these is.
+    For a ROC curve, read ``PatientID`` and the UID of each file with
     ``pydicom.dcmread(file, stop_before_pixels=True)``, take the mean of ``score_<class>`` by
     ``PatientID``, and give it with the classes of ``labels.csv`` to scikit-learn's roc_curve;
     the area is the AUROC of ``metrics.measure``.

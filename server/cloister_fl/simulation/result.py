@@ -137,7 +137,8 @@ class Result:
         summary: the object in ``summary.json``, whole. Its keys are stable: ``study``,
             ``study_hash``, ``run``; ``headline``, the name of the figure that is told first, and
             under its name with _initial, _final and _final_interval behind it that figure;
-            ``metrics_initial``, ``metrics_final``, ``strata``, what a patient's label may be;
+            ``metrics_initial``, ``metrics_final``, ``strata``, what a label may be, and ``unit``,
+            what has one;
             ``release``, the noised evaluation; ``privacy``, ``epsilon_max``,
             ``epsilon_per_site``, ``delta``; ``sites``, ``site_names``, ``refused``; ``rounds``,
             ``rounds_lost``, ``rounds_discarded``, ``seconds``; ``secure_aggregation``,

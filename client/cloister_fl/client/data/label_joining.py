@@ -1,23 +1,33 @@
 """Join of a labels file to the images: which row speaks for which, and all that does not fit.
 
-An image takes the row that names it most exactly. Messages name lines and pseudonyms, never a key.
+An image takes the row that names it most exactly. What has a label of its own, the unit, has one:
+rows that name it, or a part of it, must agree with each other and with what its images take; a row
+that names more than the unit speaks for an image that no other row names. Messages name lines and
+pseudonyms, never a key.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cloister_fl.client.data.label_mismatches import mismatches
+from cloister_fl.client.data.labelled_units import (
+    BREADTH,
+    BREADTH_OF_UNIT,
+    UnitKey,
+    unit_of,
+)
 from cloister_fl.client.data.labels import Key, Label, Labels, alternatives, invalid_rows
 from cloister_fl.client.data.tables.csv_file import SHOWN, Faults, lines
 from cloister_fl.client.dicom.folder_reader import Keys
 from cloister_fl.client.site.folder import command_at
 from cloister_fl.client.site.label_settings import KEY_COLUMNS, composed
-from cloister_fl.errors import DataError, LabelMissing, LabelWithoutImage
+from cloister_fl.errors import DataError, LabelMissing, LabelsAmbiguous, LabelWithoutImage
 from cloister_fl.system.text import counted, listed
+from cloister_fl.tasks import Unit
 
 
 @dataclass(frozen=True)
@@ -53,36 +63,44 @@ class Linked:
         return (
             ("SOPInstanceUID", composed(self.keys.sop_instance)),
             ("AccessionNumber", composed(self.keys.accession)),
+            ("StudyInstanceUID", composed(self.keys.study_instance)),
             *(("PatientID", composed(number)) for number in numbers),
         )
 
 
 def join(
-    labels: Labels, images: Sequence[Linked], root: Path | None = None, *, alone: bool = False
+    labels: Labels,
+    images: Sequence[Linked],
+    root: Path | None = None,
+    *,
+    alone: bool = False,
+    unit: Unit = "patient",
 ) -> tuple[list[Label | None], list[DataError]]:
     """Give each image its label, and list all that does not fit.
 
-    A row may speak for several images, never for several patients; a patient has one label. A
-    duplicate takes no label of its own, but a row that names it belongs to its patient.
+    A row may speak for several images, never for several patients; a unit has one label. A
+    duplicate takes no label of its own, but a row that names it belongs to its unit.
 
-    With ``alone`` a patient's label follows from the patient's images and the rows that name one
-    of them, whoever else they name: that a row is shared is told, and changes nobody's label.
+    With ``alone`` a unit's label follows from its patient's images and the rows that name one of
+    them, whoever else they name: that a row is shared is told, and changes nobody's label.
 
     Args:
         labels: the labels file, as read.
         images: the images to join it to.
         root: the site folder, for the commands of the remedies.
-        alone: give no label to a patient whose rows disagree.
+        alone: give no label to a unit whose rows disagree.
+        unit: ``Task.unit``.
 
     Returns:
         The row of each image, None where there is none; and the faults found, as errors that the
         caller may raise or list.
     """
+    units = [unit_of(unit, image.patient, image.keys) for image in images]
     patients_of: dict[Key, set[str]] = defaultdict(set)
-    rows_of_patient: dict[str, set[Label]] = defaultdict(set)
+    said: dict[UnitKey, set[Key]] = defaultdict(set)
     direct: list[Label | None] = []
     used: set[Key] = set()
-    for image in images:
+    for image, own in zip(images, units, strict=True):
         keys = [key for key in image.named_by if key in labels.rows]
         used.update(keys)
         if image.later:
@@ -90,57 +108,92 @@ def join(
         direct.append(labels.rows[keys[0]] if keys else None)
         for key in keys:
             patients_of[key].add(image.patient)
-            rows_of_patient[image.patient].add(labels.rows[key])
+        said[own].update(_binding(keys, unit))
+    torn = {
+        own: keys for own, keys in said.items() if len({labels.rows[key].value for key in keys}) > 1
+    }
+    errors = list(_contradictions(labels, images, units, patients_of, torn, unit))
+    inherited = {
+        own: label
+        for image, own, label in zip(images, units, direct, strict=True)
+        if image.duplicate and label is not None
+    }
+    # What rows for duplicates say; the twin that was kept may have no row.
+    found = [
+        label if label is not None else inherited.get(own)
+        for own, label in zip(units, direct, strict=True)
+    ]
+    errors += _unmatched(labels, images, found, used, root)
+    if alone:
+        found = [None if own in torn else label for own, label in zip(units, found, strict=True)]
+    return found, errors
+
+
+def _binding(keys: Sequence[Key], unit: Unit) -> Iterator[Key]:
+    """Of the rows that name an image, those that have a say in its unit's label: of the unit and
+    of its parts; else of the least that is named."""
+    least = min((BREADTH[column] for column, _ in keys), default=0)
+    most = max(least, BREADTH_OF_UNIT[unit])
+    return (key for key in keys if BREADTH[key[0]] <= most)
+
+
+def _contradictions(
+    labels: Labels,
+    images: Sequence[Linked],
+    units: Sequence[UnitKey],
+    patients_of: Mapping[Key, Collection[str]],
+    torn: Mapping[UnitKey, Collection[Key]],
+    unit: Unit,
+) -> Iterator[DataError]:
+    """Rows that several patients share, and units that have two labels."""
     shared = [key for key, patients in patients_of.items() if len(patients) > 1]
     faults: Faults = [
         (labels.rows[key].line, f"has a {key[0]} that several patients share") for key in shared
     ]
-    torn = {
-        patient: rows
-        for patient, rows in rows_of_patient.items()
-        if len({row.value for row in rows}) > 1
-    }
-    conflicts = sorted(sorted(row.line for row in rows) for rows in torn.values())
-    errors: list[DataError] = []
-    if faults or conflicts:
+    sharing = {patient for key in shared for patient in patients_of[key]}
+    of_patients = unit == "patient" and bool(torn)
+    told = _told(labels, torn, "patient", "classes") if of_patients else []
+    if faults or told:
         remedy = "Correct these lines: a patient has one class, and a row names one patient."
-        told = [f"{lines(found)} give one patient two classes." for found in conflicts]
-        named = {labels.rows[key].line: key[0] for key in patients_of}
-        concerned = {line for line, _ in faults}.union(*conflicts)
-        owners = set(torn).union(*(patients_of[key] for key in shared))
-        errors.append(
-            invalid_rows(faults, remedy, told, [(line, named[line]) for line in concerned]).about(
-                _ids(image for image in images if image.patient in owners),
-                [(line, named[line]) for line in concerned],
-            )
+        concerned = {*shared, *(key for keys in torn.values() for key in keys if of_patients)}
+        yield invalid_rows(faults, remedy, told).about(
+            _ids(
+                image
+                for image, own in zip(images, units, strict=True)
+                if image.patient in sharing or (of_patients and own in torn)
+            ),
+            _rows(labels, concerned),
         )
-    inherited = _from_duplicates(images, direct)
-    found = [
-        label if label is not None else inherited.get(image.patient)
-        for image, label in zip(images, direct, strict=True)
-    ]
-    errors += _unmatched(labels, images, found, used, root)
-    if alone:
-        found = [
-            None if image.patient in torn else label
-            for image, label in zip(images, found, strict=True)
-        ]
-    return found, errors
+    if torn and not of_patients:
+        concerned_images = [image for image, own in zip(images, units, strict=True) if own in torn]
+        lines_told = "".join(f"\n  {one}" for one in _told(labels, torn, unit, "labels")[:SHOWN])
+        more = f"\n  and {len(torn) - SHOWN} more." if len(torn) > SHOWN else ""
+        names = listed((image.ids[0] for image in concerned_images), SHOWN)
+        yield LabelsAmbiguous(
+            f"{counted(len(torn), f'{unit} has', f'{unit}s have')} two labels:{lines_told}{more}\n",
+            why=f"Ids of their images: {names}.",
+            remedy=f"Correct these lines: rows that name one {unit}, or a part of it, agree.",
+        ).about(
+            _ids(concerned_images),
+            _rows(labels, {key for keys in torn.values() for key in keys}),
+        )
+
+
+def _told(
+    labels: Labels, torn: Mapping[UnitKey, Collection[Key]], unit: Unit, what: str
+) -> list[str]:
+    conflicts = sorted(sorted(labels.rows[key].line for key in keys) for keys in torn.values())
+    return [f"{lines(found)} give one {unit} two {what}." for found in conflicts]
+
+
+def _rows(labels: Labels, keys: Iterable[Key]) -> Iterator[tuple[int, str]]:
+    return ((labels.rows[key].line, key[0]) for key in keys)
 
 
 def unmatched(labels: Labels, images: Sequence[Linked]) -> int:
     """How many rows belong to no image."""
     named = {key for image in images for key in image.named_by}
     return sum(key not in named for key in labels.rows)
-
-
-def _from_duplicates(images: Sequence[Linked], direct: Sequence[Label | None]) -> dict[str, Label]:
-    """Return what rows for duplicates say of their patients; the kept twin may have no row."""
-    return {
-        image.patient: label
-        for image, label in zip(images, direct, strict=True)
-        if image.duplicate and label is not None
-    }
 
 
 def _unmatched(

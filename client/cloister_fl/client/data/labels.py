@@ -1,7 +1,8 @@
 """Labels file of a site: a table kept by a person, read and checked; see ``label_joining``.
 
-A row is keyed by its SOPInstanceUID, else its AccessionNumber, else its PatientID: the first of
-these that it has, whatever other rows have. Faults name lines, never values, for a key is a
+A row is keyed by its SOPInstanceUID, else its AccessionNumber, else its StudyInstanceUID, else its
+PatientID: the first of these that it has, whatever other rows have (``label_settings`` has the
+order where patients are labelled). Faults name lines, never values, for a key is a
 patient's. Of the first line no cell is repeated, for it may be a patient's row: messages say how
 many columns it has, and which of them are called almost as they must be.
 """
@@ -26,7 +27,7 @@ from cloister_fl.client.data.tables.csv_file import (
     rows_of,
 )
 from cloister_fl.client.data.tables.spreadsheet import is_spreadsheet, rows_of_sheet
-from cloister_fl.client.site.label_settings import KEY_COLUMNS, LabelSettings, composed
+from cloister_fl.client.site.label_settings import KEY_COLUMNS, OF_PATIENTS, LabelSettings, composed
 from cloister_fl.errors import DataError, LabelsInvalid
 from cloister_fl.tasks import LabelsFile, Task
 
@@ -169,7 +170,8 @@ def _parsed(
 ) -> Labels:
     """Read the rows of a table below its header; those with a fault are left out, and listed."""
     header, wanted = found.cells, _wanted(task)
-    keyed = [name for name in KEY_COLUMNS if name in header]
+    order = OF_PATIENTS if task.unit == "patient" else KEY_COLUMNS
+    keyed = [name for name in order if name in header]
     if not keyed or any(header.count(name) != 1 for name in (*keyed, *wanted)):
         raise _header_invalid(header, keyed, wanted, task, settings)
     at_keys = [(name, header.index(name)) for name in keyed]
@@ -265,23 +267,7 @@ def _shown(columns: Sequence[str], task: Task) -> list[str]:
     return [name for name in (*KEY_COLUMNS, *columns) if bare(name) not in classes]
 
 
-def invalid_rows(
-    faults: Faults,
-    remedy: str,
-    conflicts: Sequence[str] = (),
-    rows: Iterable[tuple[int, str]] = (),
-) -> LabelsInvalid:
-    """Return the error that lists faults of lines, and sentences on lines that contradict.
-
-    Args:
-        faults: of single lines.
-        remedy: what to do.
-        conflicts: further sentences.
-        rows: the rows that these are about, see ``DataError``; those of ``faults`` go without
-            saying.
-    """
+def invalid_rows(faults: Faults, remedy: str, conflicts: Sequence[str] = ()) -> LabelsInvalid:
+    """Return the error that lists faults of lines, and sentences on lines that contradict."""
     error = LabelsInvalid(f"The labels file has {listing(faults, conflicts)}", remedy=remedy)
-    known = dict(rows)
-    return error.about(
-        rows=[*known.items(), *((line, "") for line, _ in faults if line not in known)]
-    )
+    return error.about(rows=[(line, "") for line, _ in faults])

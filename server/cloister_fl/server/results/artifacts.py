@@ -69,6 +69,7 @@ def summarise(study: Study, outcome: Outcome, *, seconds: float) -> dict[str, ob
         "run": state.run,
         "headline": study.task.headline,
         "strata": list(study.task.strata),
+        "unit": study.task.unit,
         **_headline(study.task.headline, first.metrics, last.metrics),
         "metrics_initial": first.metrics and first.metrics.to_json(),
         "metrics_final": last.metrics and last.metrics.to_json(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def _results(summary: Mapping[str, Any]) -> Table:
         first = before and before[headline]
         table.add_row(f"{_title(headline)} before training", _figure(first and first["value"]))
         _add(table, after, " after training")
-        table.add_row("Patients measured", _patients(after, summary["strata"]))
+        table.add_row("Patients measured", _patients(after, summary))
     release = summary["release"]
     if release is not None:
         noised = f" at {release['sites']} sites, noised"
@@ -47,7 +47,7 @@ def _results(summary: Mapping[str, Any]) -> Table:
             table.add_row(f"{_title(headline)}{noised}", "none")
         else:
             _add(table, release["metrics"], noised)
-            told = _patients(release["metrics"], summary["strata"])
+            told = _patients(release["metrics"], summary)
             table.add_row(f"Patients{noised}", told)
         table.add_row("Its epsilon, of the study's", f"{release['epsilon']:g}")
     if summary["epsilon_max"] is not None:
@@ -75,10 +75,12 @@ def _add(table: Table, metrics: Mapping[str, Any], where: str) -> None:
         table.add_row(f"{_title(name)}{where}", told)
 
 
-def _patients(metrics: Mapping[str, Any], strata: Sequence[str]) -> str:
-    """How many patients were measured, and how many of them have each label."""
-    pairs = zip(strata, metrics["class_counts"], strict=True)
-    return f"{metrics['patients']} ({', '.join(f'{name} {count}' for name, count in pairs)})"
+def _patients(metrics: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """How many patients were measured, and how many of them, or of their units, have each label."""
+    pairs = zip(summary["strata"], metrics["class_counts"], strict=True)
+    unit = summary.get("unit", "patient")
+    by = "" if unit == "patient" else f"by {unit}: "
+    return f"{metrics['patients']} ({by}{', '.join(f'{name} {count}' for name, count in pairs)})"
 
 
 def _title(name: str) -> str:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from cloister_fl.client.data.cohort import Unit, split, split_apart
+from cloister_fl.client.data.frozen_dataset import labels_of
 from cloister_fl.client.data.label_joining import Linked, join
-from cloister_fl.client.data.labels import Key, Label, Labels
+from cloister_fl.client.data.labels import Key, Label, Labels, read_labels
 from cloister_fl.client.data.loading import freeze, load_cohort, load_for_run, read_for_check
 from cloister_fl.client.dicom.folder_reader import Keys
 from cloister_fl.client.preflight.data_check import inspect, render
@@ -18,7 +19,9 @@ from cloister_fl.client.site.folder import Site, init_site, open_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.errors import LabelMissing, LabelsAmbiguous
 from cloister_fl.tasks import Unit as UnitName
+from cloister_fl.tasks.classification import Classification
 from support import studies
+from support.ct_series import phantom, write_series
 from support.dicom import radiograph, uid, write_dicom
 from support.errors import is_of, raises
 
@@ -111,6 +114,19 @@ def test_an_examination_is_one_patient_s() -> None:
     assert [error.code for error in errors] == ["CLO-206", "CLO-257"]
     alone, _ = join(labels, images[:1], unit="examination", alone=True)
     assert alone == found[:1]
+
+
+@pytest.mark.parametrize(
+    ("unit", "column"), [("patient", PATIENT), ("examination", STUDY), ("image", STUDY)]
+)
+def test_a_table_of_patients_may_name_the_study_beside(
+    tmp_path: Path, unit: UnitName, column: str
+) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("StudyInstanceUID,PatientID,finding\n9.1,P,yes\n,Q,no\n9.3,,no\n")
+    rows = read_labels(path, Classification("finding", ("no", "yes"), unit)).rows
+    first = "P" if column == PATIENT else "9.1"
+    assert list(rows) == [(column, first), (PATIENT, "Q"), (STUDY, "9.3")]
 
 
 # A site
@@ -239,6 +255,36 @@ def test_an_image_without_a_row_is_missing_one(tmp_path: Path) -> None:
     (fault,) = read_for_check(site, EXAMINATIONS).faults
     assert is_of(fault, LabelMissing)
     assert len(fault.images) == 2
+
+
+@pytest.mark.process
+def test_volumes_of_two_examinations_of_a_patient(tmp_path: Path) -> None:
+    """Each slice is frozen with the label of its own volume."""
+    rows = ["AccessionNumber,finding"]
+    for patient, labels in (("P1", (1, 0)), ("P2", (0,))):
+        for number, label in enumerate(labels):
+            accession = f"{patient}-{number}"
+            rows.append(f"{accession},{('normal', 'nodule')[label]}")
+            write_series(
+                tmp_path / "dicom" / accession, np.roll(phantom(), number, axis=2),
+                patient=patient, series=accession,
+                change={k: {"AccessionNumber": accession} for k in range(9)},
+            )  # fmt: skip
+    (tmp_path / "labels.csv").write_text("\n".join(rows) + "\n")
+    site = init_site(tmp_path, name="north", policy=Policy(patients_at_most=99, min_patients=1))
+    asked = studies.study(
+        input={"modalities": ["CT"], "dimensions": 3, "depth": 8, "spacing": 1.0, "size": 16},
+        network={"name": "small-cnn-3d"},
+        target={"unit": "examination"},
+    )
+    frozen = freeze(site, asked)
+    assert len(frozen.items) == 27
+    words = [cells[0] for cells in labels_of(site, frozen).values()]
+    assert (words.count("nodule"), words.count("normal")) == (9, 18)
+    cohort = load_for_run(site, asked)
+    found = sorted(tuple(sorted(u.label for u in one.units)) for one in cohort.patients)
+    assert found == [(0,), (0, 1)]
+    assert sorted(cohort.targets.tolist()) == [0, 0, 1]
 
 
 def test_units_of_a_patient_without_parts() -> None:

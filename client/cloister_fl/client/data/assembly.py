@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from cloister_fl.client.data.cohort import Cohort, Patient, Unit
-from cloister_fl.client.data.labelled_units import UnitKey, unit_of
+from cloister_fl.client.data.labels.labelled_units import UnitKey, unit_of
 from cloister_fl.client.data.targets import UNLABELLED, Targets
 from cloister_fl.client.dicom.folder_reader import Accepted
 from cloister_fl.errors import Reject

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from cloister_fl.client.data.file_cache.file_memory import memory_of
 from cloister_fl.client.data.frozen_dataset import Manifest, image_name
-from cloister_fl.client.data.label_joining import Linked
+from cloister_fl.client.data.labels.row_matching import Linked
 from cloister_fl.client.data.mask_matching import Join
 from cloister_fl.client.data.patients.possible_matches import Known
 from cloister_fl.client.data.patients.units import Units, keyed, normalised

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from cloister_fl.client.data.label_joining import Linked
+from cloister_fl.client.data.labels.row_matching import Linked
 from cloister_fl.client.data.tables.csv_file import SHOWN
 from cloister_fl.client.dicom.folder_reader import Accepted, Segmented
 from cloister_fl.client.dicom.geometry import numbers

@@ -7,15 +7,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, assert_never
 
-from cloister_fl.client.data.label_joining import Linked, join, unmatched
-from cloister_fl.client.data.labelled_units import UnitKey, unit_of
-from cloister_fl.client.data.labels import (
+from cloister_fl.client.data.labels.label_file import (
     Label,
     Labels,
     read_labels,
     sound_labels,
     tolerant_labels,
 )
+from cloister_fl.client.data.labels.labelled_units import UnitKey, unit_of
+from cloister_fl.client.data.labels.row_matching import Linked, join, unmatched
 from cloister_fl.client.data.mask_matching import Join
 from cloister_fl.client.data.sealed_labels import Cells
 from cloister_fl.client.dicom.folder_reader import Accepted

@@ -13,7 +13,7 @@ from cloister_fl.client.data import frozen_dataset as manifests
 from cloister_fl.client.data import labels as label_files
 from cloister_fl.client.data import loading
 from cloister_fl.client.data.cohort import Cohort
-from cloister_fl.client.data.labels import sound_labels
+from cloister_fl.client.data.labels.label_file import sound_labels
 from cloister_fl.client.data.loading import freeze, load_for_run, read_for_check
 from cloister_fl.client.dicom import read_ahead
 from cloister_fl.client.preflight import findings

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloister_fl.client.data.label_joining import Linked, join
-from cloister_fl.client.data.labels import Labels, read_labels, sound_labels
+from cloister_fl.client.data.labels.label_file import Labels, read_labels, sound_labels
+from cloister_fl.client.data.labels.row_matching import Linked, join
 from cloister_fl.client.dicom.folder_reader import Keys
 from cloister_fl.client.site.label_settings import LabelSettings, composed
 from cloister_fl.errors import DataError, LabelMissing, LabelsInvalid, LabelWithoutImage

@@ -10,8 +10,8 @@ import pytest
 
 from cloister_fl.client.data.cohort import Unit, split, split_apart
 from cloister_fl.client.data.frozen_dataset import labels_of
-from cloister_fl.client.data.label_joining import Linked, join
-from cloister_fl.client.data.labels import Key, Label, Labels, read_labels
+from cloister_fl.client.data.labels.label_file import Key, Label, Labels, read_labels
+from cloister_fl.client.data.labels.row_matching import Linked, join
 from cloister_fl.client.data.loading import freeze, load_cohort, load_for_run, read_for_check
 from cloister_fl.client.dicom.folder_reader import Keys
 from cloister_fl.client.preflight.data_check import inspect, render

@@ -1,4 +1,4 @@
-"""Labels file of a site: a table kept by a person, read and checked; see ``label_joining``.
+"""Labels file of a site: a table kept by a person, read and checked; see ``row_matching``.
 
 A row is keyed by its SOPInstanceUID, else its AccessionNumber, else its StudyInstanceUID, else its
 PatientID: the first of these that it has, whatever other rows have (``label_settings`` has the

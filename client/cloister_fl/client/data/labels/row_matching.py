@@ -13,14 +13,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cloister_fl.client.data.label_mismatches import mismatches
-from cloister_fl.client.data.labelled_units import (
+from cloister_fl.client.data.labels.label_file import Key, Label, Labels, alternatives, invalid_rows
+from cloister_fl.client.data.labels.labelled_units import (
     BREADTH,
     BREADTH_OF_UNIT,
     UnitKey,
     unit_of,
 )
-from cloister_fl.client.data.labels import Key, Label, Labels, alternatives, invalid_rows
+from cloister_fl.client.data.labels.mismatches import mismatches
 from cloister_fl.client.data.tables.csv_file import SHOWN, Faults, lines
 from cloister_fl.client.dicom.folder_reader import Keys
 from cloister_fl.client.site.folder import command_at

@@ -218,6 +218,18 @@ def test_a_site_counts_patients_and_not_examinations(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
+def test_whoever_has_too_many_units_to_be_counted_is_told(tmp_path: Path) -> None:
+    site = _site(tmp_path, {0: (0, 1) * 4 + (1,), 1: (0, 1)})
+    told = "1 patient has more than 16 images"
+    images = {"target": {"unit": "image"}}
+    measured = studies.study(**images, evaluation={"release_epsilon": 1.0})
+    assert any(told in one for one in inspect(site, measured).remarks)
+    # Nobody is counted where nothing is released, and nine examinations are few enough.
+    assert not any(told in one for one in inspect(site, studies.study(**images)).remarks)
+    assert not any("more than 16" in one for one in inspect(site, OPEN).remarks)
+
+
+@pytest.mark.process
 def test_ambiguous_examinations_are_refused_or_left_out(tmp_path: Path) -> None:
     site = _site(tmp_path)
     instance = uid("instance", "MRN3", "x")

@@ -35,9 +35,10 @@ from cloister_fl.server.rounds.run import Outcome, Run
 from cloister_fl.study.cost import study_epsilon
 from cloister_fl.study.initial_model import bind
 from cloister_fl.study.schema import Study
-from cloister_fl.tasks.divided_holdout import Holdout, HoldoutPatient
+from cloister_fl.tasks.divided_holdout import Holdout
 from support import studies
 from support.errors import raises
+from support.holdouts import holdout_patients
 
 Answer = Callable[[str, TrainTask], RoundMessage]
 
@@ -287,7 +288,7 @@ def test_the_moving_average_is_measured_released_and_kept_over_a_crash(tmp_path:
         measured.append(model)
         return np.full((2, 2), 0.5)
 
-    patients = tuple(HoldoutPatient(f"p{label}", label, 1, str(label)) for label in range(2))
+    patients = holdout_patients(range(2))
     holdout = Holdout(study.task, patients, score)
     sites = Sites({"a": _add(1.0), "b": _add(1.0)})
     state = _run(sites, study, tmp_path, resume=True, holdout=holdout).state
@@ -373,7 +374,7 @@ def test_messages_are_copied_so_no_side_sees_the_other(tmp_path: Path) -> None:
 
 def _right(study: Study, *share: float) -> Holdout:
     """A hold-out on which the model of round i ranks this share of the pairs rightly."""
-    patients = tuple(HoldoutPatient(f"p{i}", i % 2, 1, str(i)) for i in range(40))
+    patients = holdout_patients(place % 2 for place in range(40))
     calls = iter((0.5, *share))
 
     def score(model: np.ndarray) -> np.ndarray:

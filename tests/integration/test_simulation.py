@@ -22,8 +22,17 @@ from cloister_fl.server.results.artifacts import CHANCE
 from cloister_fl.server.results.run_verification import verify_run
 from cloister_fl.server.rounds.checkpoint import Checkpoints
 from cloister_fl.simulation.simulated_run import Simulation, run_simulation, site_name
+from support.dicom import write_dicom
 from support.errors import raises
-from support.federations import NAMES, approve, study, with_engine, write_cohort, write_federation
+from support.federations import (
+    NAMES,
+    approve,
+    picture,
+    study,
+    with_engine,
+    write_cohort,
+    write_federation,
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +89,51 @@ def test_a_private_run_leaves_a_model_and_an_honest_summary(folders: Path, tmp_p
         assert 3 * 4 * size < count < 3 * (4 * size + 3000)
     assert [row["round"] for row in rows] == [0, 1, 2, 3]
     assert "Each update was masked" in (out / "report.html").read_text()
+
+
+def _examinations(folder: Path, rng: np.random.Generator, prefix: str, patients: int) -> None:
+    """Patients with two examinations each: without the finding, and with it."""
+    rows = ["AccessionNumber,finding"]
+    for number, label in ((number, label) for number in range(patients) for label in (0, 1)):
+        accession = f"{prefix}{number}-{label}"
+        rows.append(f"{accession},{('no', 'yes')[label]}")
+        write_dicom(
+            folder / "dicom" / f"{accession}.dcm", picture(rng, label), bits_stored=12,
+            patient_id=f"{prefix}{number}", elements={"AccessionNumber": accession},
+        )  # fmt: skip
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
+
+
+@pytest.mark.parametrize("private", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_examinations_of_one_patient_have_labels_of_their_own(
+    tmp_path: Path, private: bool
+) -> None:
+    rng = np.random.default_rng(7)
+    for place, name in enumerate(NAMES[:2]):
+        _examinations(tmp_path / "sites" / name, rng, f"S{place}-", 12)
+    _examinations(tmp_path / "holdout", rng, "H", 10)
+    asked = study(
+        target={"unit": "examination"},
+        training={"rounds": 2, "sampling_rate": 1.0, "learning_rate": 1.0},
+        privacy={"epsilon": 100.0} if private else {"enabled": False},
+        aggregation={"secure": False, "min_sites": 2},
+        evaluation={"site_fraction": 0.5, **({"release_epsilon": 60.0} if private else {})},
+    )
+    out = tmp_path / "run"
+    holdout = tmp_path / "holdout" if private else None
+    summary = run_simulation(Simulation(asked, tmp_path / "sites", out, holdout=holdout))
+    assert summary["unit"] == "examination"
+    measured = summary["metrics_final"]
+    assert measured["auroc"]["value"] > 0.9
+    if private:
+        # On the hold-out units are counted, and patients drawn.
+        assert (measured["patients"], measured["class_counts"]) == (10, [10, 10])
+        release = summary["release"]["metrics"]
+        assert 3 <= release["patients"] <= 21
+        assert "Each examination has a label of its own" in (out / "report.html").read_text()
+    else:
+        # Sites count patients: half of twelve at each, all with both classes.
+        assert (measured["patients"], measured["class_counts"]) == (12, [6, 6])
 
 
 @pytest.mark.slow

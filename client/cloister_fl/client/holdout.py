@@ -20,7 +20,7 @@ from cloister_fl.networks import flat_parameters
 from cloister_fl.protocol.round_messages import Vector
 from cloister_fl.study import study_network
 from cloister_fl.study.schema import Study
-from cloister_fl.tasks.divided_holdout import Holdout, HoldoutPatient
+from cloister_fl.tasks.divided_holdout import Holdout, HoldoutPatient, HoldoutUnit
 
 if TYPE_CHECKING:
     from cloister_fl.tasks.task import Floats
@@ -72,4 +72,5 @@ def read_holdout(study: Study, folder: Path, out: Path) -> Holdout:
 def _patient(one: Patient) -> HoldoutPatient:
     """Named by a hash of the images, so that two runs call a patient the same."""
     name = hashlib.sha256(_NAME_LABEL + one.mark.encode()).hexdigest()[:16]
-    return HoldoutPatient(name, one.label, len(one.images), one.mark)
+    units = tuple(HoldoutUnit(unit.label, len(unit.images)) for unit in one.units)
+    return HoldoutPatient(name, one.label, units, one.mark)

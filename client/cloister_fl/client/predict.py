@@ -100,7 +100,8 @@ def predict(
     the folder, of a volume its first slice's; ``patient``, a pseudonym that holds within this file
     alone; those of the study's task, of a classification ``score_<class>``, probabilities that sum
     to 1; the same as ``patient_score_<class>``, the means over the patient's rows, which the
-    figures of a run are measured on; and, of a classification, ``patient_call``: the class that
+    figures of a run are measured on, but where the study labels examinations or images, whose own
+    means they are measured on; and, of a classification, ``patient_call``: the class that
     the patient is called, at the operating point of the model where it has one, else at 0.5, of
     more than two classes the one with the highest mean. The rows are sorted by the first column.
     For a ROC curve, take one row of each patient, with ``PatientID`` (``patient_ids``), and give

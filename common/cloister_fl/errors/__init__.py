@@ -26,7 +26,8 @@
     │   ├── FetchUnfinished        CLO-253
     │   ├── PatientsUndecided      CLO-254
     │   ├── PatientsFileInvalid    CLO-255
-    │   └── TooMuchLeftOut         CLO-256
+    │   ├── TooMuchLeftOut         CLO-256
+    │   └── LabelsAmbiguous        CLO-257
     ├── PrivacyError               3xx, exit 4: the ledger, the budget, the site's policy
     │   ├── BudgetExhausted        CLO-301
     │   ├── LedgerDamaged          CLO-302

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Self, TypeVar, overload
 
@@ -101,10 +102,29 @@ class InputError(CloisterError):
 
 
 class DataError(CloisterError):
-    """The images or labels of a site cannot be used."""
+    """The images or labels of a site cannot be used.
+
+    Attributes:
+        images: all that it is about, as the ids of an image and of its patient, 12 hexadecimal
+            digits each; of a segmentation, the id of its file, and nothing. Only the site can
+            resolve them.
+        rows: all rows of the labels file that it is about: line, 1-based, and the name of the
+            column that the row is keyed by, empty where it has no key.
+    """
 
     title = "The site's data cannot be used"
     exit_status = 3
+    images: tuple[tuple[str, str], ...] = ()
+    rows: tuple[tuple[int, str], ...] = ()
+
+    def about(
+        self,
+        images: Iterable[tuple[str, str]] = (),
+        rows: Iterable[tuple[int, str]] = (),
+    ) -> Self:
+        """Say what it is about, all of it; the message lists the first few."""
+        self.images, self.rows = tuple(images), tuple(sorted(set(rows)))
+        return self
 
 
 class PrivacyError(CloisterError):

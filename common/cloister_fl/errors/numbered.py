@@ -97,6 +97,7 @@ class PatientsFileInvalid(DataError):
 
 
 TooMuchLeftOut = ErrorKind(DataError, "CLO-256", "Too much of the data would be left out")
+LabelsAmbiguous = ErrorKind(DataError, "CLO-257", "An examination or an image has two labels")
 
 
 class BudgetExhausted(PrivacyError):

@@ -1,9 +1,11 @@
 """Classification metrics: AUROC, AUPRC and balanced accuracy, with intervals.
 
-The unit is the patient, never the image: a patient with thirty images counts once, and the
-interval speaks of new patients. Intervals hold 95 % and come from a stratified bootstrap over
-patients (each class keeps its size; percentiles, widened where needed to hold the value). The
-resamples are drawn from a fixed seed, so the same figures give the same interval everywhere.
+The unit is the patient, unless examinations or images have labels of their own: a patient with
+thirty images counts once, and the interval speaks of new patients. Intervals hold 95 % and come
+from a stratified bootstrap over patients (each class keeps its size; percentiles, widened where
+needed to hold the value), where patients have several units too: a patient is drawn with all of
+them (Davison and Hinkley 1997, 3.8). The resamples are drawn from a fixed seed, so the same figures
+give the same interval everywhere.
 A model that separates all patients at hand has an interval of width 0; that is the method's
 blind spot with few patients, not certainty.
 
@@ -53,8 +55,8 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 
-def measure(labels: ArrayLike, probs: ArrayLike) -> Metrics:
-    """Measure patients' probabilities against their labels.
+def measure(labels: ArrayLike, probs: ArrayLike, patients: ArrayLike | None = None) -> Metrics:
+    """Measure probabilities of patients, or of patients' examinations or images, against labels.
 
     A patient's probabilities are the mean over the patient's images; that is what the figures of a
     run are measured on.
@@ -64,8 +66,15 @@ def measure(labels: ArrayLike, probs: ArrayLike) -> Metrics:
     called, the first of equals.
 
     Args:
-        labels: (P,) class of each patient, 0 to K - 1.
+        labels: (P,) class of each patient, or of another unit, 0 to K - 1.
         probs: (P, K) probabilities, K >= 2.
+        patients: (P,) whole numbers, equal for units of one patient; None where each is a patient
+            of its own. All units count alike. In a resample, patients who have the same set of
+            classes stand for each other, so each class stays there; a set that one patient alone
+            has makes intervals a little too narrow.
+
+    Returns:
+        Figures; how many patients there are, and how many units have each class.
 
     Raises:
         MetricsInputInvalid: wrong shapes, a label or a probability out of range, or not finite.
@@ -78,25 +87,40 @@ def measure(labels: ArrayLike, probs: ArrayLike) -> Metrics:
     if len(truth) and int(truth.max()) >= classes:
         raise MetricsInputInvalid("a label names a class that probs has no column for.")
     counts = np.bincount(truth, minlength=classes)
+    owners, total = None, len(truth)
+    if patients is not None:
+        owners = _indices(patients, "patients")
+        if len(owners) != len(truth):
+            raise MetricsInputInvalid("labels and patients differ in length.")
+        owners = np.unique(owners, return_inverse=True)[1]
+        total = int(owners.max()) + 1 if len(owners) else 0
     if classes == 2:
         measured, called = [1], (scores[:, 1] >= 0.5).astype(np.int64)
     else:
         measured, called = list(range(classes)), np.argmax(scores, axis=1)
     if np.any(counts == 0):
-        return _unmeasured(len(truth), counts)
+        return _unmeasured(total, counts)
 
     curves = [Curve(scores[:, k], truth == k) for k in measured]
     right = called == truth
 
     def figures(weights: Floats) -> Floats:
         of_curves = np.mean([curve.figures(weights) for curve in curves], axis=0)
-        recalls = [weights[:, truth == k] @ right[truth == k] / counts[k] for k in range(classes)]
+        of_class = [(weights[:, truth == k], right[truth == k]) for k in range(classes)]
+        recalls = [theirs @ hit / theirs.sum(axis=1) for theirs, hit in of_class]
         return np.concatenate([of_curves, np.mean(recalls, axis=0)[None]])
 
     value = figures(np.ones((1, len(truth))))[:, 0]
-    drawn = _resampled(figures, lambda rng, rows: _patients(rng, rows, truth, counts), len(truth))
+
+    def draw(rng: np.random.Generator, rows: int) -> Floats:
+        if owners is None:
+            return _patients(rng, rows, truth, counts)
+        strata = _alike(owners, truth, classes)
+        return _patients(rng, rows, strata, np.bincount(strata))[:, owners]
+
+    drawn = _resampled(figures, draw, len(truth))
     found = {name: _estimate(value[i], drawn[i]) for i, name in enumerate(of_classes())}
-    return Metrics(found, len(truth), _as_counts(counts))
+    return Metrics(found, total, _as_counts(counts))
 
 
 def histogram(
@@ -246,6 +270,16 @@ def _patients(rng: np.random.Generator, rows: int, truth: Integers, counts: Inte
             rows, size
         )
     return weights
+
+
+def _alike(owners: Integers, truth: Integers, classes: int) -> Integers:
+    """The stratum of each patient, from 0 without a gap: alike are those whose units have the same
+    set of classes. Those of one class come first, in the order of the classes."""
+    has = np.zeros((int(owners.max()) + 1, classes), np.int64)
+    has[owners, truth] = 1
+    sets = [tuple(np.flatnonzero(row).tolist()) for row in has]
+    order = {one: place for place, one in enumerate(sorted(set(sets), key=lambda s: (len(s), s)))}
+    return np.array([order[one] for one in sets], np.int64)
 
 
 def _estimate(value: float, drawn: Floats) -> Estimate:

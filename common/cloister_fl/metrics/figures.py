@@ -91,7 +91,9 @@ class Metrics:
         figures: by name, those that the task has; ``None`` where a figure is not
             defined, such as the AUROC where a class has no patient.
         patients: number of patients measured.
-        class_counts: patients of each label, in the order of the task's ``strata``.
+        class_counts: patients of each label, in the order of the task's ``strata``; where other
+            units have labels of their own, units. Where sites count, a patient counts once in
+            all.
         images: number of images that they were measured by; 0 where it is not known, as of counts.
     """
 

@@ -195,7 +195,8 @@ class EvaluateTask(Task):
 class Evaluated(RoundMessage):
     """Site to server: score histograms, patients counted; only without secure aggregation.
 
-    In a noised evaluation they are in units of ``cost.UNITS`` to a patient, and may be negative.
+    In a noised evaluation they are in units of ``cost.UNITS`` to a patient, and may be negative; so
+    are exact ones where examinations or images have labels (``cost.open_units``).
 
     ``counts`` is flat: (curves, 2, bins), the patients without and with a class, by its score;
     one curve for a binary target (the second class), else one a class.

@@ -23,7 +23,8 @@ SUMS_A_ROUND = 2
 """A round's sums have numbers of their own: a multiple of this for its updates, one more for its
 histograms."""
 COUNT_BOUND = 2.0**19
-"""Most patients in one bin of a site's histogram; whole numbers up to it are summed exactly."""
+"""Most that one bin of a site's histogram holds, in patients, or parts of them (``cost.UNITS``);
+whole numbers up to it are summed exactly."""
 
 
 def update_session(
@@ -58,7 +59,8 @@ def histogram_session(
 ) -> Session:
     """The sum of the score histograms of the model after a round; patients count alike.
 
-    A noised histogram is in units of ``cost.UNITS`` to a patient, and cut to the bound.
+    A noised histogram is in units of ``cost.UNITS`` to a patient, and cut to the bound; an exact
+    one is in ``cost.open_units``.
     """
     return Session(
         round=SUMS_A_ROUND * round_number + 1,

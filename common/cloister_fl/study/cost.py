@@ -25,6 +25,15 @@ UNITS = 16
 """Whole numbers to one patient in one curve of a noised histogram; a finer grid for the noise."""
 
 
+def open_units(study: Study) -> int:
+    """Whole numbers to one patient in one curve of exact counts, of a study without privacy.
+
+    1 where patients have labels, else ``UNITS``, as in noised counts: a patient with n units of
+    ``Task.unit`` adds floor(UNITS / n) for each, in all one patient at most.
+    """
+    return 1 if study.task.unit == "patient" else UNITS
+
+
 @dataclass(frozen=True)
 class Charges:
     """The mechanisms of a study.

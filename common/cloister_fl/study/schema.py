@@ -325,6 +325,8 @@ class Study(ShownModel):
             raise KeyedValueError(
                 "kind", f"cannot be '{target.kind}' for input.dimensions = {given.dimensions}."
             )
+        if given is not None and given.dimensions == 3 and target.task.unit == "image":
+            raise KeyedValueError("unit", "cannot be 'image' for input.dimensions = 3.")
         return target
 
     @field_validator("evaluation")

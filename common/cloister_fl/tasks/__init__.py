@@ -7,6 +7,6 @@ asks whether there is a mask or a class.
 from __future__ import annotations
 
 from cloister_fl.tasks.kinds import KINDS, read_target
-from cloister_fl.tasks.task import LabelsFile, Segmentations, Target, Task
+from cloister_fl.tasks.task import LabelsFile, Segmentations, Target, Task, Unit
 
-__all__ = ["KINDS", "LabelsFile", "Segmentations", "Target", "Task", "read_target"]
+__all__ = ["KINDS", "LabelsFile", "Segmentations", "Target", "Task", "Unit", "read_target"]

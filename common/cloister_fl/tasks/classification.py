@@ -1,4 +1,4 @@
-"""Classification: each patient has one of K classes, which stands in the labels file."""
+"""Classification: each patient, examination or image has one of K classes of the labels file."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
 from cloister_fl.networks.spec import Answers
-from cloister_fl.tasks.task import LabelsFile, Source, Target, Task, bin_of
+from cloister_fl.tasks.task import LabelsFile, Source, Target, Task, Unit, bin_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,28 +48,42 @@ class ClassificationTarget(Target):
     column: Annotated[str, Field(min_length=1, max_length=128)]
     classes: Annotated[Words, Field(min_length=2, max_length=64)]
     """The first class is the reference ("negative") of a binary target."""
+    unit: Unit = "patient"
+    """What has a class of its own, and is measured: a patient; an examination, which is what has
+    one Accession Number, or one Study Instance UID where there is none; or an image. The unit of
+    privacy is the patient, always."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Studies from before the key keep their hash, and so do those that say the default.
+        told: dict[str, Any] = handler(self)
+        if told.get("unit") == "patient":
+            del told["unit"]
+        return told
 
     @property
     def task(self) -> Classification:
-        return Classification(self.column, self.classes)
+        return Classification(self.column, self.classes, self.unit)
 
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """One class a patient.
+    """One class a unit, which is a patient unless the study says another.
 
-    Targets are int64 (N,), the index of each image's class. A patient's row is the mean
-    probability of each class over the images, (K,). Counted are score histograms, one curve for a
+    Targets are int64 (N,), the index of each image's class. A unit's row is the mean
+    probability of each class over its images, (K,). Counted are score histograms, one curve for a
     binary target (of the second class), else one a class against the rest: (curves, 2, bins), the
-    patients without and with the class, by score.
+    units without and with the class, by score.
 
     Attributes:
         column: of the labels file.
         classes: K names, two or more.
+        labelled: what has a class of its own.
     """
 
     column: str
     classes: tuple[str, ...]
+    labelled: Unit = "patient"
 
     kind: ClassVar[str] = "classification"
     dimensions: ClassVar[frozenset[int]] = frozenset((2, 3))
@@ -82,6 +96,10 @@ class Classification(Task):
         from cloister_fl.metrics.figures import of_classes
 
         return of_classes()
+
+    @property
+    def unit(self) -> Unit:
+        return self.labelled
 
     @property
     def source(self) -> Source:
@@ -97,7 +115,8 @@ class Classification(Task):
 
     @property
     def described(self) -> str:
-        return f"label '{self.column}' ({', '.join(self.classes)})"
+        whose = "" if self.unit == "patient" else f" of each {self.unit}"
+        return f"label '{self.column}'{whose} ({', '.join(self.classes)})"
 
     def record(self, cells: Sequence[str]) -> Hashable:
         for index, name in enumerate(self.classes):
@@ -110,7 +129,8 @@ class Classification(Task):
         return f"Classes are: {', '.join(self.classes)}."
 
     def label(self, records: Sequence[Any]) -> int:
-        return int(records[0])
+        # Those of a unit are equal. Of a patient with several units, the class named last.
+        return int(max(records))
 
     def stack(self, records: Sequence[Any]) -> NDArray[Any]:
         import numpy as np
@@ -158,6 +178,11 @@ class Classification(Task):
 
         return measure(labels, rows)
 
+    def measure_units(self, labels: Integers, rows: Floats, patients: Integers) -> Metrics:
+        from cloister_fl.metrics.classification import measure
+
+        return measure(labels, rows, patients)
+
     @property
     def _counted(self) -> tuple[int, ...]:
         """The classes that have a curve."""
@@ -176,11 +201,12 @@ class Classification(Task):
 
     @property
     def sensitivity(self) -> float | None:
-        """A patient counts 1 in one cell of each curve: sqrt(curves) in L2."""
+        """A unit counts 1 in one cell of each curve: sqrt(curves) in L2."""
         return math.sqrt(len(self._counted))
 
     def measure_counts(self, counts: NDArray[Any], noise: float = 0.0) -> Metrics:
-        if noise > 0:
+        if noise > 0 or self.unit != "patient":
+            # Parts of patients are no whole numbers.
             from cloister_fl.metrics.noisy import measure_noised
 
             return measure_noised(counts, noise)
@@ -200,9 +226,9 @@ class Classification(Task):
         from cloister_fl.metrics.figures import CALLED_TOLD
 
         return (
-            "AUROC: chance of ranking a pair of patients rightly. Average precision: mean "
+            f"AUROC: chance of ranking a pair of {self.unit}s rightly. Average precision: mean "
             "precision over all recalls; compare it with the share of the class among the "
-            "patients. Balanced accuracy: mean share of patients called rightly, over the "
+            f"{self.unit}s. Balanced accuracy: mean share of {self.unit}s called rightly, over the "
             f"classes; {CALLED_TOLD}"
         )
 
@@ -217,7 +243,7 @@ class Classification(Task):
                 "0.5 is a coin's, 1 is perfect."
             )
         return (
-            f"Take two patients at random, one whose label is “{self.classes[1]}” and one whose "
-            f"label is “{self.classes[0]}”: the model ranks them rightly about "
+            f"Take two {self.unit}s at random, one whose label is “{self.classes[1]}” and one "
+            f"whose label is “{self.classes[0]}”: the model ranks them rightly about "
             f"{round(100 * value)} times in 100. A coin would do so 50 times."
         )

@@ -22,9 +22,22 @@ if TYPE_CHECKING:
     from cloister_fl.tasks.task import Floats, Integers
 
     Scoring: TypeAlias = Callable[[NDArray[np.float32]], Floats]
-    """From a flat model, (D,), to ``Task.row`` of each patient, (P, R)."""
+    """From a flat model, (D,), to ``Task.row`` of each unit, (U, R)."""
 
 _LABEL = b"cloister/holdout/v1\0"
+
+
+@dataclass(frozen=True)
+class HoldoutUnit:
+    """What has a label of its own, see ``Task.unit``: the patient, an examination or an image.
+
+    Attributes:
+        label: index into ``Task.strata``.
+        images: how many were measured.
+    """
+
+    label: int
+    images: int
 
 
 @dataclass(frozen=True)
@@ -33,8 +46,8 @@ class HoldoutPatient:
 
     Attributes:
         name: what the patient is called in a table of scores; no number of a hospital.
-        label: index into ``Task.strata``.
-        images: how many were measured.
+        label: index into ``Task.strata``, by which patients are divided.
+        units: one or more; the patient alone unless the study says another.
         mark: what is hashed to divide the patients: a function of the patient's images.
         groups: by kind, such as the sex, what the patient's images say; empty where they do
             not.
@@ -42,14 +55,14 @@ class HoldoutPatient:
 
     name: str
     label: int
-    images: int
+    units: tuple[HoldoutUnit, ...]
     mark: str
     groups: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Part:
-    """How many patients and images were measured, and how many of them have each label."""
+    """How many patients and images were measured, and how many units have each label."""
 
     patients: int
     images: int
@@ -76,7 +89,7 @@ class Holdout:
     Attributes:
         task: what is measured.
         patients: P of them.
-        score: see ``Scoring``; rows in the order of ``patients``.
+        score: see ``Scoring``; rows in the order of ``patients``, of each in that of its units.
         selecting: of each patient, whether it helps to choose; nobody where the hold-out is not
             divided.
     """
@@ -96,28 +109,45 @@ class Holdout:
 
     @property
     def labels(self) -> Integers:
-        """Of each patient, (P,)."""
+        """Of each unit, (U,)."""
         import numpy as np
 
-        return np.array([one.label for one in self.patients], np.int64)
+        return np.array([unit.label for one in self.patients for unit in one.units], np.int64)
+
+    @property
+    def owners(self) -> Integers:
+        """Index of the patient of each unit, (U,)."""
+        import numpy as np
+
+        counts = [len(one.units) for one in self.patients]
+        return np.repeat(np.arange(len(counts), dtype=np.int64), counts)
 
     def places(self, *, selecting: bool) -> Integers:
-        """Indices of the patients of a part."""
+        """Indices of the units of a part; a patient is in one part with all of them."""
         import numpy as np
 
-        return np.flatnonzero(np.asarray(self.selecting, bool) == selecting)
+        return np.flatnonzero(np.asarray(self.selecting, bool)[self.owners] == selecting)
 
     def measure(self, model: NDArray[np.float32]) -> Measurement:
         """Measure a flat model, (D,), on each part."""
         rows = self.score(model)
-        reported = self._measure(rows, self.places(selecting=False))
+        reported = self.measured(rows, self.places(selecting=False))
         if not self.is_divided:
             return Measurement(reported)
-        return Measurement(reported, self._measure(rows, self.places(selecting=True)))
+        return Measurement(reported, self.measured(rows, self.places(selecting=True)))
 
-    def _measure(self, rows: Floats, places: Integers) -> Metrics:
-        images = sum(self.patients[place].images for place in places)
-        return replace(self.task.measure(self.labels[places], rows[places]), images=images)
+    def measured(self, rows: Floats, places: Integers) -> Metrics:
+        """The figures of some units, from the rows of all; intervals go by patient."""
+        labels, owners, seen = self.labels[places], self.owners[places], rows[places]
+        if self.task.unit == "patient":
+            found = self.task.measure(labels, seen)
+        else:
+            found = self.task.measure_units(labels, seen, owners)
+        return replace(found, images=self._images(places))
+
+    def _images(self, places: Integers) -> int:
+        every = [unit.images for one in self.patients for unit in one.units]
+        return sum(every[place] for place in places)
 
     def part(self, *, selecting: bool) -> Part:
         """How many patients a part has."""
@@ -125,8 +155,8 @@ class Holdout:
 
         places = self.places(selecting=selecting)
         counts = np.bincount(self.labels[places], minlength=len(self.task.strata))
-        images = sum(self.patients[place].images for place in places)
-        return Part(len(places), images, tuple(int(count) for count in counts))
+        patients = len(np.unique(self.owners[places]))
+        return Part(patients, self._images(places), tuple(int(count) for count in counts))
 
 
 def division(patients: Sequence[HoldoutPatient]) -> tuple[bool, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, get_args
 
 from cloister_fl.networks.spec import Answers
 from cloister_fl.system.toml import VariantModel
@@ -48,6 +48,10 @@ class Segmentations:
 
 Source: TypeAlias = LabelsFile | Segmentations
 """Where a site finds the targets of its images."""
+
+
+Unit: TypeAlias = Literal["patient", "examination", "image"]
+"""What has a label of its own and is measured. The unit of privacy is the patient, always."""
 
 
 DEFAULT_KIND = "classification"
@@ -109,6 +113,11 @@ class Task(Protocol):
         """Name of the figure that is told first."""
         return self.figures[0]
 
+    @property
+    def unit(self) -> Unit:
+        """What has a label of its own: rows, labels and counts are of such units."""
+        return "patient"
+
     # What a site reads.
 
     @property
@@ -164,7 +173,8 @@ class Task(Protocol):
 
     @abstractmethod
     def label(self, records: Sequence[Any]) -> int:
-        """The label of a patient, from the records of all the patient's images, one or more."""
+        """The label of a unit, from the records of all its images, one or more. Of a patient with
+        several units it is what ``data.cohort.split`` divides patients by."""
 
     @abstractmethod
     def stack(self, records: Sequence[Any]) -> NDArray[Any]:
@@ -217,6 +227,17 @@ class Task(Protocol):
     @abstractmethod
     def measure(self, labels: Integers, rows: Floats) -> Metrics:
         """Measure patients exactly: labels (P,) and rows (P, R)."""
+
+    def measure_units(self, labels: Integers, rows: Floats, patients: Integers) -> Metrics:
+        """Measure units exactly, with intervals by patient; where a unit is a patient, as
+        ``measure``. A task whose ``unit`` is another says how.
+
+        Args:
+            labels: (U,) of the units.
+            rows: (U, R).
+            patients: (U,) which patient each is of.
+        """
+        return self.measure(labels, rows)
 
     @abstractmethod
     def counts_shape(self, bins: int) -> tuple[int, ...]:

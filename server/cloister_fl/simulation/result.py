@@ -138,10 +138,10 @@ class Result:
         summary: the object in ``summary.json``, whole. Its keys are stable: ``study``,
             ``study_hash``, ``run``; ``headline``, the name of the figure that is told first, and
             under its name with _initial, _final and _final_interval behind it that figure;
-            ``metrics_initial``, ``metrics_final`` of the delivered model, ``strata``, what a
-            patient's label may be; ``model_round`` and ``model_why``, which model is delivered;
-            ``holdout``, how its patients were divided, the operating point, curves, calibration,
-            calls and groups; ``ended``, ``done``, ``stop_after`` or ``kept``;
+            ``metrics_initial``, ``metrics_final`` of the delivered model, ``strata``, what a label
+            may be, and ``unit``, what has one; ``model_round`` and ``model_why``, which model is
+            delivered; ``holdout``, how its patients were divided, the operating point, curves,
+            calibration, calls and groups; ``ended``, ``done``, ``stop_after`` or ``kept``;
             ``release``, the noised evaluation; ``privacy``, ``epsilon_max``,
             ``epsilon_per_site``, ``delta``; ``sites``, ``site_names``, ``refused``; ``rounds``,
             ``rounds_lost``, ``rounds_discarded``, ``seconds``; ``secure_aggregation``,

@@ -351,3 +351,51 @@ def test_histogram_refuses_labels_and_scores_out_of_range() -> None:
         histogram([0, 1], [0.1, 1.9])
     with pytest.raises(MetricsInputInvalid):
         histogram([0, 1], [0.1])
+
+
+# Several units of one patient
+
+
+def _clustered(each: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(5)
+    labels = np.arange(60) % 2
+    scores = np.clip(0.5 + 0.15 * (2 * labels - 1) + rng.normal(0, 0.2, 60), 0, 1)
+    probs = np.column_stack([1 - scores, scores])
+    return np.repeat(labels, each), np.repeat(probs, each, axis=0), np.repeat(np.arange(60), each)
+
+
+def test_one_unit_a_patient_is_measured_as_patients_are() -> None:
+    labels, probs, patients = _clustered(1)
+    assert measure(labels, probs, patients) == measure(labels, probs)
+
+
+def test_examinations_that_repeat_a_patient_narrow_no_interval() -> None:
+    """Five examinations that say the same of each patient are no five patients."""
+    plain, five = (measure(*_clustered(each)) for each in (1, 5))
+    assert plain.patients == five.patients == 60
+    assert five.class_counts == (150, 150)
+    for name, one in plain.figures.items():
+        other = five.figures[name]
+        assert one is not None
+        assert other is not None
+        assert (other.value, other.low, other.high) == pytest.approx(
+            (one.value, one.low, one.high), abs=1e-12
+        ), name
+    labels, probs, _ = _clustered(5)
+    as_patients = measure(labels, probs).auroc
+    assert as_patients is not None
+    assert five.auroc is not None
+    assert as_patients.high - as_patients.low < 0.6 * (five.auroc.high - five.auroc.low)
+
+
+def test_patients_with_both_classes_are_drawn_with_all_they_have() -> None:
+    rng = np.random.default_rng(1)
+    labels = np.tile([0, 1], 40)
+    scores = np.clip(0.5 + 0.1 * (2 * labels - 1) + rng.normal(0, 0.2, 80), 0, 1)
+    found = measure(labels, np.column_stack([1 - scores, scores]), np.repeat(np.arange(40), 2))
+    assert found.patients == 40
+    assert found.auroc is not None
+    assert 0.02 < found.auroc.high - found.auroc.low < 0.4
+    with pytest.raises(MetricsInputInvalid):
+        measure([0, 1], [[1.0, 0.0], [0.0, 1.0]], [0])
+    assert measure([1, 1], [[1.0, 0.0], [0.0, 1.0]], [3, 3]).patients == 1

@@ -287,6 +287,24 @@ def test_missing_tables_are_told_without_a_line() -> None:
 # The hash
 
 
+def test_the_unit_of_labels_leaves_the_hash_of_studies_that_do_not_name_it() -> None:
+    said = TEN_LINES.replace("[target]", '[target]\nunit = "patient"')
+    assert parse_study(said).digest == TEN_LINES_HASH
+    hashes = {TEN_LINES_HASH}
+    for unit in ("examination", "image"):
+        asked = parse_study(said.replace('"patient"', f'"{unit}"'))
+        assert asked.task.unit == unit
+        assert f'"unit":"{unit}"' in asked.canonical()
+        assert study_from_canonical(asked.canonical()) == asked
+        hashes.add(asked.digest)
+    assert len(hashes) == 3
+    assert faults(said.replace('"patient"', '"lesion"'))[0][1] == "target.unit"
+    volumes = '[input]\nmodalities = ["CT"]\ndimensions = 3\ndepth = 8\nspacing = 5.0\n'
+    volumes += '[network]\nname = "small-cnn-3d"\n'
+    assert parse_study(volumes + said.replace('"patient"', '"examination"'))
+    assert faults(volumes + said.replace('"patient"', '"image"'))[0][1] == "target.unit"
+
+
 def test_the_hash_of_the_ten_lines_is_pinned() -> None:
     assert parse_study(TEN_LINES).digest == TEN_LINES_HASH
 

@@ -9,7 +9,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,13 +18,14 @@ from cloister_fl.cli.folder_option import FolderTyper, dir_option
 from cloister_fl.cli.folder_option import SiteFolder as Folder
 from cloister_fl.client.cli.progress_bar import progress_bar
 from cloister_fl.client.cli.site_folder import site_folder
-from cloister_fl.errors import ArchiveAnswerInvalid, OptionInvalid
+from cloister_fl.errors import ArchiveAnswerInvalid, DataError, OptionInvalid
 from cloister_fl.system.optional import require
 from cloister_fl.system.text import printable
 
 if TYPE_CHECKING:
     from cloister_fl.client.data.quarantine import Decision, QuarantinedFile
     from cloister_fl.client.site.folder import Site
+    from cloister_fl.client.steward.reidentify import Named
 
 app = FolderTyper(invoke_without_command=True)
 
@@ -43,6 +44,10 @@ def freeze(
         str,
         typer.Option(help="Why it is frozen again. Written to the audit log: name no patient."),
     ] = "",
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON object, with all that does not fit."),
+    ] = False,
     yes: Yes = False,
 ) -> None:
     """Freeze a study's training data, which later runs check.
@@ -52,6 +57,7 @@ def freeze(
     require("client", "numpy", "pydicom", "imagecodecs", "openjpeg", "jpeg_ls")
     from cloister_fl.client.admission.approvals import judge, judgements
     from cloister_fl.client.data import frozen_dataset, loading
+    from cloister_fl.client.data.reading import Reading, fault_as_dict
     from cloister_fl.client.site.folder import open_site
     from cloister_fl.study.file import load_study
 
@@ -67,13 +73,31 @@ def freeze(
             command=("cloister", "client", "freeze", str(study), "--again", "--why", why),
             yes=yes,
         )
-    with progress_bar("Reading images") as progress:
-        found = loading.freeze(site, judged_by, again=again, why=why, progress=progress)
+    told: dict[str, Any] = {"site": site.name, "study": judged_by.study.name, "frozen": False}
+    readings: list[Reading] = []
+    try:
+        with progress_bar("Reading images") as progress:
+            found = loading.freeze(
+                site, judged_by, again=again, why=why, progress=progress, looked=readings.append
+            )
+    except DataError as error:
+        if as_json:
+            faults = [*dict.fromkeys([error, *(one for each in readings for one in each.faults)])]
+            typer.echo(json.dumps({**told, "faults": [fault_as_dict(one) for one in faults]}))
+        raise
+    left_out = [one for each in readings for one in each.left_out]
     held = judgements(site).get(judged_by.digest)
     if held is not None and held.counts and held.data:
         # The steward has looked at these data, too: the approval is for them from now on.
         judge(site, judged_by, held.decision, why=held.why, data=found.digest_at(site.name))
     patients = frozen_dataset.patients_in(found)
+    if as_json:
+        told |= {"frozen": True, "images": len(found.items), "patients": patients}
+        rest = [fault_as_dict(one) for one in left_out]
+        typer.echo(json.dumps({**told, "faults": [], "left_out": rest}))
+        return
+    for one in left_out:
+        typer.echo(f"Left out, as site.toml says: {one}")
     typer.echo(
         f"Frozen at {site.name}: {judged_by.study.name}, {judged_by.digest[:16]}, "
         f"{len(found.items)} images of {patients} patients."
@@ -123,8 +147,12 @@ def fetch(
 
 def find(
     what: Annotated[
-        str,
-        typer.Argument(help="An id of a file or a patient, or a code such as CLO-211."),
+        list[str],
+        typer.Argument(
+            metavar="ID...",
+            help="Ids of files, images or patients, or codes such as CLO-211, as a message lists "
+            "them.",
+        ),
     ],
     study: Annotated[
         Path | None,
@@ -133,7 +161,7 @@ def find(
     folder: Folder = Path(),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Re-identify the files and patients behind an id or a code.
+    """Re-identify the files and patients behind ids or codes.
 
     Such ids and codes are in this site's messages. The answer names patients and stays here. The
     exit status is 0 where something was found.
@@ -146,7 +174,8 @@ def find(
     site = open_site(site_folder(folder))
     judged_by = None if study is None else load_study(study)
     with progress_bar("Reading images") as progress:
-        found = reidentify.find(site, what, judged_by, progress=progress)
+        found = reidentify.find(site, " ".join(what), judged_by, progress=progress)
+    unknown = [one for one in reidentify.words_of(" ".join(what)) if not _is_met(one, found)]
     if as_json:
         told = [
             {
@@ -154,17 +183,18 @@ def find(
                 "path": one.path,
                 "patient_id": one.patient,
                 "code": None if one.reason is None else one.reason.value,
+                "asked": list(one.asked),
             }
             for one in found
         ]
-        typer.echo(json.dumps({"found": told}))
+        typer.echo(json.dumps({"found": told, "not_found": unknown}))
         raise typer.Exit(0 if found else OptionInvalid.exit_status)
     if not found:
         raise OptionInvalid(
-            f"No file or patient at this site matches {what}.",
+            f"No file or patient at this site matches {' '.join(what)}.",
             why="Ids are valid at this site only; a patient's id for one study only.",
             remedy="Give the study of the message: "
-            f"cloister client find {shlex.quote(what)} --study STUDY{dir_option(folder)}",
+            f"cloister client find {shlex.join(what)} --study STUDY{dir_option(folder)}",
         )
     for one in found:
         why = "" if one.reason is None else f"  {one.reason.value}  {one.reason.title}"
@@ -172,7 +202,13 @@ def find(
         whose = f"  PatientID {printable(one.patient)}" if one.patient else ""
         typer.echo(f"{one.short_id}{why}{whose}")
         typer.echo(f"              {printable(one.path)}")
+    if unknown:
+        typer.echo(f"Nothing matches {', '.join(unknown)}.", err=True)
     typer.echo("This names patients: keep it at this site.", err=True)
+
+
+def _is_met(word: str, found: list[Named]) -> bool:
+    return any(word in one.asked for one in found)
 
 
 def data_report(

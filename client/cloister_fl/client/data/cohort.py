@@ -17,6 +17,19 @@ _APART_LABEL = b"cloister/release/v1\0"
 
 
 @dataclass(frozen=True)
+class Unit:
+    """What has a label of its own: an examination or an image of a patient, or the patient.
+
+    Attributes:
+        label: ``Task.label``: index into the strata, or ``UNLABELLED``.
+        images: indices into ``Cohort.images``, at least one.
+    """
+
+    label: int
+    images: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Patient:
     """One patient, the unit of privacy.
 
@@ -24,6 +37,7 @@ class Patient:
         pseudonym: 64 hexadecimal digits; see ``site.folder.pseudonym``.
         label: ``Task.label``: index into the strata, or ``UNLABELLED``.
         images: indices into ``Cohort.images``, at least one.
+        parts: the patient's units, where these are no patients; each image is in one.
         mark: 64 hexadecimal digits of the patient's first image. It orders patients: unlike the
             pseudonym it does not depend on the site's keys, so a study without privacy can be
             repeated to the bit in another site folder. It never leaves this process.
@@ -33,6 +47,12 @@ class Patient:
     label: int
     images: tuple[int, ...]
     mark: str = ""
+    parts: tuple[Unit, ...] = ()
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """What of the patient has a label of its own and is measured: ``Task.unit``."""
+        return self.parts or (Unit(self.label, self.images),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +92,7 @@ def same(one: Cohort, other: Cohort) -> bool:
 
 
 def split(cohort: Cohort, fraction: float) -> tuple[Cohort, Cohort]:
-    """Keep a share of the patients of each label apart.
+    """Keep a share of the patients of each label (``Patient.label``) apart.
 
     A patient is on one side with all images. Who is kept apart depends on the images alone, so
     it is the same on every run, and a patient who comes or goes moves few others.
@@ -112,14 +132,20 @@ def subset(cohort: Cohort, patients: Sequence[Patient]) -> Cohort:
     return Cohort(
         images=cohort.images[places],
         targets=cohort.targets[places] if len(cohort.targets) else cohort.targets,
-        patients=tuple(
-            replace(one, images=tuple(moved[index] for index in one.images)) for one in patients
-        ),
+        patients=tuple(_moved(one, moved) for one in patients),
         rejects=cohort.rejects,
         modalities=cohort.modalities,
         shapes=cohort.shapes,
         features=cohort.features.part(),
     )
+
+
+def _moved(patient: Patient, places: Mapping[int, int]) -> Patient:
+    def there(images: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(places[index] for index in images)
+
+    parts = tuple(replace(one, images=there(one.images)) for one in patient.parts)
+    return replace(patient, images=there(patient.images), parts=parts)
 
 
 def apart(pseudonym: str, fraction: float) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
+from cloister_fl.client.data.cohort import Patient
 from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import (
     CloisterError,
@@ -45,17 +47,23 @@ def unread(error: Exception) -> CloisterError:
     )
 
 
-def class_faults(site: Site, study: Study, counts: Counter[int]) -> list[DataError]:
-    """Return the errors in the number of patients, and of those of each class."""
+def class_faults(site: Site, study: Study, patients: Sequence[Patient]) -> list[DataError]:
+    """Return the errors in the number of patients, and of those of each class.
+
+    A patient whose examinations or images have several classes is one of each.
+    """
     policy, task = site.policy, study.task
+    counts = Counter(
+        label for patient in patients for label in {unit.label for unit in patient.units}
+    )
     key, least = "min_patients_per_class", policy.min_patients_per_class
     if not study.privacy.enabled and policy.min_patients_per_class_without_privacy > least:
         key += "_without_privacy"
         least = policy.min_patients_per_class_without_privacy
-    if counts.total() < policy.min_patients:
+    if len(patients) < policy.min_patients:
         return [
             CohortTooSmall(
-                f"The site has too few patients: {counts.total()}.",
+                f"The site has too few patients: {len(patients)}.",
                 why=f"Its policy asks for {policy.min_patients} (policy.min_patients).",
                 remedy="Add patients, or leave this study to other sites.",
             )

@@ -330,25 +330,27 @@ def differences(
     """
     now: Mapping[tuple[str, str], Item] = {(one.image, one.patient): one for one in items}
     spoiled = set(damaged)
-    found: list[str] = []
+    found: dict[Item, str] = {}
     for frozen in manifest.items:
         differs = _difference(frozen, now.get((frozen.image, frozen.patient)), elsewhere)
         if not differs and frozen.image in spoiled:
             differs = "its cached pixels were altered"
         if differs:
-            found.append(
-                f"\n  image {frozen.image[:12]} of patient {frozen.patient[:12]}: {differs}"
-            )
+            found[frozen] = differs
     if not found:
         return []
+    told = [
+        f"\n  image {one.image[:12]} of patient {one.patient[:12]}: {differs}"
+        for one, differs in found.items()
+    ]
     more = f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return [
         DataChanged(
             f"{len(found)} of {counted(len(manifest.items), 'image')} changed since the study was "
-            f"frozen:{''.join(found[:_SHOWN])}{more}\n",
+            f"frozen:{''.join(told[:_SHOWN])}{more}\n",
             remedy="Restore the files or the labels. Cached pixels were decoded again: run again. "
             f"If the change is intended: {command_at(root, _AGAIN)}",
-        )
+        ).about((one.image[:12], one.patient[:12]) for one in found)
     ]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from cloister_fl.client.data.file_cache.file_memory import memory_of
 from cloister_fl.client.data.frozen_dataset import Manifest, image_name
-from cloister_fl.client.data.labels import Linked
+from cloister_fl.client.data.labels.row_matching import Linked
 from cloister_fl.client.data.mask_matching import Join
 from cloister_fl.client.data.patients.possible_matches import Known
 from cloister_fl.client.data.patients.units import Units, keyed, normalised
@@ -141,7 +141,7 @@ def gather(
             # What came later has no say, but for another copy of a frozen patient's image.
             later = new and not (refused and name in patients)
             numbers = units.numbers(keys.issuer, keys.patient_id)
-            found.linked.append(Linked(keys, name, new or refused, later, numbers))
+            found.linked.append(Linked(keys, name, new or refused, later, numbers, image))
             if isinstance(outcome, Accepted) and not new:
                 found.accepted.append((outcome, name))
     return found

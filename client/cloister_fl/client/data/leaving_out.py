@@ -7,7 +7,6 @@ frozen, by a person, and never in a run. What is left out is told here, and noth
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 from cloister_fl.client.data.cohort_errors import class_faults
@@ -16,6 +15,7 @@ from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import (
     DataError,
     LabelMissing,
+    LabelsAmbiguous,
     LabelsInvalid,
     LabelWithoutImage,
     TooMuchLeftOut,
@@ -23,7 +23,12 @@ from cloister_fl.errors import (
 from cloister_fl.study.schema import Study
 from cloister_fl.system.text import counted
 
-_OF_SINGLE_ITEMS = {LabelMissing.code, LabelWithoutImage.code, LabelsInvalid.code}
+_OF_SINGLE_ITEMS = {
+    LabelMissing.code,
+    LabelWithoutImage.code,
+    LabelsAmbiguous.code,
+    LabelsInvalid.code,
+}
 
 
 def is_about(site: Site, faults: tuple[DataError, ...]) -> bool:
@@ -69,5 +74,5 @@ def judged(site: Site, study: Study, whole: Reading, fits: Reading) -> Reading:
             "for no reason that the study is about.",
         )
         return replace(whole, faults=(too_much, *(fits.faults or whole.faults)))
-    faults = class_faults(site, study, Counter(one.label for one in fits.cohort.patients))
+    faults = class_faults(site, study, fits.cohort.patients)
     return replace(fits, faults=tuple(faults), left_out=fits.faults)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from cloister_fl.client.data import frozen_dataset as manifests
 from cloister_fl.client.data import leaving_out
-from cloister_fl.client.data.cohort import Cohort, Patient
+from cloister_fl.client.data.assembly import assembled
+from cloister_fl.client.data.cohort import Cohort
 from cloister_fl.client.data.cohort_errors import class_faults, no_images, unread
 from cloister_fl.client.data.frozen_dataset import Item, Manifest, item_of
 from cloister_fl.client.data.ingest import gather
@@ -26,7 +26,6 @@ from cloister_fl.client.data.patients.possible_matches import (
 from cloister_fl.client.data.patients.units import Units
 from cloister_fl.client.data.reading import Reading
 from cloister_fl.client.data.targets import (
-    UNLABELLED,
     Targets,
     frozen_targets,
     join_targets,
@@ -39,9 +38,9 @@ from cloister_fl.client.dicom.folder_reader import Accepted
 from cloister_fl.client.pacs.fetch import names_stored, require_whole
 from cloister_fl.client.site.data_notice import note_data, note_look
 from cloister_fl.client.site.folder import Site
-from cloister_fl.errors import CloisterError, DataError, LabelWithoutImage, Reject
+from cloister_fl.errors import CloisterError, DataError, LabelWithoutImage
 from cloister_fl.study.schema import Study
-from cloister_fl.tasks import LabelsFile, Task
+from cloister_fl.tasks import LabelsFile
 
 
 def load_cohort(
@@ -156,6 +155,7 @@ def freeze(
     again: bool = False,
     why: str = "",
     progress: Callable[[int, int], None] | None = None,
+    looked: Callable[[Reading], None] = lambda reading: None,
 ) -> Manifest:
     """Freeze a study's data at a site, where all of them can be used.
 
@@ -165,6 +165,7 @@ def freeze(
         again: replace what was frozen.
         why: the steward's reason for that, one line.
         progress: called with (files done, files in all).
+        looked: called with what was read, before it is judged.
 
     Raises:
         OptionInvalid: it is frozen already, and ``again`` or a reason is missing.
@@ -179,6 +180,7 @@ def freeze(
 
     require_reason()
     reading = _read_tolerant(site, study, progress=progress)
+    looked(reading)
     require_sound(reading)
     require_decided(site, reading)
     with manifests.alone(site):
@@ -330,7 +332,7 @@ def read_cohort(
     items = _items(site, study, accepted, slices, targets)
     cells = {
         (item.image, item.patient): one
-        for item, one in zip(items, targets.cells_of(accepted, slices), strict=True)
+        for item, one in zip(items, targets.cells_of(study.task, accepted, slices), strict=True)
         if one is not None
     }
     torn = joined.torn if joined else set()
@@ -353,9 +355,9 @@ def read_cohort(
             targets = frozen_targets(study.task, names, manifests.labels_of(site, frozen))
             items = _items(site, study, accepted, slices, targets)
         accepted, targets, items = _usable(study, accepted, targets, slices, items, frozen)
-    cohort = _assemble(accepted, targets if require_labels else None, counted, study.task)
+    cohort = assembled(accepted, targets if require_labels else None, counted, study.task)
     if cohort is not None and require_labels and not faults:
-        faults += class_faults(site, study, Counter(one.label for one in cohort.patients))
+        faults += class_faults(site, study, cohort.patients)
     facts = tuple((_described(one), name) for one, name in accepted)
     return Reading(
         cohort, tuple(faults), files, counted, found.later, len(spoiled), items,
@@ -432,41 +434,3 @@ def _described(one: Accepted) -> Facts:
     if one.image.ndim == 2:
         return one.facts
     return replace(one.facts, pixels=hashlib.sha256(one.image.tobytes()).hexdigest())
-
-
-def _assemble(
-    accepted: Sequence[tuple[Accepted, str]],
-    targets: Targets | None,
-    rejects: Mapping[Reject, int],
-    task: Task,
-) -> Cohort | None:
-    """Order the images by patient and instance, whatever the folder's structure."""
-    if not accepted:
-        return None
-    by_patient: dict[str, list[int]] = {}
-    for index, (_, name) in enumerate(accepted):
-        by_patient.setdefault(name, []).append(index)
-    marked = []
-    for name, indices in by_patient.items():
-        indices.sort(key=lambda index: accepted[index][0].keys.sop_instance)
-        mark = hashlib.sha256(accepted[indices[0]][0].image.tobytes()).hexdigest()
-        marked.append((mark, name, indices))
-    order: list[int] = []
-    patients: list[Patient] = []
-    for mark, name, indices in sorted(marked):
-        label = UNLABELLED if targets is None else targets.label(task, indices)
-        places = tuple(range(len(order), len(order) + len(indices)))
-        patients.append(Patient(name, label, places, mark))
-        order += indices
-    return Cohort(
-        images=np.stack([accepted[index][0].image for index in order]),
-        targets=np.empty(0)
-        if targets is None
-        else task.stack([targets.records[index] for index in order]),
-        patients=tuple(patients),
-        rejects=rejects,
-        modalities=dict(sorted(Counter(one.facts.modality for one, _ in accepted).items())),
-        shapes=dict(
-            sorted(Counter((one.facts.rows, one.facts.columns) for one, _ in accepted).items())
-        ),
-    )

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from cloister_fl.client.data.labels import Linked
+from cloister_fl.client.data.labels.row_matching import Linked
 from cloister_fl.client.data.tables.csv_file import SHOWN
 from cloister_fl.client.dicom.folder_reader import Accepted, Segmented
 from cloister_fl.client.dicom.geometry import numbers
@@ -42,6 +42,7 @@ class Join:
 
     def __init__(self, images: Sequence[tuple[Accepted, str]], linked: Sequence[Linked]) -> None:
         self._images = images
+        self._ids = [one.ids for one in linked if not one.duplicate]
         self._place_of = {
             (patient, one.keys.sop_instance): place for place, (one, patient) in enumerate(images)
         }
@@ -84,9 +85,7 @@ class Join:
         Args:
             root: the site folder, for the commands of the remedies.
         """
-        missing = [
-            owner for (_, owner), mask in zip(self._images, self.masks, strict=True) if mask is None
-        ]
+        missing = [ids for ids, mask in zip(self._ids, self.masks, strict=True) if mask is None]
         found = {what: list(names) for what, names in sorted(self._faults.items())}
         return list(_errors(found, missing, self._unused, root))
 
@@ -124,7 +123,7 @@ def _near(wanted: str, told: str, count: int, most: float) -> bool:
 
 def _errors(
     faults: Mapping[str, Sequence[str]],
-    missing: Sequence[str],
+    missing: Sequence[tuple[str, str]],
     unused: Sequence[str],
     root: Path | None,
 ) -> Iterator[DataError]:
@@ -136,19 +135,19 @@ def _errors(
             f"the ids of the files:{told}\n",
             remedy="Remove all but one for each image from the folder, and export again those "
             "that do not fit.",
-        )
+        ).about((name, "") for names in faults.values() for name in names)
     if missing:
         yield LabelMissing(
             f"{counted(len(missing), 'image has', 'images have')} no segmentation mask.",
-            why=f"Ids of their patients: {listed((name[:12] for name in missing), SHOWN)}.",
+            why=f"Ids of their patients: {listed((owner for _, owner in missing), SHOWN)}.",
             remedy="Add a DICOM Segmentation for each, an empty one where there is nothing to "
             "mark, or remove the images from the folder. Who the patients are: "
-            + command_at(root, f"find {missing[0][:12]} --study STUDY"),
-        )
+            + command_at(root, f"find {missing[0][1]} --study STUDY"),
+        ).about(missing)
     if unused:
         yield LabelWithoutImage(
             f"{counted(len(unused), 'segmentation belongs', 'segmentations belong')} to no image.",
             why=f"Ids of the files: {listed(unused, SHOWN)}.",
             remedy="Add the images, or remove the segmentations. A rejected image counts as "
             f"missing; which are rejected, and why: {command_at(root, 'check --offline')}",
-        )
+        ).about((name, "") for name in unused)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from cloister_fl.client.data.cohort import Cohort
 from cloister_fl.client.data.frozen_dataset import Item
@@ -12,7 +13,23 @@ from cloister_fl.client.data.patients.units import Decisions
 from cloister_fl.client.data.sealed_labels import Cells
 from cloister_fl.client.dicom.facts import Facts
 from cloister_fl.client.ledger.machine_registry import Trait
-from cloister_fl.errors import DataError, Reject
+from cloister_fl.errors import CloisterError, DataError, Reject
+
+
+def fault_as_dict(fault: CloisterError) -> dict[str, Any]:
+    """What JSON says of a fault: its message, and all images and rows that it is about.
+
+    A message lists the first few. Images and patients are named by ids, rows by their line and by
+    the column of their key, never by the key: see ``DataError``.
+    """
+    images, rows = (fault.images, fault.rows) if isinstance(fault, DataError) else ((), ())
+    return {
+        "code": fault.code,
+        "title": fault.title,
+        "message": str(fault),
+        "images": [{"image": image, "patient": patient or None} for image, patient in images],
+        "rows": [{"line": line, "key": key or None} for line, key in rows],
+    }
 
 
 @dataclass(frozen=True, eq=False)

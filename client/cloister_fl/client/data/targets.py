@@ -7,23 +7,22 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, assert_never
 
-from cloister_fl.client.data.labels import (
+from cloister_fl.client.data.labels.label_file import (
     Label,
     Labels,
-    Linked,
-    join,
     read_labels,
     sound_labels,
     tolerant_labels,
-    unmatched,
 )
+from cloister_fl.client.data.labels.labelled_units import UnitKey, unit_of
+from cloister_fl.client.data.labels.row_matching import Linked, join, unmatched
 from cloister_fl.client.data.mask_matching import Join
 from cloister_fl.client.data.sealed_labels import Cells
 from cloister_fl.client.dicom.folder_reader import Accepted
 from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import DataError, LabelsInvalid
 from cloister_fl.study.schema import Study
-from cloister_fl.tasks import LabelsFile, Segmentations, Task
+from cloister_fl.tasks import LabelsFile, Segmentations, Task, Unit
 
 UNLABELLED = -1
 """Label of a patient that was read with ``require_labels=False``."""
@@ -54,32 +53,35 @@ class Targets:
         self, task: Task, images: Sequence[Named], slices: Sequence[Named]
     ) -> list[str | None]:
         """What a manifest keeps of each slice: ``Task.token`` of its record; a slice of a volume
-        has its patient's."""
-        found = _by_slice(self.records, images, slices)
+        has its unit's."""
+        found = _by_slice(self.records, task.unit, images, slices)
         return [None if record is None else task.token(record) for record in found]
 
-    def cells_of(self, images: Sequence[Named], slices: Sequence[Named]) -> list[Cells | None]:
-        """The cells of each slice; a slice of a volume has its patient's."""
-        return _by_slice(self.cells or [None] * len(images), images, slices)
+    def cells_of(
+        self, task: Task, images: Sequence[Named], slices: Sequence[Named]
+    ) -> list[Cells | None]:
+        """The cells of each slice; a slice of a volume has its unit's."""
+        return _by_slice(self.cells or [None] * len(images), task.unit, images, slices)
 
     def label(self, task: Task, places: Sequence[int]) -> int:
-        """The label of the patient whose images are at ``places``."""
+        """The label of the unit, or the patient, whose images are at ``places``."""
         known = [self.records[place] for place in places if self.records[place] is not None]
         return task.label(known) if known else UNLABELLED
 
 
 def _by_slice(
-    values: Sequence[_Value], images: Sequence[Named], slices: Sequence[Named]
-) -> list[_Value]:
-    own: dict[tuple[str, str], _Value] = {}
-    of_patient: dict[str, _Value] = {}
+    values: Sequence[_Value | None], unit: Unit, images: Sequence[Named], slices: Sequence[Named]
+) -> list[_Value | None]:
+    own: dict[tuple[str, str], _Value | None] = {}
+    of_unit: dict[UnitKey, _Value | None] = {}
     for (one, name), value in zip(images, values, strict=True):
         own[name, one.keys.sop_instance] = value
-        of_patient[name] = value
+        of_unit[unit_of(unit, name, one.keys)] = value
     return [
         own[name, one.keys.sop_instance]
         if (name, one.keys.sop_instance) in own
-        else of_patient[name]
+        # A slice whose header says another examination than its volume's first has none.
+        else of_unit.get(unit_of(unit, name, one.keys))
         for one, name in slices
     ]
 
@@ -172,7 +174,7 @@ def _tolerated(
         labels, faulty, told = tolerant_labels(site.labels, task, number, site.label_settings)
     except DataError as error:
         return [None] * len(linked), [error], 0
-    found, more = join(labels, linked, site.root, alone=True)
+    found, more = join(labels, linked, site.root, alone=True, unit=task.unit)
     return found, [*told, *more], faulty + unmatched(labels, linked)
 
 
@@ -196,5 +198,5 @@ def _labels(
             labels = sound_labels(site.labels, task, number, site.label_settings)
     if labels is None:
         return [None] * len(linked), faults
-    found, more = join(labels, linked, site.root, alone=alone)
+    found, more = join(labels, linked, site.root, alone=alone, unit=task.unit)
     return found, [*faults, *more]

@@ -22,7 +22,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cloister_fl.client.data.labels import Linked
+from cloister_fl.client.data.labels.row_matching import Linked
 from cloister_fl.client.dicom.folder_reader import Accepted, record_of
 from cloister_fl.client.dicom.geometry import numbers
 from cloister_fl.client.dicom.rejection import RejectedFile

@@ -17,7 +17,8 @@ class Facts:
             of one image have the same.
         modality: CR, DX, MG, CT, MR or US; SEG for a segmentation.
         manufacturer, year: of the device and of the study, as far as the file tells.
-        sop_instance, accession, patient_id, issuer: what it can be linked by; not in ``repr``.
+        sop_instance, accession, patient_id, issuer, study_instance: what it can be linked by; not
+            in ``repr``. The last is empty for a segmentation, and where it is no UID.
         person: see ``header.person``.
         series, frame, position, orientation, pixel_spacing: see ``geometry.Place``.
     """
@@ -38,6 +39,7 @@ class Facts:
     position: str = field(default="", repr=False)
     orientation: str = field(default="", repr=False)
     pixel_spacing: str = field(default="", repr=False)
+    study_instance: str = field(default="", repr=False)
 
     @property
     def place(self) -> Place:
@@ -64,4 +66,5 @@ TEXTS = (
     "position",
     "orientation",
     "pixel_spacing",
+    "study_instance",
 )

@@ -37,6 +37,7 @@ class Keys:
     accession: str = field(repr=False)
     patient_id: str = field(repr=False)
     issuer: str = field(repr=False)
+    study_instance: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +236,9 @@ def record_of(keys: Keys) -> tuple[str, ...]:
 
 
 def _keys(facts: Facts) -> Keys:
-    return Keys(facts.sop_instance, facts.accession, facts.patient_id, facts.issuer)
+    return Keys(
+        facts.sop_instance, facts.accession, facts.patient_id, facts.issuer, facts.study_instance
+    )
 
 
 def short_id(key: bytes, name: bytes) -> str:

@@ -55,6 +55,7 @@ WANTED = frozenset(
         0x00281056,  # VOI LUT Function
         0x00283000,  # Modality LUT Sequence
         0x00283010,  # VOI LUT Sequence
+        0x0020000D,  # Study Instance UID
         # Where a slice lies; see ``geometry``.
         0x0020000E,  # Series Instance UID
         0x00200032,  # Image Position (Patient)
@@ -147,6 +148,7 @@ class Tags:
     accession: str = field(repr=False)
     patient_id: str = field(repr=False)
     issuer: str = field(repr=False)
+    study_instance: str = field(default="", repr=False)
     place: geometry.Place = field(default=geometry.Place(), repr=False)
 
 
@@ -224,6 +226,7 @@ def _read(data_set: Dataset) -> Tags:
         accession=_whole(data_set, "AccessionNumber"),
         patient_id=patient,
         issuer=issuer,
+        study_instance=geometry.uid(_text(data_set, "StudyInstanceUID")),
         place=_place(data_set),
     )
 

@@ -48,6 +48,7 @@ def read_image(checked: Checked, recipe: Recipe) -> tuple[Facts, NDArray[np.uint
         patient_id=tags.patient_id,
         issuer=tags.issuer,
         person=checked.person,
+        study_instance=tags.study_instance,
         **dataclasses.asdict(tags.place),
     )
     return facts, image

@@ -7,7 +7,7 @@ whoever helps to mend the data; pseudonyms in it are cut short and hold for one 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +15,12 @@ from typing import Any
 
 from cloister_fl.client.admission import gate
 from cloister_fl.client.data import frozen_dataset
-from cloister_fl.client.data.cohort import Cohort
+from cloister_fl.client.data.cohort import Cohort, Patient
 from cloister_fl.client.data.loading import read_cohort, read_for_check
 from cloister_fl.client.data.patients import other_ledgers
 from cloister_fl.client.data.patients.mapping import mapping_of
 from cloister_fl.client.data.patients.possible_matches import undecided_error
-from cloister_fl.client.data.reading import Reading
+from cloister_fl.client.data.reading import Reading, fault_as_dict
 from cloister_fl.client.data.tables.csv_file import lines as lines_of
 from cloister_fl.client.data.targets import UNLABELLED, faults_alone
 from cloister_fl.client.site.folder import Site, command_at
@@ -33,6 +33,7 @@ from cloister_fl.errors import (
     FolderUnreadable,
     Reject,
 )
+from cloister_fl.study.cost import UNITS
 from cloister_fl.study.schema import About, Input, Study
 from cloister_fl.system.text import counted
 from cloister_fl.tasks.classification import ClassificationTarget
@@ -56,7 +57,9 @@ class DataReport:
         accepted: images that can be used.
         patients: patients with such an image.
         images_per_patient: how many patients have so many images.
-        labels: patients by class; empty without a study or without usable labels.
+        labels: patients by class, or what else has a label of its own; empty without a study or
+            without usable labels.
+        unit: what has a label of its own, see ``Task.unit``.
         modalities: images by modality.
         sizes: images by stored (rows, columns).
         rejects: files turned away, by reason.
@@ -92,6 +95,7 @@ class DataReport:
     faded: int = 0
     unused: tuple[int, ...] = ()
     remarks: tuple[str, ...] = ()
+    unit: str = "patient"
 
     @property
     def cohort(self) -> Cohort | None:
@@ -99,7 +103,7 @@ class DataReport:
         return self.reading.cohort if self.reading is not None else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what JSON can say: counts and words, no image."""
+        """Return what JSON can say: counts, words and ids, no image."""
         return {
             "site": self.site,
             "study": self.study,
@@ -113,6 +117,7 @@ class DataReport:
             "patients": self.patients,
             "images_per_patient": {str(k): v for k, v in self.images_per_patient.items()},
             "labels": dict(self.labels),
+            "unit": self.unit,
             "modalities": dict(self.modalities),
             "marked_too_small": self.faded,
             "patients_file_lines_without_image": list(self.unused),
@@ -122,9 +127,10 @@ class DataReport:
                 {"code": reason.value, "reason": reason.title, "count": count}
                 for reason, count in self.rejects.items()
             ],
-            "faults": [
-                {"code": fault.code, "title": fault.title, "message": str(fault)}
-                for fault in self.faults
+            "faults": [fault_as_dict(fault) for fault in self.faults],
+            "left_out": [
+                fault_as_dict(fault)
+                for fault in (() if self.reading is None else self.reading.left_out)
             ],
             "policy": list(self.policy),
         }
@@ -167,7 +173,9 @@ def inspect(
             faults += faults_alone(site, study.task)
     cohort = reading.cohort if reading is not None else None
     patients = cohort.patients if cohort is not None else ()
-    labels = Counter(patient.label for patient in patients if patient.label != UNLABELLED)
+    labels = Counter(
+        unit.label for patient in patients for unit in patient.units if unit.label != UNLABELLED
+    )
     # How many sites are invited is the coordinator's to say; the check does not judge it.
     allowed = () if study is None else _refusals(site, study)
     return DataReport(
@@ -192,8 +200,21 @@ def inspect(
         volumes=study is not None and study.input.dimensions == 3,
         faded=reading.faded if reading is not None else 0,
         unused=reading.unused if reading is not None else (),
-        remarks=tuple(remarks),
+        remarks=(*remarks, *_uncounted(study, patients)),
+        unit="patient" if study is None else study.task.unit,
     )
+
+
+def _uncounted(study: Study | None, patients: Sequence[Patient]) -> list[str]:
+    """Say who adds nothing to a count of what the site's patients score."""
+    many = sum(len(patient.units) > UNITS for patient in patients)
+    counts = study is not None and (study.releases or not study.privacy.enabled)
+    if study is None or not counts or not many:
+        return []
+    return [
+        f"{counted(many, 'patient has', 'patients have')} more than {UNITS} {study.task.unit}s, "
+        "and would add nothing where the site's own patients are measured."
+    ]
 
 
 def _frozen_otherwise(site: Site, study: Study | None) -> list[str]:
@@ -237,7 +258,7 @@ def render(report: DataReport, root: Path | None = None) -> str:
         lines.append(f"  sizes       {_sizes(report.sizes)}")
     if report.labels:
         told = ", ".join(f"{name} {count}" for name, count in report.labels.items())
-        lines.append(f"  labels      {told} (patients)")
+        lines.append(f"  labels      {told} ({report.unit}s)")
     if report.faded:
         lines.append(
             f"  too small   the segmentation mask of {counted(report.faded, 'image')}: empty at "

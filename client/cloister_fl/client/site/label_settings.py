@@ -24,8 +24,11 @@ from cloister_fl.system.toml import FileModel, KeyedValueError
 
 Encoding: TypeAlias = Literal["utf-8", "utf-16", "cp1252"]
 
-KEY_COLUMNS = ("SOPInstanceUID", "AccessionNumber", "PatientID")
+KEY_COLUMNS = ("SOPInstanceUID", "AccessionNumber", "StudyInstanceUID", "PatientID")
 """What a row of labels is keyed by, the most exact first."""
+
+OF_PATIENTS = ("SOPInstanceUID", "AccessionNumber", "PatientID", "StudyInstanceUID")
+"""The same where patients have labels: such tables often name the study beside the patient."""
 
 _Word = Annotated[str, Field(min_length=1, max_length=256)]
 

@@ -123,7 +123,9 @@ def count(site: str, study: Study | None, reading: Reading) -> Report:
     facts = [one for one, _ in reading.facts]
     each = Counter(name for _, name in reading.facts)
     patients = () if reading.cohort is None else reading.cohort.patients
-    labels = Counter(one.label for one in patients if one.label != UNLABELLED)
+    labels = Counter(
+        unit.label for one in patients for unit in one.units if unit.label != UNLABELLED
+    )
     tables = {
         "Modality": _counted(one.modality for one in facts),
         "Maker": _counted(one.manufacturer[:_WORD] or _UNTOLD for one in facts),
@@ -132,7 +134,7 @@ def count(site: str, study: Study | None, reading: Reading) -> Report:
         "Images a patient": _in_order(str(images) for images in each.values()),
     }
     if study is not None and labels:
-        tables["Class, patients"] = {
+        tables[f"Class, {study.task.unit}s"] = {
             name: labels[index] for index, name in enumerate(study.task.strata)
         }
     return Report(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from cloister_fl.client.data import frozen_dataset
 from cloister_fl.client.data.file_cache.file_memory import memory_of
+from cloister_fl.client.data.frozen_dataset import image_name
 from cloister_fl.client.data.patients.mapping import mapping_of
 from cloister_fl.client.data.patients.units import Units
 from cloister_fl.client.data.quarantine import releases
@@ -25,6 +26,7 @@ from cloister_fl.errors import DataError, OptionInvalid, Reject
 from cloister_fl.study.schema import Study
 
 _NAME = re.compile(r"[0-9a-f]{12,64}")
+_BETWEEN = re.compile(r"[\s,;]+")
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,19 @@ class Named:
         path: where it lies; for the steward's eyes, as the next.
         patient: Patient ID; empty where it was turned away.
         reason: why it was turned away, or None.
+        asked: which of the words that were asked for mean it.
     """
 
     short_id: str
     path: str = field(repr=False)
     patient: str = field(repr=False)
     reason: Reject | None
+    asked: tuple[str, ...] = ()
+
+
+def words_of(what: str) -> list[str]:
+    """Ids and codes of a text, with commas or white space between, as a message lists them."""
+    return [one for one in dict.fromkeys(_BETWEEN.split(what)) if one]
 
 
 def find(
@@ -51,30 +60,29 @@ def find(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Named]:
-    """Find the files that a name or a code stands for, in the order of the paths.
+    """Find the files that names or codes stand for, in the order of the paths.
 
     Args:
         site: the opened site.
-        what: the short name of a file; a patient's pseudonym, or 12 digits of it or more; or the
-            code of a reason for rejecting files.
+        what: short names of files; pseudonyms of patients or images, or 12 digits of one or more;
+            or codes of reasons for rejecting files; see ``words_of``.
         study: the study of the message; pseudonyms hold for one study. Without one, those of
             a data report without a study.
         progress: called with (files done, files in all).
 
     Raises:
-        OptionInvalid: it is none of these.
+        OptionInvalid: something in it is none of these, or there is nothing in it.
         FolderUnreadable, DecoderUnfit, FileUnreadable: nothing can be read.
     """
-    wanted = what.strip()
     codes = {one.value: one for one in Reject}
-    code = codes.get(wanted.upper())
-    if code is None and not _NAME.fullmatch(wanted.lower()):
-        raise OptionInvalid(
-            f"{what!r} is not a file id, a patient id or a rejection code.",
-            remedy="Give 12 hexadecimal digits or more, as shown in a message, or a code from "
-            "CLO-210 to CLO-236.",
-        )
-    name = wanted.lower()
+    words = words_of(what)
+    for word in words or [what]:
+        if word.upper() not in codes and not _NAME.fullmatch(word.lower()):
+            raise OptionInvalid(
+                f"{word!r} is not an id of a file, an image or a patient, or a rejection code.",
+                remedy="Give 12 hexadecimal digits or more, as shown in a message, or a code from "
+                "CLO-210 to CLO-236.",
+            )
     key, judged_by = site.pseudonym_key(), study or any_study()
     units = _units(site, study)
     stored = Store(site.store, site.cache_key()).items()
@@ -92,14 +100,21 @@ def find(
             progress=progress,
         ):
             reason = one.reason if isinstance(one, Refused) else None
-            meant = reason is code if code is not None else one.short_id == name
-            if code is None and not meant and one.keys is not None:
+            names = [one.short_id]
+            if one.keys is not None:
                 keys = one.keys
-                owner = units.pseudonym(judged_by.digest, keys.issuer, keys.patient_id)
-                meant = owner.startswith(name)
-            if meant:
+                names.append(units.pseudonym(judged_by.digest, keys.issuer, keys.patient_id))
+                names.append(image_name(key, judged_by.digest, keys.sop_instance))
+            asked = tuple(
+                word
+                for word in words
+                if reason is codes.get(word.upper(), ...)
+                or any(name.startswith(word.lower()) for name in names)
+            )
+            if asked:
                 patient = "" if one.keys is None else one.keys.patient_id
-                found.append(Named(one.short_id, str(paths.get(one.short_id, "")), patient, reason))
+                path = str(paths.get(one.short_id, ""))
+                found.append(Named(one.short_id, path, patient, reason, asked))
     return found
 
 

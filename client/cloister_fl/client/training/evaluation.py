@@ -1,4 +1,4 @@
-"""Evaluation: what a model answers for a cohort, and its figures, by patient."""
+"""Evaluation: what a model answers for a cohort, and its figures, by unit (``Task.unit``)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy.typing as npt
 from cloister_fl.client.data.cohort import Cohort
 from cloister_fl.client.training.sampling import Bag, FeatureCohort, images_at_once, pixels_of
 from cloister_fl.metrics.classification import BINS
-from cloister_fl.metrics.figures import Metrics
 from cloister_fl.protocol.round_messages import Counts
+from cloister_fl.study.cost import open_units
 from cloister_fl.study.schema import Study
 from cloister_fl.tasks import Task
 
@@ -80,27 +80,27 @@ def answers_for(module: nn.Module, cohort: Cohort, task: Task) -> npt.NDArray[An
 
 def rows_of(
     module: nn.Module, cohort: Cohort, task: Task
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Labels (P,) and ``Task.row`` (P, R), one a patient."""
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Labels (U,) and ``Task.row`` (U, R), one a unit, and (U,) the place of its patient."""
     answers = answers_for(module, cohort, task)
-    labels = np.array([patient.label for patient in cohort.patients], np.int64)
-    each = [list(patient.images) for patient in cohort.patients]
+    units = [(place, one) for place, patient in enumerate(cohort.patients) for one in patient.units]
+    each = [list(one.images) for _, one in units]
     rows = [task.row(answers[places], cohort.targets[places]) for places in each]
-    return labels, np.array(rows)
-
-
-def measured(module: nn.Module, cohort: Cohort, study: Study) -> Metrics:
-    """The figures of the study's task, exact: of a cohort that belongs to no site."""
-    return study.task.measure(*rows_of(module, cohort, study.task))
+    labels = np.array([one.label for _, one in units], np.int64)
+    return labels, np.array(rows), np.array([place for place, _ in units], np.int64)
 
 
 def exact_counts(module: nn.Module, cohort: Cohort, study: Study) -> Counts:
-    """``Task.count`` summed over the patients, unnoised: for studies without privacy only."""
-    task = study.task
+    """``Task.count`` summed over the patients, unnoised: for studies without privacy only.
+
+    In ``cost.open_units``: where a patient has n units, each adds an n-th, rounded down.
+    """
+    task, whole = study.task, open_units(study)
     total = np.zeros(task.counts_shape(BINS), np.int64)
     if not cohort.patients:
         # A site with one patient of each class keeps nobody apart.
         return total
-    for label, row in zip(*rows_of(module, cohort, task), strict=True):
-        total += task.count(int(label), row, BINS)
+    for label, row, place in zip(*rows_of(module, cohort, task), strict=True):
+        share = whole // len(cohort.patients[int(place)].units)
+        total += share * task.count(int(label), row, BINS)
     return total

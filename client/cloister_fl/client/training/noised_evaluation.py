@@ -1,7 +1,9 @@
 """Noised evaluation: what a site's patients count for, noised before it leaves the site.
 
 A patient counts ``Task.count``, in ``cost.UNITS``; one patient more or less moves the whole by at
-most ``cost.sensitivity`` in L2. That is held here for any task: a count of a larger norm counts as
+most ``cost.sensitivity`` in L2. A patient with n examinations or images that have labels of their
+own counts ``floor(UNITS / n)`` for each, so n times that is ``UNITS`` at most, whatever n is; above
+``UNITS`` it is nothing. That is held here for any task: a count of a larger norm counts as
 nothing, and it is a function of that patient's own images alone. They are passed through the
 network without others: in a batch, rounding may depend on who else is there, and a score at the
 edge of a bin would then move with another patient.
@@ -17,13 +19,14 @@ from collections.abc import Callable
 import numpy as np
 from torch import nn
 
-from cloister_fl.client.data.cohort import Cohort
+from cloister_fl.client.data.cohort import Cohort, Patient
 from cloister_fl.client.training.csprng import SecureRandom
-from cloister_fl.client.training.evaluation import answering
+from cloister_fl.client.training.evaluation import Answering, answering
 from cloister_fl.privacy.dp_events import Mechanism
 from cloister_fl.protocol.round_messages import Counts
 from cloister_fl.study.cost import RELEASE_BINS, UNITS, sensitivity
 from cloister_fl.study.schema import Study
+from cloister_fl.tasks import Task
 
 _SLACK = 1e-9
 """Relative rounding of a norm in float64."""
@@ -48,19 +51,28 @@ def counts_in_units(
         for patient in cohort.patients:
             # A pass of the patient's own, and not one with others.
             try:
-                row = task.row(answer(patient.images), cohort.targets[list(patient.images)])
-                counted = task.count(patient.label, row, RELEASE_BINS)
+                total += _of_patient(patient, cohort, task, answer, most)
             except Exception as error:
                 if told is None:
                     raise
                 told(error)
-                continue
-            total += _bounded(counted, total.shape, most)
     return total
 
 
+def _of_patient(
+    patient: Patient, cohort: Cohort, task: Task, answer: Answering, most: float
+) -> Counts:
+    """What one patient counts for, in units: by the triangle inequality, ``most`` in L2."""
+    whole = np.zeros(task.counts_shape(RELEASE_BINS), np.int64)
+    share = UNITS // len(patient.units)
+    for unit in patient.units if share else ():
+        row = task.row(answer(unit.images), cohort.targets[list(unit.images)])
+        whole += share * _bounded(task.count(unit.label, row, RELEASE_BINS), whole.shape, most)
+    return whole
+
+
 def _bounded(counted: object, shape: tuple[int, ...], most: float) -> Counts:
-    """One patient's counts in units; nothing where they are not what the task promises.
+    """The counts of one unit; nothing where they are not what the task promises.
 
     Another shape would be spread over the whole table where it is added, and other numbers than
     int64 would raise, or round, after the bound was taken.
@@ -70,7 +82,7 @@ def _bounded(counted: object, shape: tuple[int, ...], most: float) -> Counts:
         return nothing
     # In float64: whole numbers that wrap when they are multiplied are far beyond any bound.
     norm = UNITS * float(np.linalg.norm(counted.astype(np.float64)))
-    return UNITS * counted if norm <= most * (1 + _SLACK) else nothing
+    return counted if norm <= most * (1 + _SLACK) else nothing
 
 
 def noised(counts: Counts, study: Study, mechanism: Mechanism, random: SecureRandom) -> Counts:

@@ -108,6 +108,7 @@ def summarise(
         "run": state.run,
         "headline": study.task.headline,
         "strata": list(study.task.strata),
+        "unit": study.task.unit,
         **_headline(study.task.headline, first.metrics, last.metrics),
         "metrics_initial": first.metrics and first.metrics.to_json(),
         "metrics_final": last.metrics and last.metrics.to_json(),

@@ -75,8 +75,8 @@ class Details:
             hold-out is not divided.
         operating_point: chosen by the selecting part; None without one, and for other tasks than
             two classes.
-        calls: what comes of it on the reported part; at 0.5 without an operating point; None for
-            other tasks than two classes.
+        calls: what comes of it on the reported part, by unit; at 0.5 without an operating point;
+            None for other tasks than two classes.
         confusion: of more than two classes, by class the patients that were called each class, the
             most probable one; else empty.
         classes: each class, or of two the second; none for other tasks and where a class has no
@@ -117,6 +117,7 @@ def describe(holdout: Holdout, rows: Floats) -> Details:
     """Describe a model by what it says of a hold-out, ``Holdout.score``, (P, R)."""
     places = holdout.places(selecting=False)
     labels, scores = holdout.labels[places], rows[places]
+    owners = None if holdout.task.unit == "patient" else holdout.owners[places]
     names = holdout.task.strata if holdout.task.columns else ()
     point = _operating_point(holdout, rows) if len(names) == 2 else None
     called = None
@@ -133,9 +134,10 @@ def describe(holdout: Holdout, rows: Floats) -> Details:
     classes = []
     for place in chosen if counted.all() else ():
         is_class, score = labels == place, scores[:, place]
-        of_one = measure(is_class.astype(np.int64), np.stack([1 - score, score], axis=1))
-        both = curve(is_class, score), calibration(is_class, score)
-        classes.append(OfClass(names[place], of_one, *both))
+        both = np.stack([1 - score, score], axis=1)
+        of_one = measure(is_class.astype(np.int64), both, owners)
+        shapes = curve(is_class, score), calibration(is_class, score)
+        classes.append(OfClass(names[place], of_one, *shapes))
     return Details(
         reported=holdout.part(selecting=False),
         selecting=holdout.part(selecting=True) if holdout.is_divided else None,
@@ -152,34 +154,37 @@ def _operating_point(holdout: Holdout, rows: Floats) -> OperatingPoint | None:
         return None
     places = holdout.places(selecting=True)
     threshold = best_threshold(holdout.labels[places] == 1, rows[places, 1])
-    return OperatingPoint(holdout.task.strata[1], threshold, len(places))
+    chose = holdout.part(selecting=True).patients
+    return OperatingPoint(holdout.task.strata[1], threshold, chose)
 
 
 def _groups(holdout: Holdout, rows: Floats) -> tuple[Group, ...]:
     places = holdout.places(selecting=False)
-    kinds = sorted({kind for place in places for kind in holdout.patients[place].groups})
+    groups = [holdout.patients[owner].groups for owner in holdout.owners[places]]
     found = []
-    for kind in kinds:
-        said = [holdout.patients[place].groups.get(kind) or UNKNOWN for place in places]
+    for kind in sorted({kind for each in groups for kind in each}):
+        said = [each.get(kind) or UNKNOWN for each in groups]
         for name in sorted(set(said), key=lambda one: (one == UNKNOWN, one)):
             of_group = places[[one == name for one in said]]
-            metrics = holdout.task.measure(holdout.labels[of_group], rows[of_group])
-            found.append(Group(kind, name, metrics))
+            found.append(Group(kind, name, holdout.measured(rows, of_group)))
     return tuple(found)
 
 
 def scores_table(holdout: Holdout, rows: Floats) -> bytes:
-    """The model's scores of all patients as CSV, UTF-8: who reports and who chooses, each a row."""
+    """The model's scores as CSV, UTF-8: a row for each unit of who reports and who chooses."""
     task = holdout.task
     kinds = sorted({kind for one in holdout.patients for kind in one.groups})
     columns = task.columns or task.figures
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["patient", "part", "label", *columns, "images", *kinds])
-    for one, chooses, row in zip(holdout.patients, holdout.selecting, rows, strict=True):
+    units = [unit for one in holdout.patients for unit in one.units]
+    for owner, unit, row in zip(holdout.owners, units, rows, strict=True):
+        one = holdout.patients[owner]
         said = [_plain(one.groups.get(kind, "")) for kind in kinds]
-        part, label = "selecting" if chooses else "reported", _plain(task.strata[one.label])
-        writer.writerow([one.name, part, label, *map(float, row), one.images, *said])
+        part = "selecting" if holdout.selecting[owner] else "reported"
+        label = _plain(task.strata[unit.label])
+        writer.writerow([one.name, part, label, *map(float, row), unit.images, *said])
     return text.getvalue().encode()
 
 

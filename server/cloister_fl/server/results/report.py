@@ -39,7 +39,7 @@ _KNOWN = frozenset((
     "secure_aggregation", "study", "study_hash",
     "privacy", "epsilon_max", "epsilon_per_site", "delta", "sites", "site_names", "refused",
     "rounds", "rounds_lost", "rounds_discarded", "seconds", "bytes_sent_per_site", "warnings",
-    "release", "headline", "strata", "metrics_initial", "metrics_final",
+    "release", "headline", "strata", "unit", "metrics_initial", "metrics_final",
     "model_why", "model_round", "holdout",
 ))
 _HEADLINE = ("initial", "final", "final_interval")
@@ -210,9 +210,10 @@ def _noised(study: Study, release: Any) -> Any:
 
 
 def _strata(study: Study, counts: Sequence[int]) -> str:
-    """How many patients have each label."""
+    """How many patients have each label, or how many of what else has one."""
     pairs = zip(study.task.strata, counts, strict=True)
-    return ", ".join(f"{name} {count}" for name, count in pairs)
+    by = "" if study.task.unit == "patient" else f"by {study.task.unit}, "
+    return by + ", ".join(f"{name} {count}" for name, count in pairs)
 
 
 def _measured(of: Metrics | Part) -> str:

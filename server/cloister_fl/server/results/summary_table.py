@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def _results(summary: Mapping[str, Any]) -> Table:
         first = before and before[headline]
         table.add_row(f"{_title(headline)} before training", _figure(first and first["value"]))
         _add(table, after, " after training")
-        table.add_row("Patients measured", _patients(after, summary["strata"]))
+        table.add_row("Patients measured", _patients(after, summary))
         _add_calls(table, summary["holdout"])
     release = summary["release"]
     if release is not None:
@@ -66,7 +66,7 @@ def _results(summary: Mapping[str, Any]) -> Table:
             table.add_row(f"{_title(headline)}{noised}", "none")
         else:
             _add(table, release["metrics"], noised)
-            told = _patients(release["metrics"], summary["strata"])
+            told = _patients(release["metrics"], summary)
             table.add_row(f"Patients{noised}", told)
         table.add_row("Its epsilon, of the study's", f"{release['epsilon']:g}")
     if summary["epsilon_max"] is not None:
@@ -113,11 +113,13 @@ def _add_calls(table: Table, holdout: Mapping[str, Any] | None) -> None:
         table.add_row(f"  {rate['name']}", told)
 
 
-def _patients(metrics: Mapping[str, Any], strata: Sequence[str]) -> str:
-    """How many patients were measured, and how many of them have each label."""
-    pairs = zip(strata, metrics["class_counts"], strict=True)
+def _patients(metrics: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """How many patients were measured, and how many of them, or of their units, have each label."""
+    pairs = zip(summary["strata"], metrics["class_counts"], strict=True)
     images = f", {metrics['images']} images" if metrics["images"] else ""
-    counts = ", ".join(f"{name} {count}" for name, count in pairs)
+    unit = summary.get("unit", "patient")
+    by = "" if unit == "patient" else f"by {unit}: "
+    counts = by + ", ".join(f"{name} {count}" for name, count in pairs)
     return f"{metrics['patients']}{images} ({counts})"
 
 

@@ -66,7 +66,7 @@ from cloister_fl.server.rounds.secure_collector import SecureCollector
 from cloister_fl.server.rounds.strategies import OptimizerState, averaged, step
 from cloister_fl.server.rounds.sum_check import is_possible, norm_of, require_one_of_two
 from cloister_fl.study import initial_model, study_network
-from cloister_fl.study.cost import UNITS, release_mechanism, sensitivity, study_epsilon
+from cloister_fl.study.cost import UNITS, open_units, release_mechanism, sensitivity, study_epsilon
 from cloister_fl.study.schema import Aggregation, Study
 
 
@@ -400,7 +400,9 @@ class Run:
         elif due and not self._study.privacy.enabled and self._study.evaluation.site_fraction:
             counts = self._histogram(collector, number, state.released)
             if counts is not None:
-                figures = replace(figures, metrics=self._study.task.measure_counts(counts))
+                units = open_units(self._study)
+                whole = counts if units == 1 else counts / units
+                figures = replace(figures, metrics=self._study.task.measure_counts(whole))
         self._hooks.notify(Measured(figures, self._study.training.rounds))
         return figures
 

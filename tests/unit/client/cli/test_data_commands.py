@@ -79,6 +79,51 @@ def test_freeze_then_again_with_a_reason(site: Site, tmp_path: Path) -> None:
     assert "4 images" in _run(site, "freeze", study, "--again", "--why", "sent again", "--yes")
 
 
+def test_json_names_all_images_and_rows_and_find_takes_their_ids(
+    site: Site, tmp_path: Path
+) -> None:
+    """Three images lose their rows, and thirty rows have no image: a message lists the first."""
+    study = tmp_path / "study.toml"
+    rows = site.labels.read_text().splitlines()
+    extra = [f"none{number},normal" for number in range(30)]
+    site.labels.write_text("\n".join([*rows[:2], *extra]))
+    result = CliRunner().invoke(
+        client_group.app, ["freeze", str(study), "--json", "--dir", str(site.root)]
+    )
+    assert isinstance(result.exception, CloisterError)
+    told = json.loads(result.stdout)
+    assert told["frozen"] is False
+    missing, unused = told["faults"]
+    assert (missing["code"], unused["code"]) == ("CLO-201", "CLO-202")
+    assert unused["rows"] == [{"line": line, "key": "PatientID"} for line in range(3, 33)]
+    assert len({one["image"] for one in missing["images"]}) == 3
+    check = CliRunner().invoke(
+        client_group.app,
+        ["check", "--offline", "--json", "--study", str(study), "--dir", str(site.root)],
+    )
+    assert json.loads(check.stdout)["faults"][:2] == told["faults"]
+    assert MRN not in result.stdout + check.stdout
+    # As a message lists them: with commas; images and patients alike.
+    (first, second, third) = missing["images"]
+    asked = [f"{first['image']},", f"{second['patient']},", third["image"], "f" * 12]
+    found = json.loads(_run(site, "find", *asked, "--study", str(study), "--json"))
+    assert {one["patient_id"] for one in found["found"]} == {f"{MRN}{n}" for n in (1, 2, 3)}
+    assert found["not_found"] == ["f" * 12]
+    assert [first["image"]] in [one["asked"] for one in found["found"]]
+
+
+def test_json_of_what_was_frozen_says_what_was_left_out(site: Site, tmp_path: Path) -> None:
+    file = site.root / "site.toml"
+    text = file.read_text().replace('on_mismatch = "refuse"', 'on_mismatch = "leave out"')
+    file.write_text(text.replace("left_out_at_most = 5.0", "left_out_at_most = 50.0"))
+    site.labels.write_text(site.labels.read_text().replace(f"{MRN}3,nodule", f"{MRN}3,else"))
+    told = json.loads(_run(site, "freeze", str(tmp_path / "study.toml"), "--json"))
+    assert (told["frozen"], told["images"], told["patients"]) == (True, 3, 3)
+    wrong, missing = told["left_out"]
+    assert (wrong["code"], wrong["rows"]) == ("CLO-206", [{"line": 5, "key": None}])
+    assert (missing["code"], len(missing["images"])) == ("CLO-201", 1)
+
+
 def test_the_way_of_a_held_file(site: Site, tmp_path: Path) -> None:
     (one,) = json.loads(_run(site, "quarantine", "--json"))["held"]
     assert (one["code"], one["state"]) == ("CLO-223", "waiting")

@@ -10,10 +10,9 @@ import pytest
 from pydicom import dcmread
 
 from cloister_fl.client.data import frozen_dataset as manifests
-from cloister_fl.client.data import labels as label_files
 from cloister_fl.client.data import loading
 from cloister_fl.client.data.cohort import Cohort
-from cloister_fl.client.data.labels import sound_labels
+from cloister_fl.client.data.labels.label_file import read_labels, sound_labels
 from cloister_fl.client.data.loading import freeze, load_for_run, read_for_check
 from cloister_fl.client.dicom import read_ahead
 from cloister_fl.client.preflight import findings
@@ -392,7 +391,7 @@ def test_rows_behind_a_stray_quotation_mark_count(tmp_path: Path) -> None:
         "A": 1, "C": 0, "D": 1, '1"': 0, "F": 1,
     }  # fmt: skip
     with raises(LabelsInvalid):
-        label_files.read_labels(path, task)
+        read_labels(path, task)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])

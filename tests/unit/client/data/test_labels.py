@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloister_fl.client.data.labels import Labels, Linked, join, read_labels, sound_labels
+from cloister_fl.client.data.labels.label_file import Labels, read_labels, sound_labels
+from cloister_fl.client.data.labels.row_matching import Linked, join
 from cloister_fl.client.dicom.folder_reader import Keys
 from cloister_fl.client.site.label_settings import LabelSettings, composed
 from cloister_fl.errors import DataError, LabelMissing, LabelsInvalid, LabelWithoutImage
@@ -38,7 +39,8 @@ def _fails(tmp_path: Path, text: str | bytes, settings: LabelSettings = PLAIN) -
     return str(caught.value)
 
 
-NO_KEY = "no column 'SOPInstanceUID', 'AccessionNumber' or 'PatientID'"
+KEYS = "'SOPInstanceUID', 'AccessionNumber', 'StudyInstanceUID' or 'PatientID'"
+NO_KEY = f"no column {KEYS}"
 
 
 def _image(instance: str, patient: str, *, duplicate: bool = False, issuer: str = "") -> Linked:
@@ -114,7 +116,7 @@ def test_a_table_in_the_hospitals_own_words_is_read_as_it_is(tmp_path: Path) -> 
 
 def test_a_column_that_was_named_and_is_not_there_is_told(tmp_path: Path) -> None:
     message = _fails(tmp_path, "PatientID;Befund\nP1;o. B.\n", GERMAN)
-    assert "has no column 'SOPInstanceUID', 'AccessionNumber' or 'PatientID'." in message
+    assert f"has {NO_KEY}." in message
     assert "[data.labels] in site.toml names 'Patienten-ID' for PatientID" in message
     message = _fails(tmp_path, "Patienten-ID;Diagnose\nP1;o. B.\n")
     assert 'columns = { finding = "...", PatientID = "..." }' in message
@@ -269,9 +271,7 @@ def test_long_lists_are_cut(tmp_path: Path) -> None:
 def test_columns_that_lack_or_repeat(tmp_path: Path, text: str, what: str) -> None:
     message = _fails(tmp_path, text)
     assert f"The labels file {what}" in message
-    assert "name one column SOPInstanceUID, AccessionNumber or PatientID, and one 'finding'" in (
-        message
-    )
+    assert "AccessionNumber, StudyInstanceUID or PatientID, and one 'finding'" in (message)
     for word in ("canary", "anna", "clara", "suspicious"):
         assert word not in message.casefold()
 

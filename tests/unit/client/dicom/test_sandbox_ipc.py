@@ -157,6 +157,7 @@ def test_another_hello(hello: bytes) -> None:
         {"sop_instance": "1.2\n3"},
         {"sop_instance": "1" * 65},
         {"patient_id": ""},
+        {"study_instance": "1.2.CANARY"},
     ],
 )
 def test_facts_that_cannot_be(altered: dict[str, str | int]) -> None:

@@ -55,6 +55,7 @@ def test_report_of_sound_data(tmp_path: Path) -> None:
         "patients": 6,
         "images_per_patient": {"2": 6},
         "labels": {"normal": 3, "nodule": 3},
+        "unit": "patient",
         "modalities": {"DX": 12},
         "marked_too_small": 0,
         "patients_file_lines_without_image": [],
@@ -64,6 +65,7 @@ def test_report_of_sound_data(tmp_path: Path) -> None:
             {"code": "CLO-215", "reason": "modality not asked for by the study", "count": 1}
         ],
         "faults": [],
+        "left_out": [],
         "policy": [],
     }
     text = render(report)

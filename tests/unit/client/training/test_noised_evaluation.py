@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from cloister_fl.client import app as client
 from cloister_fl.client import app_state, envelope
 from cloister_fl.client.admission.approvals import Decision, judge, judgements
 from cloister_fl.client.app_state import Kept
-from cloister_fl.client.data.cohort import Cohort, Patient, apart, split_apart, subset
+from cloister_fl.client.data.cohort import Cohort, Patient, Unit, apart, split_apart, subset
 from cloister_fl.client.ledger.ledger import Ledger
 from cloister_fl.client.ledger.site_session import SiteSession
 from cloister_fl.client.site.folder import Site, init_site
@@ -116,6 +117,63 @@ def test_adding_or_removing_a_patient_moves_at_most_the_sensitivity(
         # In L2, which is what the noise is a multiple of; whole numbers, so no rounding.
         assert int((moved**2).sum()) <= curves * UNITS**2
         assert (moved >= 0).all()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_patient_of_any_number_of_units_moves_at_most_the_sensitivity(classes: int) -> None:
+    """The worst case: all units of a patient fall into one cell of each curve."""
+    asked = study(
+        target={"unit": "image", "classes": ["no", "yes", "perhaps"][:classes]},
+        evaluation="release_epsilon = 1.0",
+    )
+    curves = 1 if classes == 2 else classes
+    module, size = _network(asked), asked.input.size
+    for n in (1, 2, 3, 5, 7, 15, 16, 17, 40):
+        # Equal images, so equal scores; and one label.
+        images = np.full((n, size, size), 30_000, np.uint16)
+        places = tuple(range(n))
+        patient = Patient("a" * 64, 1, places, parts=tuple(Unit(1, (each,)) for each in places))
+        cohort = Cohort(images, (patient,), {}, {}, {}, np.ones(n, np.int64))
+        counted = counts_in_units(module, cohort, asked)
+        share = UNITS // n
+        assert counted.sum() == curves * n * share
+        assert (n > UNITS) == (not counted.any())
+        assert counted.max() == n * share <= UNITS
+        assert math.sqrt(int((counted**2).sum())) <= sensitivity(asked)
+        # With several labels and scores it moves less.
+        mixed = replace(patient, parts=tuple(Unit(each % classes, (each,)) for each in places))
+        images = np.random.default_rng(n).integers(0, 65536, images.shape).astype(np.uint16)
+        cohort = Cohort(images, (mixed,), {}, {}, {}, np.arange(n) % classes)
+        spread = counts_in_units(module, cohort, asked)
+        assert math.sqrt(int((spread**2).sum())) <= sensitivity(asked)
+
+
+def test_units_of_one_patient_follow_from_that_patient_alone() -> None:
+    asked = study(target={"unit": "image"}, evaluation="release_epsilon = 1.0")
+    plain = _cohort(np.random.default_rng(3), [3, 1, 20, 2], 2, wild=False)
+    patients = tuple(
+        replace(one, parts=tuple(Unit(place % 2, (place,)) for place in one.images))
+        for one in plain.patients
+    )
+    cohort = replace(plain, patients=patients)
+    module = _network(asked)
+    each = [counts_in_units(module, subset(cohort, [one]), asked) for one in patients]
+    np.testing.assert_array_equal(counts_in_units(module, cohort, asked), sum(each))
+    assert [one.sum() for one in each] == [15, 16, 0, 16]
+
+
+def test_open_counts_take_a_patient_as_one_too() -> None:
+    asked = study(target={"unit": "image"}, privacy="enabled = false")
+    plain = _cohort(np.random.default_rng(3), [3, 1, 2], 2, wild=False)
+    patients = tuple(
+        replace(one, parts=tuple(Unit(place % 2, (place,)) for place in one.images))
+        for one in plain.patients
+    )
+    counts = exact_counts(_network(asked), replace(plain, patients=patients), asked)
+    assert counts.sum() == 15 + 16 + 16
+    measured = asked.task.measure_counts(counts / UNITS)
+    assert measured.patients == 3
+    assert measured.auroc is not None
 
 
 def test_what_fails_for_one_patient_costs_that_patient_alone() -> None:

@@ -16,9 +16,10 @@ from cloister_fl.server.rounds.model_choice import (
 )
 from cloister_fl.server.rounds.strategies import OptimizerState
 from cloister_fl.study.schema import Study
-from cloister_fl.tasks.divided_holdout import Holdout, HoldoutPatient
+from cloister_fl.tasks.divided_holdout import Holdout
 from support import studies
 from support.errors import raises
+from support.holdouts import holdout_patients
 
 STUDY = studies.study(training="rounds = 9", evaluation={"stop_after": 2})
 
@@ -81,7 +82,7 @@ def test_a_run_stalls_after_so_many_evaluations(
 def test_a_study_that_stops_by_a_hold_out_needs_one_that_can_choose() -> None:
     with raises(OptionInvalid, match="needs a hold-out, and none was named"):
         require_who_chooses(STUDY, None)
-    few = tuple(HoldoutPatient(f"p{label}", label, 1, str(label)) for label in range(2))
+    few = holdout_patients(range(2))
     with raises(OptionInvalid, match="two patients of each label"):
         require_who_chooses(STUDY, Holdout(STUDY.task, few, lambda model: np.zeros((2, 2))))
     require_who_chooses(studies.study(), None)

@@ -21,7 +21,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from cloister_fl.client.dicom import mask_table
-from cloister_fl.client.dicom.facts import Facts
+from cloister_fl.client.dicom.facts import TEXTS, Facts
 from cloister_fl.client.dicom.rejection import RejectedFile, unfit
 from cloister_fl.client.dicom.size_limits import (
     MAX_FILE_BYTES,
@@ -41,7 +41,7 @@ _IMAGE, _REJECT, _UNFIT, _MASKS = 0, 1, 2, 3
 _REQUEST = struct.Struct(">QQ")
 _ANSWER = struct.Struct(">QB")
 _LENGTH = struct.Struct(">I")
-_FACTS = struct.Struct(">II32s13H")
+_FACTS = struct.Struct(f">II32s{len(TEXTS)}H")
 _UID = re.compile(r"[0-9.]{1,64}")  # PS3.5 section 9.1
 _YEAR = re.compile(r"([0-9]{4})?")
 _PERSON = re.compile(r"([0-9a-f]{64})?")
@@ -235,6 +235,7 @@ def _plausible(facts: Facts) -> bool:
         and _PERSON.fullmatch(facts.person)
         and _UID.fullmatch(facts.sop_instance)
         and not is_blank(facts.patient_id)
+        and (not facts.study_instance or _UID.fullmatch(facts.study_instance))
         and facts.place.sound
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cloister_fl.client.data.labels import read_labels, sound_labels
+from cloister_fl.client.data.labels.label_file import read_labels, sound_labels
 from cloister_fl.client.data.tables import spreadsheet
 from cloister_fl.client.data.tables.spreadsheet_worker import told
 from cloister_fl.client.site.label_settings import LabelSettings

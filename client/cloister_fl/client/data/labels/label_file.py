@@ -1,41 +1,34 @@
-"""Labels file of a site: a CSV kept by a person, checked and joined to the images.
+"""Labels file of a site: a table kept by a person, read and checked; see ``row_matching``.
 
-A row is keyed by its SOPInstanceUID, else its AccessionNumber, else its PatientID: the first of
-these that it has, whatever other rows have. An image takes the row that names it most exactly.
-Faults name lines, never values, for a key is a patient's. Of the first line no cell is repeated,
-for it may be a patient's row: messages say how many columns it has, and which of them are called
-almost as they must be.
+A row is keyed by its SOPInstanceUID, else its AccessionNumber, else its StudyInstanceUID, else its
+PatientID: the first of these that it has, whatever other rows have (``label_settings`` has the
+order where patients are labelled). Faults name lines, never values, for a key is a
+patient's. Of the first line no cell is repeated, for it may be a patient's row: messages say how
+many columns it has, and which of them are called almost as they must be.
 """
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cloister_fl.client.data.label_mismatches import mismatches
 from cloister_fl.client.data.tables.csv_file import (
-    SHOWN,
     Faults,
     Header,
     bare,
     described,
     first_lines,
     header_of,
-    lines,
     lines_apart,
     listing,
     read_text,
     rows_of,
 )
 from cloister_fl.client.data.tables.spreadsheet import is_spreadsheet, rows_of_sheet
-from cloister_fl.client.dicom.folder_reader import Keys
-from cloister_fl.client.site.folder import command_at
-from cloister_fl.client.site.label_settings import KEY_COLUMNS, LabelSettings, composed
-from cloister_fl.errors import DataError, LabelMissing, LabelsInvalid, LabelWithoutImage
-from cloister_fl.system.text import counted, listed
+from cloister_fl.client.site.label_settings import KEY_COLUMNS, OF_PATIENTS, LabelSettings, composed
+from cloister_fl.errors import DataError, LabelsInvalid
 from cloister_fl.tasks import LabelsFile, Task
 
 _NAMED = "labels file", "data.labels", LabelsInvalid
@@ -76,36 +69,6 @@ class Labels:
     rows: dict[Key, Label] = field(repr=False)
 
 
-@dataclass(frozen=True)
-class Linked:
-    """An image as the join sees it.
-
-    Attributes:
-        keys: what its header says.
-        patient: the patient's pseudonym.
-        duplicate: whether the image itself was turned away as a duplicate, or came later.
-        later: whether what the labels say of it is left aside: it came after a study was frozen.
-        numbers: by which a row with a PatientID may name the patient, the image's own first; empty
-            for the PatientID as it stands.
-    """
-
-    keys: Keys
-    patient: str
-    duplicate: bool = False
-    later: bool = False
-    numbers: tuple[str, ...] = field(default=(), repr=False)
-
-    @property
-    def named_by(self) -> tuple[Key, ...]:
-        """The keys of rows that may speak for the image, the most exact first."""
-        numbers = self.numbers or (self.keys.patient_id,)
-        return (
-            ("SOPInstanceUID", composed(self.keys.sop_instance)),
-            ("AccessionNumber", composed(self.keys.accession)),
-            *(("PatientID", composed(number)) for number in numbers),
-        )
-
-
 def read_labels(
     path: Path,
     task: Task,
@@ -126,7 +89,7 @@ def read_labels(
     faults: Faults = []
     labels = _read(path, task, number, settings, faults)
     if faults:
-        raise _invalid(faults, task.allowed)
+        raise invalid_rows(faults, task.allowed)
     return labels
 
 
@@ -139,7 +102,7 @@ def tolerant_labels(
     """
     faults: Faults = []
     labels = _read(path, task, number, settings, faults)
-    return labels, len(faults), [_invalid(faults, task.allowed)] if faults else []
+    return labels, len(faults), [invalid_rows(faults, task.allowed)] if faults else []
 
 
 def _read(
@@ -207,7 +170,8 @@ def _parsed(
 ) -> Labels:
     """Read the rows of a table below its header; those with a fault are left out, and listed."""
     header, wanted = found.cells, _wanted(task)
-    keyed = [name for name in KEY_COLUMNS if name in header]
+    order = OF_PATIENTS if task.unit == "patient" else KEY_COLUMNS
+    keyed = [name for name in order if name in header]
     if not keyed or any(header.count(name) != 1 for name in (*keyed, *wanted)):
         raise _header_invalid(header, keyed, wanted, task, settings)
     at_keys = [(name, header.index(name)) for name in keyed]
@@ -239,120 +203,6 @@ def _parsed(
             else:
                 rows[key] = Label(line, record, tuple(values))
     return Labels({key: row for key, row in rows.items() if key not in twice})
-
-
-def join(
-    labels: Labels, images: Sequence[Linked], root: Path | None = None, *, alone: bool = False
-) -> tuple[list[Label | None], list[DataError]]:
-    """Give each image its label, and list all that does not fit.
-
-    A row may speak for several images, never for several patients; a patient has one label. A
-    duplicate takes no label of its own, but a row that names it belongs to its patient.
-
-    With ``alone`` a patient's label follows from the patient's images and the rows that name one
-    of them, whoever else they name: that a row is shared is told, and changes nobody's label.
-
-    Args:
-        labels: the labels file, as read.
-        images: the images to join it to.
-        root: the site folder, for the commands of the remedies.
-        alone: give no label to a patient whose rows disagree.
-
-    Returns:
-        The row of each image, None where there is none; and the faults found, as errors that the
-        caller may raise or list.
-    """
-    patients_of: dict[Key, set[str]] = defaultdict(set)
-    rows_of_patient: dict[str, set[Label]] = defaultdict(set)
-    direct: list[Label | None] = []
-    used: set[Key] = set()
-    for image in images:
-        keys = [key for key in image.named_by if key in labels.rows]
-        used.update(keys)
-        if image.later:
-            keys = []
-        direct.append(labels.rows[keys[0]] if keys else None)
-        for key in keys:
-            patients_of[key].add(image.patient)
-            rows_of_patient[image.patient].add(labels.rows[key])
-    faults: Faults = [
-        (labels.rows[key].line, f"has a {key[0]} that several patients share")
-        for key, patients in patients_of.items()
-        if len(patients) > 1
-    ]
-    conflicts = sorted(
-        sorted(row.line for row in rows)
-        for rows in rows_of_patient.values()
-        if len({row.value for row in rows}) > 1
-    )
-    errors: list[DataError] = []
-    if faults or conflicts:
-        remedy = "Correct these lines: a patient has one class, and a row names one patient."
-        errors.append(_invalid(faults, remedy, conflicts))
-    inherited = _from_duplicates(images, direct)
-    found = [
-        label if label is not None else inherited.get(image.patient)
-        for image, label in zip(images, direct, strict=True)
-    ]
-    errors += _unmatched(labels, images, found, used, root)
-    if alone:
-        torn = {
-            one for one, rows in rows_of_patient.items() if len({row.value for row in rows}) > 1
-        }
-        found = [
-            None if image.patient in torn else label
-            for image, label in zip(images, found, strict=True)
-        ]
-    return found, errors
-
-
-def unmatched(labels: Labels, images: Sequence[Linked]) -> int:
-    """How many rows belong to no image."""
-    named = {key for image in images for key in image.named_by}
-    return sum(key not in named for key in labels.rows)
-
-
-def _from_duplicates(images: Sequence[Linked], direct: Sequence[Label | None]) -> dict[str, Label]:
-    """Return what rows for duplicates say of their patients; the kept twin may have no row."""
-    return {
-        image.patient: label
-        for image, label in zip(images, direct, strict=True)
-        if image.duplicate and label is not None
-    }
-
-
-def _unmatched(
-    labels: Labels,
-    images: Sequence[Linked],
-    found: Sequence[Label | None],
-    used: set[Key],
-    root: Path | None,
-) -> Iterator[DataError]:
-    without = [
-        image
-        for image, label in zip(images, found, strict=True)
-        if label is None and not image.duplicate
-    ]
-    unused = {key: label for key, label in labels.rows.items() if key not in used}
-    told = mismatches(unused, [key for image in without for key in image.named_by])
-    if without:
-        missing = [image.patient[:12] for image in without]
-        columns = alternatives(sorted({column for column, _ in labels.rows}, key=KEY_COLUMNS.index))
-        yield LabelMissing(
-            f"{counted(len(missing), 'image has', 'images have')} no label.",
-            why=" ".join([f"Ids of their patients: {listed(missing, SHOWN)}.", *told]),
-            remedy=f"Add a row for each {columns or KEY_COLUMNS[-1]}, or remove the images from "
-            f"the folder. Who the patients are: "
-            f"{command_at(root, f'find {missing[0]} --study STUDY')}",
-        )
-    if unused:
-        at = [str(label.line) for label in unused.values()]
-        yield LabelWithoutImage(
-            f"{counted(len(unused), 'label belongs', 'labels belong')} to no image.",
-            why=" ".join([f"Lines of the labels file: {listed(at, SHOWN)}.", *told]),
-            remedy="Add the images, or remove the rows. A rejected image counts as missing; which "
-            f"are rejected, and why: {command_at(root, 'check --offline')}",
-        )
 
 
 def _header_invalid(
@@ -417,7 +267,7 @@ def _shown(columns: Sequence[str], task: Task) -> list[str]:
     return [name for name in (*KEY_COLUMNS, *columns) if bare(name) not in classes]
 
 
-def _invalid(faults: Faults, remedy: str, conflicts: Sequence[Sequence[int]] = ()) -> LabelsInvalid:
-    """Return the error that lists faults of lines, and lines that give one patient two classes."""
-    told = [f"{lines(found)} give one patient two classes." for found in conflicts]
-    return LabelsInvalid(f"The labels file has {listing(faults, told)}", remedy=remedy)
+def invalid_rows(faults: Faults, remedy: str, conflicts: Sequence[str] = ()) -> LabelsInvalid:
+    """Return the error that lists faults of lines, and sentences on lines that contradict."""
+    error = LabelsInvalid(f"The labels file has {listing(faults, conflicts)}", remedy=remedy)
+    return error.about(rows=[(line, "") for line, _ in faults])

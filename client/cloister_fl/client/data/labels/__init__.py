@@ -1,0 +1,1 @@
+"""Labels of a site: the file that a person keeps, and which of its rows speaks for which image."""

@@ -87,7 +87,7 @@ CASES: dict[str, tuple[Any, dict[str, str], str, tuple[str, ...]]] = {
 
 
 def test_every_key_of_the_policy_is_tried() -> None:
-    # How many patients there are can only be known once they are read; and the last refuses nothing.
+    # How many patients there are is known once they are read alone; the last refuses nothing.
     counted = {key for key in Policy.model_fields if key.startswith("min_patients")}
     counted |= {"release_unstarted"}
     assert {case.partition(",")[0] for case in CASES} | counted == set(Policy.model_fields)

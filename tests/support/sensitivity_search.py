@@ -46,6 +46,7 @@ BOUND = 2**GRID_BITS
 
 TWO = Classification("finding", ("no", "yes"))
 THREE = Classification("finding", ("a", "b", "c"))
+CLASS_WEIGHTS = (0.37, 1.0, 0.001)
 MASKS = Segmentation("lungs")
 
 _TRAINING = study().training
@@ -290,7 +291,9 @@ def summed_by(engine: Engine) -> Summing:
         patients = _Reading(module, task, engine=engine, told=lambda _: None)
         try:
             size = sum(weight.numel() for weight in patients.trained)
-            return clipped_sum(patients.blocks(seen, bags), size, clip)
+            # What a patient's labels make of the contribution: of three classes, three weights.
+            weights = CLASS_WEIGHTS if task == THREE else ()
+            return clipped_sum(patients.blocks(seen, bags, weights), size, clip)
         finally:
             patients.to_standard_module()
 

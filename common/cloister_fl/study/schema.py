@@ -27,7 +27,7 @@ from cloister_fl.errors import StudyInvalid
 from cloister_fl.networks.pretrained import PINNED
 from cloister_fl.server_strategies import STRATEGIES
 from cloister_fl.system.toml import KeyedValueError, ShownModel
-from cloister_fl.tasks import Target, Task, read_target
+from cloister_fl.tasks import LabelsFile, Target, Task, read_target
 
 HASH_LABEL = b"cloister/study/v1\0"
 UPDATE_LABEL = b"cloister/update/v1\0"
@@ -50,6 +50,7 @@ VOLUME_MODALITIES = frozenset(("CT", "MR"))
 
 LATER: dict[tuple[str, str], object] = {
     ("evaluation", "stop_after"): 0,
+    ("training", "class_weights"): {},
 }
 """Keys by table that came after studies were approved, with the default that means what a study
 without them meant: left out, so that its hash is what it was."""
@@ -141,6 +142,13 @@ class Training(ShownModel):
     """Divisor of the clipped sum, in patients: a round guess, public, the same at all sites."""
     images_per_patient: Annotated[int, Field(ge=1, le=64)] = 4
     """At most so many images of a sampled patient are drawn for a step."""
+    class_weights: dict[
+        Annotated[str, Field(min_length=1, max_length=128)],
+        Annotated[float, Field(ge=0.001, le=1000)],
+    ] = {}
+    """Weight of each class, all of them named; none for equal ones. With privacy on, a patient's
+    clipped gradient is multiplied by the weight over the largest; off, the loss of an image by the
+    weight over the mean of all. Constants: never a cohort's counts."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     learning_rate: Annotated[float, Field(gt=0, le=1000)] = 0.5
     schedule: Literal["constant", "cosine"] = "constant"
@@ -301,7 +309,8 @@ class Study(ShownModel):
     - of target: kind, and those of its kind;
     - of network: name, arguments;
     - of training: rounds, steps, epochs, sampling_rate, expected_batch, images_per_patient,
-      optimizer, learning_rate, schedule, momentum, engine, augment, seed, initial_model;
+      class_weights, optimizer, learning_rate, schedule, momentum, engine, augment, seed,
+      initial_model;
     - of privacy: enabled, unit, epsilon, delta, clipping_norm;
     - of aggregation: strategy, secure, min_sites, colluders, clip, weights,
       server_learning_rate, beta1, beta2, tau, ema, proximal_mu;
@@ -351,6 +360,34 @@ class Study(ShownModel):
                 f"must be 0 for kind = '{target.kind}', which has no noised evaluation.",
             )
         return evaluation
+
+    @field_validator("training")
+    @classmethod
+    def _weights_fit(cls, training: Training, info: ValidationInfo) -> Training:
+        target = info.data.get("target")
+        if not training.class_weights or target is None:
+            return training
+        task = target.task
+        if not isinstance(task.source, LabelsFile):
+            raise KeyedValueError(
+                "class_weights", f"is for classes; kind = '{target.kind}' has none."
+            )
+        if set(training.class_weights) != set(task.strata):
+            raise KeyedValueError(
+                "class_weights", f"must name each class once: {', '.join(task.strata)}."
+            )
+        if max(training.class_weights.values()) > 1000 * min(training.class_weights.values()):
+            raise KeyedValueError("class_weights", "must not differ by a factor above 1000.")
+        return training
+
+    @property
+    def class_weights(self) -> tuple[float, ...]:
+        """Of each class in the task's order, over the largest: above 0 and at most 1; empty where
+        all are alike."""
+        given = self.training.class_weights
+        if len(set(given.values())) < 2:
+            return ()
+        return tuple(given[name] / max(given.values()) for name in self.task.strata)
 
     def canonical(self) -> str:
         """The canonical JSON that is hashed, approved and sent.

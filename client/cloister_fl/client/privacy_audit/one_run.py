@@ -293,10 +293,10 @@ class _Adversary:
             own = np.empty((len(self._drawn), len(change)), np.float32)
             for start in range(0, len(self._drawn), many):
                 some = self._drawn[start : start + many]
-                own[start : start + len(some)] = _clipped(network, seen, some, clip)
+                own[start : start + len(some)] = self._clipped(network, seen, some, clip)
             for start in range(0, len(self._rest), many):
                 some = self._rest[start : start + many]
-                rest += _clipped(network, seen, some, clip).sum(axis=0, dtype=np.float64)
+                rest += self._clipped(network, seen, some, clip).sum(axis=0, dtype=np.float64)
         finally:
             network.to_standard_module()
         own *= self._training.sampling_rate
@@ -312,6 +312,21 @@ class _Adversary:
             self._along += some_values @ excess[start : start + _COLUMNS]
         self._energy += float(excess @ excess)
         self._values += len(excess)
+
+    def _clipped(
+        self,
+        network: PatientGradSampleModule,
+        seen: Cohort | FeatureCohort,
+        patients: Sequence[Patient],
+        clip: float,
+    ) -> NDArray[np.float32]:
+        """``_clipped`` of these patients, each by the weight of the classes."""
+        found, weights = _clipped(network, seen, patients, clip), self._study.class_weights
+        if weights:
+            of_class = np.asarray(weights, np.float32)
+            each = [of_class[seen.targets[list(one.images)]].mean() for one in patients]
+            found *= np.asarray(each, np.float32)[:, None]
+        return found
 
     def scores(self) -> Matrix:
         """The estimate of each coin less a half."""

@@ -43,6 +43,7 @@ def review(site: Site, judgement: Judgement) -> str:
             f"{', '.join(study.input.modalities)} {what} of this site, their "
             f"{study.task.described}",
         ),
+        *_class_weights(study),
         *_cost(site, study),
         *_leaves(study),
         *_data(site, judgement),
@@ -56,6 +57,14 @@ def review(site: Site, judgement: Judgement) -> str:
     if judgement.decision is Decision.PENDING:
         lines.append(f"To allow it: {site.command(f'approve {study.digest[:16]}')}")
     return "\n".join(lines)
+
+
+def _class_weights(study: Study) -> list[str]:
+    given = study.training.class_weights
+    if not given:
+        return []
+    named = ", ".join(f"{name} {given[name]:g}" for name in study.task.strata)
+    return _told("  weighs       ", f"{named}; none lets a patient count more")
 
 
 def listing(judgements: dict[str, Judgement]) -> str:

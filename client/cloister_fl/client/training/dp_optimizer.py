@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cloister_fl.client.training.csprng import SecureRandom
-from cloister_fl.client.training.exact_sum import GRID_BITS, Block, clipped_sum
+from cloister_fl.client.training.exact_sum import GRID_BITS, Block, Weighted, clipped_sum
 from cloister_fl.errors import InternalError
 
 _PIECE = 1 << 18
@@ -78,7 +78,7 @@ class PatientDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is not ty
         """Length of one patient's gradient."""
         return sum(parameter.numel() for parameter in self.params)
 
-    def step_on(self, blocks: Iterable[Block]) -> None:
+    def step_on(self, blocks: Iterable[Block | Weighted]) -> None:
         """Clip, sum, add noise, divide and step, for gradients that come in blocks.
 
         If ``blocks`` raises, nothing has happened: no parameter and no state has changed.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -27,6 +28,20 @@ GRID_BITS = 30
 Block: TypeAlias = Tensor | Sequence[Tensor]
 """Several patients' gradients, float32 (patients, size); or one patient's as it comes out of
 autograd, one float32 tensor a parameter, which saves a copy."""
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Gradients of patients who count less once they are clipped.
+
+    Attributes:
+        block: of some patients.
+        weights: of each, above 0 and at most 1: a function of that patient's own labels.
+    """
+
+    block: Block
+    weights: Sequence[float]
+
 
 _PIECE = 1 << 18
 """Values clipped at a time: they stay in the processor's cache, and calls cost little."""
@@ -44,11 +59,12 @@ _ROOM = 2.0**31 - 2
 """What a sum in int32 may reach."""
 
 
-def clipped_sum(blocks: Iterable[Block], size: int, clipping_norm: float) -> Tensor:
+def clipped_sum(blocks: Iterable[Block | Weighted], size: int, clipping_norm: float) -> Tensor:
     """Clip patients' gradients, put them on the grid and sum them.
 
     Args:
-        blocks: gradients; any number of blocks, also none.
+        blocks: gradients; any number of blocks, also none. A weight multiplies the clipped
+            gradient: before the clip it would be clipped away.
         size: length of one patient's gradient.
         clipping_norm: C, above 0.
 
@@ -57,29 +73,34 @@ def clipped_sum(blocks: Iterable[Block], size: int, clipping_norm: float) -> Ten
         norm of at most 2^30, exactly.
 
     Raises:
-        InternalError: a block has another shape.
+        InternalError: a block has another shape, or a weight is not above 0 and at most 1.
     """
     # One running sum a form: a network may be taken side by side for some bags, not for others.
     sums: dict[tuple[int, ...], _GridSum] = {}
     for block in blocks:
-        for parts in _one_by_one(block):
+        for parts, weight in _one_by_one(block):
             flat = [part.detach().reshape(-1) for part in parts]
             sizes = tuple(len(part) for part in flat)
             if sum(sizes) != size:
                 raise InternalError("A patient's gradient has the wrong length.")
             if sizes not in sums:
                 sums[sizes] = _GridSum(sizes, clipping_norm)
-            sums[sizes].add(flat)
+            sums[sizes].add(flat, weight)
     total = torch.zeros(size, dtype=torch.int64)
     for part_sum in sums.values():
         total.add_(part_sum.finish())
     return total
 
 
-def _one_by_one(block: Block) -> Iterable[Sequence[Tensor]]:
+def _one_by_one(block: Block | Weighted) -> Iterable[tuple[Sequence[Tensor], float]]:
+    if isinstance(block, Weighted):
+        rows = [parts for parts, _ in _one_by_one(block.block)]
+        if len(rows) != len(block.weights) or not all(0 < one <= 1 for one in block.weights):
+            raise InternalError("A patient's weight is missing, or is not above 0 and at most 1.")
+        return list(zip(rows, block.weights, strict=True))
     if isinstance(block, Tensor):
-        return [[row] for row in block]
-    return [block]
+        return [([row], 1.0) for row in block]
+    return [(block, 1.0)]
 
 
 class _GridSum:
@@ -104,7 +125,7 @@ class _GridSum:
     def _split(parts: list[Tensor]) -> list[Tensor]:
         return [piece for part in parts for piece in torch.split(part, _PIECE)]
 
-    def add(self, parts: list[Tensor]) -> None:
+    def add(self, parts: list[Tensor], weight: float) -> None:
         """Add one patient's gradient; what is not finite counts as zero."""
         pieces = self._split(parts)
         norms = self._norms(parts, pieces)
@@ -115,7 +136,8 @@ class _GridSum:
         # the product below, in float32, by 1 + 2^-24. The margin covers twice all that, and the
         # factor is rounded down, so rounding never exceeds the clip.
         norm *= 1.0 + (self.size + 64) * 2.0**-52 + 2.0**-23 + _ROW_MARGIN
-        factor = _float32_below(2.0**GRID_BITS / max(norm, self._clip))
+        # A weight of at most 1 only makes the factor smaller: what holds without it, holds with it.
+        factor = _float32_below(weight * (2.0**GRID_BITS / max(norm, self._clip)))
         for place, (piece, own) in enumerate(zip(pieces, norms, strict=True)):
             # The conversion to a whole number truncates toward zero: magnitudes only fall.
             highest = own * factor * (1 + 2.0**-20)

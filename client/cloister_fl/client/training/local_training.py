@@ -139,7 +139,8 @@ def _train_private(
     patients = PatientGradSampleModule(module, study.task, engine=engine, told=told)
     try:
         for _ in range(steps):
-            optimizer.step_on(patients.blocks(cohort, _draw(cohort, random, training)))
+            bags = _draw(cohort, random, training)
+            optimizer.step_on(patients.blocks(cohort, bags, study.class_weights))
     finally:
         patients.to_standard_module()
 
@@ -160,6 +161,10 @@ def _train_open(
         for run in chunks(bags, images_at_once(cohort, _IMAGES_AT_ONCE)):
             targets = targets_of(study.task, cohort, run)
             losses = study.task.losses(module(pixels_of(cohort, run)), targets)
+            if study.class_weights:
+                # By constants, not by who is in the step: a site of one class keeps its weight.
+                weights = torch.tensor(study.class_weights)
+                losses = losses * (weights / weights.mean())[targets]
             torch.autograd.backward(losses.sum() / total)
         pull.add()
         optimizer.step()

@@ -30,13 +30,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
 from opacus.grad_sample import GradSampleModule
 from opacus.grad_sample.gsm_base import AbstractGradSampleModule
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from cloister_fl.client.training.exact_sum import Block
+from cloister_fl.client.training.exact_sum import Block, Weighted
 from cloister_fl.client.training.sampling import (
     Bag,
     Cohort,
@@ -122,13 +123,30 @@ class PatientGradSampleModule(AbstractGradSampleModule):  # type: ignore[misc]  
         """The parameters that have gradients, in the order of the flat vector."""
         return [parameter for parameter in self._module.parameters() if parameter.requires_grad]
 
-    def blocks(self, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]) -> Iterator[Block]:
+    def blocks(
+        self,
+        cohort: Cohort | FeatureCohort,
+        bags: Sequence[Bag],
+        class_weights: Sequence[float] = (),
+    ) -> Iterator[Block | Weighted]:
         """Yield gradients, a few patients at a time.
 
         The patients come in any order.
+
+        Args:
+            cohort: the site's patients.
+            bags: whose images are drawn.
+            class_weights: of each class, above 0 and at most 1; none for 1 each. A patient's is
+                the mean over the drawn images.
         """
-        for _, block in self._placed_blocks(cohort, bags):
-            yield block
+        for places, block in self._placed_blocks(cohort, bags):
+            if not class_weights:
+                yield block
+                continue
+            # Labels as they are: the targets of an augmented image are those of the image.
+            of_class = np.asarray(class_weights)
+            own = [float(of_class[cohort.targets[bags[place].images]].mean()) for place in places]
+            yield Weighted(block, own)
 
     def fill_grad_samples(self, cohort: Cohort | FeatureCohort, bags: Sequence[Bag]) -> None:
         """Set ``p.grad_sample`` of each parameter to (patients, *shape), as Opacus users expect."""

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from cloister_fl.errors import TooFewSites, TooFewSurvivors
 from cloister_fl.protocol.round_messages import Refused
 from cloister_fl.secagg.messages.codec import (
     Abort,
+    Advertisement,
     Complaint,
     Consistent,
     Disclosure,
@@ -21,10 +26,12 @@ from cloister_fl.secagg.messages.codec import (
     UnmaskRequest,
 )
 from cloister_fl.secagg.parameters import Parameters
+from cloister_fl.server.rounds.collector import RoundLost
 from cloister_fl.server.rounds.messenger import SILENT
+from cloister_fl.server.rounds.run import Run
 from support.errors import raises
 from support.secagg import identity_of
-from support.secagg_collector import Collection
+from support.secagg_collector import DIMENSION, Collection
 
 FIRST, SECOND, THIRD, FOURTH, LAST = (f"site-{number:02d}" for number in range(1, 6))
 PROTOCOL = Refused.PROTOCOL.value
@@ -71,6 +78,33 @@ def test_one_of_four_that_leaves_its_vector_out_is_named() -> None:
         collection.round(1)
 
 
+def test_a_round_that_is_lost_after_waiting_names_the_hospital_that_was_missing() -> None:
+    """It says yes when it is asked again, so the reason given meanwhile was none."""
+    collection = Collection(4, _without(Masked))
+    participants = SimpleNamespace(again=lambda *given: None, refused={})
+    run: Any = SimpleNamespace(
+        _hooks=SimpleNamespace(patience=object()), _participants=participants
+    )
+    state: Any = SimpleNamespace(model=np.zeros(DIMENSION, np.float32), run="run-1", invited=())
+    with pytest.raises(RoundLost) as lost:
+        Run._collect(run, collection.collector, 1, state)
+    assert lost.value.refused == {FIRST: PROTOCOL}
+
+
+def test_an_excluded_hospital_is_named_in_each_later_sum() -> None:
+    """It was named in the sum that found it out; those after it failed for want of a site."""
+
+    def lie(name: str, parts: Parts, asked: Asked) -> Parts:
+        if name != FIRST or not isinstance(parts[0], Advertisement):
+            return parts
+        return [replace(parts[0], enc_pk=bytes(32)).signed_by(identity_of(FIRST))]
+
+    collection = Collection(4, lie)
+    for number in (1, 2):
+        with raises(TooFewSites, match=f"{FIRST}: a check of secure aggregation failed"):
+            collection.round(number)
+
+
 def test_an_answer_to_the_next_epoch_does_not_excuse_a_vector_that_did_not_come() -> None:
     def lie(name: str, parts: Parts, asked: Asked) -> Parts:
         if name == FIRST and isinstance(parts[0], Masked):
@@ -91,9 +125,7 @@ def test_a_hospital_that_withholds_its_consent_is_asked_for_it_and_named() -> No
         if name != FIRST:
             return parts
         return [
-            Masked(p.sid, p.site, p.u2_hash, p.vector, p.signature, b"")
-            if isinstance(p, Masked)
-            else p
+            replace(p, consent=b"") if isinstance(p, Masked) else p
             for p in parts
             if not (silent and isinstance(p, Consistent))
         ]

@@ -61,11 +61,11 @@ class Collection:
         members = Members("run-1", nodes, n, self.names)
         messenger: Any = self
         self._nodes = nodes
-        self._collector = SecureCollector(messenger, self.study, members, roster)
+        self.collector = SecureCollector(messenger, self.study, members, roster)
 
     def round(self, number: int) -> Collected:
         """Collect the sites' updates: each coordinate is the site's place among them, over 10."""
-        return self._collector.updates(number, np.full(DIMENSION, number, np.float32))
+        return self.collector.updates(number, np.full(DIMENSION, number, np.float32))
 
     def stream(
         self, tasks: Mapping[int, RoundMessage], answer: type[Exchanged]

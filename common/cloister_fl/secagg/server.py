@@ -463,10 +463,11 @@ class ServerEpoch:
         self._expect(Phase.DONE)
         kept = self._in_order(self._kept or {})
         # Without a dropout, a consent is in the site's masked vector as a rule.
+        at_once = {site for site, masked in kept.items() if masked.consent}
         consents = [
             Consistent(self.sid, site, self._u3, signature)
             for site, signature in self._in_order(self._consents).items()
-            if self._u3 != self._u2 or not kept[site].consent
+            if self._u3 != self._u2 or site not in at_once
         ]
         return (
             *self._records.values(),

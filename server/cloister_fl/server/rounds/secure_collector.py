@@ -37,7 +37,7 @@ from cloister_fl.protocol.round_messages import (
     octets,
 )
 from cloister_fl.secagg.messages.codec import Abort, Bundle, Masked, MaskRequest, Message
-from cloister_fl.secagg.replies import author, belongs, receive, require_answers
+from cloister_fl.secagg.reply_dispatch import author, belongs, receive, require_answers
 from cloister_fl.server.rounds.collector import (
     Collected,
     Histograms,
@@ -160,7 +160,8 @@ class SecureCollector:
         return Histograms(total, len(aggregate.survivors))
 
     def _sum(self, wanted: _Sum) -> secagg.Aggregate:
-        self.refused, self._away, self._sitting_out = {}, set(), set()
+        self.refused = dict.fromkeys(self._blamed, Refused.PROTOCOL.value)
+        self._away, self._sitting_out = set(), set()
         last: SecureAggregationError | None = None
         for attempt in range(ATTEMPTS):
             session = wanted.session(attempt)

@@ -26,11 +26,13 @@ from cloister_fl.secagg.messages.codec import (
     UnmaskRequest,
 )
 from cloister_fl.secagg.parameters import Parameters
+from cloister_fl.secagg.server import ServerEpoch
+from cloister_fl.secagg.sum_record import SumRecord
 from cloister_fl.server.rounds.collector import RoundLost
 from cloister_fl.server.rounds.messenger import SILENT
 from cloister_fl.server.rounds.run import Run
 from support.errors import raises
-from support.secagg import identity_of
+from support.secagg import Federation, identity_of, over
 from support.secagg_collector import DIMENSION, Collection
 
 FIRST, SECOND, THIRD, FOURTH, LAST = (f"site-{number:02d}" for number in range(1, 6))
@@ -135,6 +137,28 @@ def test_a_hospital_that_withholds_its_consent_is_asked_for_it_and_named() -> No
     silent = True
     with raises(TooFewSites, match=f"{FIRST}: a check of secure aggregation failed"):
         Collection(3, lie, colluders=0).round(1)
+
+
+def test_a_record_has_the_consent_that_was_withheld_at_first() -> None:
+    """Else the run's sum, which stands, would not be found again in what is kept of it."""
+    federation = Federation(3, colluders=0)
+    server = ServerEpoch(federation.terms(), federation.roster, keep=True)
+    federation.advertise(server)
+    federation.share(server)
+    session = federation.session()
+    for name in server.start(session):
+        request = over(server.mask_request(name))
+        federation.sites[name].open(request, session)
+        masked = federation.sites[name].mask(request.kid, federation.updates[name], saturate=False)
+        server.receive_masked(
+            over(replace(masked, consent=b"" if name == FIRST else masked.consent))
+        )
+    federation.consent(server)
+    federation.unmask(server)
+    total = server.finish().total
+    record = SumRecord.decode(SumRecord.of(server, session).encode())
+    assert [m.site for m in record.messages if isinstance(m, Consistent)] == [FIRST]
+    assert (record.replay(federation.roster, session).total == total).all()
 
 
 class Accuser:

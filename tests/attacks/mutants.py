@@ -511,9 +511,37 @@ MUTANTS = (
     _mutant(
         "complaints of everybody",
         "participant_epoch.py",
-        "if len(self._accusers) > self.terms.parameters.c:",
+        "if len(self._accusers) > most:",
         "if False:",
         "test_more_complaints_than_sites_that_may_lie_get_no_share",
+    ),
+    _mutant(
+        "no answer to the one accuser of a study without colluders",
+        "parameters.py",
+        "return max(self.c, 1)",
+        "return self.c",
+        "test_one_accusation_where_no_hospital_is_expected_to_collude",
+    ),
+    _mutant(
+        "a complaint of what was published",
+        "server.py",
+        "if complaint.site in self._complaints.settled:",
+        "if False:",
+        "test_a_hospital_that_complains_of_shares_that_were_published_is_named",
+    ),
+    _mutant(
+        "answers that are left out",
+        "reply_dispatch.py",
+        "if not fits:",
+        "if False:",
+        "test_a_hospital_that_leaves_its_part_out_is_named",
+    ),
+    _mutant(
+        "a consent that is withheld",
+        "server.py",
+        "has_all = self._consents.keys() == set(self._u3)",
+        "has_all = self._u3 == self._u2",
+        "test_a_hospital_that_withholds_its_consent_is_asked_for_it_and_named",
     ),
     _mutant(
         "shares published after stage 4",

@@ -185,7 +185,7 @@ def test_a_dealer_whose_box_does_not_open_shuts_nobody_out(
     monkeypatch.setattr(protocol.SiteEpoch, "disclose", disclose)
     summary = run_simulation(Simulation(study(), sites, tmp_path / "run"))
     assert summary["rounds"] == 3
-    assert summary["refused"] == ({} if answers else {"birke": "protocol"})
+    assert summary["refused"] == ({} if answers else {"birke": "message"})
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     took_part = [json.loads(line)["sites"] for line in metrics]
     assert took_part[1:] == ([5, 5, 5] if answers else [4, 4, 4])
@@ -212,14 +212,14 @@ def test_a_site_that_complains_of_every_box_costs_trips_and_nothing_else(
 def test_whatever_an_answer_makes_a_library_raise_costs_its_own_site_and_no_round(
     sites: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = secure_collector._receive
+    right = secure_collector.receive
 
     def overflows(part: Any, epoch: secagg.ServerEpoch) -> None:
-        if secure_collector._author(part) == "anker":
+        if secure_collector.author(part) == "anker":
             raise OverflowError("int too large")
         right(part, epoch)
 
-    monkeypatch.setattr(secure_collector, "_receive", overflows)
+    monkeypatch.setattr(secure_collector, "receive", overflows)
     out = tmp_path / "run"
     summary = run_simulation(Simulation(study(), sites, out))
     assert summary["rounds"] == 3

@@ -363,7 +363,7 @@ class Round:
 
     def asked_to_disclose(self, site: bytes, kid: bytes, complaints: bytes) -> None:
         due = [frame(*self.complaints[one]) for one in self.accusers(site)]
-        need(0 < len(due) <= self.c, "nobody complains of the site, or too many do")
+        need(0 < len(due) <= max(self.c, 1), "nobody complains of the site, or too many do")
         need(site not in self.disclosed, "the site has answered")
         need(kid == self.kid and complaints == listed(due), "the complaints are others")
 
@@ -406,7 +406,9 @@ class Round:
 
     def asked_to_consent(self, site: bytes, sid: bytes, u3: bytes) -> None:
         self.close()
-        need(self.u3 != self.u2 and site in self.u3, "a consent out of turn")
+        # Also without a dropout, where a vector came without its consent.
+        lacks = self.u3 != self.u2 or set(self.consents) != set(self.u3)
+        need(lacks and site in self.u3, "a consent out of turn")
         need(sid == self.sid and u3 == listed(self.u3), "a consent to another sum")
 
     def consented(self, site: bytes, sid: bytes, named: bytes, u3: bytes, given: bytes) -> None:

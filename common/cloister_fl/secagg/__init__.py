@@ -17,7 +17,7 @@ Call sequence of one epoch; each arrow is a message, ``encode`` gives its bytes:
                                                        (train)
                                                        site.mask(kid, update) -> Masked
     server.receive_masked(...)
-    server.close_vectors()      -> ConsistencyRequest, after a dropout only
+    server.close_vectors()      -> ConsistencyRequest, where a consent is missing: after a dropout
                                                     -> site.consent(...)   -> Consistent
     server.receive_consistent(...)
     server.unmask_request()     -> UnmaskRequest    -> site.unmask(...)    -> Unmasked

@@ -29,6 +29,10 @@ class Complaints:
         named = {dealer for complaint in self.made.values() for dealer in complaint.dealers}
         return tuple(sorted(named - self.answers.keys()))
 
+    def accused_by_more_than(self, most: int) -> tuple[str, ...]:
+        """Dealers that more sites complain of, and that have not published its shares."""
+        return tuple(name for name in self.unanswered if len(self.accusers_of(name)) > most)
+
     @property
     def settled(self) -> tuple[str, ...]:
         """Accusers that have nothing unanswered."""
@@ -37,13 +41,14 @@ class Complaints:
             sorted(site for site, one in self.made.items() if not open_ & set(one.dealers))
         )
 
-    def requests(self, kid: bytes) -> dict[str, DisclosureRequest]:
-        """The request to each dealer that has not answered."""
+    def requests(self, kid: bytes, most: int) -> dict[str, DisclosureRequest]:
+        """The request to each dealer that has not answered, of ``most`` accusers at most."""
         return {
             dealer: DisclosureRequest(
                 kid, tuple(self.made[site] for site in self.accusers_of(dealer))
             )
             for dealer in self.unanswered
+            if dealer not in self.accused_by_more_than(most)
         }
 
     def disclosed_to(self, accuser: str) -> dict[str, bytes]:

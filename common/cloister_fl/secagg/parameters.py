@@ -72,6 +72,16 @@ class Parameters:
         return cls(n, t, m, c)
 
     @property
+    def accusers(self) -> int:
+        """To how many sites that complain of its boxes a dealer publishes the shares it dealt them.
+
+        As many as may lie, and one where none is expected to: else the word of a single site would
+        shut out whom it accuses. That one's share helps nobody: with c = 0, two sets of ``t``
+        answers share an honest site even then, for ``2 t > n + 1``.
+        """
+        return max(self.c, 1)
+
+    @property
     def dropouts(self) -> int:
         """How many of n sites may fail in a round without ending it."""
         return self.n - self.m

@@ -204,12 +204,12 @@ class SiteEpoch:
     def disclose(self, request: DisclosureRequest) -> Disclosure:
         """Stage 2: publish what this site dealt to those who say that its box does not open.
 
-        At most c sites lie, and an honest one does not complain of this one, so more than c
-        accusers are refused: their shares would be worth more than their word.
+        At most c sites lie, and an honest one does not complain of this one, so more accusers are
+        refused: their shares would be worth more than their word. See ``Parameters.accusers``.
 
         Raises:
             SignatureInvalid, SessionMismatch: see ``peer_checks.check_complaint``.
-            TooManyComplaints: of more than c sites.
+            TooManyComplaints: of more sites than may lie.
         """
         is_due = self.stage in (Stage.SHARED, Stage.OPENED, Stage.MASKED)
         with self._step(self.stage if is_due else Stage.SHARED):
@@ -222,10 +222,11 @@ class SiteEpoch:
                         "A complaint is about another site.", remedy=remedies.SERVER_AT_FAULT
                     )
                 self._accusers.add(complaint.site)
-            if len(self._accusers) > self.terms.parameters.c:
+            most = self.terms.parameters.accusers
+            if len(self._accusers) > most:
                 raise TooManyComplaints(
                     f"{len(self._accusers)} sites say that this site's shares do not open, more "
-                    f"than the {self.terms.parameters.c} that may lie.",
+                    f"than the {most} that may lie.",
                     remedy=remedies.REPEAT,
                 )
             return Disclosure(

@@ -232,20 +232,28 @@ class ServerEpoch:
         """Take one site's complaint that boxes, each as its dealer signed it, do not open.
 
         Raises:
-            StageOutOfOrder, StageRepeated: it does not come in its turn.
+            StageOutOfOrder, StageRepeated: it does not come in its turn, or the site has what it
+                lacked.
             OverlapRefused: the site takes no part, or has sent its vector.
             SignatureInvalid, SessionMismatch: see ``peer_checks.check_complaint``.
         """
         self._expect(Phase.VECTORS)
         self._member_key(complaint.site, self._awaited - self._added.keys())
         peer_checks.check_complaint(complaint, self.terms.kid, self._keys, self._u2, self._roster)
+        if complaint.site in self._complaints.settled:
+            raise StageRepeated(
+                f"{complaint.site} complains of shares that were published to it.", remedy=REPEAT
+            )
         if not _known(self._complaints.made, complaint.site, complaint):
             self._complaints.made[complaint.site] = complaint
 
     def disclosure_requests(self) -> dict[str, DisclosureRequest]:
-        """The request to each dealer that somebody complains of, and that has not answered yet."""
+        """The request to each dealer that somebody complains of, and that has not answered yet.
+
+        Not to one of whom more complain than may lie: it would give the key epoch up.
+        """
         self._expect(Phase.VECTORS)
-        return self._complaints.requests(self.terms.kid)
+        return self._complaints.requests(self.terms.kid, self.terms.parameters.accusers)
 
     def receive_disclosure(self, answer: Disclosure) -> None:
         """Take a dealer's shares for its accusers, each checked against the hash that it signed.
@@ -273,6 +281,11 @@ class ServerEpoch:
     def unanswered(self) -> tuple[str, ...]:
         """Dealers that somebody complains of, and whose shares for it are not here."""
         return self._complaints.unanswered
+
+    @property
+    def overaccused(self) -> tuple[str, ...]:
+        """Dealers of whom more sites complain than may lie, so that one of these does not."""
+        return self._complaints.accused_by_more_than(self.terms.parameters.accusers)
 
     @property
     def accusers(self) -> tuple[str, ...]:
@@ -315,6 +328,9 @@ class ServerEpoch:
     def close_vectors(self) -> ConsistencyRequest | None:
         """Close stage 2 and fix U3; the request to its members, or None where none is needed.
 
+        It is needed after a dropout, and where a vector came without a consent: whoever withholds
+        it is then asked for it, and does not lessen the consents unnoticed.
+
         Raises:
             TooFewSurvivors: fewer than m vectors came.
         """
@@ -331,7 +347,8 @@ class ServerEpoch:
                 self._consents.clear()
             self.phase = Phase.CONSENTS
         self._expect(Phase.CONSENTS)
-        return None if self._u3 == self._u2 else ConsistencyRequest(self.sid, self._u3)
+        has_all = self._consents.keys() == set(self._u3)
+        return None if has_all else ConsistencyRequest(self.sid, self._u3)
 
     @property
     def survivors(self) -> tuple[str, ...]:
@@ -444,17 +461,18 @@ class ServerEpoch:
             StageOutOfOrder: there is no sum.
         """
         self._expect(Phase.DONE)
-        consents: list[Message] = []
-        if self._u3 != self._u2:
-            # Where they are the same, each consent is in the site's masked vector.
-            consents = [
-                Consistent(self.sid, site, self._u3, signature)
-                for site, signature in self._in_order(self._consents).items()
-            ]
+        kept = self._in_order(self._kept or {})
+        # Without a dropout, a consent is in the site's masked vector as a rule.
+        at_once = {site for site, masked in kept.items() if masked.consent}
+        consents = [
+            Consistent(self.sid, site, self._u3, signature)
+            for site, signature in self._in_order(self._consents).items()
+            if self._u3 != self._u2 or site not in at_once
+        ]
         return (
             *self._records.values(),
             *self._in_order(self._shares).values(),
-            *self._in_order(self._kept or {}).values(),
+            *kept.values(),
             *consents,
             *self._in_order(self._unmasked).values(),
         )

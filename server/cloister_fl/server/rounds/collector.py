@@ -124,6 +124,11 @@ class RoundLost(Exception):
 class Collector(Protocol):
     """How a run collects what the sites send."""
 
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Reason by site, of those that are missing from what was collected last."""
+        ...
+
     def updates(self, number: int, model: Vector) -> Collected:
         """Have every site train a round from ``model``.
 
@@ -146,6 +151,7 @@ class PlainCollector:
         self._study = study
         self._canonical = study.canonical()
         self._members = members
+        self.refused: Mapping[str, str] = {}
 
     def updates(self, number: int, model: Vector) -> Collected:
         """See ``Collector``."""
@@ -160,6 +166,7 @@ class PlainCollector:
             else:
                 given = message.reason if isinstance(message, Refusal) else Refused.MESSAGE.value
                 refused[name] = given
+        self.refused = refused
         require_sites(self._study.aggregation.min_sites, len(updates), members.asked, refused)
         names = sorted(updates)
         weights = [self._study.aggregation.weight(name) for name in names]
@@ -212,15 +219,20 @@ def require_sites(needed: int, present: int, asked: int, refused: Mapping[str, s
     """
     if present >= needed:
         return
+    raise TooFewSites(
+        f"{present} of {asked} sites take part, and {needed} are needed.",
+        why=in_words(refused),
+        remedy="Correct what the sites report, add sites, or lower aggregation.min_sites.",
+    )
+
+
+def in_words(refused: Mapping[str, str]) -> str:
+    """Sites and why they are missing, in one sentence; empty where none is."""
     why = "; ".join(
         f"{name}: {REASONS.get(reason, REASONS[Refused.DECLINED])}"
         for name, reason in sorted(refused.items())
     )
-    raise TooFewSites(
-        f"{present} of {asked} sites take part, and {needed} are needed.",
-        why=f"{why}." if why else "",
-        remedy="Correct what the sites report, add sites, or lower aggregation.min_sites.",
-    )
+    return f"{why}." if why else ""
 
 
 def _acceptable(update: Update, name: str, number: int, size: int) -> bool:

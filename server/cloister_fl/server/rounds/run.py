@@ -378,12 +378,15 @@ class Run:
         patience = self._hooks.patience
         if patience is None:
             return collector.updates(number, state.model)
+        missing: dict[str, str] = {}
         for _ in range(2):
             try:
                 return collector.updates(number, state.model)
             except (TooFewSites, TooFewSurvivors):
+                # By then all may say yes again: who failed here is named all the same.
+                missing = dict(collector.refused)
                 self._participants.again(patience, state.run, state.invited)
-        raise RoundLost(dict(self._participants.refused))
+        raise RoundLost({**self._participants.refused, **missing})
 
     def _sent_by_site(self) -> dict[str, int]:
         received = self._messenger.received
@@ -416,6 +419,7 @@ class Run:
         # The model is there; that it was not measured is no reason to lose it.
         with contextlib.suppress(TooFewSites, SecureAggregationError):
             found = collector.histogram(self._study.training.rounds, state.released)
+        self._participants.refused.update(collector.refused)
         released = Released(asked=names) if found is None else self._measured(names, found)
         self._hooks.notify(ReleaseMade(released))
         return replace(state, release=released)

@@ -36,23 +36,14 @@ from cloister_fl.protocol.round_messages import (
     Vector,
     octets,
 )
-from cloister_fl.secagg.messages.codec import (
-    Abort,
-    Advertisement,
-    Bundle,
-    Complaint,
-    Consistent,
-    Disclosure,
-    Masked,
-    Message,
-    Shares,
-    Unmasked,
-)
+from cloister_fl.secagg.messages.codec import Abort, Bundle, Masked, MaskRequest, Message
+from cloister_fl.secagg.reply_dispatch import author, belongs, receive, require_answers
 from cloister_fl.server.rounds.collector import (
     Collected,
     Histograms,
     Members,
     RoundLost,
+    in_words,
     require_sites,
 )
 from cloister_fl.server.rounds.messenger import UNREADABLE, Messenger
@@ -118,7 +109,10 @@ class SecureCollector:
         self._epochs = 0
         self._ready: secagg.ServerEpoch | None = None
         self._blamed: set[str] = set()
-        self._refused: dict[str, str] = {}
+        # Of one sum: whose last answer was a refusal, and who did not publish what somebody lacks.
+        self.refused: dict[str, str] = {}
+        self._away: set[str] = set()
+        self._sitting_out: set[str] = set()
         self._terms(0)
 
     def updates(self, number: int, model: Vector) -> Collected:
@@ -140,7 +134,7 @@ class SecureCollector:
         private, releases = study.privacy.enabled, study.releases
         last = number == study.training.rounds and private and not releases
         aggregate = self._sum(_Sum(number, session, task, last, self._keep))
-        return Collected(aggregate.mean(), aggregate.survivors, dict(self._refused))
+        return Collected(aggregate.mean(), aggregate.survivors, dict(self.refused))
 
     def histogram(self, number: int, model: Vector) -> Histograms | None:
         """See ``Collector``."""
@@ -166,14 +160,18 @@ class SecureCollector:
         return Histograms(total, len(aggregate.survivors))
 
     def _sum(self, wanted: _Sum) -> secagg.Aggregate:
-        self._refused = {}
+        self.refused = dict.fromkeys(self._blamed, Refused.PROTOCOL.value)
+        self._away, self._sitting_out = set(), set()
         last: SecureAggregationError | None = None
         for attempt in range(ATTEMPTS):
             session = wanted.session(attempt)
             if self._blamed & set(self._answered.get(session.round, ())):
                 break
             try:
-                return self._attempt(wanted, session)
+                aggregate = self._attempt(wanted, session)
+                for name in aggregate.survivors:
+                    self.refused.pop(name, None)
+                return aggregate
             except SecureAggregationError as error:
                 last = error
                 self._blame(error)
@@ -182,16 +180,19 @@ class SecureCollector:
     def _given_up(self, last: SecureAggregationError | None) -> Exception:
         """Return the error of a failed sum: the run may continue where enough sites are left."""
         needed = self._terms(0).parameters.m
-        gone = self._refused.keys() | self._blamed
+        gone = self._away | self._blamed
         present = len(set(self._members.nodes.values()) - gone)
-        require_sites(needed, present, self._members.asked, self._refused)
+        require_sites(needed, present, self._members.asked, self.refused)
         if self._blamed:
-            return RoundLost(dict(self._refused))
-        return last or RoundLost(dict(self._refused))
+            return RoundLost(dict(self.refused))
+        if last is None:
+            return RoundLost(dict(self.refused))
+        last.why = last.why or in_words(self.refused)
+        return last
 
     def _attempt(self, wanted: _Sum, session: secagg.Session) -> secagg.Aggregate:
-        epoch, self._ready = self._ready or self._keyed(wanted), None
         only = self._answered.get(session.round)
+        epoch, self._ready = self._ready or self._keyed(wanted, only or ()), None
         masking = epoch.start(session, only=only)
         following = None if wanted.last else self._new_epoch()
         self._ask_for_vectors(wanted, epoch, masking, following)
@@ -222,30 +223,47 @@ class SecureCollector:
         following: secagg.ServerEpoch | None,
     ) -> None:
         advertise = (following.advertise_request(),) if following is not None else ()
-        tasks: dict[str, RoundMessage] = {}
+        requests: dict[str, tuple[Message, ...]] = {}
         for name in self._present():
             if name in masking:
-                bundle = Bundle((epoch.mask_request(name), *advertise))
-                tasks[name] = wanted.task(octets(bundle.encode()))
+                requests[name] = (epoch.mask_request(name), *advertise)
             elif advertise:
-                tasks[name] = self._exchange_task(wanted, advertise)
-        self._send(tasks, epoch, following)
+                requests[name] = advertise
+        self._exchange(wanted, requests, epoch, following)
 
     def _settle_complaints(self, wanted: _Sum, epoch: secagg.ServerEpoch) -> None:
-        """Where boxes do not open: have their dealers publish the shares, or name the dealers."""
-        requests = epoch.disclosure_requests()
-        if not requests:
+        """Where boxes do not open: have their dealers publish the shares, or go on without them.
+
+        A dealer of whom more sites complain than may lie is excluded. One that is silent may be a
+        dropout that somebody accuses without a ground, so it sits out this sum alone; and the sum
+        begins anew without it, or a site whose box does not open would be left out of each.
+
+        Raises:
+            TooFewSurvivors: shares were not published.
+        """
+        if not epoch.unanswered:
             return
+        requests = epoch.disclosure_requests()
         self._exchange(wanted, {name: (one,) for name, one in requests.items()}, epoch)
-        for dealer in epoch.unanswered:
+        for dealer in epoch.overaccused:
             self._exclude(dealer)
+        if epoch.unanswered:
+            for dealer in epoch.unanswered:
+                self._sitting_out.add(dealer)
+                self.refused.setdefault(dealer, Refused.PROTOCOL.value)
+            raise TooFewSurvivors("A site did not publish shares that others lack.")
         self._ask_for_vectors(wanted, epoch, epoch.accusers, None)
 
-    def _keyed(self, wanted: _Sum) -> secagg.ServerEpoch:
-        """Set up a new key epoch in two round trips: at the start, and after a failure."""
+    def _keyed(self, wanted: _Sum, needed: Survivors) -> secagg.ServerEpoch:
+        """Set up a new key epoch in two round trips: at the start, and after a failure.
+
+        Those of whom the sum is ``needed`` are asked, come what may: there is no other sum.
+        """
         epoch = self._new_epoch()
         advertise = epoch.advertise_request()
-        self._exchange(wanted, dict.fromkeys(self._present(), (advertise,)), epoch)
+        away = self._sitting_out - set(needed)
+        present = [name for name in self._present() if name not in away]
+        self._exchange(wanted, dict.fromkeys(present, (advertise,)), epoch)
         share = epoch.share_request()
         self._exchange(wanted, dict.fromkeys((r.site for r in share.records), (share,)), epoch)
         return epoch
@@ -275,50 +293,68 @@ class SecureCollector:
         requests: Mapping[str, tuple[Message, ...]],
         *epochs: secagg.ServerEpoch | None,
     ) -> None:
-        tasks = {name: self._exchange_task(wanted, parts) for name, parts in requests.items()}
-        self._send(tasks, *epochs)
-
-    def _exchange_task(self, wanted: _Sum, parts: tuple[Message, ...]) -> Exchange:
-        members = self._members
-        data = octets(Bundle(parts).encode())
-        return Exchange(self._canonical, members.run, wanted.number, members.asked, data)
-
-    def _send(self, tasks: Mapping[str, RoundMessage], *epochs: secagg.ServerEpoch | None) -> None:
+        """Send each site its requests; take what answers them."""
         nodes = {site: node for node, site in self._members.nodes.items()}
-        present = {nodes[name]: task for name, task in tasks.items() if name in nodes}
-        for reply in self._messenger.stream(present, Exchanged):
+        tasks = {
+            nodes[name]: self._task(wanted, parts)
+            for name, parts in requests.items()
+            if name in nodes
+        }
+        for reply in self._messenger.stream(tasks, Exchanged):
             name = self._members.nodes[reply.node]
             if isinstance(reply.message, Refusal):
-                self._refused[name] = reply.message.reason
+                self._refuse(name, reply.message.reason)
                 continue
             try:
-                self._take(name, reply.message, [epoch for epoch in epochs if epoch is not None])
+                known = [epoch for epoch in epochs if epoch is not None]
+                self._take(name, reply.message, requests[name], known)
             except CloisterError as error:
-                self._refused[name] = Refused.PROTOCOL.value
+                self._refuse(name, Refused.PROTOCOL.value)
                 self._blame(error)
             except Exception:
                 # Whatever a library makes of what a site sent costs that site its place, and no
                 # other the round.
-                self._refused[name] = UNREADABLE
+                self._refuse(name, UNREADABLE)
 
-    def _take(self, name: str, message: Exchanged, epochs: Collection[secagg.ServerEpoch]) -> None:
+    def _task(self, wanted: _Sum, parts: tuple[Message, ...]) -> RoundMessage:
+        members, data = self._members, octets(Bundle(parts).encode())
+        if any(isinstance(part, MaskRequest) for part in parts):
+            return wanted.task(data)
+        return Exchange(self._canonical, members.run, wanted.number, members.asked, data)
+
+    def _take(
+        self,
+        name: str,
+        message: Exchanged,
+        requests: tuple[Message, ...],
+        epochs: Collection[secagg.ServerEpoch],
+    ) -> None:
         bundle = secagg.decode(message.exchange.data)
         if message.site != name or not isinstance(bundle, Bundle):
             raise SessionMismatch(f"{name} sent another message than was requested.")
+        # First: what is left out would otherwise go unnoticed, and its site unnamed.
+        require_answers(name, requests, bundle.parts)
         given_up: Refused | None = None
         for part in bundle.parts:
-            epoch = next((epoch for epoch in epochs if _belongs(part, epoch)), None)
-            if epoch is None or _author(part) != name:
+            epoch = next((epoch for epoch in epochs if belongs(part, epoch)), None)
+            if epoch is None or author(part) != name:
                 raise SessionMismatch(f"{name} sent a message of another epoch or of another site.")
-            _receive(part, epoch)
+            receive(part, epoch)
             if isinstance(part, Abort):
                 # A training that diverged is no failed check: what failed is told at the site.
                 is_own = part.code == SiteAborted.code
                 given_up = Refused.DECLINED if is_own else Refused.PROTOCOL
         if given_up is not None:
-            self._refused[name] = given_up.value
-        else:
-            self._refused.pop(name, None)
+            self._refuse(name, given_up.value)
+            return
+        self._away.discard(name)
+        if any(isinstance(part, Masked) for part in bundle.parts):
+            # It is in this attempt, whatever it missed before; any other answer excuses nothing.
+            self.refused.pop(name, None)
+
+    def _refuse(self, name: str, reason: str) -> None:
+        self.refused[name] = reason
+        self._away.add(name)
 
     def _blame(self, error: CloisterError) -> None:
         """Exclude the sites that an error blames."""
@@ -329,7 +365,7 @@ class SecureCollector:
     def _exclude(self, name: str) -> None:
         """Ask a site for nothing more in this run."""
         self._blamed.add(name)
-        self._refused[name] = Refused.PROTOCOL.value
+        self.refused[name] = Refused.PROTOCOL.value
 
 
 def _share_request(
@@ -342,49 +378,3 @@ def _share_request(
     except TooFewSurvivors:
         return None, ()
     return request, tuple(record.site for record in request.records)
-
-
-def _belongs(part: Message, epoch: secagg.ServerEpoch) -> bool:
-    match part:
-        case Advertisement() | Shares() | Complaint() | Disclosure() | Abort():
-            return part.kid == epoch.terms.kid
-        case Masked() | Consistent() | Unmasked():
-            return bool(epoch.sid) and part.sid == epoch.sid
-    return False
-
-
-def _author(part: Message) -> str:
-    match part:
-        case Shares():
-            return part.dealing.dealer
-        case (
-            Advertisement()
-            | Complaint()
-            | Disclosure()
-            | Abort()
-            | Masked()
-            | Consistent()
-            | Unmasked()
-        ):
-            return part.site
-    return ""
-
-
-def _receive(part: Message, epoch: secagg.ServerEpoch) -> None:
-    match part:
-        case Advertisement():
-            epoch.receive_advertisement(part)
-        case Shares():
-            epoch.receive_shares(part)
-        case Complaint():
-            epoch.receive_complaint(part)
-        case Disclosure():
-            epoch.receive_disclosure(part)
-        case Masked():
-            epoch.receive_masked(part)
-        case Consistent():
-            epoch.receive_consistent(part)
-        case Unmasked():
-            epoch.receive_unmasked(part)
-        case Abort():
-            epoch.receive_abort(part)

@@ -56,7 +56,8 @@ def test_a_rate_far_too_high_delivers_the_best_model_and_stops(tmp_path: Path) -
     summary = run_simulation(Simulation(asked, sites, out, holdout=holdout))
 
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    values = [row["selecting"]["auroc"]["value"] for row in rows]
+    names = ("auroc", "auprc", "balanced_accuracy")
+    values = [[row["selecting"][name]["value"] for name in names] for row in rows]
     best = max(range(1, len(values)), key=lambda number: values[number])
     assert summary["model_round"] == best
     assert summary["metrics_final"] == rows[best]["metrics"]

@@ -70,7 +70,8 @@ def test_a_private_run_leaves_a_model_and_an_honest_summary(folders: Path, tmp_p
     assert held["reported"]["patients"] == held["selecting"]["patients"] == 20
     assert summary["metrics_final"]["images"] == held["reported"]["images"]
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    best = max(rows[1:], key=lambda row: row["selecting"]["auroc"]["value"])
+    names = ("auroc", "auprc", "balanced_accuracy")
+    best = max(rows[1:], key=lambda row: [row["selecting"][name]["value"] for name in names])
     assert summary["model_round"] == best["round"]
     assert summary["metrics_final"] == best["metrics"]
     point = json.loads(_metadata(out / "model.safetensors")["operating_point"])

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cloister_fl.simulation.result import read_result
 from cloister_fl.simulation.simulated_run import Simulation, run_simulation
-from support.federations import NAMES, study, write_cohort
+from support.dicom import write_dicom
+from support.federations import NAMES, picture, study, write_cohort
 
 PATIENTS = 40
 CLASSES = ("no", "yes")
@@ -65,3 +67,41 @@ def test_two_sites_of_one_class_each_cost_little(tmp_path: Path, privacy: str) -
     even, odd = found
     assert even > 0.8
     assert abs(even - odd) <= 0.05
+
+
+def _rare(folder: Path, rng: np.random.Generator, name: str, patients: int) -> Path:
+    """A cohort in which one patient of twelve has the finding."""
+    rows = ["PatientID,finding"]
+    for number in range(patients):
+        label = int(number % 12 == 0)
+        patient = f"{name}-{number:03d}"
+        rows.append(f"{patient},{CLASSES[label]}")
+        path = folder / "dicom" / f"{number:03d}" / "0.dcm"
+        write_dicom(path, picture(rng, label), patient_id=patient, bits_stored=12)
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.mark.slow
+def test_class_weights_let_a_rare_class_be_called_with_privacy_on(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    for name in NAMES:
+        _rare(tmp_path / "sites" / name, rng, name, 50)
+    holdout = _rare(tmp_path / "holdout", rng, "HOLD", 150)
+    found = []
+    for weights in ({}, {"no": 1.0, "yes": 11.0}):
+        training = {"rounds": 10, "steps": 3, "learning_rate": 2.0, "class_weights": weights}
+        asked = study(training=training, privacy="epsilon = 100.0")
+        out = tmp_path / f"run-{len(found)}"
+        run_simulation(Simulation(asked, tmp_path / "sites", out, holdout=holdout))
+        found.append(read_result(out))
+    # Eight of a hundred: nearly nobody scores 0.5, and all are called healthy.
+    called = [
+        np.mean([one.metrics.balanced_accuracy.value for one in result.rounds[4:]])
+        for result in found
+    ]
+    assert called[0] < 0.7
+    assert called[1] > max(0.6, called[0] + 0.1)
+    delivered = found[1].metrics
+    assert delivered.balanced_accuracy.value > 0.6
+    assert found[0].model.read_bytes() != found[1].model.read_bytes()

@@ -36,8 +36,7 @@ class Delivered:
 def chosen(study: Study, state: RunState) -> RunState:
     """The state, its best model replaced by the newest where that is better.
 
-    A model must be better than all before it, so the earliest of equals stays. The initial model is
-    no candidate: nobody trained it.
+    A model must be better than all before it. The initial model is no candidate: nobody trained it.
     """
     best = best_round(study, state.figures)
     if best == state.best_round:
@@ -46,12 +45,15 @@ def chosen(study: Study, state: RunState) -> RunState:
 
 
 def best_round(study: Study, figures: Sequence[Figures]) -> int:
-    """The round of the best model by the patients who choose, of equals the first; 0 for none."""
-    best, highest = 0, -1.0
+    """The round of the best model by the patients who choose; 0 for none.
+
+    By the headline; of equals by the figures that follow it, of equals in all the first.
+    """
+    best, highest = 0, tuple[float, ...]()
     for one in figures:
-        value = _value(study, one)
-        if one.round and value is not None and value > highest:
-            best, highest = one.round, value
+        values = _values(study, one)
+        if one.round and values > highest:
+            best, highest = one.round, values
     return best
 
 
@@ -118,6 +120,14 @@ def _why_last(study: Study, state: RunState) -> str:
 
 def _figures(state: RunState, number: int) -> Figures:
     return next(one for one in state.figures if one.round == number)
+
+
+def _values(study: Study, figures: Figures) -> tuple[float, ...]:
+    """The figures that choose, the headline first; none where that is not defined."""
+    if _value(study, figures) is None or figures.selecting is None:
+        return ()
+    told = [figures.selecting.get(name) for name in study.task.figures]
+    return tuple(-1.0 if one is None else one.value for one in told)
 
 
 def _value(study: Study, figures: Figures) -> float | None:

@@ -9,6 +9,7 @@ from cloister_fl.errors import OptionInvalid
 from cloister_fl.metrics.figures import Estimate, Metrics
 from cloister_fl.server.rounds.checkpoint import Figures, RunState
 from cloister_fl.server.rounds.model_choice import (
+    best_round,
     chosen,
     delivered,
     is_stalled,
@@ -58,6 +59,19 @@ def test_the_model_of_the_best_round_is_delivered_and_the_reason_told() -> None:
 def test_the_earliest_of_equals_stays_and_nobody_hands_out_the_untrained_model() -> None:
     assert run(STUDY, 0.7, 0.7).best_round == 1
     assert run(STUDY, 0.4, 0.3, initial=0.99).best_round == 1
+
+
+def test_of_equal_headlines_the_next_figure_decides() -> None:
+    def told(number: int, called: float) -> Figures:
+        figures = {"auroc": Estimate(1.0, 1.0, 1.0), "auprc": Estimate(1.0, 1.0, 1.0)}
+        selecting = Metrics(
+            {**figures, "balanced_accuracy": Estimate(called, 0.0, 1.0)}, 10, (5, 5)
+        )
+        return Figures(number, 5, 1.0, 1.0, selecting=selecting)
+
+    # Where a class is rare, AUROC is 1 long before a patient is called at 0.5.
+    rows = [told(1, 0.5), told(2, 0.9), told(3, 0.9), told(4, 0.7)]
+    assert best_round(STUDY, rows) == 2
 
 
 def test_what_is_reported_does_not_choose() -> None:

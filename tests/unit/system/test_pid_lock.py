@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cloister_fl.errors import ServiceState
+from cloister_fl.errors import OutputInTheWay, ServiceState
 from cloister_fl.system.pid_lock import holder, only_one
 from support.errors import raises
 
@@ -66,3 +66,10 @@ def test_asking_who_runs_keeps_nobody_from_starting(tmp_path: Path) -> None:
         done.set()
         for thread in asking:
             thread.join()
+
+
+def test_a_lock_that_cannot_be_made_is_an_error_with_a_number(tmp_path: Path) -> None:
+    """As on a file system that is read-only; it was an internal error (OSError)."""
+    lock = tmp_path / "missing" / "lock"
+    with raises(OutputInTheWay, match="lock cannot be written"), only_one(lock, _taken):
+        raise AssertionError

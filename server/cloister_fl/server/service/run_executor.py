@@ -27,7 +27,7 @@ from cloister_fl.server.coordinator.run_queue import (
     failure,
     next_run,
 )
-from cloister_fl.system.child_process import child, tell
+from cloister_fl.system.child_process import child, tell, tell_failed
 
 IDLE_S = 1.0
 _CHECK_S = 1.0
@@ -175,5 +175,5 @@ if __name__ == "__main__":
         try:
             main(Path(sys.argv[1]))
         except CloisterError as error:
-            tell("failed", code=error.code, what=error.what, remedy=error.remedy)
+            tell_failed(error)
             sys.exit(error.exit_status)

@@ -78,8 +78,8 @@ URGENT_DAYS = 7
 Say = Callable[[str], None]
 
 _WHY = {
-    "status 401": "the coordinator refuses this site's signed time, because the clock here is "
-    "wrong, or does not know its node key; `cloister client check` says which",
+    "status 401": "the coordinator refuses this site's signed time, because one of the two clocks "
+    "is wrong, or does not know its node key; `cloister client check` says which",
     "status 403": "the coordinator has revoked this site, or its certificate has expired",
     "status 503": "the coordinator is busy",
     "ConnectError": "the coordinator does not answer",

@@ -51,7 +51,8 @@ def only_one(lock: Path, taken: Callable[[], Exception]) -> Iterator[None]:
 def holder(lock: Path) -> int | None:
     """Return the process id of the lock's holder, or ``None``."""
     try:
-        handle = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        # Only to read: the answer is the same where the file system has become read-only.
+        handle = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:

@@ -414,7 +414,8 @@ class Registry:
         holds the database, or the disk is full, it is not noted, and the request goes on.
         """
         now = int(time.time())
-        if site.seen is None or now - site.seen >= SEEN_EVERY_S:
+        # Also where it was seen later than now: the clock was ahead.
+        if site.seen is None or abs(now - site.seen) >= SEEN_EVERY_S:
             # All ports wait meanwhile, so it waits for nobody else's write.
             with self.waiting(50), contextlib.suppress(DeploymentError):
                 self._db.execute(

@@ -246,3 +246,15 @@ def test_a_renewal_that_waited_in_vain_may_be_asked_for_again(
         other.execute("BEGIN IMMEDIATE")
         assert port.ask(shown_by(port.site), "POST", PATH_RENEW, wanted) == (503, b"busy")
     assert port.ask(shown_by(port.site), "POST", PATH_RENEW, wanted)[0] == 200
+
+
+def test_a_clock_that_was_ahead_keeps_nobody_from_renewing(
+    port: FleetPort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site was refused as `renewed-lately` until the day that the clock had named."""
+    year_ahead, now = time.time() + 365 * DAY_S, time.time
+    monkeypatch.setattr(renewal_records.time, "time", lambda: year_ahead)
+    with port.place.registry() as registry:
+        registry.renewals.ask("north", shown_by(port.site), b"node", b"tls")
+    monkeypatch.setattr(renewal_records.time, "time", now)
+    assert port.ask(shown_by(port.site), "POST", PATH_RENEW, request(port, new_keys()))[0] == 200

@@ -144,12 +144,14 @@ class FleetPort:
         site: whose requests these are.
         issues: whether the process that issues certificates runs.
         lost: paths whose answers do not arrive.
+        meanwhile: what else the event loop is to do, once a request has come.
     """
 
     place: Coordinator
     site: Site
     issues: bool = True
     lost: set[str] = field(default_factory=set)
+    meanwhile: Callable[[], object] = lambda: None
 
     def dial(
         self, context: Any, method: str, address: str, path: str, body: bytes = b"", **_: Any
@@ -168,6 +170,7 @@ class FleetPort:
         events: list[dict[str, Any]] = []
 
         async def receive() -> dict[str, Any]:
+            asyncio.get_running_loop().call_later(0.05, self.meanwhile)
             return {"type": "http.request", "body": body, "more_body": False}
 
         async def send(event: dict[str, Any]) -> None:

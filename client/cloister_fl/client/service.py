@@ -36,13 +36,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cloister_fl.client.flower.names import RUN, SUPEREXEC_SECRET
-from cloister_fl.client.network.join import look, membership
+from cloister_fl.client.network.join import MEMBERSHIP, look, membership
 from cloister_fl.client.network.node_keys import CERTIFICATE, date_warnings, own_validity
 from cloister_fl.client.network.renewal import is_unsettled, renew_certificate, settle
 from cloister_fl.client.site.folder import Site
-from cloister_fl.errors import CloisterError, ListenRefused, ServiceState
+from cloister_fl.errors import CloisterError, OutputInTheWay, ServiceState
 from cloister_fl.membership.validity import RENEW_DAYS
-from cloister_fl.system.child_process import Child, environment
+from cloister_fl.system.child_process import Child, environment, failure_in_words
 from cloister_fl.system.files import (
     create_secret,
     make_private_dir,
@@ -78,7 +78,8 @@ URGENT_DAYS = 7
 Say = Callable[[str], None]
 
 _WHY = {
-    "status 401": "the coordinator does not know this site's node key",
+    "status 401": "the coordinator refuses this site's signed time, because one of the two clocks "
+    "is wrong, or does not know its node key; `cloister client check` says which",
     "status 403": "the coordinator has revoked this site, or its certificate has expired",
     "status 503": "the coordinator is busy",
     "ConnectError": "the coordinator does not answer",
@@ -129,6 +130,7 @@ def serve(site: Site, say: Say) -> None:
         InviteInvalid: the site has joined no federation.
         FileUnreadable: a key is missing, or can be read by others.
         ListenRefused: the health port cannot be had.
+        OutputInTheWay: the folder cannot be written.
     """
     os.umask(0o077)
     membership(site)
@@ -192,20 +194,16 @@ class _Service:
         self._say = say
         self._stop = False
         self._reminded = False
+        self._is_kept = True
         self._warned = -math.inf
         self._renews = -math.inf
         self._renewal: threading.Thread | None = None
         self._shown = mark_of(site.keys / CERTIFICATE)
+        self._dialled = mark_of(site.root / MEMBERSHIP)
         self._events: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
         self._children: dict[str, Child] = {}
-        try:
-            self._health = Health(site.health, site.root / RUN / HEALTH)
-        except OSError:
-            raise ListenRefused(
-                f"The service cannot listen on {site.health}.",
-                why="Another process uses the port, or the address is not of this machine.",
-                remedy="Change service.health in site.toml.",
-            ) from None
+        setting = "health below [service] in site.toml"
+        self._health = Health(site.health, site.root / RUN / HEALTH, setting)
         host = site.health.rpartition(":")[0]
         self._now = ServiceStatus(health=f"{host}:{self._health.port}")
 
@@ -232,6 +230,7 @@ class _Service:
                 self._remind()
                 self._renew()
                 self._show_renewed()
+                self._go_to_new_address()
                 self._warn()
                 time.sleep(TICK_S)
         finally:
@@ -352,8 +351,20 @@ class _Service:
         with contextlib.suppress(CloisterError):
             if (own := own_validity(self._site)) is not None:
                 self._say(f"Restarting the node: its certificate is new, until {own.until}.")
-        self._now.node, self._now.online = False, False
-        self._now.why = "the node restarts with the renewed certificate"
+        self._restart_node("the node restarts with the renewed certificate")
+
+    def _go_to_new_address(self) -> None:
+        """Restart the node where ``cloister client address`` named another one."""
+        mark = mark_of(self._site.root / MEMBERSHIP)
+        if mark is None or mark == self._dialled:
+            return
+        self._dialled = mark
+        with contextlib.suppress(CloisterError):
+            self._say(f"Restarting the node: the coordinator is at {membership(self._site).fleet}.")
+        self._restart_node("the node restarts with the coordinator's new address")
+
+    def _restart_node(self, why: str) -> None:
+        self._now.node, self._now.online, self._now.why = False, False, why
         self._health.serving(False)
         self._keep()
         self._children["node"].stop()
@@ -402,10 +413,18 @@ class _Service:
             case "task-refused":
                 self._say(f"Refused: {event.get('code')} {event.get('what')}")
             case "failed":
-                self._say(f"The {name} cannot start: {event.get('code')} {event.get('what')}")
+                self._say(f"The {name} cannot start: {failure_in_words(event)}")
             case "crashed" | "task-lost":
                 self._say(f"Internal error of the {name} ({event.get('type')}); it continues.")
 
     def _keep(self) -> None:
         text = json.dumps(asdict(self._now))
-        write_atomic(self._site.root / RUN / STATE, text.encode(), durable=False)
+        try:
+            write_atomic(self._site.root / RUN / STATE, text.encode(), durable=False)
+        except OutputInTheWay as error:
+            # Only `status` reads it: a service that ended would cost the round under way.
+            if self._is_kept:
+                self._say(f"{error.code} {error.what} {error.why} The service goes on.")
+            self._is_kept = False
+        else:
+            self._is_kept = True

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+from cloister_fl.errors import CloisterError
 from cloister_fl.system.module_path import environment_of_children
 
 _PR_SET_PDEATHSIG = 1
@@ -38,6 +39,17 @@ def tell(event: str, **details: str | int | float) -> None:
     line = json.dumps({"event": event, **details})
     with _lock, contextlib.suppress(OSError, ValueError):
         print(line, file=_out or sys.stdout, flush=True)
+
+
+def tell_failed(error: CloisterError) -> None:
+    """Report that this process cannot go on, and why."""
+    tell("failed", code=error.code, what=error.what, why=error.why, remedy=error.remedy)
+
+
+def failure_in_words(told: Mapping[str, Any]) -> str:
+    """What an event ``failed`` or ``crashed`` says: type or code, what and why."""
+    words = told.get("type"), told.get("code"), told.get("what"), told.get("why")
+    return " ".join(str(word) for word in words if word)
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600, *, durable: bool = 
         if durable:
             _flush_folder(path.parent)
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise unwritable(path, error) from None
 
 
 def sweep(folder: Path) -> int:
@@ -95,7 +95,7 @@ def create_secret(path: Path, data: bytes) -> bool:
             temporary.unlink(missing_ok=True)
         _flush_folder(path.parent)
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise unwritable(path, error) from None
     return True
 
 
@@ -248,7 +248,7 @@ def make_private_dir(path: Path) -> None:
             if about.st_mode & 0o077:
                 path.chmod(0o700)
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise unwritable(path, error) from None
 
 
 def _temporary(path: Path, data: bytes, mode: int, *, durable: bool = True) -> Path:
@@ -277,7 +277,8 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _unwritable(path: Path, error: OSError) -> OutputInTheWay:
+def unwritable(path: Path, error: OSError) -> OutputInTheWay:
+    """The error of a file that the system does not let this process write."""
     return OutputInTheWay(
         f"{path.name} cannot be written.",
         why=(error.strerror or "The system gave no reason") + ".",

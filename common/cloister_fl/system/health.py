@@ -33,6 +33,7 @@ CONNECTIONS = 16
 """Connections that the port holds; more are closed at once."""
 _HANDSHAKE_MS, _IDLE_MS, _AGE_MS, _GRACE_MS = 2_000, 10_000, 60_000, 2_000
 _REQUEST_BYTES = 256
+_WRITE = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _STREAMS = 4
 _THREADS = 2
 _LIMITS = {
@@ -56,16 +57,21 @@ class Health:
     Args:
         address: HOST:PORT on loopback; port 0 takes a free one.
         file: where the same is told to ``told_in``; its folder must exist.
+        setting: where a person writes another address, for the error.
 
     Raises:
-        OSError: the port cannot be had, or the file not be made.
+        ListenRefused: the port cannot be had.
+        OutputInTheWay: the file cannot be made.
     """
 
-    def __init__(self, address: str, file: Path) -> None:
+    def __init__(self, address: str, file: Path, setting: str) -> None:
         from concurrent import futures
 
         import grpc
         from grpc_health.v1 import health_pb2_grpc
+
+        from cloister_fl.errors import ListenRefused
+        from cloister_fl.system.files import unwritable
 
         self._server = grpc.server(
             futures.ThreadPoolExecutor(max_workers=_THREADS),
@@ -75,13 +81,20 @@ class Health:
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer(), self._server)
         self._now: bool | None = None
         self._beat = 0.0
-        self._handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            self._handle = os.open(file, _WRITE, 0o600)
+        except OSError as error:
+            raise unwritable(file, error) from None
         self.serving(False)
         try:
             self.port: int = self._server.add_insecure_port(address)
         except RuntimeError:
             os.close(self._handle)
-            raise OSError(f"The health service cannot listen on {address}") from None
+            raise ListenRefused(
+                f"The health service cannot listen on {address}.",
+                why="Another process uses the port, or the address is not of this machine.",
+                remedy=f"Choose another: {setting}.",
+            ) from None
         self._server.start()
 
     def serving(self, now: bool) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cloister_fl.system.files import try_lock, unlock
+from cloister_fl.system.files import try_lock, unlock, unwritable
 
 _AGAIN_S = 0.002
 
@@ -23,8 +23,14 @@ def only_one(lock: Path, taken: Callable[[], Exception]) -> Iterator[None]:
     Args:
         lock: the file; made with mode 0600.
         taken: makes what is raised where another process holds it.
+
+    Raises:
+        OutputInTheWay: the file cannot be made or written.
     """
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise unwritable(lock, error) from None
     try:
         while not try_lock(handle):
             # Who only asks whether somebody holds it shares it for a moment.
@@ -32,8 +38,11 @@ def only_one(lock: Path, taken: Callable[[], Exception]) -> Iterator[None]:
                 raise taken()
             unlock(handle)
             time.sleep(_AGAIN_S)
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            raise unwritable(lock, error) from None
         yield
     finally:
         os.close(handle)
@@ -42,7 +51,8 @@ def only_one(lock: Path, taken: Callable[[], Exception]) -> Iterator[None]:
 def holder(lock: Path) -> int | None:
     """Return the process id of the lock's holder, or ``None``."""
     try:
-        handle = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        # Only to read: the answer is the same where the file system has become read-only.
+        handle = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:

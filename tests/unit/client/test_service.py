@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from cloister_fl.client import service
+from cloister_fl.client.network.join import MEMBERSHIP, membership
 from cloister_fl.client.network.renewal import BEFORE
 from cloister_fl.client.service import RENEW_S, RETRY_S, _Service
 from cloister_fl.client.site.folder import Site
 from cloister_fl.errors import CoordinatorUnreachable
 from cloister_fl.membership.validity import RENEW_DAYS
 from cloister_fl.server.coordinator.folder import Coordinator
+from cloister_fl.system.files import write_atomic
 from support.renewals import age_certificate, copied, template
 
 
@@ -143,3 +145,33 @@ def test_the_node_restarts_with_a_certificate_that_a_command_renewed(
     assert not made.service._now.serving
     (line,) = made.said
     assert line.startswith("Restarting the node: its certificate is new, until ")
+
+
+def test_a_full_disk_does_not_end_the_service(north: Site, made: Made) -> None:
+    """It ended with CLO-104, and the round under way with it, for a file that only `status` reads.
+
+    Without its folder the file cannot be written either.
+    """
+    run = north.root / "run"
+    run.rmdir()
+    for event in ("online", "offline", "online"):
+        made.service._events.put(("node", {"event": event, "why": "ConnectError"}))
+        made.service._hear()
+    (told,) = [line for line in made.said if "CLO-104" in line]
+    assert told.startswith("CLO-104 service.json cannot be written. No such file")
+    run.mkdir(mode=0o700)
+    made.service._events.put(("node", {"event": "online"}))
+    made.service._hear()
+    assert '"online": true' in (run / service.STATE).read_text()
+
+
+def test_the_node_goes_to_the_coordinators_new_address(north: Site, made: Made) -> None:
+    made.service._go_to_new_address()
+    assert made.node.stopped == 0
+    held = membership(north)
+    new = held.model_copy(update={"fleet": "fl.example.org:9443"})
+    write_atomic(north.root / MEMBERSHIP, new.model_dump_json().encode())
+    for _ in range(2):
+        made.service._go_to_new_address()
+    assert made.node.stopped == 1
+    assert made.said == ["Restarting the node: the coordinator is at fl.example.org:9443."]

@@ -14,8 +14,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cloister_fl.errors import ListenRefused, OutputInTheWay
 from cloister_fl.system import health
 from cloister_fl.system.health import CONNECTIONS, LATE_S, Health, boot, healthy, told_in
+from support.errors import raises
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def _written(file: Path, state: str, *, ago: float = 0.0, of: str = "") -> str:
 
 
 def test_a_service_that_serves_says_so_until_it_ends(file: Path) -> None:
-    service = Health("127.0.0.1:0", file)
+    service = Health("127.0.0.1:0", file, "health")
     assert told_in(file) == "not serving"
     service.serving(True)
     assert told_in(file) == "serving"
@@ -59,7 +61,7 @@ def test_a_file_that_is_damaged_is_no_word_of_a_service(file: Path, held: bytes)
 def test_the_file_is_written_when_something_changes_and_now_and_then(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service = Health("127.0.0.1:0", file)
+    service = Health("127.0.0.1:0", file, "health")
     now = time.monotonic()
     monkeypatch.setattr(health, "monotonic", lambda: now)
     service.serving(True)
@@ -94,7 +96,7 @@ def test_a_health_check_starts_no_library(file: Path) -> None:
 
 @pytest.fixture
 def served(file: Path) -> Iterator[str]:
-    service = Health("127.0.0.1:0", file)
+    service = Health("127.0.0.1:0", file, "health")
     service.serving(True)
     yield f"127.0.0.1:{service.port}"
     service.close()
@@ -132,3 +134,17 @@ def test_a_local_account_does_not_take_the_descriptors_through_the_health_port(s
     while not healthy(served) and time.monotonic() < end:
         time.sleep(0.05)
     assert healthy(served)
+
+
+def test_a_port_that_is_taken_at_the_bind_itself_is_refused_in_words(file: Path) -> None:
+    """Whoever took it after a look whether it was free had an OSError without a number raised."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with raises(ListenRefused, match=f"cannot listen on {address}") as caught:
+            Health(address, file, "health in server.toml")
+    assert caught.value.remedy == "Choose another: health in server.toml."
+
+
+def test_a_health_file_that_cannot_be_made_is_not_taken_for_the_port(tmp_path: Path) -> None:
+    with raises(OutputInTheWay, match="health cannot be written"):
+        Health("127.0.0.1:0", tmp_path / "missing" / "health", "")

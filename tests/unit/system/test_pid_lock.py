@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cloister_fl.errors import ServiceState
+from cloister_fl.errors import OutputInTheWay, ServiceState
 from cloister_fl.system.pid_lock import holder, only_one
 from support.errors import raises
 
@@ -66,3 +67,26 @@ def test_asking_who_runs_keeps_nobody_from_starting(tmp_path: Path) -> None:
         done.set()
         for thread in asking:
             thread.join()
+
+
+def test_a_lock_that_cannot_be_made_is_an_error_with_a_number(tmp_path: Path) -> None:
+    """As on a file system that is read-only; it was an internal error (OSError)."""
+    lock = tmp_path / "missing" / "lock"
+    with raises(OutputInTheWay, match="lock cannot be written"), only_one(lock, _taken):
+        raise AssertionError
+
+
+def test_who_runs_is_known_on_a_file_system_that_became_read_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`status` said of a service that ran that it does not run, and `stop` did not end it."""
+    lock, real = tmp_path / "lock", os.open
+
+    def opened(path: Path, flags: int, *more: int) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(path, flags, *more)
+
+    with only_one(lock, _taken):
+        monkeypatch.setattr(os, "open", opened)
+        assert holder(lock) == os.getpid()

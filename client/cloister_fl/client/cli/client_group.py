@@ -15,7 +15,7 @@ from cloister_fl.cli.folder_option import FolderTyper, dir_option, folder_option
 from cloister_fl.cli.folder_option import SiteFolder as Folder
 from cloister_fl.client.cli import budget_commands, data_commands
 from cloister_fl.client.cli.certificate_commands import certificate
-from cloister_fl.client.cli.join_commands import join, proxy, renew, roster
+from cloister_fl.client.cli.join_commands import address, join, proxy, renew, roster
 from cloister_fl.client.cli.patient_commands import patients
 from cloister_fl.client.cli.privacy_audit_commands import privacy_audit
 from cloister_fl.client.cli.progress_bar import progress_bar
@@ -34,7 +34,7 @@ _ORDER = (
     *("fetch", "quarantine", "patients", "data-report", "freeze"),
     *("review", "approve", "deny", "roster"),
     *("budget", "certificate", "audit", "find"),
-    *("privacy-audit", "proxy"),
+    *("privacy-audit", "proxy", "address"),
 )
 """Commands as a site's day needs them: service, data, studies, accounts, the rest."""
 
@@ -46,6 +46,7 @@ app.command()(join)
 app.command()(renew)
 app.command()(roster)
 app.command()(proxy)
+app.command()(address)
 app.command()(start)
 app.command()(stop)
 app.command()(status)

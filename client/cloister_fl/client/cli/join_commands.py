@@ -1,4 +1,4 @@
-"""Commands `cloister client join`, `renew`, `roster` and `proxy`.
+"""Commands `cloister client join`, `renew`, `address`, `roster` and `proxy`.
 
 Everything heavy is imported inside the commands, so that ``--help`` is quick.
 """
@@ -163,6 +163,27 @@ def renew(folder: Folder = Path()) -> None:
     site = open_site(site_folder(folder))
     made = renew_certificate(site)
     typer.echo(f"The certificate of site {site.name} is renewed, until {made.until}.")
+
+
+def address(
+    new: Annotated[str, typer.Argument(metavar="HOST:PORT", help="The coordinator's new address.")],
+    enrolment: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Its port for joining; else the next port.")
+    ] = "",
+    folder: Folder = Path(),
+) -> None:
+    """Take another address of the same coordinator.
+
+    The server there must prove that it is this site's coordinator; else nothing is changed. A
+    running service goes there at once.
+    """
+    require("client", "httpx")
+    from cloister_fl.client.network.new_address import take_address
+    from cloister_fl.client.site.folder import open_site
+
+    site = open_site(site_folder(folder))
+    made = take_address(site, new, enrolment)
+    typer.echo(f"Site {site.name} now finds its coordinator at {made.fleet}.")
 
 
 def roster(folder: Folder = Path(), accept_roster: Accept = None) -> None:

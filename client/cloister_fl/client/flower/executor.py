@@ -54,7 +54,7 @@ from cloister_fl.errors import (
 )
 from cloister_fl.protocol.app_bundle import bundle_hash
 from cloister_fl.protocol.round_messages import SITE_KEY, kind_of
-from cloister_fl.system.child_process import child, tell
+from cloister_fl.system.child_process import child, tell, tell_failed
 from cloister_fl.system.files import read_secret
 from cloister_fl.system.local_socket.socket_client import URL, local_client
 
@@ -214,5 +214,5 @@ if __name__ == "__main__":
         try:
             main(Path(sys.argv[1]))
         except CloisterError as error:
-            tell("failed", code=error.code, what=error.what, remedy=error.remedy)
+            tell_failed(error)
             sys.exit(error.exit_status)

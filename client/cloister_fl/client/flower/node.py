@@ -54,7 +54,7 @@ from cloister_fl.client.network.proxy import proxy_of
 from cloister_fl.client.site.folder import Site, open_site
 from cloister_fl.errors import CloisterError
 from cloister_fl.protocol.app_bundle import bundle, bundle_hash
-from cloister_fl.system.child_process import child, tell
+from cloister_fl.system.child_process import child, tell, tell_failed
 from cloister_fl.system.files import read_secret
 from cloister_fl.system.local_socket.socket_client import BoundedStream
 from cloister_fl.system.local_socket.socket_file import BACKLOG, listen
@@ -368,5 +368,5 @@ if __name__ == "__main__":
         try:
             main(Path(sys.argv[1]))
         except CloisterError as error:
-            tell("failed", code=error.code, what=error.what, remedy=error.remedy)
+            tell_failed(error)
             sys.exit(error.exit_status)

@@ -56,7 +56,7 @@ def error_of(failure: Failure, site: Site | None = None) -> CloisterError:
         return CoordinatorUnreachable(
             f"{failure.address} cannot be reached.",
             why=_AT_CONNECT.get(failure.cause, _CUT),
-            remedy=_unreached(failure),
+            remedy=_unreached(failure, site),
         )
     if failure.cause is Cause.CERTIFICATE_REFUSED:
         return _refused(failure, site)
@@ -64,18 +64,22 @@ def error_of(failure: Failure, site: Site | None = None) -> CloisterError:
     return judge(failure)
 
 
-def _unreached(failure: Failure) -> str:
+def _unreached(failure: Failure, site: Site | None) -> str:
+    new_address = f"If it has another address now: {_command(site, 'address HOST:PORT')}"
     if failure.cause is Cause.NAME_UNKNOWN:
         return (
             "Compare the name with the coordinator's. If only a proxy resolves names outside the "
-            "hospital, set proxy below [network] in site.toml."
+            f"hospital, set proxy below [network] in site.toml. {new_address}"
         )
     if failure.cause is Cause.REFUSED:
-        return "Ask the coordinator whether the server runs and your invite is open."
+        return (
+            "Ask the coordinator whether the server runs, your invite is open and the address is "
+            f"still this one. {new_address}"
+        )
     return (
         f"Ask your network team to allow outbound TCP to {failure.address}. If the hospital uses a "
         "proxy, ask for its address and write it as proxy below [network] in site.toml. Then ask "
-        "the coordinator whether the server runs."
+        f"the coordinator whether the server runs. {new_address}"
     )
 
 

@@ -209,6 +209,16 @@ class Registry:
         self._db.close()
 
     @contextmanager
+    def waiting(self, most_ms: int) -> Iterator[None]:
+        """Wait no longer than ``most_ms`` milliseconds for another program's write meanwhile."""
+        (before,) = self._db.execute("PRAGMA busy_timeout").fetchone()
+        self._db.execute(f"PRAGMA busy_timeout = {min(most_ms, before)}")
+        try:
+            yield
+        finally:
+            self._db.execute(f"PRAGMA busy_timeout = {before}")
+
+    @contextmanager
     def _change(self) -> Iterator[None]:
         self._db.execute("BEGIN IMMEDIATE")
         try:
@@ -404,15 +414,14 @@ class Registry:
         holds the database, or the disk is full, it is not noted, and the request goes on.
         """
         now = int(time.time())
-        if site.seen is None or now - site.seen >= SEEN_EVERY_S:
+        # Also where it was seen later than now: the clock was ahead.
+        if site.seen is None or abs(now - site.seen) >= SEEN_EVERY_S:
             # All ports wait meanwhile, so it waits for nobody else's write.
-            self._db.execute("PRAGMA busy_timeout = 50")
-            with contextlib.suppress(DeploymentError):
+            with self.waiting(50), contextlib.suppress(DeploymentError):
                 self._db.execute(
                     "UPDATE sites SET seen = ?, collected = COALESCE(collected, ?) WHERE name = ?",
                     (now, now, site.name),
                 )
-            self._db.execute(f"PRAGMA busy_timeout = {_WAIT_MS}")
 
     def _known(self, name: str) -> SiteRow:
         site = self.site(name)

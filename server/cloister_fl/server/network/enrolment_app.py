@@ -22,6 +22,7 @@ from cloister_fl.membership.enrolment import (
 )
 from cloister_fl.server.coordinator.rejection_log import Refusals, Refused
 from cloister_fl.server.coordinator.site_database import Registry, SiteRow
+from cloister_fl.server.network.database_writes import written
 from cloister_fl.server.network.fleet_gate import (
     ClientDisconnected,
     Receive,
@@ -102,7 +103,7 @@ class EnrolmentApp:
             if self._rate.exceeded(peer.address):
                 raise RequestRejected(Refused.RATE)
             body = await self._body(scope, receive)
-            await answer(send, 200, self._judge(scope, body))
+            await answer(send, 200, await self._judge(scope, body))
         except RequestRejected as rejected:
             self._refusals.tell(rejected.code, "enrolment", peer.address, status=rejected.status)
             await answer(send, rejected.status, rejected.code.value.encode(), close=True)
@@ -115,13 +116,13 @@ class EnrolmentApp:
             body += piece
         return bytes(body)
 
-    def _judge(self, scope: Scope, body: bytes) -> bytes:
+    async def _judge(self, scope: Scope, body: bytes) -> bytes:
         asked = (scope["method"], scope["path"])
         try:
             if asked == ("GET", PATH_AUTHORITY):
                 return self._authority_pem
             if asked == ("POST", PATH_ENROL):
-                return self._enrol(Request.decode(body))
+                return await self._enrol(Request.decode(body))
             if asked == ("POST", PATH_STATUS):
                 invite_id, identity = read_status(body, self._authority)
                 return self._reply(self._registry.asker(invite_id, identity))
@@ -134,10 +135,10 @@ class EnrolmentApp:
             raise RequestRejected(Refused.BUSY) from None
         raise RequestRejected(Refused.PATH_REFUSED)
 
-    def _enrol(self, request: Request) -> bytes:
+    async def _enrol(self, request: Request) -> bytes:
         if not request.proven(self._authority, self._root):
             raise RequestRejected(Refused.PROOF_INVALID)
-        return self._reply(self._registry.use(request))
+        return self._reply(await written(self._registry, lambda: self._registry.use(request)))
 
     def _reply(self, site: SiteRow) -> bytes:
         if site.state != "approved" or site.certificate is None:

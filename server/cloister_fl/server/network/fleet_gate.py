@@ -30,6 +30,7 @@ from cloister_fl.server.coordinator.output_log import SITE
 from cloister_fl.server.coordinator.rejection_log import Refusals, Refused
 from cloister_fl.server.coordinator.site_database import Registry, SiteRow
 from cloister_fl.server.coordinator.site_renewal import RenewalDesk
+from cloister_fl.server.network.database_writes import written
 from cloister_fl.server.network.request_shape import RequestShapes
 from cloister_fl.server.network.request_turns import Turns
 from cloister_fl.server.network.tls_listener import PEER, Peer
@@ -204,7 +205,10 @@ class FleetGate:
             try:
                 request = await asyncio.to_thread(self._desk.read, site, bytes(body))
                 # A slow body, or the wait, may have outlived the certificate.
-                return self._desk.take(self._known(peer), request).encode()
+                reply = await written(
+                    self._registry, lambda: self._desk.take(self._known(peer), request)
+                )
+                return reply.encode()
             except MessageInvalid:
                 raise RequestRejected(Refused.MALFORMED) from None
             except EnrolmentRefused as refused:

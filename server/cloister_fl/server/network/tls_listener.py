@@ -91,16 +91,7 @@ def bind(address: str, context: ssl.SSLContext | None) -> socket.socket:
     Raises:
         ListenRefused: not loopback and no TLS, or the address cannot be had.
     """
-    parts = split_address(address)
-    if parts is None:
-        raise ListenRefused(f"{address} is not HOST:PORT.", remedy="Correct it in server.toml.")
-    host, port = parts
-    if context is None and not _loopback(host):
-        raise ListenRefused(
-            f"{address} cannot be used without TLS.",
-            why="Only a loopback address is allowed without it.",
-            remedy="Write 127.0.0.1 in server.toml.",
-        )
+    host, port = _parts(address) if context is not None else require_loopback(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
@@ -110,6 +101,29 @@ def bind(address: str, context: ssl.SSLContext | None) -> socket.socket:
             why=(error.strerror or "The system gave no reason") + ".",
             remedy="Choose a free port and an address of this machine in server.toml.",
         ) from None
+
+
+def require_loopback(address: str) -> tuple[str, int]:
+    """Host and port of an address that is served without TLS.
+
+    Raises:
+        ListenRefused: it is not a literal loopback address.
+    """
+    host, port = _parts(address)
+    if not _loopback(host):
+        raise ListenRefused(
+            f"{address} cannot be used without TLS.",
+            why="Only a loopback address is allowed without it.",
+            remedy="Write 127.0.0.1 in server.toml.",
+        )
+    return host, port
+
+
+def _parts(address: str) -> tuple[str, int]:
+    parts = split_address(address)
+    if parts is None:
+        raise ListenRefused(f"{address} is not HOST:PORT.", remedy="Correct it in server.toml.")
+    return parts
 
 
 class Listener(uvicorn.Server):

@@ -13,7 +13,7 @@ from pathlib import Path
 from cloister_fl.errors import CloisterError
 from cloister_fl.server.coordinator.folder import open_coordinator
 from cloister_fl.server.coordinator.site_renewal import issue_renewals
-from cloister_fl.system.child_process import child, tell
+from cloister_fl.system.child_process import child, tell, tell_failed
 
 if __name__ == "__main__":
     with child():
@@ -21,5 +21,5 @@ if __name__ == "__main__":
             for name in issue_renewals(open_coordinator(Path(sys.argv[1]))):
                 tell("renewed", site=name)
         except CloisterError as error:
-            tell("failed", code=error.code, what=error.what, remedy=error.remedy)
+            tell_failed(error)
             sys.exit(error.exit_status)

@@ -26,7 +26,7 @@ from cloister_fl.server.coordinator.run_queue import (
     failure,
     next_run,
 )
-from cloister_fl.system.child_process import child, tell
+from cloister_fl.system.child_process import child, tell, tell_failed
 
 if TYPE_CHECKING:
     from cloister_fl.tasks.divided_holdout import Holdout
@@ -184,5 +184,5 @@ if __name__ == "__main__":
         try:
             main(Path(sys.argv[1]))
         except CloisterError as error:
-            tell("failed", code=error.code, what=error.what, remedy=error.remedy)
+            tell_failed(error)
             sys.exit(error.exit_status)

@@ -28,7 +28,7 @@ import socket
 import sqlite3
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -52,9 +52,10 @@ from cloister_fl.server.network.tls_listener import (
     ConnectionLimiter,
     Listener,
     bind,
+    require_loopback,
     server_context,
 )
-from cloister_fl.system.child_process import Child, environment
+from cloister_fl.system.child_process import Child, environment, failure_in_words
 from cloister_fl.system.files import Mark, mark_of, read_secret
 from cloister_fl.system.git_ignore import keep_out_of_git
 from cloister_fl.system.health import Health, healthy
@@ -158,8 +159,7 @@ class _Service:
                 # It ends by itself after each run, and is back in a moment.
                 self._executing = False
             elif event in {"crashed", "failed"}:
-                what = told.get("type") or f"{told.get('code')} {told.get('what')}"
-                logging.getLogger(output_log.OWN).warning("run executor failed: %s", what)
+                _log_failed("run executor", told)
         return self._executing
 
     def _issue(self) -> None:
@@ -170,8 +170,7 @@ class _Service:
         while not issuer.events.empty():
             _, told = issuer.events.get_nowait()
             if told.get("event") in {"crashed", "failed"}:
-                what = told.get("type") or f"{told.get('code')} {told.get('what')}"
-                logging.getLogger(output_log.OWN).warning("renewal issuer failed: %s", what)
+                _log_failed("renewal issuer", told)
 
     async def run(self, ready: Callable[[], None]) -> None:
         from cloister_fl.server.flower import superlink
@@ -209,8 +208,8 @@ class _Service:
             root=place.federation_root(),
             roster=roster,
         )
-        bind(file.private.health, None).close()  # not loopback, or taken: refused in words
-        health = Health(file.private.health, place.health)
+        require_loopback(file.private.health)
+        health = Health(file.private.health, place.health, "health below [private] in server.toml")
         watches = [loop.create_task(limiter.watch()) for limiter in self._limiters]
         try:
             private = listen(place.socket.parent, place.socket.name)
@@ -388,6 +387,11 @@ class _Service:
                 remedy="Create it; no key is replaced: "
                 f"cloister server init {shlex.quote(str(self.coordinator.root))}",
             ) from None
+
+
+def _log_failed(name: str, told: Mapping[str, Any]) -> None:
+    what = failure_in_words(told)
+    logging.getLogger(output_log.OWN).warning("%s failed: %s", name, what)
 
 
 def is_serving(coordinator: Coordinator) -> bool:

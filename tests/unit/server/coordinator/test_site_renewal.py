@@ -24,6 +24,7 @@ from cloister_fl.server.coordinator import renewal_records
 from cloister_fl.server.coordinator.folder import Coordinator
 from cloister_fl.server.coordinator.site_approval import revoke_site
 from cloister_fl.server.coordinator.site_renewal import SITE_RENEWED, issue_renewals
+from cloister_fl.server.network import database_writes
 from support.errors import raises
 from support.renewals import FleetPort, copied, enrolled, row_of, shown_by, template
 
@@ -225,3 +226,35 @@ def test_a_database_that_is_locked_costs_a_site_its_request_and_no_more(port: Fl
         other.execute("BEGIN IMMEDIATE")
         assert uses(port, new) == (503, b"busy")
     assert uses(port, new) == (200, b"")
+
+
+def test_a_renewal_waits_for_the_database_without_the_event_loop(port: FleetPort) -> None:
+    """The loop stood still for ten seconds, and with it every hospital's requests."""
+    with closing(sqlite3.connect(port.place.state / "coordinator.sqlite")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        port.meanwhile = other.rollback
+        status, _ = port.ask(shown_by(port.site), "POST", PATH_RENEW, request(port, new_keys()))
+    assert status == 200
+
+
+def test_a_renewal_that_waited_in_vain_may_be_asked_for_again(
+    port: FleetPort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database_writes, "WAIT_S", 0.0)
+    wanted = request(port, new_keys())
+    with closing(sqlite3.connect(port.place.state / "coordinator.sqlite")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert port.ask(shown_by(port.site), "POST", PATH_RENEW, wanted) == (503, b"busy")
+    assert port.ask(shown_by(port.site), "POST", PATH_RENEW, wanted)[0] == 200
+
+
+def test_a_clock_that_was_ahead_keeps_nobody_from_renewing(
+    port: FleetPort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site was refused as `renewed-lately` until the day that the clock had named."""
+    year_ahead, now = time.time() + 365 * DAY_S, time.time
+    monkeypatch.setattr(renewal_records.time, "time", lambda: year_ahead)
+    with port.place.registry() as registry:
+        registry.renewals.ask("north", shown_by(port.site), b"node", b"tls")
+    monkeypatch.setattr(renewal_records.time, "time", now)
+    assert port.ask(shown_by(port.site), "POST", PATH_RENEW, request(port, new_keys()))[0] == 200

@@ -97,6 +97,7 @@ def _terms(number: int) -> dict[str, Any]:
         "limit_study": 6.0,
         "limit_lifetime": 1000.0,
         "release_noise_multiplier": None,
+        "release_unstarted": False,
     }
 
 

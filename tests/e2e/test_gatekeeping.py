@@ -41,6 +41,7 @@ ASKED = {
 }
 LONG_AGO = 1_000_000_000
 RESULTS = {"metrics.jsonl", "summary.json", "report.html", "model.safetensors"}
+RESULTS |= {"last-model.safetensors"}
 """Made to be handed on; they lie in a folder that only its owner can enter."""
 
 

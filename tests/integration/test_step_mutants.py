@@ -84,7 +84,7 @@ def sizes_are_those_of_a_poisson_sample(monkeypatch: pytest.MonkeyPatch) -> bool
     class Watched:
         def __init__(self, *_: Any, **__: Any) -> None: ...
 
-        def blocks(self, _: Any, bags: list[Bag]) -> list[Tensor]:
+        def blocks(self, _: Any, bags: list[Bag], *weights: object) -> list[Tensor]:
             sizes.append(len(bags))
             return []
 

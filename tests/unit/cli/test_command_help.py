@@ -11,7 +11,8 @@ from cloister_fl.cli import main
 GROUPS = ["", "study", "client", "client quarantine", "client budget", "server"]
 ORDER = {
     "client": "init join check start stop status renew fetch quarantine patients data-report "
-    "freeze review approve deny roster budget certificate audit find privacy-audit proxy",
+    "freeze review approve deny roster budget certificate audit find privacy-audit proxy "
+    "address",
     "server": "init start stop status renew invite sites approve revoke accept-ledger run resume "
     "report audit",
 }

@@ -119,6 +119,19 @@ def test_a_local_account_does_not_fill_the_memory_through_the_health_port(served
         assert stub.Check(asked(), timeout=5).status == 1
 
 
+def _is_closed(line: socket.socket) -> bool:
+    """Whether the other end closes it within a second; those that got a place stay open."""
+    line.settimeout(1)
+    try:
+        while line.recv(64):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        return True
+    return True
+
+
 def test_a_local_account_does_not_take_the_descriptors_through_the_health_port(served: str) -> None:
     """Who held a thousand connections left none of the process's 1,024 for its other ports."""
     assert healthy(served)
@@ -128,8 +141,9 @@ def test_a_local_account_does_not_take_the_descriptors_through_the_health_port(s
             held.enter_context(socket.create_connection((host, int(port)), timeout=5))
             for _ in range(4 * CONNECTIONS)
         ]
-        for line in lines[2 * CONNECTIONS :]:
-            assert line.recv(1) == b""
+        # Which of them get a place is chance, and each is greeted before it is judged.
+        kept = sum(not _is_closed(line) for line in lines)
+        assert kept <= CONNECTIONS
     end = time.monotonic() + 10
     while not healthy(served) and time.monotonic() < end:
         time.sleep(0.05)

@@ -137,10 +137,10 @@ def _train_private(
     # ``train_round`` has refused any other.
     engine: Engine = "opacus" if training.engine == "opacus" else "patients"
     patients = PatientGradSampleModule(module, study.task, engine=engine, told=told)
+    weights = study.class_weights
     try:
         for _ in range(steps):
-            bags = _draw(cohort, random, training)
-            optimizer.step_on(patients.blocks(cohort, bags, study.class_weights))
+            optimizer.step_on(patients.blocks(cohort, _draw(cohort, random, training), weights))
     finally:
         patients.to_standard_module()
 

@@ -69,7 +69,8 @@ def write_outputs(
     if holdout is not None:
         scores = holdout.score(handed.model)
         details = describe(holdout, scores)
-        write_atomic(out / SCORES, scores_table(holdout, scores), mode=0o644)
+        # Of single patients, who may be a hospital's.
+        write_atomic(out / SCORES, scores_table(holdout, scores))
     summary = summarise(study, outcome, seconds=seconds, details=details)
     rows = [json.dumps(figures.to_json()) for figures in state.figures]
     write_atomic(out / METRICS, ("\n".join(rows) + "\n").encode(), mode=0o644)

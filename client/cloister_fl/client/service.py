@@ -32,7 +32,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 from cloister_fl.client.flower.names import RUN, SUPEREXEC_SECRET
@@ -40,6 +40,7 @@ from cloister_fl.client.network.join import MEMBERSHIP, look, membership
 from cloister_fl.client.network.node_keys import CERTIFICATE, date_warnings, own_validity
 from cloister_fl.client.network.renewal import is_unsettled, renew_certificate, settle
 from cloister_fl.client.site.folder import Site
+from cloister_fl.client.site.service_status import OFFLINE, ServiceStatus
 from cloister_fl.errors import CloisterError, OutputInTheWay, ServiceState
 from cloister_fl.membership.validity import RENEW_DAYS
 from cloister_fl.system.child_process import Child, environment, failure_in_words
@@ -76,46 +77,6 @@ URGENT_DAYS = 7
 """Days before the end of the certificate from which a renewal waits for no quiet."""
 
 Say = Callable[[str], None]
-
-_WHY = {
-    "status 401": "the coordinator refuses this site's signed time, because one of the two clocks "
-    "is wrong, or does not know its node key; `cloister client check` says which",
-    "status 403": "the coordinator has revoked this site, or its certificate has expired",
-    "status 503": "the coordinator is busy",
-    "ConnectError": "the coordinator does not answer",
-    "ConnectTimeout": "the coordinator does not answer",
-    "ProxyError": "the proxy does not let the connection through",
-}
-
-
-@dataclass
-class ServiceStatus:
-    """Status of the service; written to ``run/service.json``.
-
-    Attributes:
-        health: address of grpc.health.v1.
-        node: whether the node runs.
-        executor: whether the executor runs and has reached the node.
-        online: whether the coordinator answers.
-        why: why not, in words.
-        approved: whether the coordinator has approved the site; before, nothing else happens.
-        asked: messages that came, by kind.
-        last_asked: when the last one came, seconds since 1970.
-    """
-
-    health: str
-    node: bool = False
-    executor: bool = False
-    online: bool = False
-    why: str = "the service is starting"
-    approved: bool = False
-    asked: dict[str, int] = field(default_factory=dict)
-    last_asked: float = 0.0
-
-    @property
-    def serving(self) -> bool:
-        """Whether a study could be trained now."""
-        return self.node and self.executor and self.online
 
 
 def serve(site: Site, say: Say) -> None:
@@ -395,7 +356,7 @@ class _Service:
                 self._say("The coordinator answers.")
             case "offline":
                 why = str(event.get("why"))
-                now.online, now.why = False, _WHY.get(why, f"the connection failed ({why})")
+                now.online, now.why = False, OFFLINE.get(why, f"the connection failed ({why})")
                 self._say(f"Offline: {now.why}.")
             case "asked":
                 kind = str(event.get("message")) or "unknown"

@@ -20,8 +20,8 @@ from cloister_fl.system import utc
 from cloister_fl.system.optional import require
 
 if TYPE_CHECKING:
-    from cloister_fl.client.service import ServiceStatus
     from cloister_fl.client.site.folder import Site
+    from cloister_fl.client.site.service_status import ServiceStatus
 
 
 def start(folder: Folder = Path()) -> None:

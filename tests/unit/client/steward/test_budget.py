@@ -19,6 +19,7 @@ from cloister_fl.client.ledger.ledger import Ledger
 from cloister_fl.client.site.audit_log import entries_of
 from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
+from cloister_fl.client.site.service_status import ServiceStatus
 from cloister_fl.client.steward import budget
 from cloister_fl.encoding.framing import u64
 from cloister_fl.errors import (
@@ -152,9 +153,7 @@ def test_what_a_run_leaves_reserved_is_told_with_the_command_that_releases_it(
     assert command in told[1]
     # The service says it once, when messages have ceased.
     said: list[str] = []
-    now = service.ServiceStatus(
-        health="127.0.0.1:1", last_asked=time.time() - service.REMIND_S + 60
-    )
+    now = ServiceStatus(health="127.0.0.1:1", last_asked=time.time() - service.REMIND_S + 60)
     serving = service._Service.__new__(service._Service)
     vars(serving).update(_site=charged, _say=said.append, _now=now, _reminded=False)
     serving._remind()

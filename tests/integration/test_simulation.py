@@ -21,7 +21,7 @@ from cloister_fl.server.flower.engines import InProcessGrid
 from cloister_fl.server.results.artifacts import CHANCE
 from cloister_fl.server.results.run_verification import verify_run
 from cloister_fl.server.rounds.checkpoint import Checkpoints
-from cloister_fl.simulation.simulated_run import Simulation, run_simulation, site_name
+from cloister_fl.simulation.simulated_run import Simulation, notices_of, run_simulation, site_name
 from support.dicom import write_dicom
 from support.errors import raises
 from support.federations import (
@@ -236,6 +236,20 @@ def test_without_privacy_two_runs_are_the_same_to_the_bit(folders: Path, tmp_pat
     one, two = (_weights(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(one[key].tobytes() == two[key].tobytes() for key in one)
+
+
+@pytest.mark.slow
+def test_a_site_that_was_left_out_says_why_at_the_end(tmp_path: Path) -> None:
+    sites = write_federation(tmp_path / "sites", names=(*NAMES, "fuchs"), patients=12)
+    (sites / "fuchs" / "labels.csv").write_text("PatientID,finding\n")
+    out = tmp_path / "run"
+    summary = run_simulation(Simulation(study(training="rounds = 1"), sites, out))
+    assert set(summary["refused"]) == {"fuchs"}
+    told = notices_of(out)
+    assert set(told) == {"fuchs"}
+    assert told["fuchs"].startswith("CLO-201")
+    assert "CLO-201" not in json.dumps(summary)
+    assert (out / "site-notices.json").stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.slow

@@ -104,5 +104,8 @@ def _show(result: Result, *, as_json: bool) -> None:
         typer.echo(json.dumps(result.summary))
         return
     from cloister_fl.server.results.summary_table import show
+    from cloister_fl.simulation.simulated_run import notices_of
 
     show(result.summary, result.folder)
+    for name, told in notices_of(result.folder).items():
+        typer.echo(f"What {name} tells its own people: {told}", err=True)

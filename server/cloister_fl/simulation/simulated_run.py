@@ -33,7 +33,7 @@ from cloister_fl.simulation.run_folder import FEDERATION, claimed
 from cloister_fl.study.gradient_engines import require_sound_engine
 from cloister_fl.study.initial_model import bound
 from cloister_fl.study.schema import Study
-from cloister_fl.system.files import make_private_dir
+from cloister_fl.system.files import make_private_dir, write_atomic
 
 if TYPE_CHECKING:
     from cloister_fl.client.site.folder import Site
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 Engine: TypeAlias = Literal["in-process", "ray"]
 
+NOTICES = "site-notices.json"
+"""What sites would tell their own people alone: beside the summary, which is handed on."""
 _LIFETIME = 1000.0
 """Lifetime budget of a site that a simulation makes: its ledger lives as long as the run."""
 
@@ -174,6 +176,11 @@ def _run(
     finally:
         for site in sites:
             product_client_app.kept.forget(site.root)
+    told = _notices(sites, study)
+    if told:
+        write_atomic(simulation.out / NOTICES, json.dumps(told, indent=2).encode())
+    else:
+        (simulation.out / NOTICES).unlink(missing_ok=True)
     summary: dict[str, object] = json.loads((simulation.out / SUMMARY).read_text("utf-8"))
     return summary
 
@@ -335,19 +342,33 @@ def _distinct(names: list[str]) -> None:
             )
 
 
+def _notices(sites: list[Site], study: Study) -> dict[str, str]:
+    """What each site's own people would read of this study: data that do not fit, a refusal."""
+    from cloister_fl.client.site.data_notice import data_notices
+    from cloister_fl.client.site.last_refusal import read_last_refusal
+
+    found = {
+        site.name: data_notices(site.root).get(study.digest) or read_last_refusal(site.root)
+        for site in sites
+    }
+    return {name: notice.message for name, notice in found.items() if notice}
+
+
+def notices_of(out: Path) -> dict[str, str]:
+    """What the sites of a finished simulation told their own people, by site; see ``NOTICES``."""
+    try:
+        told = json.loads((out / NOTICES).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(name): str(text) for name, text in told.items()} if isinstance(told, dict) else {}
+
+
 def _with_notices(error: CloisterError, sites: list[Site], study: Study) -> CloisterError:
     """Add what each site's operator would read; in a simulation that is the same person.
 
     What is wrong with the data says more than the refusal that came of it.
     """
-    from cloister_fl.client.site.data_notice import data_notices
-    from cloister_fl.client.site.last_refusal import read_last_refusal
-
-    notices = [
-        (site.name, data_notices(site.root).get(study.digest) or read_last_refusal(site.root))
-        for site in sites
-    ]
-    told = "\n".join(f"  {name}: {notice.message}" for name, notice in notices if notice)
+    told = "\n".join(f"  {name}: {text}" for name, text in _notices(sites, study).items())
     if not told:
         return error
     return error.kind(error.what, why=error.why, remedy=f"{error.remedy}\n{told}")

@@ -65,10 +65,14 @@ class Source(Protocol):
 
 
 def bernoulli_from(words: NDArray[np.uint64], q: float) -> NDArray[np.bool_]:
-    """Turn uniform words into coins that fall True with chance ``q``, up to 2^-53 above it."""
+    """Turn uniform words into coins that fall True with chance ``q``, or up to 2^-53 below it.
+
+    Never above: a rate may be smaller than 2^-53 itself, and many steps may follow. A patient who
+    joins more seldom than was accounted for costs less.
+    """
     if not 0 <= q <= 1:
         raise ValueError("a chance lies between 0 and 1")
-    mask: NDArray[np.bool_] = (words >> np.uint64(11)) < np.uint64(math.ceil(q * 2.0**53))
+    mask: NDArray[np.bool_] = (words >> np.uint64(11)) < np.uint64(math.floor(q * 2.0**53))
     return mask
 
 

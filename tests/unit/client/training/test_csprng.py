@@ -10,6 +10,7 @@ import pickle
 import re
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 import cloister_fl
 import cloister_fl.client
 from cloister_fl.client.training import csprng
-from cloister_fl.client.training.csprng import SecureRandom
+from cloister_fl.client.training.csprng import SecureRandom, bernoulli_from
 from cloister_fl.errors import InternalError
 
 pytestmark = pytest.mark.process
@@ -105,6 +106,19 @@ def test_inclusion_frequency_and_independence(q: float) -> None:
     # Sizes of the sample are binomial: pairs of patients are drawn independently.
     sizes = draws.sum(axis=1)
     assert abs(sizes.var() / (50 * spread**2) - 1) < 0.06
+
+
+@pytest.mark.parametrize("q", [5e-324, 1e-20, 0.3 * 2.0**-53, 0.1, 0.3, 1 - 2.0**-53, 1.0])
+def test_a_rate_below_the_grid_of_the_coins_samples_nobody_more_often(q: float) -> None:
+    """A study of 10^9 steps at a rate of 1e-20 drew a patient with a chance of 1e-7, not 1e-11.
+
+    Its accountant said epsilon 0 at a delta of 1e-10, whatever the noise.
+    """
+    most = math.floor(Fraction(q) * 2**53)
+    words = np.array([0, max(0, most - 1)], np.uint64) << np.uint64(11)
+    assert list(bernoulli_from(words, q)) == [most > 0] * 2
+    if most < 2**53:
+        assert not bernoulli_from(np.array([most], np.uint64) << np.uint64(11), q)[0]
 
 
 def test_certain_and_impossible_coins() -> None:

@@ -136,6 +136,33 @@ def test_arguments_outside_their_range_are_refused(arguments: tuple[float, float
         epsilon_pld(*arguments, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("sigma", "steps", "delta", "exact"),
+    [
+        # Of Gaussians without sampling, by Balle and Wang 2018.
+        (407.971, 200_000, 1e-12, 8.0),
+        (90.348, 50_000, 1e-12, 20.0),
+        (40.626, 20_000, 1e-12, 30.0),
+        (44.72, 500, 1e-12, 3.44916),
+        (10.7715, 60, 1e-5, 3.0),
+    ],
+)
+def test_rounding_over_many_steps_does_not_understate_epsilon(
+    sigma: float, steps: int, delta: float, exact: float
+) -> None:
+    """Epsilon was 7.80, 19.83 and 29.92: the transform of the loss had lost up to 4e-12."""
+    almost_all = 1 - 1e-13
+    assert epsilon_pld(sigma, 1.0, steps, delta) == pytest.approx(exact, rel=1e-4)
+    found = epsilon_pld(sigma, almost_all, steps, delta)
+    assert found >= exact * (1 - 1e-4)
+    if steps >= 20_000:
+        assert found == math.inf
+        with raises(EpsilonUnreachable):
+            calibrate(exact, delta, almost_all, steps)
+    else:
+        assert found <= exact * 1.02
+
+
 @pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan])
 def test_delta_outside_its_range_is_refused(delta: float) -> None:
     for function in (epsilon_pld, epsilon_rdp, epsilon_prv):

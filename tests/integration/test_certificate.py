@@ -21,12 +21,13 @@ from cloister_fl.client.site.folder import Site, init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward import budget
 from cloister_fl.client.steward.issue_certificate import certify
+from cloister_fl.encoding.canonical_json import GENESIS
 from cloister_fl.errors import CertificateInvalid, OptionInvalid, OutputInTheWay, StudyInvalid
 from cloister_fl.membership.identity import Identity
 from cloister_fl.privacy import certificate
 from cloister_fl.privacy.accounting import epsilon_pld
 from cloister_fl.study.schema import Study
-from cloister_fl.verify import ledger_export
+from cloister_fl.verify import certificate_check, ledger_export
 from cloister_fl.verify.certificate_check import ASK_AGAIN, NO_CLAIM, check
 from support import commands, spending
 from support.accountants import epsilon_prv, epsilon_rdp
@@ -196,6 +197,7 @@ def test_another_key_than_asked_for(data: bytes) -> None:
         ({"epsilon_run": 0.1}, "Epsilon of this run"),
         ({"epsilon_study": 0.1}, "Epsilon of the study"),
         ({"noise_multiplier": 1e-3}, "Epsilon of this run"),
+        ({"noise_multiplier": 1e-3}, "all steps of the study cost epsilon inf"),
         ({"sampling_rate": 1e-3}, "sampling rate"),
         ({"clipping_norm": 9.0}, "clipping norm"),
         ({"delta": 1e-3}, "delta"),
@@ -210,6 +212,48 @@ def test_a_site_that_signs_what_does_not_hold(
 ) -> None:
     told = check(changed(data, Identity.generate(), **values))
     assert any(said in fault for fault in told.faults), told.faults
+
+
+def test_a_claim_that_is_low_because_of_noise_that_the_study_does_not_add(data: bytes) -> None:
+    """Noise of 10^5, and epsilon as it follows from that, was a valid certificate."""
+    found = certificate.read(data)
+    none = [
+        epsilon_pld(1e5, found.sampling_rate, steps, found.delta)
+        for steps in (found.steps_started, found.steps_of_study)
+    ]
+    values = {"noise_multiplier": 1e5, "epsilon_run": none[0], "epsilon_study": none[1]}
+    told = check(changed(data, Identity.generate(), **values))
+    assert max(none) < 0.02
+    assert len(told.faults) == 1
+    assert f"the study asks for {STUDY.privacy.epsilon:g}" in told.faults[0]
+
+
+def test_a_low_claim_is_refused_where_opacus_is_not_installed(
+    data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was held against a Renyi bound alone, which no low claim exceeds."""
+
+    def missing(*given: object) -> float:
+        raise ImportError
+
+    monkeypatch.setattr(certificate_check, "epsilon_prv_of", missing)
+    assert check(certificate.read(data)).faults == ()
+    assert check(certificate.read(data)).accountant == "PLD"
+    (fault,) = check(changed(data, Identity.generate(), epsilon_run=0.1)).faults
+    assert "Epsilon of this run is 0.1000" in fault
+
+
+def test_an_end_of_the_log_from_before_the_messages_is_no_end_of_the_run(
+    charged: Site, data: bytes, exported: bytes
+) -> None:
+    """A certificate could name no entry of the log, or an early one, and say that nothing left."""
+    ledger, entries = ledger_export.read(exported), tuple(entries_of(charged))
+    first = next(entry for entry in entries if entry.kind == "ledger").hash
+    for end, said in ((GENESIS, "has no entry with the hash"), (first, "is older than")):
+        lying = changed(data, charged.identity(), log=end, left=[])
+        told = check(lying, ledger=ledger, log=entries)
+        assert any(said in fault for fault in told.faults), told.faults
+    assert check(certificate.read(data), ledger=ledger, log=entries).faults == ()
 
 
 def test_fewer_steps_than_the_ledger_counts(charged: Site, data: bytes, exported: bytes) -> None:

@@ -99,6 +99,7 @@ def test_it_holds_the_whole(site: Site, data: bytes, ledger: ledger_export.Ledge
         ({"release": {"charged_of_study": False}}, "Epsilon of the study is"),
         ({"release": {"noise_multiplier": 5.0}}, "Epsilon of this run is"),
         ({"release": {"noise_multiplier": 1.0}}, "The noised evaluation costs epsilon"),
+        ({"release": {"noise_multiplier": 1e5}}, "The noised evaluation costs epsilon 0.0"),
         ({"release": {"noise_multiplier": 0.0}}, "Epsilon of this run is"),
         ({"release": {"sensitivity": 1}}, "sensitivity is 1 in the certificate and 16"),
         ({"release": None}, "The noised evaluation is in only one of certificate and study"),
@@ -158,6 +159,22 @@ def test_verify_says_it_in_words(data: bytes, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "evaluation   noised, of score histograms, charged: noise" in result.output
     assert "epsilon      " in result.output
+
+
+def test_a_study_that_was_closed_before_its_release_has_a_valid_certificate(
+    tmp_path: Path,
+) -> None:
+    policy = Policy(patients_at_most=1_000, max_epsilon_study=12, metrics=("score-histograms",))
+    site = init_site(tmp_path / "anker", policy=policy)
+    judge(site, ASKED, Decision.APPROVED, data=SEEN)
+    spending.admit(site, ASKED, run="run", invited=5)
+    spending.charge(site, ASKED, run="run", round_number=1)
+    own = Ledger.open(site.ledger, delta=site.policy.ledger_delta)
+    assert own.close(ASKED.digest, site.identity()) > 0
+    found = certify(site, ASKED.digest)
+    assert found.release is not None
+    assert not found.release.charged
+    assert check(found, log=entries_of(site)).faults == ()
 
 
 def test_the_budget_names_the_release(site: Site) -> None:

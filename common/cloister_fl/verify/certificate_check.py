@@ -1,8 +1,8 @@
 """Check of a certificate against accountants, the ledger and the audit log; offline.
 
 Epsilon is computed anew by another accountant than the one that wrote it: Opacus' PRV accountant
-(Gopi, Lee, Wutschitz 2021; error at most 0.01) where it is installed, else Renyi accounting, which
-is only an upper bound. A lifetime's Renyi filter is computed anew by Opacus' implementation.
+(Gopi, Lee, Wutschitz 2021; error at most 0.01) where it is installed, else by the same one on the
+reader's machine. A lifetime's Renyi filter is computed anew by Opacus' implementation.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cloister_fl.audit_log import Entry
-from cloister_fl.encoding.canonical_json import GENESIS
 from cloister_fl.errors import StudyInvalid
-from cloister_fl.privacy.accounting import epsilon_prv_of, epsilon_rdp_of
+from cloister_fl.privacy.accounting import (
+    NOISE_DIGITS,
+    epsilon_of,
+    epsilon_prv_of,
+    epsilon_rdp_of,
+)
 from cloister_fl.privacy.certificate import Certificate
 from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
 from cloister_fl.privacy.renyi_filter import lifetime_epsilon
@@ -89,9 +93,7 @@ def check(
         ("this run", certificate.epsilon_run, run),
         ("the study", certificate.epsilon_study, study),
     ):
-        # Renyi accounting overstates; it can only show that a claim is too high.
-        off = claimed - found if accountant == "RDP" else abs(claimed - found)
-        if not off <= TOLERANCE:
+        if not abs(claimed - found) <= TOLERANCE:
             faults.append(
                 f"Epsilon of {what} is {claimed:.4f} in the certificate and {found:.4f} by "
                 f"{accountant}."
@@ -104,7 +106,7 @@ def check(
             lifetime, fault = _lifetime(ledger)
             faults += fault
     if log is not None:
-        faults += _against_log(certificate, log)
+        faults += _against_log(certificate, log, ledger)
     remedy = ""
     if faults:
         # The file may be whole and the site honest: what was trained has no such privacy.
@@ -147,6 +149,25 @@ def _constants(certificate: Certificate) -> Iterator[str]:
     if certificate.steps_of_study < certificate.steps_started:
         yield "All runs of the study together started fewer steps than this one."
     yield from _release(certificate, study)
+    yield from _noise(certificate, study)
+
+
+def _noise(certificate: Certificate, study: Study) -> Iterator[str]:
+    """The noise is the least that keeps all steps within the study's epsilon: another one was not
+    the study's, and with more the file could claim any epsilon above 0."""
+    spent = _spent(certificate, study.training.total_steps, released=True)
+    if not study.privacy.enabled or spent is None:
+        return
+    with _quiet():
+        whole = _bounded(spent, certificate.delta, epsilon_of)
+    asked = study.privacy.epsilon
+    # One unit of the last of the noise's decimals, ten times over.
+    room = TOLERANCE + asked * 10.0**-NOISE_DIGITS * 10 / certificate.noise_multiplier
+    if not abs(whole - asked) <= room:
+        yield (
+            f"With the noise in the certificate all steps of the study cost epsilon {whole:.4f}; "
+            f"the study asks for {asked:g}."
+        )
 
 
 def _release(certificate: Certificate, study: Study) -> Iterator[str]:
@@ -163,7 +184,7 @@ def _release(certificate: Certificate, study: Study) -> Iterator[str]:
     if release.charged and not release.charged_of_study:
         yield "This run charged a noised evaluation, and all runs of the study together none."
     alone, _ = _epsilon(certificate, 0, released=True)
-    if not alone <= study.evaluation.release_epsilon + TOLERANCE:
+    if not abs(alone - study.evaluation.release_epsilon) <= TOLERANCE:
         yield (
             f"The noised evaluation costs epsilon {alone:.4f}; the study reserves "
             f"{study.evaluation.release_epsilon:g}."
@@ -171,24 +192,36 @@ def _release(certificate: Certificate, study: Study) -> Iterator[str]:
 
 
 def _epsilon(certificate: Certificate, steps: int, *, released: bool) -> tuple[float, str]:
-    delta, release = certificate.delta, certificate.release
+    spent, delta = _spent(certificate, steps, released=released), certificate.delta
+    if spent is None:
+        return math.inf, "any accountant"
+    with _quiet():
+        try:
+            found, name = _bounded(spent, delta, epsilon_prv_of), "PRV (Opacus)"
+        except ImportError:
+            found, name = _bounded(spent, delta, epsilon_of), "PLD"
+    return found, name if math.isfinite(found) else "any accountant (above 40 none is asked)"
+
+
+def _spent(certificate: Certificate, steps: int, *, released: bool) -> Composition | None:
+    """So many steps of a certificate, and its noised evaluation; None where it states no such."""
+    release = certificate.release
     try:
         step = Mechanism(certificate.noise_multiplier, certificate.sampling_rate)
         spent = compose(((step, steps),))
         if release is not None and released:
             spent = compose(spent, ((Mechanism(release.noise_multiplier, 1.0), 1),))
     except ValueError:
-        return math.inf, "any accountant"
-    if not 0 < delta < 1:
-        return math.inf, "any accountant"
-    with _quiet():
-        # A hostile file could name so little noise that the accountant's grid fills the memory.
-        if not epsilon_rdp_of(spent, delta) <= _MEANINGLESS:
-            return math.inf, "any accountant (above 40 none is asked)"
-        try:
-            return epsilon_prv_of(spent, delta), "PRV (Opacus)"
-        except ImportError:
-            return epsilon_rdp_of(spent, delta), "RDP"
+        return None
+    return spent if 0 < certificate.delta < 1 else None
+
+
+def _bounded(
+    spent: Composition, delta: float, epsilon: Callable[[Composition, float], float]
+) -> float:
+    """Epsilon by an accountant, or infinity: a hostile file could name so little noise that its
+    grid fills the memory."""
+    return epsilon(spent, delta) if epsilon_rdp_of(spent, delta) <= _MEANINGLESS else math.inf
 
 
 def _against_ledger(certificate: Certificate, ledger: LedgerExport) -> Iterator[str]:
@@ -282,14 +315,20 @@ def _opacus_lifetime(spent: Composition, delta: float, orders: tuple[float, ...]
     return max(0.0, float(found))
 
 
-def _against_log(certificate: Certificate, log: Iterable[Entry]) -> Iterator[str]:
+def _against_log(
+    certificate: Certificate, log: Iterable[Entry], ledger: LedgerExport | None
+) -> Iterator[str]:
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    found = certificate.log == GENESIS
+    noted: list[tuple[object, object]] = []
+    # A log is never empty where something was charged: each charge is noted in it.
+    found = False
     for entry in log:
         if found:
             break
         found = entry.hash == certificate.log
+        if entry.kind == "ledger":
+            noted.append((entry.body.get("ledger_seq"), entry.body.get("ledger_hash")))
         if entry.kind == "sent" and entry.body.get("run") == certificate.run:
             kind = str(entry.body.get("message"))
             counts[kind] += 1
@@ -300,6 +339,30 @@ def _against_log(certificate: Certificate, log: Iterable[Entry]) -> Iterator[str
     told = [(left.message, left.count, left.bytes) for left in certificate.left]
     if told != [(kind, counts[kind], sizes[kind]) for kind in sorted(counts)]:
         yield "The messages of this run in the audit log differ from those in the certificate."
+    if ledger is not None and certificate.ledger in ledger.hashes:
+        yield from _of_one_time(certificate, ledger, noted)
+
+
+def _of_one_time(
+    certificate: Certificate, ledger: LedgerExport, noted: Iterable[tuple[object, object]]
+) -> Iterator[str]:
+    """What left must be told up to when the steps are: an older end of the log knows of less."""
+    numbers = {digest: seq for seq, digest in enumerate(ledger.hashes, start=1)}
+    known = {(seq, digest) for digest, seq in numbers.items()}
+    newest = max(
+        (numbers[str(digest)] for seq, digest in noted if (seq, digest) in known), default=0
+    )
+    later = sum(
+        body["kind"] in {"started", "evaluated"}
+        and (body["study"], body["run"]) == (certificate.study_hash, certificate.run)
+        for body in ledger.bodies[newest : numbers[certificate.ledger]]
+    )
+    # A kill between a charge and its note leaves one that is not noted.
+    if later > 1:
+        yield (
+            f"The audit log up to the entry in the certificate is older than {later} charges of "
+            "this run in the ledger."
+        )
 
 
 @contextmanager

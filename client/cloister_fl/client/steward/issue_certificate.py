@@ -16,7 +16,7 @@ from cloister_fl.errors import InputError, OptionInvalid
 from cloister_fl.privacy.accounting import epsilon_of
 from cloister_fl.privacy.certificate import Certificate, Left, Release, code_hash
 from cloister_fl.privacy.dp_events import Composition, Mechanism, compose
-from cloister_fl.study.cost import sensitivity
+from cloister_fl.study.cost import release_mechanism, sensitivity
 from cloister_fl.study.gradient_engines import require_sound_engine
 from cloister_fl.study.schema import Study
 from cloister_fl.system import utc
@@ -98,13 +98,15 @@ def _release(
     elsewhere: Mapping[Mechanism, int],
     study: Study,
 ) -> Release | None:
-    if one.release is None:
+    # A study that was closed before it keeps none in its reservation.
+    release = one.release or release_mechanism(study)
+    if release is None:
         return None
     return Release(
-        noise_multiplier=one.release.noise_multiplier,
+        noise_multiplier=release.noise_multiplier,
         sensitivity=sensitivity(study),
         charged=one.released,
-        charged_of_study=any(each.released for each in held) or one.release in elsewhere,
+        charged_of_study=any(each.released for each in held) or release in elsewhere,
     )
 
 

@@ -94,14 +94,9 @@ def folders(made: Deployment) -> dict[str, Path]:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes that the files of a folder hold, without the sums that are kept for ``verify``.
-
-    These are a run's results, bounded by 1 GB: what the sites signed, as large as their updates.
-    """
+    """Bytes that the files of a folder hold."""
     total = 0
     for path in folder.rglob("*"):
-        if SUMS_FOLDER in path.parts:
-            continue
         try:
             about = path.lstat()
         except OSError:
@@ -205,7 +200,7 @@ def main() -> int:
             print("\nlargest files at the end")
             sums = [one for one in made.folder.rglob(f"{SUMS_FOLDER}/*") if one.is_file()]
             kept = sum(one.stat().st_size for one in sums) / max(1, rounds) / 1024
-            print(f"sums that are kept for verify, beside that: {kept:.2f} KiB a round")
+            print(f"of the coordinator, sums that are kept for verify: {kept:.2f} KiB a round")
             for name, folder in folders(made).items():
                 for path, size in largest(folder):
                     print(f"  {name:<14}{size / 1024:>10.1f} KiB  {path}")

@@ -475,6 +475,16 @@ def test_the_database_is_its_owners_alone(tmp_path: Path) -> None:
     assert (tmp_path / "r.sqlite").stat().st_mode & 0o077 == 0
 
 
+def test_the_log_of_the_database_does_not_grow_with_the_rounds(tmp_path: Path) -> None:
+    """In 300 rounds it grew to 1.2 MiB beside a database of 50 KiB."""
+    site_database.create(tmp_path / "r.sqlite")
+    rows = Registry(tmp_path / "r.sqlite")
+    for number in range(150):
+        rows.invite([f"site{number}"], 600)
+    assert (tmp_path / "r.sqlite-wal").stat().st_size < 400 << 10
+    rows.close()
+
+
 def test_a_database_that_somebody_holds_keeps_no_request_waiting(tmp_path: Path) -> None:
     site_database.create(tmp_path / "r.sqlite")
     rows = Registry(tmp_path / "r.sqlite")

@@ -36,6 +36,7 @@ from cloister_fl.networks import flat_parameters
 from cloister_fl.protocol.round_messages import (
     SITE_KEY,
     EvaluateTask,
+    Finish,
     Prepare,
     RoundMessage,
     TrainTask,
@@ -130,6 +131,7 @@ class Hospital:
             yield "train", TrainTask(text, "run", number, 5, octets(), model)
         if self.asked.releases:
             yield "evaluate", EvaluateTask(text, "run", last, 5, octets(), model)
+        yield "finish", Finish(self.asked.digest, "run")
 
     def answers(
         self, site: Site, damage: Damage, moment: str, *, updates: list[Any] | None = None
@@ -187,7 +189,7 @@ def usual(hospital: Hospital, tmp_path_factory: pytest.TempPathFactory) -> list[
 def test_an_undamaged_site_takes_part(usual: list[list[object]]) -> None:
     """Or all sites could refuse alike below."""
     kinds = [{e[1]: e[2] for e in one if len(e) == 3}["kind"] for one in usual]
-    assert kinds == ["prepared", "update", "update", "evaluated"]
+    assert kinds == ["prepared", "update", "update", "evaluated", "finished"]
 
 
 QUICK = {"nothing", "no_files_and_no_labels", "a_class_gone", "a_stray_quotation_mark"}

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cloister_fl.client.site.audit_log import entries_of
 from cloister_fl.client.site.folder import init_site, open_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.steward import budget
@@ -72,6 +73,9 @@ def test_a_rate_far_too_high_delivers_the_best_model_and_stops(tmp_path: Path) -
         (one,) = told.studies
         assert one.epsilon_planned == pytest.approx(6.0, abs=0.05)
         assert (one.rounds_started, one.rounds_planned) == (done, 14)
+        log = entries_of(open_site(sites / name))
+        sent = [entry.body["message"] for entry in log if entry.kind == "sent"]
+        assert ("finished" in sent) is (done < 14)
         if done < 14:
             regained = name != "esche"
             assert one.closed is regained

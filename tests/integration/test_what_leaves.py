@@ -42,6 +42,7 @@ LEAVES: dict[str, tuple[set[str], set[str]]] = {
     "prepared": ({"site", "signature", "ledger"}, set()),
     "exchanged": ({"site", "round"}, {"exchange"}),
     "update": ({"site", "round"}, {"vector"}),
+    "finished": ({"site"}, set()),
     "refusal": ({"site", "reason", "signature"}, set()),
 }
 PROTOCOL = {

@@ -22,6 +22,7 @@ WHY: Mapping[str, str] = {
     "update": "a model update; the site's policy allows it unmasked",
     "evaluated": "counts of patients by score, or by Dice coefficient; the site's policy allows "
     "them, charged or without privacy",
+    "finished": "it heard that a run has ended; tells nothing of what follows from that",
     "refusal": "a reason of the closed list",
 }
 """Why a message of each kind may leave; no other kind leaves."""

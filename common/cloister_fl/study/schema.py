@@ -50,6 +50,7 @@ VOLUME_MODALITIES = frozenset(("CT", "MR"))
 
 LATER: dict[tuple[str, str], object] = {
     ("evaluation", "stop_after"): 0,
+    ("target", "unit"): "patient",
     ("training", "class_weights"): {},
 }
 """Keys by table that came after studies were approved, with the default that means what a study
@@ -396,7 +397,8 @@ class Study(ShownModel):
         """
         held = self.model_dump(mode="json")
         for (table, key), default in LATER.items():
-            if held[table][key] == default:
+            # Targets of other kinds have other keys.
+            if held[table].get(key) == default:
                 del held[table][key]
         return canonical_json(held)
 

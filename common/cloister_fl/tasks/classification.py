@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import AfterValidator, Field
 
 from cloister_fl.networks.spec import Answers
 from cloister_fl.tasks.task import LabelsFile, Source, Target, Task, Unit, bin_of
@@ -52,14 +52,6 @@ class ClassificationTarget(Target):
     """What has a class of its own, and is measured: a patient; an examination, which is what has
     one Accession Number, or one Study Instance UID where there is none; or an image. The unit of
     privacy is the patient, always."""
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Studies from before the key keep their hash, and so do those that say the default.
-        told: dict[str, Any] = handler(self)
-        if told.get("unit") == "patient":
-            del told["unit"]
-        return told
 
     @property
     def task(self) -> Classification:

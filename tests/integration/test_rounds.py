@@ -27,12 +27,13 @@ from cloister_fl.protocol.round_messages import (
     unpack,
 )
 from cloister_fl.server.flower.engines import InProcessGrid
-from cloister_fl.server.results.artifacts import site_epsilons
-from cloister_fl.server.rounds.checkpoint import Checkpoints, Progress
+from cloister_fl.server.results.artifacts import NOT_RELEASED, site_epsilons, warnings
+from cloister_fl.server.rounds.checkpoint import Checkpoints, Progress, Released
+from cloister_fl.server.rounds.collector import PlainCollector
 from cloister_fl.server.rounds.events import Began, Event, Hooks, KeepWhatIsThere
 from cloister_fl.server.rounds.messenger import Messenger
 from cloister_fl.server.rounds.run import Outcome, Run
-from cloister_fl.study.cost import study_epsilon
+from cloister_fl.study.cost import RELEASE_BINS, study_epsilon
 from cloister_fl.study.initial_model import bind
 from cloister_fl.study.schema import Study
 from cloister_fl.tasks.divided_holdout import Holdout
@@ -68,6 +69,8 @@ class Sites:
     answers: dict[str, Answer]
     refuse: dict[str, str] = field(default_factory=dict)
     seen: list[tuple[str, str, int]] = field(default_factory=list)
+    evaluated: list[np.ndarray] = field(default_factory=list)
+    bins: int = BINS
 
     def __call__(self, message: Message, context: Context) -> Message:
         name = Path(str(context.node_config["site"])).name
@@ -80,9 +83,10 @@ class Sites:
         elif isinstance(task, Finish):
             reply = Finished(name)
         elif isinstance(task, EvaluateTask):
-            counts = np.zeros((2, BINS), np.int64)
+            self.evaluated.append(task.vector)
+            counts = np.zeros((2, self.bins), np.int64)
             counts[0, 0] = counts[1, -1] = 10
-            reply = Evaluated(name, task.round, BINS, counts.reshape(-1))
+            reply = Evaluated(name, task.round, self.bins, counts.reshape(-1))
         else:
             reply = self.answers[name](name, task)
         return Message(content=pack(reply), reply_to=message)
@@ -422,6 +426,46 @@ def test_a_run_that_is_kept_has_what_it_had(tmp_path: Path) -> None:
     assert (state.completed, state.ended, state.lost) == (2, "kept", ())
     assert state.figures[-1].metrics is not None
     assert [entry[1] for entry in sites.seen[-2:]] == ["finish", "finish"]
+
+
+def test_a_run_that_is_kept_while_it_asks_for_the_noised_evaluation_says_that_it_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sites may have charged it, so it counts, though nothing came of it."""
+
+    def ended(self: PlainCollector, number: int, model: np.ndarray) -> None:
+        raise KeepWhatIsThere
+
+    monkeypatch.setattr(PlainCollector, "histogram", ended)
+    study = _study(evaluation={"release_epsilon": 0.5})
+    outcome = _run(Sites({"a": _add(1.0), "b": _add(1.0)}), study, tmp_path)
+    state = outcome.state
+    assert (state.completed, state.ended) == (3, "kept")
+    assert state.release == Released(asked=("a", "b"))
+    assert NOT_RELEASED in warnings(study, outcome)
+    whole = study_epsilon(study, 3, released=True)
+    assert site_epsilons(study, state) == {"a": whole, "b": whole}
+
+
+def test_a_run_that_no_longer_gains_is_evaluated_with_noise_all_the_same(tmp_path: Path) -> None:
+    study = _study(
+        training={"rounds": 9}, evaluation={"stop_after": 2, "release_epsilon": 0.5, "every": 1}
+    )
+    sites = Sites({"a": _add(1.0), "b": _add(1.0)}, bins=RELEASE_BINS)
+    state = _run(sites, study, tmp_path, holdout=_right(study, 0.7, 1.0, 0.8, 0.2)).state
+    assert (state.completed, state.best_round, state.ended) == (4, 2, "stop_after")
+    assert state.release is not None
+    assert (state.release.asked, state.release.sites) == (("a", "b"), 2)
+    # It was the last model that was evaluated, beside the best that was handed out.
+    assert state.best is not None
+    for evaluated in sites.evaluated:
+        np.testing.assert_array_equal(evaluated, state.best)
+    # The sites hear of the end after it.
+    kinds = [kind for name, kind, _ in sites.seen if name == "a"]
+    assert kinds == ["prepare", *["train"] * 4, "evaluate", "finish"]
+    whole = study_epsilon(study, 9, released=True)
+    assert site_epsilons(study, state) == {"a": whole, "b": whole}
+    assert whole > study_epsilon(study, 9)
 
 
 def test_a_run_without_a_round_has_nothing_to_keep(tmp_path: Path) -> None:

@@ -81,8 +81,6 @@ def write_outputs(
     if handed.figures.round != state.figures[-1].round:
         made = {"round": state.figures[-1].round}
         save_model(out / LAST_MODEL, study, state.released, facts | made)
-    else:
-        (out / LAST_MODEL).unlink(missing_ok=True)
     write_report(out / REPORT, _report(study, outcome, summary, details))
     write_atomic(out / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode(), mode=0o644)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cloister_fl.server.rounds.checkpoint import Figures
+from cloister_fl.system.files import unwritable
 
 FOLDER = "tensorboard"
 
@@ -31,6 +32,9 @@ class EventFiles:
         """Add rounds; they are on disk when it returns.
 
         A round that is told again, as by a resumed run, is shown once.
+
+        Raises:
+            OutputInTheWay: they cannot be written.
         """
         try:
             # Not ``SummaryWriter``: it writes behind the caller, from a thread and a queue.
@@ -39,14 +43,18 @@ class EventFiles:
             from tensorboardX.summary import scalar
         except ModuleNotFoundError:
             return
-        if self._writer is None:
-            self._folder.mkdir(exist_ok=True)
-            self._writer = EventsWriter(str(self._folder / "events"))
-        for row in rows:
-            for name, value in _scalars(row):
-                told = scalar(name, value)
-                self._writer.write_event(Event(wall_time=time.time(), step=row.round, summary=told))
-        self._writer.flush()
+        try:
+            if self._writer is None:
+                self._folder.mkdir(exist_ok=True)
+                self._writer = EventsWriter(str(self._folder / "events"))
+            for row in rows:
+                for name, value in _scalars(row):
+                    told = scalar(name, value)
+                    event = Event(wall_time=time.time(), step=row.round, summary=told)
+                    self._writer.write_event(event)
+            self._writer.flush()
+        except OSError as error:
+            raise unwritable(self._folder, error) from None
 
     def close(self) -> None:
         """Close the file."""

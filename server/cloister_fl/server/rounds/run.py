@@ -60,7 +60,12 @@ from cloister_fl.server.rounds.events import (
 )
 from cloister_fl.server.rounds.kept_sums import KEPT, why_not
 from cloister_fl.server.rounds.messenger import Messenger
-from cloister_fl.server.rounds.model_choice import chosen, is_stalled, require_who_chooses
+from cloister_fl.server.rounds.model_choice import (
+    chosen,
+    delivered,
+    is_stalled,
+    require_who_chooses,
+)
 from cloister_fl.server.rounds.participants import Participants
 from cloister_fl.server.rounds.secure_collector import SecureCollector
 from cloister_fl.server.rounds.strategies import OptimizerState, averaged, step
@@ -118,6 +123,7 @@ class Run:
         self._sent: Mapping[str, int] = {}
         self._run = ""
         self._sums = ""
+        self._saved: RunState | None = None
 
     def execute(self, *, resume: bool) -> Outcome:
         """Run to the end and return the outcome.
@@ -176,7 +182,8 @@ class Run:
             if self._study.releases and state.release is None and state.ended != ENDED_KEPT:
                 state = keep(self._release(collector, state))
         except KeepWhatIsThere:
-            state = keep(self._last_measured(self._kept(state)))
+            # The last that was saved: a noised evaluation that was asked for is charged.
+            state = keep(self._last_measured(self._kept(self._saved or state)))
         if state.ended and self._study.privacy.enabled:
             # Who takes part is not known where the run ended before it was asked again.
             nodes = self._participants.nodes or self._messenger.nodes()
@@ -228,6 +235,7 @@ class Run:
 
     def _save(self, state: RunState) -> None:
         self._checkpoints.save(self._study, state)
+        self._saved = state
         self._hooks.saved(state)
 
     def _note(self, kind: str, **body: Value) -> None:
@@ -410,7 +418,8 @@ class Run:
         return figures
 
     def _release(self, collector: Collector, state: RunState) -> RunState:
-        """Request the study's noised evaluation, once; a failure is not repeated."""
+        """Request the study's noised evaluation of the model that is handed out, once; a failure
+        is not repeated."""
         names = tuple(sorted(self._participants.sites))
         state = replace(state, release=Released(asked=names))
         # Before it is asked for: the sites charge it once, so a resumed run must not ask again.
@@ -418,7 +427,8 @@ class Run:
         found = None
         # The model is there; that it was not measured is no reason to lose it.
         with contextlib.suppress(TooFewSites, SecureAggregationError):
-            found = collector.histogram(self._study.training.rounds, state.released)
+            handed = delivered(self._study, state)
+            found = collector.histogram(self._study.training.rounds, handed.model)
         self._participants.refused.update(collector.refused)
         released = Released(asked=names) if found is None else self._measured(names, found)
         self._hooks.notify(ReleaseMade(released))

@@ -38,6 +38,7 @@ from cloister_fl.protocol.round_messages import (
     EvaluateTask,
     Finish,
     Prepare,
+    Refusal,
     RoundMessage,
     TrainTask,
     Update,
@@ -190,6 +191,18 @@ def test_an_undamaged_site_takes_part(usual: list[list[object]]) -> None:
     """Or all sites could refuse alike below."""
     kinds = [{e[1]: e[2] for e in one if len(e) == 3}["kind"] for one in usual]
     assert kinds == ["prepared", "update", "update", "evaluated", "finished"]
+
+
+def test_the_end_of_a_run_that_never_was_makes_no_ledger(
+    hospital: Hospital, tmp_path: Path
+) -> None:
+    site = hospital.copy(tmp_path / "anker")
+    grid = InProcessGrid(SiteApp(), [{SITE_KEY: str(site.root)}])
+    task = Finish(PLAIN.digest, "run")
+    message = Message(content=pack(task), dst_node_id=2, message_type=TYPES["finish"])
+    (reply,) = grid.send_and_receive([message])
+    assert unpack(reply.content, Refusal).reason == "message"
+    assert not site.ledger.exists()
 
 
 QUICK = {"nothing", "no_files_and_no_labels", "a_class_gone", "a_stray_quotation_mark"}

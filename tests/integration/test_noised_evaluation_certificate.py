@@ -174,6 +174,13 @@ def test_a_study_that_was_closed_before_its_release_has_a_valid_certificate(
     found = certify(site, ASKED.digest)
     assert found.release is not None
     assert not found.release.charged
+    app = Typer()
+    app.command()(verify_command)
+    path = tmp_path / "certificate.json"
+    path.write_bytes(certificate.sign(found, site.identity()))
+    words = " ".join(CliRunner().invoke(app, [str(path)]).output.split())
+    # What it cost was not fixed beforehand, if it ended for what it had given.
+    assert f"epsilon to quote is that of the whole study, {ASKED.privacy.epsilon:g}" in words
     assert check(found, log=entries_of(site)).faults == ()
 
 

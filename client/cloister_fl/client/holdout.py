@@ -7,11 +7,13 @@ and imports nothing of the client.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cloister_fl.client.data.cohort import Patient
-from cloister_fl.client.data.loading import load_cohort
+from cloister_fl.client.data.loading import read_cohort, require_sound
+from cloister_fl.client.dicom.facts import Facts, band_of
 from cloister_fl.client.site.folder import init_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.client.training.evaluation import rows_of
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from cloister_fl.tasks.task import Floats
 
 _NAME_LABEL = b"cloister/holdout-name/v1\0"
+_LONGEST = 60
+"""Characters of a maker's name that are shown; DICOM allows 64."""
+_SEVERAL = "several"
 
 
 def read_holdout(study: Study, folder: Path, out: Path) -> Holdout:
@@ -53,7 +58,8 @@ def read_holdout(study: Study, folder: Path, out: Path) -> Holdout:
         throwaway=True,
     )
     try:
-        cohort = load_cohort(site, study)
+        reading = read_cohort(site, study)
+        cohort = require_sound(reading)
     except DataError as error:
         raise error.kind(
             f"In the hold-out: {error.what}",
@@ -66,11 +72,32 @@ def read_holdout(study: Study, folder: Path, out: Path) -> Holdout:
         flat_parameters.load(module, model)
         return rows_of(module, cohort, study.task)[1]
 
-    return Holdout(study.task, tuple(_patient(one) for one in cohort.patients), score)
+    facts: dict[str, list[Facts]] = {}
+    for told, name in reading.facts:
+        facts.setdefault(name, []).append(told)
+    patients = tuple(_patient(one, facts[one.pseudonym]) for one in cohort.patients)
+    return Holdout(study.task, patients, score)
 
 
-def _patient(one: Patient) -> HoldoutPatient:
+def _patient(one: Patient, facts: Sequence[Facts]) -> HoldoutPatient:
     """Named by a hash of the images, so that two runs call a patient the same."""
     name = hashlib.sha256(_NAME_LABEL + one.mark.encode()).hexdigest()[:16]
     units = tuple(HoldoutUnit(unit.label, len(unit.images)) for unit in one.units)
-    return HoldoutPatient(name, one.label, units, one.mark)
+    return HoldoutPatient(name, one.label, units, one.mark, _groups(facts))
+
+
+def _groups(facts: Sequence[Facts]) -> dict[str, str]:
+    """The groups of a patient, as the images say; none of a kind where they are silent on it.
+
+    Images that contradict each other on the sex say none. The age is that of the earliest image.
+    """
+    sexes = {one.sex for one in facts if one.sex}
+    ages = [int(one.age) for one in facts if one.age]
+    # Devices of one maker differ in case and spaces.
+    makers = {" ".join(one.manufacturer.split()).upper()[:_LONGEST] for one in facts} - {""}
+    told = {
+        "age": band_of(min(ages)) if ages else "",
+        "maker": _SEVERAL if len(makers) > 1 else "".join(makers),
+        "sex": "".join(sexes) if len(sexes) == 1 else "",
+    }
+    return {kind: name for kind, name in told.items() if name}

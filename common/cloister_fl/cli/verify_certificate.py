@@ -105,7 +105,12 @@ def _in_words(found: Certificate, checked: Checked, *, log: bool) -> str:
             "epsilon is in the sum"
         )
     if unfinished:
-        lines.append("               the run has not ended, or lost rounds: more may follow")
+        lines += [
+            "               the run has not ended, or lost rounds: more may follow. If it ended",
+            "               early, for what it had given, the epsilon to quote is that of the",
+            f"               whole study, {study.privacy.epsilon:g}: the proof needs its steps "
+            "fixed beforehand",
+        ]
     release = found.release
     others = release is not None and release.charged != release.charged_of_study
     if found.steps_of_study != found.steps_started or others:

@@ -1,13 +1,18 @@
-"""Text for people: counts with nouns, lists, texts of other parties."""
+"""Text for people: counts with nouns, lists, texts of other parties, cells of a table."""
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable
 
 _BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 """Fillers of Hangul and the empty pattern of Braille: Unicode counts them as letters or signs, and
 nothing is seen of them."""
+
+_FORMULA = re.compile(r'(^|[,;|\t\r\n])(?=[\s"]*[=+@\-\uff1d\uff0b\uff20\uff0d])|^(?=[\t\r\n])')
+"""Where Excel, LibreOffice and others would begin a formula: at the start of a cell, and behind
+what a spreadsheet of another language takes for the end of one. Full-width signs count in some."""
 
 
 def is_plain(text: str) -> bool:
@@ -25,6 +30,11 @@ def is_blank(text: str) -> bool:
 def printable(text: str) -> str:
     """A text for a terminal, with what a terminal might obey as escapes."""
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
+def as_cell(text: str) -> str:
+    """A cell that no spreadsheet takes for a formula: with an apostrophe where one would begin."""
+    return _FORMULA.sub(r"\1'", text)
 
 
 MOST_REASON = 500

@@ -120,6 +120,9 @@ def test_what_is_told_follows_from_scores_and_coins() -> None:
     "training",
     [
         {},
+        pytest.param(
+            {"class_weights": {"normal": 0.2, "nodule": 1.0}, "steps": 2}, marks=pytest.mark.slow
+        ),
         pytest.param({"sampling_rate": 0.25, "steps": 4}, marks=pytest.mark.slow),
         pytest.param(
             {"optimizer": "adam", "learning_rate": 0.01, "steps": 2}, marks=pytest.mark.slow

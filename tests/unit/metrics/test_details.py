@@ -63,7 +63,8 @@ def test_calls_are_counted_and_each_rate_says_of_how_many() -> None:
     found = calls(has, scores, 0.5)
     assert (found.true_positive, found.false_negative) == (2, 1)
     assert (found.false_positive, found.true_negative) == (1, 3)
-    told = {one.name: (one.estimate and one.estimate.value, one.patients) for one in found.rates}
+    told = {one.name: (one.estimate and one.estimate.value, one.units) for one in found.rates}
+    assert all(one.patients == one.units for one in found.rates)
     assert told == {
         "sensitivity": (2 / 3, 3),
         "specificity": (3 / 4, 4),
@@ -75,17 +76,49 @@ def test_calls_are_counted_and_each_rate_says_of_how_many() -> None:
 
 
 def test_wilson_s_interval_of_ten_in_ten() -> None:
-    found = share(10, 10)
+    found = share(np.ones(10, bool))
     assert found is not None
     # Wilson 1927: n / (n + z^2) = 10 / 13.8415.
     assert (found.value, found.high) == (1.0, 1.0)
     assert found.low == pytest.approx(0.7225, abs=5e-5)
-    assert share(0, 0) is None
+    assert share(np.ones(0, bool)) is None
 
 
 def test_calibration_bins_hold_everybody_once() -> None:
     has, scores = drawn(3, patients=47)
     bins = calibration(has, scores)
-    assert sum(one.patients for one in bins) == 47
-    assert sum(one.patients * one.share.value for one in bins) == pytest.approx(has.sum())
+    assert sum(one.units for one in bins) == 47
+    assert sum(one.units * one.share.value for one in bins) == pytest.approx(has.sum())
     assert [one.score for one in bins] == sorted(one.score for one in bins)
+
+
+def _width(hits: np.ndarray, owners: np.ndarray | None = None) -> float:
+    found = share(hits, owners)
+    assert found is not None
+    return found.high - found.low
+
+
+def test_a_patient_s_images_do_not_narrow_an_interval_as_patients_do() -> None:
+    """Twenty patients with ten images each, called alike: they say as much as twenty patients."""
+    of_patients = np.arange(20) % 5 > 0
+    hits, owners = of_patients.repeat(10), np.arange(20).repeat(10)
+    assert _width(hits, owners) == pytest.approx(_width(of_patients), rel=0.03)
+    assert _width(hits, owners) > 3 * _width(hits)
+    # Where all are called rightly, nothing tells how alike a patient's images are.
+    everybody = np.ones(200, bool)
+    assert _width(everybody, owners) == _width(np.ones(20, bool))
+    # Units that are a patient each are patients.
+    assert _width(hits, np.arange(200)) == pytest.approx(_width(hits), rel=0.01)
+
+
+def test_shares_of_examinations_hold_the_truth_as_often_as_they_say() -> None:
+    """Patients differ in how often they are called; 95 of 100 intervals should hold the mean."""
+    rng, held = np.random.default_rng(1), 0
+    for _ in range(400):
+        sizes = rng.integers(1, 8, 60)
+        rate = rng.beta(2, 1, 60)
+        owners = np.arange(60).repeat(sizes)
+        found = share(rng.random(len(owners)) < rate[owners], owners)
+        assert found is not None
+        held += found.low <= 2 / 3 <= found.high
+    assert 0.92 < held / 400 <= 0.98

@@ -6,6 +6,14 @@ from dataclasses import dataclass, field
 
 from cloister_fl.client.dicom.geometry import Place
 
+AGE_BANDS = {"0-17": 0, "18-39": 18, "40-59": 40, "60-79": 60, "80+": 80}
+"""Bands of age in which people are counted, with the first year of each, rising."""
+
+
+def band_of(years: int) -> str:
+    """The band of an age, 0 or more."""
+    return next(name for name, first in reversed(AGE_BANDS.items()) if years >= first)
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -17,6 +25,7 @@ class Facts:
             of one image have the same.
         modality: CR, DX, MG, CT, MR or US; SEG for a segmentation.
         manufacturer, year: of the device and of the study, as far as the file tells.
+        sex, age: of the patient, as far as the file tells: F, M or O, and years, "0" to "130".
         sop_instance, accession, patient_id, issuer, study_instance: what it can be linked by; not
             in ``repr``. The last is empty for a segmentation, and where it is no UID.
         person: see ``header.person``.
@@ -40,11 +49,18 @@ class Facts:
     orientation: str = field(default="", repr=False)
     pixel_spacing: str = field(default="", repr=False)
     study_instance: str = field(default="", repr=False)
+    sex: str = field(default="", repr=False)
+    age: str = field(default="", repr=False)
 
     @property
     def place(self) -> Place:
         """Where a slice of CT or MR lies."""
         return Place(self.series, self.frame, self.position, self.orientation, self.pixel_spacing)
+
+    @property
+    def age_band(self) -> str:
+        """The one of ``AGE_BANDS`` in which the age lies; empty where the file tells none."""
+        return band_of(int(self.age)) if self.age else ""
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -67,4 +83,6 @@ TEXTS = (
     "orientation",
     "pixel_spacing",
     "study_instance",
+    "sex",
+    "age",
 )

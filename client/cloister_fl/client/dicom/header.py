@@ -36,6 +36,8 @@ WANTED = frozenset(
         0x00080070,  # Manufacturer
         0x00100020,  # Patient ID
         0x00100021,  # Issuer of Patient ID
+        0x00100040,  # Patient's Sex
+        0x00101010,  # Patient's Age
         0x00280002,  # Samples per Pixel
         0x00280004,  # Photometric Interpretation
         0x00280008,  # Number of Frames
@@ -70,6 +72,10 @@ ASIDE = frozenset((_NAME, _BIRTH_DATE))
 stand: no library decodes them, and the name goes no further."""
 
 _DATE = re.compile(r"[0-9]{8}")  # PS3.5 section 6.2, DA
+_AGE = re.compile(r"([0-9]{1,3})([DWMY]?)")  # PS3.5 section 6.2, AS; some write no unit
+_A_YEAR = {"D": 365, "W": 52, "M": 12, "Y": 1, "": 1}
+_OLDEST = 130
+SEXES = ("F", "M", "O")  # PS3.3 C.7.1.1
 _UNREAD = "\ufffd"
 """What pydicom puts where bytes are no characters of the stated character set."""
 
@@ -131,6 +137,8 @@ class Tags:
 
     Attributes:
         year: of the study, four digits, or empty.
+        sex: F, M or O, or empty.
+        age: whole years, "0" to "130", or empty.
         place: where a slice of CT or MR lies.
     """
 
@@ -149,6 +157,8 @@ class Tags:
     patient_id: str = field(repr=False)
     issuer: str = field(repr=False)
     study_instance: str = field(default="", repr=False)
+    sex: str = field(default="", repr=False)
+    age: str = field(default="", repr=False)
     place: geometry.Place = field(default=geometry.Place(), repr=False)
 
 
@@ -227,6 +237,8 @@ def _read(data_set: Dataset) -> Tags:
         patient_id=patient,
         issuer=issuer,
         study_instance=geometry.uid(_text(data_set, "StudyInstanceUID")),
+        sex=_sex(data_set),
+        age=_age(data_set),
         place=_place(data_set),
     )
 
@@ -253,6 +265,20 @@ def _decimals(data_set: Dataset, keyword: str, count: int) -> str:
 def _year(data_set: Dataset) -> str:
     date = _text(data_set, "StudyDate")
     return date[:4] if _DATE.fullmatch(date) else ""
+
+
+def _sex(data_set: Dataset) -> str:
+    word = _text(data_set, "PatientSex").upper()
+    return word if word in SEXES else ""
+
+
+def _age(data_set: Dataset) -> str:
+    """Return the years that were lived, of 045Y, 018M, 006W, 012D; a number alone is of years."""
+    told = _AGE.fullmatch(_text(data_set, "PatientAge").upper())
+    if told is None:
+        return ""
+    years = int(told[1]) // _A_YEAR[told[2]]
+    return str(years) if years <= _OLDEST else ""
 
 
 def _grayscale(data_set: Dataset, layout: PixelLayout, inverted: bool) -> Grayscale:

@@ -49,6 +49,8 @@ def read_image(checked: Checked, recipe: Recipe) -> tuple[Facts, NDArray[np.uint
         issuer=tags.issuer,
         person=checked.person,
         study_instance=tags.study_instance,
+        sex=tags.sex,
+        age=tags.age,
         **dataclasses.asdict(tags.place),
     )
     return facts, image

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +18,9 @@ from numpy.typing import NDArray
 
 from cloister_fl.client.data.patients.units import keyed, normalised
 from cloister_fl.client.predictions.calls import Rule
+from cloister_fl.system.text import as_cell
 
 FILE, PATIENT, PATIENT_ID, CALL = "file", "patient", "PatientID", "patient_call"
-_FORMULA = re.compile(r'(^|[,;|\t\r\n])(?=[\s"]*[=+@\-\uff1d\uff0b\uff20\uff0d])|^(?=[\t\r\n])')
-"""Where Excel, LibreOffice and others would begin a formula: at the start of a cell, and behind
-what a spreadsheet of another language takes for the end of one. Full-width signs count in some."""
 _DIGITS = 16
 _BOM = "\ufeff"
 
@@ -95,7 +92,7 @@ def table_of(
     means = {patient: scores[each].mean(axis=0) for patient, each in places.items()}
     text = io.StringIO(newline="")
     rows = csv.writer(text)
-    rows.writerow(as_text(cell) for cell in _head(layout))
+    rows.writerow(as_cell(cell) for cell in _head(layout))
     for one, patient, own in zip(images, patients, scores, strict=True):
         mean = means[patient]
         cells = [one.uid, one.file.decode("utf-8", "backslashreplace"), patient]
@@ -103,14 +100,9 @@ def table_of(
             cells.append(one.number)
         shown = [f"{score:.6f}" for score in (*own, *mean)]
         call = [layout.rule.call(mean)] if layout.rule else []
-        rows.writerow([*map(as_text, cells), *shown, *map(as_text, call)])
+        rows.writerow([*map(as_cell, cells), *shown, *map(as_cell, call)])
     told = (_BOM if layout.bom else "") + text.getvalue()
     return told.encode("utf-8", "backslashreplace")
-
-
-def as_text(cell: str) -> str:
-    """A cell that no spreadsheet takes for a formula: with an apostrophe where one would begin."""
-    return _FORMULA.sub(r"\1'", cell)
 
 
 def _head(layout: Layout) -> list[str]:

@@ -21,6 +21,7 @@ from cloister_fl.client.data.cohort import Cohort
 from cloister_fl.client.data.loading import read_cohort
 from cloister_fl.client.data.reading import Reading
 from cloister_fl.client.data.targets import UNLABELLED
+from cloister_fl.client.dicom.facts import AGE_BANDS
 from cloister_fl.client.site.folder import Site
 from cloister_fl.client.steward.contact_sheet import contact_sheet
 from cloister_fl.errors import DataError, Reject
@@ -51,7 +52,8 @@ class Report:
     Attributes:
         site, study: their names; no study where none was given.
         files, images, patients: how many.
-        tables: counts by a heading: modality, maker, year, size, class, images a patient.
+        tables: counts by a heading: modality, maker, sex, age band, year, size, class, images a
+            patient.
         rejects: files that were turned away, by reason.
         held: how many of them are quarantined.
         same_pixels: pseudonyms of patients who share an image's pixels, each group once.
@@ -126,9 +128,12 @@ def count(site: str, study: Study | None, reading: Reading) -> Report:
     labels = Counter(
         unit.label for one in patients for unit in one.units if unit.label != UNLABELLED
     )
+    ages = Counter(one.age_band for one in facts)
     tables = {
         "Modality": _counted(one.modality for one in facts),
         "Maker": _counted(one.manufacturer[:_WORD] or _UNTOLD for one in facts),
+        "Sex": _counted(one.sex or _UNTOLD for one in facts),
+        "Age": {band or _UNTOLD: ages[band] for band in (*AGE_BANDS, "") if ages[band]},
         "Year": _in_order(one.year or _UNTOLD for one in facts),
         "Size": _counted(f"{one.rows} x {one.columns}" for one in facts),
         "Images a patient": _in_order(str(images) for images in each.values()),

@@ -25,6 +25,7 @@ from cloister_fl.metrics.details import (
 )
 from cloister_fl.metrics.figures import Metrics
 from cloister_fl.model_file import OperatingPoint
+from cloister_fl.system.text import as_cell
 from cloister_fl.tasks.divided_holdout import Holdout, Part
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class OfClass:
         name: of the class.
         metrics: AUROC and average precision of this class alone.
         curve: points of the ROC and the precision-recall curve.
-        calibration: bins of equally many patients.
+        calibration: bins of equally many units.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Group:
     """The patients whose images say the same of them.
 
     Attributes:
-        kind: sex, age or maker.
+        kind: age, maker or sex.
         name: which of its kind.
         metrics: of the patients of the group.
     """
@@ -77,11 +78,11 @@ class Details:
             two classes.
         calls: what comes of it on the reported part, by unit; at 0.5 without an operating point;
             None for other tasks than two classes.
-        confusion: of more than two classes, by class the patients that were called each class, the
+        confusion: of more than two classes, by class the units that were called each class, the
             most probable one; else empty.
         classes: each class, or of two the second; none for other tasks and where a class has no
-            patient.
-        groups: of the reported patients, by sex, age and maker as far as the images tell.
+            unit.
+        groups: of the reported patients, by age, maker and sex as far as the images tell.
     """
 
     reported: Part
@@ -105,11 +106,6 @@ class Details:
             for one in self.classes
         ]
         told["groups"] = [{**vars(one), "metrics": one.metrics.to_json()} for one in self.groups]
-        if self.calls is not None:
-            told["calls"]["rates"] = [
-                {**vars(one), "estimate": one.estimate and one.estimate.to_json()}
-                for one in self.calls.rates
-            ]
         return told
 
 
@@ -123,7 +119,8 @@ def describe(holdout: Holdout, rows: Floats) -> Details:
     called = None
     confusion: tuple[tuple[int, ...], ...] = ()
     if len(names) == 2:
-        called = calls(labels == 1, scores[:, 1], 0.5 if point is None else point.threshold)
+        threshold = 0.5 if point is None else point.threshold
+        called = calls(labels == 1, scores[:, 1], threshold, owners)
     elif names:
         most = scores.argmax(axis=1)
         table = np.zeros((len(names), len(names)), np.int64)
@@ -136,7 +133,7 @@ def describe(holdout: Holdout, rows: Floats) -> Details:
         is_class, score = labels == place, scores[:, place]
         both = np.stack([1 - score, score], axis=1)
         of_one = measure(is_class.astype(np.int64), both, owners)
-        shapes = curve(is_class, score), calibration(is_class, score)
+        shapes = curve(is_class, score), calibration(is_class, score, owners)
         classes.append(OfClass(names[place], of_one, *shapes))
     return Details(
         reported=holdout.part(selecting=False),
@@ -181,13 +178,8 @@ def scores_table(holdout: Holdout, rows: Floats) -> bytes:
     units = [unit for one in holdout.patients for unit in one.units]
     for owner, unit, row in zip(holdout.owners, units, rows, strict=True):
         one = holdout.patients[owner]
-        said = [_plain(one.groups.get(kind, "")) for kind in kinds]
+        said = [as_cell(one.groups.get(kind, "")) for kind in kinds]
         part = "selecting" if holdout.selecting[owner] else "reported"
-        label = _plain(task.strata[unit.label])
+        label = as_cell(task.strata[unit.label])
         writer.writerow([one.name, part, label, *map(float, row), unit.images, *said])
     return text.getvalue().encode()
-
-
-def _plain(word: str) -> str:
-    """A word that no spreadsheet takes for a formula."""
-    return f"'{word}" if word[:1] in "=+-@\t\r" else word

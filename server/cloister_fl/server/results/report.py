@@ -151,7 +151,9 @@ def _context(report: RunReport) -> dict[str, Any]:
         "odds": _odds(max(spent)) if spent and study.privacy.enabled else None,
         "plots": over_rounds(study, rounds, report.lost_rounds, _best(report, rounds)),
         "details": report.details,
-        "holdout_plots": _holdout_plots(report.details),
+        "units": f"{study.task.unit.capitalize()}s",
+        "one_unit": {"patient": "A patient"}.get(study.task.unit, f"An {study.task.unit}"),
+        "holdout_plots": _holdout_plots(report.details, study.task.unit),
         "why": summary.get("model_why"),
         "delivered": summary.get("model_round"),
         "scores": SCORES,
@@ -195,13 +197,13 @@ def _best(report: RunReport, rounds: Sequence[Figures]) -> int | None:
     return number if isinstance(number, int) and number != rounds[-1].round else None
 
 
-def _holdout_plots(details: Details | None) -> list[Plot]:
+def _holdout_plots(details: Details | None, unit: str) -> list[Plot]:
     if details is None:
         return []
     made = details.calls
     is_chosen = made is not None and details.operating_point is not None
     chosen = made.point if made is not None and is_chosen else None
-    return [plot for one in details.classes for plot in of_class(one, chosen)]
+    return [plot for one in details.classes for plot in of_class(one, chosen, unit)]
 
 
 def _noised(study: Study, release: Any) -> Any:

@@ -96,22 +96,25 @@ def over_rounds(
     return plots
 
 
-def of_class(one: OfClass, chosen: Point | None = None) -> list[Plot]:
+def of_class(one: OfClass, chosen: Point | None = None, unit: str = "patient") -> list[Plot]:
     """ROC, precision-recall curve and calibration of a class.
 
     Args:
         one: the class.
         chosen: the operating point on these curves, or None.
+        unit: what has a label of its own.
     """
-    patients, (_, having) = one.metrics.patients, one.metrics.class_counts
+    (without, having), patients = one.metrics.class_counts, one.metrics.patients
     n = f"{patients} patients, {having} of them with “{one.name}”"
+    if unit != "patient":
+        n = f"{without + having} {unit}s of {patients} patients, {having} with “{one.name}”"
     told = "" if chosen is None else " The ring is the operating point."
     area, precision = one.metrics.auroc, one.metrics.auprc
     roc = "ROC curve: " + ("not defined" if area is None else f"area {_estimate(area)}")
     pr = "Precision-recall curve: " + (
         "not defined" if precision is None else f"average precision {_estimate(precision)}"
     )
-    rate = having / patients
+    rate = having / (without + having)
     shown = ", ".join(f"{each.score:.2f}: {each.share.value:.2f}" for each in one.calibration)
     bins = len(one.calibration)
     return [

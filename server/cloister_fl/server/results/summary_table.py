@@ -58,7 +58,7 @@ def _results(summary: Mapping[str, Any]) -> Table:
         table.add_row(f"{_title(headline)} before training", _figure(first and first["value"]))
         _add(table, after, " after training")
         table.add_row("Patients measured", _patients(after, summary))
-        _add_calls(table, summary["holdout"])
+        _add_calls(table, summary["holdout"], summary.get("unit", "patient"))
     release = summary["release"]
     if release is not None:
         noised = f" at {release['sites']} sites, noised"
@@ -94,7 +94,7 @@ def _add(table: Table, metrics: Mapping[str, Any], where: str) -> None:
         table.add_row(f"{_title(name)}{where}", told)
 
 
-def _add_calls(table: Table, holdout: Mapping[str, Any] | None) -> None:
+def _add_calls(table: Table, holdout: Mapping[str, Any] | None, unit: str) -> None:
     """Add what comes of calling at the operating point, each share with its patients."""
     if holdout is None or holdout["operating_point"] is None:
         return
@@ -106,9 +106,10 @@ def _add_calls(table: Table, holdout: Mapping[str, Any] | None) -> None:
     )
     for rate in holdout["calls"]["rates"][:2]:
         one = rate["estimate"]
+        of = "" if unit == "patient" else f"{rate['units']} {unit}s of "
         told = "none" if one is None else (
             f"{one['value']:.3f} (95 % interval {one['low']:.3f} to {one['high']:.3f}), "
-            f"{rate['patients']} patients"
+            f"{of}{rate['patients']} patients"
         )  # fmt: skip
         table.add_row(f"  {rate['name']}", told)
 

@@ -183,6 +183,14 @@ def test_review_says_what_matters(site: Site, tmp_path: Path) -> None:
     assert "refuses: policy.max_epsilon_study is 3" in review(strict, held)
 
 
+def test_review_says_how_classes_weigh(site: Site) -> None:
+    asked = study(training="class_weights = { no = 1.0, yes = 12.0 }")
+    with pytest.raises(StudyNotApproved):
+        require_approved(site, asked)
+    told = _unbroken(review(site, judgements(site)[asked.digest]))
+    assert "weighs no 1, yes 12; none lets a patient count more" in told
+
+
 @pytest.mark.parametrize("padding", [" ", "\uff0e", "\u4e00"])
 def test_a_study_s_own_words_begin_no_line_of_the_review(site: Site, padding: str) -> None:
     """Nor do characters of two columns, which a terminal would break where nobody counted."""

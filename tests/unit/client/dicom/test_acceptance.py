@@ -291,6 +291,30 @@ def test_a_person_is_told_by_name_and_birth_whatever_the_device_writes() -> None
     assert {_person(""), _person("Doe^Jane", ""), _person("Doe^Jane", "1970")} == {""}
 
 
+@pytest.mark.parametrize(
+    ("sex", "age", "told"),
+    [
+        ("F", "045Y", ("F", "45")),
+        ("m ", "017Y", ("M", "17")),
+        ("O", "018M", ("O", "1")),
+        ("F", "103W", ("F", "1")),
+        ("F", "364D", ("F", "0")),
+        # Public sets write years without their unit.
+        ("M", "51", ("M", "51")),
+        ("M", "148Y", ("M", "")),
+        ("male", "Y45", ("", "")),
+        ("F\\M", "045Y\\046Y", ("F", "45")),
+        ("", "", ("", "")),
+    ],
+)
+def test_sex_and_age_are_read_and_nothing_else_becomes_them(
+    sex: str, age: str, told: tuple[str, str]
+) -> None:
+    tags = _check(make_dicom(elements={"PatientSex": sex, "PatientAge": age})).tags
+    assert (tags.sex, tags.age) == told
+    assert "45" not in repr(tags)
+
+
 def test_year_and_maker_are_read() -> None:
     tags = _check(make_dicom(elements={"StudyDate": "20190304", "Manufacturer": "Maker"})).tags
     assert (tags.year, tags.manufacturer) == ("2019", "Maker")

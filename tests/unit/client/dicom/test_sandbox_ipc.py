@@ -48,9 +48,16 @@ def test_a_request_has_all_that_shapes_a_tensor() -> None:
 
 def test_an_image_comes_back_as_it_was() -> None:
     assert ipc.parse_answer(ipc.pack_facts(7, FACTS), REQUEST, UNFIT) == (FACTS, 0)
-    placed = dataclasses.replace(FACTS, **PLACE)
+    placed = dataclasses.replace(FACTS, **PLACE, sex="F", age="45")
     assert ipc.parse_answer(ipc.pack_facts(7, placed), REQUEST, UNFIT) == (placed, 0)
     assert dataclasses.asdict(placed.place) == PLACE
+
+
+@pytest.mark.parametrize("told", [{"sex": "Doe"}, {"sex": "FM"}, {"age": "45Y"}, {"age": "1945"}])
+def test_sex_and_age_have_no_room_for_anything_else(told: dict[str, str]) -> None:
+    message = ipc.pack_facts(7, dataclasses.replace(FACTS, **told))
+    with pytest.raises(ipc.InvalidMessage):
+        ipc.parse_answer(message, REQUEST, UNFIT)
 
 
 OUTLINED = dataclasses.replace(REQUEST, segment="lungs")

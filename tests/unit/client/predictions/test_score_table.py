@@ -15,11 +15,11 @@ from cloister_fl.client.predictions.calls import rule_of
 from cloister_fl.client.predictions.score_table import (
     Layout,
     Scored,
-    as_text,
     patients_of,
     table_of,
 )
 from cloister_fl.model_file import OperatingPoint
+from cloister_fl.system.text import as_cell
 
 CLASSES = ("normal", "nodule")
 
@@ -39,7 +39,7 @@ CLASSES = ("normal", "nodule")
     ],
 )
 def test_no_cell_is_a_formula(cell: str, written: str) -> None:
-    assert as_text(cell) == written
+    assert as_cell(cell) == written
 
 
 def test_every_text_of_others_is_made_one() -> None:

@@ -28,6 +28,7 @@ def site(tmp_path: Path) -> Site:
     write_site(root, 4, 2, key="PatientID")
     site = init_site(root, name="north", policy=Policy(patients_at_most=1_000, min_patients=1))
     about = {"StudyDate": "20190304", "Manufacturer": "<script>alert(1)</script>"}
+    about |= {"PatientSex": "F", "PatientAge": "081Y"}
     person = {"PatientName": "Doe^Jane", "PatientBirthDate": "19700101"}
     for number, patient in enumerate(("A", "B")):
         write_dicom(
@@ -60,6 +61,9 @@ def test_counts_and_leaks(site: Site) -> None:
     assert report.tables["Modality"] == {"DX": 12}
     assert report.tables["Year"] == {"not told": 10, "2019": 2}
     assert list(report.tables["Year"]) == ["2019", "not told"]  # by year, not by count
+    assert report.tables["Sex"] == {"not told": 10, "F": 2}
+    assert report.tables["Age"] == {"80+": 2, "not told": 10}
+    assert list(report.tables["Age"]) == ["80+", "not told"]
     assert report.tables["Size"] == {"48 x 40": 10, "60 x 50": 2}
     assert report.tables["Images a patient"] == {"1": 4, "2": 4}
     assert report.tables["Class, patients"] == {"normal": 2, "nodule": 6}

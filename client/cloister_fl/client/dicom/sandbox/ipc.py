@@ -44,6 +44,8 @@ _LENGTH = struct.Struct(">I")
 _FACTS = struct.Struct(f">II32s{len(TEXTS)}H")
 _UID = re.compile(r"[0-9.]{1,64}")  # PS3.5 section 9.1
 _YEAR = re.compile(r"([0-9]{4})?")
+_SEX = re.compile(r"[FMO]?")
+_AGE = re.compile(r"([0-9]{1,3})?")
 _PERSON = re.compile(r"([0-9a-f]{64})?")
 _SAYABLE = frozenset(Reject) - {
     Reject.DUPLICATE,
@@ -233,6 +235,8 @@ def _plausible(facts: Facts) -> bool:
     return bool(
         _YEAR.fullmatch(facts.year)
         and _PERSON.fullmatch(facts.person)
+        and _SEX.fullmatch(facts.sex)
+        and _AGE.fullmatch(facts.age)
         and _UID.fullmatch(facts.sop_instance)
         and not is_blank(facts.patient_id)
         and (not facts.study_instance or _UID.fullmatch(facts.study_instance))

@@ -177,7 +177,7 @@ def predict(
     accepted, images = [accepted[place] for place in order], [images[place] for place in order]
     # The same forward pass as in training's evaluation, so a score here is the score there.
     cohort = Cohort(
-        images=np.stack([one.image for one in accepted]),
+        images=np.stack([one.image.read() for one in accepted]),
         patients=(),
         rejects={},
         modalities={},

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from cloister_fl.client.data.cohort import Cohort, Patient, Unit
+from cloister_fl.client.data.feature_store import Features, Rows
+from cloister_fl.client.data.images import cache_of, gathered
 from cloister_fl.client.data.labels.labelled_units import UnitKey, unit_of
 from cloister_fl.client.data.targets import UNLABELLED, Targets
 from cloister_fl.client.dicom.folder_reader import Accepted
@@ -38,7 +39,7 @@ def assembled(
     marked = []
     for name, indices in by_patient.items():
         indices.sort(key=lambda index: accepted[index][0].keys.sop_instance)
-        mark = hashlib.sha256(accepted[indices[0]][0].image.tobytes()).hexdigest()
+        mark = accepted[indices[0]][0].image.digest.hex()
         marked.append((mark, name, indices))
     order: list[int] = []
     patients: list[Patient] = []
@@ -50,8 +51,10 @@ def assembled(
             parts = _units(accepted, targets, task, indices, places)
         patients.append(Patient(name, label, places, mark, parts))
         order += indices
+    stored = [accepted[index][0].image for index in order]
     return Cohort(
-        images=np.stack([accepted[index][0].image for index in order]),
+        images=gathered(stored),
+        features=Features(Rows(disk=cache_of(stored))),
         targets=np.empty(0)
         if targets is None
         else task.stack([targets.records[index] for index in order]),

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloister_fl.client.data.feature_store import Features
+from cloister_fl.client.data.images import Images, are_same, part_of
 from cloister_fl.errors import Reject
 
 _APART_LABEL = b"cloister/release/v1\0"
@@ -29,7 +30,7 @@ class Unit:
     images: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Patient:
     """One patient, the unit of privacy.
 
@@ -60,8 +61,8 @@ class Cohort:
     """Patients with their images.
 
     Attributes:
-        images: shades of grey, uint16, shape (N, S, S), of volumes (N, D, S, S); a patient's
-            images lie together.
+        images: shades of grey, uint16, shape (N, S, S), of volumes (N, D, S, S), in memory or
+            where they are read from; a patient's images lie together.
         patients: sorted by mark.
         rejects: how many files were turned away, by reason.
         modalities: how many images were accepted, by modality.
@@ -73,7 +74,7 @@ class Cohort:
     unchanged.
     """
 
-    images: NDArray[np.uint16] = field(repr=False)
+    images: Images = field(repr=False)
     patients: tuple[Patient, ...] = field(repr=False)
     rejects: Mapping[Reject, int]
     modalities: Mapping[str, int]
@@ -86,7 +87,7 @@ def same(one: Cohort, other: Cohort) -> bool:
     """Whether two cohorts are of the same patients with the same targets and pixels."""
     return (
         one.patients == other.patients
-        and np.array_equal(one.images, other.images)
+        and are_same(one.images, other.images)
         and np.array_equal(one.targets, other.targets)
     )
 
@@ -130,7 +131,7 @@ def subset(cohort: Cohort, patients: Sequence[Patient]) -> Cohort:
     moved = {old: new for new, old in enumerate(kept)}
     places = np.asarray(kept, dtype=np.int64)
     return Cohort(
-        images=cohort.images[places],
+        images=part_of(cohort.images, places),
         targets=cohort.targets[places] if len(cohort.targets) else cohort.targets,
         patients=tuple(_moved(one, moved) for one in patients),
         rejects=cohort.rejects,

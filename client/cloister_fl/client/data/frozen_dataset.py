@@ -37,7 +37,7 @@ _SHOWN = 20
 _AGAIN = "freeze STUDY --again --why '...'"
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Item:
     """One image; hexadecimal digits throughout.
 

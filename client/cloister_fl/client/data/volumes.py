@@ -12,20 +12,24 @@ on all arithmetic is in whole numbers. So a volume is the same to the bit on eve
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cloister_fl.client.data.file_cache.image_cache import SealedImage
 from cloister_fl.client.data.labels.row_matching import Linked
 from cloister_fl.client.dicom.folder_reader import Accepted, record_of
 from cloister_fl.client.dicom.geometry import numbers
 from cloister_fl.client.dicom.rejection import RejectedFile
+from cloister_fl.client.dicom.stored_image import HeldImage, StoredImage
 from cloister_fl.errors import Reject
 from cloister_fl.study.schema import FEWEST_SLICES, Input
 
@@ -66,11 +70,11 @@ class Volume:
 
     Attributes:
         slices: places in the list of slices, along the normal.
-        image: shades of grey, uint16, shape (depth, size, size).
+        image: where its shades are, (depth, size, size).
     """
 
     slices: tuple[int, ...]
-    image: _Shades
+    image: StoredImage
 
 
 def assemble(
@@ -97,7 +101,7 @@ def assemble(
     for (patient, _), members in sorted(series.items()):
         try:
             volume = _volume(slices, members, spec)
-            same = (patient, hashlib.sha256(volume.image.tobytes()).digest())
+            same = (patient, volume.image.digest)
             if same in seen:
                 raise RejectedFile(Reject.DUPLICATE)
         except RejectedFile as rejected:
@@ -168,13 +172,32 @@ def _volume(slices: Sequence[Accepted], members: Sequence[int], spec: Input) -> 
     assert spec.spacing is not None
     step = round((along[order[-1]] - along[order[0]]) / (len(order) - 1) * _NANOMETRES)
     sorted_slices = tuple(members[place] for place in order)
-    image = resample(
-        [slices[index].image for index in sorted_slices],
-        step,
-        round(spec.spacing * _NANOMETRES),
-        spec.depth,
-    )
-    return Volume(sorted_slices, image)
+    parts = [slices[index].image for index in sorted_slices]
+    spacing = round(spec.spacing * _NANOMETRES)
+    return Volume(sorted_slices, _stacked(parts, step, spacing, spec.depth))
+
+
+def _stacked(parts: Sequence[StoredImage], step: int, spacing: int, depth: int) -> StoredImage:
+    """The volume of some slices; on disk, if they are there: one series is in memory at a time."""
+    sealed = [one for one in parts if isinstance(one, SealedImage)]
+    cache = sealed[0].cache if len(sealed) == len(parts) else None
+    name = ""
+    if cache is not None:
+        how = f"{_rules()}\0{step}\0{spacing}\0{depth}".encode()
+        name = cache.volume([one.name for one in sealed], how)
+        known = cache.get(name)
+        if known is not None:
+            return cache.image(name, known[1].reshape(depth, *parts[0].shape))
+    volume = resample([one.read() for one in parts], step, spacing, depth)
+    if cache is not None and cache.put(name, {}, volume):
+        return cache.image(name, volume)
+    return HeldImage(volume)
+
+
+@functools.cache
+def _rules() -> str:
+    """A digest of this module: a volume that other rules made is another."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 def resample(slices: Sequence[_Shades], step: int, spacing: int, depth: int) -> _Shades:

@@ -15,7 +15,7 @@ def band_of(years: int) -> str:
     return next(name for name, first in reversed(AGE_BANDS.items()) if years >= first)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Facts:
     """All that is known of an image besides its shades, or of a segmentation.
 
@@ -86,3 +86,9 @@ TEXTS = (
     "sex",
     "age",
 )
+
+SHARED = (
+    *("modality", "manufacturer", "year", "issuer", "orientation", "pixel_spacing"),
+    *("sex", "age"),
+)
+"""Texts that are the same for many images."""

@@ -25,11 +25,12 @@ from cloister_fl.client.dicom.geometry import Place
 from cloister_fl.client.dicom.mask_table import MODALITY, Masks
 from cloister_fl.client.dicom.read_ahead import Item, Memory, Reader, Waiting
 from cloister_fl.client.dicom.sandbox.pool import Reading
+from cloister_fl.client.dicom.stored_image import HeldImage, StoredImage
 from cloister_fl.errors import FolderUnreadable, Reject
 from cloister_fl.study.schema import Input
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Keys:
     """What an image can be linked by. Stays inside the site, and out of ``repr``."""
 
@@ -40,7 +41,7 @@ class Keys:
     study_instance: str = field(default="", repr=False)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Accepted:
     """An image that may be used.
 
@@ -48,7 +49,7 @@ class Accepted:
         short_id: 12 hexadecimal digits that stand for the file, keyed by the caller's key.
         keys: what it can be linked by.
         facts: all else that is known of it; the identifiers are not in its ``repr``.
-        image: shades of grey, uint16, shape (size, size); a volume has (depth, size, size).
+        image: where its shades are; (size, size), of a volume (depth, size, size).
         content: keyed hash of the file's content, 32 bytes; empty without a memory.
         damaged: whether what the cache held of it did not bear its seal. It was decoded anew.
     """
@@ -56,7 +57,7 @@ class Accepted:
     short_id: str
     keys: Keys
     facts: Facts
-    image: NDArray[np.uint16] = field(repr=False)
+    image: StoredImage = field(repr=False)
     content: bytes = b""
     damaged: bool = False
 
@@ -84,7 +85,7 @@ class Segmented:
     damaged: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Refused:
     """A file that was turned away.
 
@@ -140,7 +141,7 @@ def read_folder(
         Neither with ``alone``.
     """
     found: tuple[Item, ...] = (*_listed(dicom, alone=alone), *also)
-    judge = _Judge(key, spec, unit or record_of)
+    judge = _Judge(key, spec, unit or record_of, memory)
     later: dict[Item, Waiting] = {}
     segmentations: dict[Item, Waiting] = {}
     with Reader(spec, memory, segment, alone=alone) as reader:
@@ -182,11 +183,18 @@ class _Judge:
     Args:
         key: keys the short names of files.
         spec: the study's input.
-        unit: see ``read_folder``.
+        unit, memory: see ``read_folder``.
     """
 
-    def __init__(self, key: bytes, spec: Input, unit: Callable[[Keys], tuple[str, ...]]) -> None:
+    def __init__(
+        self,
+        key: bytes,
+        spec: Input,
+        unit: Callable[[Keys], tuple[str, ...]],
+        memory: Memory | None,
+    ) -> None:
         self._key = key
+        self._memory = memory
         self._spec = spec
         self._unit = unit
         self._seen: set[tuple[tuple[str, ...], tuple[str, ...]]] = set()
@@ -204,7 +212,14 @@ class _Judge:
         place = (facts.series, facts.position) if self._spec.dimensions == 3 else ()
         if self._again(keys, ("image", keys.sop_instance), ("pixels", facts.pixels, *place)):
             return Refused(name, Reject.DUPLICATE, keys, content=waiting.content)
-        return Accepted(name, keys, facts, image, waiting.content, waiting.damaged)
+        stored = self._stored(waiting, image)
+        return Accepted(name, keys, facts, stored, waiting.content, waiting.damaged)
+
+    def _stored(self, waiting: Waiting, image: NDArray[np.uint16]) -> StoredImage:
+        """Where the shades are from now on: in the cache, if it has them."""
+        if self._memory is None or not waiting.entry:
+            return HeldImage(image)
+        return self._memory.cache.image(waiting.entry, image)
 
     def segmentation(self, waiting: Waiting, reading: Reading | Reject) -> Segmented | Refused:
         """Judge a segmentation; a file that is none any more changed while it was read."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import sys
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -19,10 +20,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cloister_fl.client.dicom.facts import TEXTS, Facts
+from cloister_fl.client.dicom.facts import SHARED, TEXTS, Facts
 from cloister_fl.client.dicom.pixels.preprocessing_digest import spec_digest
 from cloister_fl.client.dicom.rejection import RejectedFile
 from cloister_fl.client.dicom.sandbox.pool import Reading, shared_pool
+from cloister_fl.client.dicom.stored_image import StoredImage
 from cloister_fl.errors import Reject
 from cloister_fl.study.schema import Input
 
@@ -55,7 +57,9 @@ class ImageCache(Protocol):
 
     def get(self, name: str) -> tuple[dict[str, str | int], NDArray[np.uint16]] | None: ...
 
-    def put(self, name: str, facts: Mapping[str, str | int], image: NDArray[np.uint16]) -> None: ...
+    def put(self, name: str, facts: Mapping[str, str | int], image: NDArray[np.uint16]) -> bool: ...
+
+    def image(self, name: str, shades: NDArray[np.uint16]) -> StoredImage: ...
 
 
 class FileIndex(Protocol):
@@ -87,7 +91,10 @@ class Memory:
 
 @dataclass(frozen=True, eq=False)
 class Waiting:
-    """A file under way; ``done`` is what is known of it already, else ``future`` will tell."""
+    """A file under way; ``done`` is what is known of it already, else ``future`` will tell.
+
+    ``entry`` is what the cache calls it; once it is done, empty where it is not there.
+    """
 
     found: Item
     size: int = 0
@@ -190,11 +197,12 @@ class Reader:
         reason = memory.index.reason(content, self._digest)
         if reason is not None and not (released and reason.held):
             return Waiting(one, done=reason, content=content)
-        found = memory.cache.get(memory.cache.name(content, self._digest, released=released))
+        entry = memory.cache.name(content, self._digest, released=released)
+        found = memory.cache.get(entry)
         facts = None if found is None else _facts(found[0])
         if found is None or facts is None:
             return None
-        return Waiting(one, done=(facts, found[1]), content=content)
+        return Waiting(one, done=(facts, found[1]), content=content, entry=entry)
 
     def _end(self) -> tuple[Waiting, Reading | Reject]:
         waiting = self._ahead[0]
@@ -214,7 +222,8 @@ class Reader:
             elif self._memory is not None:
                 assert done is not None
                 assert not isinstance(done, Reject)
-                self._memory.cache.put(waiting.entry, dataclasses.asdict(done[0]), done[1])
+                if not self._memory.cache.put(waiting.entry, dataclasses.asdict(done[0]), done[1]):
+                    waiting = dataclasses.replace(waiting, entry="")
         self._ahead.popleft()
         assert done is not None
         return waiting, done
@@ -225,6 +234,8 @@ def _facts(entry: Mapping[str, str | int]) -> Facts | None:
     if not entry.keys() >= {"pixels", *TEXTS}:
         return None
     texts = {name: str(entry[name]) for name in ("pixels", *TEXTS)}
+    # One of each in memory, of what many images share.
+    texts |= {name: sys.intern(texts[name]) for name in SHARED}
     return Facts(rows=int(entry["rows"]), columns=int(entry["columns"]), **texts)
 
 

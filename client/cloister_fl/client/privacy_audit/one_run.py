@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from cloister_fl.client.data.images import Images
 from cloister_fl.client.privacy_audit.one_run_bound import epsilon_lower
 from cloister_fl.client.privacy_audit.trade_off_bound import Curve, chance_of, curve_of
 from cloister_fl.client.training import local_training
@@ -260,7 +261,7 @@ def _plain(study: Study) -> Study:
 class _Patients:
     """Some of a cohort's patients, over the same array of images: what is cached of it stays."""
 
-    images: NDArray[np.uint16]
+    images: Images
     patients: Sequence[Patient]
     targets: NDArray[Any]
 

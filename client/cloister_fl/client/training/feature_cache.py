@@ -1,4 +1,4 @@
-"""In-memory cache of the frozen backbone's features, computed once an image.
+"""Features of a cohort by the frozen backbone, computed once an image.
 
 Each image goes through by itself, so its features are the same whoever else is in the cohort: the
 exact sensitivity of a step begins at the pixels. (For a backbone on a CPU it is also the fastest.)
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cloister_fl.client.data.feature_store import Features, Rows
+from cloister_fl.client.data.images import digest_at
 from cloister_fl.client.training.sampling import Bag, Cohort, FeatureCohort, pixels_of
-from cloister_fl.errors import CloisterError
+from cloister_fl.errors import CloisterError, DataError
 from cloister_fl.networks.frozen_backbone import FixedFeatures
 
 
@@ -44,11 +45,10 @@ def features_of(
     for place in range(len(cohort.images)):
         try:
             rows.append(_row(module, cohort, place, kept.rows))
-        except CloisterError:
-            # Of the weights, not of an image.
-            raise
         except Exception as error:
-            if told is None:
+            # Other numbered errors are of the weights, not of an image.
+            of_image = not isinstance(error, CloisterError) or isinstance(error, DataError)
+            if told is None or not of_image:
                 raise
             told(error)
             rows.append(None)
@@ -61,9 +61,12 @@ def features_of(
 
 
 def _row(module: FixedFeatures, cohort: Cohort, place: int, rows: Rows) -> NDArray[np.float32]:
-    image = np.ascontiguousarray(cohort.images[place])
-    form = f"{module.fixed}\0{image.shape}\0".encode()
-    key = hashlib.sha256(form + image.tobytes()).digest()
+    assert isinstance(module, nn.Module)
+    device = next(module.parameters()).device.type
+    # Sums are rounded otherwise on another device, and by another version.
+    how = f"{device}/float32/torch {torch.__version__}"
+    form = f"{module.fixed}\0{cohort.images.shape[1:]}\0{how}\0".encode()
+    key = hashlib.sha256(form + digest_at(cohort.images, place)).digest()
     row = rows.get(key)
     if row is None:
         row = _compute(module, cohort, place)

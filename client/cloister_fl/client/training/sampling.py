@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cloister_fl.client.data.images import Images
 from cloister_fl.client.training.csprng import Source, bernoulli_from
 from cloister_fl.tasks import Task
 
@@ -37,7 +38,7 @@ class Cohort(Protocol):
     their targets (N, ...), see ``Task``."""
 
     @property
-    def images(self) -> NDArray[np.uint16]: ...
+    def images(self) -> Images: ...
 
     @property
     def targets(self) -> NDArray[Any]: ...

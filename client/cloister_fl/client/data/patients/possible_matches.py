@@ -33,7 +33,7 @@ REASONS: Mapping[str, str] = {
 _Unit = tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Known:
     """A record of an image.
 

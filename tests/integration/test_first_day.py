@@ -17,12 +17,14 @@ import pytest
 
 from cloister_fl.client.data.loading import freeze, load_for_run
 from cloister_fl.client.preflight.data_check import inspect
+from cloister_fl.client.site.data_notice import data_notices
 from cloister_fl.client.site.folder import Site, init_site, open_site
 from cloister_fl.client.site.policy import Policy
 from cloister_fl.study.schema import Study
 from support import studies
 from support.dicom import write_dicom
 from support.federations import picture
+from support.workbooks import write_workbook
 
 pytestmark = pytest.mark.process
 
@@ -120,6 +122,31 @@ labels.columns = { PatientID = "Patienten-ID", finding = "Befund" }"""
 def test_a_column_is_called_patienten_id(tmp_path: Path, privacy: str) -> None:
     site = hospital(tmp_path, CLASSES, head="Patienten-ID,Befund")
     require_taken(named(site, TABLE), asked(privacy))
+
+
+def test_a_spreadsheet_took_the_leading_zeros(tmp_path: Path) -> None:
+    """Numbers are compared by keyed hashes; what a person mends is told of them as written."""
+    site = hospital(tmp_path, CLASSES)
+    text = (site.root / "labels.csv").read_text("utf-8")
+    (site.root / "labels.csv").write_text(text.replace("\nP00", "\nP").replace("\nP0", "\nP"))
+    told = "".join(map(str, inspect(site, asked(PRIVACY[0])).faults))
+    assert "29 rows would fit but for leading zeros in PatientID" in told
+    assert "P7" not in told
+
+
+@pytest.mark.parametrize("name", ["befunde.xlsx", "labels.csv"])
+def test_rows_that_were_left_out_are_no_news_in_a_run(tmp_path: Path, name: str) -> None:
+    """Of a workbook with an empty cell, each private run said that all images had changed."""
+    site = left_out(hospital(tmp_path, CLASSES))
+    rows = [line.split(",") for line in (site.root / "labels.csv").read_text("utf-8").splitlines()]
+    rows[3][1] = ""
+    if name == "befunde.xlsx":
+        write_workbook(site.root / name, {"Tabelle1": rows})
+        site = named(site, f'labels = "{name}"')
+    else:
+        (site.root / name).write_text("\n".join(map(",".join, rows)) + "\n", "utf-8")
+    require_taken(site, asked(PRIVACY[0]), PATIENTS - 1)
+    assert data_notices(site.root) == {}
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])

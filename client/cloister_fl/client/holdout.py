@@ -80,10 +80,15 @@ def read_holdout(study: Study, folder: Path, out: Path) -> Holdout:
 
 
 def _patient(one: Patient, facts: Sequence[Facts]) -> HoldoutPatient:
-    """Named by a hash of the images, so that two runs call a patient the same."""
-    name = hashlib.sha256(_NAME_LABEL + one.mark.encode()).hexdigest()[:16]
+    """Named by a hash of an image, so that two runs call a patient the same and divide alike.
+
+    Of the image as it is stored: what a study makes of it has no say. Of volumes, as the study
+    makes them.
+    """
+    mark = min(told.pixels for told in facts)
+    name = hashlib.sha256(_NAME_LABEL + mark.encode()).hexdigest()[:16]
     units = tuple(HoldoutUnit(unit.label, len(unit.images)) for unit in one.units)
-    return HoldoutPatient(name, one.label, units, one.mark, _groups(facts))
+    return HoldoutPatient(name, one.label, units, mark, _groups(facts))
 
 
 def _groups(facts: Sequence[Facts]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -209,6 +210,7 @@ def _in_words(study: Study) -> str:
             f"  training   {counted(training.rounds, 'round')} of "
             f"{counted(training.steps_per_round, 'step')}, "
             f"each patient in a step with probability {training.sampling_rate:g}",
+            *_more_of_training(study),
             f"  privacy    {promise}",
             f"  starts     {_starts(study)}",
             f"  sites      {study.aggregation.strategy}, at least {_fewest(study.aggregation)}",
@@ -216,6 +218,21 @@ def _in_words(study: Study) -> str:
             f"  hash       {study.digest}",
         )
     )
+
+
+def _more_of_training(study: Study) -> Iterator[str]:
+    """What shapes a run and is seldom set."""
+    given = study.training.class_weights
+    if given:
+        yield "             classes weigh " + ", ".join(
+            f"{name} {given[name]:g}" for name in study.task.strata
+        )
+    patience = study.evaluation.stop_after
+    if patience:
+        yield (
+            f"             ends after {counted(patience, 'evaluation')} in a row without a better "
+            "model"
+        )
 
 
 def _starts(study: Study) -> str:

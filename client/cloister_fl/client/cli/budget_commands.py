@@ -154,20 +154,23 @@ def link(
 
 @app.command()
 def separate(
-    other: Annotated[Path, typer.Argument(metavar="OTHER", help="The other site folder.")],
+    others: Annotated[
+        list[Path], typer.Argument(metavar="OTHER...", help="The other site folders.")
+    ],
     why: Annotated[
         str, typer.Option(help="Why. Written to this site's audit log: name no patient. Not sent.")
     ],
     folder: Folder = Path(),
 ) -> None:
-    """Say that another site folder's patients are others.
+    """Say that other site folders' patients are others.
 
-    Its spending does not count here, although numbers or names are the same.
+    Their spending does not count here, although numbers or names are the same.
     """
     require("client", "numpy", "pydicom")
     from cloister_fl.client.site.folder import open_site
     from cloister_fl.client.steward import ledger_link
 
     site = open_site(site_folder(folder))
-    ledger_link.separate(site, other, why)
-    typer.echo(f"Noted at {site.name}: the patients of {other} are others.")
+    for other in others:
+        ledger_link.separate(site, other, why)
+        typer.echo(f"Noted at {site.name}: the patients of {other} are others.")

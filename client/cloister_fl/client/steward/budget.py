@@ -288,6 +288,8 @@ def render(told: Statement, root: Path | None = None) -> str:
         f"Site {told.site}: privacy budget, patient-level (add or remove one patient)",
         f"  lifetime on this data  epsilon {told.lifetime_promised:.2f} of "
         f"{told.lifetime_limit:g} at delta {told.lifetime_delta:g}; {told.left:.2f} left",
+        "                         by an account for all studies together: those of single",
+        "                         studies are not to be added",
         f"  of this, spent         epsilon {told.lifetime_spent:.2f}; the rest is reserved",
         f"  {LIFETIME_BINDS}",
     ]

@@ -45,8 +45,13 @@ NOT_RELEASED = (
     "is not repeated."
 )
 CHANCE = (
-    "The interval does not rule out chance: the model may have learnt nothing. More "
-    "patients, another network (filter-bank for little data) or more rounds may help."
+    "The interval does not rule out chance: the model may have learnt nothing. More patients, or "
+    "the frozen network efficientnet-lite0 (scripts/install pretrained), may help; at the same "
+    "epsilon fewer rounds may, too."
+)
+CHANCE_OPEN = (
+    "The interval does not rule out chance: the model may have learnt nothing. More rounds, more "
+    "patients, or another network (filter-bank for little data) may help."
 )
 BY_CHANCE = 0.005
 """How near to chance a balanced accuracy is as good as there."""
@@ -193,7 +198,7 @@ def warnings(study: Study, outcome: Outcome, details: Details | None = None) -> 
     elif headline is None and not study.releases:
         found.append(NOT_MEASURED)
     if headline is not None and task.chance is not None and headline.low <= task.chance:
-        found.append(CHANCE)
+        found.append(CHANCE if study.privacy.enabled else CHANCE_OPEN)
     if measured is not None:
         found.extend(_caveats(measured, details))
     discarded = outcome.state.discarded

@@ -16,10 +16,9 @@ from cloister_fl.server.results.report import LAST_MODEL, MODEL, SCORES
 from cloister_fl.server.rounds.checkpoint import ENDED_KEPT, ENDED_STALLED
 
 ENDED = {
-    ENDED_STALLED: "before its last round, since evaluation.stop_after evaluations brought no "
-    "better model. The study's epsilon is that of all its rounds.",
-    ENDED_KEPT: "before its last round, since a person stopped it and kept what it had. The "
-    "study's epsilon is that of all its rounds.",
+    ENDED_STALLED: "before its last round: as many evaluations in a row as the study's "
+    "evaluation.stop_after says brought no better model.",
+    ENDED_KEPT: "before its last round, since a person stopped it and kept what it had.",
 }
 """How a run ended that did not come to its last round, in words."""
 
@@ -32,7 +31,9 @@ def show(summary: Mapping[str, Any], out: Path) -> None:
     console.print(_sites(summary))
     console.print(f"Model: {summary['model_why']}", markup=False, soft_wrap=True)
     if summary["ended"] != "done":
-        console.print(f"Ended: {ENDED[summary['ended']]}", markup=False, soft_wrap=True)
+        whole = " The study's epsilon is that of all its rounds."
+        told = ENDED[summary["ended"]] + (whole if summary["epsilon_max"] is not None else "")
+        console.print(f"Ended: {told}", markup=False, soft_wrap=True)
     console.print(f"In words: {_in_words(summary)}.", markup=False, soft_wrap=True)
     if "balanced_accuracy" in (summary["metrics_final"] or {}):
         console.print(f"Balanced accuracy: {CALLED_TOLD}", markup=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from cloister_fl.client.dicom.folder_reader import Keys
 from cloister_fl.client.site.label_settings import LabelSettings, composed
 from cloister_fl.errors import DataError, LabelMissing, LabelsInvalid, LabelWithoutImage
 from cloister_fl.tasks.classification import Classification
-from support.errors import is_of
+from support.errors import is_of, raises
 
 TASK = Classification("finding", ("normal", "nodule", "mass"))
 PLAIN = LabelSettings()
@@ -216,16 +217,44 @@ def test_every_faulty_line_is_listed_and_no_value(tmp_path: Path) -> None:
         "CANARY6,Normal\n",
     )
     assert "CANARY" not in message
-    assert "8 faults" in message
+    assert "7 faults" in message
     for lines, words in {
         "Lines 3 and 10": "have a class that the study does not name",
         "Line 4": "has no PatientID",
         "Line 5": "has no finding",
-        "Lines 6 and 7": "have the same PatientID as line 2",
+        # Line 6 says of the same patient what line 2 says.
+        "Line 7": "has another label than line 2 of the same PatientID",
         "Lines 8 and 9": "have another number of cells",
     }.items():
         assert f"  {lines} {words}" in message
     assert "normal, nodule, mass" in message
+
+
+def test_a_table_of_examinations_names_a_patient_again(tmp_path: Path) -> None:
+    """Rows that agree are one; of three of which one disagrees, none is."""
+    path = tmp_path / "labels.csv"
+    path.write_text("PatientID,finding,date\nP1,mass,1\nP1,mass,2\nP2,normal,3\n")
+    labels = read_labels(path, TASK)
+    assert {key: row.line for (_, key), row in labels.rows.items()} == {"P1": 2, "P2": 4}
+    path.write_text("PatientID,finding\nP1,mass\nP1,normal\nP1,mass\nP2,normal\n")
+    kept = sound_labels(path, TASK)
+    assert [key for _, key in kept.rows] == ["P2"]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "an older Excel (.xls)"),
+        (b"PK\x03\x04" + bytes(600), "does not end in .xlsx"),
+    ],
+)
+def test_a_workbook_in_place_of_csv_is_told_as_one(tmp_path: Path, data: bytes, words: str) -> None:
+    """It was said to be text of another encoding."""
+    path = tmp_path / "labels.csv"
+    path.write_bytes(data)
+    with raises(LabelsInvalid, match=re.escape(words)) as error:
+        read_labels(path, TASK)
+    assert "Save it as .xlsx" in str(error.value)
 
 
 def test_long_lists_are_cut(tmp_path: Path) -> None:

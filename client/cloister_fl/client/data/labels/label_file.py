@@ -50,11 +50,13 @@ class Label:
         line: 1-based.
         value: the record that it holds, see ``Task``.
         cells: what the record was read from.
+        key: what stands in the key column, as it is written.
     """
 
     line: int
     value: Hashable
     cells: tuple[str, ...] = field(default=(), repr=False)
+    key: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def read_labels(
     faults: Faults = []
     labels = _read(path, task, number, settings, faults)
     if faults:
-        raise invalid_rows(faults, task.allowed)
+        raise invalid_rows(faults, _allowed(task))
     return labels
 
 
@@ -102,7 +104,7 @@ def tolerant_labels(
     """
     faults: Faults = []
     labels = _read(path, task, number, settings, faults)
-    return labels, len(faults), [invalid_rows(faults, task.allowed)] if faults else []
+    return labels, len(faults), [invalid_rows(faults, _allowed(task))] if faults else []
 
 
 def _read(
@@ -155,6 +157,18 @@ def sound_labels(
     return _parsed(found, rows, task, number, settings, [])
 
 
+def _allowed(task: Task) -> str:
+    """What a row may say, and where a file's own words for it are named."""
+    words = [
+        f'values.{_quoted(name)} = {{ "..." = {json.dumps(task.strata[0], ensure_ascii=False)} }}'
+        for name in _wanted(task)
+    ]
+    return (
+        f"{task.allowed} What the file calls them is said in site.toml, below [data.labels]: "
+        f'{", ".join(words)}. Below [data], on_mismatch = "leave out" goes on without such rows.'
+    )
+
+
 def _wanted(task: Task) -> list[str]:
     columns = task.source.columns if isinstance(task.source, LabelsFile) else ()
     return [composed(name) for name in columns]
@@ -191,17 +205,20 @@ def _parsed(
             faults.append((line, f"has no {alternatives(keyed)}"))
         elif empty := [header[place] for place in at_values if not cells[place]]:
             faults.append((line, f"has no {empty[0]}"))
-        elif key in rows:
-            faults.append((line, f"has the same {column} as line {rows[key].line}"))
-            twice.add(key)
         else:
             values = [settings.value(header[place], cells[place]) for place in at_values]
             try:
                 record = task.record(values)
             except ValueError as error:
                 faults.append((line, str(error)))
-            else:
-                rows[key] = Label(line, record, tuple(values))
+                continue
+            known = rows.setdefault(key, Label(line, record, tuple(values), cell))
+            # A table of examinations names a patient again and again; what counts is one word.
+            if known.value != record:
+                faults.append(
+                    (line, f"has another label than line {known.line} of the same {column}")
+                )
+                twice.add(key)
     return Labels({key: row for key, row in rows.items() if key not in twice})
 
 
@@ -231,6 +248,11 @@ def _header_invalid(
         parts.append(f"[data.labels] in site.toml names {', '.join(named)}.")
     lacking = [*missing, *([] if keyed else [KEY_COLUMNS[-1]])]
     example = ", ".join(f'{_quoted(name)} = "..."' for name in lacking)
+    if is_spreadsheet(Path(settings.file)) and not settings.sheet:
+        parts.append(
+            "The first sheet was read; 'sheet' below [data.labels] names another. The columns' "
+            "names stand in its first row that is not empty."
+        )
     ours = " and one ".join(f"'{name}'" for name in columns)
     remedy = (
         f"In its first line, name one column {', '.join(KEY_COLUMNS[:-1])} or {KEY_COLUMNS[-1]}, "

@@ -30,7 +30,7 @@ from cloister_fl.system.text import counted, listed
 from cloister_fl.tasks import Unit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Linked:
     """An image as the join sees it.
 
@@ -66,6 +66,11 @@ class Linked:
             ("StudyInstanceUID", composed(self.keys.study_instance)),
             *(("PatientID", composed(number)) for number in numbers),
         )
+
+    @property
+    def as_written(self) -> tuple[Key, ...]:
+        """The keys as the header has them: what a person who mends the file compares."""
+        return *self.named_by[:3], ("PatientID", composed(self.keys.patient_id))
 
 
 def join(
@@ -209,7 +214,8 @@ def _unmatched(
         if label is None and not image.duplicate
     ]
     unused = {key: label for key, label in labels.rows.items() if key not in used}
-    told = mismatches(unused, [key for image in without for key in image.named_by])
+    written = {(column, label.key or key): label for (column, key), label in unused.items()}
+    told = mismatches(written, [key for image in without for key in image.as_written])
     if without:
         missing = [image.patient[:12] for image in without]
         columns = alternatives(sorted({column for column, _ in labels.rows}, key=KEY_COLUMNS.index))

@@ -149,15 +149,15 @@ def _unlinked(site: Site, found: Collection[Overlap]) -> CloisterError:
         + ("" if one.entry.folder.exists() else "; the folder is gone")
         for one in found
     )
-    other = shlex.quote(str(next(iter(found)).entry.folder))
+    others = [shlex.quote(str(one.entry.folder)) for one in found]
     return LedgerUnlinked(
         f"Patients of this site are counted by {counted(len(found), 'other ledger')} of this "
         f"machine:{told}\n",
         why="Neither ledger knows what the other has spent on them.",
         remedy="Use that site folder; or count its spending here, for good: "
-        + site.command(f"budget link {other}")
+        + site.command(f"budget link {others[0]}")
         + ". If they are other patients: "
-        + site.command(f"budget separate {other} --why '...'"),
+        + site.command(f"budget separate {' '.join(others)} --why '...'"),
     )
 
 

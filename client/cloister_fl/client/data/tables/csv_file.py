@@ -31,6 +31,11 @@ _DELIMITERS = (",", ";", "\t")
 _STATED = re.compile(r'"?sep=([,;|\t])"?', re.IGNORECASE)
 _PLURAL = {"has": "have", "is": "are", "names": "name"}
 
+_WORKBOOKS = (
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", " of an older Excel (.xls)"),
+    (b"PK\x03\x04", " whose name does not end in .xlsx"),
+)
+"""How workbooks begin: MS-CFB section 2.2; a ZIP file."""
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -82,6 +87,11 @@ def read_text(
         DataError: of ``invalid``: it is too large, cannot be read, or is in another encoding.
     """
     data = read_bytes(path, what, setting, invalid)
+    if kind := next((kind for mark, kind in _WORKBOOKS if data.startswith(mark)), ""):
+        raise invalid(
+            f"The {what} is a workbook{kind}, and not CSV.",
+            remedy="Save it as .xlsx, or as CSV (UTF-8), and name that file in site.toml.",
+        )
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), encoding)
     try:
         return data.decode(encoding)

@@ -33,7 +33,10 @@ _WHY = {
         "It has no sheet of that name.",
         "Correct 'sheet' below [data.labels] in site.toml; without it, the first sheet is read.",
     ),
-    "unreadable": ("It is not a workbook of Excel, or it is damaged.", "Save it again, or as CSV."),
+    "unreadable": (
+        "It is not a workbook of Excel (.xlsx), or it is damaged.",
+        "Save it again, or as CSV.",
+    ),
     "": (
         "Reading it took more than the memory or the time that one file is given.",
         "Save the sheet as CSV (UTF-8).",

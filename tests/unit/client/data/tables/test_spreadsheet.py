@@ -63,9 +63,9 @@ def test_a_table_may_begin_below_empty_rows(tmp_path: Path) -> None:
 
 
 def test_every_faulty_row_is_listed(tmp_path: Path) -> None:
-    rows = [*ROWS, ["0012", "nodule"], ["CANARY", "what"]]
+    rows = [*ROWS, ["0012", "normal"], ["CANARY", "what"]]
     message = fails(write_workbook(tmp_path / "a.xlsx", {"T": rows}))
-    assert "Line 6 has the same PatientID as line 3" in message
+    assert "Line 6 has another label than line 3 of the same PatientID" in message
     assert "Line 7 has a class that the study does not name" in message
     assert "CANARY" not in message
 

@@ -218,10 +218,10 @@ class Classification(Task):
         from cloister_fl.metrics.figures import CALLED_TOLD
 
         return (
-            f"AUROC: chance of ranking a pair of {self.unit}s rightly. Average precision: mean "
+            f"AUROC: chance of ranking a pair of {self.unit}s correctly. Average precision: mean "
             "precision over all recalls; compare it with the share of the class among the "
-            f"{self.unit}s. Balanced accuracy: mean share of {self.unit}s called rightly, over the "
-            f"classes; {CALLED_TOLD}"
+            f"{self.unit}s. Balanced accuracy: mean share of {self.unit}s called correctly, over "
+            f"the classes; {CALLED_TOLD}"
         )
 
     @property
@@ -236,6 +236,6 @@ class Classification(Task):
             )
         return (
             f"Take two {self.unit}s at random, one whose label is “{self.classes[1]}” and one "
-            f"whose label is “{self.classes[0]}”: the model ranks them rightly about "
+            f"whose label is “{self.classes[0]}”: the model ranks them correctly about "
             f"{round(100 * value)} times in 100. A coin would do so 50 times."
         )

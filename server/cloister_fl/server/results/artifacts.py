@@ -58,7 +58,7 @@ BY_CHANCE = 0.005
 AT_CHANCE = (
     "The balanced accuracy is at chance: at 0.5, or as the most probable class, nearly all "
     "patients are called the same. With a rare class that says little of a model that ranks "
-    "them well; see training.class_weights, or call at another threshold."
+    "them well: call at another threshold, or weigh the classes (training.class_weights)."
 )
 WEAK_EPSILON = 10.0
 LARGE_DELTA = 1e-4

@@ -19,7 +19,7 @@ from typing import Any
 from cloister_fl.metrics.figures import Estimate, Metrics, title_of
 from cloister_fl.server.results.holdout_details import Details
 from cloister_fl.server.results.report_plots import Plot, figure_of, of_class, over_rounds
-from cloister_fl.server.rounds.checkpoint import Figures
+from cloister_fl.server.rounds.checkpoint import ENDED_KEPT, ENDED_STALLED, Figures
 from cloister_fl.study.cost import RELEASE_BINS
 from cloister_fl.study.schema import Study
 from cloister_fl.system.files import write_atomic
@@ -40,10 +40,17 @@ _KNOWN = frozenset((
     "privacy", "epsilon_max", "epsilon_per_site", "delta", "sites", "site_names", "refused",
     "rounds", "rounds_lost", "rounds_discarded", "seconds", "bytes_sent_per_site", "warnings",
     "release", "headline", "strata", "unit", "metrics_initial", "metrics_final",
-    "model_why", "model_round", "holdout",
+    "model_why", "model_round", "holdout", "ended",
 ))
 _HEADLINE = ("initial", "final", "final_interval")
 # fmt: on
+
+ENDED = {
+    ENDED_STALLED: "before its last round: as many evaluations in a row as the study's "
+    "evaluation.stop_after says brought no better model.",
+    ENDED_KEPT: "before its last round, since a person stopped it and kept what it had.",
+}
+"""How a run ended that did not come to its last round, in words."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +162,7 @@ def _context(report: RunReport) -> dict[str, Any]:
         "one_unit": {"patient": "A patient"}.get(study.task.unit, f"An {study.task.unit}"),
         "holdout_plots": _holdout_plots(report.details, study.task.unit),
         "why": summary.get("model_why"),
+        "ended": ENDED.get(str(summary.get("ended"))),
         "delivered": summary.get("model_round"),
         "scores": SCORES,
         "last_model": LAST_MODEL if _best(report, rounds) is not None else None,

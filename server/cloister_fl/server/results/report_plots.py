@@ -215,8 +215,9 @@ def _draw_measure(
     lowest = min(lows)
     if chance is not None:
         axes.axhline(chance, color=theme.faint, linewidth=1, linestyle=_DASHES)
-        _label(axes, "chance", (1, chance), theme.faint, ha="right", xytext=(0, 3))
-        lowest = min(lowest, chance)
+        # Below the line: the curve is above it, if the model learnt anything.
+        _label(axes, "chance", (1, chance), theme.faint, ha="right", va="top", xytext=(0, -3))
+        lowest = min(lowest, chance - 0.05)
     for lost in lost_rounds:
         axes.axvline(lost, color=theme.accent, linewidth=1, linestyle=":")
     axes.set_ylim(max(0.0, lowest - 0.05), 1.0)
@@ -239,7 +240,7 @@ def _line(axes: Any, theme: _Theme, numbers: Sequence[int], values: Sequence[flo
 
 def _label(axes: Any, words: str, at: tuple[float, float], color: str, **where: Any) -> None:
     place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "bottom"}
-    axes.annotate(words, at, color=color, fontsize=10, **place, **where)
+    axes.annotate(words, at, color=color, fontsize=10, **place | where)
 
 
 def _draw_roc(axes: Any, theme: _Theme, points: Sequence[Point], chosen: Point | None) -> None:

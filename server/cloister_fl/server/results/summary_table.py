@@ -12,15 +12,7 @@ from rich.table import Table
 
 from cloister_fl.metrics.figures import CALLED_TOLD, Metrics, title_of
 from cloister_fl.server.results.artifacts import METRICS, REPORT
-from cloister_fl.server.results.report import LAST_MODEL, MODEL, SCORES
-from cloister_fl.server.rounds.checkpoint import ENDED_KEPT, ENDED_STALLED
-
-ENDED = {
-    ENDED_STALLED: "before its last round: as many evaluations in a row as the study's "
-    "evaluation.stop_after says brought no better model.",
-    ENDED_KEPT: "before its last round, since a person stopped it and kept what it had.",
-}
-"""How a run ended that did not come to its last round, in words."""
+from cloister_fl.server.results.report import ENDED, LAST_MODEL, MODEL, SCORES
 
 
 def show(summary: Mapping[str, Any], out: Path) -> None:

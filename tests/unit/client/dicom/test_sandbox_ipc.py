@@ -168,14 +168,14 @@ def test_another_hello(hello: bytes) -> None:
     ],
 )
 def test_facts_that_cannot_be(altered: dict[str, str | int]) -> None:
-    wrong = facts.Facts(**{**FACTS.__dict__, **altered})
+    wrong = facts.Facts(**{**dataclasses.asdict(FACTS), **altered})
     with pytest.raises(ipc.InvalidMessage):
         ipc.parse_answer(ipc.pack_facts(7, wrong), REQUEST, UNFIT)
 
 
 @pytest.mark.parametrize("text", ["x" * (MAX_KEY_BYTES + 1), "\ud800", "ž" * MAX_KEY_BYTES])
 def test_an_identifier_that_is_none_turns_the_file_away(text: str) -> None:
-    wrong = facts.Facts(**{**FACTS.__dict__, "patient_id": text})
+    wrong = facts.Facts(**{**dataclasses.asdict(FACTS), "patient_id": text})
     with pytest.raises(RejectedFile) as caught:
         ipc.pack_facts(7, wrong)
     assert caught.value.reason is Reject.TRUNCATED

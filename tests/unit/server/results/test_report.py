@@ -213,7 +213,7 @@ def test_the_verdict_gives_auroc_before_and_after() -> None:
     text = text_of(report())
     assert QUESTION in text
     assert "AUROC 0.520 → 0.900 95 % interval 0.860 to 0.930" in text
-    assert "ranks them rightly about 90 times in 100" in text
+    assert "ranks them correctly about 90 times in 100" in text
     assert "The whole interval lies above the model's 0.520 before training." in text
     assert "Measured on 20 patients: normal 12, nodule 8." in text
     assert "Rounds 3 of 3" in text
@@ -248,10 +248,19 @@ def test_more_than_two_classes() -> None:
     rounds.append(replace(rounds[0], round=1))
     text = text_of(report(study=study(classes=("a", "b", "c")), rounds=rounds))
     assert "averaged over the 3 classes" in text
-    assert "ranks them rightly" not in text
+    assert "ranks them correctly" not in text
 
 
 # Privacy and what left
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_run_that_ended_early_says_so_beside_its_result(private: bool) -> None:
+    text = text_of(report(private=private, summary={"ended": "stop_after"}))
+    said = "The run ended before its last round: as many evaluations in a row"
+    assert said in text
+    assert ("The study's ε is that of all its rounds." in text) is private
+    assert said not in text_of(report(private=private, summary={"ended": "done"}))
 
 
 def test_the_promise_in_plain_words() -> None:
